@@ -1,0 +1,109 @@
+"""From layer scores to integer budgets, in exact arithmetic.
+
+K entries in total are shared among the layers in proportion to their scores s_l, no layer getting
+more than its n_l entries. Fractions of integers leave no rounding to chance: the same scores give
+the same budgets on every rank and machine, and the budgets sum to K exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from decimal import Decimal, InvalidOperation
+from fractions import Fraction
+
+
+def total_budget(density: float | str | Decimal, num_parameters: int) -> int:
+    """K, the number of entries to train: ``floor(density * num_parameters)``.
+
+    The product is taken of the decimal number that the user wrote: 0.29 of 100 entries are 29,
+    while the binary fraction nearest to 0.29 would give 28.
+
+    Args:
+        density: the share of the model's parameters to train, above 0 and at most 1.
+        num_parameters: entries of the model, each stored parameter counted once.
+
+    Returns:
+        K, at least 1.
+
+    Raises:
+        ValueError: if the density is no number in (0, 1], or too small to train a single entry.
+    """
+    try:
+        share = Decimal(str(density))
+    except InvalidOperation:
+        share = Decimal("NaN")
+    if share.is_nan() or not 0 < share <= 1:
+        raise ValueError(
+            f"The density is {density}: give the share of the parameters to train, a number above "
+            "0 and at most 1, such as 0.001."
+        )
+    total = math.floor(Fraction(share) * num_parameters)
+    if total == 0:
+        raise ValueError(
+            f"A density of {density} selects none of the model's {num_parameters} parameters: "
+            f"raise it to 1/{num_parameters} or more."
+        )
+    return total
+
+
+def allocate_budget(scores: Sequence[float], sizes: Sequence[int], total: int) -> list[int]:
+    """Share ``total`` entries among the layers in proportion to their scores.
+
+    A layer whose ideal share reaches its size gets all its entries and leaves; the others share
+    what remains, and so on. Those still there get the floors of their ideal shares, and what is
+    left over goes to the largest remainders, one entry each, ties in the order of the layers.
+    When no remaining layer has a score, their sizes stand in for the scores.
+
+    Args:
+        scores: per layer s_l, finite and non-negative.
+        sizes: per layer the number of its entries, n_l.
+        total: K, from 0 to ``sum(sizes)``.
+
+    Returns:
+        Per layer k_l, with ``0 <= k_l <= n_l`` and a sum of ``total``.
+
+    Raises:
+        ValueError: if ``total`` is out of range, or a score is negative or not finite.
+    """
+    assert len(scores) == len(sizes), "one score and one size per layer"
+    if not 0 <= total <= sum(sizes):
+        raise ValueError(
+            f"The budget is {total} entries, but the target matrices hold {sum(sizes)}: lower the "
+            "density or target more modules."
+        )
+    if not all(math.isfinite(score) and score >= 0 for score in scores):
+        raise ValueError(
+            f"The layer scores are {list(scores)}: make them finite and non-negative before "
+            "sharing a budget by them."
+        )
+    budgets = list(sizes)
+    remaining = list(range(len(sizes)))
+    left = total
+    while remaining:
+        shares = _ideal_shares([scores[i] for i in remaining], [sizes[i] for i in remaining], left)
+        open_layers = [i for i, share in zip(remaining, shares, strict=True) if share < sizes[i]]
+        if len(open_layers) == len(remaining):
+            for i, budget in zip(remaining, _round_to_sum(shares, left), strict=True):
+                budgets[i] = budget
+            break
+        left -= sum(sizes[i] for i in remaining) - sum(sizes[i] for i in open_layers)
+        remaining = open_layers
+    assert sum(budgets) == total, "budgets sum to K"
+    return budgets
+
+
+def _ideal_shares(scores: Sequence[float], sizes: Sequence[int], total: int) -> list[Fraction]:
+    """``total`` in exact proportion to the scores, or to the sizes if all scores are 0."""
+    weights = [Fraction(w) for w in (scores if any(scores) else sizes)]
+    unit = Fraction(total) / (sum(weights) or 1)
+    return [weight * unit for weight in weights]
+
+
+def _round_to_sum(shares: Sequence[Fraction], total: int) -> list[int]:
+    """Floors, plus one for the largest remainders (the first of equals) until ``total`` is met."""
+    floors = [math.floor(share) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda i: floors[i] - shares[i])
+    for i in by_remainder[: total - sum(floors)]:
+        floors[i] += 1
+    return floors

@@ -1,0 +1,206 @@
+"""From gradients to scores: which entries matter, and how much each layer does.
+
+For the weight matrix of layer l, with g the calibration gradient and w the weight, both in fp32::
+
+    r   = |g| / (|w| + 1e-8)                           gradient-to-weight ratio, one per entry
+    p   = r / sum(r)
+    H_l = max(0, -sum p log(p + 1e-8))                 entropy of the ratios, natural logarithm
+    s_l = ||r||_2 * H_l                                layer score
+
+(GEM, arXiv 2508.16191.) A rank holds one contiguous range of each matrix, and three sums run over
+all ranks. Floating-point sums depend on how a matrix is cut; these do not. The largest term of a
+layer is found first (a maximum is exact in any order), each term is rounded to an integer,
+``round(term / max * 2^b)`` with ``b = 62 - ceil(log2 n_l)``, and the integers, which cannot
+overflow, are summed. What the rounding leaves is scaled by another 2^b and summed the same way: in
+a heavy tail most terms, squares above all, are far below ``max * 2^-b``. So the statistics are the
+same bits for any number of ranks and any cut, and the error of a sum is that of its fp64 terms.
+
+Nothing here decides what to select: budget.py and topk.py do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+#: Added to |w| and to p, as in the paper.
+EPSILON = 1e-8
+
+#: Entries worked on at a time: the fp64 temporaries (2 MB each) stay in a core's cache.
+CHUNK = 2**18
+
+
+class Group(Protocol):
+    """The ranks that share the matrices."""
+
+    rank: int
+    world_size: int
+
+    def all_reduce(self, tensor: Tensor, op: Literal["sum", "max"]) -> Tensor:
+        """Reduce ``tensor`` over the ranks in place and return it."""
+        ...
+
+
+class Solo:
+    """The group of one process: every reduction is the identity."""
+
+    rank = 0
+    world_size = 1
+
+    def all_reduce(self, tensor: Tensor, op: Literal["sum", "max"]) -> Tensor:
+        """Return ``tensor`` as it is."""
+        return tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerStatistics:
+    """What the budget needs to know of each layer; one number per layer, the same on every rank.
+
+    Attributes:
+        ratio_sum: sum of r over the layer's entries.
+        ratio_norm: Euclidean norm of r.
+        entropy: H_l in nats, at least 0.
+        score: ``ratio_norm * entropy``; 0 for a layer without gradient.
+    """
+
+    ratio_sum: list[float]
+    ratio_norm: list[float]
+    entropy: list[float]
+    score: list[float]
+
+
+def chunks(shard: Tensor) -> Sequence[Tensor]:
+    """Views of at most :data:`CHUNK` entries that cover ``shard`` [n]; none for an empty shard."""
+    return shard.split(CHUNK) if shard.numel() else ()
+
+
+@torch.no_grad()
+def gradient_to_weight_ratio_(gradient: Tensor, weight: Tensor) -> Tensor:
+    """Overwrite ``gradient`` with ``|gradient| / (|weight| + 1e-8)``, computed in fp32.
+
+    Args:
+        gradient: fp32 [n].
+        weight: [n], any floating dtype; may lie on another device. Only one chunk of it exists in
+            fp32 at a time.
+
+    Returns:
+        ``gradient``.
+    """
+    assert gradient.dtype == torch.float32, "ratios are computed in fp32"
+    assert gradient.shape == weight.shape, "a gradient has its weight's shape"
+    for numerator, part in zip(chunks(gradient), chunks(weight), strict=True):
+        magnitude = part.to(device=gradient.device, dtype=torch.float32).abs()
+        numerator.abs_().div_(magnitude.add_(EPSILON))
+    return gradient
+
+
+def layer_statistics(
+    ratios: Sequence[Tensor], numels: Sequence[int], names: Sequence[str], group: Group
+) -> LayerStatistics:
+    """Sum, norm, entropy and score of each layer, from every rank's ratios.
+
+    Args:
+        ratios: per layer this rank's range of r, fp32 [m], non-negative; m may be 0. All on one
+            device, the one on which ``group`` reduces.
+        numels: per layer the number of entries over all ranks, n_l.
+        names: per layer its name, for the error.
+        group: the ranks that hold the other ranges.
+
+    Returns:
+        The statistics, the same bits on every rank and for every way to cut the matrices.
+
+    Raises:
+        ValueError: on every rank alike, if a ratio on any rank is infinite or not a number.
+    """
+    assert len(ratios) == len(numels) == len(names), "one shard, one size, one name per layer"
+    # b of the module docstring: n integers of at most 2^b each stay below 2^62.
+    bits = [62 - (numel - 1).bit_length() for numel in numels]
+
+    largest = _largest_ratios(ratios, names, group)
+
+    def ratio(layer: int, chunk: Tensor) -> Tensor:
+        return chunk.double().div_(largest[layer] or 1.0)
+
+    def squared_ratio(layer: int, chunk: Tensor) -> Tensor:
+        return ratio(layer, chunk).square_()
+
+    local = [_fixed_point_sums(term, ratios, bits) for term in (ratio, squared_ratio)]
+    sums, squares = _join(group.all_reduce(torch.stack(local), "sum"), bits)
+    ratio_sum = [m * s for m, s in zip(largest, sums, strict=True)]
+    ratio_norm = [m * math.sqrt(s) for m, s in zip(largest, squares, strict=True)]
+
+    def surprise(layer: int, chunk: Tensor) -> Tensor:
+        p = chunk.double().div_(ratio_sum[layer] or 1.0)
+        return (p + EPSILON).log_().mul_(p).neg_()  # below 0 where p + 1e-8 exceeds 1
+
+    peaks = group.all_reduce(_largest_magnitudes(surprise, ratios), "max").tolist()
+
+    def scaled_surprise(layer: int, chunk: Tensor) -> Tensor:
+        return surprise(layer, chunk).div_(peaks[layer] or 1.0)
+
+    surprises = _fixed_point_sums(scaled_surprise, ratios, bits)
+    (sums,) = _join(group.all_reduce(surprises[None], "sum"), bits)
+    entropy = [max(0.0, m * s) for m, s in zip(peaks, sums, strict=True)]
+
+    score = [norm * h for norm, h in zip(ratio_norm, entropy, strict=True)]
+    return LayerStatistics(ratio_sum=ratio_sum, ratio_norm=ratio_norm, entropy=entropy, score=score)
+
+
+#: Maps a layer's number and a chunk of its ratios to a new fp64 tensor, entry by entry.
+_Term = Callable[[int, Tensor], Tensor]
+
+
+def _largest_ratios(ratios: Sequence[Tensor], names: Sequence[str], group: Group) -> list[float]:
+    """The largest ratio of each layer; refuses a layer that holds an infinity or a NaN."""
+    maxima = _largest_magnitudes(lambda _, chunk: chunk.double(), ratios)
+    broken = ~maxima.isfinite()  # amax and maximum hand a NaN on
+    rows = torch.stack([maxima.masked_fill(broken, 0.0), broken.double()])
+    largest, refused = group.all_reduce(rows, "max").tolist()
+    if any(refused):
+        culprits = ", ".join(name for name, bad in zip(names, refused, strict=True) if bad)
+        raise ValueError(
+            f"The gradient-to-weight ratios of {culprits} are not finite: look for inf or NaN in "
+            "the calibration loss and in these weights, or calibrate in bf16 or fp32."
+        )
+    return largest
+
+
+def _largest_magnitudes(term: _Term, ratios: Sequence[Tensor]) -> Tensor:
+    """Per layer the largest ``|term|`` of this rank: fp64 [layers], 0 for an empty shard."""
+    maxima = torch.zeros(len(ratios), dtype=torch.float64, device=ratios[0].device)
+    for layer, shard in enumerate(ratios):
+        for chunk in chunks(shard):
+            peak = term(layer, chunk).abs_().amax()
+            maxima[layer] = torch.maximum(maxima[layer], peak)
+    return maxima
+
+
+def _fixed_point_sums(term: _Term, ratios: Sequence[Tensor], bits: Sequence[int]) -> Tensor:
+    """Per layer this rank's sum of terms in [-1, 1], in fixed point: int64 [layers, 2].
+
+    The first number counts units of 2^-b, the second, for what rounding to those leaves, units of
+    2^-2b.
+    """
+    sums = torch.zeros(len(ratios), 2, dtype=torch.int64, device=ratios[0].device)
+    for layer, shard in enumerate(ratios):
+        scale = 2.0 ** bits[layer]
+        for chunk in chunks(shard):
+            scaled = term(layer, chunk).mul_(scale)
+            whole = scaled.round()
+            rest = scaled.sub_(whole).mul_(scale).round_()  # exact but for its own rounding
+            sums[layer, 0] += whole.long().sum()
+            sums[layer, 1] += rest.long().sum()
+    return sums
+
+
+def _join(sums: Tensor, bits: Sequence[int]) -> list[list[float]]:
+    """The numbers that fixed-point sums [kinds, layers, 2] stand for, each correctly rounded."""
+    return [
+        [((high << b) + low) / (1 << 2 * b) for (high, low), b in zip(row, bits, strict=True)]
+        for row in sums.tolist()
+    ]

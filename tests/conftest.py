@@ -1,0 +1,16 @@
+"""Fixtures that several test files share."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def gem_data_dir() -> Path:
+    """The folder of real data: GEM_DATA_DIR, by default ../shared/data beside the repository."""
+    repository = Path(__file__).resolve().parents[1]
+    folder = Path(os.environ.get("GEM_DATA_DIR", repository.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}: set GEM_DATA_DIR")
+    return folder

@@ -1,0 +1,176 @@
+"""All of GEM, dense and naive, in one process: what fast and distributed paths are tested against.
+
+Written from the method's definition, in the order of its lines, sharing no code with gem_ds. Sums
+are exactly rounded (``math.fsum``), budgets are fractions, masks come from a Python sort. Slow on
+purpose.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def summed_gradients(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss_fn: Callable[[nn.Module, Any], Tensor],
+    names: Sequence[str],
+) -> dict[str, Tensor]:
+    """fp32 gradient of the sum over the batches of ``loss_fn(model, batch)``, by ordinary autograd.
+
+    Args:
+        model: left as it was, ``requires_grad`` flags included.
+        batches: what ``loss_fn`` takes.
+        loss_fn: a *summed* loss, a scalar.
+        names: parameters to differentiate by; all others are frozen meanwhile.
+    """
+    parameters = dict(model.named_parameters())
+    flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in names)
+    sums = {name: torch.zeros_like(parameters[name], dtype=torch.float32) for name in names}
+    for batch in batches:
+        loss = loss_fn(model, batch)
+        gradients = torch.autograd.grad(loss, [parameters[name] for name in names])
+        for name, gradient in zip(names, gradients, strict=True):
+            sums[name] += gradient.float()
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(flags[name])
+    return sums
+
+
+def ratio(gradient: Tensor, weight: Tensor) -> Tensor:
+    """Gradient-to-weight ratio, r = |g| / (|w| + 1e-8) in fp32."""
+    return gradient.detach().float().abs() / (weight.detach().float().abs() + 1e-8)
+
+
+def ratio_sum(r: Tensor) -> float:
+    return math.fsum(r.double().flatten().tolist())
+
+
+def ratio_norm(r: Tensor) -> float:
+    return math.sqrt(math.fsum(x * x for x in r.double().flatten().tolist()))
+
+
+def entropy(r: Tensor) -> float:
+    """Entropy, H = max(0, -sum p log(p + 1e-8)), p = r / sum(r); 0 where nothing is."""
+    total = ratio_sum(r)
+    if total == 0:
+        return 0.0
+    shares = [x / total for x in r.double().flatten().tolist()]
+    return max(0.0, -math.fsum(p * math.log(p + 1e-8) for p in shares))
+
+
+def layer_score(r: Tensor) -> float:
+    """Layer score, s = ||r||_2 * H."""
+    return ratio_norm(r) * entropy(r)
+
+
+def total_budget(density: str, num_parameters: int) -> int:
+    """Total budget, K = floor(density * N)."""
+    return int(Decimal(density) * num_parameters)
+
+
+def budgets(scores: Sequence[float], sizes: Sequence[int], total: int) -> list[int]:
+    """Shares in proportion to the scores, capped by the sizes; floors and largest remainders."""
+    given: dict[int, int] = {}
+    while True:
+        rest = [layer for layer in range(len(sizes)) if layer not in given]
+        k = total - sum(given.values())
+        weight = {layer: Fraction(scores[layer]) for layer in rest}
+        if sum(weight.values()) == 0:
+            weight = {layer: Fraction(sizes[layer]) for layer in rest}
+        whole = sum(weight.values())
+        ideal = {layer: k * weight[layer] / whole if whole else Fraction(0) for layer in rest}
+        full = [layer for layer in rest if ideal[layer] >= sizes[layer]]
+        if not full:
+            break
+        for layer in full:
+            given[layer] = sizes[layer]
+    for layer in rest:
+        given[layer] = ideal[layer].numerator // ideal[layer].denominator
+    while sum(given.values()) < total:
+        neediest = max(rest, key=lambda layer: (ideal[layer] - given[layer], -layer))
+        given[neediest] += 1
+    return [given[layer] for layer in range(len(sizes))]
+
+
+def mask(r: Tensor, k: int) -> Tensor:
+    """The k entries with the largest r, ties to the lowest flat index: bool, of r's shape."""
+    values = r.flatten().tolist()
+    chosen = sorted(range(len(values)), key=lambda i: (-values[i], i))[:k]
+    flat = torch.zeros(len(values), dtype=torch.bool)
+    flat[chosen] = True
+    return flat.reshape(r.shape).to(r.device)
+
+
+def select(
+    gradients: Mapping[str, Tensor], weights: Mapping[str, Tensor], total: int
+) -> dict[str, Tensor]:
+    """The whole selection: by name, in the order of ``weights``, the bool mask."""
+    ratios = {name: ratio(gradients[name], weight) for name, weight in weights.items()}
+    scores = [layer_score(r) for r in ratios.values()]
+    shares = budgets(scores, [r.numel() for r in ratios.values()], total)
+    return {name: mask(r, k) for (name, r), k in zip(ratios.items(), shares, strict=True)}
+
+
+class DenseMaskedAdamW:
+    """AdamW with decoupled weight decay that moves, decays and clips by the masked entries only.
+
+    Dense moments, the formula of ``torch.optim.AdamW``::
+
+        m = b1 m + (1 - b1) g        v = b2 v + (1 - b2) g^2
+        w = w (1 - lr decay) - lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps)
+
+    Args:
+        params: by name, updated in place.
+        masks: by the same names, bool, of the parameters' shapes.
+        betas: b1 and b2.
+        eps: added to the root of the second moment.
+        weight_decay: decay per unit of learning rate.
+        max_norm: clip the norm of the masked gradient of all parameters together to this; None
+            does not clip.
+    """
+
+    def __init__(
+        self,
+        params: Mapping[str, Tensor],
+        masks: Mapping[str, Tensor],
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        max_norm: float | None = None,
+    ) -> None:
+        self.params, self.masks = dict(params), dict(masks)
+        self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
+        self.max_norm = max_norm
+        self.first = {name: torch.zeros_like(p) for name, p in self.params.items()}
+        self.second = {name: torch.zeros_like(p) for name, p in self.params.items()}
+        self.num_steps = 0
+
+    @torch.no_grad()
+    def step(self, grads: Mapping[str, Tensor], lr: float) -> float:
+        """Update every parameter once; the norm of the masked gradient before clipping."""
+        self.num_steps += 1
+        grads = {name: g * self.masks[name] for name, g in grads.items()}
+        norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads.values()))
+        scale = 1.0 if self.max_norm is None else min(1.0, self.max_norm / (norm + 1e-6))
+        b1, b2 = self.betas
+        for name, weight in self.params.items():
+            g = grads[name] * scale
+            first, second = self.first[name], self.second[name]
+            first.copy_(b1 * first + (1 - b1) * g)
+            second.copy_(b2 * second + (1 - b2) * g * g)
+            corrected = second.sqrt() / math.sqrt(1 - b2**self.num_steps) + self.eps
+            update = lr / (1 - b1**self.num_steps) * first / corrected
+            moved = weight * (1 - lr * self.weight_decay) - update
+            weight.copy_(torch.where(self.masks[name], moved, weight))
+        return norm
