@@ -1,0 +1,199 @@
+"""What the command line takes: plain values, no torch.
+
+The ``help`` of a field is its documentation.
+
+Names are those of transformers' ``TrainingArguments`` wherever it has one. The dataclasses become
+flags through ``HfArgumentParser``; a recipe (YAML, flag name to value) gives defaults that flags
+override.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+#: The schedules of transformers that are functions of the step alone.
+SCHEDULES = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
+
+
+def _option(default: Any, text: str, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": text, **metadata})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelArguments:
+    """The base model."""
+
+    model_name_or_path: str | None = _option(
+        None, "Hub id or folder of the pretrained causal language model."
+    )
+    revision: str | None = _option(None, "Revision of the model on the Hub.")
+    trust_remote_code: bool = _option(False, "Run model code that comes with the weights.")
+    attn_implementation: str | None = _option(
+        None, "Attention kernel, for instance sdpa or flash_attention_2 (default: the model's own)."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataArguments:
+    """The task and its examples."""
+
+    task: str | None = _option(None, "What to train on: gsm8k, or jsonl for your own file.")
+    data_dir: str | None = _option(
+        None, "Folder with the task's files; without it the task is loaded from the Hub."
+    )
+    train_file: str | None = _option(None, "With --task jsonl: the training file.")
+    test_file: str | None = _option(None, "With --task jsonl: the held-out file.")
+    prompt_field: str | None = _option(None, "With --task jsonl: the field that holds the prompt.")
+    target_field: str | None = _option(None, "With --task jsonl: the field that holds the target.")
+    max_length: int = _option(1024, "Tokens of prompt and answer; longer answers are cut.")
+    packing: bool = _option(
+        False, "Let several examples share one sequence; attention stays within each."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GemArguments:
+    """Which entries are trained."""
+
+    density: str = _option("0.001", "Share of the model's parameters that is trained, in (0, 1].")
+    target_modules: list[str] | None = _option(
+        None,
+        "Module-name suffixes (q_proj v_proj), one regular expression over whole module names, or "
+        "all-linear (default: the query and value projections of the architecture).",
+        nargs="+",
+    )
+    calibration_examples: int | None = _option(
+        None, "Calibrate on the first N examples of the shuffled order (default: all)."
+    )
+    mask: str | None = _option(None, "Train the entries of this mask.safetensors; no calibration.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainArguments:
+    """The training run."""
+
+    output_dir: str | None = _option(None, "Where everything is written.")
+    overwrite_output_dir: bool = _option(False, "Delete the run that output_dir holds.")
+    resume_from_checkpoint: str | None = _option(
+        None, "A checkpoint folder, or last for the newest one in output_dir."
+    )
+    deepspeed: str | None = _option(None, "DeepSpeed JSON (default: ZeRO stage 0).")
+    local_rank: int = _option(-1, "Set by the deepspeed launcher.")
+    per_device_train_batch_size: int = _option(8, "Examples per rank and micro-batch.")
+    per_device_eval_batch_size: int = _option(8, "The same for the held-out loss.")
+    gradient_accumulation_steps: int = _option(1, "Micro-batches per rank and step.")
+    num_train_epochs: float = _option(3.0, "Passes over the training set.")
+    max_steps: int = _option(
+        -1, "Steps instead of epochs; 0 calibrates, writes the mask and stops."
+    )
+    learning_rate: float = _option(1e-3, "Peak learning rate.")
+    weight_decay: float = _option(0.0, "Decoupled weight decay of the selected weights.")
+    adam_beta1: float = _option(0.9, "Decay of the first moment.")
+    adam_beta2: float = _option(0.999, "Decay of the second moment.")
+    adam_epsilon: float = _option(1e-8, "Added to the root of the second moment.")
+    max_grad_norm: float = _option(
+        1.0, "Largest norm of the gradient; a larger one is scaled down to it, 0 turns this off."
+    )
+    lr_scheduler_type: str = _option("linear", f"One of {', '.join(SCHEDULES)}.")
+    warmup_steps: float = _option(0, "Steps of warmup; a value below 1 is a share of all steps.")
+    seed: int = _option(42, "Seeds the order of the data and dropout.")
+    bf16: bool = _option(False, "Weights and activations in bfloat16; masters stay fp32.")
+    fp16: bool = _option(False, "Weights and activations in float16 with loss scaling.")
+    gradient_checkpointing: bool = _option(False, "Recompute activations in the backward pass.")
+    logging_steps: int = _option(10, "Log every so many steps.")
+    eval_steps: int | None = _option(
+        None, "Held-out loss every so many steps (default: each epoch)."
+    )
+    save_steps: int | None = _option(None, "Checkpoint every so many steps (default: each epoch).")
+    save_total_limit: int | None = _option(None, "Keep only the newest checkpoints.")
+    report_to: str = _option("none", "tensorboard, or none; metrics.jsonl is written always.")
+    disable_tqdm: bool = _option(False, "No progress bar.")
+
+    @property
+    def dtype(self) -> Any:
+        """fp32, bf16 or fp16."""
+        return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"
+
+
+def check_arguments(
+    model: ModelArguments, data: DataArguments, gem: GemArguments, train: TrainArguments
+) -> None:
+    """Refuse what can be seen to be wrong without opening a file.
+
+    Raises:
+        ValueError: one sentence that names the flag.
+    """
+    needed = {
+        "--model_name_or_path": model.model_name_or_path,
+        "--task": data.task,
+        "--output_dir": train.output_dir,
+    }
+    if missing := [flag for flag, value in needed.items() if not value]:
+        raise ValueError(f"Pass {' and '.join(missing)} (on the command line or in --config).")
+    if train.bf16 and train.fp16:
+        raise ValueError("Pass --bf16 or --fp16, not both.")
+    _check_density(gem.density)
+    at_least_one: dict[str, int | None] = {
+        "--per_device_train_batch_size": train.per_device_train_batch_size,
+        "--per_device_eval_batch_size": train.per_device_eval_batch_size,
+        "--gradient_accumulation_steps": train.gradient_accumulation_steps,
+        "--logging_steps": train.logging_steps,
+        "--eval_steps": train.eval_steps,
+        "--save_steps": train.save_steps,
+        "--save_total_limit": train.save_total_limit,
+        "--calibration_examples": gem.calibration_examples,
+        "--max_length": data.max_length,
+    }
+    for flag, value in at_least_one.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{flag} must be at least 1, not {value}.")
+    not_negative = {
+        "--learning_rate": train.learning_rate,
+        "--weight_decay": train.weight_decay,
+        "--max_grad_norm": train.max_grad_norm,
+        "--warmup_steps": train.warmup_steps,
+    }
+    for flag, number in not_negative.items():
+        if not 0 <= number < float("inf"):
+            raise ValueError(f"{flag} must be a finite number of at least 0, not {number}.")
+    for flag, decay in {"--adam_beta1": train.adam_beta1, "--adam_beta2": train.adam_beta2}.items():
+        if not 0 <= decay < 1:
+            raise ValueError(f"{flag} must be at least 0 and below 1, not {decay}.")
+    if not 0 < train.adam_epsilon < float("inf"):
+        raise ValueError(f"--adam_epsilon must be above 0, not {train.adam_epsilon}.")
+    if train.lr_scheduler_type not in SCHEDULES:
+        raise ValueError(
+            f"--lr_scheduler_type takes one of {', '.join(SCHEDULES)}, not "
+            f"{train.lr_scheduler_type}."
+        )
+    if train.max_steps < -1:
+        raise ValueError(
+            f"--max_steps must be -1 (use epochs) or at least 0, not {train.max_steps}."
+        )
+    if train.max_steps == -1 and not 0 < train.num_train_epochs < float("inf"):
+        raise ValueError(f"--num_train_epochs must be above 0, not {train.num_train_epochs}.")
+    if train.report_to not in ("none", "tensorboard"):
+        raise ValueError(f"--report_to takes tensorboard or none, not {train.report_to}.")
+    if gem.mask and gem.calibration_examples:
+        raise ValueError("--mask skips calibration: leave --calibration_examples out.")
+
+
+def _check_density(density: str) -> None:
+    try:
+        is_share = 0 < Decimal(str(density)) <= 1
+    except InvalidOperation:  # no number, or NaN, which cannot be compared
+        is_share = False
+    if not is_share:
+        raise ValueError(
+            f"--density must be a number in (0, 1], for instance 0.001, not {density}."
+        )

@@ -1,0 +1,91 @@
+"""Task families: where examples come from, and how each becomes a prompt and a target.
+
+A family is one file with a `load(source) -> TaskData`; `load_task` finds it by name. What a family
+returns is text. Tokens are `gem_ds.encode`, batches `gem_ds.data`; scoring of answers is `eval`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One training or test case: the model reads `prompt` and learns to write `target`.
+
+    `prompt` is text, or chat messages `{"role": ..., "content": ...}` which the tokenizer's chat
+    template turns into text. `target` follows the prompt exactly as it stands: a space between the
+    two belongs to the target.
+    """
+
+    prompt: str | list[dict[str, str]]
+    target: str
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """The examples of a task: `train`, and `test` which is held out and may be empty."""
+
+    train: list[Example]
+    test: list[Example]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What the user said about where the examples are; None means the family's own default."""
+
+    data_dir: str | None = None
+    train_file: str | None = None
+    test_file: str | None = None
+    prompt_field: str | None = None
+    target_field: str | None = None
+
+    def refuse_own_fields(self, task: str) -> None:
+        """Raise ValueError if file or field names are given to a family that fixes its own."""
+        for option in ("train_file", "test_file", "prompt_field", "target_field"):
+            if getattr(self, option) is not None:
+                raise ValueError(
+                    f"--{option} has no meaning for --task {task}, whose files and fields are "
+                    f"fixed: leave it out, or pass --task jsonl."
+                )
+
+
+def load_task(
+    name: str,
+    *,
+    data_dir: str | None = None,
+    train_file: str | None = None,
+    test_file: str | None = None,
+    prompt_field: str | None = None,
+    target_field: str | None = None,
+) -> TaskData:
+    """Load the examples of the task `name`.
+
+    Args:
+        name: A task family, for instance "gsm8k" or "jsonl".
+        data_dir: Folder that holds the task's files; None loads the task from the Hub, where the
+            family knows its address.
+        train_file: Training file, for families that read the user's own files.
+        test_file: Held-out file, likewise.
+        prompt_field: JSON field that holds the prompt, likewise.
+        target_field: JSON field that holds the target, likewise.
+
+    Raises:
+        ValueError: No such task, an option which the task does not take, or a file at fault (the
+            sentence names the file and the line).
+    """
+    from gem_ds.tasks import gsm8k, jsonl  # here, since each family imports the classes above
+
+    loaders: dict[str, Callable[[Source], TaskData]] = {"gsm8k": gsm8k.load, "jsonl": jsonl.load}
+    if name not in loaders:
+        raise ValueError(f"There is no task {name!r}: pass one of {', '.join(sorted(loaders))}.")
+    return loaders[name](
+        Source(
+            data_dir=data_dir,
+            train_file=train_file,
+            test_file=test_file,
+            prompt_field=prompt_field,
+            target_field=target_field,
+        )
+    )

@@ -1,0 +1,55 @@
+r"""GSM8K: grade-school word problems with worked answers (Cobbe et al., arXiv 2110.14168).
+
+    prompt = "Question: {question}\nAnswer:"        target = " " + answer
+
+The answer keeps its calculator marks `<<48/2=24>>` and ends in `#### <number>`. Evaluation builds
+its prompts with the same functions, so that a model is asked as it was taught.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gem_ds.tasks import Example, Source, TaskData
+from gem_ds.tasks.jsonl import read_jsonl
+
+
+def prompt_of(question: str) -> str:
+    """The prompt for one question, without any worked example before it."""
+    return f"Question: {question}\nAnswer:"
+
+
+def target_of(answer: str) -> str:
+    """What the model should write after the prompt; it starts with the one separating space."""
+    return f" {answer}"
+
+
+def load(source: Source) -> TaskData:
+    """Load train (7473) and test (1319) from a folder, or from the Hub if no folder is given.
+
+    Args:
+        source: `data_dir` holds `train.jsonl` and `test.jsonl` with the fields `question` and
+            `answer`; None loads `openai/gsm8k` through `datasets`.
+
+    Raises:
+        ValueError: An option that does not apply, or a missing or malformed file.
+    """
+    source.refuse_own_fields("gsm8k")
+    if source.data_dir is None:
+        from datasets import load_dataset
+
+        splits = load_dataset("openai/gsm8k", "main")
+        return TaskData(
+            train=[_example(row["question"], row["answer"]) for row in splits["train"]],
+            test=[_example(row["question"], row["answer"]) for row in splits["test"]],
+        )
+    folder = Path(source.data_dir)
+    return TaskData(train=_read(folder / "train.jsonl"), test=_read(folder / "test.jsonl"))
+
+
+def _read(path: Path) -> list[Example]:
+    return [_example(line.text("question"), line.text("answer")) for line in read_jsonl(path)]
+
+
+def _example(question: str, answer: str) -> Example:
+    return Example(prompt=prompt_of(question), target=target_of(answer))

@@ -1,0 +1,133 @@
+"""The flags' own limits: what can be seen to be wrong without opening a file."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import get_scheduler
+
+from gem_ds.config import (
+    SCHEDULES,
+    DataArguments,
+    GemArguments,
+    ModelArguments,
+    TrainArguments,
+    check_arguments,
+)
+
+PARTS = (ModelArguments, DataArguments, GemArguments, TrainArguments)
+NEEDED = {"model_name_or_path": "m", "task": "gsm8k", "output_dir": "o"}
+
+
+def check(**values: Any) -> None:
+    """``check_arguments`` on the defaults, what is needed, and ``values``."""
+    settings = NEEDED | values
+    parts = []
+    for part in PARTS:
+        names = {field.name for field in fields(part)} & settings.keys()
+        parts.append(part(**{name: settings[name] for name in names}))
+    check_arguments(*parts)
+
+
+def test_the_defaults_pass_and_every_flag_is_explained():
+    check()
+    for part in PARTS:
+        for field in fields(part):
+            assert field.metadata["help"].endswith((".", ").")), field.name
+
+
+def test_what_is_missing_is_named_at_once():
+    with pytest.raises(ValueError, match=r"Pass --model_name_or_path and --task and --output_dir"):
+        check(model_name_or_path=None, task=None, output_dir="")
+
+
+@pytest.mark.parametrize(
+    "density", ["0", "-0.1", "1.0001", "nan", "inf", "-inf", "a lot", "", "1,5"]
+)
+def test_a_density_outside_0_to_1_is_refused(density):
+    with pytest.raises(ValueError, match=r"^--density must be .*\(0, 1\].*\.$"):
+        check(density=density)
+
+
+@given(st.decimals(min_value=0, max_value=1, allow_nan=False).filter(lambda d: d > 0))
+def test_every_density_from_0_to_1_is_accepted(density):
+    check(density=str(density))
+
+
+COUNTS = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "logging_steps",
+    "eval_steps",
+    "save_steps",
+    "save_total_limit",
+    "calibration_examples",
+    "max_length",
+)
+RATES = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps")
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_counts_start_at_1(name):
+    check(**{name: 1})
+    for value in (0, -3):
+        with pytest.raises(ValueError, match=f"^--{name} must be at least 1, not {value}"):
+            check(**{name: value})
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_rates_are_finite_and_not_negative(name):
+    check(**{name: 0.0})
+    for value in (-1e-9, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=f"^--{name} must be a finite number"):
+            check(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"bf16": True, "fp16": True}, "--bf16 or --fp16, not both"),
+        ({"adam_beta1": 1.0}, "--adam_beta1 must be at least 0 and below 1"),
+        ({"adam_beta2": -0.1}, "--adam_beta2 must be at least 0 and below 1"),
+        ({"adam_beta2": float("nan")}, "--adam_beta2"),
+        ({"adam_epsilon": 0.0}, "--adam_epsilon must be above 0"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "--lr_scheduler_type takes one of linear"),
+        ({"max_steps": -2}, r"--max_steps must be -1 \(use epochs\) or at least 0"),
+        ({"num_train_epochs": 0.0}, "--num_train_epochs must be above 0"),
+        ({"num_train_epochs": float("inf")}, "--num_train_epochs"),
+        ({"report_to": "wandb"}, "--report_to takes tensorboard or none"),
+        ({"mask": "m", "calibration_examples": 2}, "--mask skips calibration"),
+    ],
+)
+def test_other_contradictions_are_refused(values, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        check(**values)
+    assert "\n" not in str(caught.value)
+
+
+def test_steps_make_epochs_irrelevant():
+    check(max_steps=0, num_train_epochs=0.0)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_is_a_function_of_the_step_alone(name):
+    """A resumed run makes the schedule again from the number of updates."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.5)
+    schedule = get_scheduler(name, optimizer, num_warmup_steps=2, num_training_steps=9)
+    for step in range(9):
+        assert schedule.get_last_lr() == [0.5 * schedule.lr_lambdas[0](step)]
+        optimizer.step()
+        schedule.step()
+
+
+def test_the_dtype_follows_the_switches():
+    train = TrainArguments()
+    assert train.dtype == "fp32"
+    assert replace(train, bf16=True).dtype == "bf16"
+    assert replace(train, fp16=True).dtype == "fp16"
