@@ -1,0 +1,324 @@
+"""DeepSpeed around a frozen model with one trainable flat vector: the only door to deepspeed.
+
+The engine is given one parameter, ``gate.values`` [K], and GEM's optimizer. What the trainer needs
+beyond ``forward``, ``backward`` and ``step`` is here, for every ZeRO stage:
+
+* *ranges*: which contiguous flat range of a weight this rank scores,
+* *reading* that range and *writing* updated entries back into the weights,
+* *masters*: the fp32 values and moments of the selected entries, read and set as whole vectors.
+
+Facts of DeepSpeed 0.19 that this file rests on, each held by ``tests/test_zero.py``:
+
+* ZeRO-3 cuts a weight of n entries into ranges of ``ceil(n / world_size)``; the padding of the last
+  one is uninitialised memory.
+* Parameters below the persistence threshold keep a full copy in ``param.data`` between steps, and a
+  forward pass in train mode without gradients can leave copies of any: writing updates them too.
+* A stage-0 bf16 engine calls ``optimizer.step()`` once while it is made; :meth:`Engine.set_state`
+  afterwards sets masters, moments and step count, so nothing of it remains.
+* Below stage 3 frozen weights are ordinary tensors, whole on every rank.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from torch import Tensor, nn
+from transformers.integrations import HfDeepSpeedConfig
+
+from gem_ds.comm import Comm, free_port
+from gem_ds.optim import SparseAdamW
+from gem_ds.sparse import Gate
+from gem_ds.zero_config import zero_stage
+
+STATE_KEYS = ("master", "exp_avg", "exp_avg_sq")
+
+
+def init_distributed() -> Comm:
+    """Join the process group that the launcher describes, or form one of a single process."""
+    if "RANK" not in os.environ:
+        if any(int(os.environ.get(name, 1)) > 1 for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")):
+            raise ValueError(
+                "Several processes and no RANK: start them with deepspeed or torchrun."
+            )
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    deepspeed.utils.logger.setLevel(logging.ERROR)  # it warns of our optimizer, on each rank
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    with redirect_stdout(StringIO()):  # each rank would print that it has built an op
+        deepspeed.init_distributed(accelerator.communication_backend_name(), verbose=False)
+    return Comm(torch.device(accelerator.current_device_name()))
+
+
+def leave_distributed() -> None:
+    """Leave the process group; DeepSpeed forgets it too, so this process may join another."""
+    if deepspeed.comm.is_initialized():
+        deepspeed.comm.destroy_process_group()
+
+
+def partitioned_loading(config: dict[str, Any]) -> AbstractContextManager[Any]:
+    """While the block lasts, ``from_pretrained`` loads weights straight into ZeRO-3 partitions.
+
+    Below stage 3 it does nothing.
+    """
+    if zero_stage(config) < 3:
+        return nullcontext()
+    return nullcontext(HfDeepSpeedConfig(config))  # transformers keeps a weak reference to it
+
+
+def numel(parameter: nn.Parameter) -> int:
+    """Entries of a whole parameter, partitioned or not."""
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
+def num_parameters(model: nn.Module) -> int:
+    """N: entries of the model, each stored parameter once (tied weights once)."""
+    return sum(numel(parameter) for parameter in model.parameters())
+
+
+@dataclass(frozen=True)
+class _Fragment:
+    """This rank's part of a flat fp32 vector that the optimizer steps.
+
+    ``owner[offset : offset + length]`` holds entries ``start`` to ``start + length`` of ``values``.
+    """
+
+    owner: Tensor
+    offset: int
+    start: int
+    length: int
+
+
+class Engine:
+    """One DeepSpeed engine for calibration and training.
+
+    Args:
+        model: frozen, with the gate as a submodule (:class:`gem_ds.sparse.TargetLayers`).
+        gate: holder of the one trainable parameter.
+        optimizer: makes the client optimizer of that parameter.
+        config: a resolved DeepSpeed configuration (:func:`gem_ds.zero_config.resolve_config`).
+        comm: the ranks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        gate: Gate,
+        optimizer: Callable[[list[nn.Parameter]], SparseAdamW],
+        config: dict[str, Any],
+        comm: Comm,
+    ) -> None:
+        self.gate = gate
+        self.comm = comm
+        self.optimizer = optimizer([gate.values])
+        self._engine, *_ = deepspeed.initialize(
+            model=model,
+            model_parameters=[gate.values],
+            optimizer=self.optimizer,
+            config=config,
+        )
+        self.model: nn.Module = self._engine.module
+        self.stage: int = self._engine.zero_optimization_stage()
+        self.device = torch.device(get_accelerator().current_device_name())
+        self.dtype: torch.dtype = next(self.model.parameters()).dtype
+
+    # Forward, backward, step
+
+    def backward(
+        self,
+        compute_loss: Callable[[nn.Module], Tensor],
+        *,
+        deliver: bool,
+        loss_scale: float | None = None,
+    ) -> Tensor:
+        """Run one micro-batch; the sinks of the target layers receive what its backward knows.
+
+        Args:
+            compute_loss: calls the model that it is given once, returns a scalar.
+            deliver: whether the collected gradient of ``values`` goes to the optimizer with it;
+                True for the last micro-batch of a global batch only.
+            loss_scale: multiplies the loss before a backward that delivers nothing (default: the
+                optimizer's, so that micro-batches of one global batch add up).
+
+        Returns:
+            The detached loss.
+        """
+        self.gate.open = deliver
+        if deliver:
+            loss = compute_loss(self._engine)
+            self._engine.backward(loss)
+        else:  # the engine does not see it: frozen weights need nothing of it but ZeRO-3's hooks
+            loss = compute_loss(self.model)
+            (loss * (self.loss_scale if loss_scale is None else loss_scale)).backward()
+            if self.stage == 3:
+                self._engine.optimizer.parameter_offload.release_backward_leftovers()
+        return loss.detach()
+
+    def step(self) -> bool:
+        """Apply the delivered gradient, unless an entry of it is not finite on some rank.
+
+        Returns:
+            False where the step was skipped: masters, moments and ``num_updates`` are as before.
+        """
+        gradient = self.gate.values.grad
+        if self._engine.optimizer is self.optimizer:  # fp32 at stage 0: DeepSpeed checks nothing
+            assert gradient is not None, "a step follows a backward that delivers"
+            if not gradient.isfinite().all():
+                self.gate.values.grad = None
+                return False
+        self._engine.step()
+        return self._engine.was_step_applied()
+
+    @property
+    def grad_norm(self) -> float | None:
+        """The gradient's L2 norm before clipping in the last step, where the stage computes it."""
+        norm = self._engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    @property
+    def loss_scale(self) -> float:
+        """What losses are multiplied by before the backward (1 except under fp16)."""
+        return float(getattr(self._engine.optimizer, "loss_scale", 1.0) or 1.0)
+
+    @loss_scale.setter
+    def loss_scale(self, scale: float) -> None:
+        if self._engine.fp16_enabled():
+            self._engine.optimizer.loss_scale = scale
+
+    # Weights
+
+    def shard_range(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """[start, stop) of the flat range of a weight that this rank scores.
+
+        The ZeRO-3 partition; below stage 3 the range of the same size. May be empty.
+        """
+        total = numel(parameter)
+        size = self.partition_size(parameter)
+        return min(self.comm.rank * size, total), min((self.comm.rank + 1) * size, total)
+
+    def partition_size(self, parameter: nn.Parameter) -> int:
+        """Length of every rank's range of a weight, padding included."""
+        if self.stage == 3:
+            return parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+        return -(-numel(parameter) // self.comm.world_size)
+
+    def read_shard(self, parameter: nn.Parameter) -> Tensor:
+        """This rank's range of a weight, 1-D, in the model's dtype; a view, not to be written."""
+        start, stop = self.shard_range(parameter)
+        if self.stage == 3:
+            return parameter.ds_tensor.data.view(-1)[: stop - start].to(self.device)  # type: ignore[attr-defined]
+        return parameter.data.view(-1)[start:stop]
+
+    def writable_range(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """[start, stop) of the flat range that :meth:`write_entries` reaches on this rank."""
+        return self.shard_range(parameter) if self.stage == 3 else (0, numel(parameter))
+
+    def write_entries(
+        self,
+        parameter: nn.Parameter,
+        flat_index: Tensor,
+        values: Tensor,
+        own: slice,
+    ) -> None:
+        """Set entries of a weight, in this rank's part and in any full copy that it keeps.
+
+        Args:
+            parameter: the weight.
+            flat_index: int [k], all selected entries of the weight.
+            values: [k], their new values.
+            own: those of the k entries that lie in :meth:`writable_range`.
+        """
+        if self.stage < 3:
+            parameter.data.view(-1)[flat_index] = values
+            return
+        shard = parameter.ds_tensor.data  # type: ignore[attr-defined]
+        shard_index = (flat_index[own] - self.shard_range(parameter)[0]).to(shard.device)
+        shard.view(-1)[shard_index] = values[own].to(shard.device)
+        if parameter.ds_status == ZeroParamStatus.AVAILABLE:  # type: ignore[attr-defined]
+            parameter.data.view(-1)[flat_index] = values
+
+    # The selected values: parameter, masters, moments
+
+    def gather_values(self) -> Tensor:
+        """``values`` [K] in the model's dtype, whole, on every rank."""
+        values = self.gate.values
+        if self.stage < 3:
+            return values.data
+        # Not by GatheredParameters: a forward pass may have left a gathering of it in flight.
+        return torch.cat(self.comm.all_gather(self.read_shard(values)))
+
+    def get_state(self) -> dict[str, Tensor]:
+        """Masters and moments, each fp32 [K], whole, on every rank; see :data:`STATE_KEYS`."""
+        fragment = self._fragment()
+        state = self.optimizer.state[fragment.owner] or self.optimizer.reset_state(fragment.owner)
+        return {
+            key: self._gather(fragment, fragment.owner if key == "master" else state[key])
+            for key in STATE_KEYS
+        }
+
+    @property
+    def num_updates(self) -> int:
+        """Optimizer updates applied so far."""
+        return self.optimizer.state[self._fragment().owner].get("step", 0)
+
+    def set_state(self, state: Mapping[str, Tensor], num_updates: int) -> None:
+        """Set masters and moments from whole fp32 vectors [K], and ``values`` from the masters."""
+        fragment = self._fragment()
+        own = slice(fragment.start, fragment.start + fragment.length)
+        place = slice(fragment.offset, fragment.offset + fragment.length)
+        moments = self.optimizer.reset_state(fragment.owner)
+        moments["step"] = num_updates
+        for key in STATE_KEYS:
+            target = fragment.owner.data if key == "master" else moments[key]
+            target.zero_()[place] = state[key][own].to(target.device)
+        master = state["master"].to(self.device)
+        values = self.gate.values
+        if self.stage < 3:
+            values.data.copy_(master)
+            return
+        shard = values.ds_tensor.data  # type: ignore[attr-defined]
+        shard.zero_()[: fragment.length] = master[own]
+        if values.ds_status == ZeroParamStatus.AVAILABLE:  # type: ignore[attr-defined]
+            values.data.copy_(master)
+
+    def optimizer_state_bytes(self) -> int:
+        """Bytes of masters and moments that this rank holds, measured on the tensors."""
+        owner = self._fragment().owner
+        tensors = [owner, *(t for t in self.optimizer.state[owner].values() if torch.is_tensor(t))]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def _gather(self, fragment: _Fragment, vector: Tensor) -> Tensor:
+        part = vector.detach().view(-1)[fragment.offset : fragment.offset + fragment.length]
+        part = part.to(self.device)
+        if self.stage == 0:
+            return part.clone()
+        return torch.cat(self.comm.all_gather(part))
+
+    def _fragment(self) -> _Fragment:
+        """Where the masters of ``values`` are kept; the one place that reads DeepSpeed's layout."""
+        optimizer, values = self._engine.optimizer, self.gate.values
+        if self.stage == 3:
+            owner = optimizer.fp32_partitioned_groups_flat[0]
+            start, stop = self.shard_range(values)
+            return _Fragment(owner, 0, start, stop - start)
+        if self.stage > 0:
+            owner = optimizer.single_partition_of_fp32_groups[0]
+            mapping = values._hp_mapping  # type: ignore[attr-defined]
+            if mapping is None:  # fewer entries than ranks: this rank has none
+                return _Fragment(owner, 0, 0, 0)
+            low, high = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
+            return _Fragment(owner, high.start, low.start, low.numel)
+        groups = getattr(optimizer, "fp32_groups", None)  # a bf16 engine's; fp32 has no copy
+        owner = groups[0][0] if groups else values
+        return _Fragment(owner, 0, 0, values.numel())

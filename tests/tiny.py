@@ -1,0 +1,305 @@
+"""Small random models in engines, and examples without text: what tests of runs on ranks share.
+
+A model is made anew wherever it is needed, always with the same weights, so that ranks and the
+dense reference agree on them without a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+)
+
+from gem_ds.batches import Batches
+from gem_ds.checkpoint import TrainerState
+from gem_ds.comm import Comm
+from gem_ds.encode import EncodedDataset
+from gem_ds.entries import SelectedEntries
+from gem_ds.fit import Intervals, fit
+from gem_ds.loss import summed_answer_loss
+from gem_ds.optim import SparseAdamW
+from gem_ds.reporting import Reporter
+from gem_ds.sparse import TargetLayers
+from gem_ds.targets import find_targets
+from gem_ds.zero import Engine
+from gem_ds.zero_config import RunShape, read_config, resolve_config
+from tests import oracle
+
+DS_CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"
+PAD_TOKEN_ID = 0
+MAX_LENGTH = 24
+_VOCABULARY = 40
+
+
+def _llama() -> PreTrainedModel:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=_VOCABULARY,
+            hidden_size=20,
+            intermediate_size=9,
+            num_hidden_layers=2,
+            num_attention_heads=5,
+            num_key_value_heads=1,
+            head_dim=2,  # the targets hold 200 and 40 entries, which three ranks cannot share
+            initializer_range=0.2,
+        )
+    )
+
+
+def _opt() -> PreTrainedModel:
+    return OPTForCausalLM(
+        OPTConfig(
+            vocab_size=_VOCABULARY,
+            hidden_size=15,
+            word_embed_proj_dim=15,
+            ffn_dim=10,
+            num_hidden_layers=2,
+            num_attention_heads=3,
+            max_position_embeddings=MAX_LENGTH,
+            dropout=0.3,
+            attention_dropout=0.3,
+            init_std=0.2,
+        )
+    )
+
+
+def _bert() -> PreTrainedModel:
+    return BertForMaskedLM(
+        BertConfig(
+            vocab_size=_VOCABULARY,
+            hidden_size=15,
+            intermediate_size=10,
+            num_hidden_layers=2,
+            num_attention_heads=3,
+            max_position_embeddings=MAX_LENGTH,
+            hidden_dropout_prob=0.3,
+            attention_probs_dropout_prob=0.3,
+            initializer_range=0.2,
+        )
+    )
+
+
+_MAKERS: Mapping[str, Callable[[], PreTrainedModel]] = {"llama": _llama, "opt": _opt, "bert": _bert}
+
+
+def make_model(architecture: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A model of random weights, always the same. OPT and BERT drop out 30 % in train mode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = _MAKERS[architecture]()
+        model.to(dtype)  # type: ignore[arg-type]
+        return model
+
+
+def checkpointed(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with gradient checkpointing turned on, as launch/train.py does it."""
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    return model
+
+
+def random_examples(count: int, seed: int = 0) -> EncodedDataset:
+    """Examples of 2 to 13 random tokens; prompt and answer have at least one each."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(2, 14, (count,), generator=generator)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    prompts = (torch.rand(count, generator=generator) * (lengths - 1)).floor().int() + 1
+    tokens = torch.randint(1, _VOCABULARY, (int(offsets[-1]),), generator=generator)
+    return EncodedDataset(
+        tokens=tokens.int(),
+        offsets=offsets,
+        prompt_lengths=prompts,
+        truncated=torch.zeros(count, dtype=torch.bool),
+    )
+
+
+# The loss of a run, and the same written naively for the oracle.
+
+
+def summed_masked_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """A masked language model's summed loss: the labels stand where they are predicted."""
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    logits = model(**inputs).logits.flatten(0, 1)
+    return F.cross_entropy(logits, batch["labels"].flatten(), reduction="sum")
+
+
+def summed_loss_of(architecture: str) -> Callable[[nn.Module, dict[str, Tensor]], Tensor]:
+    """The loss that a run on the architecture is given."""
+    return summed_masked_loss if architecture == "bert" else summed_answer_loss
+
+
+Example = tuple[Tensor, int]
+"""The token ids of an example and how many of them are the prompt's."""
+
+
+def naive_examples(dataset: EncodedDataset, indices: Sequence[int]) -> list[Example]:
+    """Examples one by one, without batch, padding or mask."""
+    return [(dataset.input_ids(i).long(), dataset.prompt_length(i)) for i in indices]
+
+
+def naive_loss(model: nn.Module, example: Example) -> Tensor:
+    """Summed loss over the answer of a single example."""
+    tokens, prompt_length = example
+    logits = model(input_ids=tokens[None]).logits[0]
+    if not isinstance(model, BertForMaskedLM):
+        logits = torch.cat([logits[:1], logits[:-1]])  # what predicts token t is at t - 1
+    return F.cross_entropy(logits[prompt_length:], tokens[prompt_length:], reduction="sum")
+
+
+# Engines
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A kind of engine: one of the bundled files, varied.
+
+    Attributes:
+        stage: of ZeRO.
+        dtype: fp32 or bf16.
+        variant: "plain"; "offload" (optimizer and parameters on the CPU), "gathered" (no weight is
+            persistent) or "persistent" (all are), which are of stage 3.
+    """
+
+    stage: int
+    dtype: str = "fp32"
+    variant: str = "plain"
+
+    def __str__(self) -> str:
+        return " ".join([f"zero{self.stage}", self.dtype, self.variant])
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Of the model."""
+        return torch.bfloat16 if self.dtype == "bf16" else torch.float32
+
+    def config(self, world_size: int, max_grad_norm: float, num_selected: int) -> dict[str, Any]:
+        """The resolved DeepSpeed configuration."""
+        suffix = "_offload" if self.variant == "offload" else ""
+        config = read_config(DS_CONFIGS / f"zero{self.stage}{suffix}.json")
+        thresholds = {"gathered": 0, "persistent": 10**9}
+        if self.variant in thresholds:
+            threshold = thresholds[self.variant]
+            config["zero_optimization"]["stage3_param_persistence_threshold"] = threshold
+        shape = RunShape(
+            world_size=world_size,
+            micro_batch_size=1,
+            gradient_accumulation_steps=1,
+            max_grad_norm=max_grad_norm,
+            dtype="bf16" if self.dtype == "bf16" else "fp32",
+            hidden_size=20,
+            num_selected=num_selected,
+        )
+        return resolve_config(config, shape)
+
+
+def make_engine(
+    setting: Setting,
+    comm: Comm,
+    model: nn.Module,
+    num_selected: int,
+    *,
+    targets: dict[str, nn.Module] | None = None,
+    max_grad_norm: float = 1.0,
+    **adam: Any,
+) -> tuple[Engine, TargetLayers]:
+    """Put a model into an engine, its query and value projections (or ``targets``) as targets."""
+    layers = TargetLayers(model, targets or find_targets(model), num_selected)
+    config = setting.config(comm.world_size, max_grad_norm, num_selected)
+    settings = {"lr": 0.01} | adam
+    engine = Engine(
+        model, layers.gate, lambda params: SparseAdamW(params, **settings), config, comm
+    )
+    return engine, layers
+
+
+def fit_entries(
+    entries: SelectedEntries,
+    batches: Batches,
+    num_steps: int,
+    folder: Path,
+    *,
+    rate_factor: Callable[[int], float] = lambda _: 1.0,
+    after_step: Callable[[], None] = lambda: None,
+) -> list[dict[str, Any]]:
+    """Train with the summed answer loss.
+
+    Args:
+        entries: what is trained; masters and weights must agree.
+        batches: the training data.
+        num_steps: how many steps to take; all are logged.
+        folder: for what a run writes.
+        rate_factor: of the learning rate, by the number of applied steps.
+        after_step: called on all ranks after each step.
+
+    Returns:
+        The log.
+    """
+    state, comm = TrainerState(max_steps=num_steps), entries.engine.comm
+
+    def log_extra() -> dict[str, float]:
+        after_step()
+        return {}
+
+    with closing(
+        Reporter(folder, state, is_main=comm.is_main, tensorboard=False, show_bar=False)
+    ) as reporter:
+        finished = fit(
+            entries,
+            batches,
+            summed_answer_loss,
+            LambdaLR(entries.engine.optimizer, rate_factor),
+            state,
+            seed=0,
+            intervals=Intervals(log=1, evaluate=None, save=None),
+            reporter=reporter,
+            evaluate=dict,
+            save=lambda: None,
+            log_extra=log_extra,
+        )
+    assert finished
+    return state.log_history
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """A tensor's bits as integers, so that -0.0 and 0.0 differ and NaN equals itself."""
+    return tensor.contiguous().view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
+
+
+def assert_selected_up_to_rounding(
+    selected: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    total: int,
+) -> None:
+    """The flat indices are the oracle's, but for entries whose scores differ by rounding only.
+
+    A gradient is a sum that may cancel, so each of its entries is known to an error that is
+    relative to the largest of them, and its ratio to that error over the entry's own weight.
+    """
+    assert sum(index.numel() for index in selected.values()) == total
+    for name, expected in oracle.select(gradients, weights, total).items():
+        ratio = oracle.ratio(gradients[name], weights[name]).flatten()
+        error = 1e-6 * gradients[name].abs().max() / (weights[name].abs().flatten() + 1e-8)
+        mask = torch.zeros_like(ratio, dtype=torch.bool)
+        mask[selected[name].long()] = True
+        wrong = mask != expected.flatten()
+        threshold = ratio[expected.flatten()].min()
+        slack = error + error[ratio == threshold].max()
+        assert bool(((ratio - threshold).abs() <= slack)[wrong].all()), f"{name}: a clear miss"
+        assert int(wrong.sum()) <= 2, f"{name}: {int(wrong.sum())} entries differ"

@@ -1,0 +1,256 @@
+"""What the conformance test of ``gem_ds.zero`` works on: engines of every kind beside dense twins.
+
+A :class:`Setting` says how an engine is made, a :class:`Bench` is a small odd-shaped model in such
+an engine with a dense copy, and :class:`DenseAdamW` is the optimizer as one process would run it.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
+
+from gem_ds.comm import Comm
+from gem_ds.optim import SparseAdamW
+from gem_ds.sparse import GradientSink, TargetLayers
+from gem_ds.zero_config import RunShape, read_config, resolve_config
+
+DS_CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"
+BATCH = 6
+FEATURES = 7
+CLIPPING = 1.0
+ADAM = {"lr": 0.1, "betas": (0.8, 0.9), "eps": 0.1, "weight_decay": 0.2}
+"""A large eps, so that the size of a gradient matters to the update and clipping shows."""
+
+Vectors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A kind of engine."""
+
+    stage: int
+    dtype: str
+    variant: str
+
+    def __str__(self) -> str:
+        return f"zero{self.stage} {self.dtype} {self.variant}"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Of the model."""
+        return torch.bfloat16 if self.dtype == "bf16" else torch.float32
+
+    def config(self, world_size: int) -> dict[str, Any]:
+        """The bundled file of the stage, with buckets smaller than the flat parameter."""
+        offload = self.variant == "offload"
+        name = "zero3_offload" if offload and self.stage == 3 else f"zero{self.stage}"
+        config = read_config(DS_CONFIGS / f"{name}.json")
+        zero = config["zero_optimization"]
+        if offload and self.stage < 3:
+            zero["offload_optimizer"] = {"device": "cpu"}
+        if self.stage == 3:
+            persistent = self.variant == "persistent"
+            zero["stage3_param_persistence_threshold"] = 10**9 if persistent else 0
+        shape = RunShape(
+            world_size=world_size,
+            micro_batch_size=BATCH,
+            gradient_accumulation_steps=3,
+            max_grad_norm=CLIPPING,
+            dtype="bf16" if self.dtype == "bf16" else "fp32",
+            hidden_size=FEATURES,
+            num_selected=FEATURES,  # buckets smaller than the vector: it is reduced in pieces
+        )
+        return resolve_config(config, shape)
+
+
+VARIANTS = ("plain", "offload", "persistent")  # the n-th begins at ZeRO stage 0, 1, 3
+SETTINGS = [
+    Setting(stage, dtype, variant)
+    for dtype in ("fp32", "bf16")
+    for stage in range(4)
+    for variant, first_stage in zip(VARIANTS, (0, 1, 3), strict=True)
+    if stage >= first_stage
+]
+PLAIN_FP32 = [setting for setting in SETTINGS if str(setting).endswith("fp32 plain")]
+SETTINGS_BY_WORLD_SIZE = {2: SETTINGS, 1: PLAIN_FP32, 3: PLAIN_FP32}
+
+
+class OddModel(nn.Module):
+    """Weights that ranks cannot share evenly, one that they cannot share, one transposed.
+
+    The first target's input needs no gradient; two targets lie in a checkpointed block.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(FEATURES, 5)  # 35 entries, a target
+        self.norm = nn.LayerNorm(5)
+        self.widen = nn.Linear(5, 9)
+        self.inner = nn.Linear(9, 11, bias=False)  # 99, a target
+        self.transposed = Conv1D(3, 11)  # 33, a target
+        self.narrow = nn.Linear(3, 1)  # 3, a target
+        self.point = nn.Linear(1, 1)  # 1, a target: a rank without an entry
+        self.spread = nn.Linear(1, 4)
+        self.head = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, features] to [batch, classes]."""
+        h = self.norm(self.first(x).tanh())
+        h = checkpoint(self._block, h, use_reentrant=False) if self.training else self._block(h)
+        return self.head(h) + self.spread(self.point(self.narrow(h)).tanh())
+
+    def _block(self, h: Tensor) -> Tensor:
+        return self.transposed(self.inner(self.widen(h).tanh()).tanh()).tanh()
+
+
+NUM_SELECTED = {"first": 20, "inner": 30, "transposed": 17, "narrow": 3, "point": 1}
+K = sum(NUM_SELECTED.values())
+assert all(K % size for size in (2, 3)), "the flat parameter pads too"
+
+
+def generator(*seed: int) -> torch.Generator:
+    """A generator of this seed, which may have several parts."""
+    number = 0
+    for part in seed:
+        number = number * 1009 + part
+    return torch.Generator().manual_seed(number)
+
+
+def some_vectors(seed: int, total: int = K) -> Vectors:
+    """Masters and moments that are not round in bf16."""
+    random = generator(seed)
+    return {
+        "master": torch.randn(total, generator=random),
+        "exp_avg": torch.randn(total, generator=random) * 0.1,
+        "exp_avg_sq": torch.rand(total, generator=random) * 0.01,
+    }
+
+
+def flat_gradient(rank: int, step: int, total: int = K) -> Tensor:
+    """A rank's gradient, with so few bits that no cast or mean of two ranks rounds it."""
+    whole = torch.randint(-60, 61, (total,), generator=generator(rank, step, 7))
+    return whole * 2.0 ** (-10 if step % 2 else -4)
+
+
+def micro_batch(rank: int, i: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The i-th micro-batch of a rank: features and classes."""
+    random = generator(rank, i, 11)
+    x = torch.randn(BATCH, FEATURES, generator=random).to(dtype)
+    return x, torch.randint(0, 4, (BATCH,), generator=random)
+
+
+def assert_close(actual: Vectors, expected: Vectors, relative: float) -> None:
+    """Every vector within ``relative`` of the largest entry of the expected one."""
+    for key, value in expected.items():
+        error = (actual[key] - value).abs().max() / value.abs().max().clamp(min=1e-12)
+        assert error <= relative, f"{key} is off by {error:.2e}"
+
+
+def assert_equal(actual: Vectors, expected: Vectors) -> None:
+    """Every vector equal to the bit."""
+    for key, value in expected.items():
+        assert torch.equal(actual[key], value), f"{key} differs in some bit"
+
+
+class DenseAdamW:
+    """torch's AdamW on whole vectors in one process, with the gradient of all ranks."""
+
+    def __init__(self, vectors: Vectors, num_updates: int) -> None:
+        self.master = vectors["master"].clone().requires_grad_()
+        self.optimizer = torch.optim.AdamW([self.master], **ADAM)
+        state = {key: value.clone() for key, value in vectors.items() if key != "master"}
+        state["step"] = torch.tensor(float(num_updates))
+        self.optimizer.state[self.master] = state
+
+    def step(self, by_rank: list[Tensor]) -> float:
+        """Average, clip, update; the norm before clipping."""
+        self.master.grad = torch.stack(by_rank).mean(0)
+        norm = torch.nn.utils.clip_grad_norm_([self.master], CLIPPING)
+        self.optimizer.step()
+        return float(norm)
+
+    @property
+    def vectors(self) -> Vectors:
+        """Master and moments as they stand."""
+        state = self.optimizer.state[self.master]
+        moments = {key: state[key].clone() for key in ("exp_avg", "exp_avg_sq")}
+        return {"master": self.master.detach().clone()} | moments
+
+
+class Bench:
+    """A model in an engine of some setting, beside a dense twin of the same weights."""
+
+    def __init__(self, setting: Setting, comm: Comm, num_selected: int = K) -> None:
+        from gem_ds.zero import Engine
+
+        self.setting, self.comm = setting, comm
+        torch.manual_seed(0)
+        model = OddModel().to(setting.torch_dtype)
+        self.dense = copy.deepcopy(model)
+        targets = {f"{name}.weight": getattr(model, name) for name in NUM_SELECTED}
+        self.layers = TargetLayers(model, targets, num_selected)
+        random = generator(5)
+        self.indices = [
+            torch.randperm(layer.numel, generator=random)[:k].sort().values.int()
+            for layer, k in zip(self.layers, NUM_SELECTED.values(), strict=True)
+        ]
+        self.sizes = list(NUM_SELECTED.values())
+        starts = itertools.accumulate(self.sizes, initial=0)
+        self.sinks = [
+            GradientSink(self.layers.gate, start, index)
+            for start, index in zip(starts, self.indices, strict=False)
+        ]
+        self.engine = Engine(
+            model,
+            self.layers.gate,
+            lambda params: SparseAdamW(params, **ADAM),
+            setting.config(comm.world_size),
+            comm,
+        )
+
+    def everyone(self, step: int, total: int = K) -> list[Tensor]:
+        """The gradients of all ranks."""
+        return [flat_gradient(rank, step, total) for rank in range(self.comm.world_size)]
+
+    def batch(self, i: int) -> tuple[Tensor, Tensor]:
+        """This rank's i-th micro-batch."""
+        return micro_batch(self.comm.rank, i, self.setting.torch_dtype)
+
+    def gathered(self) -> Vectors:
+        """Every weight of the engine's model as DeepSpeed itself shows it, but the gate's."""
+        import deepspeed  # noqa: TID251
+
+        named = dict(self.engine.model.named_parameters())
+        named.pop("gem_gate.values")
+        if self.setting.stage < 3:
+            return {name: parameter.data.clone() for name, parameter in named.items()}
+        with deepspeed.zero.GatheredParameters(list(named.values())):
+            return {name: parameter.data.clone() for name, parameter in named.items()}
+
+    def step_with(self, gradient: Tensor) -> bool:
+        """Deliver ``gradient`` [K] as this rank's and step."""
+        self.engine.gate.add_gradient(0, gradient)
+        x, _ = self.batch(0)
+        with self.layers.sinks([lambda *_: None] * len(self.layers)):
+            self.engine.backward(lambda model: model(x).sum() * 0.0, deliver=True)
+        return self.engine.step()
+
+    def write(self, values: Tensor) -> None:
+        """Write ``values`` [K] into the engine's weights and into the dense twin's."""
+        values = values.to(self.setting.torch_dtype)
+        slices = values.split(self.sizes)
+        for layer, index, part in zip(self.layers, self.indices, slices, strict=True):
+            low, high = self.engine.writable_range(layer.weight)
+            own = (index >= low) & (index < high)
+            start, count = int((index < low).sum()), int(own.sum())
+            self.engine.write_entries(layer.weight, index, part, slice(start, start + count))
+            dense = self.dense.get_parameter(layer.name)
+            dense.data.view(-1)[index.long()] = part
