@@ -1,0 +1,1 @@
+"""Launchers: train.py (what `deepspeed` runs), export.py, and the embedded demonstration."""

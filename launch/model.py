@@ -1,0 +1,124 @@
+"""The base model: its configuration, which costs nothing to read, and its weights."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+)
+
+from gem_ds.comm import Comm
+from gem_ds.targets import ENCODERS
+from gem_ds.zero import partitioned_loading
+from launch.arguments import Arguments
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+_WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+
+
+def load_model_config(args: Arguments) -> PretrainedConfig:
+    """The model's configuration.
+
+    Raises:
+        ValueError: it cannot be loaded, is not of a model that GEM can train, or lies in a folder
+            without weights.
+    """
+    name = str(args.model.model_name_or_path)
+    if name.startswith(("/", ".")) and not Path(name).is_dir():
+        raise ValueError(f"--model_name_or_path {name} is no folder: check the path.")
+    try:
+        config = AutoConfig.from_pretrained(
+            name,
+            revision=args.model.revision or "main",
+            trust_remote_code=args.model.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--model_name_or_path {name} cannot be loaded: {one_line(error)}"
+        ) from error
+    if config.is_encoder_decoder:
+        raise ValueError(f"{name} is an encoder-decoder model: pass a causal language model.")
+    if config.model_type in ENCODERS and not getattr(config, "is_decoder", False):
+        raise ValueError(
+            f"{name} is an encoder ({config.model_type}), whose tokens see the answer: pass a "
+            "causal language model."
+        )
+    if getattr(config, "quantization_config", None):
+        raise ValueError(
+            f"{name} is quantized, so its weights cannot hold an update exactly: pass the original."
+        )
+    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in _WEIGHT_FILES):
+        raise ValueError(
+            f"--model_name_or_path {name} holds no weights ({' or '.join(_WEIGHT_FILES)}): pass a "
+            "complete model."
+        )
+    return config
+
+
+def load_model(
+    args: Arguments, config: PretrainedConfig, deepspeed: dict[str, Any], comm: Comm
+) -> PreTrainedModel:
+    """The base model in the run's dtype, partitioned while it loads at ZeRO stage 3.
+
+    Args:
+        args: the flags.
+        config: as :func:`load_model_config` gives it.
+        deepspeed: the resolved DeepSpeed configuration.
+        comm: the ranks; all call this together.
+
+    Raises:
+        ValueError: its files are damaged, or lack a weight or have it in another shape.
+        OSError: they cannot be read.
+    """
+    name = str(args.model.model_name_or_path)
+    kwargs: dict[str, Any] = {"revision": args.model.revision or "main"}
+    if args.model.attn_implementation:
+        kwargs["attn_implementation"] = args.model.attn_implementation
+    try:
+        with partitioned_loading(deepspeed):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                name,
+                config=config,
+                dtype=DTYPES[args.train.dtype],
+                trust_remote_code=args.model.trust_remote_code,
+                ignore_mismatched_sizes=True,  # they are refused below, in one sentence
+                output_loading_info=True,
+                **kwargs,
+            )
+            model, report = loaded
+            # Where a weight is missing, the model holds random numbers.
+            wrong = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
+    except SafetensorError as error:
+        raise ValueError(
+            f"The weights of {name} are damaged ({error}): copy them again."
+        ) from error
+    except RuntimeError as error:  # at stage 3 rank 0 alone sees a wrong shape, after loading
+        wrong = re.findall(r"size mismatch for (\S+):", str(error))
+        if not wrong:
+            raise
+    with comm.agreement():
+        if wrong:
+            raise ValueError(
+                f"{name} lacks {len(wrong)} of the weights that its config.json asks for, or has "
+                f"them in another shape, for example {min(wrong)}: pass a complete model."
+            )
+    if args.train.gradient_checkpointing:
+        # Not reentrant: a reentrant block runs a backward of its own (see gem_ds.sparse).
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    return model
+
+
+def one_line(error: Exception) -> str:
+    """What a library says in several lines."""
+    return " ".join(str(error).split())

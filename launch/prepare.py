@@ -1,0 +1,297 @@
+"""What is decided before any weight is loaded, and everything that can be refused by then.
+
+Each rank prepares for itself, from the same files, and meets the others only afterwards; nothing
+here communicates. The model is laid out on the meta device, where it costs nothing, to find the
+target layers, to count the parameters and to settle K.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+
+from gem_ds.budget import total_budget
+from gem_ds.checkpoint import Checkpoint, RunIdentity, find_checkpoint, list_checkpoints
+from gem_ds.encode import EncodedDataset
+from gem_ds.mask import Mask, checksum, dtype_name
+from gem_ds.reporting import summary_writer_class
+from gem_ds.targets import find_targets, targets_of
+from gem_ds.tasks import load_task
+from gem_ds.tokenizer import load_tokenizer
+from gem_ds.zero import num_parameters
+from gem_ds.zero_config import RunShape, read_config, resolve_config
+from launch.arguments import Arguments
+from launch.model import DTYPES, load_model_config, one_line
+from launch.output_dir import refuse_run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A run that nothing stands against any more.
+
+    Attributes:
+        output_dir: exists or will.
+        config: the model's configuration.
+        tokenizer: the model's.
+        pad_token_id: what rows are padded with.
+        train: encoded training examples.
+        test: encoded held-out examples; may be empty.
+        targets: names of the target weights.
+        num_parameters: N.
+        total: K.
+        deepspeed: the resolved configuration of the engine.
+        global_batch_size: rows per step; the checkpoint's, whatever the flags make it now.
+        mask: the entries, where they are not to be calibrated.
+        checkpoint: what to go on from.
+        identity: what a later resume must agree with.
+    """
+
+    output_dir: Path
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    pad_token_id: int
+    train: EncodedDataset
+    test: EncodedDataset
+    targets: list[str]
+    num_parameters: int
+    total: int
+    deepspeed: dict[str, Any]
+    global_batch_size: int
+    mask: Mask | None
+    checkpoint: Checkpoint | None
+    identity: RunIdentity
+
+    def digest(self) -> str:
+        """A fingerprint of what all ranks must agree on before they meet in a collective."""
+        indices = [] if self.mask is None else [checksum(i) for i in self.mask.indices.values()]
+        step = None if self.checkpoint is None else self.checkpoint.state.global_step
+        parts = (
+            self.identity,
+            self.test.fingerprint(),
+            self.targets,
+            self.num_parameters,
+            self.total,
+            self.deepspeed,
+            indices,
+            step,
+        )
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def prepare(args: Arguments, world_size: int) -> Plan:
+    """Decide and check everything that needs no weights.
+
+    Raises:
+        ValueError, OSError: one sentence that says what to change.
+    """
+    output_dir = Path(str(args.train.output_dir))
+    if args.train.report_to == "tensorboard":
+        summary_writer_class()
+    if args.train.fp16 and not torch.cuda.is_available():
+        raise ValueError("--fp16 needs a GPU: pass --bf16, or neither for fp32.")
+    checkpoint = _load_checkpoint(args, output_dir)
+    mask = checkpoint.mask if checkpoint else Mask.load(args.gem.mask) if args.gem.mask else None
+    config = load_model_config(args)
+    targets, num_entries, total = _settle_targets(args, config, mask)
+    deepspeed = _resolve_deepspeed(args, config, total, world_size)
+    tokenizer = _load_tokenizer(args)
+    train, test = _load_data(args, tokenizer, config)
+    identity = RunIdentity(
+        global_batch_size=batch_size_of_flags(args, world_size),
+        seed=args.train.seed,
+        data=_fingerprint(args, train),
+    )
+    if checkpoint:
+        identity = _resumed_identity(checkpoint.identity, identity)
+    return Plan(
+        output_dir=output_dir,
+        config=config,
+        tokenizer=tokenizer,
+        pad_token_id=_pad_token_id(tokenizer, _text_config(config).vocab_size),
+        train=train,
+        test=test,
+        targets=targets,
+        num_parameters=num_entries,
+        total=total,
+        deepspeed=deepspeed,
+        global_batch_size=identity.global_batch_size,
+        mask=mask,
+        checkpoint=checkpoint,
+        identity=identity,
+    )
+
+
+def batch_size_of_flags(args: Arguments, world_size: int) -> int:
+    """Examples per step of a run that resumes nothing."""
+    train = args.train
+    return train.per_device_train_batch_size * train.gradient_accumulation_steps * world_size
+
+
+def _resolve_deepspeed(
+    args: Arguments, config: PretrainedConfig, total: int, world_size: int
+) -> dict[str, Any]:
+    """The engine's configuration."""
+    train = args.train
+    return resolve_config(
+        read_config(train.deepspeed) if train.deepspeed else {},
+        RunShape(
+            world_size=world_size,
+            micro_batch_size=train.per_device_train_batch_size,
+            gradient_accumulation_steps=train.gradient_accumulation_steps,
+            max_grad_norm=train.max_grad_norm,
+            dtype=train.dtype,
+            hidden_size=_text_config(config).hidden_size,
+            num_selected=total,
+        ),
+    )
+
+
+def _load_checkpoint(args: Arguments, output_dir: Path) -> Checkpoint | None:
+    """The checkpoint to go on from, after a check of what the output folder holds."""
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"--output_dir {output_dir} is a file: name a folder.")
+    if args.train.resume_from_checkpoint is None:
+        if not args.train.overwrite_output_dir:
+            refuse_run(output_dir)
+        return None
+    if args.train.overwrite_output_dir:
+        raise ValueError("--overwrite_output_dir would delete what --resume_from_checkpoint needs.")
+    folder = find_checkpoint(output_dir, args.train.resume_from_checkpoint)
+    checkpoint = Checkpoint.load(folder)
+    if args.gem.mask and not _same_entries(Mask.load(args.gem.mask), checkpoint.mask):
+        raise ValueError("The checkpoint trains other entries than --mask: leave --mask out.")
+    if folder.resolve().parent != output_dir.resolve():
+        refuse_run(output_dir)
+    elif (newest := max(list_checkpoints(output_dir), default=0)) > checkpoint.state.global_step:
+        raise ValueError(
+            f"{output_dir} holds checkpoint-{newest}, which is later than {folder.name}: delete "
+            "what is later, or name another --output_dir."
+        )
+    dtype = dtype_name(DTYPES[args.train.dtype])
+    if (before := next(iter(checkpoint.mask.weights.values())).dtype) != dtype:
+        raise ValueError(
+            f"The checkpoint was trained in {before} and the flags say {dtype}: pass --bf16, "
+            "--fp16 or neither as before."
+        )
+    return checkpoint
+
+
+def _same_entries(mask: Mask, other: Mask) -> bool:
+    return mask.indices.keys() == other.indices.keys() and all(
+        torch.equal(indices, other.indices[name]) for name, indices in mask.indices.items()
+    )
+
+
+def _settle_targets(
+    args: Arguments, config: PretrainedConfig, mask: Mask | None
+) -> tuple[list[str], int, int]:
+    """Names of the target weights, N and K."""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=args.model.trust_remote_code
+            )
+    except ValueError as error:
+        raise ValueError(
+            f"{args.model.model_name_or_path} is a {config.model_type} model, which transformers "
+            "does not know as a causal language model: pass one that is."
+        ) from error
+    num_entries = num_parameters(model)
+    if mask is not None:
+        named = args.gem.target_modules
+        if named and find_targets(model, named).keys() != mask.indices.keys():
+            raise ValueError(
+                "The mask is for other layers than --target_modules names: leave the flag out."
+            )
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        mask.check_model(shapes, str(args.model.model_name_or_path))
+        return list(targets_of(model, mask.indices)), num_entries, mask.num_selected
+    targets = find_targets(model, args.gem.target_modules)
+    total = total_budget(args.gem.density, num_entries)
+    available = sum(model.get_parameter(name).numel() for name in targets)
+    if total > available:
+        raise ValueError(
+            f"--density {args.gem.density} of {num_entries:,} parameters is {total:,} entries, but "
+            f"the {len(targets)} target layers hold {available:,}: lower --density or widen "
+            "--target_modules."
+        )
+    return list(targets), num_entries, total
+
+
+def _load_tokenizer(args: Arguments) -> PreTrainedTokenizerBase:
+    name = str(args.model.model_name_or_path)
+    try:
+        tokenizer = load_tokenizer(
+            name, args.model.revision or "main", trust_remote_code=args.model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"The tokenizer of {name} cannot be loaded: {one_line(error)}") from error
+    if tokenizer is None:
+        raise ValueError(
+            f"--model_name_or_path {name} holds no tokenizer: save the model's tokenizer there."
+        )
+    return tokenizer
+
+
+def _load_data(
+    args: Arguments, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
+) -> tuple[EncodedDataset, EncodedDataset]:
+    data = args.data
+    examples = load_task(
+        str(data.task),
+        data_dir=data.data_dir,
+        train_file=data.train_file,
+        test_file=data.test_file,
+        prompt_field=data.prompt_field,
+        target_field=data.target_field,
+    )
+    train = EncodedDataset.encode(examples.train, tokenizer, data.max_length)
+    test = EncodedDataset.encode(examples.test, tokenizer, data.max_length)
+    largest = int(torch.cat([train.tokens, test.tokens]).max())
+    if largest >= (size := _text_config(config).vocab_size):
+        raise ValueError(
+            f"The tokenizer makes token {largest} and the model knows {size} tokens: save the "
+            "model's own tokenizer in its folder."
+        )
+    longest = int(torch.cat([train.offsets.diff(), test.offsets.diff()]).max())
+    limit = getattr(_text_config(config), "max_position_embeddings", None)
+    if limit and longest > limit:
+        raise ValueError(
+            f"The longest example has {longest} tokens and the model reads {limit}: pass "
+            f"--max_length {limit} or less."
+        )
+    return train, test
+
+
+def _resumed_identity(before: RunIdentity, now: RunIdentity) -> RunIdentity:
+    """The identity of a resumed run: the checkpoint's, once the flags agree with it."""
+    if now.data != before.data:
+        raise ValueError(
+            "The checkpoint was trained on other examples: pass the same data, --max_length and "
+            "--packing as before."
+        )
+    if now.seed != before.seed:
+        raise ValueError(f"The checkpoint was trained with --seed {before.seed}: pass it again.")
+    return before
+
+
+def _fingerprint(args: Arguments, train: EncodedDataset) -> str:
+    packed = f"packed into {args.data.max_length}" if args.data.packing else "one by one"
+    return hashlib.sha256(f"{train.fingerprint()} {packed}".encode()).hexdigest()
+
+
+def _pad_token_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
+    """What rows are filled with: any token that the model has, since it is masked."""
+    pad: Any = tokenizer.pad_token_id
+    eos: Any = tokenizer.eos_token_id
+    return int(pad if pad is not None and pad < vocab_size else eos)
+
+
+def _text_config(config: PretrainedConfig) -> Any:
+    """The part of the configuration that speaks of the language model."""
+    return config.get_text_config()

@@ -1,0 +1,144 @@
+"""What is settled before any weight is loaded, and what an output folder may hold.
+
+What is refused is in test_bad_input.py.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gem_ds.checkpoint import Checkpoint
+from gem_ds.mask import Mask
+from launch import train
+from launch.arguments import parse_arguments
+from launch.output_dir import RUN_FILES, make_output_dir
+from launch.prepare import Plan, prepare
+from tests.tiny_model import Tiny, make_tiny, one_rank, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
+    with one_rank():
+        yield make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def run(tiny: Tiny) -> Path:
+    """A finished run with two checkpoints."""
+    train.main(tiny.flags(tiny.folder / "run", max_steps=4, save_steps=2))
+    return tiny.folder / "run"
+
+
+def plan_of(tiny: Tiny, *switches: str, world_size: int = 1, **values: object) -> Plan:
+    flags = tiny.flags(tiny.folder / "new", *switches, **values)
+    return prepare(parse_arguments(flags), world_size)
+
+
+def test_a_plan_counts_what_the_model_holds(tiny):
+    plan = plan_of(tiny, density="0.03")
+    model = AutoModelForCausalLM.from_pretrained(tiny.model)
+    assert plan.num_parameters == sum(p.numel() for p in model.parameters())
+    assert plan.total == math.floor(0.03 * plan.num_parameters)
+    assert plan.targets == [
+        f"model.layers.{layer}.self_attn.{kind}_proj.weight" for layer in (0, 1) for kind in "qv"
+    ]
+    assert (len(plan.train), len(plan.test)) == (22, 5)
+    assert plan.pad_token_id == AutoTokenizer.from_pretrained(tiny.model).eos_token_id
+    assert plan.mask is None
+    assert plan.checkpoint is None
+    assert not plan.output_dir.exists(), "nothing is written yet"
+
+
+def test_no_weight_is_read(tiny):
+    folder = tiny.variant("unreadable")
+    (folder / "model.safetensors").write_bytes(b"no weights at all")
+    plan = plan_of(tiny, model_name_or_path=folder)
+    assert plan.num_parameters == plan_of(tiny).num_parameters
+
+
+def test_target_modules_are_taken_from_the_flags(tiny):
+    plan = plan_of(tiny, "--target_modules", "k_proj", "o_proj")
+    assert {name.split(".")[-2] for name in plan.targets} == {"k_proj", "o_proj"}
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_the_batch_is_over_all_ranks_and_accumulation_steps(tiny, world_size):
+    plan = plan_of(
+        tiny,
+        world_size=world_size,
+        per_device_train_batch_size=5,
+        gradient_accumulation_steps=2,
+    )
+    assert plan.global_batch_size == 10 * world_size
+    assert plan.deepspeed["train_batch_size"] == 5 * world_size, "accumulation is not the engine's"
+
+
+def test_the_identity_is_that_of_the_data_and_their_order(tiny):
+    plain = plan_of(tiny).identity
+    assert plan_of(tiny, learning_rate=1e-5, max_length=120, density="0.1").identity == plain
+    assert plan_of(tiny, seed=7).identity.seed == 7
+    for flags in (["--packing"], ["--max_length", "44"]):
+        assert plan_of(tiny, *flags).identity.data != plain.data
+    rows = [json.loads(line) for line in (tiny.data / "train.jsonl").read_text().splitlines()]
+    write_jsonl(tiny.folder / "turned" / "train.jsonl", rows[::-1])
+    shutil.copy(tiny.data / "test.jsonl", tiny.folder / "turned")
+    assert plan_of(tiny, data_dir=tiny.folder / "turned").identity.data != plain.data
+
+
+def test_a_mask_settles_targets_and_budget(tiny, run):
+    mask = Mask.load(run / "mask.safetensors")
+    plan = plan_of(tiny, mask=run / "mask.safetensors", density="0.5")
+    assert plan.targets == list(mask.indices)
+    assert plan.total == mask.num_selected
+
+
+def test_a_resumed_run_keeps_the_batch_of_its_checkpoint(tiny, run):
+    values = {"output_dir": run, "resume_from_checkpoint": "last", "learning_rate": 0.5}
+    plan = plan_of(tiny, world_size=3, **values)
+    assert plan.checkpoint is not None
+    assert plan.checkpoint.state.global_step == 4
+    assert plan.identity == Checkpoint.load(run / "checkpoint-4").identity
+    assert plan.global_batch_size == 4
+    assert plan.total == plan.checkpoint.mask.num_selected
+
+
+def test_a_checkpoint_may_go_on_in_another_folder(tiny, run):
+    plan = plan_of(tiny, resume_from_checkpoint=run / "checkpoint-2")
+    assert plan.checkpoint is not None
+    assert plan.checkpoint.state.global_step == 2
+
+
+def test_overwriting_deletes_the_run_and_nothing_else(tiny, run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    (folder / "runs").mkdir()
+    (folder / ".checkpoint-6.0a0a0a0a.tmp").mkdir()
+    (folder / "notes.txt").write_text("mine")
+    (folder / "checkpoints").mkdir()
+    assert all((folder / name).exists() for name in RUN_FILES)
+    flags = tiny.flags(folder, "--overwrite_output_dir")
+    plan = prepare(parse_arguments(flags), world_size=1)
+    assert (folder / "delta.safetensors").exists(), "preparing deletes nothing"
+    make_output_dir(plan.output_dir, overwrite=True)
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoints", "notes.txt"]
+
+
+def test_without_overwriting_only_leftovers_go(tiny, run, tmp_path):
+    folder = tmp_path / "a" / "b"
+    shutil.copytree(run, folder)
+    before = sorted(folder.iterdir())
+    (folder / ".checkpoint-6.0a0a0a0a.tmp").mkdir()
+    make_output_dir(folder, overwrite=False)
+    assert sorted(folder.iterdir()) == before
+
+
+def test_other_files_in_the_folder_do_not_matter(tiny, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    prepare(parse_arguments(tiny.flags(tmp_path)), world_size=1)

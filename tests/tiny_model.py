@@ -1,0 +1,156 @@
+"""A model folder that trains in a second, with data of its own, and the flags that train it.
+
+    tiny = make_tiny(folder)
+    main(tiny.flags(output_dir, max_steps=3))
+
+A Llama of two layers with random weights and a byte-level tokenizer; questions about sums, in
+GSM8K's form.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from unittest import mock
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from gem_ds.zero import leave_distributed
+from launch import train
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """Where the model and the data lie.
+
+    Attributes:
+        folder: holds both, and what a test puts beside them.
+        model: the model's folder.
+        data: folder with train.jsonl (22 examples) and test.jsonl (5).
+    """
+
+    folder: Path
+    model: Path
+    data: Path
+
+    def flags(self, output_dir: Path, /, *switches: str, **values: object) -> list[str]:
+        """The command line of a run in 4-example steps; a value of None leaves its flag out."""
+        settings = {
+            "model_name_or_path": self.model,
+            "task": "gsm8k",
+            "data_dir": self.data,
+            "output_dir": output_dir,
+            "density": "0.02",
+            "learning_rate": 0.01,
+            "per_device_train_batch_size": 4,
+        } | values
+        pairs = [(f"--{name}", str(v)) for name, v in settings.items() if v is not None]
+        return [*(text for pair in pairs for text in pair), "--disable_tqdm", *switches]
+
+    def variant(self, name: str, **config: object) -> Path:
+        """A copy of the model folder with other values in its config.json."""
+        copy = self.folder / name
+        shutil.copytree(self.model, copy)
+        path = copy / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | config))
+        return copy
+
+
+def make_tiny(folder: Path) -> Tiny:
+    """Write model, tokenizer and data into ``folder``."""
+    tiny = Tiny(folder, folder / "model", folder / "data")
+    tokenizer = _tokenizer()
+    tokenizer.save_pretrained(tiny.model)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=128,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(tiny.model)
+    rng = random.Random(0)
+    write_jsonl(tiny.data / "train.jsonl", [_sum(rng) for _ in range(22)])
+    write_jsonl(tiny.data / "test.jsonl", [_sum(rng) for _ in range(5)])
+    return tiny
+
+
+def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
+    """Write one JSON object per line; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Many calls of ``main`` share one process group, as joining takes longer than most of them."""
+    with mock.patch.object(train, "leave_distributed"):
+        try:
+            yield
+        finally:
+            leave_distributed()
+
+
+def mains(*commands: list[str]) -> str:
+    """Run command lines one after another, for ``run_ranks``; returns what this rank prints."""
+    with joined(), redirect_stdout(StringIO()) as out:
+        for flags in commands:
+            train.main(flags)
+    return out.getvalue()
+
+
+@contextmanager
+def one_rank() -> Iterator[None]:
+    """``main`` may be called in this process; what it changes there ends with the block."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with mock.patch.dict(os.environ):
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(name, None)
+        try:
+            with joined():
+                yield
+        finally:
+            torch.set_num_threads(num_threads)
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def _sum(rng: random.Random) -> dict[str, object]:
+    a, b = rng.randint(1, 99), rng.randint(1, 99)
+    return {"question": f"What is {a} and {b}?", "answer": f"{a}+{b}={a + b}\n#### {a + b}"}
