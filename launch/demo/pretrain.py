@@ -1,0 +1,250 @@
+"""Pretrain the embedded model: a Llama of a few million parameters and its SentencePiece tokenizer.
+
+The text comes from `corpus.py`. Documents are closed by the end-of-sequence token and packed whole
+into rows of at most 256 tokens. The result is an ordinary Hugging Face folder in bfloat16. With the
+same seed, flags and software the text and the tokenizer are the same to the byte, and the weights
+up to the order in which the machine adds.
+
+    python -m launch.demo.pretrain --output_dir launch/demo/model
+"""
+
+import argparse
+import io
+import itertools
+import math
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import sentencepiece
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LlamaTokenizer
+
+from launch.demo.corpus import generate_documents
+
+VOCABULARY_SIZE = 768
+TOKENIZER_DOCUMENTS = 20_000
+ROW_LENGTH = 256
+PAD_LABEL = -100
+LOG_EVERY = 50
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train the tokenizer and the model, and save both with a README that records how."""
+    args = _parser().parse_args(argv)
+    if args.steps < 1 or args.rows < 1:
+        raise ValueError("--steps and --rows count training steps and rows a step; pass 1 or more.")
+    flags = sys.argv[1:] if argv is None else argv
+    command = shlex.join(["python", "-m", "launch.demo.pretrain", *flags])
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    started = time.monotonic()
+
+    tokenizer = train_tokenizer(args.seed)
+    model = build_model(tokenizer)
+    losses = []
+    for step, loss in enumerate(
+        pretrain(model, tokenizer, args.seed, args.steps, args.rows, args.learning_rate), start=1
+    ):
+        losses.append(loss)
+        if step % LOG_EVERY == 0 or step == args.steps:
+            recent = losses[-LOG_EVERY:]
+            seconds = time.monotonic() - started
+            print(f"step {step} loss {sum(recent) / len(recent):.4f} {seconds:.0f} s", flush=True)
+
+    output_dir = Path(args.output_dir)
+    save(model, tokenizer, output_dir)
+    recent = losses[-LOG_EVERY:]
+    card = MODEL_CARD.format(
+        parameters=f"{sum(p.numel() for p in model.parameters()):,}",
+        vocabulary=VOCABULARY_SIZE,
+        command=command,
+        seed=args.seed,
+        tokens=f"{args.steps * args.rows * ROW_LENGTH:,}",
+        minutes=f"{(time.monotonic() - started) / 60:.0f}",
+        threads=args.threads,
+        loss=f"{sum(recent) / len(recent):.4f}",
+        averaged=len(recent),
+        torch=torch.__version__,
+    )
+    (output_dir / "README.md").write_text(card, encoding="utf-8")
+
+
+def train_tokenizer(seed: int) -> LlamaTokenizer:
+    """Train a byte-pair SentencePiece model on the corpus and wrap it for transformers.
+
+    Digits stand alone, a newline stands alone, and what the vocabulary does not hold falls back to
+    bytes, so every text encodes. Nothing is normalised and no space is added in front, so decoding
+    gives the text back, except for U+2581, which is SentencePiece's own mark for a space.
+    """
+    lines = (
+        line
+        for document in generate_documents(seed, TOKENIZER_DOCUMENTS)
+        for line in document.split("\n")
+        if line
+    )
+    proto = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=lines,
+        model_writer=proto,
+        model_type="bpe",
+        vocab_size=VOCABULARY_SIZE,
+        byte_fallback=True,
+        split_digits=True,
+        required_chars="\n",
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        pad_id=3,
+        num_threads=1,
+        minloglevel=2,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "tokenizer.model").write_bytes(proto.getvalue())
+        return LlamaTokenizer.from_pretrained(
+            folder, add_prefix_space=False, add_bos_token=False, pad_token="<pad>"
+        )
+
+
+def build_model(tokenizer: LlamaTokenizer) -> LlamaForCausalLM:
+    """Return the untrained model in fp32, with tied embeddings, from torch's global generator."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=256,
+            intermediate_size=640,
+            num_hidden_layers=4,
+            num_attention_heads=8,
+            num_key_value_heads=8,
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def packed_rows(tokenizer: LlamaTokenizer, seed: int) -> Iterator[list[int]]:
+    """Yield rows of at most `ROW_LENGTH` tokens without end, each made of whole documents.
+
+    The stream starts behind the documents that trained the tokenizer, with a seed of its own.
+    """
+    row: list[int] = []
+    for block in itertools.count(1):
+        for document in generate_documents(seed + block, TOKENIZER_DOCUMENTS):
+            tokens = [*tokenizer.encode(document), tokenizer.eos_token_id]
+            assert len(tokens) <= ROW_LENGTH, "a generated document does not fit into a row"
+            if len(row) + len(tokens) > ROW_LENGTH:
+                yield row
+                row = []
+            row += tokens
+
+
+def pretrain(
+    model: LlamaForCausalLM,
+    tokenizer: LlamaTokenizer,
+    seed: int,
+    steps: int,
+    rows: int,
+    learning_rate: float,
+) -> Iterator[float]:
+    """Train `model` in place, one step for every loss (mean over tokens, nats) that is drawn.
+
+    AdamW with fp32 weights and moments under bfloat16 autocast; the learning rate warms up over the
+    first 2 % of the steps and then falls linearly to zero.
+    """
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        lr=learning_rate,
+        betas=(0.9, 0.98),
+        fused=True,
+    )
+    warmup = max(1, steps // 50)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+    )
+    stream = packed_rows(tokenizer, seed)
+    model.train()
+    for _ in range(steps):
+        input_ids, labels = _batch(list(itertools.islice(stream, rows)), tokenizer.pad_token_id)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(input_ids=input_ids, labels=labels).loss
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError("The pretraining loss is not finite; lower --learning_rate.")
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+        yield loss.item()
+
+
+def save(model: LlamaForCausalLM, tokenizer: LlamaTokenizer, output_dir: Path) -> None:
+    """Round the weights to bfloat16 and write the folder that `from_pretrained` reads."""
+    model.bfloat16()
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model.save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)
+
+
+def _batch(rows: list[list[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Return input ids and labels, both [rows, longest row], padded on the right."""
+    length = max(len(row) for row in rows)
+    input_ids = torch.tensor([row + [pad_token_id] * (length - len(row)) for row in rows])
+    labels = torch.tensor([row + [PAD_LABEL] * (length - len(row)) for row in rows])
+    return input_ids, labels
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="launch.demo.pretrain", description=__doc__)
+    parser.add_argument("--output_dir", required=True, help="folder to write the model to")
+    parser.add_argument(
+        "--seed", type=int, default=17, help="fixes the text and the initial weights"
+    )
+    parser.add_argument("--steps", type=int, default=2600, help="number of training steps")
+    parser.add_argument("--rows", type=int, default=12, help="packed rows of 256 tokens a step")
+    parser.add_argument("--learning_rate", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    return parser
+
+
+MODEL_CARD = """\
+---
+license: apache-2.0
+---
+
+# The embedded model
+
+A Llama-shaped language model of {parameters} parameters with a SentencePiece vocabulary of
+{vocabulary} pieces, for the demo and the tests. It knows arithmetic on small numbers, a few shapes
+of word problems and tiny Python functions, all generated by `launch/demo/corpus.py`, and nothing
+else.
+
+    {command}
+
+| | |
+|---|---|
+| seed | {seed} |
+| tokens | {tokens} at most, packed |
+| time | {minutes} minutes on {threads} CPU thread(s) |
+| loss, mean of the last {averaged} steps | {loss} nats a token |
+| torch | {torch} |
+| stored as | bfloat16 |
+"""
+
+
+if __name__ == "__main__":
+    main()

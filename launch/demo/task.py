@@ -1,0 +1,96 @@
+"""The bundled task: comparison problems in GSM8K's JSONL form, generated from a seed.
+
+Every problem gives one quantity, states a second one relative to it ("17 more than", "8 fewer
+than", "3 times as many as") and asks for both together. The solution takes one line for the second
+quantity and one for the sum, and ends in `#### N`. Neither the comparison nor the ending occurs in
+the pretraining text (`corpus.py`), which does teach the parts: copying numbers, the operations, and
+solving step by step. No two problems share both numbers and the comparison, so the test part asks
+for equations that training has not shown.
+
+    python -m launch.demo.task --output_dir launch/demo/task
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+from launch.demo.corpus import DAYS, ITEMS, NAMES
+
+Example = dict[str, str]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Write `train.jsonl` and `test.jsonl`."""
+    parser = argparse.ArgumentParser(prog="launch.demo.task", description=__doc__)
+    parser.add_argument("--output_dir", required=True, help="folder to write the two files to")
+    parser.add_argument("--seed", type=int, default=29, help="fixes the problems")
+    parser.add_argument("--train_examples", type=int, default=2000, help="problems to train on")
+    parser.add_argument("--test_examples", type=int, default=200, help="problems held out")
+    args = parser.parse_args(argv)
+
+    examples = generate_examples(args.seed, args.train_examples + args.test_examples)
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for name, part in (
+        ("train.jsonl", examples[: args.train_examples]),
+        ("test.jsonl", examples[args.train_examples :]),
+    ):
+        text = "".join(json.dumps(example) + "\n" for example in part)
+        (output_dir / name).write_text(text, encoding="utf-8")
+
+
+def generate_examples(seed: int, count: int) -> list[Example]:
+    """Return `count` problems, each a mapping with `question` and `answer`.
+
+    Raises:
+        ValueError: if there are not `count` different comparisons.
+    """
+    comparisons = _comparisons()
+    if not 0 <= count <= len(comparisons):
+        raise ValueError(
+            f"The task has {len(comparisons)} different problems and {count} were asked for; "
+            "lower --train_examples or --test_examples."
+        )
+    rng = random.Random(seed)
+    return [_example(rng, *comparison) for comparison in rng.sample(comparisons, count)]
+
+
+def _comparisons() -> list[tuple[str, int, int]]:
+    """Return every (sign, first quantity, number that relates the second one to it)."""
+    return [
+        *(("+", first, by) for first in range(10, 60) for by in range(2, 30)),
+        *(("-", first, by) for first in range(10, 60) for by in range(2, min(30, first))),
+        *(("*", first, by) for first in range(3, 21) for by in range(2, 10)),
+    ]
+
+
+def _example(rng: random.Random, sign: str, first: int, by: int) -> Example:
+    second = {"+": first + by, "-": first - by, "*": first * by}[sign]
+    relation = {"+": f"{by} more", "-": f"{by} fewer", "*": f"{by} times as many"}[sign]
+    link = "as" if sign == "*" else "than"
+    answer = f"{first}{sign}{by}={second}\n{first}+{second}={first + second}\n#### {first + second}"
+    return {"question": _question(rng, first, relation, link), "answer": answer}
+
+
+def _question(rng: random.Random, first: int, relation: str, link: str) -> str:
+    item = rng.choice(ITEMS)
+    frame = rng.randrange(3)
+    if frame == 0:
+        name, (day, other) = rng.choice(NAMES), rng.sample(DAYS, 2)
+        sold = rng.choice(("sold", "made", "counted", "packed"))
+        story = (
+            f"On {day} {name} {sold} {first} {item}. On {other} it was {relation} {link} on {day}."
+        )
+        return f"{story} How many {item} was that on both days?"
+    if frame == 1:
+        name, other = rng.sample(NAMES, 2)
+        story = f"{name} has {first} {item}. {other} has {relation} {link} {name}."
+        return f"{story} How many {item} do they have together?"
+    one, other = rng.sample(("box", "bag", "basket", "jar"), 2)
+    story = f"In the {one} are {first} {item}. In the {other} are {relation} {link} in the {one}."
+    return f"{story} How many {item} are there in all?"
+
+
+if __name__ == "__main__":
+    main()
