@@ -128,7 +128,7 @@ def test_layers_by_the_names_of_their_weights(llama: PreTrainedModel) -> None:
     targets = find_targets(llama, ["all-linear"])
     assert targets_of(llama, list(targets)[::-1]) == targets
     assert list(targets_of(llama, list(targets)[::-1])) == list(targets)
-    with pytest.raises(ValueError, match="q_proj. matches no module"):
+    with pytest.raises(ValueError, match=r"q_proj\) matches no module"):
         targets_of(llama, ["model.layers.9.self_attn.q_proj.weight"])
 
 
