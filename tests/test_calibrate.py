@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gem_ds.batches import Batches
 from gem_ds.calibrate import calibrate, sum_gradients
-from gem_ds.comm import Comm
+from gem_ds.comm import Comm, PeerError
 from gem_ds.entries import gather_indices
 from gem_ds.loss import summed_answer_loss
 from gem_ds.selection import Selection
@@ -271,7 +271,7 @@ class Oddities:
 def _error_of(call: Callable[[], object]) -> str:
     try:
         call()
-    except ValueError as error:
+    except (ValueError, PeerError) as error:
         return str(error)
     return "no error"
 
