@@ -37,6 +37,8 @@ from gem_ds.encode import encode_prompt
 from gem_ds.mask import dtype_name
 from gem_ds.tokenizer import load_tokenizer
 
+_NO_CHARACTER = "\N{REPLACEMENT CHARACTER}"  # what decoders write for bytes that make none
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationSettings:
@@ -244,9 +246,10 @@ class _Row:
 class _Watch(StoppingCriteria):
     """Collects the new tokens of a batch's rows and says after each step which rows have ended.
 
-    A stop string is looked for in the text of the last tokens only, as many as it has bytes and one
-    more, since a decoder may drop the space before its first token. What a row's text is, is up to
-    `_completion`; what is decided here is when the row may stop costing time.
+    A stop string is looked for in the text of the last tokens, as many as it has bytes and one
+    more, since a decoder may drop the space before its first token. Where these begin inside a
+    character they say nothing, and up to three more are taken. What is found must stand in the
+    whole text too: bytes that make no character can swallow it.
     """
 
     def __init__(
@@ -275,10 +278,20 @@ class _Watch(StoppingCriteria):
         """Why a row ends with its last token, or None if it goes on."""
         if row.new_ids[-1] in self._eos_token_ids:
             return "eos"
-        context = row.prompt_ids[-1:] if len(row.new_ids) <= self._window else []
-        tail = row.new_ids[-self._window :]
-        text = _text_after(context, tail, self._tokenizer, skip_special_tokens=False)
-        return "stop" if any(stop in text for stop in self._stop_strings) else None
+        for window in range(self._window, self._window + 4):
+            context = row.prompt_ids[-1:] if len(row.new_ids) <= window else []
+            text = self._text(context, row.new_ids[-window:])
+            if self._stops(text):
+                return "stop" if self._stops(self._text(row.prompt_ids, row.new_ids)) else None
+            if _NO_CHARACTER not in text:
+                break
+        return None
+
+    def _stops(self, text: str) -> bool:
+        return any(stop in text for stop in self._stop_strings)
+
+    def _text(self, context: list[int], ids: list[int]) -> str:
+        return _text_after(context, ids, self._tokenizer, skip_special_tokens=False)
 
 
 def _run_batch(model: PreTrainedModel, watch: _Watch, limit: int) -> None:

@@ -206,6 +206,17 @@ def test_a_completion_is_the_text_before_the_first_stop_string(
     tokenizer = byte_level() if family == "byte-level" else sentencepiece_tokenizer
     texts = data.draw(st.lists(st.text("ab é€\n: 4", max_size=12), min_size=3, max_size=3))
     stops = data.draw(st.lists(st.text("ab é\n: 4", min_size=1, max_size=4), max_size=2))
+    _check_stops(tokenizer, texts, stops)
+
+
+@pytest.mark.parametrize("family", ["byte-level", "sentencepiece"])
+def test_a_stop_string_may_follow_a_character_of_several_tokens(sentencepiece_tokenizer, family):
+    tokenizer = byte_level() if family == "byte-level" else sentencepiece_tokenizer
+    _check_stops(tokenizer, ["", "", "é\n4"], ["\n"])
+    _check_stops(tokenizer, ["a€\nb", "€é\n\n", "€€:€"], ["\n", ":"])
+
+
+def _check_stops(tokenizer, texts: list[str], stops: list[str]) -> None:
     scripts = [ids_of(tokenizer, text) for text in texts]
     continuations = dict(zip(SCRIPT_PROMPTS, scripts, strict=True))
     model = scripted(tokenizer, continuations)
