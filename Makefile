@@ -3,6 +3,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# What torch compiles at the first start on a CPU belongs to this environment: one that other
+# environments share is compiled anew whenever they take turns.
+export TORCH_EXTENSIONS_DIR := $(abspath $(VENV))/torch_extensions
+export PATH := $(abspath $(BIN)):$(PATH)  # torch looks there for ninja, launchers for python
 
 .PHONY: demo test lint install clean
 .DEFAULT_GOAL := demo
@@ -14,10 +18,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	DS_ACCELERATOR=cpu $(BIN)/python -c 'from gem_ds.zero import init_distributed; init_distributed()'
 	touch $@
 
 demo: install
-	PATH="$(abspath $(BIN)):$$PATH" bash launch/demo/run.sh
+	bash launch/demo/run.sh
 
 test: lint
 	$(BIN)/python -m pytest

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from gem_ds.comm import Comm
-from gem_ds.data import BatchSchedule, collate, pack_rows
+from gem_ds.data import BatchSchedule, collate
 from gem_ds.encode import EncodedDataset
+from gem_ds.packing import pack_rows
 
 
 class Batches:
@@ -53,18 +54,6 @@ class Batches:
             seed=seed,
         )
 
-    @staticmethod
-    def example_order(num_examples: int, seed: int) -> list[int]:
-        """The shuffled order of the examples in the first epoch of an unpacked run."""
-        return BatchSchedule(
-            num_rows=num_examples,
-            global_batch_size=1,
-            micro_batch_size=1,
-            rank=0,
-            world_size=1,
-            seed=seed,
-        ).order(0)
-
     @property
     def steps_per_epoch(self) -> int:
         """Steps until every row has been read once."""
@@ -85,11 +74,11 @@ class Batches:
 
     def num_answer_tokens(self, step: int) -> int:
         """Tokens that carry loss at ``step``, over all ranks and micro-batches."""
-        return sum(self.dataset.num_answer_tokens(i) for i in self._examples(step))
+        return self.dataset.count_answer_tokens(self._examples(step))
 
     def num_tokens(self, step: int) -> int:
         """Tokens read at ``step`` over all ranks and micro-batches, padding left out."""
-        return sum(self.dataset.length(i) for i in self._examples(step))
+        return self.dataset.count_tokens(self._examples(step))
 
     def _examples(self, step: int) -> list[int]:
         return [i for row in self.schedule.global_batch(step) for i in self._rows[row]]

@@ -21,12 +21,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gem_ds.batches import Batches
 from gem_ds.comm import Comm
+from gem_ds.loss import SummedLoss
 from gem_ds.sddmm import product
 from gem_ds.selection import Selection, TargetShard, select_shards
 from gem_ds.sparse import TargetLayer, TargetLayers
 from gem_ds.zero import Engine
-
-SummedLoss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
 
 #: The backward runs on the mean loss of a micro-batch times this, so that half-precision gradients
 #: stay in range; a power of two, so that taking it out again does not round.

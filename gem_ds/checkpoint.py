@@ -26,20 +26,25 @@ from torch import Tensor
 
 from gem_ds.files import atomic_folder, load_tensors, metadata_field, save_json, save_tensors
 from gem_ds.mask import Mask
+from gem_ds.optim import STATE_KEYS
 
 CHECKPOINT_KIND = "gem_checkpoint"
-VECTORS = ("master", "exp_avg", "exp_avg_sq")
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 
 
 @dataclass(kw_only=True)
 class TrainerState:
-    """Progress of a run, as ``trainer_state.json`` shows it."""
+    """Progress of a run, as ``trainer_state.json`` shows it.
+
+    ``unlogged_losses`` are those of the steps since the last log entry, so that a resumed run logs
+    the same means.
+    """
 
     global_step: int = 0
     max_steps: int = 0
     epoch: float = 0.0
     log_history: list[dict[str, Any]] = field(default_factory=list)
+    unlogged_losses: list[float] = field(default_factory=list)
 
     def save(self, folder: Path) -> None:
         """Write ``trainer_state.json`` into a folder, atomically."""
@@ -81,17 +86,14 @@ class Checkpoint:
     identity: RunIdentity
     state: TrainerState
 
-    def save(self, output_dir: Path, limit: int | None) -> Path:
-        """Write ``checkpoint-N``; then delete the oldest beyond ``limit``.
+    def save(self, output_dir: Path) -> Path:
+        """Write ``checkpoint-N``.
 
         Raises:
             OSError: for example a full disk; earlier checkpoints are untouched.
         """
         folder = output_dir / f"checkpoint-{self.state.global_step}"
         atomic_folder(folder, self._write)
-        if limit is not None:
-            for old in list(list_checkpoints(output_dir).values())[:-limit]:
-                _delete(old)
         return folder
 
     def _write(self, folder: Path) -> None:
@@ -117,7 +119,7 @@ class Checkpoint:
             )
         vectors, metadata = load_tensors(folder / "optimizer.safetensors", CHECKPOINT_KIND)
         mask = Mask.load(folder / "mask.safetensors")
-        expected = dict.fromkeys(VECTORS, ((mask.num_selected,), torch.float32))
+        expected = dict.fromkeys(STATE_KEYS, ((mask.num_selected,), torch.float32))
         if {name: (tuple(v.shape), v.dtype) for name, v in vectors.items()} != expected:
             raise ValueError(
                 f"{folder} is damaged (its optimizer state does not fit its mask): resume an "
@@ -149,11 +151,12 @@ def remove_leftovers(output_dir: Path) -> None:
         shutil.rmtree(leftover)
 
 
-def _delete(folder: Path) -> None:
-    """Take a checkpoint's name away before its files."""
-    nameless = folder.with_name(f".{folder.name}.old")
-    folder.rename(nameless)
-    shutil.rmtree(nameless)
+def delete_old_checkpoints(output_dir: Path, limit: int) -> None:
+    """Delete all but the newest ``limit``; each loses its name before its files."""
+    for old in list(list_checkpoints(output_dir).values())[:-limit]:
+        nameless = old.with_name(f".{old.name}.old")
+        old.rename(nameless)
+        shutil.rmtree(nameless)
 
 
 def find_checkpoint(output_dir: Path, resume_from: str) -> Path:

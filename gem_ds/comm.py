@@ -77,10 +77,6 @@ class Comm:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
-    def barrier(self) -> None:
-        """Return once every rank has called this."""
-        self.all_reduce(torch.zeros(1, device=self.device), "sum")
-
     def any(self, flag: bool) -> bool:
         """True on every rank when ``flag`` is true on at least one."""
         return bool(self.all_reduce(torch.tensor([float(flag)], device=self.device), "max").item())
@@ -127,11 +123,6 @@ class Comm:
             if self.is_main:
                 raise
             raise PeerError(str(error)) from error
-
-    def close(self) -> None:
-        """Leave the process group; the last thing that a program does."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 class PeerError(RuntimeError):

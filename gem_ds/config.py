@@ -10,8 +10,9 @@ override.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from decimal import Decimal, InvalidOperation
-from typing import Any
+from typing import Any, Literal
+
+Dtype = Literal["fp32", "bf16", "fp16"]
 
 #: The schedules of transformers that are functions of the step alone.
 SCHEDULES = (
@@ -23,6 +24,8 @@ SCHEDULES = (
     "constant_with_warmup",
     "inverse_sqrt",
 )
+
+DEFAULT_DENSITY = "0.001"
 
 
 def _option(default: Any, text: str, **metadata: Any) -> Any:
@@ -65,7 +68,10 @@ class DataArguments:
 class GemArguments:
     """Which entries are trained."""
 
-    density: str = _option("0.001", "Share of the model's parameters that is trained, in (0, 1].")
+    density: str | None = _option(
+        None,
+        f"Share of the model's parameters that is trained, in (0, 1] (default: {DEFAULT_DENSITY}).",
+    )
     target_modules: list[str] | None = _option(
         None,
         "Module-name suffixes (q_proj v_proj), one regular expression over whole module names, or "
@@ -120,7 +126,7 @@ class TrainArguments:
     disable_tqdm: bool = _option(False, "No progress bar.")
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> Dtype:
         """fp32, bf16 or fp16."""
         return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"
 
@@ -142,7 +148,6 @@ def check_arguments(
         raise ValueError(f"Pass {' and '.join(missing)} (on the command line or in --config).")
     if train.bf16 and train.fp16:
         raise ValueError("Pass --bf16 or --fp16, not both.")
-    _check_density(gem.density)
     at_least_one: dict[str, int | None] = {
         "--per_device_train_batch_size": train.per_device_train_batch_size,
         "--per_device_eval_batch_size": train.per_device_eval_batch_size,
@@ -186,14 +191,3 @@ def check_arguments(
         raise ValueError(f"--report_to takes tensorboard or none, not {train.report_to}.")
     if gem.mask and gem.calibration_examples:
         raise ValueError("--mask skips calibration: leave --calibration_examples out.")
-
-
-def _check_density(density: str) -> None:
-    try:
-        is_share = 0 < Decimal(str(density)) <= 1
-    except InvalidOperation:  # no number, or NaN, which cannot be compared
-        is_share = False
-    if not is_share:
-        raise ValueError(
-            f"--density must be a number in (0, 1], for instance 0.001, not {density}."
-        )

@@ -13,55 +13,16 @@ What this file does not do: tokenize (`gem_ds.encode`), move tensors to a device
 from __future__ import annotations
 
 import hashlib
-from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gem_ds.encode import EncodedDataset
 
 IGNORED_LABEL = -100  # what cross_entropy leaves out
-
-
-def pack_rows(dataset: EncodedDataset, max_length: int) -> list[list[int]]:
-    """Group examples into rows of at most `max_length` tokens: best fit, longest first.
-
-    Each example goes into the fullest row that still has room for it, or opens a new row. The
-    result depends on the lengths alone. Best-fit-decreasing needs at most 11/9 of the fewest
-    possible rows (plus a constant); here it takes O(n log max_length).
-
-    Raises:
-        ValueError: An example is longer than `max_length`.
-    """
-    lengths = dataset.offsets.diff()
-    rows: list[list[int]] = []
-    rows_by_room: dict[int, list[int]] = {}  # room -> open rows that have exactly this room left
-    rooms: list[int] = []  # the keys of rows_by_room, sorted
-    for i in torch.argsort(lengths, descending=True, stable=True).tolist():
-        length = int(lengths[i])
-        if length > max_length:
-            raise ValueError(
-                f"Example {i + 1} has {length} tokens and a row holds {max_length}: encode the "
-                f"examples with a max_length of at most {max_length}."
-            )
-        position = bisect_left(rooms, length)
-        if position == len(rooms):
-            room, row = max_length, len(rows)
-            rows.append([])
-        else:
-            room = rooms[position]
-            row = rows_by_room[room].pop()
-            if not rows_by_room[room]:
-                del rows_by_room[room], rooms[position]
-        rows[row].append(i)
-        if room - length not in rows_by_room:
-            rows_by_room[room - length] = []
-            insort(rooms, room - length)
-        rows_by_room[room - length].append(row)
-    return rows
 
 
 def collate(
@@ -137,15 +98,11 @@ class BatchSchedule:
         """Micro-batches per step and rank: the same number everywhere, some perhaps empty."""
         return -(-self.global_batch_size // (self.micro_batch_size * self.world_size))
 
-    def order(self, epoch: int) -> list[int]:
-        """All row ids in the order in which `epoch` (from 0) reads them."""
-        return _permutation(self.num_rows, self.seed, epoch).tolist()
-
     def global_batch(self, step: int) -> list[int]:
         """The row ids that all ranks together read at the optimizer step `step`, from 0."""
         epoch, batch = divmod(step, self.steps_per_epoch)
         start = batch * self.global_batch_size
-        order = _permutation(self.num_rows, self.seed, epoch)
+        order = permutation(self.num_rows, self.seed, epoch)
         return order[start : start + self.global_batch_size].tolist()
 
     def micro_batches(self, step: int) -> list[list[int]]:
@@ -160,39 +117,8 @@ class BatchSchedule:
 
 
 @lru_cache(maxsize=2)
-def _permutation(num_rows: int, seed: int, epoch: int) -> Tensor:
-    """A permutation of `num_rows` drawn from (seed, epoch): int64 [num_rows], not to be changed."""
+def permutation(num_rows: int, seed: int, epoch: int) -> Tensor:
+    """The order in which `epoch` (from 0) reads rows: int64 [num_rows], not to be changed."""
     digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
     return torch.randperm(num_rows, generator=generator)
-
-
-@torch.no_grad()
-def refuse_leaking_rows(
-    model: nn.Module, device: torch.device, vocab_size: int, micro_batch_size: int
-) -> None:
-    """Refuse packing for a model that lets the examples of a row see each other.
-
-    Two sequences share each row of a micro-batch, laid out as :func:`collate` does it; the first
-    one's tokens are changed, and the logits of the second must not move. (Flash attention reads the
-    borders in a micro-batch of one row only, so the size matters.) All ranks call this together.
-
-    Raises:
-        ValueError: they moved.
-    """
-    length = 4
-    ids = torch.arange(2 * length, device=device) % vocab_size
-    changed = torch.cat([ids[length:], ids[length:]])
-    position_ids = torch.arange(length, device=device).repeat(micro_batch_size, 2)
-    model.eval()
-    plain, other = (
-        model(
-            input_ids=row.expand(micro_batch_size, -1), position_ids=position_ids, use_cache=False
-        ).logits[:, length:]
-        for row in (ids, changed)
-    )
-    if (plain - other).abs().max() > 1e-3 * plain.abs().max():
-        raise ValueError(
-            "This model lets packed examples see each other: leave --packing out, or with flash "
-            "attention pass --per_device_train_batch_size 1 and --per_device_eval_batch_size 1."
-        )

@@ -67,11 +67,7 @@ class Delta:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of all weights; a ValueError if they have more than one."""
-        dtypes = {values.dtype for values in self.values.values()}
-        if len(dtypes) > 1:
-            names = sorted(map(dtype_name, dtypes))
-            raise ValueError(f"the delta's weights have several dtypes ({', '.join(names)})")
-        return dtypes.pop()
+        return getattr(torch, self.mask.dtype)
 
     def save(self, path: str | Path) -> None:
         """Writes the delta file, atomically; raises OSError as `gem_ds.files.atomic_write`."""

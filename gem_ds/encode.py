@@ -215,9 +215,15 @@ class EncodedDataset:
         """Tokens of example `i` that are its prompt."""
         return int(self.prompt_lengths[i])
 
-    def num_answer_tokens(self, i: int) -> int:
-        """Tokens of example `i` that carry loss: all but the prompt, which is never empty."""
-        return self.length(i) - self.prompt_length(i)
+    def count_tokens(self, indices: Sequence[int]) -> int:
+        """Tokens of these examples together."""
+        index = torch.tensor(indices, dtype=torch.int64)
+        return int((self.offsets[index + 1] - self.offsets[index]).sum())
+
+    def count_answer_tokens(self, indices: Sequence[int]) -> int:
+        """Tokens of these examples that carry loss: all but the prompts, which are never empty."""
+        prompts = self.prompt_lengths[torch.tensor(indices, dtype=torch.int64)]
+        return self.count_tokens(indices) - int(prompts.sum())
 
     def input_ids(self, i: int) -> Tensor:
         """Token ids of example `i`: int32 [length], a view."""

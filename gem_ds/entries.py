@@ -82,7 +82,8 @@ class SelectedEntries:
             bounds = engine.shard_range(layer.weight)
             own = _part(index, bounds)
             shard = engine.read_shard(layer.weight)
-            values[start + own.start : start + own.stop] = shard[index[own] - bounds[0]]
+            shard_index = (index[own] - bounds[0]).to(shard.device)
+            values[start + own.start : start + own.stop] = shard[shard_index]
         bits = values.view(torch.int16 if values.element_size() == 2 else torch.int32)
         summed = engine.comm.all_reduce(bits.to(torch.int32), "sum")
         return summed.to(bits.dtype).view(engine.dtype)

@@ -40,6 +40,7 @@ _REMEDIES = {
     errno.EACCES: "choose a folder that you may write to",
     errno.EPERM: "choose a folder that you may write to",
     errno.EROFS: "choose a folder that you may write to",
+    errno.ENOTDIR: "name a folder that is below no file",
 }
 
 
@@ -85,6 +86,20 @@ def atomic_folder(path: str | Path, write: Callable[[Path], object]) -> None:
         _flush_folder(temporary)
         _replace_folder(temporary, path)
         _flush_folder(path.parent)
+
+
+def make_folder(path: str | Path) -> None:
+    """Makes a folder with its parents, and sees whether files can be written in it.
+
+    Raises:
+        OSError: It cannot be made or written to; the message says what to do.
+    """
+    path = Path(path)
+    with _explained(path):
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".{secrets.token_hex(4)}.tmp"
+        probe.touch()
+        probe.unlink()
 
 
 def save_tensors(
@@ -198,7 +213,20 @@ def _temporary(path: Path) -> Iterator[Path]:
     """Yields an unused name beside `path`, explains OSErrors, and leaves nothing at that name."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        yield temporary
+        with _explained(path):
+            yield temporary
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Adds to an OSError about `path` what the user can do."""
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         number = _error_number(error)
         if number is None:
@@ -208,11 +236,6 @@ def _temporary(path: Path) -> Iterator[Path]:
             f"{path} cannot be written ({os.strerror(number)}): "
             f"{_REMEDIES.get(number, 'check the path and the disk')}; nothing was changed.",
         ) from error
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
 
 
 def sentence_of(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""The training loop: step, log, evaluate, checkpoint.
+"""The training loop: one optimizer step after another, and the held-out loss between them.
 
 One step, for a global batch of ``n`` answer tokens over all ranks and micro-batches:
 
@@ -7,7 +7,8 @@ One step, for a global batch of ``n`` answer tokens over all ranks and micro-bat
     entries.write_back()                the weights show the new values
 
 DeepSpeed's own division by the world size is made up for by the factor, so the gradient is that of
-the mean loss over the global batch however it is cut.
+the mean loss over the global batch however it is cut. What is logged, evaluated and saved between
+steps is the caller's business.
 """
 
 from __future__ import annotations
@@ -15,20 +16,19 @@ from __future__ import annotations
 import hashlib
 import math
 import signal
-from collections.abc import Callable
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from gem_ds.batches import Batches
-from gem_ds.calibrate import SummedLoss
 from gem_ds.checkpoint import TrainerState
-from gem_ds.comm import Comm
 from gem_ds.entries import SelectedEntries
-from gem_ds.reporting import Reporter
+from gem_ds.loss import SummedLoss
 
 
 class StopSignal:
@@ -53,12 +53,24 @@ class StopSignal:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Intervals:
-    """After how many steps what happens; None for never."""
+class StepResult:
+    """What one step has found, the same on every rank.
 
-    log: int
-    evaluate: int | None
-    save: int | None
+    Attributes:
+        loss: mean over the answer tokens of the global batch, before the update.
+        learning_rate: of the update.
+        grad_norm: L2 norm of the gradient before clipping, where the ZeRO stage computes it.
+        num_tokens: read over all ranks, padding left out.
+        seconds: that the step took.
+        is_stopping: a rank has received a SIGTERM; this step was the last.
+    """
+
+    loss: float
+    learning_rate: float
+    grad_norm: float | None
+    num_tokens: int
+    seconds: float
+    is_stopping: bool
 
 
 class DivergedError(ValueError):
@@ -75,80 +87,78 @@ def fit(
     entries: SelectedEntries,
     train: Batches,
     summed_loss: SummedLoss,
-    scheduler: Any,
+    scheduler: LRScheduler,
     state: TrainerState,
     *,
     seed: int,
-    intervals: Intervals,
-    reporter: Reporter,
-    evaluate: Callable[[], dict[str, float]],
-    save: Callable[[], None],
-    log_extra: Callable[[], dict[str, float]] = dict,
-) -> bool:
-    """Train from ``state.global_step`` to ``state.max_steps``.
+) -> Iterator[StepResult]:
+    """Train from ``state.global_step`` to ``state.max_steps``, one step for each item asked for.
+
+    Between two steps, masters and weights agree: the caller may evaluate or save. All ranks iterate
+    together.
 
     Args:
         entries: what is trained; masters and weights must agree.
         train: the training data.
         summed_loss: the loss of one micro-batch, summed over its answer tokens.
-        scheduler: a torch learning-rate scheduler over the engine's optimizer; stepped after each
-            applied step.
-        state: progress; updated in place.
+        scheduler: of the learning rate of the engine's optimizer; stepped after each applied step.
+        state: progress; step and epoch are kept up to date.
         seed: of dropout.
-        intervals: when to log, evaluate and save.
-        reporter: shows and records.
-        evaluate: returns held-out metrics; called on all ranks.
-        save: writes a checkpoint of the present state; called on all ranks.
-        log_extra: more numbers for each log entry; called on all ranks.
 
-    Returns:
-        False if a SIGTERM ended the run early (a checkpoint of its last step was saved).
+    Yields:
+        What each step has found; fewer than asked for if a SIGTERM ends the run early.
 
     Raises:
-        DivergedError: the loss or gradient is not finite; the last checkpoint is from before.
+        DivergedError: the loss or gradient of a step is not finite; masters are as before it.
     """
-    engine, comm = entries.engine, entries.engine.comm
-    losses: list[float] = []
-    reporter.start()
     with StopSignal() as stop, entries.layers.sinks(entries.sinks()):
         while state.global_step < state.max_steps:
-            step = state.global_step
-            engine.model.train()
-            seed_noise(seed, step, comm.rank)
-            loss = _accumulate(entries, train, summed_loss, step)
-            total, stopping = comm.all_reduce(
-                torch.tensor([loss, float(stop.received)], dtype=torch.float64, device=comm.device),
-                "sum",
-            ).tolist()
-            if not math.isfinite(total):
-                with comm.in_unison():
-                    raise DivergedError(_diverged("loss", step))
-            applied = engine.step()
-            if not applied and engine.dtype != torch.float16:  # fp16 lowers its loss scale
-                with comm.in_unison():
-                    raise DivergedError(_diverged("gradient", step))
-            learning_rate = scheduler.get_last_lr()[0]
-            if applied:
-                entries.write_back()
-                scheduler.step()
+            result = _step(entries, train, summed_loss, scheduler, state.global_step, seed, stop)
             state.global_step += 1
             state.epoch = state.global_step / train.steps_per_epoch
-            losses.append(total)
-            reporter.advance(train.num_tokens(step))
-            if _due(state, intervals.log):
-                entry = {"loss": sum(losses) / len(losses), "learning_rate": learning_rate}
-                if engine.grad_norm is not None and math.isfinite(engine.grad_norm):
-                    entry["grad_norm"] = engine.grad_norm
-                entry["tokens_per_second"] = reporter.tokens_per_second()
-                log_together(reporter, comm, entry | log_extra())
-                losses.clear()
-            if _due(state, intervals.evaluate):
-                log_together(reporter, comm, evaluate())
-            if stopping or _due(state, intervals.save):
-                save()
-            if stopping:
-                break
-    return state.global_step >= state.max_steps
+            yield result
+            if result.is_stopping:
+                return
+
+
+def _step(
+    entries: SelectedEntries,
+    train: Batches,
+    summed_loss: SummedLoss,
+    scheduler: LRScheduler,
+    step: int,
+    seed: int,
+    stop: StopSignal,
+) -> StepResult:
+    """One global batch: gradient, update, write-back."""
+    engine, comm = entries.engine, entries.engine.comm
+    started = time.perf_counter()
+    engine.model.train()
+    seed_noise(seed, step, comm.rank)
+    local = torch.tensor(
+        [_accumulate(entries, train, summed_loss, step), float(stop.received)],
+        dtype=torch.float64,
+        device=comm.device,
+    )
+    loss, num_stopping = comm.all_reduce(local, "sum").tolist()
+    if not math.isfinite(loss):
+        with comm.in_unison():
+            raise DivergedError(_diverged("loss", step))
+    learning_rate = float(scheduler.get_last_lr()[0])
+    if engine.step():
+        entries.write_back()
+        scheduler.step()
+    elif engine.dtype != torch.float16:  # fp16 lowers its loss scale and goes on
+        with comm.in_unison():
+            raise DivergedError(_diverged("gradient", step))
+    return StepResult(
+        loss=loss,
+        learning_rate=learning_rate,
+        grad_norm=engine.grad_norm,
+        num_tokens=train.num_tokens(step),
+        seconds=time.perf_counter() - started,
+        is_stopping=num_stopping > 0,
+    )
 
 
 def _accumulate(
@@ -180,20 +190,8 @@ def mean_loss(entries: SelectedEntries, batches: Batches, summed_loss: SummedLos
     return total.item() / batches.dataset.total_answer_tokens
 
 
-def log_together(reporter: Reporter, comm: Comm, entry: dict[str, float]) -> None:
-    """Log on all ranks; where the file cannot be written, all of them stop."""
-    with comm.agreement():
-        reporter.log(entry)
-
-
-def _due(state: TrainerState, interval: int | None) -> bool:
-    if interval is None:
-        return False
-    return state.global_step % interval == 0 or state.global_step == state.max_steps
-
-
 def _diverged(what: str, step: int) -> str:
     return (
         f"The {what} is not finite at step {step + 1}: lower --learning_rate, or use --bf16 "
-        "instead of --fp16; checkpoints saved so far are whole."
+        f"instead of --fp16; checkpoints before checkpoint-{step} are good."
     )

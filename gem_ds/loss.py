@@ -6,12 +6,15 @@ whole global batch, so that no result depends on how a batch is cut into ranks a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gem_ds.data import IGNORED_LABEL
+
+SummedLoss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
+"""Takes a model and a micro-batch; the loss summed over the micro-batch's answer tokens."""
 
 
 def summed_answer_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

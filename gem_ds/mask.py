@@ -86,6 +86,14 @@ class Mask:
         """Selected entries of all weights together (K)."""
         return sum(indices.numel() for indices in self.indices.values())
 
+    @property
+    def dtype(self) -> str:
+        """The torch name of the dtype of all weights; a ValueError if they have more than one."""
+        dtypes = {info.dtype for info in self.weights.values()}
+        if len(dtypes) > 1:
+            raise ValueError(f"the weights have several dtypes ({', '.join(sorted(dtypes))})")
+        return dtypes.pop()
+
     def save(self, path: str | Path) -> None:
         """Writes the mask file, atomically; raises OSError as `gem_ds.files.atomic_write`."""
         save_tensors(path, *pack_mask(self), kind=MASK_KIND)
@@ -140,25 +148,18 @@ class Mask:
             and checksum(values[name]) != info.checksum
         ]
 
-    def check_base(self, values: Mapping[str, Tensor]) -> list[str]:
+    def check_base(self, values: Mapping[str, Tensor]) -> None:
         """Refuses base weights other than those that the mask was made for.
 
         Args:
-            values: For each weight of the mask, the model's values (k_l,) at its indices.
-
-        Returns:
-            The weights that could not be compared because their dtype is not the mask's.
+            values: For each weight of the mask, the model's values (k_l,) at its indices. A weight
+                in another dtype than the mask's cannot be compared and is left out.
 
         Raises:
             ValueError: A weight in the mask's dtype has other values.
         """
         if differing := self.differing_weights(values):
             raise ValueError(other_base("mask", self, differing))
-        return [
-            name
-            for name, info in self.weights.items()
-            if dtype_name(values[name].dtype) != info.dtype
-        ]
 
 
 def other_base(noun: str, mask: Mask, differing: list[str]) -> str:

@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+#: The fp32 vectors, one number per selected entry, that make up the state of a run.
+STATE_KEYS = ("master", "exp_avg", "exp_avg_sq")
+
 
 class SparseAdamW(torch.optim.Optimizer):
     """AdamW whose parameters are the selected entries of a model, as flat fp32 vectors.

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
-import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +12,8 @@ from tqdm import tqdm
 from gem_ds.checkpoint import TrainerState
 from gem_ds.files import atomic_write
 
-#: Within the output folder; the name that TensorBoard's own writer has by default.
-TENSORBOARD_FOLDER = "runs"
+#: Within the output folder.
+TENSORBOARD_FOLDER = "tensorboard"
 
 
 class Reporter:
@@ -26,8 +23,8 @@ class Reporter:
     what the checkpoint knew, so that no step stands in it twice.
 
     Args:
-        output_dir: where ``metrics.jsonl`` and the TensorBoard folder ``runs`` lie.
-        state: progress so far; entries are added to its ``log_history`` on every rank.
+        output_dir: where ``metrics.jsonl`` and the TensorBoard folder lie.
+        state: progress so far; what is logged and what is yet to be is added on every rank.
         is_main: rank 0.
         tensorboard: write TensorBoard events too.
         show_bar: show a progress bar.
@@ -60,11 +57,11 @@ class Reporter:
             )
         self._show_bar = show_bar and is_main
         self._bar: Any = None
-        self._since = 0.0
         self._num_tokens = 0
+        self._seconds = 0.0
 
     def start(self) -> None:
-        """Show the bar and start the clock: the next step begins now."""
+        """Show the bar."""
         self._bar = tqdm(
             total=self._state.max_steps,
             initial=self._state.global_step,
@@ -73,19 +70,24 @@ class Reporter:
             disable=not self._show_bar,
             dynamic_ncols=True,
         )
-        self._since = time.perf_counter()
 
-    def advance(self, num_tokens: int) -> None:
-        """Count a finished step that read ``num_tokens``, over all ranks."""
+    def advance(self, loss: float, num_tokens: int, seconds: float) -> None:
+        """Count a finished step; tokens are those that all ranks read."""
+        self._state.unlogged_losses.append(loss)
         self._num_tokens += num_tokens
+        self._seconds += seconds
         self._bar.update()
 
-    def tokens_per_second(self) -> float:
-        """Rate since the last call, over all ranks."""
-        now = time.perf_counter()
-        rate = self._num_tokens / max(now - self._since, 1e-9)
-        self._since, self._num_tokens = now, 0
-        return rate
+    def averages(self) -> dict[str, float]:
+        """Mean loss and tokens per second of the steps since the last call, over a resume too."""
+        losses = self._state.unlogged_losses
+        averages = {
+            "loss": sum(losses) / len(losses),
+            "tokens_per_second": self._num_tokens / self._seconds,
+        }
+        losses.clear()
+        self._num_tokens, self._seconds = 0, 0.0
+        return averages
 
     def log(self, entry: dict[str, Any]) -> None:
         """Record numbers that belong to the present step."""
@@ -119,41 +121,6 @@ class Reporter:
             self._bar.close()
         if self._board is not None:
             self._board.close()
-
-
-def budget_table(rows: Iterable[tuple[str, int, int, float]]) -> str:
-    """Where the budget went, a line per layer.
-
-    Args:
-        rows: per layer its weight's name, entries, selected entries and layer score.
-    """
-    rows = list(rows)
-    total = sum(budget for _, _, budget, _ in rows)
-    width = max(len(name) for name, *_ in rows)
-    lines = [
-        f"{'weight':<{width}}  {'entries':>12}  {'selected':>10}  {'density':>8}"
-        f"  {'of budget':>9}  score"
-    ]
-    for name, numel, budget, score in rows:
-        lines.append(
-            f"{name:<{width}}  {numel:>12,}  {budget:>10,}  {budget / numel:>8.3%}"
-            f"  {budget / total:>9.2%}  {score:.3e}"
-        )
-    numels = sum(numel for _, numel, _, _ in rows)
-    lines.append(
-        f"{'all targets':<{width}}  {numels:>12,}  {total:>10,}  {total / numels:>8.3%}  {1:>9.2%}"
-    )
-    return "\n".join(lines)
-
-
-def effective_layers(budgets: Iterable[int]) -> float:
-    """Over how many layers a budget is spread: the exponential of the entropy of its shares.
-
-    Equal shares of L layers give L, everything in one layer gives 1.
-    """
-    positive = [budget for budget in budgets if budget]
-    total = sum(positive)
-    return math.exp(-sum(b / total * math.log(b / total) for b in positive))
 
 
 def summary_writer_class() -> Any:

@@ -117,18 +117,22 @@ def select_entries(
     """
     _check_tensors(gradients, weights)
     _check_total(total, [weight.numel() for weight in weights.values()])
+    device = next(iter(gradients.values())).device  # a model may lie on several
     shards = [
         TargetShard(
             name=name,
             numel=weight.numel(),
             start=0,
-            gradient=gradients[name].reshape(-1).to(torch.float32, copy=True),
+            gradient=gradients[name].reshape(-1).to(device, torch.float32, copy=True),
             weight=weight.reshape(-1),
         )
         for name, weight in weights.items()
     ]
     selection = select_shards(shards, total, Solo())
-    return dict(zip(selection.names, selection.indices, strict=True))
+    return {
+        name: index.to(gradients[name].device)
+        for name, index in zip(selection.names, selection.indices, strict=True)
+    }
 
 
 def _check_total(total: int, numels: Sequence[int]) -> None:

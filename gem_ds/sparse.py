@@ -176,8 +176,13 @@ class TargetLayers(Sequence[TargetLayer]):
         self.model = model
         self.layers = [TargetLayer(name, module) for name, module in targets.items()]
         model.requires_grad_(False)
-        (dtype,) = {layer.weight.dtype for layer in self.layers}  # targets share the model's
-        self.gate = Gate(num_selected, dtype)
+        dtypes = {layer.weight.dtype for layer in self.layers}
+        if len(dtypes) > 1:
+            raise ValueError(
+                f"The target layers have several dtypes ({', '.join(sorted(map(str, dtypes)))}): "
+                "pass --target_modules of one dtype."
+            )
+        self.gate = Gate(num_selected, dtypes.pop())
         model.add_module(self.GATE_NAME, self.gate)
         self._anchor: Tensor | None = None
         self._hook = model.register_forward_pre_hook(self._renew_anchor)

@@ -13,41 +13,18 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-_Q_PROJ_MODELS = """
-    cohere cohere2 exaone4 gemma gemma2 gemma3_text gpt_neo gptj granite helium llama
-    ministral mistral mixtral nemotron olmo olmo2 olmo3 opt phi qwen2 qwen2_moe qwen3 qwen3_moe
-    smollm3 stablelm starcoder2
-"""
-_QUERY_MODELS = "bert camembert electra ernie roberta xlm-roberta"
+#: What architectures call their query and value projections.
+QUERY_VALUE_NAMES = (
+    ("q_proj", "v_proj"),
+    ("query", "value"),
+    ("query_proj", "value_proj"),
+    ("q_lin", "v_lin"),
+)
 
-#: Module-name suffixes of the query and value projections, by ``config.model_type``.
-QUERY_VALUE_SUFFIXES: dict[str, tuple[str, str]] = {
-    **dict.fromkeys(_Q_PROJ_MODELS.split(), ("q_proj", "v_proj")),
-    **dict.fromkeys(_QUERY_MODELS.split(), ("query", "value")),
-    "deberta-v2": ("query_proj", "value_proj"),
-    "distilbert": ("q_lin", "v_lin"),
-}
-
-#: Models that compute query, key and value in one matrix, and the name of that module.
-FUSED_SUFFIXES = {
-    "gpt2": "c_attn",
-    "gpt_bigcode": "c_attn",
-    "gpt_neox": "query_key_value",
-    "bloom": "query_key_value",
-    "falcon": "query_key_value",
-    "phi3": "qkv_proj",
-    "mpt": "Wqkv",
-    "dbrx": "Wqkv",
-    "modernbert": "Wqkv",
-    "deberta": "in_proj",
-    "chatglm": "query_key_value",
-}
+#: What architectures call a layer that computes query, key and value in one matrix.
+FUSED_NAMES = ("c_attn", "query_key_value", "qkv_proj", "Wqkv")
 
 ALL_LINEAR = "all-linear"
-
-
-#: Models whose tokens see each other both ways unless their configuration says ``is_decoder``.
-ENCODERS = (*_QUERY_MODELS.split(), "deberta", "deberta-v2", "distilbert", "modernbert")
 
 
 def find_targets(
@@ -68,8 +45,8 @@ def find_targets(
         ValueError: a name matches nothing, a match is no linear layer, a weight is tied to another
             module, or the architecture fuses the projections; the sentence says what to pass.
     """
-    patterns = list(target_modules) if target_modules else _default_targets(model)
     modules = {name: module for name, module in model.named_modules() if name}
+    patterns = list(target_modules) if target_modules else _default_targets(model, modules)
     if patterns == [ALL_LINEAR]:
         output = getattr(model, "get_output_embeddings", lambda: None)()
         chosen = {n: m for n, m in modules.items() if _is_linear(m) and m is not output}
@@ -130,20 +107,23 @@ def _full_match(pattern: str, name: str) -> bool:
         ) from None
 
 
-def _default_targets(model: nn.Module) -> list[str]:
+def _default_targets(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
     config: Any = getattr(model, "config", None)
     model_type = getattr(config, "model_type", type(model).__name__)
-    if model_type in FUSED_SUFFIXES:
-        raise ValueError(
-            f"{model_type} computes query, key and value in one matrix: pass --target_modules "
-            f"{FUSED_SUFFIXES[model_type]} to select from all three, or all-linear."
-        )
-    if model_type not in QUERY_VALUE_SUFFIXES:
-        raise ValueError(
-            f"The query and value projections of {model_type} are not known: name the layers to "
-            "select from with --target_modules, or pass all-linear."
-        )
-    return list(QUERY_VALUE_SUFFIXES[model_type])
+    linear = {name.rpartition(".")[2] for name, module in modules.items() if _is_linear(module)}
+    for pair in QUERY_VALUE_NAMES:
+        if linear.issuperset(pair):
+            return list(pair)
+    for name in FUSED_NAMES:
+        if name in linear:
+            raise ValueError(
+                f"{model_type} computes query, key and value in one matrix: pass --target_modules "
+                f"{name} to select from all three, or all-linear."
+            )
+    raise ValueError(
+        f"The query and value projections of {model_type} are not known: name the layers to select "
+        f"from with --target_modules, of {', '.join(sorted(linear))}, or pass all-linear."
+    )
 
 
 def targets_of(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:

@@ -22,10 +22,12 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -33,14 +35,13 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
+from torch.utils.cpp_extension import get_default_build_root
 from transformers.integrations import HfDeepSpeedConfig
 
 from gem_ds.comm import Comm, free_port
-from gem_ds.optim import SparseAdamW
+from gem_ds.optim import STATE_KEYS, SparseAdamW
 from gem_ds.sparse import Gate
 from gem_ds.zero_config import zero_stage
-
-STATE_KEYS = ("master", "exp_avg", "exp_avg_sq")
 
 
 def init_distributed() -> Comm:
@@ -56,9 +57,26 @@ def init_distributed() -> Comm:
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    if accelerator.device_name() == "cpu" and os.environ["RANK"] == "0":
+        _tell_of_locks()
     with redirect_stdout(StringIO()):  # each rank would print that it has built an op
         deepspeed.init_distributed(accelerator.communication_backend_name(), verbose=False)
     return Comm(torch.device(accelerator.current_device_name()))
+
+
+def _tell_of_locks() -> None:
+    """On a CPU torch compiles an op at the first start, behind a lock that a killed process leaves.
+
+    It would be waited for in silence and for ever.
+    """
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
+    for lock in Path(root).glob("**/deepspeed_shm_comm/lock"):
+        print(
+            f"Waiting for the process that compiles deepspeed_shm_comm; if there is none, delete "
+            f"{lock}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def leave_distributed() -> None:
@@ -214,10 +232,13 @@ class Engine:
         return -(-numel(parameter) // self.comm.world_size)
 
     def read_shard(self, parameter: nn.Parameter) -> Tensor:
-        """This rank's range of a weight, 1-D, in the model's dtype; a view, not to be written."""
+        """This rank's range of a weight, 1-D, in the model's dtype; not to be written.
+
+        It stays where it lies: on the CPU if parameters are offloaded.
+        """
         start, stop = self.shard_range(parameter)
         if self.stage == 3:
-            return parameter.ds_tensor.data.view(-1)[: stop - start].to(self.device)  # type: ignore[attr-defined]
+            return parameter.ds_tensor.data.view(-1)[: stop - start]  # type: ignore[attr-defined]
         return parameter.data.view(-1)[start:stop]
 
     def writable_range(self, parameter: nn.Parameter) -> tuple[int, int]:
@@ -256,10 +277,10 @@ class Engine:
         if self.stage < 3:
             return values.data
         # Not by GatheredParameters: a forward pass may have left a gathering of it in flight.
-        return torch.cat(self.comm.all_gather(self.read_shard(values)))
+        return torch.cat(self.comm.all_gather(self.read_shard(values).to(self.device)))
 
     def get_state(self) -> dict[str, Tensor]:
-        """Masters and moments, each fp32 [K], whole, on every rank; see :data:`STATE_KEYS`."""
+        """Masters and moments by :data:`gem_ds.optim.STATE_KEYS`, fp32 [K], on every rank."""
         fragment = self._fragment()
         state = self.optimizer.state[fragment.owner] or self.optimizer.reset_state(fragment.owner)
         return {

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
@@ -17,11 +17,16 @@ from transformers.utils import (
 )
 
 from gem_ds.comm import Comm
-from gem_ds.targets import ENCODERS
 from gem_ds.zero import partitioned_loading
 from launch.arguments import Arguments
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+#: Models whose tokens see each other both ways unless their configuration says ``is_decoder``.
+ENCODERS = (
+    *("bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "ernie"),
+    *("modernbert", "roberta", "xlm-roberta"),
+)
 
 _WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 
@@ -31,7 +36,7 @@ def load_model_config(args: Arguments) -> PretrainedConfig:
 
     Raises:
         ValueError: it cannot be loaded, is not of a model that GEM can train, or lies in a folder
-            without weights.
+            without weights or with damaged ones.
     """
     name = str(args.model.model_name_or_path)
     if name.startswith(("/", ".")) and not Path(name).is_dir():
@@ -62,7 +67,24 @@ def load_model_config(args: Arguments) -> PretrainedConfig:
             f"--model_name_or_path {name} holds no weights ({' or '.join(_WEIGHT_FILES)}): pass a "
             "complete model."
         )
+    _refuse_damaged_weights(name)
     return config
+
+
+def _refuse_damaged_weights(name: str) -> None:
+    """Open each weight file of a local folder, which reads its header and checks its length.
+
+    While the weights load at ZeRO stage 3 the ranks wait for each other, so a file that is damaged
+    on one node only has to be found before.
+    """
+    for path in sorted(Path(name).glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(
+                f"The weights of {name} are damaged ({path.name}: {error}): copy them again."
+            ) from error
 
 
 def load_model(
@@ -77,7 +99,7 @@ def load_model(
         comm: the ranks; all call this together.
 
     Raises:
-        ValueError: its files are damaged, or lack a weight or have it in another shape.
+        ValueError: its files lack a weight or have it in another shape.
         OSError: they cannot be read.
     """
     name = str(args.model.model_name_or_path)
@@ -98,10 +120,6 @@ def load_model(
             model, report = loaded
             # Where a weight is missing, the model holds random numbers.
             wrong = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
-    except SafetensorError as error:
-        raise ValueError(
-            f"The weights of {name} are damaged ({error}): copy them again."
-        ) from error
     except RuntimeError as error:  # at stage 3 rank 0 alone sees a wrong shape, after loading
         wrong = re.findall(r"size mismatch for (\S+):", str(error))
         if not wrong:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedToken
 
 from gem_ds.budget import total_budget
 from gem_ds.checkpoint import Checkpoint, RunIdentity, find_checkpoint, list_checkpoints
+from gem_ds.config import DEFAULT_DENSITY
 from gem_ds.encode import EncodedDataset
 from gem_ds.mask import Mask, checksum, dtype_name
 from gem_ds.reporting import summary_writer_class
@@ -173,7 +174,7 @@ def _load_checkpoint(args: Arguments, output_dir: Path) -> Checkpoint | None:
             "what is later, or name another --output_dir."
         )
     dtype = dtype_name(DTYPES[args.train.dtype])
-    if (before := next(iter(checkpoint.mask.weights.values())).dtype) != dtype:
+    if (before := checkpoint.mask.dtype) != dtype:
         raise ValueError(
             f"The checkpoint was trained in {before} and the flags say {dtype}: pass --bf16, "
             "--fp16 or neither as before."
@@ -208,19 +209,32 @@ def _settle_targets(
             raise ValueError(
                 "The mask is for other layers than --target_modules names: leave the flag out."
             )
+        _refuse_other_density(args.gem.density, num_entries, mask)
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         mask.check_model(shapes, str(args.model.model_name_or_path))
         return list(targets_of(model, mask.indices)), num_entries, mask.num_selected
     targets = find_targets(model, args.gem.target_modules)
-    total = total_budget(args.gem.density, num_entries)
+    density = DEFAULT_DENSITY if args.gem.density is None else args.gem.density
+    total = total_budget(density, num_entries)
     available = sum(model.get_parameter(name).numel() for name in targets)
     if total > available:
         raise ValueError(
-            f"--density {args.gem.density} of {num_entries:,} parameters is {total:,} entries, but "
+            f"--density {density} of {num_entries:,} parameters is {total:,} entries, but "
             f"the {len(targets)} target layers hold {available:,}: lower --density or widen "
             "--target_modules."
         )
     return list(targets), num_entries, total
+
+
+def _refuse_other_density(density: str | None, num_entries: int, mask: Mask) -> None:
+    """The mask decides; a flag that says something else must not be passed over in silence."""
+    if density is None:
+        return
+    if (total := total_budget(density, num_entries)) != mask.num_selected:
+        raise ValueError(
+            f"--density {density} is {total:,} of {num_entries:,} parameters and the mask has "
+            f"{mask.num_selected:,}: leave --density out."
+        )
 
 
 def _load_tokenizer(args: Arguments) -> PreTrainedTokenizerBase:

@@ -1,4 +1,4 @@
-"""What a finished run leaves in its output folder."""
+"""What a run leaves for others in its output folder: the mask, and when it is done the rest."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from torch import Tensor
 
 from gem_ds.card import model_card
 from gem_ds.checkpoint import TrainerState
+from gem_ds.config import DEFAULT_DENSITY
 from gem_ds.delta import Delta
+from gem_ds.entries import SelectedEntries
 from gem_ds.files import atomic_write, save_json
-from gem_ds.mask import Mask
+from gem_ds.mask import Mask, WeightInfo, checksum, dtype_name
 from launch.arguments import Arguments
 from launch.prepare import Plan
 
@@ -19,6 +21,42 @@ HUB_DATASETS = {"gsm8k": "openai/gsm8k"}
 
 #: How the model card calls ``eval_loss``.
 HELD_OUT = "held-out loss"
+
+
+def make_mask(args: Arguments, plan: Plan, entries: SelectedEntries, base: Tensor) -> Mask:
+    """The mask of a run, with what a later user needs to know of it.
+
+    Args:
+        args: the flags.
+        plan: of the run.
+        entries: what it trains.
+        base: [K] on the CPU, the selected weights before training, in the model's dtype.
+    """
+    settings = {
+        "density": DEFAULT_DENSITY if args.gem.density is None else args.gem.density,
+        "task": args.data.task,
+        "calibration_examples": args.gem.calibration_examples or len(plan.train),
+        "max_length": args.data.max_length,
+        "seed": args.train.seed,
+    }
+    parts = entries.split(base)
+    return Mask(
+        indices={
+            layer.name: index.cpu()
+            for layer, index in zip(entries.layers, entries.flat_indices, strict=True)
+        },
+        weights={
+            layer.name: WeightInfo(
+                shape=layer.shape,
+                dtype=dtype_name(base.dtype),
+                checksum=checksum(parts[layer.name]),
+            )
+            for layer in entries.layers
+        },
+        base_model=str(args.model.model_name_or_path),
+        revision=args.model.revision,
+        settings=settings if plan.mask is None else plan.mask.settings,
+    )
 
 
 def save_results(
@@ -55,7 +93,7 @@ def save_results(
         dataset=dataset,
         num_selected=plan.total,
         num_parameters=plan.num_parameters,
-        dtype=next(iter(mask.weights.values())).dtype,
+        dtype=mask.dtype,
         settings={
             "density": mask.settings.get("density", plan.total / plan.num_parameters),
             "learning rate": train.learning_rate,

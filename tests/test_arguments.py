@@ -142,7 +142,7 @@ def test_yaml_numbers_are_read_as_the_flags_read_them(tmp_path):
         ("", "must map flag names to values"),
         ("a: [1", "is not valid YAML"),
         ("a: b: c", "is not valid YAML"),
-        ("density: 2", r"--density must be a number in \(0, 1\]"),
+        ("max_length: 0", "--max_length must be at least 1, not 0"),
     ],
 )
 def test_a_bad_recipe_is_refused_in_one_sentence(tmp_path, content, message):

@@ -158,9 +158,7 @@ def _calibrate(comm: Comm, case: Case) -> Outcome:
 
 def _all_cases() -> dict[str, Outcome]:
     comm = init_distributed()
-    outcomes = {str(case): _calibrate(comm, case) for case in CASES[comm.world_size]}
-    comm.close()
-    return outcomes
+    return {str(case): _calibrate(comm, case) for case in CASES[comm.world_size]}
 
 
 @pytest.fixture(scope="module")
@@ -316,7 +314,6 @@ def _all_oddities() -> Oddities:
     model = make_model("llama", torch.bfloat16)
     engine, layers = make_engine(Setting(3, "bf16"), comm, model, K)
     bf16 = statistics()
-    comm.close()
     return Oddities(dead, unused, diverged, before, after, single, bf16)
 
 

@@ -16,16 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gem_ds.checkpoint import (
-    VECTORS,
     Checkpoint,
     RunIdentity,
     TrainerState,
+    delete_old_checkpoints,
     find_checkpoint,
     list_checkpoints,
     remove_leftovers,
 )
 from gem_ds.mask import Mask, WeightInfo, checksum
-from gem_ds.zero import STATE_KEYS
+from gem_ds.optim import STATE_KEYS
 
 FILES = ("mask.safetensors", "optimizer.safetensors", "trainer_state.json")
 
@@ -44,7 +44,7 @@ def make_checkpoint(step: int, counts: tuple[int, ...] = (3, 2), seed: int = 0) 
     }
     return Checkpoint(
         mask=Mask(indices=indices, weights=infos, base_model="m", settings={"density": "0.1"}),
-        vectors={name: torch.randn(total, generator=generator) for name in VECTORS},
+        vectors={name: torch.randn(total, generator=generator) for name in STATE_KEYS},
         num_updates=step - 1,
         loss_scale=2.0**16,
         identity=RunIdentity(global_batch_size=6, seed=3, data="abc"),
@@ -55,7 +55,7 @@ def make_checkpoint(step: int, counts: tuple[int, ...] = (3, 2), seed: int = 0) 
 
 
 def assert_equal(found: Checkpoint, expected: Checkpoint) -> None:
-    for name in VECTORS:
+    for name in STATE_KEYS:
         assert torch.equal(
             found.vectors[name].view(torch.int32), expected.vectors[name].view(torch.int32)
         ), f"{name}, by its bits"
@@ -67,10 +67,6 @@ def assert_equal(found: Checkpoint, expected: Checkpoint) -> None:
     assert replace(found, **rest) == replace(expected, **rest)
 
 
-def test_the_vectors_are_those_of_the_engine():
-    assert VECTORS == STATE_KEYS
-
-
 @given(
     counts=st.lists(st.integers(0, 64), min_size=1, max_size=4),
     seed=st.integers(0, 2**32),
@@ -80,7 +76,7 @@ def test_the_vectors_are_those_of_the_engine():
 def test_a_checkpoint_comes_back_to_the_bit(tmp_path_factory, counts, seed, special):
     checkpoint = make_checkpoint(7, tuple(counts), seed)
     checkpoint.vectors["exp_avg"][:1] = special
-    folder = checkpoint.save(tmp_path_factory.mktemp("run"), limit=None)
+    folder = checkpoint.save(tmp_path_factory.mktemp("run"))
     assert folder.name == "checkpoint-7"
     assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
     assert_equal(Checkpoint.load(folder), checkpoint)
@@ -90,7 +86,7 @@ def test_the_last_checkpoint_is_that_of_the_latest_step(tmp_path):
     with pytest.raises(ValueError, match="holds no checkpoint to resume"):
         find_checkpoint(tmp_path / "absent", "last")
     for step in (10, 9, 100):
-        make_checkpoint(step).save(tmp_path, limit=None)
+        make_checkpoint(step).save(tmp_path)
     for other in ("checkpoint-", "checkpoint-1000.tmp", "my-checkpoint-1000", ".checkpoint-1000"):
         (tmp_path / other).mkdir()
     assert list(list_checkpoints(tmp_path)) == [9, 10, 100]
@@ -100,13 +96,15 @@ def test_the_last_checkpoint_is_that_of_the_latest_step(tmp_path):
 
 def test_the_limit_keeps_the_newest(tmp_path):
     for step in range(8, 13):
-        make_checkpoint(step).save(tmp_path, limit=2)
+        make_checkpoint(step).save(tmp_path)
+        delete_old_checkpoints(tmp_path, 2)
         assert list(list_checkpoints(tmp_path)) == list(range(max(8, step - 1), step + 1))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-11", "checkpoint-12"]
 
 
 def test_a_kill_while_an_old_one_is_deleted_leaves_no_half_of_it(tmp_path, monkeypatch):
-    make_checkpoint(1).save(tmp_path, limit=1)
+    make_checkpoint(1).save(tmp_path)
+    make_checkpoint(2).save(tmp_path)
 
     def killed(folder: Path) -> None:
         (folder / "optimizer.safetensors").unlink()
@@ -114,19 +112,19 @@ def test_a_kill_while_an_old_one_is_deleted_leaves_no_half_of_it(tmp_path, monke
 
     monkeypatch.setattr(shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
-        make_checkpoint(2).save(tmp_path, limit=1)
+        delete_old_checkpoints(tmp_path, 1)
     monkeypatch.undo()
     assert list(list_checkpoints(tmp_path)) == [2]
     remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
-    make_checkpoint(3).save(tmp_path, limit=1)
+    delete_old_checkpoints(tmp_path, 1)
 
 
 @pytest.mark.parametrize("moment", range(5))
 def test_a_kill_while_saving_leaves_the_earlier_ones_whole(tmp_path, monkeypatch, moment):
     """Whichever file was being put in its place."""
     earlier = make_checkpoint(1)
-    earlier.save(tmp_path, limit=1)
+    earlier.save(tmp_path)
     replace_file, calls = os.replace, []
 
     def until_killed(source: Path, target: Path) -> None:
@@ -138,7 +136,7 @@ def test_a_kill_while_saving_leaves_the_earlier_ones_whole(tmp_path, monkeypatch
     monkeypatch.setattr(os, "replace", until_killed)
     monkeypatch.setattr(shutil, "rmtree", lambda folder: None)  # a killed process tidies nothing up
     try:
-        make_checkpoint(2).save(tmp_path, limit=None)
+        make_checkpoint(2).save(tmp_path)
         assert moment == 4, "three files and the folder"
     except KeyboardInterrupt:
         assert list(list_checkpoints(tmp_path)) == [1]
@@ -164,11 +162,11 @@ def small_disk(tmp_path) -> Iterator[Path]:
 
 def test_a_full_disk_leaves_the_earlier_ones_whole(small_disk):
     earlier = make_checkpoint(1, (64,) * 10)
-    earlier.save(small_disk, limit=None)
+    earlier.save(small_disk)
 
     def fill() -> None:
         for step in range(2, 99):
-            make_checkpoint(step, (64,) * 10).save(small_disk, limit=None)
+            make_checkpoint(step, (64,) * 10).save(small_disk)
 
     with pytest.raises(OSError, match="free space on that disk") as caught:
         fill()
@@ -191,7 +189,7 @@ def _spoil_vectors(folder: Path, **vectors: torch.Tensor | None) -> None:
     checkpoint = Checkpoint.load(folder)
     kept = {name: v for name, v in (checkpoint.vectors | vectors).items() if v is not None}
     shutil.rmtree(folder)
-    replace(checkpoint, vectors=kept).save(folder.parent, limit=None)
+    replace(checkpoint, vectors=kept).save(folder.parent)
 
 
 DAMAGES = {
@@ -215,7 +213,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_refused_in_one_sentence(tmp_path, damage):
-    folder = make_checkpoint(5).save(tmp_path, limit=None)
+    folder = make_checkpoint(5).save(tmp_path)
     Checkpoint.load(folder)
     DAMAGES[damage](folder)
     with pytest.raises((ValueError, FileNotFoundError)) as caught:

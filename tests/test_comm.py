@@ -77,12 +77,6 @@ def _all_cases(cases: Cases) -> None:
     with cases("largest"):
         assert comm.largest(2**60 + comm.rank) == 2**60 + 2
         assert comm.largest(-5 - comm.rank) == -5
-    with cases("barrier"):
-        start = time.monotonic()
-        if comm.rank == 2:
-            time.sleep(0.3)
-        comm.barrier()
-        assert time.monotonic() - start >= 0.25, "left before the last rank came"
     _agreement_cases(cases, comm)
 
 
@@ -108,7 +102,6 @@ def _agreement_cases(cases: Cases, comm: Comm) -> None:
         assert type(error) is (OSError if comm.rank == 0 else PeerError)
     with cases("agreement, the ranks go on together"):
         assert comm.largest(comm.rank) == 2
-    comm.close()
 
 
 NAMES = [
@@ -119,7 +112,6 @@ NAMES = [
     "broadcast_object",
     "any",
     "largest",
-    "barrier",
     "agreement, nobody fails",
     *(f"agreement, rank {culprit} fails" for culprit in range(WORLD_SIZE)),
     "agreement, a defect keeps its own error",
@@ -130,7 +122,7 @@ NAMES = [
 
 @pytest.fixture(scope="module")
 def outcomes() -> Outcomes:
-    return run_cases(WORLD_SIZE, _all_cases, timeout=60)
+    return run_cases(WORLD_SIZE, _all_cases)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -153,8 +145,6 @@ def test_one_rank_talks_to_nobody() -> None:
     assert comm.any(True)
     assert not comm.any(False)
     assert comm.largest(-3) == -3
-    comm.barrier()
-    comm.close()
 
 
 @pytest.mark.parametrize(
@@ -180,7 +170,7 @@ def _fails_before_a_collective() -> None:
     comm = init_distributed()
     if comm.rank == 1:
         raise ValueError("only I am wrong")
-    comm.barrier()
+    comm.any(False)
 
 
 def _dies() -> None:

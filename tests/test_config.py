@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from transformers import get_scheduler
 
 from gem_ds.config import (
@@ -44,19 +42,6 @@ def test_the_defaults_pass_and_every_flag_is_explained():
 def test_what_is_missing_is_named_at_once():
     with pytest.raises(ValueError, match=r"Pass --model_name_or_path and --task and --output_dir"):
         check(model_name_or_path=None, task=None, output_dir="")
-
-
-@pytest.mark.parametrize(
-    "density", ["0", "-0.1", "1.0001", "nan", "inf", "-inf", "a lot", "", "1,5"]
-)
-def test_a_density_outside_0_to_1_is_refused(density):
-    with pytest.raises(ValueError, match=r"^--density must be .*\(0, 1\].*\.$"):
-        check(density=density)
-
-
-@given(st.decimals(min_value=0, max_value=1, allow_nan=False).filter(lambda d: d > 0))
-def test_every_density_from_0_to_1_is_accepted(density):
-    check(density=str(density))
 
 
 COUNTS = (

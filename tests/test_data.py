@@ -12,8 +12,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch.nn.functional import log_softmax
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer, PreTrainedTokenizerFast
 
-from gem_ds.data import BatchSchedule, collate, pack_rows
+from gem_ds.data import BatchSchedule, collate, permutation
 from gem_ds.encode import EncodedDataset, encode, encode_prompt
+from gem_ds.packing import pack_rows
 from gem_ds.tasks import Example, load_task
 
 CORPUS = ["Question: How many clips?\nAnswer: She sold 48 clips.\n#### 72", "xyz xyz xyz"] * 20
@@ -195,7 +196,8 @@ def test_a_dataset_is_its_examples_encoded_one_by_one(tokenizers):
         assert dataset.input_ids(i).tolist() == input_ids
         assert dataset.length(i) == len(input_ids)
         assert dataset.prompt_length(i) == prompt_length
-        assert dataset.num_answer_tokens(i) == len(input_ids) - prompt_length > 0
+        assert dataset.count_tokens([i]) == len(input_ids)
+        assert dataset.count_answer_tokens([i]) == len(input_ids) - prompt_length > 0
     assert dataset.total_answer_tokens == sum(len(ids) - length for ids, length in single)
     assert dataset.tokens.dtype == dataset.prompt_lengths.dtype == torch.int32
 
@@ -423,7 +425,7 @@ def test_every_epoch_reads_every_row_once_on_any_world(
             assert max(shares) - min(shares) <= 1
             assert step == epoch * steps + steps - 1 or len(batch) == global_batch_size
             read += batch
-        assert read == alone.order(epoch)
+        assert read == permutation(num_rows, seed, epoch).tolist()
         assert sorted(read) == list(range(num_rows))
 
 
@@ -438,9 +440,7 @@ def test_no_micro_batch_is_run_in_vain():
 def test_order_depends_on_seed_and_epoch_apart():
     """A generator seeded with seed + epoch would give run 1 the second epoch of run 0."""
     orders = {
-        tuple(schedules(30, 4, 1, 1, seed)[0].order(epoch))
-        for seed in range(5)
-        for epoch in range(5)
+        tuple(permutation(30, seed, epoch).tolist()) for seed in range(5) for epoch in range(5)
     }
     assert len(orders) == 25
     assert list(range(30)) not in map(list, orders)
@@ -454,7 +454,7 @@ def test_an_order_is_the_same_in_whatever_sequence_it_is_asked_for():
     assert batches[1] == batches[5]
     assert batches[0][::-1] == batches[6]
     state = torch.get_rng_state()
-    schedule.order(7)
+    schedule.global_batch(999)
     assert torch.equal(state, torch.get_rng_state())
 
 

@@ -232,7 +232,6 @@ def _all_cases(cases: Cases) -> None:
         for check in CHECKS:
             with cases(f"{setting}: {check.__name__}"):
                 check(bench)
-    comm.close()
 
 
 NAMES = ["gather_indices", *(f"{s}: {check.__name__}" for s in SETTINGS for check in CHECKS)]

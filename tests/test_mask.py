@@ -216,16 +216,16 @@ def test_a_model_that_does_not_fit_is_refused(shapes, message):
         make_mask().check_model(shapes, "tiny")
 
 
-def test_other_base_weights_are_refused_and_other_dtypes_reported():
+def test_other_base_weights_are_refused_and_other_dtypes_left_out():
     mask = make_mask()
     values = {name: indices.bfloat16() for name, indices in mask.indices.items()}
-    assert mask.check_base(values) == []
+    mask.check_base(values)
     with pytest.raises(
         ValueError, match=r"1 of 2 .* first is 'b'\): use owner/base at revision abc"
     ):
         mask.check_base({**values, "b": values["b"] + 1})
     in_fp32 = {**values, "b": values["b"].float() + 1}
-    assert mask.check_base(in_fp32) == ["b"]
+    mask.check_base(in_fp32)
     assert mask.differing_weights(in_fp32) == []
 
 

@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -243,7 +242,7 @@ def _batches(comm: Comm) -> Batches:
     )
 
 
-def _account(total: int, folder: Path) -> Account:
+def _account(total: int) -> Account:
     gc.freeze()  # what importing has made is not walked
     comm = init_distributed()
     engine, layers = make_engine(Setting(3), comm, _model(), total)
@@ -258,8 +257,8 @@ def _account(total: int, folder: Path) -> Account:
     dense_in_backward, products = _watched_backward(engine, layers, entries, batches)
     collectives = Collectives()
     with collectives.counted():
-        fit_entries(entries, batches, NUM_STEPS, folder)
-    account = Account(
+        fit_entries(entries, batches, NUM_STEPS)
+    return Account(
         dense_in_calibration=looking.dense,
         parts_in_calibration=looking.parts,
         calibration_product=calibration_products.largest,
@@ -271,8 +270,6 @@ def _account(total: int, folder: Path) -> Account:
         payload=collectives.payload(of_weights=False) / NUM_STEPS,
         gathers=collectives.payload(of_weights=True) / NUM_STEPS,
     )
-    comm.close()
-    return account
 
 
 def _watched_backward(
@@ -299,10 +296,9 @@ Accounts = dict[int, list[Account]]
 
 
 @pytest.fixture(scope="module")
-def accounts(tmp_path_factory: pytest.TempPathFactory) -> Accounts:
+def accounts() -> Accounts:
     """Each K in processes of its own, as an engine that was once made stays alive."""
-    folder = tmp_path_factory.mktemp("dense")
-    return {total: run_ranks(WORLD_SIZE, _account, total, folder) for total in (FEW, MANY)}
+    return {total: run_ranks(WORLD_SIZE, _account, total) for total in (FEW, MANY)}
 
 
 @pytest.mark.parametrize("total", [FEW, MANY])

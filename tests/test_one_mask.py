@@ -279,7 +279,6 @@ def _account(folder: Path) -> Account:
             account.refusals[stage, name] = holder.refusal(gradients)
     if comm.world_size in CUT_WORLD_SIZES:
         account.calibrated = {cut: _calibrated(comm, cut) for cut in CUTS}
-    comm.close()
     return account
 
 

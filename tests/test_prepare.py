@@ -12,13 +12,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gem_ds.checkpoint import Checkpoint
 from gem_ds.mask import Mask
+from gem_ds.reporting import TENSORBOARD_FOLDER
 from launch import train
 from launch.arguments import parse_arguments
-from launch.output_dir import RUN_FILES, make_output_dir
+from launch.output_dir import RUN_FILES, clear_output_dir, output_dir_of_one_run
 from launch.prepare import Plan, prepare
 from tests.tiny_model import Tiny, make_tiny, one_rank, write_jsonl
 
@@ -57,8 +60,9 @@ def test_a_plan_counts_what_the_model_holds(tiny):
 
 
 def test_no_weight_is_read(tiny):
-    folder = tiny.variant("unreadable")
-    (folder / "model.safetensors").write_bytes(b"no weights at all")
+    """The file is opened, which shows whether it is whole, but nobody looks at what it holds."""
+    folder = tiny.variant("of_another_model")
+    save_file({"something else": torch.zeros(3)}, folder / "model.safetensors")
     plan = plan_of(tiny, model_name_or_path=folder)
     assert plan.num_parameters == plan_of(tiny).num_parameters
 
@@ -94,7 +98,7 @@ def test_the_identity_is_that_of_the_data_and_their_order(tiny):
 
 def test_a_mask_settles_targets_and_budget(tiny, run):
     mask = Mask.load(run / "mask.safetensors")
-    plan = plan_of(tiny, mask=run / "mask.safetensors", density="0.5")
+    plan = plan_of(tiny, mask=run / "mask.safetensors", density=None)
     assert plan.targets == list(mask.indices)
     assert plan.total == mask.num_selected
 
@@ -118,6 +122,7 @@ def test_a_checkpoint_may_go_on_in_another_folder(tiny, run):
 def test_overwriting_deletes_the_run_and_nothing_else(tiny, run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
+    (folder / TENSORBOARD_FOLDER).mkdir()
     (folder / "runs").mkdir()
     (folder / ".checkpoint-6.0a0a0a0a.tmp").mkdir()
     (folder / "notes.txt").write_text("mine")
@@ -126,8 +131,8 @@ def test_overwriting_deletes_the_run_and_nothing_else(tiny, run, tmp_path):
     flags = tiny.flags(folder, "--overwrite_output_dir")
     plan = prepare(parse_arguments(flags), world_size=1)
     assert (folder / "delta.safetensors").exists(), "preparing deletes nothing"
-    make_output_dir(plan.output_dir, overwrite=True)
-    assert sorted(path.name for path in folder.iterdir()) == ["checkpoints", "notes.txt"]
+    clear_output_dir(plan.output_dir, overwrite=True)
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoints", "notes.txt", "runs"]
 
 
 def test_without_overwriting_only_leftovers_go(tiny, run, tmp_path):
@@ -135,10 +140,26 @@ def test_without_overwriting_only_leftovers_go(tiny, run, tmp_path):
     shutil.copytree(run, folder)
     before = sorted(folder.iterdir())
     (folder / ".checkpoint-6.0a0a0a0a.tmp").mkdir()
-    make_output_dir(folder, overwrite=False)
+    clear_output_dir(folder, overwrite=False)
     assert sorted(folder.iterdir()) == before
 
 
 def test_other_files_in_the_folder_do_not_matter(tiny, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     prepare(parse_arguments(tiny.flags(tmp_path)), world_size=1)
+
+
+def test_a_folder_belongs_to_one_run_at_a_time(tmp_path):
+    folder = tmp_path / "a" / "b"
+    with output_dir_of_one_run(folder):
+        with pytest.raises(ValueError, match="Another run writes to --output_dir"):
+            output_dir_of_one_run(folder).__enter__()
+        with output_dir_of_one_run(tmp_path / "a" / "c"):
+            pass
+    with output_dir_of_one_run(folder):
+        assert list(folder.iterdir()) == [], "nothing shows it"
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_at_once():
+    with pytest.raises(OSError, match=r"cannot be written .*: choose a folder"):
+        output_dir_of_one_run(Path("/sys/kernel")).__enter__()

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from gem_ds.checkpoint import TrainerState
-from gem_ds.reporting import TENSORBOARD_FOLDER, Reporter, budget_table, effective_layers
+from gem_ds.reporting import TENSORBOARD_FOLDER, Reporter
 
 ENTRY = {"loss": 1.5, "learning_rate": 0.1, "tokens_per_second": 10.0}
 
@@ -58,7 +55,7 @@ def test_other_ranks_are_silent_but_know_the_history(tmp_path, capsys):
     options = {"is_main": False, "tensorboard": True, "show_bar": True}
     reporter = make_reporter(tmp_path / "absent", state, **options)
     reporter.start()
-    reporter.advance(5)
+    reporter.advance(1.0, 5, 0.1)
     reporter.log({**ENTRY, "eval_loss": 2.0})
     reporter.say("nothing")
     reporter.close()
@@ -71,7 +68,7 @@ def test_the_bar_shows_loss_rate_and_learning_rate(tmp_path, capsys):
     state = TrainerState(max_steps=3, global_step=1)
     reporter = make_reporter(tmp_path, state, show_bar=True)
     reporter.start()
-    reporter.advance(5)
+    reporter.advance(1.0, 5, 0.1)
     state.global_step = 2
     reporter.log(ENTRY)
     reporter.log({"eval_loss": 2.0})
@@ -83,16 +80,14 @@ def test_the_bar_shows_loss_rate_and_learning_rate(tmp_path, capsys):
     assert "loss 1.5000, lr 1.00e-01, 10 tok/s" in err
 
 
-def test_the_rate_counts_the_tokens_since_the_last_question(tmp_path, monkeypatch):
-    now = iter([100.0, 104.0, 104.5])
+def test_the_averages_are_of_the_steps_since_the_last_question(tmp_path):
     reporter = make_reporter(tmp_path, TrainerState(max_steps=9))
-    monkeypatch.setattr("gem_ds.reporting.time.perf_counter", lambda: next(now))
     reporter.start()
-    reporter.advance(30)
-    reporter.advance(10)
-    assert reporter.tokens_per_second() == 10.0
-    reporter.advance(6)
-    assert reporter.tokens_per_second() == 12.0
+    reporter.advance(2.0, 30, 1.0)
+    reporter.advance(4.0, 10, 3.0)
+    assert reporter.averages() == {"loss": 3.0, "tokens_per_second": 10.0}
+    reporter.advance(7.0, 6, 0.5)
+    assert reporter.averages() == {"loss": 7.0, "tokens_per_second": 12.0}
     reporter.close()
 
 
@@ -117,21 +112,3 @@ def test_tensorboard_shows_the_same_numbers_after_a_resume_too(tmp_path):
     reporter.log({"loss": 8.0})
     reporter.close()
     assert events(tmp_path) == {"loss": [(1, 0.25), (2, 0.5), (3, 8.0)]}
-
-
-def test_the_table_adds_up():
-    rows = [("a.weight", 1000, 30, 2.5), ("longer.weight", 50, 10, 0.0)]
-    header, first, second, last = budget_table(rows).splitlines()
-    assert header.split()[:3] == ["weight", "entries", "selected"]
-    assert first.split() == ["a.weight", "1,000", "30", "3.000%", "75.00%", "2.500e+00"]
-    assert second.split() == ["longer.weight", "50", "10", "20.000%", "25.00%", "0.000e+00"]
-    assert last.split() == ["all", "targets", "1,050", "40", "3.810%", "100.00%"]
-    assert first.index("1,000") + 5 == second.index("50") + 2 == last.index("1,050") + 5
-
-
-@given(st.lists(st.integers(0, 10**6), min_size=1).filter(any))
-def test_effective_layers_lie_between_one_and_all(budgets):
-    effective = effective_layers(budgets)
-    num_used = sum(budget > 0 for budget in budgets)
-    assert 1 - 1e-9 <= effective <= num_used * (1 + 1e-9)
-    assert math.isclose(effective_layers([5] * num_used), num_used)

@@ -42,8 +42,8 @@ def _main_until_killed(flags: list[str], step: int, delay: float, victim: int) -
         time.sleep(delay)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def watch(reporter: Reporter, num_tokens: int) -> None:
-        advance(reporter, num_tokens)
+    def watch(reporter: Reporter, *results: float) -> None:
+        advance(reporter, *results)
         if reporter._state.global_step == step:
             threading.Thread(target=kill).start()
 

@@ -9,12 +9,31 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
-from gem_ds.targets import (
-    FUSED_SUFFIXES,
-    QUERY_VALUE_SUFFIXES,
-    find_targets,
-    targets_of,
-)
+from gem_ds.targets import find_targets, targets_of
+
+Q_PROJ_MODELS = """
+    cohere cohere2 exaone4 gemma gemma2 gemma3_text gpt_neo gptj granite helium llama
+    ministral mistral mixtral nemotron olmo olmo2 olmo3 opt phi qwen2 qwen2_moe qwen3 qwen3_moe
+    smollm3 stablelm starcoder2
+"""
+QUERY_MODELS = ("bert", "camembert", "electra", "ernie", "roberta", "xlm-roberta")
+QUERY_VALUE = {
+    **dict.fromkeys(Q_PROJ_MODELS.split(), ("q_proj", "v_proj")),
+    **dict.fromkeys(QUERY_MODELS, ("query", "value")),
+    "deberta-v2": ("query_proj", "value_proj"),
+    "distilbert": ("q_lin", "v_lin"),
+}
+FUSED = {
+    "gpt2": "c_attn",
+    "gpt_bigcode": "c_attn",
+    "gpt_neox": "query_key_value",
+    "bloom": "query_key_value",
+    "falcon": "query_key_value",
+    "phi3": "qkv_proj",
+    "codegen": "qkv_proj",
+    "mpt": "Wqkv",
+    "modernbert": "Wqkv",
+}
 
 NUM_LAYERS = 2
 DEPTH_KEYS = {"gpt2": "n_layer", "gptj": "n_layer", "gpt_bigcode": "n_layer", "mpt": "n_layers",
@@ -24,8 +43,6 @@ OTHER_KEYS = {
     "nemotron": {"num_key_value_heads": 48},
     "ministral": {"head_dim": 128},
 }
-NOT_IN_TRANSFORMERS = {"chatglm"}  # remote code
-WITHOUT_A_DEFAULT_SIZE = {"dbrx"}
 
 
 def _model(model_type: str) -> PreTrainedModel:
@@ -49,34 +66,28 @@ def _layers_of(names: list[str]) -> list[str]:
     return sorted({re.sub(r"\.\d+\.", ".N.", name.removesuffix(".weight")) for name in names})
 
 
-@pytest.mark.parametrize("model_type", sorted(QUERY_VALUE_SUFFIXES))
+@pytest.mark.parametrize("model_type", QUERY_VALUE)
 def test_the_default_is_query_and_value_of_every_layer(model_type: str) -> None:
     model = _model(model_type)
     targets = find_targets(model)
     assert len(targets) == 2 * NUM_LAYERS
     suffixes = [name.removesuffix(".weight").rpartition(".")[2] for name in targets]
-    assert sorted(set(suffixes)) == sorted(QUERY_VALUE_SUFFIXES[model_type])
+    assert tuple(sorted(set(suffixes))) == QUERY_VALUE[model_type]
     assert all(model.get_parameter(name) is module.weight for name, module in targets.items())
 
 
-@pytest.mark.parametrize(
-    "model_type", sorted(set(FUSED_SUFFIXES) - NOT_IN_TRANSFORMERS - WITHOUT_A_DEFAULT_SIZE)
-)
+@pytest.mark.parametrize("model_type", FUSED)
 def test_fused_projections_are_refused_with_a_name_that_works(model_type: str) -> None:
     model = _model(model_type)
     with pytest.raises(ValueError, match=f"{model_type} computes query, key and value in one") as e:
         find_targets(model)
-    (suffix,) = re.findall(r"--target_modules (\S+)", str(e.value))
-    assert len(find_targets(model, [suffix])) == NUM_LAYERS
-
-
-def test_no_architecture_is_in_both_tables() -> None:
-    assert not set(QUERY_VALUE_SUFFIXES) & set(FUSED_SUFFIXES)
+    assert re.findall(r"--target_modules (\S+)", str(e.value)) == [FUSED[model_type]]
+    assert len(find_targets(model, [FUSED[model_type]])) == NUM_LAYERS
 
 
 def test_an_unknown_architecture_asks_for_names() -> None:
-    with pytest.raises(ValueError, match=r"projections of codegen are not known.*--target_modules"):
-        find_targets(_model("codegen"))
+    with pytest.raises(ValueError, match=r"of mamba are not known.*--target_modules, of dt_proj, "):
+        find_targets(_model("mamba"))
     with pytest.raises(ValueError, match=r"projections of Linear are not known"):
         find_targets(nn.Linear(2, 2))
 

@@ -22,6 +22,7 @@ from gem_ds.checkpoint import list_checkpoints
 from gem_ds.comm import free_port
 from gem_ds.delta import Delta, apply_delta
 from gem_ds.mask import Mask
+from gem_ds.reporting import TENSORBOARD_FOLDER, Reporter
 from launch import export, train
 from tests.ranks import CPU_ONLY, run_ranks
 from tests.tiny_model import (
@@ -301,7 +302,7 @@ def test_tensorboard_gets_the_metrics(tiny, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     flags = {"max_steps": 3, "logging_steps": 1, "report_to": "tensorboard"}
     train.main(tiny.flags(tmp_path, **flags))
-    board = accumulator.EventAccumulator(str(tmp_path / "runs")).Reload()
+    board = accumulator.EventAccumulator(str(tmp_path / TENSORBOARD_FOLDER)).Reload()
     shown = [event.value for event in board.Scalars("loss")]
     assert shown == pytest.approx(metrics(tmp_path, "loss"), rel=1e-6)
 
@@ -415,11 +416,11 @@ def test_sigterm_saves_and_ends_well(tiny, tmp_path):
 def _terminated_on_one_rank(flags: list[str], victim: int, step: int) -> dict[str, float]:
     """On each rank: run; the victim gets a SIGTERM after a step."""
 
-    def watch(reporter: train.Reporter, num_tokens: int) -> None:
+    def watch(reporter: Reporter, *_: float) -> None:
         if int(os.environ["RANK"]) == victim and reporter._state.global_step == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with joined(), mock.patch.object(train.Reporter, "advance", watch):
+    with joined(), mock.patch.object(Reporter, "advance", watch):
         return train.main(flags)
 
 

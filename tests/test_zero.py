@@ -400,7 +400,6 @@ def _all_cases(cases: Cases, folder: Path) -> None:
             _few_entries(cases, setting, comm)
     for stage in (2, 3):
         _loading(cases, stage, folder, comm)
-    comm.close()
 
 
 def _names(settings: list[Setting]) -> list[str]:

@@ -7,7 +7,6 @@ dense reference agree on them without a file.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,10 +30,9 @@ from gem_ds.checkpoint import TrainerState
 from gem_ds.comm import Comm
 from gem_ds.encode import EncodedDataset
 from gem_ds.entries import SelectedEntries
-from gem_ds.fit import Intervals, fit
+from gem_ds.fit import StepResult, fit
 from gem_ds.loss import summed_answer_loss
 from gem_ds.optim import SparseAdamW
-from gem_ds.reporting import Reporter
 from gem_ds.sparse import TargetLayers
 from gem_ds.targets import find_targets
 from gem_ds.zero import Engine
@@ -232,48 +230,30 @@ def fit_entries(
     entries: SelectedEntries,
     batches: Batches,
     num_steps: int,
-    folder: Path,
     *,
     rate_factor: Callable[[int], float] = lambda _: 1.0,
     after_step: Callable[[], None] = lambda: None,
-) -> list[dict[str, Any]]:
+) -> list[StepResult]:
     """Train with the summed answer loss.
 
     Args:
         entries: what is trained; masters and weights must agree.
         batches: the training data.
-        num_steps: how many steps to take; all are logged.
-        folder: for what a run writes.
+        num_steps: how many steps to take.
         rate_factor: of the learning rate, by the number of applied steps.
         after_step: called on all ranks after each step.
 
     Returns:
-        The log.
+        What the steps found.
     """
-    state, comm = TrainerState(max_steps=num_steps), entries.engine.comm
-
-    def log_extra() -> dict[str, float]:
+    state = TrainerState(max_steps=num_steps)
+    scheduler = LambdaLR(entries.engine.optimizer, rate_factor)
+    results = []
+    for step in fit(entries, batches, summed_answer_loss, scheduler, state, seed=0):
+        results.append(step)
         after_step()
-        return {}
-
-    with closing(
-        Reporter(folder, state, is_main=comm.is_main, tensorboard=False, show_bar=False)
-    ) as reporter:
-        finished = fit(
-            entries,
-            batches,
-            summed_answer_loss,
-            LambdaLR(entries.engine.optimizer, rate_factor),
-            state,
-            seed=0,
-            intervals=Intervals(log=1, evaluate=None, save=None),
-            reporter=reporter,
-            evaluate=dict,
-            save=lambda: None,
-            log_extra=log_extra,
-        )
-    assert finished
-    return state.log_history
+    assert len(results) == state.global_step == num_steps
+    return results
 
 
 def bits(tensor: Tensor) -> Tensor:
