@@ -135,6 +135,7 @@ def _refused() -> dict[str, tuple[Tensors, list[str]]]:
 
 
 GIVEN, REFUSED = _given(), _refused()
+IN_BF16 = ("quantised 0", "quantised 1", "heavy-tailed 2")
 
 
 class Matrices(nn.Module):
@@ -151,12 +152,13 @@ class Matrices(nn.Module):
 class Holder:
     """The matrices in an engine, which decides on the ranges."""
 
-    def __init__(self, comm: Comm, stage: int) -> None:
+    def __init__(self, comm: Comm, stage: int, dtype: str = "fp32") -> None:
         self.comm = comm
-        model = Matrices()
+        setting = Setting(stage, dtype)
+        model = Matrices().to(setting.torch_dtype)  # every weight is exact in bf16 too
         targets = {f"{name}.weight": getattr(model, name) for name in SHAPES}
         self.engine, self.layers = make_engine(
-            Setting(stage), comm, model, num_selected=7, targets=targets
+            setting, comm, model, num_selected=7, targets=targets
         )
         if stage == 3:  # what lies behind a partition is nobody's business
             for layer in self.layers:
@@ -277,6 +279,9 @@ def _account(folder: Path) -> Account:
             account.files[stage, name] = holder.mask_file(gradients, total, path)
         for name, (gradients, _) in REFUSED.items():
             account.refusals[stage, name] = holder.refusal(gradients)
+        holder = Holder(comm, stage, "bf16")
+        for name in IN_BF16:
+            account.files[stage, f"{name}, bf16"] = holder.mask_file(*GIVEN[name], path)
     if comm.world_size in CUT_WORLD_SIZES:
         account.calibrated = {cut: _calibrated(comm, cut) for cut in CUTS}
     return account
@@ -294,7 +299,7 @@ def accounts(tmp_path_factory: pytest.TempPathFactory) -> Accounts:
 
 @functools.cache
 def _expected(name: str) -> Tensors:
-    gradients, total = GIVEN[name]
+    gradients, total = GIVEN[name.removesuffix(", bf16")]
     masks = oracle.select(gradients, _weights(), total)
     return {name: mask.flatten().nonzero()[:, 0].int() for name, mask in masks.items()}
 
@@ -304,7 +309,7 @@ def _expected(name: str) -> Tensors:
 class TestSameStatistics:
     """Bit for bit the oracle's mask on every rank, so one mask for all of them."""
 
-    @pytest.mark.parametrize("name", GIVEN)
+    @pytest.mark.parametrize("name", [*GIVEN, *(f"{name}, bf16" for name in IN_BF16)])
     def test_mask_file(self, accounts: Accounts, world_size: int, stage: int, name: str) -> None:
         expected = {f"{key}.weight.indices": index for key, index in _expected(name).items()}
         for account in accounts(world_size):

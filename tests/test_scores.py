@@ -9,7 +9,7 @@ from torch import Tensor
 from gem_ds import scores
 from gem_ds.scores import LayerStatistics, Solo, gradient_to_weight_ratio_, layer_statistics
 from tests import oracle
-from tests.thread_group import ThreadGroup, cut, run_ranks
+from tests.thread_group import ThreadGroup, cut, run_threads
 
 WORLD_SIZES = (1, 2, 3, 4, 7)
 SUBNORMAL = 2.0**-149
@@ -51,7 +51,7 @@ def _statistics(layers: dict[str, Tensor], world_size: int) -> list[LayerStatist
         shards = [cut(r, group.rank, world_size)[1] for r in layers.values()]
         return layer_statistics(shards, numels, names, group)
 
-    return run_ranks(world_size, work)
+    return run_threads(world_size, work)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -157,4 +157,4 @@ def test_ratios_that_are_not_finite_are_refused_by_name_on_every_rank(
             layer_statistics(shards, numels, names, group)
         return str(refusal.value)
 
-    assert len(set(run_ranks(world_size, work))) == 1
+    assert len(set(run_threads(world_size, work))) == 1

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from gem_ds.selection import Selection, TargetShard, select_entries, select_shards
 from tests import oracle
-from tests.thread_group import ThreadGroup, cut, run_ranks
+from tests.thread_group import ThreadGroup, cut, run_threads
 
 Tensors = dict[str, Tensor]
 WORLD_SIZES = (1, 2, 3, 4, 7)
@@ -65,7 +65,7 @@ def _sharded(gradients: Tensors, weights: Tensors, total: int, world_size: int) 
             )
         return select_shards(shards, total, group)
 
-    return run_ranks(world_size, work)
+    return run_threads(world_size, work)
 
 
 def _flat(masks: Tensors) -> dict[str, list[int]]:

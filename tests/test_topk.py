@@ -12,7 +12,7 @@ from gem_ds import scores as scores_module
 from gem_ds.scores import Solo
 from gem_ds.topk import top_k_indices
 from tests import oracle
-from tests.thread_group import ThreadGroup, cut, run_ranks
+from tests.thread_group import ThreadGroup, cut, run_threads
 
 LARGEST = torch.finfo(torch.float32).max
 SUBNORMAL = 2.0**-149
@@ -45,7 +45,7 @@ def _over_ranks(layers: list[Tensor], budgets: list[int], world_size: int) -> li
         shards, starts = [shard for _, shard in cuts], [start for start, _ in cuts]
         return top_k_indices(shards, starts, budgets, group)
 
-    by_rank = run_ranks(world_size, work)
+    by_rank = run_threads(world_size, work)
     return [torch.cat(parts).tolist() for parts in zip(*by_rank, strict=True)]
 
 

@@ -446,6 +446,7 @@ def test_two_ranks_under_the_launcher_stop_and_go_on(tiny, tmp_path):
     os.killpg(process.pid, signal.SIGTERM)
     out, _ = process.communicate(timeout=240)
     (step,) = list_checkpoints(tmp_path / "run")
+    assert process.returncode != 0, "the launcher itself was told to end"
     assert f"Stopped by SIGTERM after step {step}; go on with" in out
     assert "Traceback" not in out
     flags = _shorten(flags, tmp_path / "run")
@@ -465,6 +466,9 @@ def test_bad_input_under_the_launcher_ends_in_one_sentence(tiny, tmp_path):
     out, _ = process.communicate(timeout=240)
     assert process.returncode not in (0, None)
     errors = [line for line in out.splitlines() if line.startswith("Error: ")]
-    assert errors == ["Error: --density must be a number in (0, 1], for instance 0.001, not 2."]
+    assert errors == [
+        "Error: The density is 2: give the share of the parameters to train, a number above 0 and "
+        "at most 1, such as 0.001."
+    ]
     assert "Traceback" not in out
     assert not (tmp_path / "run").exists()

@@ -31,7 +31,7 @@ class ThreadGroup:
         return tensor.copy_(stacked.sum(dim=0) if op == "sum" else stacked.amax(dim=0))
 
 
-def run_ranks(world_size: int, work: Callable[[ThreadGroup], T]) -> list[T]:
+def run_threads(world_size: int, work: Callable[[ThreadGroup], T]) -> list[T]:
     """Call ``work(group)`` on every rank at once; the results in rank order.
 
     A rank that fails frees the others from the barrier, and its error is raised here.
