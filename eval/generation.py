@@ -45,10 +45,16 @@ class GenerationSettings:
     Attributes:
         max_new_tokens: The longest completion, in tokens.
         stop_strings: A completion ends before the first of these.
+        temperature: Divides the logits; 0 is greedy.
+        top_p: Tokens are drawn from the fewest most likely ones that have this share together.
+        seed: Of the noise.
     """
 
     max_new_tokens: int
     stop_strings: tuple[str, ...]
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
