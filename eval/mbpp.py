@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Mapping
 
 from eval.extraction import extract_program, parse
-from gem_ds.tasks.mbpp import Problem, prompt_of, target_of
+from gem_ds.tasks.mbpp import Dataset, Problem, prompt_of, target_of
 
 SHOT_IDS = (2, 3, 4)
 STOP_STRINGS = ("[DONE]",)
@@ -29,6 +30,40 @@ MARGIN_STOP_STRINGS = ("\ndef ", "\nclass ", "\nprint", "\nassert ", "\nif ", "\
 _PLACEHOLDER = re.compile(r"\{(text|tests|header)\}")
 #: A closing bracket at the margin ends an expression, not the function.
 _MARGIN = re.compile(r"\n(?=[^\s)\]}])")
+
+
+def problems_of(dataset: Dataset, split: str, limit: int | None = None) -> dict[str, Problem]:
+    """The problems of a split, or the first `limit` of them, by the ids that samples bear."""
+    return {f"mbpp/{p.task_id}": p for p in dataset.split(split)[:limit]}
+
+
+def prompts_of(
+    problems: Mapping[str, Problem], dataset: Dataset, *, num_fewshot: int, template: str | None
+) -> dict[str, str]:
+    """The prompt of every problem, by task id.
+
+    Args:
+        problems: By task id.
+        dataset: Where the shots come from.
+        num_fewshot: 0 or 3; 0 with a template.
+        template: The user's own form of prompt.
+
+    Raises:
+        ValueError: The dataset lacks a shot, or the template cannot be filled.
+    """
+    if template is not None:
+        assert num_fewshot == 0, "a template says nothing about shots"
+        check_template(template)
+        return {name: template_prompt(problem, template) for name, problem in problems.items()}
+    ids = SHOT_IDS[:num_fewshot]
+    for task_id in ids:
+        if task_id not in dataset.problems:
+            raise ValueError(
+                f"{dataset.source} lacks problem {task_id}, which the prompt of {num_fewshot} "
+                "shots shows: pass the whole file, or --num_fewshot 0."
+            )
+    shots = [dataset.problems[task_id] for task_id in ids]
+    return {name: few_shot_prompt(problem, shots) for name, problem in problems.items()}
 
 
 def few_shot_prompt(problem: Problem, shots: list[Problem]) -> str:
