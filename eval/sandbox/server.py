@@ -1,0 +1,117 @@
+"""A worker's server: a lean process that starts a jail and a judge for each program.
+
+It is started by `exec`, so it holds nothing of its parent but three standard streams and the
+control socket. It never reads a job: parent and children share those as files in memory, and a
+candidate's process descends from the server without having passed through any memory that held
+a test, an expected value or another solution.
+
+    parent (torch, the model)
+      └─ server                     receives (limits, files) on the control socket, enforces time
+           ├─ judge                 reads the tests, then the jail's answers; reports to the parent
+           └─ jail: pid 1           opens the cell, waits
+                └─ candidate        reads the program
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import select
+import signal
+import socket
+import time
+from typing import Any
+
+from eval.sandbox import confine, jails
+from eval.sandbox.judge import judge
+from eval.sandbox.wire import Channel, Decoder, Encoder
+
+NUM_FILES = 3  # of a job: what the jail reads, what the judge reads, where the judge reports
+_PERIOD = 0.05  # seconds between two looks at the memory in use
+_JUDGE_MB = 2048
+_PRELOADED = (  # what programs import most, as far as it is small: each page makes a fork dearer
+    *("array", "bisect", "cmath", "collections", "copy", "functools", "heapq", "itertools"),
+    *("math", "operator", "re", "string", "typing"),
+)
+
+
+def serve(control: socket.socket, level: str, fresh: bool) -> None:
+    """Serves until the parent closes the control socket.
+
+    A request is a JSON object with `timeout` in seconds and `memory_mb`, and NUM_FILES open files;
+    its answer is a JSON object that tells what became of the processes. The first answer comes
+    unasked, and tells whether the level can be had here.
+    """
+    os.setsid()  # a Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        jail = jails.JAILS[level](fresh)
+    except OSError as error:
+        control.send(json.dumps({"error": str(error)}).encode())
+        return
+    for name in _PRELOADED:
+        __import__(name)
+    control.send(json.dumps({"error": None}).encode())
+    gc.collect()
+    gc.freeze()  # no child's collection shall copy these pages
+    while True:
+        message, files, _, _ = socket.recv_fds(control, 4096, NUM_FILES)
+        if not message:
+            return
+        outcome = _run(jail, control, files, **json.loads(message))
+        control.send(json.dumps(outcome).encode())
+
+
+def _run(
+    jail: jails.Jail, control: socket.socket, files: list[int], timeout: float, memory_mb: int
+) -> dict[str, Any]:
+    """Starts one jail and one judge, and returns when no process of either is left."""
+    deadline = time.monotonic() + timeout
+    job, tests, report = files
+    judges, candidates = socket.socketpair()
+    judge_pid = jails.fork(lambda: _judge(jail, tests, report, judges.detach()))
+    jail_pid = jail.start(job, candidates.fileno(), memory_mb)
+    judges.close()
+    candidates.close()
+    for file in files:
+        os.close(file)
+    try:
+        end = _watch(jail, control, judge_pid, deadline, memory_mb << 20)
+    finally:
+        for pid in (jail_pid, judge_pid):
+            os.kill(pid, signal.SIGKILL)  # not waited for yet, so the number is still its own
+        _, status = os.waitpid(jail_pid, 0)
+        os.waitpid(judge_pid, 0)
+    return {"end": end, "status": os.waitstatus_to_exitcode(status)}
+
+
+def _watch(
+    jail: jails.Jail, control: socket.socket, judge_pid: int, deadline: float, max_memory: int
+) -> str:
+    """Waits for the judge's end, or a reason to make one."""
+    judge_end = os.pidfd_open(judge_pid)
+    try:
+        poller = select.poll()
+        poller.register(judge_end, select.POLLIN)
+        poller.register(control, select.POLLRDHUP)  # and not POLLIN: the next job may wait there
+        while (remaining := deadline - time.monotonic()) > 0:
+            events = dict(poller.poll(1000 * min(_PERIOD, remaining)))
+            if control.fileno() in events:
+                os._exit(0)  # the parent is gone; our children die with us
+            if judge_end in events:
+                return "judged"
+            if jail.memory_in_use() > max_memory:
+                return "memory"
+        return "timeout"
+    finally:
+        os.close(judge_end)
+
+
+def _judge(jail: jails.Jail, tests: int, report: int, channel: int) -> None:
+    """The judge's process."""
+    confine.keep_only([tests, report, channel])
+    confine.confine(jail.identity, _JUDGE_MB, jail.rules)
+    job = Decoder().decode(os.pread(tests, os.fstat(tests).st_size, 0))
+    verdict = judge(*job, Channel(socket.socket(fileno=channel)))
+    os.write(report, Encoder().encode(verdict))
