@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from eval.completion import Completion, Request
 from gem_ds.files import atomic_write
 from gem_ds.tasks.jsonl import Line, parse_jsonl, read_jsonl
 
@@ -82,8 +83,9 @@ def read_samples(
     """
     path = Path(path)
     samples = _unique([(line, _sample(line)) for line in read_jsonl(path)])
-    ids = list(dict.fromkeys(sample.task_id for sample in samples) if task_ids is None else task_ids)
-    place = {task_id: i for i, task_id in enumerate(ids)}
+    place: dict[str, int] = {}
+    for task_id in (sample.task_id for sample in samples) if task_ids is None else task_ids:
+        place.setdefault(task_id, len(place))
     for sample in samples:
         if sample.task_id not in place:
             raise ValueError(
@@ -91,7 +93,7 @@ def read_samples(
                 "pass the samples of this task and split."
             )
     if not allow_missing:
-        _refuse_missing(path, samples, ids)
+        _refuse_missing(path, samples, list(place))
     return sorted(samples, key=lambda sample: (place[sample.task_id], sample.sample))
 
 
@@ -99,10 +101,12 @@ class SampleLog:
     """The samples file of a run: what an earlier part of it left, and what is added now.
 
     Args:
-        path: The file; its folder must exist before the first `append`.
+        path: The file, whose folder must exist before the first `append`; None on a rank that
+            does not write, and knows the keys only.
         prompts: Task id to prompt, in the order of the finished file.
         num_samples: Samples of each prompt.
         settings: What the samples depend on besides, as it is to stand in each line.
+        overwrite: Begin anew; the file is deleted with the first `append`.
 
     Raises:
         ValueError: The file holds other samples than this run would make; says what differs.
@@ -110,10 +114,12 @@ class SampleLog:
 
     def __init__(
         self,
-        path: Path,
+        path: Path | None,
         prompts: Mapping[str, Prompt],
         num_samples: int,
         settings: Mapping[str, Any],
+        *,
+        overwrite: bool = False,
     ) -> None:
         self._path = path
         self._settings = json.loads(json.dumps(settings))  # as it comes back from the file
@@ -121,45 +127,57 @@ class SampleLog:
         self.keys: list[Key] = [(task, i) for task in prompts for i in range(num_samples)]
         self.samples: dict[Key, Sample] = {}
         self._length = 0  # bytes of whole lines
-        if path.exists():
-            self._take_up(path.read_bytes())
+        if path is not None and path.exists() and not overwrite:
+            self._take_up(path, path.read_bytes())
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether no sample is missing."""
-        return len(self.samples) == len(self.keys)
+    def append(self, answers: Iterable[tuple[Request, Completion]]) -> None:
+        """Add finished samples, passing over those that are there.
 
-    def append(self, samples: Iterable[Sample]) -> None:
-        """Add finished samples; when this returns, a killed process does not lose them."""
+        When this returns, a process that is killed does not lose them.
+        """
+        assert self._path is not None, "this rank does not write"
         lines = []
-        for sample in samples:
-            self.samples[sample.key] = sample
-            lines.append(_line(sample))
+        for request, completion in answers:
+            if request.key not in self.samples:
+                self.samples[request.key] = sample = self._made(request, completion)
+                lines.append(_line(sample))
         with self._path.open("ab") as file:
-            file.truncate(self._length)  # a part of a line that a killed run left
+            file.truncate(self._length)  # drops the part of a line that a killed run left
             file.write(b"".join(lines))
         self._length += sum(map(len, lines))
 
     def finish(self) -> list[Sample]:
         """Put the file into order; returns the samples in this order."""
-        assert self.is_complete, "samples are missing"
+        assert self._path is not None, "this rank does not write"
+        assert len(self.samples) == len(self.keys), "samples are missing"
         samples = [self.samples[key] for key in self.keys]
         payload = b"".join(map(_line, samples))
         if not self._path.exists() or self._path.read_bytes() != payload:
             atomic_write(self._path, lambda path: path.write_bytes(payload))
         return samples
 
-    def _take_up(self, content: bytes) -> None:
+    def _made(self, request: Request, completion: Completion) -> Sample:
+        return Sample(
+            task_id=request.task_id,
+            sample=request.sample,
+            prompt=self._prompts[request.task_id],
+            completion=completion.text,
+            finish_reason=completion.finish_reason,
+            num_tokens=completion.num_tokens,
+            settings=self._settings,
+        )
+
+    def _take_up(self, path: Path, content: bytes) -> None:
         """Keep the samples that an earlier part of this run left."""
         self._length = content.rfind(b"\n") + 1
-        lines = parse_jsonl(self._path, content[: self._length])
+        lines = parse_jsonl(path, content[: self._length])
         read = [(line, _sample(line)) for line in lines]
         wanted = set(self.keys)
         for line, sample in read:
-            if sample.key not in wanted:
-                raise self._foreign(line, f"sample {sample.sample} of {sample.task_id!r}")
             if differing := _differing(sample.settings, self._settings):
                 raise self._foreign(line, differing)
+            if sample.key not in wanted:
+                raise self._foreign(line, f"sample {sample.sample} of {sample.task_id!r}")
             if sample.prompt != self._prompts[sample.task_id]:
                 raise self._foreign(line, f"another prompt for {sample.task_id!r}")
         self.samples = {sample.key: sample for sample in _unique(read)}

@@ -1,22 +1,42 @@
-"""Sampling: prompts -> samples.jsonl, which scoring reads; what every evaluator shares.
+"""Sampling: prompts -> samples.jsonl, which scoring reads; the flags that every evaluator shares.
 
     samples = sample_all(arguments, prompts, settings, num_samples=n)
 
-A run that was interrupted continues when it is started again with the same flags.
+A run that was interrupted continues when it is started again with the same flags, and the file is
+the same, byte for byte, as if it had not been. Under `torchrun` or `deepspeed` each rank takes
+every so-manieth batch, and rank 0 writes the file, again the same one. (All of this where the
+device's kernels are deterministic, at one batch size; `eval.noise` says what rounding can change.)
+
+    round:   rank 0   rank 1   rank 2        after each round the completions are gathered,
+             batch 0  batch 1  batch 2       rank 0 appends them to the file,
+             batch 3  batch 4  (batch 3)     and no rank goes on before the others
+
+With `--deepspeed` (ZeRO-3, for a model larger than one GPU) all ranks must take part in every
+forward pass: one that has no batch left repeats another's, and its answers are dropped.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from tqdm import tqdm
 
-from eval.generation import GenerationSettings, generate, load_model
-from eval.samples import SAMPLES_FILE, Prompt, Sample, SampleLog
+from eval.completion import Completion, GenerationSettings, Request
+from eval.generation import Backend, Transformers, make_batches, make_requests
+from eval.model import ModelFiles, load_partitioned, load_weights, open_model
+from eval.provenance import model_fingerprint, sha256_of
+from eval.samples import SAMPLES_FILE, Key, Prompt, Sample, SampleLog
+from gem_ds.comm import Comm, PeerError
+from gem_ds.files import sentence_of
+from gem_ds.zero_config import inference_config, read_config
+
+RESULTS_FILE = "results.json"
 
 
 def _option(default: Any, text: str) -> Any:
@@ -29,7 +49,9 @@ class SamplingArguments:
 
     model_name_or_path: str = field(metadata={"help": "Hub id or folder of the model."})
     delta: str | None = _option(None, "delta.safetensors to apply to that model.")
-    data_dir: str | None = _option(None, "Folder of the task's files (default: from the Hub).")
+    data_dir: str | None = _option(
+        None, "Folder of the task's files; without it the task is loaded from the Hub."
+    )
     output_dir: str = field(metadata={"help": "Where samples and results are written."})
     overwrite_output_dir: bool = _option(False, "Replace the evaluation that output_dir holds.")
     limit: int | None = _option(None, "Evaluate the first so many problems only.")
@@ -38,17 +60,44 @@ class SamplingArguments:
         "auto", "Of the weights; auto is the delta's, or without one that of the model's files."
     )
     backend: Literal["transformers", "vllm"] = _option(
-        "transformers", "What generates; vllm must be installed."
+        "transformers", "What generates; vllm must be installed and takes no delta."
     )
     deepspeed: str | None = _option(
         None, "DeepSpeed JSON of ZeRO stage 3, for a model larger than one GPU."
     )
     local_rank: int = _option(-1, "Set by the deepspeed launcher.")
+    disable_tqdm: bool = _option(False, "No progress bar.")
 
 
-def is_main_process() -> bool:
-    """Whether this is the one process that prints; known before ranks have met."""
-    return int(os.environ.get("RANK", 0)) == 0
+def check_arguments(arguments: SamplingArguments) -> None:
+    """Refuse flags that can be seen to be wrong without opening a file.
+
+    Raises:
+        ValueError: One sentence that names the flag.
+    """
+    for flag in ("limit", "batch_size"):
+        count = getattr(arguments, flag)
+        if count is not None and count < 1:
+            raise ValueError(f"--{flag} must be at least 1, not {count}.")
+    if Path(arguments.output_dir).exists() and not Path(arguments.output_dir).is_dir():
+        raise ValueError(f"--output_dir {arguments.output_dir} is a file: choose another name.")
+    if arguments.backend == "vllm":
+        if arguments.delta is not None:
+            raise ValueError(
+                "--backend vllm takes no --delta: write the model with launch/export.py and pass "
+                "its folder as --model_name_or_path."
+            )
+        if arguments.deepspeed is not None or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError(
+                "--backend vllm spreads over the GPUs by itself: start it with plain python and "
+                "without --deepspeed."
+            )
+
+
+def exit_for(program: str, error: Exception) -> SystemExit:
+    """How a program ends that refuses something: rank 0 tells why, the others just end."""
+    is_told_elsewhere = isinstance(error, PeerError) or int(os.environ.get("RANK", 0)) > 0
+    return SystemExit(1 if is_told_elsewhere else f"{program}: {sentence_of(error)}")
 
 
 def sample_all(
@@ -59,6 +108,9 @@ def sample_all(
     num_samples: int = 1,
 ) -> list[Sample] | None:
     """Sample every prompt `num_samples` times; write or continue output_dir/samples.jsonl.
+
+    An earlier results.json is deleted before the file changes, so that no results lie beside
+    samples that they were not counted on.
 
     Args:
         arguments: The shared flags; `limit` is the caller's to apply.
@@ -74,35 +126,160 @@ def sample_all(
         ValueError: Flags, the model, the delta, a prompt, or the samples that output_dir holds are
             at fault.
         OSError: A file cannot be read or written.
+        PeerError: Another rank tells what went wrong.
     """
-    output_dir = Path(arguments.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    path = output_dir / SAMPLES_FILE
-    log = SampleLog(path, prompts, num_samples, asdict(settings))
-    model, tokenizer = load_model(
-        arguments.model_name_or_path,
-        delta_path=arguments.delta,
-        dtype=arguments.dtype,
-        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+    check_arguments(arguments)
+    with _ranks(arguments) as comm:
+        with comm.agreement():
+            plan = _plan(arguments, prompts, settings, num_samples, is_main=comm.is_main)
+        done = comm.broadcast_object(set(plan.log.samples))
+        if len(done) < len(plan.requests):
+            backend = _load(arguments, plan, settings, comm)
+            pending = _pending(make_batches(plan.requests, backend.batch_size), done)
+            if comm.is_main:
+                (Path(arguments.output_dir) / RESULTS_FILE).unlink(missing_ok=True)
+            with tqdm(
+                desc="Sampling",
+                unit="sample",
+                total=len(plan.requests),
+                initial=len(done),
+                disable=arguments.disable_tqdm or not comm.is_main,
+            ) as bar:
+                for batches in _rounds(pending, comm.world_size):
+                    finished = _answer(batches, backend, comm)
+                    with comm.agreement():
+                        if comm.is_main:
+                            plan.log.append(finished)
+                    bar.update(sum(request.key not in done for request, _ in finished))
+        return plan.log.finish() if comm.is_main else None
+
+
+@contextmanager
+def _ranks(arguments: SamplingArguments) -> Iterator[Comm]:
+    """The ranks that a launcher has started; without a launcher and --deepspeed just this one."""
+    if "RANK" not in os.environ and arguments.deepspeed is None:
+        yield Comm(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        return
+    from gem_ds import zero  # here, as DeepSpeed takes longer to import than a small evaluation
+
+    comm = zero.init_distributed()
+    try:
+        yield comm
+    finally:
+        zero.leave_distributed()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What is known before any weight is loaded."""
+
+    files: ModelFiles
+    requests: list[Request]
+    log: SampleLog
+    deepspeed: dict[str, Any] | None
+
+
+def _plan(
+    arguments: SamplingArguments,
+    prompts: Mapping[str, Prompt],
+    settings: GenerationSettings,
+    num_samples: int,
+    *,
+    is_main: bool,
+) -> _Plan:
+    """Reads all but the weights; refuses what can be refused by then. Only rank 0 has a file."""
+    files = open_model(
+        arguments.model_name_or_path, delta_path=arguments.delta, dtype=arguments.dtype
     )
-    keys = [key for key in log.keys if key not in log.samples]
-    completions = generate(
+    deepspeed = None
+    if arguments.deepspeed is not None:
+        deepspeed = inference_config(
+            read_config(arguments.deepspeed),
+            dtype=files.dtype,
+            hidden_size=files.text_config.hidden_size,
+        )
+    output_dir = Path(arguments.output_dir)
+    log = SampleLog(
+        output_dir / SAMPLES_FILE if is_main else None,
+        prompts,
+        num_samples,
+        _described(arguments, files, settings),
+        overwrite=arguments.overwrite_output_dir,
+    )
+    requests = make_requests(files, prompts, log.keys, settings.max_new_tokens)
+    if is_main:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    return _Plan(files=files, requests=requests, log=log, deepspeed=deepspeed)
+
+
+def _described(
+    arguments: SamplingArguments, files: ModelFiles, settings: GenerationSettings
+) -> dict[str, Any]:
+    """All that decides a sample beside its prompt and its number."""
+    return {
+        "model": arguments.model_name_or_path,
+        "model_fingerprint": model_fingerprint(arguments.model_name_or_path, files.config),
+        "delta_sha256": None if arguments.delta is None else sha256_of(arguments.delta),
+        "dtype": files.dtype,
+        "backend": arguments.backend,
+        **asdict(settings),
+    }
+
+
+def _load(
+    arguments: SamplingArguments, plan: _Plan, settings: GenerationSettings, comm: Comm
+) -> Backend:
+    if arguments.backend == "vllm":
+        from eval.vllm_backend import Vllm
+
+        return Vllm(plan.files, settings)
+    if plan.deepspeed is not None:
+        with comm.in_unison():
+            model = load_partitioned(plan.files, plan.deepspeed)
+    else:
+        with comm.agreement():
+            model = load_weights(plan.files, comm.device)
+    return Transformers(
+        plan.files,
         model,
-        tokenizer,
-        [prompts[task] for task, _ in keys],
         settings,
         batch_size=arguments.batch_size,
+        synced_ranks=plan.deepspeed is not None,
     )
-    log.append(
-        Sample(
-            task_id=task,
-            sample=number,
-            prompt=prompts[task],
-            completion=completion.text,
-            finish_reason=completion.finish_reason,
-            num_tokens=completion.num_tokens,
-            settings=asdict(settings),
-        )
-        for (task, number), completion in zip(keys, completions, strict=True)
-    )
-    return log.finish()
+
+
+def _pending(groups: list[list[list[Request]]], done: set[Key]) -> list[list[list[Request]]]:
+    """The batches that are not done as a whole.
+
+    One that is done in part is run as a whole again: its samples might round otherwise alone.
+    """
+    return [
+        [batch for batch in group if any(request.key not in done for request in batch)]
+        for group in groups
+    ]
+
+
+def _rounds(groups: list[list[list[Request]]], world_size: int) -> Iterator[list[list[Request]]]:
+    """Batches that are run at the same time, one per rank; the last of a group may be fewer."""
+    for group in groups:
+        for first in range(0, len(group), world_size):
+            yield group[first : first + world_size]
+
+
+def _answer(
+    batches: list[list[Request]], backend: Backend, comm: Comm
+) -> list[tuple[Request, Completion]]:
+    """One round; every rank receives what all have made."""
+    completions: list[Completion] = []
+    if backend.synced_ranks:  # a failing rank cannot be waited for: the others are in its passes
+        completions = backend.complete(batches[comm.rank % len(batches)])
+    else:
+        with comm.agreement():
+            if comm.rank < len(batches):
+                completions = backend.complete(batches[comm.rank])
+    gathered = comm.gather_objects(completions)[: len(batches)]
+    return [
+        pair
+        for batch, answers in zip(batches, gathered, strict=True)
+        for pair in zip(batch, answers, strict=True)
+    ]

@@ -89,7 +89,7 @@ def read_jsonl(path: Path) -> list[Line]:
 
 
 def parse_jsonl(path: Path, content: bytes) -> list[Line]:
-    """The lines of a JSONL file whose content has been read, perhaps none; raises as `read_jsonl`."""
+    """The lines of a JSONL file that has been read, perhaps none; raises as `read_jsonl`."""
     return [
         Line(path, number, _parse(raw, f"{path}, line {number}"))
         for number, raw in enumerate(content.removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1)
