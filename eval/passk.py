@@ -29,6 +29,7 @@ from eval.completion import GenerationSettings
 from eval.judging import JudgingArguments, load, open_sandbox, report
 from eval.mbpp import prompts_of, stop_strings
 from eval.sampling import SamplingArguments, check_arguments, exit_for, sample_all
+from gem_ds.comm import PeerError
 
 
 def _option(default: Any, text: str) -> Any:
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     )
     try:
         return evaluate(*parser.parse_args_into_dataclasses(argv, look_for_args_file=False))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, PeerError) as error:
         raise exit_for("eval.passk", error) from error
 
 
@@ -78,6 +79,7 @@ def evaluate(
     Raises:
         ValueError: A flag, the model, the delta, the data or the host are at fault.
         OSError: A file cannot be read or written.
+        PeerError: Another rank tells what went wrong.
     """
     check_arguments(sampling)
     num_fewshot = _check(own, judging)

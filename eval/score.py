@@ -13,12 +13,13 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from transformers import HfArgumentParser
 
+from eval import gsm8k
 from eval.judging import JudgingArguments, load, open_sandbox, report
 from eval.mbpp import SHOT_IDS, prompts_of
 from eval.samples import Sample, read_samples
@@ -66,16 +67,24 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         arguments, judging, rest = parser.parse_args_into_dataclasses(
             words, look_for_args_file=False
         )
-        score_task = {"mbpp": _mbpp}[arguments.task]
+        score_task = {"gsm8k": _gsm8k, "mbpp": _mbpp}[arguments.task]
         return score_task(Path(rest.samples), arguments, judging)
     except (ValueError, OSError) as error:
         raise exit_for("eval.score", error) from error
 
 
+def _gsm8k(path: Path, arguments: ScoreArguments, judging: JudgingArguments) -> dict[str, Any]:
+    for option in fields(judging):
+        if getattr(judging, option.name) != option.default:
+            raise ValueError(f"--{option.name} has no meaning for --task gsm8k: leave it out.")
+    problems = gsm8k.load(arguments.data_dir, arguments.limit)
+    samples = _read(path, list(problems.test), arguments)
+    return gsm8k.report(samples, problems, _output_dir(path, arguments))
+
+
 def _mbpp(path: Path, arguments: ScoreArguments, judging: JudgingArguments) -> dict[str, Any]:
     dataset, problems = load(judging, arguments.data_dir, arguments.limit)
-    samples = read_samples(path, task_ids=list(problems), allow_missing=arguments.allow_missing)
-    _refuse_mixed(path, samples)
+    samples = _read(path, list(problems), arguments)
     num_fewshot = _num_fewshot(path, samples, dataset, problems, judging.prompt_template)
     ks = judging.ks(min(Counter(sample.task_id for sample in samples).values()), f"{path} has")
     with open_sandbox(judging) as sandbox:
@@ -113,14 +122,16 @@ def _num_fewshot(
     )
 
 
-def _refuse_mixed(path: Path, samples: Sequence[Sample]) -> None:
-    """Refuses samples of different runs, whose score would be of no model."""
+def _read(path: Path, task_ids: list[str], arguments: ScoreArguments) -> list[Sample]:
+    """The samples, which must be of one run: else their score would be of no model."""
+    samples = read_samples(path, task_ids=task_ids, allow_missing=arguments.allow_missing)
     for sample in samples:
         if sample.settings != samples[0].settings:
             raise ValueError(
                 f"{path} mixes runs: sample {sample.sample} of {sample.task_id!r} was drawn with "
-                f"other settings than the first one; keep those of one run."
+                "other settings than the first one; keep those of one run."
             )
+    return samples
 
 
 def _output_dir(path: Path, arguments: ScoreArguments) -> Path:

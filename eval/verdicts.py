@@ -122,13 +122,13 @@ def results_of(
         Counter(j.sample.task_id for j in judged if j.verdict.status == "passed"),
     )
     counts = {name: Counts(num_samples=tried[name], num_correct=right[name]) for name in task_ids}
-    statuses = Counter(j.verdict.status for j in judged)
+    statuses: Counter[str] = Counter(j.verdict.status for j in judged)
     in_jail = [j.verdict.status for j in judged if j.verdict.in_jail]
     scores = {}
     for k in ks:
         estimate = mean_pass_at_k(counts, k)
         interval = [estimate.low, estimate.high]
-        scores[f"pass@{k}"] = {"score": estimate.score, "interval": interval}
+        scores[f"pass@{k}"] = {"score": estimate.score, "confidence_interval": interval}
     return {
         "n": max(tried.values(), default=0),
         "k": list(ks),
@@ -144,11 +144,10 @@ def results_of(
 
 def summary(results: Mapping[str, Any]) -> str:
     """The result lines, from `results_of`."""
-    parts = [
-        f"{name} = {100 * score['score']:.1f} % "
-        f"({100 * score['interval'][0]:.1f} to {100 * score['interval'][1]:.1f})"
-        for name, score in results["scores"].items()
-    ]
+    parts = []
+    for name, score in results["scores"].items():
+        value, low, high = (100 * x for x in (score["score"], *score["confidence_interval"]))
+        parts.append(f"{name} = {value:.1f} % ({low:.1f} to {high:.1f})")
     verdicts = ", ".join(f"{count} {status}" for status, count in results["verdicts"].items())
     lines = [
         f"{', '.join(parts)} on {results['num_problems']} problems, n = {results['n']}",

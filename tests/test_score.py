@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from eval import score
+from eval import gsm8k, score
 from eval.mbpp import few_shot_prompt
 from gem_ds.tasks.mbpp import load_problems
+from launch.demo import task
+
+DEMO = Path(task.__file__).parent
 
 SETTINGS = {"model": "m", "temperature": 0.8}
 
@@ -152,3 +155,73 @@ def test_a_bad_file_is_refused_in_one_sentence(folder, name):
 def test_a_missing_file_is_named(folder):
     with pytest.raises(SystemExit, match=r"eval\.score: There is no file .*samples\.jsonl"):
         run(folder)
+
+
+def test_gsm8k_scores_are_those_of_the_evaluator(tmp_path):
+    model, data = ("--model_name_or_path", str(DEMO / "model")), ("--data_dir", str(DEMO / "task"))
+    out = ("--output_dir", str(tmp_path / "out"), "--max_new_tokens", "8")
+    shared = (*data, "--limit", "3", "--disable_tqdm")
+    results = gsm8k.main([*model, *out, *shared])
+    path = tmp_path / "out" / "samples.jsonl"
+    again = score.main(["--task", "gsm8k", "--output_dir", str(tmp_path), *shared, str(path)])
+    del results["seconds"]  # of sampling
+    assert again == results
+    verdicts = (tmp_path / "verdicts.jsonl").read_bytes()
+    assert verdicts == (tmp_path / "out" / "verdicts.jsonl").read_bytes()
+
+
+def right_answers() -> list[dict]:
+    """What a perfect model would write on the first problems of the bundled task."""
+    problems = gsm8k.load(str(DEMO / "task"), limit=3).test
+    return [
+        {
+            "task_id": name,
+            "sample": 0,
+            "prompt": problem.prompt,
+            "completion": problem.target,
+            "finish_reason": "eos",
+            "num_tokens": 9,
+            "settings": SETTINGS,
+        }
+        for name, problem in problems.items()
+    ]
+
+
+def score_gsm8k(folder: Path, *more: str):
+    data = ("--task", "gsm8k", "--data_dir", str(DEMO / "task"), "--limit", "3", "--disable_tqdm")
+    return score.main([*data, *more, str(folder / "samples.jsonl")])
+
+
+def test_gsm8k_counts_what_is_missing_as_wrong_when_that_is_asked_for(tmp_path):
+    rows = right_answers()
+    write(tmp_path, *rows)
+    exact_match = score_gsm8k(tmp_path)["exact_match"]
+    assert [rule["correct"] for rule in exact_match.values()] == [3, 3, 3]
+    write(tmp_path, rows[2], rows[0])
+    with pytest.raises(SystemExit, match="lacks 1 of 3 samples"):
+        score_gsm8k(tmp_path)
+    results = score_gsm8k(tmp_path, "--allow_missing")
+    assert [rule["accuracy"] for rule in results["exact_match"].values()] == [2 / 3] * 3
+    assert results["without_samples"] == ["gsm8k/test/1"]
+
+
+@pytest.mark.parametrize("name", ["duplicate", "foreign", "truncated", "mixed"])
+def test_a_bad_gsm8k_file_is_refused_in_one_sentence(tmp_path, name):
+    rows = right_answers()
+    lines, message = {
+        "duplicate": ([*rows, rows[0]], "line 4: .*'gsm8k/test/0'"),
+        "foreign": ([*rows, rows[0] | {"task_id": "mbpp/11"}], "holds samples of 'mbpp/11'"),
+        "truncated": ([*rows[:2], json.dumps(rows[2])[:-9]], "line 3: this is not JSON"),
+        "mixed": ([*rows[:2], rows[2] | {"settings": {}}], "mixes runs: .*'gsm8k/test/2'"),
+    }[name]
+    write(tmp_path, *lines)
+    with pytest.raises(SystemExit, match=message) as caught:
+        score_gsm8k(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("more", [("--k", "1"), ("--sanitized",), ("--timeout", "9")])
+def test_flags_of_the_other_task_are_refused(tmp_path, more):
+    write(tmp_path, *right_answers())
+    with pytest.raises(SystemExit, match=f"{more[0]} has no meaning for --task gsm8k"):
+        score_gsm8k(tmp_path, *more)

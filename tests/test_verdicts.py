@@ -114,7 +114,7 @@ def test_results_count_every_problem_and_every_status():
     results = results_of(entries, IDS, [1, 2], isolation="box")
     assert results["scores"]["pass@1"]["score"] == pytest.approx((1 / 2 + 0 + 0) / 3)
     assert results["scores"]["pass@2"]["score"] == pytest.approx((1 + 0 + 0) / 3)
-    low, high = results["scores"]["pass@2"]["interval"]
+    low, high = results["scores"]["pass@2"]["confidence_interval"]
     assert 0 <= low <= 1 / 3 <= high <= 1
     assert results["num_problems"] == 3
     assert results["without_samples"] == ["mbpp/12"]
