@@ -18,6 +18,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Mapping
+from functools import cache
 
 from eval.extraction import extract_program, parse
 from gem_ds.tasks.mbpp import Dataset, Problem, prompt_of, target_of
@@ -109,6 +110,7 @@ def program_of(completion: str, problem: Problem, template: str | None = None) -
     return extract_program(completion, entry_point_of(problem))
 
 
+@cache
 def entry_point_of(problem: Problem) -> str | None:
     """The function of the reference solution that the tests call, None unless there is just one."""
     solution, tests = parse(problem.code), parse("\n".join(problem.tests))

@@ -10,7 +10,7 @@ import pytest
 
 from eval.mbpp import entry_point_of, problems_of
 from eval.samples import Sample
-from eval.sandbox import Sandbox, SandboxUnavailableError
+from eval.sandbox import Sandbox
 from eval.verdicts import Judged, Limits, judge
 from gem_ds.tasks.mbpp import SPLITS, Problem, load_problems
 
@@ -39,16 +39,6 @@ class Everything(float):
 def {name}(*args, **kwargs):
     return Everything()
 """
-
-
-@pytest.fixture(scope="module")
-def sandbox():
-    try:
-        opened = Sandbox()
-    except SandboxUnavailableError as error:
-        pytest.skip(str(error))
-    with opened:
-        yield opened
 
 
 def all_problems(gem_data_dir, *, sanitized: bool) -> dict[str, Problem]:

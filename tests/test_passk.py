@@ -45,7 +45,7 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, sandbox):
     """The folder of a run, what its `main` returned, and what it printed."""
     folder = tmp_path_factory.mktemp("passk") / "out"
     more = ("--n", "3", "--k", "1", "3", "--limit", "22", *HEADER)
@@ -114,7 +114,7 @@ def test_a_run_that_was_stopped_goes_on_and_gives_the_same_files(finished, tmp_p
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
 
 
-def test_without_k_it_is_what_the_samples_allow(tmp_path, capsys):
+def test_without_k_it_is_what_the_samples_allow(tmp_path, capsys, sandbox):
     more = ("--n", "1", "--temperature", "0", "--limit", "3", *HEADER)
     results = passk.main(flags(tmp_path, *more))
     assert results is not None

@@ -60,7 +60,7 @@ def run(folder: Path, *more: str):
     return score.main([*data, *more, str(folder / "samples.jsonl")])
 
 
-def test_each_problem_counts_with_its_own_samples(folder):
+def test_each_problem_counts_with_its_own_samples(folder, sandbox):
     wrong = {"completion": "def f(x):\n    return x"}
     write(
         folder,
@@ -78,7 +78,7 @@ def test_each_problem_counts_with_its_own_samples(folder):
     assert len((folder / "verdicts.jsonl").read_text().splitlines()) == 6
 
 
-def test_the_number_of_shots_is_seen_in_the_prompts(folder):
+def test_the_number_of_shots_is_seen_in_the_prompts(folder, sandbox):
     problems = load_problems(folder).problems
     shots = [problems[i] for i in (2, 3, 4)]
     prompts = {i: few_shot_prompt(problems[i], shots) for i in (11, 12, 13)}
@@ -93,7 +93,7 @@ def test_the_number_of_shots_is_seen_in_the_prompts(folder):
         run(folder)
 
 
-def test_missing_problems_count_as_zero_only_when_that_is_asked_for(folder, capsys):
+def test_missing_problems_count_as_zero_only_when_that_is_asked_for(folder, capsys, sandbox):
     write(folder, sample(folder, 11, 0), sample(folder, 13, 0))
     with pytest.raises(SystemExit, match=r"lacks 1 of 3 samples, for example .*mbpp/12"):
         run(folder)
@@ -105,7 +105,7 @@ def test_missing_problems_count_as_zero_only_when_that_is_asked_for(folder, caps
     assert run(folder, "--limit", "2")["num_problems"] == 2
 
 
-def test_a_file_of_one_sample_a_problem_has_no_pass_at_10(folder):
+def test_a_file_of_one_sample_a_problem_has_no_pass_at_10(folder, sandbox):
     write(folder, *(sample(folder, i, 0) for i in (11, 12, 13)))
     assert list(run(folder)["scores"]) == ["pass@1"]
     with pytest.raises(SystemExit, match=r"pass@10 needs at least 10 samples .* has 1: draw"):

@@ -23,7 +23,9 @@ echo "== 3/4  exact match after fine-tuning"
 python -m eval.gsm8k --model_name_or_path $MODEL --delta $OUT/train/delta.safetensors \
     --data_dir $DATA --output_dir $OUT/after --max_new_tokens 48 --dtype float32 --overwrite_output_dir
 
+# The embedded model writes sums and products of one number: where the host allows no namespaces, as
+# in many containers, a weaker sandbox will do for these programs (and it says that it is one).
 echo "== 4/4  pass@k of the base model: its programs are run in a sandbox"
 python -m eval.passk --model_name_or_path $MODEL --data_dir launch/demo/programs \
     --prompt_template '{header}' --output_dir $OUT/programs --max_new_tokens 48 --dtype float32 \
-    --overwrite_output_dir
+    --overwrite_output_dir --allow-weak-sandbox
