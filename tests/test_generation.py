@@ -18,7 +18,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from eval.generation import GenerationSettings, generate, load_model
+from eval.generation import GenerationSettings, Transformers, make_batches, make_requests
+from eval.model import ModelFiles, load_weights, open_model
 from gem_ds.delta import Delta
 from gem_ds.encode import encode_prompt
 from gem_ds.mask import Mask, WeightInfo, checksum, dtype_name
@@ -99,7 +100,28 @@ def one_at_a_time(model, tokenizer, prompt: str, limit: int, num_positions: int)
 
 def complete(model, tokenizer, prompts, *, max_new_tokens=12, stop=(), batch_size=3):
     wanted = GenerationSettings(max_new_tokens=max_new_tokens, stop_strings=tuple(stop))
-    return generate(model, tokenizer, prompts, wanted, batch_size=batch_size, show_bar=False)
+    files = ModelFiles(
+        name="model",
+        revision="main",
+        dtype="float32",
+        config=model.config,
+        tokenizer=tokenizer,
+        delta=None,
+    )
+    named = {f"number {i}": prompt for i, prompt in enumerate(prompts)}
+    requests = make_requests(files, named, [(name, 0) for name in named], max_new_tokens)
+    backend = Transformers(files, model, wanted, batch_size=batch_size)
+    found = {}
+    for group in make_batches(requests, batch_size):
+        for batch in group:
+            assert len(batch) <= batch_size
+            found |= zip([r.task_id for r in batch], backend.complete(batch), strict=True)
+    return [found[name] for name in named]
+
+
+def load_model(name, *, delta_path=None, dtype="auto"):
+    files = open_model(name, delta_path=delta_path, dtype=dtype)
+    return load_weights(files, CPU), files.tokenizer
 
 
 @pytest.mark.parametrize("architecture", ["llama", "opt"])
@@ -277,7 +299,7 @@ def test_a_stop_string_may_be_a_special_token_or_end_within_a_token():
 def test_prompts_that_the_model_cannot_read_are_refused():
     tokenizer = byte_level("wide")
     model = tiny_model("llama", max_position_embeddings=16)
-    with pytest.raises(ValueError, match=r"Prompt 2 has 16 tokens.*16 positions"):
+    with pytest.raises(ValueError, match=r"prompt of number 1 has 16 tokens.*16 positions"):
         complete(model, tokenizer, ["a", "b" * 16])
     with pytest.raises(ValueError, match="token 258 and the model knows 258 tokens"):
         complete(model, tokenizer, ["a wide b"])
@@ -313,9 +335,7 @@ def test_a_loaded_model_is_base_plus_delta_in_the_dtype_of_the_delta(tmp_path, d
     expected = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     for name, values in delta.values.items():
         expected[name].view(-1)[delta.mask.indices[name].long()] = values
-    model, tokenizer = load_model(
-        str(tmp_path / "base"), delta_path=tmp_path / "delta.safetensors", device=CPU
-    )
+    model, tokenizer = load_model(str(tmp_path / "base"), delta_path=tmp_path / "delta.safetensors")
     assert not model.training
     assert len(tokenizer) == 258
     assert model.state_dict().keys() == expected.keys()
@@ -329,7 +349,7 @@ def test_a_loaded_model_is_base_plus_delta_in_the_dtype_of_the_delta(tmp_path, d
 )
 def test_without_a_delta_the_dtype_is_that_of_the_files_or_as_told(tmp_path, dtype, expected):
     save_base(tmp_path / "base", torch.bfloat16)
-    model, _ = load_model(str(tmp_path / "base"), dtype=dtype, device=CPU)
+    model, _ = load_model(str(tmp_path / "base"), dtype=dtype)
     assert model.dtype == expected
 
 
@@ -341,7 +361,7 @@ def test_what_cannot_be_loaded_is_refused_in_one_sentence(tmp_path):
 
     def refusal(name, **options):
         with pytest.raises((ValueError, FileNotFoundError)) as caught:
-            load_model(name, device=CPU, **options)
+            load_model(name, **options)
         assert "\n" not in str(caught.value)
         return str(caught.value)
 

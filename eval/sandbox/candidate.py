@@ -15,13 +15,15 @@ import builtins
 import itertools
 import operator
 import os
-import socket
 import sys
-import types
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
-from eval.sandbox.wire import Channel, Decoder, Encoder, Reference, contents
+from eval.sandbox.wire import TYPE_CHECKING, Channel, Decoder, Encoder, contents
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from typing import Any
+
+    from eval.sandbox.wire import Reference
 
 MODULE = "candidate"  # not __main__: what a program does when it is run as a script is not judged
 
@@ -33,7 +35,8 @@ def main(job: int, channel: int) -> None:
     """Runs the job of one open file, on the channel of another."""
     sources = Decoder().decode(os.pread(job, os.fstat(job).st_size, 0))
     os.close(job)
-    run(sources, Channel(socket.socket(fileno=channel)))
+    run(sources, Channel(channel))
+    os._exit(0)
 
 
 def run(sources: Sequence[str], channel: Channel) -> None:
@@ -43,7 +46,7 @@ def run(sources: Sequence[str], channel: Channel) -> None:
         sources: The setup, the program, and whatever else is to be run in the same namespace.
         channel: The way to the judge.
     """
-    module = types.ModuleType(MODULE)
+    module = type(sys)(MODULE)
     sys.modules[MODULE] = module
     sys.argv = [f"{MODULE}.py"]
     sys.path.insert(0, "")

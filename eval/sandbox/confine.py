@@ -39,11 +39,11 @@ def prepare() -> None:
     kernel.drop_bounding_set()
 
 
-def confine(identity: int | None, memory_mb: int, rules: bytes) -> None:
+def confine(identity: int | None, memory_mb: int, seccomp_filter: seccomp.Filter) -> None:
     """Limits memory, drops privileges and filters system calls; nothing of it can be undone."""
     _limit(resource.RLIMIT_AS, memory_mb << 20)
     drop_privileges(identity)
-    seccomp.install(rules)
+    seccomp_filter.install()
 
 
 def drop_privileges(identity: int | None) -> None:

@@ -6,14 +6,13 @@ import os
 from collections.abc import Callable
 from typing import Protocol
 
-from eval.sandbox import candidate, confine, kernel, room, seccomp
+from eval.sandbox import candidate, confine, kernel, processes, room, seccomp
 
 ENVIRONMENT = {
     "HOME": "/tmp",
     "LANG": "C.UTF-8",
     "MALLOC_ARENA_MAX": "1",  # an arena per thread would use up the address space
     "PATH": "/usr/bin:/bin",
-    "PYTHONDONTWRITEBYTECODE": "1",
     "PYTHONHASHSEED": "0",  # the same sample gets the same verdict
 }
 PYTHON_FLAGS = ("-s", "-S", "-P")
@@ -25,7 +24,9 @@ class Jail(Protocol):
     #: whom to become before meeting what a candidate made; None: stay
     identity: int | None
     #: the seccomp filter
-    rules: bytes
+    seccomp_filter: seccomp.Filter
+    #: whether each candidate gets a fresh interpreter
+    fresh: bool
 
     def start(self, job: int, channel: int, memory_mb: int) -> int:
         """Starts a candidate on two open files; killing the process it returns ends all of it."""
@@ -39,7 +40,7 @@ class NamespaceJail:
 
     def __init__(self, fresh: bool) -> None:
         self.fresh = fresh
-        self.rules = seccomp.program()
+        self.seccomp_filter = seccomp.Filter()
         self._room = room.enter()
         self.identity = self._room.identity
         confine.prepare()
@@ -47,45 +48,32 @@ class NamespaceJail:
     def start(self, job: int, channel: int, memory_mb: int) -> int:
         """See `Jail`."""
         kernel.unshare(kernel.CLONE_NEWPID)
-        pid = fork(lambda: self._first_process(job, channel, memory_mb))
+        pid = processes.fork(lambda: self._first_process(job, channel, memory_mb))
         kernel.setns(self._room.pid_namespace, kernel.CLONE_NEWPID)  # for the server's next child
         return pid
 
     def memory_in_use(self) -> int:
         """Bytes that the server's descendants hold for themselves."""
-        return memory_of_descendants(self._room.processes)
+        return self._room.processes.memory_of_descendants()
 
     def _first_process(self, job: int, channel: int, memory_mb: int) -> None:
         """Process 1 of the cell: it owns no secret, and when it ends the kernel kills the rest."""
         confine.keep_only([job, channel])
         room.open_cell()
-        pid = fork(lambda: run_candidate(self, job, channel, memory_mb))
+        pid = processes.fork(lambda: run_candidate(self, job, channel, memory_mb))
         os.close(job)
         os.close(channel)
         confine.drop_privileges(self.identity)
         while True:
             ended, status = os.wait()
             if ended == pid:
-                os._exit(_shell_status(status))
-
-
-def fork(child: Callable[[], None]) -> int:
-    """Runs `child` in a new process, which then ends; nothing of the parent's runs in it."""
-    pid = os.fork()
-    if pid:
-        return pid
-    status = 1
-    try:
-        child()
-        status = 0
-    finally:
-        os._exit(status)
+                os._exit(processes.shell_status(status))
 
 
 def run_candidate(jail: Jail, job: int, channel: int, memory_mb: int) -> None:
     """Becomes the candidate, in this interpreter or in a fresh one."""
     confine.keep_only([job, channel])
-    confine.confine(jail.identity, memory_mb, jail.rules)
+    confine.confine(jail.identity, memory_mb, jail.seccomp_filter)
     if jail.fresh:
         for descriptor in (job, channel):
             os.set_inheritable(descriptor, True)
@@ -100,44 +88,6 @@ def fresh_command(code: str, job: int, channel: int) -> list[str]:
     source = f"import sys; sys.path.append({code!r}); "
     source += f"from eval.sandbox.candidate import main; main({job}, {channel})"
     return [room.interpreter(), *PYTHON_FLAGS, "-c", source]
-
-
-def memory_of_descendants(processes: int) -> int:
-    """Bytes in memory that the caller's descendants share with no file, by an open /proc."""
-    page = os.sysconf("SC_PAGESIZE")
-    pids, total = _children(processes, "self"), 0
-    while pids:
-        pid = pids.pop()
-        pids += _children(processes, pid)
-        resident, shared = (_read(processes, f"{pid}/statm").split() or "000")[1:3]
-        total += (int(resident) - int(shared)) * page
-    return total
-
-
-def _children(processes: int, pid: str) -> list[str]:
-    if pid == "self":
-        pid = os.readlink("self", dir_fd=processes)
-    return _read(processes, f"{pid}/task/{pid}/children").split()
-
-
-def _read(processes: int, path: str) -> str:
-    """A small file's text, empty where the process has ended."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY, dir_fd=processes)
-    except OSError:
-        return ""
-    try:
-        return os.read(descriptor, 1 << 16).decode()
-    except ProcessLookupError:
-        return ""
-    finally:
-        os.close(descriptor)
-
-
-def _shell_status(status: int) -> int:
-    """A wait status as an exit status, 128 and the signal's number for a death by one."""
-    code = os.waitstatus_to_exitcode(status)
-    return code if code >= 0 else 128 - code
 
 
 JAILS: dict[str, Callable[[bool], Jail]] = {"namespaces": NamespaceJail}

@@ -17,10 +17,13 @@ from __future__ import annotations
 import builtins
 import importlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from eval.sandbox.candidate import SYMMETRIC
-from eval.sandbox.wire import Channel, Decoder, Encoder, Reference, WireError, refill
+from eval.sandbox.wire import Channel, Decoder, Encoder, WireError, refill
+
+if TYPE_CHECKING:
+    from eval.sandbox.wire import Reference
 
 MAX_DETAIL = 300  # characters
 _MAX_TAKEN = 1024  # items of an iterator at once
@@ -133,7 +136,7 @@ class _Jail:
             kind, content = self._receive(request.objects)
         if not content or kind not in ("value", "raised"):
             raise CandidateLiedError("the program's answer is no answer")
-        *content, states = content
+        content, states = content[:-1], content[-1]
         _update(request.objects, states)
         if kind == "raised":
             self._raise(content)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
 
 CLONE_NEWNS = 0x00020000
 CLONE_NEWUTS = 0x04000000
@@ -25,7 +24,7 @@ PR_CAPBSET_DROP = 24
 PR_SET_CHILD_SUBREAPER = 36
 PR_SET_NO_NEW_PRIVS = 38
 
-MACHINE = platform.machine()
+MACHINE = os.uname().machine
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 _MOUNT_SETATTR = 442  # one number on all architectures, as all later ones
 _AT_RECURSIVE = 0x8000
@@ -44,6 +43,10 @@ class _CapHeader(ctypes.Structure):
 
 class _CapData(ctypes.Structure):
     _fields_ = [(name, ctypes.c_uint32) for name in ("effective", "permitted", "inheritable")]
+
+
+_CAP_HEADER = _CapHeader(version=0x20080522)
+_NO_CAPABILITIES = (_CapData * 2)()
 
 
 def syscall(number: int, *arguments: object) -> int:
@@ -110,8 +113,7 @@ def drop_bounding_set() -> None:
 
 def drop_capabilities() -> None:
     """Gives up every capability; raises `OSError`."""
-    header = _CapHeader(version=0x20080522)
-    _checked(_libc.capset(ctypes.byref(header), (_CapData * 2)()), "capset")
+    _checked(_libc.capset(ctypes.byref(_CAP_HEADER), _NO_CAPABILITIES), "capset")
 
 
 def _checked(result: int, what: str) -> int:

@@ -8,28 +8,18 @@ from __future__ import annotations
 
 import atexit
 import functools
-import json
-import os
 import select
-import signal
-import socket
-import subprocess
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 
-from eval.sandbox.jails import ENVIRONMENT, PYTHON_FLAGS
-from eval.sandbox.names import assign_roles
-from eval.sandbox.room import code_folder, interpreter
-from eval.sandbox.verdict import Program, SandboxUnavailableError, Status, Verdict
-from eval.sandbox.wire import Decoder, Encoder
+from eval.sandbox.verdict import Program, SandboxUnavailableError, Verdict
+from eval.sandbox.worker import GRACE, Job, Worker
 
 LEVELS = ("bubblewrap", "namespaces", "landlock")  # the best first
 WEAK_LEVELS = ("landlock",)
 _PROBE = Program("def double(x): return 2 * x", ("assert double(4) == 8",), timeout=30.0)
-_AHEAD = 2  # jobs that a worker has at once
 _MAX_OPEN = 256  # jobs between the one to yield next and the last one read
-_GRACE = 60.0  # seconds after a job's time in which its server must have answered
 
 
 def check_program(
@@ -91,10 +81,10 @@ class Sandbox:
             raise ValueError(f"num_workers must be at least 1, not {num_workers}.")
         self.isolation = isolation or best_level(allow_weak)
         self._fresh = fresh
-        self._workers: list[_Worker] = []
+        self._workers: list[Worker] = []
         try:
             for _ in range(num_workers):
-                self._workers.append(_Worker(self.isolation, fresh))
+                self._workers.append(Worker(self.isolation, fresh))
         except OSError as error:
             self.close()
             raise SandboxUnavailableError(
@@ -118,13 +108,17 @@ class Sandbox:
             worker.close()
         self._workers.clear()
 
+    def processes(self) -> list[int]:
+        """The process of each worker's server."""
+        return [worker.pid for worker in self._workers]
+
     def check_all(self, programs: Iterable[Program]) -> Iterator[Verdict]:
         """The verdicts on programs, in their order, each as soon as it and those before are there.
 
         `programs` is read as workers become free. One thread at a time may use a sandbox.
         """
         source = iter(programs)
-        open_jobs: deque[_Job] = deque()
+        open_jobs: deque[Job] = deque()
         is_exhausted = False
         while True:
             while not is_exhausted and len(open_jobs) < _MAX_OPEN and self._idlest().has_room:
@@ -132,16 +126,17 @@ class Sandbox:
                 if program is None:
                     is_exhausted = True
                 else:
-                    open_jobs.append(_Job(program, self.isolation))
+                    open_jobs.append(Job(program, self.isolation))
                     self._idlest().submit(open_jobs[-1])
-            while open_jobs and open_jobs[0].verdict is not None:
-                yield open_jobs.popleft().verdict
+            while open_jobs and (verdict := open_jobs[0].verdict) is not None:
+                open_jobs.popleft()
+                yield verdict
             if open_jobs:
                 self._collect()
             elif is_exhausted:
                 return
 
-    def _idlest(self) -> _Worker:
+    def _idlest(self) -> Worker:
         return min(self._workers, key=lambda worker: len(worker.jobs))
 
     def _collect(self) -> None:
@@ -150,158 +145,12 @@ class Sandbox:
         poller = select.poll()
         for descriptor in busy:
             poller.register(descriptor, select.POLLIN)
-        patience = _GRACE + max(worker.jobs[0].program.timeout for worker in busy.values())
+        patience = GRACE + max(worker.jobs[0].program.timeout for worker in busy.values())
         ready = [busy[descriptor] for descriptor, _ in poller.poll(1000 * patience)]
         for worker in ready or busy.values():
             if not ready:
                 worker.kill()
             worker.collect()
-
-
-class _Job:
-    """One program on its way."""
-
-    def __init__(self, program: Program, isolation: str) -> None:
-        self.program = program
-        self.isolation = isolation
-        self.verdict: Verdict | None = None
-        self.num_lost = 0  # servers that ended over it
-        self.roles = assign_roles(
-            program.program, program.tests, setup=program.setup, entry_point=program.entry_point
-        )
-        self.in_jail = self.roles.in_jail
-
-    def messages(self) -> tuple[bytes, bytes]:
-        """What the jail reads and what the judge reads."""
-        program, roles, tests = self.program, self.roles, self.program.tests
-        if not self.in_jail:
-            for_jail: tuple[str, ...] = (roles.program_setup, program.program)
-            for_judge = (program.setup, tests, roles.candidate, roles.modules, roles.shares_setup)
-        else:
-            sources = (program.setup, program.program)
-            for_jail = (*(sources[::-1] if roles.setup_is_last else sources), *tests)
-            for_judge = ("", (), (), (), True)
-        return Encoder().encode(for_jail), Encoder().encode(for_judge)
-
-    def settle(self, end: str, status: int, report: bytes) -> None:
-        """Makes a verdict of the server's answer and the judge's report, if there can be one."""
-        program = self.program
-        if end == "timeout":
-            self._decide("timeout", f"not done after {program.timeout:g} s")
-        elif end == "memory":
-            self._decide("crashed", f"its processes took more than {program.memory_mb} MiB")
-        elif not report:
-            self._decide("crashed", "its answers could not be judged")
-        else:
-            state, detail, had_a_say = Decoder().decode(report)
-            if state == "in_jail":
-                self.in_jail = True
-                return
-            if state == "crashed" and status > 128:
-                detail += f", by {signal.Signals(status - 128).name}"
-            self._decide(state, detail, had_a_say)
-
-    def _decide(self, status: Status, detail: str, had_a_say: bool = False) -> None:
-        self.verdict = Verdict(status, self.isolation, detail, self.in_jail or had_a_say)
-
-
-class _Worker:
-    """A server and the jobs that it has."""
-
-    def __init__(self, level: str, fresh: bool) -> None:
-        self._level, self._fresh = level, fresh
-        self.jobs: deque[_Job] = deque()
-        self._reports: deque[int] = deque()
-        self._start()
-
-    @property
-    def has_room(self) -> bool:
-        return len(self.jobs) < _AHEAD
-
-    def _start(self) -> None:
-        self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        source = f"import socket, sys; sys.path.append({code_folder()!r}); "
-        source += "from eval.sandbox.server import serve; "
-        source += f"serve(socket.socket(fileno={theirs.fileno()}), {self._level!r}, {self._fresh})"
-        self._process = subprocess.Popen(
-            [interpreter(), *PYTHON_FLAGS, "-c", source],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=ENVIRONMENT,
-            cwd="/",
-            pass_fds=[theirs.fileno()],
-        )
-        theirs.close()
-        hello = self.control.recv(4096)
-        problem = json.loads(hello)["error"] if hello else "its server ended"
-        if problem:
-            self.close()
-            raise OSError(problem)
-
-    def submit(self, job: _Job) -> None:
-        """Gives the server a job, which it may start on later."""
-        files = [_file_of(message) for message in job.messages()]
-        report, written = os.pipe()
-        request = {"timeout": job.program.timeout, "memory_mb": job.program.memory_mb}
-        try:
-            socket.send_fds(self.control, [json.dumps(request).encode()], [*files, written])
-        except OSError:
-            pass  # the server has ended; `collect` will see it
-        for file in (*files, written):
-            os.close(file)
-        self.jobs.append(job)
-        self._reports.append(report)
-
-    def collect(self) -> None:
-        """Settles the oldest job by the server's answer, or starts anew where there is none."""
-        try:
-            answer = self.control.recv(4096)
-        except OSError:
-            answer = b""
-        if not answer:
-            self._recover()
-            return
-        job = self.jobs.popleft()
-        with os.fdopen(self._reports.popleft(), "rb") as report:
-            job.settle(**json.loads(answer), report=report.read())
-        if job.verdict is None:
-            self.submit(job)
-
-    def _recover(self) -> None:
-        """Replaces a server that ended; the job that it was at gets one more try."""
-        self.close()
-        jobs, self.jobs = self.jobs, deque()
-        jobs[0].num_lost += 1
-        self._start()
-        for job in jobs:
-            if job.num_lost > 1:
-                job.settle("judged", 0, b"")
-            else:
-                self.submit(job)
-
-    def kill(self) -> None:
-        """Ends the server at once."""
-        self._process.kill()
-
-    def close(self) -> None:
-        """Ends the server, and with it all that it started."""
-        self.control.close()
-        while self._reports:
-            os.close(self._reports.popleft())
-        try:
-            self._process.wait(timeout=_GRACE)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-
-def _file_of(message: bytes) -> int:
-    """An open file in memory that holds a message."""
-    file = os.memfd_create("job", os.MFD_CLOEXEC)
-    with os.fdopen(os.dup(file), "wb") as stream:
-        stream.write(message)
-    return file
 
 
 @functools.cache

@@ -25,6 +25,7 @@ import sys
 from typing import NamedTuple
 
 from eval.sandbox import kernel
+from eval.sandbox.processes import ProcessTable
 
 SCRATCH_MB = 64  # in each of /tmp and /dev/shm
 CODE = "/sandbox"  # the room's folder with the package `eval.sandbox`
@@ -43,8 +44,8 @@ class Room(NamedTuple):
     identity: int | None
     #: open file: the server's own pid namespace, to come back to
     pid_namespace: int
-    #: open folder: the processes as they are seen outside
-    processes: int
+    #: the processes as they are seen outside
+    processes: ProcessTable
 
 
 def enter() -> Room:
@@ -68,7 +69,7 @@ def enter() -> Room:
     kernel.mount("", "/", flags=kernel.MS_REC | kernel.MS_PRIVATE)
     _become_child()
     pid_namespace = os.open("/proc/self/ns/pid", os.O_RDONLY)
-    processes = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
+    processes = ProcessTable()
     _build()
     kernel.pivot_root(_STAGE)
     kernel.restrict_mount("/", kernel.MOUNT_ATTR_RDONLY, recursive=False)

@@ -1,4 +1,4 @@
-"""The system calls that a candidate is refused: what could reach the kernel's or a neighbour's insides.
+"""The system calls that a candidate is refused: what reaches into the kernel or a neighbour.
 
 A list of refusals, not of permissions: honest programs use most of the rest, and the namespaces
 already hide what those calls could act on. Refused are also memory that no limit counts (memfd,
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import os
 import struct
 
 from eval.sandbox import kernel
@@ -92,8 +93,35 @@ _ALLOW, _KILL, _ERROR = 0x7FFF0000, 0x80000000, 0x00050000
 _X32 = 0x40000000  # the other numbering that an x86-64 kernel takes
 
 
-def program() -> bytes:
-    """The filter, as an array of struct sock_filter.
+class Filter:
+    """A filter, made once and then applied in any number of forks; raises `OSError`."""
+
+    def __init__(self) -> None:
+        self._rules = rules()
+        self._program = _Program(len(self._rules) // 8, self._rules)
+        self._pointer = ctypes.byref(self._program)
+
+    def install(self) -> None:
+        """Applies it to the calling process, for good, and to all that it starts.
+
+        The process must have given up new privileges before.
+        """
+        filter_mode = 2
+        kernel.prctl(kernel.PR_SET_SECCOMP, filter_mode, self._pointer)
+
+    def as_file(self) -> int:
+        """A new open file in memory that holds the rules."""
+        file = os.memfd_create("seccomp")
+        os.pwrite(file, self._rules, 0)
+        return file
+
+
+class _Program(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_ushort), ("rules", ctypes.c_char_p)]
+
+
+def rules() -> bytes:
+    """The filter as an array of struct sock_filter.
 
     Raises:
         OSError: The processor's system calls are not listed here.
@@ -102,7 +130,7 @@ def program() -> bytes:
         raise OSError(errno.ENOSYS, f"no seccomp filter is known for {kernel.MACHINE}")
     column = _COLUMN[kernel.MACHINE]
     refuse = (_RETURN, 0, 0, _ERROR | errno.EPERM)
-    rules = [
+    program = [
         (_LOAD, 0, 0, _ARCH_AT),
         (_IF_EQUAL, 1, 0, _AUDIT_ARCH[kernel.MACHINE]),
         (_RETURN, 0, 0, _KILL),
@@ -113,9 +141,9 @@ def program() -> bytes:
     for numbers in _REFUSED.values():
         number = numbers[column]
         if number is not None:
-            rules += [(_IF_EQUAL, 0, 1, number), refuse]
+            program += [(_IF_EQUAL, 0, 1, number), refuse]
     allow = (_RETURN, 0, 0, _ALLOW)
-    rules += [
+    program += [
         (_IF_EQUAL, 0, 1, _CLONE3[column]),
         (_RETURN, 0, 0, _ERROR | errno.ENOSYS),  # the C library then calls clone
         (_IF_EQUAL, 0, 4, _CLONE[column]),
@@ -130,16 +158,4 @@ def program() -> bytes:
         allow,
         allow,
     ]
-    return b"".join(struct.pack("=HBBI", *rule) for rule in rules)
-
-
-def install(rules: bytes) -> None:
-    """Applies `program()` to the calling process and all that it starts; raises `OSError`."""
-
-    class Program(ctypes.Structure):
-        _fields_ = [("length", ctypes.c_ushort), ("rules", ctypes.c_char_p)]
-
-    kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
-    filter_mode = 2
-    argument = Program(len(rules) // 8, rules)
-    kernel.prctl(kernel.PR_SET_SECCOMP, filter_mode, ctypes.byref(argument))
+    return b"".join(struct.pack("=HBBI", *rule) for rule in program)

@@ -15,15 +15,13 @@ a test, an expected value or another solution.
 from __future__ import annotations
 
 import gc
-import json
 import os
 import select
 import signal
 import socket
 import time
-from typing import Any
 
-from eval.sandbox import confine, jails
+from eval.sandbox import confine, jails, processes
 from eval.sandbox.judge import judge
 from eval.sandbox.wire import Channel, Decoder, Encoder
 
@@ -39,38 +37,39 @@ _PRELOADED = (  # what programs import most, as far as it is small: each page ma
 def serve(control: socket.socket, level: str, fresh: bool) -> None:
     """Serves until the parent closes the control socket.
 
-    A request is a JSON object with `timeout` in seconds and `memory_mb`, and NUM_FILES open files;
-    its answer is a JSON object that tells what became of the processes. The first answer comes
-    unasked, and tells whether the level can be had here.
+    A message, in the encoding of `eval.sandbox.wire`, is (timeout in seconds, memory_mb), with
+    NUM_FILES open files; its answer is (why it ended, the jail's exit status). One answer comes
+    unasked, at first: the reason why the level cannot be had here, or an empty one.
     """
     os.setsid()  # a Ctrl-C is the parent's to handle
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         jail = jails.JAILS[level](fresh)
     except OSError as error:
-        control.send(json.dumps({"error": str(error)}).encode())
+        control.send(Encoder().encode(str(error)))
         return
     for name in _PRELOADED:
         __import__(name)
-    control.send(json.dumps({"error": None}).encode())
+    control.send(Encoder().encode(""))
     gc.collect()
     gc.freeze()  # no child's collection shall copy these pages
     while True:
         message, files, _, _ = socket.recv_fds(control, 4096, NUM_FILES)
         if not message:
             return
-        outcome = _run(jail, control, files, **json.loads(message))
-        control.send(json.dumps(outcome).encode())
+        timeout, memory_mb = Decoder().decode(message)
+        outcome = _run(jail, control, files, timeout, memory_mb)
+        control.send(Encoder().encode(outcome))
 
 
 def _run(
     jail: jails.Jail, control: socket.socket, files: list[int], timeout: float, memory_mb: int
-) -> dict[str, Any]:
+) -> tuple[str, int]:
     """Starts one jail and one judge, and returns when no process of either is left."""
     deadline = time.monotonic() + timeout
     job, tests, report = files
     judges, candidates = socket.socketpair()
-    judge_pid = jails.fork(lambda: _judge(jail, tests, report, judges.detach()))
+    judge_pid = processes.fork(lambda: _judge(jail, tests, report, judges.detach()))
     jail_pid = jail.start(job, candidates.fileno(), memory_mb)
     judges.close()
     candidates.close()
@@ -83,7 +82,7 @@ def _run(
             os.kill(pid, signal.SIGKILL)  # not waited for yet, so the number is still its own
         _, status = os.waitpid(jail_pid, 0)
         os.waitpid(judge_pid, 0)
-    return {"end": end, "status": os.waitstatus_to_exitcode(status)}
+    return end, os.waitstatus_to_exitcode(status)
 
 
 def _watch(
@@ -108,10 +107,10 @@ def _watch(
         os.close(judge_end)
 
 
-def _judge(jail: jails.Jail, tests: int, report: int, channel: int) -> None:
+def _judge(jail: jails.Jail, job: int, report: int, channel: int) -> None:
     """The judge's process."""
-    confine.keep_only([tests, report, channel])
-    confine.confine(jail.identity, _JUDGE_MB, jail.rules)
-    job = Decoder().decode(os.pread(tests, os.fstat(tests).st_size, 0))
-    verdict = judge(*job, Channel(socket.socket(fileno=channel)))
+    confine.keep_only([job, report, channel])
+    confine.confine(jail.identity, _JUDGE_MB, jail.seccomp_filter)
+    setup, tests, *roles = Decoder().decode(os.pread(job, os.fstat(job).st_size, 0))
+    verdict = judge(setup, tests, *roles, Channel(channel))
     os.write(report, Encoder().encode(verdict))

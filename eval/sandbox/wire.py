@@ -19,18 +19,21 @@ reply can speak of the request's containers: see `contents` and `refill`.
 from __future__ import annotations
 
 import builtins
+import os
 import struct
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
-from collections.abc import Callable, Iterable
-from socket import socket
-from typing import Any
+
+TYPE_CHECKING = False  # a fresh interpreter imports this for each program: typing would cost 5 ms
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from typing import Any
+
+    #: what kind of thing it is, and its name or number; only `refer` and `resolve` know more
+    Reference = tuple[str, Any]
 
 MAX_BYTES = 16 << 20  # of one message
 MAX_DEPTH = 400  # of nesting; comparing deeper values would exhaust the stack anyway
-
-#: what kind of thing it is, and its name or number; only `refer` and `resolve` know more
-Reference = tuple[str, Any]
 
 
 class WireError(ValueError):
@@ -89,7 +92,7 @@ _MUTABLE_KINDS = {tag: kind for kind, tag in _MUTABLE.items()}
 def contents(container: Any) -> tuple[Any, ...] | bytes:
     """What a mutable container holds: its items, keys and values in turn, or bytes."""
     if isinstance(container, dict):
-        kind = OrderedDict if isinstance(container, OrderedDict) else dict
+        kind: Any = OrderedDict if isinstance(container, OrderedDict) else dict
         return tuple(part for item in kind.items(container) for part in item)
     if isinstance(container, bytearray):
         return bytes(bytearray.__getitem__(container, slice(None)))
@@ -128,19 +131,6 @@ class Encoder:
         self._numbers = {id(value): number for number, value in enumerate(self.objects)}
         self._refer = refer
         self._out = bytearray()
-        self._writers: dict[type, Callable[[Any, int], None]] = {
-            int: self._write_int,
-            float: lambda value, depth: self._put(b"f", _FLOAT.pack(float.__float__(value))),
-            str: lambda value, depth: self._write_bytes(
-                b"s", str.encode(value, "utf-8", "surrogatepass")
-            ),
-            bytes: lambda value, depth: self._write_bytes(b"b", bytes.__getitem__(value, _ALL)),
-            tuple: lambda value, depth: self._write_items(b"(", tuple.__iter__(value), depth),
-            frozenset: lambda value, depth: self._write_items(
-                b"Z", frozenset.__iter__(value), depth
-            ),
-            **dict.fromkeys(_MUTABLE, self._write_mutable),
-        }
 
     def encode(self, value: object) -> bytes:
         """The message for `value`.
@@ -161,9 +151,9 @@ class Encoder:
             self._out += tag
             return
         kind = type(value)
-        writer = self._writers.get(kind)
+        writer = _WRITERS.get(kind)
         if writer is not None:
-            writer(value, depth)
+            writer(self, value, depth)
         else:
             self._write_rare(value, kind, depth)
 
@@ -181,9 +171,9 @@ class Encoder:
             self._write((kind.__name__, kind._fields), depth + 1)  # type: ignore[attr-defined]
             self._write_items(b"(", tuple.__iter__(value), depth)
         else:
-            base = next((base for base in self._writers if issubclass(kind, base)), None)
+            base = next((base for base in _WRITERS if issubclass(kind, base)), None)
             if base is not None:
-                self._writers[base](value, depth)
+                _WRITERS[base](self, value, depth)
             else:
                 self._put(b"R")
                 self._write(self._refer(value), depth + 1)
@@ -225,6 +215,17 @@ class Encoder:
 
 
 _ALL = slice(None)
+_WRITERS: dict[type, Callable[[Encoder, Any, int], None]] = {
+    int: Encoder._write_int,
+    float: lambda self, value, depth: self._put(b"f", _FLOAT.pack(float.__float__(value))),
+    str: lambda self, value, depth: self._write_bytes(
+        b"s", str.encode(value, "utf-8", "surrogatepass")
+    ),
+    bytes: lambda self, value, depth: self._write_bytes(b"b", bytes.__getitem__(value, _ALL)),
+    tuple: lambda self, value, depth: self._write_items(b"(", tuple.__iter__(value), depth),
+    frozenset: lambda self, value, depth: self._write_items(b"Z", frozenset.__iter__(value), depth),
+    **dict.fromkeys(_MUTABLE, Encoder._write_mutable),
+}
 
 
 def _listed(name: str) -> type | None:
@@ -327,8 +328,8 @@ class Decoder:
         if tag == b"t":
             return _BUILTINS[self._take_sized().decode()]
         if tag == b"U":
-            name, fields = self._read(depth + 1)
-            return namedtuple(name, fields)._make(self._read(depth))  # type: ignore[misc]
+            named: Any = namedtuple(*self._read(depth + 1))  # type: ignore[misc]
+            return named._make(self._read(depth))
         if tag == b"R":
             return self._resolve(*self._read(depth + 1))
         if tag == b"X":
@@ -343,14 +344,16 @@ class Decoder:
 
 
 class Channel:
-    """Messages over a stream socket, each after its length."""
+    """Messages over an open stream socket, each after its length."""
 
-    def __init__(self, connection: socket) -> None:
-        self._connection = connection
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
 
     def send(self, message: bytes) -> None:
         """Sends one message; raises `OSError` where nobody receives."""
-        self._connection.sendall(_LENGTH.pack(len(message)) + message)
+        data = memoryview(_LENGTH.pack(len(message)) + message)
+        while data:
+            data = data[os.write(self._descriptor, data) :]
 
     def receive(self) -> bytes:
         """The next message.
@@ -368,7 +371,7 @@ class Channel:
         parts = []
         while size:
             try:
-                part = self._connection.recv(min(size, 1 << 20))
+                part = os.read(self._descriptor, min(size, 1 << 20))
             except ConnectionError as error:
                 raise EOFError("the other side was reset") from error
             if not part:
