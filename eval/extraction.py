@@ -19,6 +19,7 @@ _RUN_ON = prompt_of("", ()).partition(":")[0]
 _LANGUAGE = re.compile(r"\A(?:[\w+.-]*[ \t]*\r?\n|(?:python3?|py)\b[ \t]*)", re.IGNORECASE)
 _CODE_LINE = re.compile(r"(?:def|class|import|from|async)\b|@|[A-Za-z_]\w*[ \t]*=[^=]")
 _BUILTINS = frozenset(dir(builtins))
+_DEFINITIONS = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
 def extract_program(completion: str, entry_point: str | None = None) -> str:
@@ -82,7 +83,7 @@ def _with_needs(block: str, earlier: list[str], entry_point: str | None) -> Iter
     before = []
     for text in earlier:
         other = parse(text)
-        if other is not None and needed & _bound(other):
+        if other is not None and needed & _globals(other):
             before.append(text)
     yield "\n".join([*before, block])
 
@@ -136,23 +137,35 @@ def _parsed(text: str) -> ast.Module | int:
 
 def _defines(tree: ast.Module, entry_point: str | None) -> bool:
     if entry_point is None:
-        return any(isinstance(n, ast.FunctionDef | ast.ClassDef) for n in ast.walk(tree))
-    return entry_point in _bound(tree)
+        return any(isinstance(node, _DEFINITIONS) for node in ast.walk(tree))
+    return entry_point in _globals(tree)
+
+
+def _globals(tree: ast.Module) -> set[str]:
+    """The names that a program leaves behind when it has run."""
+    names = set()
+    nodes: list[ast.AST] = list(tree.body)
+    while nodes:
+        node = nodes.pop()
+        names |= _names_given_by(node)
+        if not isinstance(node, _DEFINITIONS | ast.Lambda):
+            nodes += ast.iter_child_nodes(node)
+    return names
 
 
 def _bound(tree: ast.Module) -> set[str]:
-    """All names to which a program gives a value anywhere."""
-    names = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            names.add(node.name)
-        elif isinstance(node, ast.alias):
-            names.add(node.asname or node.name.partition(".")[0])
-        elif isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
-            names.add(node.id)
-        elif isinstance(node, ast.arg):
-            names.add(node.arg)
-    return names
+    """All names to which a program gives a value anywhere, arguments of functions too."""
+    return {name for node in ast.walk(tree) for name in _names_given_by(node)}
+
+
+def _names_given_by(node: ast.AST) -> set[str]:
+    if isinstance(node, _DEFINITIONS):
+        return {node.name}
+    if isinstance(node, ast.alias):
+        return {node.asname or node.name.partition(".")[0]}
+    if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+        return {node.id}
+    return {node.arg} if isinstance(node, ast.arg) else set()
 
 
 def _used(tree: ast.Module) -> set[str]:

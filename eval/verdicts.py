@@ -154,7 +154,8 @@ def summary(results: Mapping[str, Any]) -> str:
         f"programs: {verdicts}; isolation: {results['isolation']}",
     ]
     if missing := results["without_samples"]:
-        lines.append(f"without samples, counted as zero: {', '.join(missing)}")
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        lines.append(f"without samples, counted as zero: {', '.join(missing[:5])}{more}")
     return "\n".join(lines)
 
 

@@ -60,6 +60,12 @@ TABLE = {
     "a name bound by a lambda": ("add = lambda a, b: a + b", None),
     "a mark that is Python": (f"{ADD}\nadd", None),
     "a star import": ("from math import *\nadd = fsum\npi", None),
+    "its name as an argument elsewhere": (
+        f"```\n{ADD}\n```\nUse:\n```\ndef g(add):\n    add = add or max\n    return add(1, 1)\n```",
+        f"{ADD}\n",
+    ),
+    "a definition under a condition": ("if True:\n    def add(a, b):\n        return a", None),
+    "an imported function": ("from operator import add", None),
     "another function": ("def sub(a, b):\n    return a - b", None),
     "words only": ("I cannot do that.", None),
     "a syntax error": ("def add(a, b)\n    return a + b", None),

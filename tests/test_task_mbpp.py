@@ -8,6 +8,8 @@ import pytest
 
 from gem_ds.tasks import Example, load_task
 from gem_ds.tasks.mbpp import SPLITS, Problem, load_problems, prompt_of, target_of
+from launch import train
+from tests.tiny_model import make_tiny, one_rank
 
 FULL_ROW = {
     "text": "Add.",
@@ -96,6 +98,18 @@ def test_prompt_and_target_have_the_published_form(tmp_path):
 def test_the_sanitized_names_mean_the_same(tmp_path):
     problem = load_problems(sanitized(tmp_path, [SANITIZED_ROW]), sanitized=True).problems[11]
     assert (problem.text, problem.setup) == ("Add.", "import math\nimport re")
+
+
+def test_a_model_is_trained_on_it(tmp_path):
+    tiny = make_tiny(tmp_path)
+    model = tiny.variant("long", max_position_embeddings=512)
+    rows = [FULL_ROW | {"task_id": i} for i in (511, 601, 602, 603, 604)]
+    data, out = full(tmp_path, *rows), tmp_path / "out"
+    values = {"task": "mbpp", "data_dir": data, "model_name_or_path": model, "max_steps": 2}
+    with one_rank():
+        train.main(tiny.flags(out, max_length=512, **values))
+    results = json.loads((out / "all_results.json").read_text())
+    assert results["last_eval_loss"] < results["first_eval_loss"]
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,16 @@ def test_the_summary_says_what_was_counted():
     assert third == "without samples, counted as zero: mbpp/12"
 
 
+def test_a_long_list_of_problems_without_samples_is_cut_in_the_summary_only():
+    ids = [f"mbpp/{i}" for i in range(11, 31)]
+    results = results_of(judged(sample("mbpp/11", 0, "passed"))[1], ids, [1], isolation="box")
+    assert results["without_samples"] == ids[1:]
+    last = summary(results).split("\n")[-1]
+    assert last == (
+        "without samples, counted as zero: mbpp/12, mbpp/13, mbpp/14, mbpp/15, mbpp/16 and 14 more"
+    )
+
+
 def test_verdicts_are_written_one_line_a_sample(tmp_path):
     _, entries = judged(sample("mbpp/11", 0, "passed"), sample("mbpp/11", 1, "class: failed"))
     save_verdicts(tmp_path, entries)
