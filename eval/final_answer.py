@@ -57,7 +57,11 @@ _NEXT_QUESTION = re.compile(
     r"|<\|(?:im_end|im_start|endoftext|eot_id)\|>|</s>"
 )
 
-#: Words that follow on a number which is no answer, but stands in relation to one.
+#: After an answer in the dataset's own form, a story that asks something is the next problem.
+_MARKED_ANSWER = re.compile(r"\#{4}\s{0,3}[^\w\n]{0,5}[0-9]")
+_ASKED = re.compile(r"[.!]\s{1,3}(?:How|What|If|Find)\b[^\n?]{0,200}\?")
+
+#: What stands before a number that is no answer, but in relation to one.
 _DETERMINER = r"(?:(?:the|all|her|his|their|its|our|my|those|these|about|only|original) ){0,2}"
 _BOUND_BEFORE = re.compile(
     r"\b(?:not|isn't|wasn't|than|instead of|from|out of|per|every|each|at|after|before|within"
@@ -67,9 +71,12 @@ _BOUND_BEFORE = re.compile(
     rf"|of(?= [a-z])) {_DETERMINER}$"
     r"|[0-9] (?:[a-z]{1,12} ){0,2}of $"
     r"|'s $"
-    r"|\b(?:step|problem|question|example|part|exercise|day|week|month|year|room|page|level|grade"
-    r"|chapter|case|option|figure|table) #?$"
+    r"|\b(?:day|week|month|year|room|page|level|grade|chapter) #?$"
     r"|\b(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]{0,6}\.? $",
+    re.IGNORECASE,
+)
+_LABEL = re.compile(
+    r"\b(?:step|problem|question|example|part|exercise|case|option|figure|table) #?$",
     re.IGNORECASE,
 )
 _BOUND_BEFORE_BUT_MONEY = re.compile(rf"\bfor {_DETERMINER}$", re.IGNORECASE)
@@ -108,14 +115,8 @@ class _Reading:
     def __init__(self, text: str) -> None:
         text = cleaned(text)
         numbers = find_numbers(text)
-        first = numbers[0].start if numbers else len(text)
-        ends = (match.start() for match in _NEXT_QUESTION.finditer(text))
-        self.text = text[: next((end for end in ends if end > first), len(text))]
-        self.numbers = [
-            number
-            for number in numbers
-            if number.value is not None and number.end <= len(self.text)
-        ]
+        self.text = text[: _end_of_answer(text, numbers)]
+        self.numbers = [number for number in numbers if number.end <= len(self.text)]
         self._starts = [number.start for number in self.numbers]
         self._ends = [match.start() for match in _SENTENCE_END.finditer(self.text)]
 
@@ -127,11 +128,10 @@ class _Reading:
                 if corrected is not None:
                     return _answer(corrected, "correction")
                 return _answer(number, _KINDS[kind])
-        number = self._conclusion(self.numbers)
-        return None if number is None else _answer(number, "conclusion")
+        return _answer(self._conclusion(self.numbers), "conclusion")
 
     def _announced(self, announcement: re.Match[str], kind: str) -> Number | None:
-        """The number that an announcement is about, if there is one."""
+        """The number that an announcement is about, if there is one; it may have no value."""
         if kind == "after":
             place = bisect_left(self._ends, announcement.start())
             start = self._ends[place - 1] + 1 if place else 0
@@ -140,22 +140,30 @@ class _Reading:
         assert lead is not None, "it matches the empty text"
         end = self._boxed_end(announcement.end()) if kind == "boxed" else self._end(lead.end())
         numbers = self._between(announcement.end(), end)
-        if not numbers or numbers[0].start > lead.end():
-            return self._conclusion(numbers)
-        result = _UP_TO_RESULT.match(self.text, numbers[0].end, end)
-        later = [] if result is None else self._between(result.end(), end)
-        return later[0] if later else numbers[0]
+        stated = [number for number in numbers if number.value is not None]
+        if not stated:  # "The answer is 3-5" is an answer, but none that is a number
+            return numbers[0] if numbers else None
+        if stated[0].start > lead.end():
+            number = self._conclusion(numbers)
+            assert number is not None, "there are numbers"
+            return None if _LABEL.search(self._before(number)) else number
+        result = _UP_TO_RESULT.match(self.text, stated[0].end, end)
+        later = [n for n in stated if result is not None and n.start >= result.end()]
+        return later[0] if later else stated[0]
 
     def _corrected(self, number: Number) -> Number | None:
         """What second thoughts about an announced answer lead to."""
         thought = _SECOND_THOUGHT.search(self.text, number.end)
-        return thought and self._conclusion(self._between(thought.end(), len(self.text)))
+        if thought is None:
+            return None
+        return self._conclusion(self._between(thought.end(), len(self.text)))
 
     def _conclusion(self, numbers: Sequence[Number]) -> Number | None:
         """The last number of the last sentence that has one which is not bound to another.
 
         Within that sentence a bold number comes before a plain one, and that before a rate.
         """
+        numbers = [number for number in numbers if number.value is not None]
         last = next((number for number in reversed(numbers) if not self._is_bound(number)), None)
         if last is None:
             return numbers[-1] if numbers else None
@@ -171,7 +179,9 @@ class _Reading:
         before = self._before(number)
         if before.rstrip().endswith("="):
             return False
-        if _BOUND_BEFORE.search(before) or _BOUND_AFTER.match(self.text, number.end):
+        if _LABEL.search(before) or _BOUND_BEFORE.search(before):
+            return True
+        if _BOUND_AFTER.match(self.text, number.end):
             return True
         if _BOUND_BEFORE_BUT_MONEY.search(before):
             written = self.text[number.start : number.end]
@@ -207,6 +217,16 @@ class _Reading:
         return self._end(start)
 
 
-def _answer(number: Number, rule: str) -> FinalAnswer:
-    assert number.value is not None, "numbers without a value are no answers"
+def _end_of_answer(text: str, numbers: Sequence[Number]) -> int:
+    """Where a text runs on into a next question; its end if it does not."""
+    first = numbers[0].start if numbers else len(text)
+    ends = [match.start() for match in _NEXT_QUESTION.finditer(text) if match.start() > first]
+    if (marked := _MARKED_ANSWER.search(text)) and (asked := _ASKED.search(text, marked.end())):
+        ends.append(asked.start())
+    return min(ends, default=len(text))
+
+
+def _answer(number: Number | None, rule: str) -> FinalAnswer | None:
+    if number is None or number.value is None:
+        return None
     return FinalAnswer(number.value, rule)

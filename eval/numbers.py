@@ -3,9 +3,9 @@ r"""The numbers in a text as people write them, each with its exact value.
     $1,234.50   1 000   1.234,50   -\$5   3 1/2   \frac{3}{4}   50%   10^3   1e3   2 million   ٣
 
 Values are as stated: a percentage is the number before its sign, a unit does not count, and nothing
-is calculated but powers and fractions. What only looks like a number is passed over: digits glued
-to a word (x2, H2O), times and ratios (3:30, 2:1), versions (1.2.3). The parts of an unfinished
-calculation, a range or a date (5 + 3, 3-5, 12/25/2020) are found, but have no value.
+is calculated but powers and fractions. Digits glued to a word (x2, H2O) are passed over. What is
+written in digits but is no single number is found without a value: times and ratios (3:30, 2:1),
+versions (1.2.3), the parts of an unfinished calculation, a range or a date (5 + 3, 3-5, 2020-12-5).
 
 Every pattern here runs in time linear in the text: its parts are of bounded length, or cannot be
 divided in more than one way.
@@ -102,8 +102,8 @@ class Number:
     Attributes:
         start: Where it begins, sign and currency included.
         end: Where it ends; a unit or percent sign is not included.
-        value: Its value; None for a part of something unfinished, a division by zero, and what is
-            too long to be an answer.
+        value: Its value; None for what is no single number, a division by zero, and what is too
+            long to be an answer.
     """
 
     start: int
@@ -129,9 +129,11 @@ def find_numbers(text: str) -> list[Number]:
     """The numbers of a cleaned text, in their order."""
     numbers: list[Number] = []
     for match in _NUMBER.finditer(text):
-        if match["junk"] is not None:
+        junk = match["junk"]
+        if junk is not None and not "0" <= junk[0] <= "9":
             continue
-        number = Number(match.start(), match.end(), _value(match))
+        value = None if junk is not None else _value(match)
+        number = Number(match.start(), match.end(), value)
         if numbers and number.value is not None and _are_joined(text, numbers[-1], number):
             numbers[-1] = Number(numbers[-1].start, numbers[-1].end, None)
             number = Number(number.start, number.end, None)

@@ -192,6 +192,11 @@ PLACED: list[tuple[str, str | int | None]] = [
     ("The answer is 72.\nThe answer is short.\n5", 72),
     (r"The total is $18$. \[\boxed{18}\] This took 2 steps.", 18),
     (r"Thus $\boxed{12}$ eggs of the 16 are left.", 12),
+    ("2 + 2 = 4.\n#### 3-5", None),  # what is announced is no number, so 4 is not the answer
+    ("2 + 2 = 4. The answer is 3:30.", None),
+    ("It takes 150 minutes. The answer is 2 hours and 30 minutes.", None),
+    ("#### Step 1\n3 * 4 = 12\n#### Step 2\n12 + 1 = 13\n", 13),  # headings
+    ("#### Conclusion\nShe has 18.", 18),
     # several announced answers and second thoughts: the last one counts
     ("#### 71\nSorry.\n#### 72\n####", 72),
     ("#### 72 but the answer is 73", 73),
@@ -212,6 +217,8 @@ PLACED: list[tuple[str, str | int | None]] = [
     ("She has 35.\n\nProblem 2: Tom has 3 apples.", 35),
     ("She has 35.\n\nUser: thanks, what is 2 + 2?", 35),
     ("35<|im_end|>\n<|im_start|>user\n4 + 4?", 35),
+    ("#### 35\n\nTom has 3 apples and 4 pears. How many is that?\n3 + 4 = 7\n#### 7", 35),
+    ("How many are there in all? 3 + 4 = 7\n#### 7", 7),
     # nothing is announced: the conclusion
     ("72, 73", 73),
     ("7 or 1/0", 7),
