@@ -3,20 +3,20 @@ r"""Exact match on GSM8K, greedy, under three rules of judgement.
     python -m eval.gsm8k --model_name_or_path M [--delta F] [--data_dir D] --output_dir O
                          [--limit N] [--num_fewshot 5]
 
-    strict-match        the first `#### (\-?[0-9\.\,]+)` of the output
-    flexible-extract    the last `(-?[$0-9.,]{2,})|(-?[0-9]+)` of the output
-                        each compared as a string with the reference, after both have lost commas,
-                        dollar signs, everything through `#### ` and one trailing full stop
-    numeric             the value of the final answer, exactly (`eval.final_answer`): 29.00 = 29
+    prompt      Question: {question}\nAnswer:
+    answer      one space, then the completion, of at most 256 tokens
+    stops       `Question:`, `</s>`, `<|im_end|>`
+    judged      by the three rules of `eval.exact_match`
 
-The first two follow the community harness (lm-evaluation-harness, task gsm8k) and bear its names;
-so do the prompt, the stops and the worked problems of `--num_fewshot`: for each test problem in
-turn, `random.Random(1234).sample` of the train split. The default is no worked problem, since a
-model that was fine-tuned on the train split knows the form; the harness's default is 5.
+Prompt, stops and the worked problems of `--num_fewshot` are those of the community harness
+(lm-evaluation-harness, task gsm8k), to the byte: for each test problem in turn a
+`random.Random(1234).sample` of the train split, with a blank line after each. The default is no
+worked problem, since a model that was fine-tuned on the train split knows the form; the harness's
+default is 5.
 
     output_dir/
       samples.jsonl     what the model wrote (`eval.samples`)
-      verdicts.jsonl    per problem: the three verdicts, and what numeric read and by which rule
+      verdicts.jsonl    per problem: the three verdicts, and the rule by which numeric found its answer
       results.json      the counts, and what they were counted on
 """
 
@@ -24,10 +24,9 @@ from __future__ import annotations
 
 import json
 import random
-import re
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,8 +34,8 @@ from typing import Any
 from transformers import HfArgumentParser
 
 from eval.completion import GenerationSettings
-from eval.final_answer import final_answer
-from eval.pass_at_k import CONFIDENCE, bootstrap_interval
+from eval.exact_match import RULES, Verdict, is_reference, score, summary, tally
+from eval.pass_at_k import CONFIDENCE
 from eval.provenance import sha256_of_files, sha256_of_texts, versions
 from eval.samples import Sample
 from eval.sampling import RESULTS_FILE, SamplingArguments, check_arguments, exit_for, sample_all
@@ -44,13 +43,11 @@ from gem_ds.comm import PeerError
 from gem_ds.files import atomic_write, save_json
 from gem_ds.tasks import Example, load_task
 
+__all__ = ["Verdict", "load", "main", "prompts_of", "report", "score"]
+
 VERDICTS_FILE = "verdicts.jsonl"
 STOP_STRINGS = ("Question:", "</s>", "<|im_end|>")
 SHOT_SEED = 1234
-
-_STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
-_FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
-_NOT_FOUND = "[invalid]"  # the harness's word
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,31 +58,6 @@ class Gsm8kArguments:
     max_new_tokens: int = field(
         default=256, metadata={"help": "The longest completion, in tokens."}
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """Whether an output is right, under each of the three rules.
-
-    Attributes:
-        strict_match: Under the harness's rule of this name.
-        flexible_extract: Under the harness's rule of this name.
-        numeric: By value.
-        rule: Which rule found the answer that `numeric` judges; None if there is none.
-    """
-
-    strict_match: bool
-    flexible_extract: bool
-    numeric: bool
-    rule: str | None = field(default=None, compare=False)
-
-
-#: The rules by the names under which they are reported, and their fields of `Verdict`.
-RULES = {
-    "strict-match": "strict_match",
-    "flexible-extract": "flexible_extract",
-    "numeric": "numeric",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,28 +75,6 @@ class Problems:
     sha256: dict[str, str]
 
 
-def score(output: str, answer: str) -> Verdict:
-    """Judge what a model wrote; raises nothing, whatever the two texts are.
-
-    Args:
-        output: The completion of a problem's prompt, whatever it is.
-        answer: The dataset's answer, which ends in `#### <number>`, or the number alone.
-
-    Returns:
-        The three verdicts; an output in which a rule finds no answer is wrong under that rule.
-    """
-    reference = _normalised(answer)
-    strict = _STRICT.search(output)
-    flexible = [match[0] for match in _FLEXIBLE.finditer(output)]
-    found, wanted = final_answer(output), final_answer(answer)
-    return Verdict(
-        strict_match=_normalised(strict[1] if strict else _NOT_FOUND) == reference,
-        flexible_extract=_normalised(flexible[-1] if flexible else _NOT_FOUND) == reference,
-        numeric=found is not None and wanted is not None and found.value == wanted.value,
-        rule=None if found is None else found.rule,
-    )
-
-
 def load(data_dir: str | None, limit: int | None = None) -> Problems:
     """The first `limit` test problems, from a folder or from the Hub.
 
@@ -134,7 +84,7 @@ def load(data_dir: str | None, limit: int | None = None) -> Problems:
     """
     task = load_task("gsm8k", data_dir=data_dir)
     for number, example in enumerate(task.test, start=1):
-        if _STRICT.search(example.target) is None:
+        if not is_reference(example.target):
             raise ValueError(
                 f"Example {number} of the test split has no '#### <number>' in its answer, so "
                 "nothing can be scored against it: add it."
@@ -168,35 +118,6 @@ def prompts_of(problems: Problems, num_fewshot: int) -> dict[str, str]:
         worked = "".join(f"{shot.prompt}{shot.target}\n\n" for shot in shots)
         prompts[task_id] = f"{worked}{example.prompt}"
     return prompts
-
-
-def tally(verdicts: Sequence[Verdict], total: int) -> dict[str, dict[str, Any]]:
-    """By rule, how many problems are right, of how many, the share in [0, 1] and its interval.
-
-    Args:
-        verdicts: Of the problems that have a sample.
-        total: All problems; one without a sample counts as wrong.
-    """
-    table: dict[str, dict[str, Any]] = {}
-    for rule, name in RULES.items():
-        values = [float(getattr(verdict, name)) for verdict in verdicts]
-        values += [0.0] * (total - len(values))
-        table[rule] = {
-            "correct": int(sum(values)),
-            "total": total,
-            "accuracy": sum(values) / total,
-            "confidence_interval": list(bootstrap_interval(values)),
-        }
-    return table
-
-
-def summary(exact_match: Mapping[str, Mapping[str, Any]]) -> str:
-    """The result line, from `tally`."""
-    parts = [
-        f"{rule} {counts['correct']}/{counts['total']} = {100 * counts['accuracy']:.1f} %"
-        for rule, counts in exact_match.items()
-    ]
-    return "exact match: " + ", ".join(parts)
 
 
 def report(
@@ -273,12 +194,6 @@ def _evaluate(arguments: SamplingArguments, task: Gsm8kArguments) -> dict[str, A
         return {}
     seconds = round(time.perf_counter() - started, 1)
     return report(samples, problems, Path(arguments.output_dir), seconds=seconds)
-
-
-def _normalised(text: str) -> str:
-    """What the harness does to prediction and reference before it compares them."""
-    text = text.replace(",", "").replace("$", "").rpartition("#### ")[2]
-    return re.sub(r"\.$", "", text).lower()
 
 
 def _num_fewshot(samples: Sequence[Sample], problems: Problems) -> int:

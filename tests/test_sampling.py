@@ -12,9 +12,11 @@ from eval.completion import GenerationSettings
 from eval.generation import Transformers
 from eval.sampling import SamplingArguments, check_arguments, exit_for, sample_all
 from gem_ds.comm import PeerError
+from tests.tiny import DS_CONFIGS
 from tests.tiny_model import make_tiny
 
 PROMPTS = {f"task/{i}": f"Say {'so ' * (i % 4)}{i}" for i in range(7)}
+ZERO3 = str(DS_CONFIGS / "zero3.json")
 DRAWN = GenerationSettings(
     max_new_tokens=9, stop_strings=("zz",), temperature=1.2, top_p=0.9, seed=1
 )
@@ -257,7 +259,8 @@ def test_a_batch_beyond_the_memory_says_what_to_lower(tiny, tmp_path, monkeypatc
         ({"batch_size": 0}, "--batch_size must be at least 1, not 0"),
         ({"output_dir": __file__}, "is a file"),
         ({"backend": "vllm", "delta": "d"}, "--backend vllm takes no --delta"),
-        ({"backend": "vllm", "deepspeed": "d"}, "start it with plain python"),
+        ({"deepspeed": "nowhere.json"}, "--deepspeed nowhere.json cannot be read"),
+        ({"backend": "vllm", "deepspeed": ZERO3}, "start it with plain python"),
     ],
 )
 def test_flags_that_cannot_be_are_refused(tiny, tmp_path, changes, message):
