@@ -28,10 +28,11 @@ __all__ = ["Backend", "Completion", "GenerationSettings", "Request", "Transforme
 class Backend(Protocol):
     """What answers requests."""
 
-    #: Requests per batch.
-    batch_size: int
     #: Whether all ranks must answer a batch at the same time, since each holds a part of the model.
     synced_ranks: bool
+
+    def batches(self, requests: Sequence[Request]) -> list[list[list[Request]]]:
+        """Groups of batches; ranks may answer batches of one group at the same time."""
 
     def complete(self, requests: Sequence[Request]) -> list[Completion]:
         """Answer the requests of one batch, in their order."""
@@ -57,11 +58,15 @@ class Transformers:
         batch_size: int,
         synced_ranks: bool = False,
     ) -> None:
-        self.batch_size = batch_size
         self.synced_ranks = synced_ranks
+        self._batch_size = batch_size
         self._files = files
         self._model = model
         self._settings = settings
+
+    def batches(self, requests: Sequence[Request]) -> list[list[list[Request]]]:
+        """As `make_batches`."""
+        return make_batches(requests, self._batch_size)
 
     def complete(self, requests: Sequence[Request]) -> list[Completion]:
         """Answer the requests of one batch, in their order.

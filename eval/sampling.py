@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from eval.arguments import SamplingArguments, check_arguments, exit_for
 from eval.completion import Completion, GenerationSettings, Request
-from eval.generation import Backend, Transformers, make_batches, make_requests
+from eval.generation import Backend, Transformers, make_requests
 from eval.model import ModelFiles, load_partitioned, load_weights, open_model
 from eval.provenance import model_fingerprint, sha256_of
 from eval.samples import SAMPLES_FILE, Key, Prompt, Sample, SampleLog
@@ -76,7 +76,7 @@ def sample_all(
         done = comm.broadcast_object(set(plan.log.samples))
         if len(done) < len(plan.requests):
             backend = _load(arguments, plan, settings, comm)
-            pending = _pending(make_batches(plan.requests, backend.batch_size), done)
+            pending = _pending(backend.batches(plan.requests), done)
             if comm.is_main:
                 (Path(arguments.output_dir) / RESULTS_FILE).unlink(missing_ok=True)
             with tqdm(

@@ -16,6 +16,8 @@ from eval.completion import Completion, GenerationSettings, Request
 from eval.model import ModelFiles
 from eval.noise import sample_seed
 
+_PART = 1024
+
 
 class Vllm:
     """A model in vLLM, spread over all visible GPUs of this machine by tensor parallelism.
@@ -29,7 +31,6 @@ class Vllm:
     """
 
     synced_ranks = False
-    batch_size = 1024  # after so many samples the file grows; vLLM batches within by itself
 
     def __init__(self, files: ModelFiles, settings: GenerationSettings) -> None:
         self._settings = settings
@@ -40,6 +41,11 @@ class Vllm:
             dtype=files.dtype,
             tensor_parallel_size=max(1, torch.cuda.device_count()),
         )
+
+    def batches(self, requests: Sequence[Request]) -> list[list[list[Request]]]:
+        """Parts after each of which the file grows; vLLM makes the batches within by itself."""
+        parts = range(0, len(requests), _PART)
+        return [[list(requests[first : first + _PART]) for first in parts]]
 
     def complete(self, requests: Sequence[Request]) -> list[Completion]:
         """Answer the requests, in their order."""
