@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from eval.completion import Completion, GenerationSettings, Request
 from eval.model import ModelFiles
@@ -34,6 +35,7 @@ class Vllm:
 
     def __init__(self, files: ModelFiles, settings: GenerationSettings) -> None:
         self._settings = settings
+        self._stop_token_ids = _stop_token_ids(files.tokenizer, settings.stop_strings)
         self._vllm = _import_vllm()
         self._model = self._vllm.LLM(
             model=files.name,
@@ -54,7 +56,7 @@ class Vllm:
             [self._parameters(request) for request in requests],
             use_tqdm=False,
         )
-        return [_completion(output.outputs[0]) for output in outputs]
+        return [self._completion(output.outputs[0]) for output in outputs]
 
     def _parameters(self, request: Request) -> Any:
         settings = self._settings
@@ -63,8 +65,23 @@ class Vllm:
             top_p=settings.top_p,
             max_tokens=request.limit,
             stop=list(settings.stop_strings),
+            stop_token_ids=self._stop_token_ids,
             seed=None if settings.is_greedy else sample_seed(settings.seed, *request.key),
         )
+
+    def _completion(self, output: Any) -> Completion:
+        """What vLLM returns: eos and stops are all "stop", told apart by the reason."""
+        is_stop = isinstance(output.stop_reason, str) or output.stop_reason in self._stop_token_ids
+        reason = output.finish_reason
+        if reason == "stop" and not is_stop:
+            reason = "eos"
+        return Completion(text=output.text, num_tokens=len(output.token_ids), finish_reason=reason)
+
+
+def _stop_token_ids(tokenizer: PreTrainedTokenizerBase, stop_strings: Sequence[str]) -> list[int]:
+    """Stop strings that are special tokens: these do not come into the text that vLLM looks at."""
+    special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    return [special[stop] for stop in stop_strings if stop in special]
 
 
 def _import_vllm() -> Any:
@@ -76,11 +93,3 @@ def _import_vllm() -> Any:
             "pip install 'gem_ds[vllm]', or leave --backend out."
         ) from error
     return vllm
-
-
-def _completion(output: Any) -> Completion:
-    """What vLLM returns: eos and stop strings are both "stop", told apart by the reason."""
-    reason = output.finish_reason
-    if reason == "stop" and not isinstance(output.stop_reason, str):
-        reason = "eos"
-    return Completion(text=output.text, num_tokens=len(output.token_ids), finish_reason=reason)

@@ -1,8 +1,7 @@
 """GSM8K against lm-evaluation-harness: its own filters, metric and sampler on the same outputs.
 
-`pip install --no-deps lm-eval` and `pip install sacrebleu` are enough (the extra `crosscheck`
-installs the whole of it). Without them these tests skip, but for the last, which holds what the
-harness made.
+They skip where it is not installed (the extra `peers` brings it), but for the last, which holds
+what the harness made.
 """
 
 import hashlib

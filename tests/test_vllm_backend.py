@@ -17,9 +17,9 @@ from eval.noise import sample_seed
 from eval.sampling import SamplingArguments, sample_all
 from tests.tiny_model import make_tiny
 
-PROMPTS = {"task/0": "Say 0", "task/1": "Say so so 1"}
+PROMPTS = {"task/0": "Say 0", "task/1": "Say so so 1", "task/2": "Say so 2"}
 DRAWN = GenerationSettings(
-    max_new_tokens=300, stop_strings=("zz", "yy"), temperature=0.8, top_p=0.95, seed=5
+    max_new_tokens=300, stop_strings=("zz", "</s>"), temperature=0.8, top_p=0.95, seed=5
 )
 
 
@@ -31,6 +31,7 @@ class FakeParameters:
     top_p: float
     max_tokens: int
     stop: list[str]
+    stop_token_ids: list[int]
     seed: int | None
 
 
@@ -55,7 +56,7 @@ class FakeLLM:
     """Answers with the request's seed, and ends each answer in another way."""
 
     made: ClassVar[list["FakeLLM"]] = []
-    ENDS = (("stop", "zz"), ("stop", None), ("stop", 257), ("length", None))
+    ENDS = (("stop", "zz"), ("stop", None), ("stop", 1), ("stop", 257)) + 9 * (("length", None),)
 
     def __init__(self, *, model, revision, dtype, tensor_parallel_size) -> None:
         self.options = (model, revision, dtype, tensor_parallel_size)
@@ -79,7 +80,7 @@ class FakeLLM:
                     )
                 ]
             )
-            for parameters, (reason, stop) in zip(sampling_params, self.ENDS, strict=True)
+            for parameters, (reason, stop) in zip(sampling_params, self.ENDS, strict=False)
         ]
 
 
@@ -115,12 +116,15 @@ def test_requests_are_carried_to_vllm_and_its_answers_back(tiny, fake, monkeypat
             temperature=0.8,
             top_p=0.95,
             max_tokens=128 - len(ids),  # where the model's positions end
-            stop=["zz", "yy"],
+            stop=["zz", "</s>"],
+            stop_token_ids=[1],  # a special token, which vLLM leaves out of the text
             seed=sample_seed(5, *key),
         )
     assert [sample.key for sample in samples] == keys
     assert [sample.completion for sample in samples] == [f" {sample_seed(5, *key)}" for key in keys]
-    assert [sample.finish_reason for sample in samples] == ["stop", "eos", "eos", "length"]
+    assert [sample.finish_reason for sample in samples] == [
+        *("stop", "eos", "stop", "eos", "length", "length"),
+    ]
     assert {sample.num_tokens for sample in samples} == {3}
     assert samples[0].settings["backend"] == "vllm"
 
