@@ -54,7 +54,7 @@ class JudgingArguments:
                 raise ValueError(f"--k must be at least 1, not {k}.")
         if self.num_workers < 1:
             raise ValueError(f"--num_workers must be at least 1, not {self.num_workers}.")
-        assert self.limits
+        Limits(timeout=self.timeout, memory_mb=self.memory_mb)  # refuses what nothing can keep to
 
     @property
     def limits(self) -> Limits:
@@ -77,12 +77,18 @@ class JudgingArguments:
         return self.k
 
 
-def load(
-    arguments: JudgingArguments, data_dir: str | None, limit: int | None
-) -> tuple[Dataset, dict[str, Problem]]:
-    """The dataset, and by task id those of its problems that are asked; raises ValueError."""
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What is asked: a data set, and by task id those of its problems that count."""
+
+    dataset: Dataset
+    problems: dict[str, Problem]
+
+
+def load(arguments: JudgingArguments, data_dir: str | None, limit: int | None) -> Asked:
+    """The problems of the split, or the first `limit` of them; raises ValueError."""
     dataset = load_problems(data_dir, sanitized=arguments.sanitized)
-    return dataset, problems_of(dataset, arguments.split, limit)
+    return Asked(dataset=dataset, problems=problems_of(dataset, arguments.split, limit))
 
 
 def open_sandbox(arguments: JudgingArguments) -> Sandbox:
@@ -94,8 +100,7 @@ def open_sandbox(arguments: JudgingArguments) -> Sandbox:
 def report(
     samples: Sequence[Sample],
     arguments: JudgingArguments,
-    dataset: Dataset,
-    problems: dict[str, Problem],
+    asked: Asked,
     sandbox: Sandbox,
     output_dir: Path,
     *,
@@ -108,8 +113,7 @@ def report(
     Args:
         samples: Of these problems, all drawn with the same settings.
         arguments: The flags.
-        dataset: Where the problems come from.
-        problems: By task id; those without samples count as zero.
+        asked: The problems; those without samples count as zero.
         sandbox: An entered one.
         output_dir: Where the files go.
         ks: Each k of pass@k.
@@ -123,11 +127,9 @@ def report(
         ValueError: A problem has samples, but fewer than k.
         OSError: A file cannot be written.
     """
-    template = arguments.prompt_template
-    judged = judge(
-        samples, problems, sandbox, arguments.limits, template=template, show_bar=show_bar
-    )
-    scores = results_of(judged, list(problems), ks, isolation=sandbox.isolation)
+    template, limits = arguments.prompt_template, arguments.limits
+    judged = judge(samples, asked.problems, sandbox, limits, template=template, show_bar=show_bar)
+    scores = results_of(judged, list(asked.problems), ks, isolation=sandbox.isolation)
     results = {
         "task": "mbpp",
         **scores,
@@ -136,10 +138,10 @@ def report(
             "sanitized": arguments.sanitized,
             "num_fewshot": num_fewshot,
             "prompt_template": template,
-            **asdict(arguments.limits),
+            **asdict(limits),
         },
         "sampling": samples[0].settings,
-        "data_sha256": {dataset.source: dataset.sha256},
+        "data_sha256": {asked.dataset.source: asked.dataset.sha256},
         "versions": versions(),
     }
     (output_dir / RESULTS_FILE).unlink(missing_ok=True)  # never beside other verdicts

@@ -49,6 +49,16 @@ class PassKArguments:
         None, "Worked problems in the prompt, 0 or 3 (default: 3, and 0 with a template)."
     )
 
+    def settings(self, template: str | None) -> GenerationSettings:
+        """How completions of such prompts are made; raises ValueError for a value out of range."""
+        return GenerationSettings(
+            max_new_tokens=self.max_new_tokens,
+            stop_strings=stop_strings(template),
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=self.seed,
+        )
+
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     """Evaluate a model; returns what results.json holds, on rank 0.
@@ -84,16 +94,14 @@ def evaluate(
     check_arguments(sampling)
     num_fewshot = _check(own, judging)
     ks = judging.ks(own.n, "--n is")
-    settings = GenerationSettings(
-        max_new_tokens=own.max_new_tokens,
-        stop_strings=stop_strings(judging.prompt_template),
-        temperature=own.temperature,
-        top_p=own.top_p,
-        seed=own.seed,
+    settings = own.settings(judging.prompt_template)
+    asked = load(judging, sampling.data_dir, sampling.limit)
+    prompts = prompts_of(
+        asked.problems,
+        asked.dataset,
+        num_fewshot=num_fewshot,
+        template=judging.prompt_template,
     )
-    dataset, problems = load(judging, sampling.data_dir, sampling.limit)
-    template = judging.prompt_template
-    prompts = prompts_of(problems, dataset, num_fewshot=num_fewshot, template=template)
     with ExitStack() as stack:
         if is_main := int(os.environ.get("RANK", 0)) == 0:
             sandbox = stack.enter_context(open_sandbox(judging))  # refused before a model is loaded
@@ -103,8 +111,7 @@ def evaluate(
         return report(
             samples,
             judging,
-            dataset,
-            problems,
+            asked,
             sandbox,
             Path(sampling.output_dir),
             ks=ks,

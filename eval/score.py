@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -20,11 +20,10 @@ from typing import Any, Literal
 from transformers import HfArgumentParser
 
 from eval import gsm8k
-from eval.judging import JudgingArguments, load, open_sandbox, report
+from eval.judging import Asked, JudgingArguments, load, open_sandbox, report
 from eval.mbpp import SHOT_IDS, prompts_of
 from eval.samples import Sample, read_samples
 from eval.sampling import exit_for
-from gem_ds.tasks.mbpp import Dataset, Problem
 
 
 def _option(default: Any, text: str) -> Any:
@@ -45,6 +44,10 @@ class ScoreArguments:
         False, "Count problems without samples as zero and name them, instead of refusing."
     )
     disable_tqdm: bool = _option(False, "No progress bar.")
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"--limit must be at least 1, not {self.limit}.")
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -83,16 +86,15 @@ def _gsm8k(path: Path, arguments: ScoreArguments, judging: JudgingArguments) -> 
 
 
 def _mbpp(path: Path, arguments: ScoreArguments, judging: JudgingArguments) -> dict[str, Any]:
-    dataset, problems = load(judging, arguments.data_dir, arguments.limit)
-    samples = _read(path, list(problems), arguments)
-    num_fewshot = _num_fewshot(path, samples, dataset, problems, judging.prompt_template)
+    asked = load(judging, arguments.data_dir, arguments.limit)
+    samples = _read(path, list(asked.problems), arguments)
+    num_fewshot = _num_fewshot(path, samples, asked, judging.prompt_template)
     ks = judging.ks(min(Counter(sample.task_id for sample in samples).values()), f"{path} has")
     with open_sandbox(judging) as sandbox:
         return report(
             samples,
             judging,
-            dataset,
-            problems,
+            asked,
             sandbox,
             _output_dir(path, arguments),
             ks=ks,
@@ -101,16 +103,10 @@ def _mbpp(path: Path, arguments: ScoreArguments, judging: JudgingArguments) -> d
         )
 
 
-def _num_fewshot(
-    path: Path,
-    samples: Sequence[Sample],
-    dataset: Dataset,
-    problems: Mapping[str, Problem],
-    template: str | None,
-) -> int:
+def _num_fewshot(path: Path, samples: Sequence[Sample], asked: Asked, template: str | None) -> int:
     """How many shots the prompts show; refuses prompts that this dataset does not give."""
-    forms = (0,) if template is not None else (3, 0)
-    for num_fewshot in forms:
+    dataset, problems = asked.dataset, asked.problems
+    for num_fewshot in (0,) if template is not None else (3, 0):
         if num_fewshot and not all(shot in dataset.problems for shot in SHOT_IDS):
             continue
         prompts = prompts_of(problems, dataset, num_fewshot=num_fewshot, template=template)

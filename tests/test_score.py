@@ -152,6 +152,16 @@ def test_a_bad_file_is_refused_in_one_sentence(folder, name):
     assert not (folder / "results.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [(("--limit", "0"), "--limit must be"), (("--timeout", "-1"), "--timeout must be")],
+)
+def test_bad_flags_are_refused(folder, more, message):
+    write(folder, *(sample(folder, i, 0) for i in (11, 12, 13)))
+    with pytest.raises(SystemExit, match=message):
+        run(folder, *more)
+
+
 def test_a_missing_file_is_named(folder):
     with pytest.raises(SystemExit, match=r"eval\.score: There is no file .*samples\.jsonl"):
         run(folder)
