@@ -41,7 +41,9 @@ class JudgingArguments:
         "Another prompt than MBPP's, with {text}, {tests} or {header} in it; from {header} on, "
         "for example `def f(x):`, the prompt is the beginning of the program.",
     )
-    timeout: float = _option(10.0, "Seconds that a program and its tests may take.")
+    timeout: float = _option(
+        10.0, "Seconds that a program and its tests may take; the slowest reference takes 3."
+    )
     memory_mb: int = _option(1024, "MiB of memory that a program may take.")
     num_workers: int = _option(2, "Programs that run at the same time.")
     allow_weak_sandbox: bool = _option(

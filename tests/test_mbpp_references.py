@@ -62,7 +62,7 @@ def judge_codes(
         )
         for name, code in codes.items()
     ]
-    limits = Limits(timeout=20.0, memory_mb=1024)  # of a busy machine too
+    limits = Limits(timeout=60.0, memory_mb=1024)  # one takes 3 s, and on a busy machine long
     return judge(samples, problems, sandbox, limits, show_bar=False)
 
 
