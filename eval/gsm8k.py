@@ -38,14 +38,20 @@ from eval.exact_match import RULES, Verdict, is_reference, score, summary, tally
 from eval.pass_at_k import CONFIDENCE
 from eval.provenance import sha256_of_files, sha256_of_texts, versions
 from eval.samples import Sample
-from eval.sampling import RESULTS_FILE, SamplingArguments, check_arguments, exit_for, sample_all
+from eval.sampling import (
+    RESULTS_FILE,
+    VERDICTS_FILE,
+    SamplingArguments,
+    check_arguments,
+    exit_for,
+    sample_all,
+)
 from gem_ds.comm import PeerError
 from gem_ds.files import atomic_write, save_json
 from gem_ds.tasks import Example, load_task
 
 __all__ = ["Verdict", "load", "main", "prompts_of", "report", "score"]
 
-VERDICTS_FILE = "verdicts.jsonl"
 STOP_STRINGS = ("Question:", "</s>", "<|im_end|>")
 SHOT_SEED = 1234
 

@@ -39,6 +39,7 @@ from gem_ds.zero_config import inference_config, read_config
 __all__ = ["RESULTS_FILE", "SamplingArguments", "check_arguments", "exit_for", "sample_all"]
 
 RESULTS_FILE = "results.json"
+VERDICTS_FILE = "verdicts.jsonl"
 
 
 def sample_all(
@@ -50,7 +51,7 @@ def sample_all(
 ) -> list[Sample] | None:
     """Sample every prompt `num_samples` times; write or continue output_dir/samples.jsonl.
 
-    An earlier results.json is deleted before the file changes, so that no results lie beside
+    Earlier results and verdicts are deleted before the file changes, so that none lie beside
     samples that they were not counted on.
 
     Args:
@@ -78,7 +79,8 @@ def sample_all(
             backend = _load(arguments, plan, settings, comm)
             pending = _pending(backend.batches(plan.requests), done)
             if comm.is_main:
-                (Path(arguments.output_dir) / RESULTS_FILE).unlink(missing_ok=True)
+                for name in (RESULTS_FILE, VERDICTS_FILE):
+                    (Path(arguments.output_dir) / name).unlink(missing_ok=True)
             with tqdm(
                 desc="Sampling",
                 unit="sample",

@@ -19,11 +19,11 @@ from tqdm import tqdm
 from eval.mbpp import entry_point_of, program_of
 from eval.pass_at_k import CONFIDENCE, Counts, mean_pass_at_k, without_samples
 from eval.samples import Sample
+from eval.sampling import VERDICTS_FILE
 from eval.sandbox import Program, Verdict
 from gem_ds.files import atomic_write
 from gem_ds.tasks.mbpp import Problem
 
-VERDICTS_FILE = "verdicts.jsonl"
 STATUSES = ("passed", "failed", "timeout", "crashed")
 
 

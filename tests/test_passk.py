@@ -114,6 +114,21 @@ def test_a_run_that_was_stopped_goes_on_and_gives_the_same_files(finished, tmp_p
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
 
 
+def test_old_verdicts_do_not_outlive_their_samples(tmp_path, monkeypatch, sandbox):
+    """A run that is stopped now must not leave the results of another one beside its samples."""
+    for name in ("verdicts.jsonl", "results.json"):
+        (tmp_path / name).write_text("old")
+
+    def stopped(*_, **__):
+        raise OSError("stopped")
+
+    monkeypatch.setattr(passk, "report", stopped)
+    more = ("--n", "1", "--temperature", "0", "--limit", "1", *HEADER)
+    with pytest.raises(SystemExit, match="stopped"):
+        passk.main(flags(tmp_path, *more))
+    assert [path.name for path in tmp_path.iterdir()] == ["samples.jsonl"]
+
+
 def test_without_k_it_is_what_the_samples_allow(tmp_path, capsys, sandbox):
     more = ("--n", "1", "--temperature", "0", "--limit", "3", *HEADER)
     results = passk.main(flags(tmp_path, *more))
