@@ -6,7 +6,7 @@ import os
 import resource
 import signal
 
-from eval.sandbox import kernel, seccomp
+from eval.sandbox import kernel
 
 MAX_FILE_BYTES = 32 << 20
 MAX_PROCESSES = 128  # threads count too
@@ -39,11 +39,9 @@ def prepare() -> None:
     kernel.drop_bounding_set()
 
 
-def confine(identity: int | None, memory_mb: int, seccomp_filter: seccomp.Filter) -> None:
-    """Limits memory, drops privileges and filters system calls; nothing of it can be undone."""
+def limit_memory(memory_mb: int) -> None:
+    """Bounds the address space of the calling process and of each that it starts."""
     _limit(resource.RLIMIT_AS, memory_mb << 20)
-    drop_privileges(identity)
-    seccomp_filter.install()
 
 
 def drop_privileges(identity: int | None) -> None:

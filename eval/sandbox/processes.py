@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+import resource
+import signal
+from collections.abc import Callable, Collection
+
+from eval.sandbox import kernel
 
 _PAGE = os.sysconf("SC_PAGESIZE")
 
@@ -19,6 +24,40 @@ def fork(child: Callable[[], None]) -> int:
         status = 0
     finally:
         os._exit(status)
+
+
+def adopt_orphans() -> None:
+    """Makes the caller the parent of what its descendants leave behind."""
+    kernel.prctl(kernel.PR_SET_CHILD_SUBREAPER, 1)
+
+
+def end_descendants(identity: int | None, keep: Collection[int]) -> None:
+    """Kills all that descends from the caller, an adopter of orphans, but some children.
+
+    Processes may start others faster than one can list them. If all of them, and nothing else,
+    have an identity of their own, they are killed at one stroke; else each is first forbidden to
+    start more.
+    """
+    table = ProcessTable()
+    try:
+        while doomed := [pid for pid in table.descendants() if pid not in keep]:
+            if identity is not None:
+                os.waitpid(fork(lambda: _kill_all_of(identity)), 0)
+            for pid in doomed:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    resource.prlimit(pid, resource.RLIMIT_NPROC, (0, 0))
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            for pid in set(doomed) & set(table.children()):
+                os.waitpid(pid, 0)
+    finally:
+        table.close()
+
+
+def _kill_all_of(identity: int) -> None:
+    os.setresuid(identity, identity, identity)
+    with contextlib.suppress(ProcessLookupError):  # if there is none
+        os.kill(-1, signal.SIGKILL)
 
 
 def shell_status(status: int) -> int:
@@ -37,14 +76,21 @@ class ProcessTable:
         self._folder = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
         self._inherited = self._own_memory("self")
 
+    def close(self) -> None:
+        """Closes the folder."""
+        os.close(self._folder)
+
     def memory_of_descendants(self) -> int:
         """Bytes that the caller's descendants hold, beyond what they inherited and files."""
-        pids, total = self.children(), 0
-        while pids:
-            pid = pids.pop()
-            pids += self.children(pid)
-            total += max(0, self._own_memory(str(pid)) - self._inherited)
-        return total
+        own = (self._own_memory(str(pid)) for pid in self.descendants())
+        return sum(max(0, size - self._inherited) for size in own)
+
+    def descendants(self) -> list[int]:
+        """The caller's children, theirs and so on, as they are numbered outside."""
+        found = self.children()
+        for pid in found:  # which grows meanwhile
+            found += self.children(pid)
+        return found
 
     def children(self, pid: int | None = None) -> list[int]:
         """The children of a process, by default of the caller, as they are numbered outside."""

@@ -25,6 +25,7 @@ import sys
 from typing import NamedTuple
 
 from eval.sandbox import kernel
+from eval.sandbox.identity import make_target
 from eval.sandbox.processes import ProcessTable
 
 SCRATCH_MB = 64  # in each of /tmp and /dev/shm
@@ -34,7 +35,7 @@ _LENT = 65534  # the number, outside, of the identity that root lends
 _STAGE = "/proc"  # where the room is built: there on every system, and no library lies in it
 _LIBRARIES = ("/lib", "/lib32", "/lib64", "/usr/lib", "/usr/lib32", "/usr/lib64")
 _FILES = ("/etc/ld.so.cache", "/etc/localtime")
-_DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
+DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 
 
 class Room(NamedTuple):
@@ -91,7 +92,15 @@ def code_folder() -> str:
     return os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
-def library_folders() -> list[str]:
+def sources() -> dict[str, str]:
+    """What a room shows, and where: an interpreter, libraries, the candidate's side of us."""
+    shown = {folder: folder for folder in _library_folders()}
+    shown |= {file: file for file in (*_FILES, interpreter()) if os.path.exists(file)}
+    shown[os.path.join(code_folder(), "eval", "sandbox")] = f"{CODE}/eval/sandbox"
+    return shown
+
+
+def _library_folders() -> list[str]:
     """What an interpreter needs to start and to import the standard library."""
     folders = [folder for folder in _LIBRARIES if os.path.isdir(folder)]
     prefixes = {sys.base_prefix, sys.base_exec_prefix}
@@ -149,27 +158,20 @@ def _build() -> None:
     """Mounts the room's root at the stage and fills it."""
     kernel.mount("tmpfs", _STAGE, "tmpfs", kernel.MS_NOSUID, "size=1m,nr_inodes=4096,mode=755")
     protect = kernel.MOUNT_ATTR_RDONLY | kernel.MOUNT_ATTR_NOSUID
-    sources = {folder: folder for folder in library_folders()}
-    sources |= {file: file for file in (*_FILES, interpreter()) if os.path.exists(file)}
-    sources[os.path.join(code_folder(), "eval", "sandbox")] = f"{CODE}/eval/sandbox"
-    for source, target in sources.items():
+    for source, target in sources().items():
         if os.path.islink(source) and os.path.isdir(source):
             _make_folder(os.path.dirname(target))
             os.symlink(os.readlink(source), _STAGE + target)
         else:
             _bind(source, _STAGE + target, protect | kernel.MOUNT_ATTR_NODEV)
-    for device in _DEVICES:
+    for device in DEVICES:
         _bind(device, _STAGE + device, protect)
     for folder in ("/tmp", "/dev/shm"):
         _make_folder(folder)
 
 
 def _bind(source: str, target: str, attributes: int) -> None:
-    if os.path.isdir(source):
-        os.makedirs(target, 0o755, exist_ok=True)
-    elif not os.path.exists(target):
-        os.makedirs(os.path.dirname(target), 0o755, exist_ok=True)
-        os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o644))
+    make_target(target, is_folder=os.path.isdir(source))
     kernel.mount(source, target, flags=kernel.MS_BIND | kernel.MS_REC)
     kernel.restrict_mount(target, attributes, recursive=True)
 

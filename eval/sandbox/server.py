@@ -76,41 +76,53 @@ def _run(
     for file in files:
         os.close(file)
     try:
-        end = _watch(jail, control, judge_pid, deadline, memory_mb << 20)
+        end = _watch(jail, control, (judge_pid, jail_pid), deadline, memory_mb << 20)
     finally:
-        for pid in (jail_pid, judge_pid):
-            os.kill(pid, signal.SIGKILL)  # not waited for yet, so the number is still its own
+        os.kill(jail_pid, signal.SIGKILL)  # not waited for yet, so the number is still its own
         _, status = os.waitpid(jail_pid, 0)
+        jail.clear([judge_pid])
+        os.kill(judge_pid, signal.SIGKILL)
         os.waitpid(judge_pid, 0)
     return end, os.waitstatus_to_exitcode(status)
 
 
 def _watch(
-    jail: jails.Jail, control: socket.socket, judge_pid: int, deadline: float, max_memory: int
+    jail: jails.Jail,
+    control: socket.socket,
+    pids: tuple[int, int],
+    deadline: float,
+    max_memory: int,
 ) -> str:
     """Waits for the judge's end, or a reason to make one."""
-    judge_end = os.pidfd_open(judge_pid)
+    judge_end, jail_end = map(os.pidfd_open, pids)
+    poller = select.poll()
+    poller.register(judge_end, select.POLLIN)
+    poller.register(jail_end, select.POLLIN)
+    poller.register(control, select.POLLRDHUP)  # and not POLLIN: the next job may wait there
     try:
-        poller = select.poll()
-        poller.register(judge_end, select.POLLIN)
-        poller.register(control, select.POLLRDHUP)  # and not POLLIN: the next job may wait there
         while (remaining := deadline - time.monotonic()) > 0:
             events = dict(poller.poll(1000 * min(_PERIOD, remaining)))
             if control.fileno() in events:
-                os._exit(0)  # the parent is gone; our children die with us
+                return "abandoned"  # by the parent, which has ended
             if judge_end in events:
                 return "judged"
-            if jail.memory_in_use() > max_memory:
+            if jail_end in events:
+                poller.unregister(jail_end)
+                jail.clear(pids)  # of what holds the channel open and lets the judge wait
+            elif jail.memory_in_use() > max_memory:
                 return "memory"
         return "timeout"
     finally:
         os.close(judge_end)
+        os.close(jail_end)
 
 
 def _judge(jail: jails.Jail, job: int, report: int, channel: int) -> None:
     """The judge's process."""
     confine.keep_only([job, report, channel])
-    confine.confine(jail.identity, _JUDGE_MB, jail.seccomp_filter)
+    confine.limit_memory(_JUDGE_MB)
+    confine.drop_privileges(jail.judge_identity)
+    jail.seccomp_filter.install()
     setup, tests, *roles = Decoder().decode(os.pread(job, os.fstat(job).st_size, 0))
     verdict = judge(setup, tests, *roles, Channel(channel))
     os.write(report, Encoder().encode(verdict))
