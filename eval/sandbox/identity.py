@@ -18,7 +18,7 @@ _FROM_DESCRIPTOR = 4
 _HERE = -100
 
 
-def lend(paths: list[str]) -> tuple[int, int] | tuple[None, None]:
+def lend(paths: list[str]) -> tuple[int | None, int | None]:
     """The identities that candidate and judge are to take, who can then read `paths`.
 
     Returns:

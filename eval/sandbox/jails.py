@@ -10,13 +10,13 @@ from typing import Protocol
 from eval.sandbox import (
     candidate,
     confine,
-    identity,
     kernel,
     landlock,
     processes,
     room,
     seccomp,
 )
+from eval.sandbox.identity import lend
 
 ENVIRONMENT = {
     "HOME": "/tmp",
@@ -126,7 +126,7 @@ class BubblewrapJail:
         self._program = next((path for path in programs if os.access(path, os.X_OK)), None)
         if self._program is None:
             raise FileNotFoundError("bubblewrap is not installed (apt-get install bubblewrap)")
-        self.identity, self.judge_identity = identity.lend(list(room.sources()))
+        self.identity, self.judge_identity = lend(list(room.sources()))
         self._processes = processes.ProcessTable()
         processes.adopt_orphans()
         confine.prepare()
@@ -184,7 +184,7 @@ class LandlockJail:
         self.seccomp_filter = seccomp.Filter()
         landlock.version()
         self._readable = list(room.sources())
-        self.identity, self.judge_identity = identity.lend(self._readable)
+        self.identity, self.judge_identity = lend(self._readable)
         self._processes = processes.ProcessTable()
         self._scratch = ""
         processes.adopt_orphans()

@@ -42,22 +42,22 @@ class CandidateLiedError(BaseException):
 
 
 def judge(
+    channel: Channel,
     setup: str,
     tests: Sequence[str],
     names: Sequence[str],
     modules: Sequence[str],
     had_a_say: bool,
-    channel: Channel,
 ) -> tuple[str, str, bool]:
     """Runs tests against the program at the other end.
 
     Args:
+        channel: The way into the jail.
         setup: Runs first, in the tests' namespace.
         tests: The source of each.
         names: The program's names that setup and tests use.
         modules: Modules that they use and the program is expected to have imported.
-        had_a_say: The candidate's code has had a say already.
-        channel: The way into the jail.
+        had_a_say: Whether the candidate's code has had a say already.
 
     Returns:
         The status, a line that explains it, and whether the candidate's own code had a say.
@@ -69,9 +69,10 @@ def judge(
         where = "the setup"
         namespace: dict[str, Any] = {"__name__": "tests"}
         namespace |= {name: importlib.import_module(name) for name in modules}
-        namespace |= {name: Remote(jail, ("name", name)) for name in names}
+        remotes = {name: Remote(jail, ("name", name)) for name in names}
         for number, source in enumerate([setup, *tests]):
             where = f"test {number}" if number else where
+            namespace |= remotes if number < 2 else {}  # the setup may define the entry point too
             exec(compile(source, where, "exec", dont_inherit=True), namespace)
         where = "the program's end"
         jail.finish()
@@ -220,6 +221,7 @@ class Remote:
         vars(self).update(_jail=jail, _reference=reference, _is_attribute=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls it in the jail; raises what it raises there."""
         self._jail.had_a_say |= self._is_attribute  # a method may be shown what is expected
         return self._jail.ask("call", self, *args, **kwargs)
 

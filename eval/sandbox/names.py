@@ -56,7 +56,7 @@ def assign_roles(
         candidate=tuple(sorted(candidate)),
         modules=tuple(sorted(modules)),
         program_setup="\n".join(map(ast.unparse, shared)),
-        shares_setup=any(not _is_import(node) for node in shared),
+        shares_setup=any(_names([node], ast.Store) and not _is_import(node) for node in shared),
         setup_is_last=bool(_names([setup_tree], ast.Load) & candidate),
         in_jail=any(_needs_class(tree, candidate) for tree in trusted),
     )

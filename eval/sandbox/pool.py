@@ -79,6 +79,12 @@ class Sandbox:
     ) -> None:
         if num_workers < 1:
             raise ValueError(f"num_workers must be at least 1, not {num_workers}.")
+        if isolation is not None and isolation not in LEVELS:
+            raise ValueError(f"isolation must be one of {', '.join(LEVELS)}, not {isolation!r}.")
+        if isolation in WEAK_LEVELS and not allow_weak:
+            raise SandboxUnavailableError(
+                f"The isolation level {isolation!r} is weak: accept it by --allow-weak-sandbox."
+            )
         self.isolation = isolation or best_level(allow_weak)
         self._fresh = fresh
         self._workers: list[Worker] = []
@@ -157,7 +163,7 @@ class Sandbox:
 def problem_of(level: str, fresh: bool = False) -> str | None:
     """Why a level cannot be had here, found by running a program in it; None if it can."""
     try:
-        with Sandbox(1, level, fresh=fresh) as sandbox:
+        with Sandbox(1, level, allow_weak=True, fresh=fresh) as sandbox:
             (verdict,) = sandbox.check_all([_PROBE])
     except ValueError as error:
         return str(error)

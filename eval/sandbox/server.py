@@ -123,6 +123,6 @@ def _judge(jail: jails.Jail, job: int, report: int, channel: int) -> None:
     confine.limit_memory(_JUDGE_MB)
     confine.drop_privileges(jail.judge_identity)
     jail.seccomp_filter.install()
-    setup, tests, *roles = Decoder().decode(os.pread(job, os.fstat(job).st_size, 0))
-    verdict = judge(setup, tests, *roles, Channel(channel))
+    arguments = Decoder().decode(os.pread(job, os.fstat(job).st_size, 0))
+    verdict = judge(Channel(channel), *arguments)
     os.write(report, Encoder().encode(verdict))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 Status = Literal["passed", "failed", "timeout", "crashed"]
+
+MIN_MEMORY_MB = 64
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,15 @@ class Program:
     entry_point: str | None = None
     timeout: float = 3.0
     memory_mb: int = 1024
+
+    def __post_init__(self) -> None:
+        if not 0 < self.timeout < math.inf:
+            raise ValueError(f"timeout must be a positive number of seconds, not {self.timeout}.")
+        if self.memory_mb < MIN_MEMORY_MB:
+            raise ValueError(
+                f"memory_mb must be at least {MIN_MEMORY_MB}, of which the interpreter takes a part, "
+                f"not {self.memory_mb}."
+            )
 
 
 @dataclass(frozen=True)

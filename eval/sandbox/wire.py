@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 16 << 20  # of one message
 MAX_DEPTH = 400  # of nesting; comparing deeper values would exhaust the stack anyway
+_FRAMES = 6 * MAX_DEPTH  # that reading or writing it takes
 
 
 class WireError(ValueError):
@@ -138,7 +139,12 @@ class Encoder:
         Raises:
             WireError: It is nested too deeply, is too large, or holds what has no reference.
         """
-        self._write(value, 0)
+        limit = sys.getrecursionlimit()
+        sys.setrecursionlimit(limit + _FRAMES)
+        try:
+            self._write(value, 0)
+        finally:
+            sys.setrecursionlimit(limit)
         return bytes(self._out)
 
     def _write(self, value: Any, depth: int) -> None:
@@ -159,7 +165,7 @@ class Encoder:
 
     def _write_rare(self, value: Any, kind: type, depth: int) -> None:
         name = f"{kind.__module__}.{kind.__qualname__}"
-        if _listed(name) is kind and getattr(value, "tzinfo", None) is None:
+        if _listed(name) is kind and not _has_zone_or_fold(value):
             self._write_bytes(b"X", name.encode())
             self._write(_CONSTRUCTED[name](value), depth + 1)
         elif kind in _VIEWS:
@@ -228,6 +234,10 @@ _WRITERS: dict[type, Callable[[Encoder, Any, int], None]] = {
 }
 
 
+def _has_zone_or_fold(moment: Any) -> bool:
+    return getattr(moment, "tzinfo", None) is not None or getattr(moment, "fold", 0) != 0
+
+
 def _listed(name: str) -> type | None:
     """The class of that name in `_CONSTRUCTED`, if its module was imported."""
     module, _, attribute = name.rpartition(".")
@@ -263,10 +273,14 @@ class Decoder:
             WireError: The bytes are not a message, whatever they are.
         """
         self._data, self._at = data, 0
+        limit = sys.getrecursionlimit()
+        sys.setrecursionlimit(limit + _FRAMES)
         try:
             value = self._read(0)
         except (TypeError, ValueError, ArithmeticError, LookupError, ImportError) as error:
             raise WireError(f"the bytes are not a message: {error}") from error
+        finally:
+            sys.setrecursionlimit(limit)
         if self._at != len(data):
             raise WireError("the bytes go on after the message")
         return value

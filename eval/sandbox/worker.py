@@ -129,7 +129,8 @@ class Worker:
             return
         job = self.jobs.popleft()
         with os.fdopen(self._reports.popleft(), "rb") as report:
-            job.settle(*Decoder().decode(answer), report.read())
+            end, status = Decoder().decode(answer)
+            job.settle(end, status, report.read())
         if job.verdict is None:
             self.submit(job)
 
