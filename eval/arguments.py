@@ -70,6 +70,9 @@ def check_arguments(arguments: SamplingArguments) -> None:
 
 
 def exit_for(program: str, error: Exception) -> SystemExit:
-    """How a program ends that refuses something: rank 0 tells why, the others just end."""
-    is_told_elsewhere = isinstance(error, PeerError) or int(os.environ.get("RANK", 0)) > 0
-    return SystemExit(1 if is_told_elsewhere else f"{program}: {sentence_of(error)}")
+    """How a program ends that refuses something: once ranks have met, rank 0 alone tells why."""
+    if isinstance(error, PeerError):
+        return SystemExit(1)
+    rank = int(os.environ.get("RANK", 0))
+    place = f"on rank {rank}: " if rank else ""
+    return SystemExit(f"{program}: {place}{sentence_of(error)}")

@@ -16,7 +16,7 @@ default is 5.
 
     output_dir/
       samples.jsonl     what the model wrote (`eval.samples`)
-      verdicts.jsonl    per problem: the three verdicts, and the rule by which numeric found its answer
+      verdicts.jsonl    per problem: the three verdicts, and the rule that found the number
       results.json      the counts, and what they were counted on
 """
 

@@ -21,11 +21,11 @@ from fractions import Fraction
 
 _MAX_DIGITS = 10_000  # of a number; more are no answer, and take long to convert
 
-_TRANSLATED = str.maketrans(
+_TRANSLATED: dict[int, str] = str.maketrans(
     {
         **dict.fromkeys("\u2212\u2010\u2011\u2013\ufe63", "-"),  # minus, hyphens, en dash
         **dict.fromkeys("\u00a0\u202f\u2009\u2007", " "),  # spaces that group digits
-        **{0xFF01 + i: 0x21 + i for i in range(94)},  # full-width ASCII
+        **{chr(0xFF01 + i): chr(0x21 + i) for i in range(94)},  # full-width ASCII
         "\u2044": "/",
         "\u2019": "'",
     }

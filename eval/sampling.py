@@ -3,8 +3,8 @@
     samples = sample_all(arguments, prompts, settings, num_samples=n)
 
 A run that was interrupted continues when it is started again with the same flags, and the file is
-the same, byte for byte, as if it had not been. Under `torchrun` or `deepspeed` each rank takes
-every so-manieth batch, and rank 0 writes the file, again the same one. (All of this where the
+the same, byte for byte, as if it had not been. Under `torchrun` or `deepspeed` the
+ranks share the batches, and rank 0 writes the file, again the same one. (All of this where the
 device's kernels are deterministic, at one batch size; `eval.noise` says what rounding can change.)
 
     round:   rank 0   rank 1   rank 2        after each round the completions are gathered,
@@ -18,6 +18,7 @@ forward pass: one that has no batch left repeats another's, and its answers are 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -107,7 +108,9 @@ def _ranks(arguments: SamplingArguments) -> Iterator[Comm]:
 
     comm = zero.init_distributed()
     try:
-        yield comm
+        with warnings.catch_warnings():  # DeepSpeed calls what torch has renamed
+            warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
+            yield comm
     finally:
         zero.leave_distributed()
 

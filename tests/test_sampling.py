@@ -268,9 +268,10 @@ def test_flags_that_cannot_be_are_refused(tiny, tmp_path, changes, message):
         check_arguments(arguments(tiny, tmp_path, **changes))
 
 
-def test_one_process_tells_why_a_program_ends(monkeypatch):
+def test_a_program_ends_with_a_sentence_and_a_rank_that_only_follows_without(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     assert exit_for("eval.x", ValueError("So.")).code == "eval.x: So."
     assert exit_for("eval.x", PeerError("Elsewhere.")).code == 1
     monkeypatch.setenv("RANK", "1")
-    assert exit_for("eval.x", ValueError("So.")).code == 1
+    assert exit_for("eval.x", ValueError("So.")).code == "eval.x: on rank 1: So."
+    assert exit_for("eval.x", PeerError("Elsewhere.")).code == 1
