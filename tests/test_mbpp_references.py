@@ -91,11 +91,10 @@ def passes_beside_its_tests(program: str, problem: Problem) -> bool:
 
 def test_an_object_that_equals_everything_passes_no_test(gem_data_dir, sandbox):
     problems = all_problems(gem_data_dir, sanitized=False)
-    problems = {name: problems[name] for name in list(problems)[::4]}
     codes = {
         name: FORGERY.replace("{name}", str(entry_point_of(p))) for name, p in problems.items()
     }
     beside = [passes_beside_its_tests(codes[name], p) for name, p in problems.items()]
-    assert sum(beside) >= 0.98 * len(problems), "this forgery is worth trying"
+    assert sum(beside) == 969, "of 974: this forgery is worth trying"
     judged = judge_codes(sandbox, problems, codes)
     assert {j.sample.task_id for j in judged if j.verdict.status == "passed"} == set()
