@@ -161,7 +161,8 @@ class _Reading:
     def _conclusion(self, numbers: Sequence[Number]) -> Number | None:
         """The last number of the last sentence that has one which is not bound to another.
 
-        Within that sentence a bold number comes before a plain one, and that before a rate.
+        Within that sentence a bold number comes before a plain one, and that before a rate or one
+        in parentheses.
         """
         numbers = [number for number in numbers if number.value is not None]
         last = next((number for number in reversed(numbers) if not self._is_bound(number)), None)
@@ -170,7 +171,7 @@ class _Reading:
         place = bisect_left(self._ends, last.start)
         start = self._ends[place - 1] if place else 0
         free = [n for n in numbers if start <= n.start <= last.start and not self._is_bound(n)]
-        plain = [n for n in free if not self._is_rate(n)]
+        plain = [n for n in free if not (self._is_rate(n) or self._is_aside(n))]
         bold = [n for n in plain if self._is_bold(n)]
         return (bold or plain or free)[-1]
 
@@ -191,6 +192,11 @@ class _Reading:
     def _is_rate(self, number: Number) -> bool:
         is_result = self._before(number).rstrip().endswith("=")
         return not is_result and _RATE.match(self.text, number.end) is not None
+
+    def _is_aside(self, number: Number) -> bool:
+        before = self._before(number)
+        opened = before.rfind("(")
+        return opened > before.rfind(")") and not before.endswith("\\", 0, opened)
 
     def _before(self, number: Number) -> str:
         return self.text[max(0, number.start - _WINDOW) : number.start]

@@ -264,8 +264,8 @@ PLACED: list[tuple[str, str | int | None]] = [
     ("I cannot answer that.", None),
 ]
 
-#: Judged after the code had been written, to see what it does with the unforeseen: 70 of the 75
-#: were read right at once.
+#: Judged after the code had been written, to see what it does with the unforeseen: 70 of the first
+#: 75 were read right at once, and 38 of the 40 that followed the repairs.
 UNFORESEEN: list[tuple[str, str | int | None]] = [
     (
         "Janet sells 16 - 3 - 4 = <<16-3-4=9>>9 duck eggs a day.\n"
@@ -350,4 +350,50 @@ UNFORESEEN: list[tuple[str, str | int | None]] = [
     ("The answer is 18. (I first said 17 by mistake.)", 18),
     ("The answer is 18, I'm 100% sure.", 18),
     ("The answer is 18. I'm 100% sure.", 18),
+    ("Therefore, Janet makes **$18** per day at the farmers' market.", 18),
+    ("So, the final answer is \\(\\boxed{70,000}\\).", 70000),
+    ("Thus, she has $16 - 3 - 4 = 9$ eggs left, earning $9 \\times 2 = \\$18$.", 18),
+    ("**Answer:** Janet makes $18 every day.", 18),
+    ("Answer: Wendi gives 20 cups in the final meal of the day.", 20),
+    ("Final answer: 5/8 of the cake", "5/8"),
+    ("The answer is $-\\frac{1}{2}$.", "-1/2"),
+    ("Answer: 1,234,567", 1234567),
+    ("Answer: 12%", 12),
+    ("The answer: approximately 3.14", "3.14"),
+    ("The answer is 3:00 PM", None),
+    ("Total = 3 \N{MULTIPLICATION SIGN} $4.50 = $13.50", "13.5"),
+    ("Therefore the difference is 25 \N{EN DASH} 17 = 8 years.", 8),
+    ("Therefore the temperature is \N{MINUS SIGN}8\N{DEGREE SIGN}C.", -8),
+    ("He needs 2 more hours, for a total of 9 hours.", 9),
+    ("The 5 friends will each pay $7.", 7),
+    ("So each of the 5 friends pays $7.", 7),
+    ("She will be 20 years old in 5 years.", 20),
+    ("Her score is 95 out of 100.", 95),
+    ("There will be 30 students on each of the 4 buses.", 30),
+    ("Mary has twice as many: 24.", 24),
+    ("That is 75% of 40 = 30 students.", 30),
+    ("30 students (75% of 40)", 30),
+    ("The answer is 6 * 7 = 42.\n\nDouble-check: 42 / 7 = 6.", 42),
+    ("#### 42\nExplanation: 6*7=42", 42),
+    ("<answer>42</answer>", 42),
+    ('{"answer": 42}', 42),
+    ("answer=42", 42),
+    ("The solution is x = 42.", 42),
+    ("\N{THEREFORE} x = 42", 42),
+    ("=> 42", 42),
+    ("Result: 42 apples.", 42),
+    ("She bought 3 shirts at $12 each and 2 hats at $9 each, for a total of $54.", 54),
+    ("First 5, then 7, so altogether 12.", 12),
+    ("We need 12 (not 13) eggs.", 12),
+    ("Answer: 2.5 hours or 150 minutes", "2.5"),
+    ("The profit is $5,000.00 USD", 5000),
+    ("The profit is 5k", 5000),
+    ("One has 5, the other 7. The larger one has 7.", 7),
+]
+
+#: What a person reads and the code is known not to.
+MISREAD: list[tuple[str, str | int | None]] = [
+    ("It will take him 4 trips to move 20 boxes.", 4),
+    ("The answer is eighteen.", 18),
+    ("The total is 12,50 \N{EURO SIGN}.", "12.5"),
 ]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval.final_answer import final_answer
-from tests.final_answers import PLACED, UNFORESEEN, WRITTEN
+from tests.final_answers import MISREAD, PLACED, UNFORESEEN, WRITTEN
 
 
 def value_of(text: str) -> Fraction | None:
@@ -19,6 +19,12 @@ def value_of(text: str) -> Fraction | None:
 @pytest.mark.parametrize(("text", "expected"), [*WRITTEN, *PLACED, *UNFORESEEN])
 def test_an_answer_is_read_as_a_careful_person_reads_it(text, expected):
     assert value_of(text) == (None if expected is None else Fraction(expected))
+
+
+@pytest.mark.xfail(strict=True, reason="a known limit")
+@pytest.mark.parametrize(("text", "expected"), MISREAD)
+def test_what_is_known_to_be_misread(text, expected):
+    assert value_of(text) == Fraction(expected)
 
 
 @pytest.mark.parametrize(("text", "expected"), WRITTEN)
