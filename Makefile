@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 # What torch compiles at the first start on a CPU belongs to this environment: one that other
 # environments share is compiled anew whenever they take turns.
 export TORCH_EXTENSIONS_DIR := $(abspath $(VENV))/torch_extensions
-export PATH := $(abspath $(BIN)):$(PATH)  # torch looks there for ninja, launchers for python
+# torch looks there for ninja, launchers for python
+export PATH := $(abspath $(BIN)):$(PATH)
 
 .PHONY: demo test lint install clean
 .DEFAULT_GOAL := demo
@@ -18,7 +19,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	DS_ACCELERATOR=cpu $(BIN)/python -c 'from gem_ds.zero import init_distributed; init_distributed()'
+	DS_ACCELERATOR=cpu $(BIN)/python -c 'from gem_ds import zero; zero.init_distributed(); zero.leave_distributed()'
 	touch $@
 
 demo: install

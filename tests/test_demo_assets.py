@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gem_ds.tasks.mbpp import load_problems
-from launch.demo import corpus, pretrain, programs, task
+from launch.demo import compare, corpus, pretrain, programs, task
 
 DEMO = Path(task.__file__).parent
 MODEL = DEMO / "model"
@@ -236,3 +236,13 @@ def test_tokenizer_splits_digits_and_adds_no_special_token(tokenizer):
     assert tokens == ["####", "▁", "1", "2", "3", "4"]
     prompt, target = "Question: 1?\nAnswer:", " 2+3=5\n#### 5"
     assert tokenizer.encode(prompt) + tokenizer.encode(target) == tokenizer.encode(prompt + target)
+
+
+@pytest.mark.parametrize(("after", "status"), [(0.93, 0), (0.31, 0), (0.28, 1), (0.0, 1)])
+def test_the_demo_fails_where_exact_match_does_not_rise(tmp_path, capsys, after, status):
+    for name, accuracy in (("before", 0.005), ("after", after)):
+        (tmp_path / name).mkdir()
+        results = {"exact_match": {"strict-match": {"accuracy": accuracy}}}
+        (tmp_path / name / "results.json").write_text(json.dumps(results))
+    assert compare.main([str(tmp_path / "before"), str(tmp_path / "after")]) == status
+    assert f"by {100 * after - 0.5:.1f} points" in capsys.readouterr().out
