@@ -132,12 +132,13 @@ class Run:
         before = _surroundings(world.marker)
         with Sandbox(2, level, allow_weak=True, fresh=fresh) as sandbox:
             assert all(v.status == "passed" for v in sandbox.check_all([other] * 6))
-            servers = _descendants()
+            servers, first = _descendants(), sandbox.processes()
             results = sandbox.check_all([case.job for case in cases])
             self.verdicts: dict[str, tuple[Case, Verdict]] = {
                 case.name: (case, verdict) for case, verdict in zip(cases, results, strict=True)
             }
             self.survivors = _descendants() - servers
+            self.num_replaced = sum(a != b for a, b in zip(first, sandbox.processes(), strict=True))
         del os.environ["A_SECRET"]
         after = _surroundings(world.marker)
         self.changes = {k: (before[k], after[k]) for k in before if before[k] != after[k]}
@@ -204,6 +205,11 @@ def test_nothing_outside_was_changed_or_reached(run: Run) -> None:
         listener.setblocking(False)
         with pytest.raises(BlockingIOError):
             listener.accept()
+
+
+def test_no_server_was_killed(run: Run) -> None:
+    """A server that dies is replaced and its job tried again, so no verdict would tell."""
+    assert run.num_replaced == 0
 
 
 def test_no_process_survived(run: Run) -> None:

@@ -74,14 +74,18 @@ class NamespaceJail:
         """See `Jail`; the kernel has done it."""
 
     def _first_process(self, job: int, channel: int, memory_mb: int) -> None:
-        """Process 1 of the cell: it owns no secret, and when it ends the kernel kills the rest."""
+        """Process 1 of the cell: when it ends, the kernel kills the rest.
+
+        It holds no secret and reads nothing. The candidate cannot signal it: a first process is
+        deaf to signals from within.
+        """
         confine.keep_only([job, channel])
+        os.setsid()  # a signal to one's process group goes through the walls of a pid namespace
         room.open_cell()
         arguments = (self, job, channel, memory_mb, room.CODE, ENVIRONMENT)
         pid = processes.fork(lambda: run_candidate(*arguments))
         os.close(job)
         os.close(channel)
-        confine.drop_privileges(self.identity)
         while True:
             ended, status = os.wait()
             if ended == pid:

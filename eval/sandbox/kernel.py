@@ -104,10 +104,16 @@ def prctl(option: int, argument: int = 0, pointer: object = None) -> None:
 
 
 def drop_bounding_set() -> None:
-    """Keeps whatever is executed from here on from bringing back a capability; raises `OSError`."""
+    """Keeps whatever is executed from here on from bringing back a capability.
+
+    It takes a capability to do so. Who has none cannot get any once new privileges are given up.
+    """
     capability = 0
     while _libc.prctl(PR_CAPBSET_READ, ctypes.c_ulong(capability)) >= 0:
-        prctl(PR_CAPBSET_DROP, capability)
+        try:
+            prctl(PR_CAPBSET_DROP, capability)
+        except PermissionError:
+            return
         capability += 1
 
 

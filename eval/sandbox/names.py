@@ -10,7 +10,10 @@ import ast
 import builtins
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TypeGuard
+
+_MAX_PARSED = 1 << 20  # characters of a program; no task needs more, and a tree takes much memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,51 +38,86 @@ def assign_roles(
     program: str, tests: Sequence[str], *, setup: str = "", entry_point: str | None = None
 ) -> Roles:
     """Reads the sources; nothing is run. A source that does not parse defines and uses nothing."""
-    program_tree, setup_tree = _parse(program), _parse(setup)
+    setup_tree = _parse(setup)
     trusted = [setup_tree, *map(_parse, tests)]
-    used, bound = _names(trusted, ast.Load), _names(trusted, ast.Store)
-    defined = _names([program_tree], ast.Store)
-    candidate = {name for name in used - bound if not hasattr(builtins, name)}
-    modules = {
-        name
-        for name in candidate - {entry_point} - (defined - _imported([program_tree]))
-        if name in sys.stdlib_module_names and name in defined
-    }
+    used, given = _names(trusted), _names([setup_tree])
+    own = _names([_parse(program) if len(program) <= _MAX_PARSED else _parse("")])
+    foreign = used.read - used.bound
+    candidate = {name for name in foreign if not hasattr(builtins, name)}
+    modules = (candidate & own.imported & sys.stdlib_module_names) - {entry_point}
     candidate -= modules
     if entry_point is not None:
         candidate.add(entry_point)
     elif not candidate:  # a task may want a function of a builtin's name
-        candidate = {name for name in used - bound if name in defined}
-    lacking = _names([program_tree], ast.Load) - defined
-    shared = _shared(setup_tree, lacking)
+        candidate = foreign & own.bound
+    shared = _shared(setup_tree, given.imported, own.read - own.bound)
     return Roles(
         candidate=tuple(sorted(candidate)),
         modules=tuple(sorted(modules)),
         program_setup="\n".join(map(ast.unparse, shared)),
-        shares_setup=any(_names([node], ast.Store) and not _is_import(node) for node in shared),
-        setup_is_last=bool(_names([setup_tree], ast.Load) & candidate),
-        in_jail=any(_needs_class(tree, candidate) for tree in trusted),
+        shares_setup=any(_names([node]).bound and not _is_import(node) for node in shared),
+        setup_is_last=bool(given.read & candidate),
+        in_jail=bool(used.as_class & candidate),
     )
 
 
-def _shared(setup: ast.Module, lacking: set[str]) -> list[ast.stmt]:
+def _shared(setup: ast.Module, imported: set[str], lacking: set[str]) -> list[ast.stmt]:
     """The setup's statements that the program needs, where `lacking` are names it has not."""
-    imported = _imported([setup])
     lacking = lacking - imported
     shared = []
     for node in reversed(setup.body):
-        bound, read = _names([node], ast.Store), _names([node], ast.Load)
-        is_call = isinstance(node, ast.Expr) and any(name in imported for name in read)
-        if bound & lacking:
-            lacking |= read
-        elif not _is_import(node) and not (is_call and read <= imported):
+        names = _names([node])
+        is_call = isinstance(node, ast.Expr) and names.read & imported
+        if names.bound & lacking:
+            lacking |= names.read
+        elif not _is_import(node) and not (is_call and names.read <= imported):
             continue
         shared.append(node)
     return shared[::-1]
 
 
-def _is_import(node: ast.AST) -> bool:
-    return isinstance(node, ast.Import | ast.ImportFrom)
+@dataclass
+class _Names:
+    """The names in some sources, in whatever scope."""
+
+    read: set[str] = field(default_factory=set)
+    bound: set[str] = field(default_factory=set)
+    #: bound by an import
+    imported: set[str] = field(default_factory=set)
+    #: read where only a class or a context manager will do: caught, derived from, entered
+    as_class: set[str] = field(default_factory=set)
+
+    def add(self, node: ast.AST) -> None:
+        """Adds the names of a node, but for `as_class` not those of its children."""
+        if isinstance(node, ast.Name):
+            (self.read if isinstance(node.ctx, ast.Load) else self.bound).add(node.id)
+        elif isinstance(node, ast.arg):
+            self.bound.add(node.arg)
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            self.bound.add(node.name)
+            if isinstance(node, ast.ClassDef):
+                self.as_class.update(*(_names([base]).read for base in node.bases))
+        elif isinstance(node, ast.ExceptHandler):
+            self.bound.update([node.name] if node.name else [])
+            self.as_class.update(_names([node.type]).read if node.type else [])
+        elif isinstance(node, ast.With):
+            self.as_class.update(*(_names([item.context_expr]).read for item in node.items))
+        elif _is_import(node):
+            names = {alias.asname or alias.name.partition(".")[0] for alias in node.names}
+            self.bound |= names
+            self.imported |= names
+
+
+def _names(trees: Iterable[ast.AST]) -> _Names:
+    names = _Names()
+    for tree in trees:
+        for node in ast.walk(tree):
+            names.add(node)
+    return names
+
+
+def _is_import(node: ast.AST) -> TypeGuard[ast.Import | ast.ImportFrom]:
+    return isinstance(node, (ast.Import, ast.ImportFrom))
 
 
 def _parse(source: str) -> ast.Module:
@@ -87,48 +125,3 @@ def _parse(source: str) -> ast.Module:
         return ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return ast.Module(body=[], type_ignores=[])
-
-
-def _names(trees: Iterable[ast.AST], context: type[ast.Load] | type[ast.Store]) -> set[str]:
-    """The names that are read, or that are bound, in whatever scope."""
-    found = set()
-    for tree in trees:
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Name) and isinstance(node.ctx, context):
-                found.add(node.id)
-            elif context is ast.Store:
-                found.update(_bound_without_name(node))
-    return found
-
-
-def _bound_without_name(node: ast.AST) -> list[str]:
-    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-        return [node.name]
-    if isinstance(node, ast.arg):
-        return [node.arg]
-    if isinstance(node, ast.ExceptHandler) and node.name:
-        return [node.name]
-    if isinstance(node, (ast.Import, ast.ImportFrom)):
-        return [alias.asname or alias.name.partition(".")[0] for alias in node.names]
-    return []
-
-
-def _imported(trees: Iterable[ast.AST]) -> set[str]:
-    nodes = [node for tree in trees for node in ast.walk(tree)]
-    imports = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
-    return {name for node in imports for name in _bound_without_name(node)}
-
-
-def _needs_class(tree: ast.AST, candidate: set[str]) -> bool:
-    """Whether a class of the candidate's is used as only a class can be: caught or derived from."""
-    for node in ast.walk(tree):
-        places: list[ast.expr | None] = []
-        if isinstance(node, ast.ExceptHandler):
-            places = [node.type]
-        elif isinstance(node, ast.ClassDef):
-            places = list(node.bases)
-        elif isinstance(node, ast.With):
-            places = [item.context_expr for item in node.items]
-        if _names([place for place in places if place], ast.Load) & candidate:
-            return True
-    return False

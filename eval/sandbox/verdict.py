@@ -27,7 +27,7 @@ class Program:
             raise ValueError(f"timeout must be a positive number of seconds, not {self.timeout}.")
         if self.memory_mb < MIN_MEMORY_MB:
             raise ValueError(
-                f"memory_mb must be at least {MIN_MEMORY_MB}, of which the interpreter takes a part, "
+                f"memory_mb must be at least {MIN_MEMORY_MB} (the interpreter takes a part of it), "
                 f"not {self.memory_mb}."
             )
 

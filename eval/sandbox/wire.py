@@ -20,11 +20,13 @@ from __future__ import annotations
 
 import builtins
 import os
-import struct
 import sys
-from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
 
-TYPE_CHECKING = False  # a fresh interpreter imports this for each program: typing would cost 5 ms
+# A fresh interpreter imports this file for each program. What `collections` and `operator` have
+# in C is there already; to load them as files, or `typing`, would take longer than all the rest.
+from _collections import OrderedDict, defaultdict, deque
+
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from typing import Any
@@ -41,8 +43,6 @@ class WireError(ValueError):
     """The value cannot be sent, or the bytes are not a value."""
 
 
-_LENGTH = struct.Struct("<I")
-_FLOAT = struct.Struct("<d")
 _SINGLES = {b"N": None, b"1": True, b"0": False, b"E": Ellipsis, b"I": NotImplemented}
 _SINGLE_TAGS = {id(value): tag for tag, value in _SINGLES.items()}
 _FUNCTIONS = {
@@ -80,14 +80,14 @@ _VIEWS = {type({}.keys()): b"k", type({}.values()): b"v", type({}.items()): b"m"
 _MUTABLE: dict[type, bytes] = {  # the most special first
     defaultdict: b"V",
     OrderedDict: b"O",
-    Counter: b"C",
     dict: b"D",
     list: b"L",
     set: b"S",
     deque: b"Q",
     bytearray: b"A",
 }
-_MUTABLE_KINDS = {tag: kind for kind, tag in _MUTABLE.items()}
+_MUTABLE_KINDS: dict[bytes, type] = {tag: kind for kind, tag in _MUTABLE.items()}
+_COUNTER = b"C"  # the one that is not in C, and is loaded if there is one
 
 
 def contents(container: Any) -> tuple[Any, ...] | bytes:
@@ -195,35 +195,42 @@ class Encoder:
     def _write_bytes(self, tag: bytes, data: bytes) -> None:
         if len(data) > MAX_BYTES:
             raise WireError(f"a value takes more than {MAX_BYTES >> 20} MiB")
-        self._put(tag, _LENGTH.pack(len(data)))
+        self._put(tag, _packed(len(data)))
         self._out += data
 
     def _write_items(self, tag: bytes, items: Iterable[Any], depth: int) -> None:
         items = tuple(items)
-        self._put(tag, _LENGTH.pack(len(items)))
+        self._put(tag, _packed(len(items)))
         for item in items:
             self._write(item, depth + 1)
 
     def _write_mutable(self, value: Any, depth: int) -> None:
         number = self._numbers.get(id(value))
         if number is not None:
-            self._put(b"r", _LENGTH.pack(number))
+            self._put(b"r", _packed(number))
             return
         self._numbers[id(value)] = len(self.objects)
         self.objects.append(value)
-        kind = next(kind for kind in _MUTABLE if isinstance(value, kind))
-        self._put(_MUTABLE[kind])
-        if kind is deque:
+        counter = getattr(sys.modules.get("collections"), "Counter", None)
+        if counter is not None and isinstance(value, counter):
+            self._put(_COUNTER)
+        else:
+            self._put(next(tag for kind, tag in _MUTABLE.items() if isinstance(value, kind)))
+        if isinstance(value, deque):
             self._write(value.maxlen, depth + 1)
-        elif kind is defaultdict:
+        elif isinstance(value, defaultdict):
             self._write(value.default_factory, depth + 1)
         self._write(contents(value), depth)
+
+
+def _packed(length: int) -> bytes:
+    return length.to_bytes(4, "little")
 
 
 _ALL = slice(None)
 _WRITERS: dict[type, Callable[[Encoder, Any, int], None]] = {
     int: Encoder._write_int,
-    float: lambda self, value, depth: self._put(b"f", _FLOAT.pack(float.__float__(value))),
+    float: lambda self, value, depth: self._write_bytes(b"f", float.hex(value).encode()),
     str: lambda self, value, depth: self._write_bytes(
         b"s", str.encode(value, "utf-8", "surrogatepass")
     ),
@@ -292,8 +299,11 @@ class Decoder:
         self._at += size
         return data
 
+    def _take_length(self) -> int:
+        return int.from_bytes(self._take(4), "little")
+
     def _take_sized(self) -> bytes:
-        return self._take(_LENGTH.unpack(self._take(4))[0])
+        return self._take(self._take_length())
 
     def _read(self, depth: int) -> Any:
         if depth > MAX_DEPTH + 1:
@@ -304,7 +314,7 @@ class Decoder:
         if tag == b"i":
             return int.from_bytes(self._take_sized(), "little", signed=True)
         if tag == b"f":
-            return _FLOAT.unpack(self._take(8))[0]
+            return float.fromhex(self._take_sized().decode())
         if tag == b"s":
             return self._take_sized().decode("utf-8", "surrogatepass")
         if tag == b"b":
@@ -313,10 +323,12 @@ class Decoder:
             return tuple(self._read_items(depth))
         if tag in _MUTABLE_KINDS:
             return self._read_mutable(_MUTABLE_KINDS[tag], depth)
+        if tag == _COUNTER:
+            return self._read_mutable(__import__("collections").Counter, depth)
         return self._read_rare(tag, depth)
 
     def _read_items(self, depth: int) -> list[Any]:
-        count = _LENGTH.unpack(self._take(4))[0]
+        count = self._take_length()
         if count > len(self._data) - self._at:
             raise WireError("the message is cut off")
         return [self._read(depth + 1) for _ in range(count)]
@@ -330,7 +342,7 @@ class Decoder:
 
     def _read_rare(self, tag: bytes, depth: int) -> Any:
         if tag == b"r":
-            return self.objects[_LENGTH.unpack(self._take(4))[0]]
+            return self.objects[self._take_length()]
         if tag == b"Z":
             return frozenset(self._read_items(depth))
         if tag == b"k":
@@ -342,7 +354,7 @@ class Decoder:
         if tag == b"t":
             return _BUILTINS[self._take_sized().decode()]
         if tag == b"U":
-            named: Any = namedtuple(*self._read(depth + 1))  # type: ignore[misc]
+            named = __import__("collections").namedtuple(*self._read(depth + 1))
             return named._make(self._read(depth))
         if tag == b"R":
             return self._resolve(*self._read(depth + 1))
@@ -365,7 +377,7 @@ class Channel:
 
     def send(self, message: bytes) -> None:
         """Sends one message; raises `OSError` where nobody receives."""
-        data = memoryview(_LENGTH.pack(len(message)) + message)
+        data = memoryview(_packed(len(message)) + message)
         while data:
             data = data[os.write(self._descriptor, data) :]
 
@@ -376,7 +388,7 @@ class Channel:
             EOFError: The other side has closed, perhaps within a message.
             WireError: The length is beyond what a message may have.
         """
-        size = _LENGTH.unpack(self._receive(4))[0]
+        size = int.from_bytes(self._receive(4), "little")
         if size > MAX_BYTES + (1 << 20):
             raise WireError(f"a message takes more than {MAX_BYTES >> 20} MiB")
         return self._receive(size)

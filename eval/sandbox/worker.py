@@ -165,6 +165,5 @@ class Worker:
 def _file_of(message: bytes) -> int:
     """An open file in memory that holds a message."""
     file = os.memfd_create("job", os.MFD_CLOEXEC)
-    with os.fdopen(os.dup(file), "wb") as stream:
-        stream.write(message)
+    os.write(file, message)
     return file
