@@ -80,7 +80,7 @@ class NamespaceJail:
         deaf to signals from within.
         """
         confine.keep_only([job, channel])
-        os.setsid()  # a signal to one's process group goes through the walls of a pid namespace
+        os.setpgid(0, 0)  # signals to one's own group would leave the pid namespace
         room.open_cell()
         arguments = (self, job, channel, memory_mb, room.CODE, ENVIRONMENT)
         pid = processes.fork(lambda: run_candidate(*arguments))

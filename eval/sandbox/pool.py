@@ -89,8 +89,8 @@ class Sandbox:
         self._fresh = fresh
         self._workers: list[Worker] = []
         try:
-            for _ in range(num_workers):
-                self._workers.append(Worker(self.isolation, fresh))
+            for number in range(num_workers):
+                self._workers.append(Worker(self.isolation, fresh, number))
         except OSError as error:
             self.close()
             raise SandboxUnavailableError(

@@ -69,8 +69,9 @@ class Job:
 class Worker:
     """A server and the jobs that it has."""
 
-    def __init__(self, level: str, fresh: bool) -> None:
-        self._level, self._fresh = level, fresh
+    def __init__(self, level: str, fresh: bool, number: int) -> None:
+        processors = sorted(os.sched_getaffinity(0))
+        self._arguments = (level, fresh, processors[number % len(processors)])
         self.jobs: deque[Job] = deque()
         self._reports: deque[int] = deque()
         self._start()
@@ -89,7 +90,7 @@ class Worker:
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         source = f"import socket, sys; sys.path.append({code_folder()!r}); "
         source += "from eval.sandbox.server import serve; "
-        source += f"serve(socket.socket(fileno={theirs.fileno()}), {self._level!r}, {self._fresh})"
+        source += f"serve(socket.socket(fileno={theirs.fileno()}), *{self._arguments})"
         self._process = subprocess.Popen(
             [interpreter(), *PYTHON_FLAGS, "-c", source],
             stdin=subprocess.DEVNULL,
