@@ -27,6 +27,7 @@ from eval.sandbox.wire import Channel, Decoder, Encoder
 
 NUM_FILES = 3  # of a job: what the jail reads, what the judge reads, where the judge reports
 _PERIOD = 0.05  # seconds between two looks at the memory in use
+_LAST_GRACE = 0.1  # seconds that a jail gets to end by itself when all is judged
 _JUDGE_MB = 2048
 _PRELOADED = (  # what programs import most, as far as it is small: each page makes a fork dearer
     *("array", "bisect", "cmath", "collections", "copy", "functools", "heapq", "itertools"),
@@ -108,6 +109,7 @@ def _watch(
             if control.fileno() in events:
                 return "abandoned"  # by the parent, which has ended
             if judge_end in events:
+                _grant_an_end(jail_end)
                 return "judged"
             if jail_end in events:
                 poller.unregister(jail_end)
@@ -118,6 +120,13 @@ def _watch(
     finally:
         os.close(judge_end)
         os.close(jail_end)
+
+
+def _grant_an_end(process: int) -> None:
+    """Lets an open process that has closed its channel end by itself: its status tells how."""
+    poller = select.poll()
+    poller.register(process, select.POLLIN)
+    poller.poll(1000 * _LAST_GRACE)
 
 
 def _judge(jail: jails.Jail, job: int, report: int, channel: int) -> None:
