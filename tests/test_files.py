@@ -201,9 +201,12 @@ while True:
         deadline = time.monotonic() + 60
         while not path.exists() and time.monotonic() < deadline:
             time.sleep(0.01)
-        for _ in range(20):  # reading while it is replaced also sees whole files only
+        for _ in range(20):  # stopped while it is read: safetensors opens a file twice
+            process.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, process.pid, os.WSTOPPED)
             tensors, metadata = load_tensors(path, KIND)
             assert torch.equal(tensors["a"], torch.full((200_000,), metadata["step"]))
+            process.send_signal(signal.SIGCONT)
             time.sleep(0.003)
     finally:
         process.kill()
