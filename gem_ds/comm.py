@@ -77,6 +77,14 @@ class Comm:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's ``value`` (picklable), in rank order, on every rank."""
+        values: list[Any] = [value]
+        if self.world_size > 1:
+            values = [None] * self.world_size
+            dist.all_gather_object(values, value)
+        return values
+
     def any(self, flag: bool) -> bool:
         """True on every rank when ``flag`` is true on at least one."""
         return bool(self.all_reduce(torch.tensor([float(flag)], device=self.device), "max").item())
@@ -101,9 +109,7 @@ class Comm:
             error = caught
         if not self.any(error is not None):
             return
-        sentences: list[str | None] = [None] * self.world_size
-        if self.world_size > 1:
-            dist.all_gather_object(sentences, None if error is None else sentence_of(error))
+        sentences = self.gather_objects(None if error is None else sentence_of(error))
         if error is not None and (self.is_main or not isinstance(error, (ValueError, OSError))):
             raise error
         rank, sentence = next((r, s) for r, s in enumerate(sentences) if s is not None)

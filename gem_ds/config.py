@@ -50,7 +50,7 @@ class ModelArguments:
 class DataArguments:
     """The task and its examples."""
 
-    task: str | None = _option(None, "What to train on: gsm8k, or jsonl for your own file.")
+    task: str | None = _option(None, "What to train on: gsm8k, mbpp, or jsonl for your own file.")
     data_dir: str | None = _option(
         None, "Folder with the task's files; without it the task is loaded from the Hub."
     )

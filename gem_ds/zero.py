@@ -23,7 +23,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -93,6 +93,28 @@ def partitioned_loading(config: dict[str, Any]) -> AbstractContextManager[Any]:
     if zero_stage(config) < 3:
         return nullcontext()
     return nullcontext(HfDeepSpeedConfig(config))  # transformers keeps a weak reference to it
+
+
+def whole_weights(model: nn.Module, names: Collection[str]) -> AbstractContextManager[None]:
+    """While the block lasts, the named weights of a partitioned model are whole on every rank.
+
+    What the block writes into them, alike on all ranks, is kept. Names that the model does not
+    have are passed over. All ranks call this together.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    named = [parameters[name] for name in names if name in parameters]
+    return deepspeed.zero.GatheredParameters(named, modifier_rank=0)
+
+
+def prepare_inference(model: nn.Module, config: dict[str, Any]) -> None:
+    """Let a partitioned model gather each weight where a forward pass needs it, and free it again.
+
+    Args:
+        model: as loaded within :func:`partitioned_loading`; is put into eval mode.
+        config: the same configuration, which names no optimizer.
+    """
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    engine.eval()
 
 
 def numel(parameter: nn.Parameter) -> int:

@@ -141,14 +141,49 @@ def resolve_config(config: dict[str, Any], shape: RunShape) -> dict[str, Any]:
     zero = config.setdefault("zero_optimization", {"stage": 0})
     _fill(zero, "reduce_bucket_size", shape.num_selected)  # all that there is to reduce
     if stage == 3:
-        _fill(zero, "stage3_prefetch_bucket_size", int(0.9 * shape.hidden_size**2))
-        _fill(zero, "stage3_param_persistence_threshold", 10 * shape.hidden_size)
+        _fill_stage3(zero, shape.hidden_size)
     _refuse_auto(config)
     config["gradient_accumulation_steps"] = 1
     config["train_batch_size"] = shape.micro_batch_size * shape.world_size
     config["zero_allow_untested_optimizer"] = True
     config["zero_force_ds_cpu_optimizer"] = False
     return config
+
+
+def inference_config(config: dict[str, Any], *, dtype: str, hidden_size: int) -> dict[str, Any]:
+    """The part of a DeepSpeed configuration that a forward pass over ZeRO-3 partitions needs.
+
+    Stage, parameter offload and the sizes of stage 3 are taken; the rest speaks of training and is
+    left out, so that the file of a training run serves for evaluation too.
+
+    Args:
+        config: as read; not modified.
+        dtype: of the weights, by its torch name.
+        hidden_size: of the model, from which the sizes follow that are "auto".
+
+    Raises:
+        ValueError: the file is not of stage 3.
+    """
+    if zero_stage(config) < 3:
+        raise ValueError(
+            f"The DeepSpeed JSON is of ZeRO stage {zero_stage(config)}, which leaves the model "
+            "whole on each rank: use ds_configs/zero3.json, or leave --deepspeed out."
+        )
+    zero = {
+        key: copy.deepcopy(value)
+        for key, value in config["zero_optimization"].items()
+        if key in ("stage", "offload_param") or key.startswith("stage3_")
+    }
+    _fill_stage3(zero, hidden_size)
+    inference = {
+        "zero_optimization": zero,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "fp16": {"enabled": dtype == "float16"},
+        "train_micro_batch_size_per_gpu": 1,
+        "steps_per_print": 2**31 - 1,
+    }
+    _refuse_auto(inference)
+    return inference
 
 
 def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
@@ -208,6 +243,11 @@ def _settle(
 def _fill(section: dict[str, Any], key: str, value: int) -> None:
     if section.get(key, "auto") == "auto":
         section[key] = value
+
+
+def _fill_stage3(zero: dict[str, Any], hidden_size: int) -> None:
+    _fill(zero, "stage3_prefetch_bucket_size", int(0.9 * hidden_size**2))
+    _fill(zero, "stage3_param_persistence_threshold", 10 * hidden_size)
 
 
 def _refuse_auto(section: dict[str, Any], path: str = "") -> None:

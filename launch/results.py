@@ -17,7 +17,7 @@ from launch.arguments import Arguments
 from launch.prepare import Plan
 
 #: Where a task's examples come from, for the model card's metadata.
-HUB_DATASETS = {"gsm8k": "openai/gsm8k"}
+HUB_DATASETS = {"gsm8k": "openai/gsm8k", "mbpp": "google-research-datasets/mbpp"}
 
 #: How the model card calls ``eval_loss``.
 HELD_OUT = "held-out loss"

@@ -1,9 +1,12 @@
 """Fixtures that several test files share."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from eval.sandbox import Sandbox, SandboxUnavailableError
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +17,14 @@ def gem_data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}: set GEM_DATA_DIR")
     return folder
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Iterator[Sandbox]:
+    """The best sandbox of this host; tests that run programs skip where there is none."""
+    try:
+        opened = Sandbox()
+    except SandboxUnavailableError as error:
+        pytest.skip(str(error))
+    with opened:
+        yield opened

@@ -71,6 +71,8 @@ def _all_cases(cases: Cases) -> None:
     with cases("broadcast_object"):
         value = {"rank": comm.rank, "budget": [2**70, comm.rank]}
         assert comm.broadcast_object(value) == {"rank": 0, "budget": [2**70, 0]}
+    with cases("gather_objects"):
+        assert comm.gather_objects([comm.rank] * comm.rank) == [[], [1], [2, 2]]
     with cases("any"):
         assert all(comm.any(comm.rank == rank) for rank in ranks)
         assert not comm.any(False)
@@ -110,6 +112,7 @@ NAMES = [
     "reduce_scatter that does not divide",
     *(f"all_gather {lengths} {dtype}" for lengths in LENGTHS for dtype in GATHERED_DTYPES),
     "broadcast_object",
+    "gather_objects",
     "any",
     "largest",
     "agreement, nobody fails",
@@ -142,6 +145,7 @@ def test_one_rank_talks_to_nobody() -> None:
     assert torch.equal(comm.reduce_scatter(tensor.clone()), tensor)
     assert [part.tolist() for part in comm.all_gather(tensor)] == [[1, 2, 3]]
     assert comm.broadcast_object("word") == "word"
+    assert comm.gather_objects("word") == ["word"]
     assert comm.any(True)
     assert not comm.any(False)
     assert comm.largest(-3) == -3

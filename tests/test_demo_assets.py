@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from launch.demo import corpus, pretrain, task
+from gem_ds.tasks.mbpp import load_problems
+from launch.demo import compare, corpus, pretrain, programs, task
 
 DEMO = Path(task.__file__).parent
 MODEL = DEMO / "model"
@@ -123,6 +124,51 @@ def test_task_refuses_more_problems_than_there_are():
         task.generate_examples(0, 10**6)
 
 
+def test_committed_programs_are_reproduced_byte_for_byte(tmp_path):
+    programs.main(["--output_dir", str(tmp_path)])
+    assert (tmp_path / "mbpp.jsonl").read_bytes() == (DEMO / "programs/mbpp.jsonl").read_bytes()
+
+
+def asked_for(text: str, x: int) -> int:
+    """What a function must return, from the words of its task."""
+    numbers = [int(number) for number in re.findall(r"\d+", text)]
+    if "larger" in text:
+        return min(x, numbers[0])
+    factor = numbers.pop(0) if "multiplies" in text else 1
+    return factor * x + (numbers.pop() if "adds" in text else 0)
+
+
+def test_programs_and_their_tests_do_what_their_text_asks_for():
+    """A task whose tests are wrong would count right programs as wrong ones."""
+    problems = load_problems(DEMO / "programs").split("test")
+    assert len(problems) == 40
+    assert len({problem.text for problem in problems}) == 40
+    for problem in problems:
+        namespace: dict[str, object] = {}
+        exec(problem.code, namespace)
+        for test in problem.tests:
+            exec(test, namespace)
+            argument, result = map(int, re.findall(r"\((\d+)\) == (\d+)", test)[0])
+            assert result == asked_for(problem.text, argument)
+
+
+def test_programs_are_partly_beyond_the_text_of_the_pretraining():
+    """Else the score would only say that the model remembers."""
+    corpus_names = {
+        document.partition("(")[0].removeprefix("def ")
+        for document in corpus.generate_documents(17, 20_000)
+        if document.startswith("def ")
+    }
+    names = [
+        re.findall(r"def (\w+)", p.code)[0] for p in load_problems(DEMO / "programs").split("test")
+    ]
+    new = [name for name in names if name not in corpus_names]
+    assert new == [
+        *(f"times_{word}" for word in ("six", "seven", "eight", "nine")),
+        *(f"at_most_{limit}" for limit in range(38, 59, 4)),
+    ]
+
+
 def test_model_folder_is_small():
     """Committed to the repository: at most 12 MB."""
     assert sum(file.stat().st_size for file in MODEL.iterdir()) <= 12_000_000
@@ -190,3 +236,13 @@ def test_tokenizer_splits_digits_and_adds_no_special_token(tokenizer):
     assert tokens == ["####", "▁", "1", "2", "3", "4"]
     prompt, target = "Question: 1?\nAnswer:", " 2+3=5\n#### 5"
     assert tokenizer.encode(prompt) + tokenizer.encode(target) == tokenizer.encode(prompt + target)
+
+
+@pytest.mark.parametrize(("after", "status"), [(0.93, 0), (0.31, 0), (0.28, 1), (0.0, 1)])
+def test_the_demo_fails_where_exact_match_does_not_rise(tmp_path, capsys, after, status):
+    for name, accuracy in (("before", 0.005), ("after", after)):
+        (tmp_path / name).mkdir()
+        results = {"exact_match": {"strict-match": {"accuracy": accuracy}}}
+        (tmp_path / name / "results.json").write_text(json.dumps(results))
+    assert compare.main([str(tmp_path / "before"), str(tmp_path / "after")]) == status
+    assert f"by {100 * after - 0.5:.1f} points" in capsys.readouterr().out

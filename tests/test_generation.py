@@ -1,6 +1,7 @@
 """Batched generation against one prompt at a time without a cache, and against scripted models."""
 
 import io
+import math
 
 import pytest
 import sentencepiece
@@ -18,7 +19,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from eval.generation import GenerationSettings, generate, load_model
+from eval.generation import GenerationSettings, Transformers, make_batches, make_requests
+from eval.model import ModelFiles, load_weights, open_model
+from eval.noise import uniform
 from gem_ds.delta import Delta
 from gem_ds.encode import encode_prompt
 from gem_ds.mask import Mask, WeightInfo, checksum, dtype_name
@@ -80,9 +83,32 @@ def tiny_model(architecture: str, **options):
     return model.eval()
 
 
+DRAWN = {"temperature": 1.3, "top_p": 0.8, "seed": 4}
+
+
+def drawn_by_hand(logits, task_id: str, position: int) -> int:
+    """The definition of `eval.noise` word for word, in plain Python."""
+    shares = [math.exp(logit / DRAWN["temperature"]) for logit in logits.tolist()]
+    total, kept = sum(shares), set()
+    for token in sorted(range(len(shares)), key=lambda token: -shares[token]):
+        if sum(shares[other] for other in kept) >= DRAWN["top_p"] * total:
+            break
+        kept.add(token)
+    goal = uniform(DRAWN["seed"], task_id, 0, position) * sum(shares[token] for token in kept)
+    reached = 0.0
+    for token in sorted(kept):
+        reached += shares[token]
+        if reached >= goal:
+            return token
+    raise AssertionError("the shares add up to more than the goal")
+
+
 @torch.no_grad()
-def one_at_a_time(model, tokenizer, prompt: str, limit: int, num_positions: int):
-    """The oracle: no batch, no padding, no cache. Returns the text, the tokens' number, the end."""
+def one_at_a_time(model, tokenizer, prompt: str, limit: int, num_positions: int, task_id=None):
+    """The oracle: no batch, no padding, no cache. Returns the text, the tokens' number, the end.
+
+    Greedy, or with a task id drawn by hand.
+    """
     start = encode_prompt(prompt, tokenizer)
     ids = list(start)
 
@@ -91,15 +117,40 @@ def one_at_a_time(model, tokenizer, prompt: str, limit: int, num_positions: int)
 
     eos = {tokenizer.eos_token_id, *model.generation_config.eos_token_id}
     while len(ids) - len(start) < limit and len(ids) < num_positions:
-        ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        logits = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
+        if task_id is None:
+            ids.append(int(logits.argmax()))
+        else:
+            ids.append(drawn_by_hand(logits, task_id, len(ids) - len(start)))
         if ids[-1] in eos:
             return text_of(ids[len(start) : -1]), len(ids) - len(start), "eos"
     return text_of(ids[len(start) :]), len(ids) - len(start), "length"
 
 
-def complete(model, tokenizer, prompts, *, max_new_tokens=12, stop=(), batch_size=3):
-    wanted = GenerationSettings(max_new_tokens=max_new_tokens, stop_strings=tuple(stop))
-    return generate(model, tokenizer, prompts, wanted, batch_size=batch_size, show_bar=False)
+def complete(model, tokenizer, prompts, *, max_new_tokens=12, stop=(), batch_size=3, **drawn):
+    wanted = GenerationSettings(max_new_tokens=max_new_tokens, stop_strings=tuple(stop), **drawn)
+    files = ModelFiles(
+        name="model",
+        revision="main",
+        dtype="float32",
+        config=model.config,
+        tokenizer=tokenizer,
+        delta=None,
+    )
+    named = {f"number {i}": prompt for i, prompt in enumerate(prompts)}
+    requests = make_requests(files, named, [(name, 0) for name in named], max_new_tokens)
+    backend = Transformers(files, model, wanted, batch_size=batch_size)
+    found = {}
+    for group in make_batches(requests, batch_size):
+        for batch in group:
+            assert len(batch) <= batch_size
+            found |= zip([r.task_id for r in batch], backend.complete(batch), strict=True)
+    return [found[name] for name in named]
+
+
+def load_model(name, *, delta_path=None, dtype="auto"):
+    files = open_model(name, delta_path=delta_path, dtype=dtype)
+    return load_weights(files, CPU), files.tokenizer
 
 
 @pytest.mark.parametrize("architecture", ["llama", "opt"])
@@ -123,6 +174,20 @@ def test_a_completion_ends_with_the_positions_of_the_model_whatever_shares_its_b
     expected = [one_at_a_time(model, tokenizer, prompt, 12, 16) for prompt in prompts]
     assert [length for _, length, end in expected if end == "length"]
     found = complete(model, tokenizer, prompts, batch_size=8)
+    assert [(c.text, c.num_tokens, c.finish_reason) for c in found] == expected
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_a_drawn_sample_is_what_its_noise_gives_alone(architecture, batch_size):
+    """Noise of another row or position, or a wrong order of its steps, would change a sample."""
+    model, tokenizer = tiny_model(architecture), byte_level()
+    expected = [
+        one_at_a_time(model, tokenizer, prompt, 12, 1000, task_id=f"number {i}")
+        for i, prompt in enumerate(PROMPTS)
+    ]
+    assert expected[0][0] != expected[6][0], "the same prompt under another name"
+    found = complete(model, tokenizer, PROMPTS, batch_size=batch_size, **DRAWN)
     assert [(c.text, c.num_tokens, c.finish_reason) for c in found] == expected
 
 
@@ -288,7 +353,7 @@ def test_a_stop_string_may_be_a_special_token_or_end_within_a_token():
 def test_prompts_that_the_model_cannot_read_are_refused():
     tokenizer = byte_level("wide")
     model = tiny_model("llama", max_position_embeddings=16)
-    with pytest.raises(ValueError, match=r"Prompt 2 has 16 tokens.*16 positions"):
+    with pytest.raises(ValueError, match=r"prompt of number 1 has 16 tokens.*16 positions"):
         complete(model, tokenizer, ["a", "b" * 16])
     with pytest.raises(ValueError, match="token 258 and the model knows 258 tokens"):
         complete(model, tokenizer, ["a wide b"])
@@ -324,9 +389,7 @@ def test_a_loaded_model_is_base_plus_delta_in_the_dtype_of_the_delta(tmp_path, d
     expected = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     for name, values in delta.values.items():
         expected[name].view(-1)[delta.mask.indices[name].long()] = values
-    model, tokenizer = load_model(
-        str(tmp_path / "base"), delta_path=tmp_path / "delta.safetensors", device=CPU
-    )
+    model, tokenizer = load_model(str(tmp_path / "base"), delta_path=tmp_path / "delta.safetensors")
     assert not model.training
     assert len(tokenizer) == 258
     assert model.state_dict().keys() == expected.keys()
@@ -340,7 +403,7 @@ def test_a_loaded_model_is_base_plus_delta_in_the_dtype_of_the_delta(tmp_path, d
 )
 def test_without_a_delta_the_dtype_is_that_of_the_files_or_as_told(tmp_path, dtype, expected):
     save_base(tmp_path / "base", torch.bfloat16)
-    model, _ = load_model(str(tmp_path / "base"), dtype=dtype, device=CPU)
+    model, _ = load_model(str(tmp_path / "base"), dtype=dtype)
     assert model.dtype == expected
 
 
@@ -352,7 +415,7 @@ def test_what_cannot_be_loaded_is_refused_in_one_sentence(tmp_path):
 
     def refusal(name, **options):
         with pytest.raises((ValueError, FileNotFoundError)) as caught:
-            load_model(name, device=CPU, **options)
+            load_model(name, **options)
         assert "\n" not in str(caught.value)
         return str(caught.value)
 

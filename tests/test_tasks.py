@@ -68,7 +68,7 @@ def test_gsm8k_names_the_file_that_is_missing(tmp_path):
 
 
 def test_an_unknown_task_is_answered_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"no task 'gsm9k': pass one of gsm8k, jsonl"):
+    with pytest.raises(ValueError, match=r"no task 'gsm9k': pass one of gsm8k, jsonl, mbpp"):
         load_task("gsm9k", data_dir=None)
 
 

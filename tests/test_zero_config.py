@@ -9,7 +9,13 @@ from typing import Any
 
 import pytest
 
-from gem_ds.zero_config import RunShape, read_config, resolve_config, zero_stage
+from gem_ds.zero_config import (
+    RunShape,
+    inference_config,
+    read_config,
+    resolve_config,
+    zero_stage,
+)
 
 SHAPE = RunShape(
     world_size=4,
@@ -317,3 +323,45 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         read_config(tmp_path / "absent.json")
     with pytest.raises(ValueError, match="cannot be read: Is a directory"):
         read_config(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["zero3", "zero3_offload"])
+def test_what_a_forward_pass_needs_of_a_bundled_file(name: str) -> None:
+    """The file of a training run serves for evaluation: what speaks of training is left out."""
+    config = read_config(DS_CONFIGS / f"{name}.json") | {"optimizer": {"type": "AdamW"}}
+    before = copy.deepcopy(config)
+    inference = inference_config(config, dtype="bfloat16", hidden_size=64)
+    assert config == before
+    zero = inference.pop("zero_optimization")
+    assert inference == {
+        "bf16": {"enabled": True},
+        "fp16": {"enabled": False},
+        "train_micro_batch_size_per_gpu": 1,
+        "steps_per_print": 2**31 - 1,
+    }
+    assert zero["stage"] == 3
+    assert zero["stage3_prefetch_bucket_size"] == int(0.9 * 64**2)
+    assert zero["stage3_param_persistence_threshold"] == 640
+    assert ("offload_param" in zero) == (name == "zero3_offload")
+    assert "offload_optimizer" not in zero
+    assert "auto" not in json.dumps(zero)
+
+
+def test_sizes_of_the_file_win_over_those_that_follow_from_the_model() -> None:
+    config = _zero()
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 7
+    zero = inference_config(config, dtype="float32", hidden_size=64)["zero_optimization"]
+    assert zero["stage3_param_persistence_threshold"] == 7
+
+
+@pytest.mark.parametrize("config", [{}, {"zero_optimization": {"stage": 2}}])
+def test_a_stage_that_partitions_nothing_is_refused_for_inference(config: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="leaves the model whole on each rank"):
+        inference_config(config, dtype="float32", hidden_size=64)
+
+
+def test_an_auto_that_nothing_settles_is_refused_for_inference() -> None:
+    config = _zero()
+    config["zero_optimization"]["stage3_max_live_parameters"] = "auto"
+    with pytest.raises(ValueError, match="stage3_max_live_parameters is"):
+        inference_config(config, dtype="float32", hidden_size=64)

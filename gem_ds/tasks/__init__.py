@@ -63,7 +63,7 @@ def load_task(
     """Load the examples of the task `name`.
 
     Args:
-        name: A task family, for instance "gsm8k" or "jsonl".
+        name: A task family, for instance "gsm8k", "mbpp" or "jsonl".
         data_dir: Folder that holds the task's files; None loads the task from the Hub, where the
             family knows its address.
         train_file: Training file, for families that read the user's own files.
@@ -75,9 +75,13 @@ def load_task(
         ValueError: No such task, an option which the task does not take, or a file at fault (the
             sentence names the file and the line).
     """
-    from gem_ds.tasks import gsm8k, jsonl  # here, since each family imports the classes above
+    from gem_ds.tasks import gsm8k, jsonl, mbpp  # here, as each family imports the classes above
 
-    loaders: dict[str, Callable[[Source], TaskData]] = {"gsm8k": gsm8k.load, "jsonl": jsonl.load}
+    loaders: dict[str, Callable[[Source], TaskData]] = {
+        "gsm8k": gsm8k.load,
+        "jsonl": jsonl.load,
+        "mbpp": mbpp.load,
+    }
     if name not in loaders:
         raise ValueError(f"There is no task {name!r}: pass one of {', '.join(sorted(loaders))}.")
     return loaders[name](

@@ -21,17 +21,32 @@ from gem_ds.tasks import Example, Source, TaskData
 
 @dataclass(frozen=True)
 class Line:
-    """One JSON object of a JSONL file, and where it stands (`number` counts from 1)."""
+    """One JSON object of a JSONL file, and where it stands (`number` counts from 1).
+
+    Families that keep objects elsewhere read them as lines too; `unit` is what they count.
+    """
 
     path: Path
     number: int
     fields: dict[str, object]
+    unit: str = "line"
 
     def text(self, field: str) -> str:
         """The string in `field`; ValueError if it is missing or no proper string."""
         if field not in self.fields:
             raise self.error(f"there is no field {field!r}; the line has {self.field_names()}.")
         return self.checked_text(self.fields[field], f"the field {field!r}")
+
+    def texts(self, field: str) -> tuple[str, ...]:
+        """The list of strings in `field`; ValueError if it is missing or something else."""
+        values = self.fields.get(field)
+        if not isinstance(values, list):
+            kind = _json_type(values) if field in self.fields else "missing"
+            raise self.error(f"the field {field!r} must be a list of strings; it is {kind}.")
+        return tuple(
+            self.checked_text(value, f"entry {number} of {field!r}")
+            for number, value in enumerate(values, start=1)
+        )
 
     def checked_text(self, value: object, name: str) -> str:
         """`value` if it is a string that has a UTF-8 form, else ValueError about `name`."""
@@ -52,7 +67,7 @@ class Line:
 
     def error(self, message: str) -> ValueError:
         """A ValueError which says where the line stands."""
-        return ValueError(f"{self.path}, line {self.number}: {message}")
+        return ValueError(f"{self.path}, {self.unit} {self.number}: {message}")
 
 
 def read_jsonl(path: Path) -> list[Line]:
@@ -67,14 +82,19 @@ def read_jsonl(path: Path) -> list[Line]:
     """
     if not path.is_file():
         raise ValueError(f"There is no file {path}: check the path.")
-    lines = []
-    content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-    for number, raw in enumerate(content.split(b"\n"), start=1):
-        if raw.strip():
-            lines.append(Line(path, number, _parse(raw, f"{path}, line {number}")))
+    lines = parse_jsonl(path, path.read_bytes())
     if not lines:
         raise ValueError(f"{path} is empty: it must hold one JSON object per line.")
     return lines
+
+
+def parse_jsonl(path: Path, content: bytes) -> list[Line]:
+    """The lines of a JSONL file that has been read, perhaps none; raises as `read_jsonl`."""
+    return [
+        Line(path, number, _parse(raw, f"{path}, line {number}"))
+        for number, raw in enumerate(content.removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1)
+        if raw.strip()
+    ]
 
 
 def _parse(raw: bytes, where: str) -> dict[str, object]:
@@ -88,6 +108,10 @@ def _parse(raw: bytes, where: str) -> dict[str, object]:
         raise ValueError(
             f"{where}: this is not JSON ({error.msg}, column {error.colno}); each line must be "
             f"one whole JSON object."
+        ) from None
+    except (ValueError, RecursionError):
+        raise ValueError(
+            f"{where}: this JSON has a number too long or lists too deep to read; shorten it."
         ) from None
     if not isinstance(value, dict):
         raise ValueError(f"{where}: each line must be a JSON object, not {_json_type(value)}.")

@@ -1,1 +1,1 @@
-"""The embedded default: a tiny pretrained model, its generator, and a bundled task."""
+"""The embedded default: a tiny pretrained model, its generator, and two bundled tasks."""

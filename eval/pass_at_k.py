@@ -1,0 +1,129 @@
+"""pass@k: the chance that at least one of k samples solves a problem, estimated from n >= k.
+
+    pass@k of a problem = 1 - C(n - c, k) / C(n, k)      n samples, c of them right
+
+This is the unbiased estimator of Chen et al. (arXiv 2107.03374, section 2.1). It is undefined for
+n < k, and that is an error here, never a zero. The score is its mean over *all* problems: one
+without samples counts as zero and is named, so that the denominator never shrinks.
+
+The interval is a percentile bootstrap over problems: it says how far the score would move had other
+problems been drawn, not other samples. Where all problems agree (all solved, or none) it has no
+width, and says nothing about how sure that is.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from math import comb
+
+import numpy as np
+
+CONFIDENCE = 0.95
+NUM_RESAMPLES = 10_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A score in [0, 1] and its confidence interval."""
+
+    score: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """Of one problem: how many samples there are, and how many of them are right."""
+
+    num_samples: int
+    num_correct: int
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """The unbiased estimate for one problem; the float nearest to the exact rational number.
+
+    Args:
+        n: Samples.
+        c: Those that are right.
+        k: Samples that a user would try.
+
+    Raises:
+        ValueError: k < 1, n < k, c < 0 or c > n.
+    """
+    return float(_exact(n, c, k))
+
+
+def mean_pass_at_k(counts: Mapping[str, Counts], k: int, *, seed: int = 0) -> Estimate:
+    """pass@k over all problems.
+
+    Args:
+        counts: By problem; one without samples counts as zero.
+        k: Samples that a user would try.
+        seed: Of the bootstrap.
+
+    Raises:
+        ValueError: There are no problems, or one has samples, but fewer than k; it is named.
+    """
+    if not counts:
+        raise ValueError("There are no problems, so there is no score.")
+    values = []
+    for name, count in counts.items():
+        if 0 < count.num_samples < k:
+            raise ValueError(
+                f"{name} has {count.num_samples} samples and pass@{k} needs at least {k}: lower k "
+                "or draw more samples."
+            )
+        known = count.num_samples > 0
+        values.append(_exact(count.num_samples, count.num_correct, k) if known else Fraction(0))
+    low, high = bootstrap_interval([float(value) for value in values], seed=seed)
+    return Estimate(score=float(sum(values, Fraction(0)) / len(values)), low=low, high=high)
+
+
+def without_samples(counts: Mapping[str, Counts]) -> list[str]:
+    """The problems that count as zero because nobody tried them."""
+    return [name for name, count in counts.items() if count.num_samples == 0]
+
+
+def bootstrap_interval(
+    values: Sequence[float],
+    *,
+    seed: int = 0,
+    confidence: float = CONFIDENCE,
+    num_resamples: int = NUM_RESAMPLES,
+) -> tuple[float, float]:
+    """A percentile interval for the mean of `values`, drawn again with replacement.
+
+    A resample matters only through how often it holds each distinct value, and these numbers are
+    multinomial: one draw a resample instead of `len(values)`.
+
+    Args:
+        values: One score per problem.
+        seed: The same seed gives the same interval.
+        confidence: The share of resampled means that lie inside.
+        num_resamples: How many.
+
+    Raises:
+        ValueError: There are no values.
+    """
+    if not values:
+        raise ValueError("There are no values, so there is no interval.")
+    distinct = Counter(values)
+    levels = np.array(sorted(distinct))
+    shares = np.array([distinct[level] for level in levels.tolist()]) / len(values)
+    draws = np.random.default_rng(seed).multinomial(len(values), shares, size=num_resamples)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(draws @ levels / len(values), [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def _exact(n: int, c: int, k: int) -> Fraction:
+    if k < 1:
+        raise ValueError(f"k must be at least 1, not {k}.")
+    if n < k:
+        raise ValueError(f"pass@{k} needs at least {k} samples, not {n}: draw more or lower k.")
+    if not 0 <= c <= n:
+        raise ValueError(f"{c} right samples of {n} cannot be: the count must lie in 0 to {n}.")
+    return 1 - Fraction(comb(n - c, k), comb(n, k))

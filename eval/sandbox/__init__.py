@@ -1,0 +1,33 @@
+"""Runs generated programs against tests: nothing escapes, and nothing is fooled.
+
+    >>> check_program("def double(x): return 2 * x", ["assert double(4) == 8"]).status
+    'passed'
+
+The program runs alone in a jail; the tests run outside of it, and ask it for results as plain data
+(`eval.sandbox.judge`). What the jail is made of, `eval.sandbox.room` says; how processes
+descend from each other, `eval.sandbox.server`.
+
+Not protected against: flaws of the kernel; what can be learned from timing or from the load on
+shared processors, caches and memory; a program that knows its task's answers by heart, or that
+tells tests from their arguments; tests or setups that are themselves hostile. Where the tests
+use the candidate's own classes beyond plain data, its code has a say, and the verdict tells so
+(`Verdict.in_jail`). The standard library can be imported, installed packages cannot.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from eval.sandbox.pool import Sandbox, check_program
+    from eval.sandbox.verdict import Program, SandboxUnavailableError, Verdict
+
+__all__ = ["Program", "Sandbox", "SandboxUnavailableError", "Verdict", "check_program"]
+
+
+def __getattr__(name: str) -> object:
+    # Late, because the server and the candidate import this package too and must stay lean.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from eval.sandbox import pool, verdict
+
+    return getattr(pool if hasattr(pool, name) else verdict, name)

@@ -1,0 +1,127 @@
+"""Who defines the names that tests use: the candidate, the tests themselves, or Python.
+
+Only the tests and their setup decide what is taken from the candidate. A program that defines its
+own `abs`, `math` or `isclose` changes nothing about the one that the tests call.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeGuard
+
+_MAX_PARSED = 1 << 20  # characters of a program; no task needs more, and a tree takes much memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roles:
+    """What runs where."""
+
+    #: the candidate's names in setup and tests
+    candidate: tuple[str, ...]
+    #: modules that the tests use and that the program, not the setup, imports
+    modules: tuple[str, ...]
+    #: what of the setup the program gets to see: imports, calls on them, and what it refers to
+    program_setup: str
+    #: whether that is more than imports, so that the program may have seen what is expected
+    shares_setup: bool
+    #: whether the setup uses the program, and so must follow it
+    setup_is_last: bool
+    #: whether setup and tests can only run beside the program
+    in_jail: bool
+
+
+def assign_roles(
+    program: str, tests: Sequence[str], *, setup: str = "", entry_point: str | None = None
+) -> Roles:
+    """Reads the sources; nothing is run. A source that does not parse defines and uses nothing."""
+    setup_tree = _parse(setup)
+    trusted = [setup_tree, *map(_parse, tests)]
+    used, given = _names(trusted), _names([setup_tree])
+    own = _names([_parse(program) if len(program) <= _MAX_PARSED else _parse("")])
+    foreign = used.read - used.bound
+    candidate = {name for name in foreign if not hasattr(builtins, name)}
+    modules = (candidate & own.imported & sys.stdlib_module_names) - {entry_point}
+    candidate -= modules
+    if entry_point is not None:
+        candidate.add(entry_point)
+    elif not candidate:  # a task may want a function of a builtin's name
+        candidate = foreign & own.bound
+    shared = _shared(setup_tree, given.imported, own.read - own.bound)
+    return Roles(
+        candidate=tuple(sorted(candidate)),
+        modules=tuple(sorted(modules)),
+        program_setup="\n".join(map(ast.unparse, shared)),
+        shares_setup=any(_names([node]).bound and not _is_import(node) for node in shared),
+        setup_is_last=bool(given.read & candidate),
+        in_jail=bool(used.as_class & candidate),
+    )
+
+
+def _shared(setup: ast.Module, imported: set[str], lacking: set[str]) -> list[ast.stmt]:
+    """The setup's statements that the program needs, where `lacking` are names it has not."""
+    lacking = lacking - imported
+    shared = []
+    for node in reversed(setup.body):
+        names = _names([node])
+        is_call = isinstance(node, ast.Expr) and names.read & imported
+        if names.bound & lacking:
+            lacking |= names.read
+        elif not _is_import(node) and not (is_call and names.read <= imported):
+            continue
+        shared.append(node)
+    return shared[::-1]
+
+
+@dataclass
+class _Names:
+    """The names in some sources, in whatever scope."""
+
+    read: set[str] = field(default_factory=set)
+    bound: set[str] = field(default_factory=set)
+    #: bound by an import
+    imported: set[str] = field(default_factory=set)
+    #: read where only a class or a context manager will do: caught, derived from, entered
+    as_class: set[str] = field(default_factory=set)
+
+    def add(self, node: ast.AST) -> None:
+        """Adds the names of a node, but for `as_class` not those of its children."""
+        if isinstance(node, ast.Name):
+            (self.read if isinstance(node.ctx, ast.Load) else self.bound).add(node.id)
+        elif isinstance(node, ast.arg):
+            self.bound.add(node.arg)
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            self.bound.add(node.name)
+            if isinstance(node, ast.ClassDef):
+                self.as_class.update(*(_names([base]).read for base in node.bases))
+        elif isinstance(node, ast.ExceptHandler):
+            self.bound.update([node.name] if node.name else [])
+            self.as_class.update(_names([node.type]).read if node.type else [])
+        elif isinstance(node, ast.With):
+            self.as_class.update(*(_names([item.context_expr]).read for item in node.items))
+        elif _is_import(node):
+            names = {alias.asname or alias.name.partition(".")[0] for alias in node.names}
+            self.bound |= names
+            self.imported |= names
+
+
+def _names(trees: Iterable[ast.AST]) -> _Names:
+    names = _Names()
+    for tree in trees:
+        for node in ast.walk(tree):
+            names.add(node)
+    return names
+
+
+def _is_import(node: ast.AST) -> TypeGuard[ast.Import | ast.ImportFrom]:
+    return isinstance(node, (ast.Import, ast.ImportFrom))
+
+
+def _parse(source: str) -> ast.Module:
+    try:
+        return ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return ast.Module(body=[], type_ignores=[])

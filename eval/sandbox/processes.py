@@ -1,0 +1,115 @@
+"""Starting processes, and seeing what has become of them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+from collections.abc import Callable, Collection
+
+from eval.sandbox import kernel
+
+_PAGE = os.sysconf("SC_PAGESIZE")
+
+
+def fork(child: Callable[[], None]) -> int:
+    """Runs `child` in a new process, which then ends; nothing of the parent's runs in it."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        child()
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def adopt_orphans() -> None:
+    """Makes the caller the parent of what its descendants leave behind."""
+    kernel.prctl(kernel.PR_SET_CHILD_SUBREAPER, 1)
+
+
+def end_descendants(identity: int | None, keep: Collection[int]) -> None:
+    """Kills all that descends from the caller, an adopter of orphans, but some children.
+
+    Processes may start others faster than one can list them. If all of them, and nothing else,
+    have an identity of their own, they are killed at one stroke; else each is first forbidden to
+    start more.
+    """
+    table = ProcessTable()
+    try:
+        while doomed := [pid for pid in table.descendants() if pid not in keep]:
+            if identity is not None:
+                os.waitpid(fork(lambda: _kill_all_of(identity)), 0)
+            for pid in doomed:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    resource.prlimit(pid, resource.RLIMIT_NPROC, (0, 0))
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            for pid in set(doomed) & set(table.children()):
+                os.waitpid(pid, 0)
+    finally:
+        table.close()
+
+
+def _kill_all_of(identity: int) -> None:
+    os.setresuid(identity, identity, identity)
+    with contextlib.suppress(ProcessLookupError):  # if there is none
+        os.kill(-1, signal.SIGKILL)
+
+
+def shell_status(status: int) -> int:
+    """A wait status as an exit status: 128 and the signal's number for a death by one."""
+    code = os.waitstatus_to_exitcode(status)
+    return code if code >= 0 else 128 - code
+
+
+class ProcessTable:
+    """The processes as they are seen through a /proc that was opened once, whatever is mounted now.
+
+    Made by a server before it has children: what it holds itself by then, its forks share with it.
+    """
+
+    def __init__(self) -> None:
+        self._folder = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
+        self._inherited = self._own_memory("self")
+
+    def close(self) -> None:
+        """Closes the folder."""
+        os.close(self._folder)
+
+    def memory_of_descendants(self) -> int:
+        """Bytes that the caller's descendants hold, beyond what they inherited and files."""
+        own = (self._own_memory(str(pid)) for pid in self.descendants())
+        return sum(max(0, size - self._inherited) for size in own)
+
+    def descendants(self) -> list[int]:
+        """The caller's children, theirs and so on, as they are numbered outside."""
+        found = self.children()
+        for pid in found:  # which grows meanwhile
+            found += self.children(pid)
+        return found
+
+    def children(self, pid: int | None = None) -> list[int]:
+        """The children of a process, by default of the caller, as they are numbered outside."""
+        name = os.readlink("self", dir_fd=self._folder) if pid is None else str(pid)
+        return [int(child) for child in self._read(f"{name}/task/{name}/children").split()]
+
+    def _own_memory(self, pid: str) -> int:
+        sizes = self._read(f"{pid}/statm").split()
+        return (int(sizes[1]) - int(sizes[2])) * _PAGE if sizes else 0
+
+    def _read(self, path: str) -> str:
+        """A small file's text, empty where the process has ended."""
+        try:
+            descriptor = os.open(path, os.O_RDONLY, dir_fd=self._folder)
+        except OSError:
+            return ""
+        try:
+            return os.read(descriptor, 1 << 16).decode()
+        except ProcessLookupError:
+            return ""
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,407 @@
+"""Plain data as bytes: all that judge and candidate can say to each other.
+
+The candidate's side is hostile, so the encoding can express data and nothing else: no class is
+looked up by a name that the other side chose, nothing is called but the constructors listed here,
+and every length is checked before it is believed.
+
+Plain, and kept to the exact type: None, booleans, integers, floats, strings (surrogates too),
+bytes, list, tuple, dict, set, frozenset, deque, bytearray, Counter, OrderedDict, defaultdict, named
+tuples, views of dicts, and what `_CONSTRUCTED` and `_BUILTINS` list. An instance of a subclass of
+one of these is sent as what it inherits from, read by that type's own methods, so that nothing
+which the subclass overrides is asked. All else is *foreign*: `refer` gives it a reference, and on
+the other side `resolve` makes something of that.
+
+Containers that can change are numbered in the order in which they are met, and met again they are
+written as their number. So shared and cyclic structure survives; and as both sides number alike, a
+reply can speak of the request's containers: see `contents` and `refill`.
+"""
+
+from __future__ import annotations
+
+import builtins
+import os
+import sys
+
+# A fresh interpreter imports this file for each program. What `collections` and `operator` have
+# in C is there already; to load them as files, or `typing`, would take longer than all the rest.
+from _collections import OrderedDict, defaultdict, deque
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from typing import Any
+
+    #: what kind of thing it is, and its name or number; only `refer` and `resolve` know more
+    Reference = tuple[str, Any]
+
+MAX_BYTES = 16 << 20  # of one message
+MAX_DEPTH = 400  # of nesting; comparing deeper values would exhaust the stack anyway
+_FRAMES = 6 * MAX_DEPTH  # that reading or writing it takes
+
+
+class WireError(ValueError):
+    """The value cannot be sent, or the bytes are not a value."""
+
+
+_SINGLES = {b"N": None, b"1": True, b"0": False, b"E": Ellipsis, b"I": NotImplemented}
+_SINGLE_TAGS = {id(value): tag for tag, value in _SINGLES.items()}
+_FUNCTIONS = {
+    "abs",
+    "all",
+    "any",
+    "chr",
+    "len",
+    "max",
+    "min",
+    "ord",
+    "pow",
+    "repr",
+    "sorted",
+    "sum",
+}
+_BUILTINS = {
+    name: value
+    for name, value in vars(builtins).items()
+    if name in _FUNCTIONS or isinstance(value, type)
+}
+_BUILTIN_NAMES = {id(value): name for name, value in _BUILTINS.items()}
+_CONSTRUCTED: dict[str, Callable[[Any], tuple[Any, ...]]] = {
+    "builtins.complex": lambda x: (x.real, x.imag),
+    "builtins.range": lambda x: (x.start, x.stop, x.step),
+    "builtins.slice": lambda x: (x.start, x.stop, x.step),
+    "decimal.Decimal": lambda x: (str(x),),
+    "fractions.Fraction": lambda x: (x.numerator, x.denominator),
+    "datetime.timedelta": lambda x: (x.days, x.seconds, x.microseconds),
+    "datetime.date": lambda x: (x.year, x.month, x.day),
+    "datetime.time": lambda x: (x.hour, x.minute, x.second, x.microsecond),
+    "datetime.datetime": lambda x: (*x.timetuple()[:6], x.microsecond),
+}
+_VIEWS = {type({}.keys()): b"k", type({}.values()): b"v", type({}.items()): b"m"}
+_MUTABLE: dict[type, bytes] = {  # the most special first
+    defaultdict: b"V",
+    OrderedDict: b"O",
+    dict: b"D",
+    list: b"L",
+    set: b"S",
+    deque: b"Q",
+    bytearray: b"A",
+}
+_MUTABLE_KINDS: dict[bytes, type] = {tag: kind for kind, tag in _MUTABLE.items()}
+_COUNTER = b"C"  # the one that is not in C, and is loaded if there is one
+
+
+def contents(container: Any) -> tuple[Any, ...] | bytes:
+    """What a mutable container holds: its items, keys and values in turn, or bytes."""
+    if isinstance(container, dict):
+        kind: Any = OrderedDict if isinstance(container, OrderedDict) else dict
+        return tuple(part for item in kind.items(container) for part in item)
+    if isinstance(container, bytearray):
+        return bytes(bytearray.__getitem__(container, slice(None)))
+    kind = next(kind for kind in (list, set, deque) if isinstance(container, kind))
+    return tuple(kind.__iter__(container))
+
+
+def refill(container: Any, items: Any) -> None:
+    """Makes `container`, of a type in this module's list, hold what `contents` returned."""
+    container.clear()
+    if isinstance(container, dict):
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            container[key] = value
+    elif isinstance(container, set):
+        container.update(items)
+    else:
+        container.extend(items)
+
+
+def _refuse(value: object) -> Reference:
+    raise WireError(f"a value of type {type(value).__name__} is not plain data")
+
+
+class Encoder:
+    """Writes one message.
+
+    Args:
+        refer: Gives the reference of a foreign value, or raises.
+        known: The containers that both sides have numbered already, in order.
+    """
+
+    def __init__(
+        self, refer: Callable[[Any], Reference] = _refuse, known: Iterable[Any] = ()
+    ) -> None:
+        self.objects = list(known)  # held, so that no other object gets their ids
+        self._numbers = {id(value): number for number, value in enumerate(self.objects)}
+        self._refer = refer
+        self._out = bytearray()
+
+    def encode(self, value: object) -> bytes:
+        """The message for `value`.
+
+        Raises:
+            WireError: It is nested too deeply, is too large, or holds what has no reference.
+        """
+        limit = sys.getrecursionlimit()
+        sys.setrecursionlimit(limit + _FRAMES)
+        try:
+            self._write(value, 0)
+        finally:
+            sys.setrecursionlimit(limit)
+        return bytes(self._out)
+
+    def _write(self, value: Any, depth: int) -> None:
+        if depth > MAX_DEPTH:
+            raise WireError(f"a value is nested more than {MAX_DEPTH} deep")
+        if len(self._out) > MAX_BYTES:
+            raise WireError(f"a value takes more than {MAX_BYTES >> 20} MiB")
+        tag = _SINGLE_TAGS.get(id(value))
+        if tag is not None:
+            self._out += tag
+            return
+        kind = type(value)
+        writer = _WRITERS.get(kind)
+        if writer is not None:
+            writer(self, value, depth)
+        else:
+            self._write_rare(value, kind, depth)
+
+    def _write_rare(self, value: Any, kind: type, depth: int) -> None:
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        if _listed(name) is kind and not _has_zone_or_fold(value):
+            self._write_bytes(b"X", name.encode())
+            self._write(_CONSTRUCTED[name](value), depth + 1)
+        elif kind in _VIEWS:
+            self._write_items(_VIEWS[kind], iter(value), depth)
+        elif id(value) in _BUILTIN_NAMES:
+            self._write_bytes(b"t", _BUILTIN_NAMES[id(value)].encode())
+        elif issubclass(kind, tuple) and isinstance(getattr(kind, "_fields", None), tuple):
+            self._put(b"U")
+            self._write((kind.__name__, kind._fields), depth + 1)  # type: ignore[attr-defined]
+            self._write_items(b"(", tuple.__iter__(value), depth)
+        else:
+            base = next((base for base in _WRITERS if issubclass(kind, base)), None)
+            if base is not None:
+                _WRITERS[base](self, value, depth)
+            else:
+                self._put(b"R")
+                self._write(self._refer(value), depth + 1)
+
+    def _put(self, tag: bytes, data: bytes = b"") -> None:
+        self._out += tag
+        self._out += data
+
+    def _write_int(self, value: int, depth: int) -> None:
+        size = int.bit_length(value) // 8 + 1
+        self._write_bytes(b"i", int.to_bytes(value, size, "little", signed=True))
+
+    def _write_bytes(self, tag: bytes, data: bytes) -> None:
+        if len(data) > MAX_BYTES:
+            raise WireError(f"a value takes more than {MAX_BYTES >> 20} MiB")
+        self._put(tag, _packed(len(data)))
+        self._out += data
+
+    def _write_items(self, tag: bytes, items: Iterable[Any], depth: int) -> None:
+        items = tuple(items)
+        self._put(tag, _packed(len(items)))
+        for item in items:
+            self._write(item, depth + 1)
+
+    def _write_mutable(self, value: Any, depth: int) -> None:
+        number = self._numbers.get(id(value))
+        if number is not None:
+            self._put(b"r", _packed(number))
+            return
+        self._numbers[id(value)] = len(self.objects)
+        self.objects.append(value)
+        counter = getattr(sys.modules.get("collections"), "Counter", None)
+        if counter is not None and isinstance(value, counter):
+            self._put(_COUNTER)
+        else:
+            self._put(next(tag for kind, tag in _MUTABLE.items() if isinstance(value, kind)))
+        if isinstance(value, deque):
+            self._write(value.maxlen, depth + 1)
+        elif isinstance(value, defaultdict):
+            self._write(value.default_factory, depth + 1)
+        self._write(contents(value), depth)
+
+
+def _packed(length: int) -> bytes:
+    return length.to_bytes(4, "little")
+
+
+_ALL = slice(None)
+_WRITERS: dict[type, Callable[[Encoder, Any, int], None]] = {
+    int: Encoder._write_int,
+    float: lambda self, value, depth: self._write_bytes(b"f", float.hex(value).encode()),
+    str: lambda self, value, depth: self._write_bytes(
+        b"s", str.encode(value, "utf-8", "surrogatepass")
+    ),
+    bytes: lambda self, value, depth: self._write_bytes(b"b", bytes.__getitem__(value, _ALL)),
+    tuple: lambda self, value, depth: self._write_items(b"(", tuple.__iter__(value), depth),
+    frozenset: lambda self, value, depth: self._write_items(b"Z", frozenset.__iter__(value), depth),
+    **dict.fromkeys(_MUTABLE, Encoder._write_mutable),
+}
+
+
+def _has_zone_or_fold(moment: Any) -> bool:
+    return getattr(moment, "tzinfo", None) is not None or getattr(moment, "fold", 0) != 0
+
+
+def _listed(name: str) -> type | None:
+    """The class of that name in `_CONSTRUCTED`, if its module was imported."""
+    module, _, attribute = name.rpartition(".")
+    if name not in _CONSTRUCTED:
+        return None
+    return getattr(sys.modules.get(module), attribute, None)
+
+
+def _meaningless(kind: str, name: Any) -> Any:
+    raise WireError(f"a reference of kind {kind!r} means nothing here")
+
+
+class Decoder:
+    """Reads one message.
+
+    Args:
+        resolve: Makes something of a reference (kind, name), or raises.
+        known: The containers that both sides have numbered already, in order.
+    """
+
+    def __init__(
+        self, resolve: Callable[[str, Any], Any] = _meaningless, known: Iterable[Any] = ()
+    ) -> None:
+        self.objects = list(known)
+        self._resolve = resolve
+        self._data = b""
+        self._at = 0
+
+    def decode(self, data: bytes) -> Any:
+        """The value of a message.
+
+        Raises:
+            WireError: The bytes are not a message, whatever they are.
+        """
+        self._data, self._at = data, 0
+        limit = sys.getrecursionlimit()
+        sys.setrecursionlimit(limit + _FRAMES)
+        try:
+            value = self._read(0)
+        except (TypeError, ValueError, ArithmeticError, LookupError, ImportError) as error:
+            raise WireError(f"the bytes are not a message: {error}") from error
+        finally:
+            sys.setrecursionlimit(limit)
+        if self._at != len(data):
+            raise WireError("the bytes go on after the message")
+        return value
+
+    def _take(self, size: int) -> bytes:
+        data = self._data[self._at : self._at + size]
+        if len(data) < size:
+            raise WireError("the message is cut off")
+        self._at += size
+        return data
+
+    def _take_length(self) -> int:
+        return int.from_bytes(self._take(4), "little")
+
+    def _take_sized(self) -> bytes:
+        return self._take(self._take_length())
+
+    def _read(self, depth: int) -> Any:
+        if depth > MAX_DEPTH + 1:
+            raise WireError(f"a value is nested more than {MAX_DEPTH} deep")
+        tag = self._take(1)
+        if tag in _SINGLES:
+            return _SINGLES[tag]
+        if tag == b"i":
+            return int.from_bytes(self._take_sized(), "little", signed=True)
+        if tag == b"f":
+            return float.fromhex(self._take_sized().decode())
+        if tag == b"s":
+            return self._take_sized().decode("utf-8", "surrogatepass")
+        if tag == b"b":
+            return self._take_sized()
+        if tag == b"(":
+            return tuple(self._read_items(depth))
+        if tag in _MUTABLE_KINDS:
+            return self._read_mutable(_MUTABLE_KINDS[tag], depth)
+        if tag == _COUNTER:
+            return self._read_mutable(__import__("collections").Counter, depth)
+        return self._read_rare(tag, depth)
+
+    def _read_items(self, depth: int) -> list[Any]:
+        count = self._take_length()
+        if count > len(self._data) - self._at:
+            raise WireError("the message is cut off")
+        return [self._read(depth + 1) for _ in range(count)]
+
+    def _read_mutable(self, kind: type, depth: int) -> Any:
+        parameters = [self._read(depth + 1)] if kind in (deque, defaultdict) else []
+        container = kind([], *parameters) if kind is deque else kind(*parameters)
+        self.objects.append(container)
+        refill(container, self._read(depth))
+        return container
+
+    def _read_rare(self, tag: bytes, depth: int) -> Any:
+        if tag == b"r":
+            return self.objects[self._take_length()]
+        if tag == b"Z":
+            return frozenset(self._read_items(depth))
+        if tag == b"k":
+            return dict.fromkeys(self._read_items(depth)).keys()
+        if tag == b"v":
+            return dict(enumerate(self._read_items(depth))).values()
+        if tag == b"m":
+            return dict(self._read_items(depth)).items()
+        if tag == b"t":
+            return _BUILTINS[self._take_sized().decode()]
+        if tag == b"U":
+            named = __import__("collections").namedtuple(*self._read(depth + 1))
+            return named._make(self._read(depth))
+        if tag == b"R":
+            return self._resolve(*self._read(depth + 1))
+        if tag == b"X":
+            return self._read_constructed(self._take_sized().decode(), depth)
+        raise WireError(f"the tag {tag!r} is unknown")
+
+    def _read_constructed(self, name: str, depth: int) -> Any:
+        if name not in _CONSTRUCTED:
+            raise WireError(f"{name!r} is not plain data")
+        module, _, attribute = name.rpartition(".")
+        return getattr(__import__(module), attribute)(*self._read(depth + 1))
+
+
+class Channel:
+    """Messages over an open stream socket, each after its length."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def send(self, message: bytes) -> None:
+        """Sends one message; raises `OSError` where nobody receives."""
+        data = memoryview(_packed(len(message)) + message)
+        while data:
+            data = data[os.write(self._descriptor, data) :]
+
+    def receive(self) -> bytes:
+        """The next message.
+
+        Raises:
+            EOFError: The other side has closed, perhaps within a message.
+            WireError: The length is beyond what a message may have.
+        """
+        size = int.from_bytes(self._receive(4), "little")
+        if size > MAX_BYTES + (1 << 20):
+            raise WireError(f"a message takes more than {MAX_BYTES >> 20} MiB")
+        return self._receive(size)
+
+    def _receive(self, size: int) -> bytes:
+        parts = []
+        while size:
+            try:
+                part = os.read(self._descriptor, min(size, 1 << 20))
+            except ConnectionError as error:
+                raise EOFError("the other side was reset") from error
+            if not part:
+                raise EOFError("the other side has closed")
+            parts.append(part)
+            size -= len(part)
+        return b"".join(parts)
