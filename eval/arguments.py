@@ -12,7 +12,8 @@ from gem_ds.files import sentence_of
 from gem_ds.zero_config import read_config
 
 
-def _option(default: Any, text: str) -> Any:
+def option(default: Any, text: str) -> Any:
+    """A field with a default and its help."""
     return field(default=default, metadata={"help": text})
 
 
@@ -21,25 +22,25 @@ class SamplingArguments:
     """The flags that all evaluators share."""
 
     model_name_or_path: str = field(metadata={"help": "Hub id or folder of the model."})
-    delta: str | None = _option(None, "delta.safetensors to apply to that model.")
-    data_dir: str | None = _option(
+    delta: str | None = option(None, "delta.safetensors to apply to that model.")
+    data_dir: str | None = option(
         None, "Folder of the task's files; without it the task is loaded from the Hub."
     )
     output_dir: str = field(metadata={"help": "Where samples and results are written."})
-    overwrite_output_dir: bool = _option(False, "Replace the evaluation that output_dir holds.")
-    limit: int | None = _option(None, "Evaluate the first so many problems only.")
-    batch_size: int = _option(32, "Samples per batch and rank; decides memory and speed.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
+    overwrite_output_dir: bool = option(False, "Replace the evaluation that output_dir holds.")
+    limit: int | None = option(None, "Evaluate the first so many problems only.")
+    batch_size: int = option(32, "Samples per batch and rank; decides memory and speed.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "Of the weights; auto is the delta's, or without one that of the model's files."
     )
-    backend: Literal["transformers", "vllm"] = _option(
+    backend: Literal["transformers", "vllm"] = option(
         "transformers", "What generates; vllm must be installed and takes no delta."
     )
-    deepspeed: str | None = _option(
+    deepspeed: str | None = option(
         None, "DeepSpeed JSON of ZeRO stage 3, for a model larger than one GPU."
     )
-    local_rank: int = _option(-1, "Set by the deepspeed launcher.")
-    disable_tqdm: bool = _option(False, "No progress bar.")
+    local_rank: int = option(-1, "Set by the deepspeed launcher.")
+    disable_tqdm: bool = option(False, "No progress bar.")
 
 
 def check_arguments(arguments: SamplingArguments) -> None:

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 
 from gem_ds.tasks.mbpp import prompt_of
 
+_MAX_PARSED = 1 << 17  # characters; a tree takes much memory, and it is made where the model lies
+
 #: How every prompt begins; a model that goes on writing begins another one.
 _RUN_ON = prompt_of("", ()).partition(":")[0]
 _LANGUAGE = re.compile(r"\A(?:[\w+.-]*[ \t]*\r?\n|(?:python3?|py)\b[ \t]*)", re.IGNORECASE)
@@ -124,7 +126,12 @@ def _without_last_word(text: str, tree: ast.Module) -> str:
 
 
 def _parsed(text: str) -> ast.Module | int:
-    """The syntax tree, or the line (from 1) at which the text stops being Python."""
+    """The syntax tree, or the line (from 1) at which the text stops being Python.
+
+    What is longer than any program that a task asks for is none.
+    """
+    if len(text) > _MAX_PARSED:
+        return 1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "\d" in a string
         try:

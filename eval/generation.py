@@ -22,8 +22,6 @@ from eval.model import ModelFiles
 from eval.samples import Key, Prompt
 from gem_ds.encode import encode_prompt
 
-__all__ = ["Backend", "Completion", "GenerationSettings", "Request", "Transformers"]
-
 
 class Backend(Protocol):
     """What answers requests."""

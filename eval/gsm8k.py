@@ -33,19 +33,13 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
+from eval.arguments import SamplingArguments, check_arguments, exit_for
 from eval.completion import GenerationSettings
 from eval.exact_match import RULES, Verdict, is_reference, score, summary, tally
 from eval.pass_at_k import CONFIDENCE
 from eval.provenance import sha256_of_files, sha256_of_texts, versions
 from eval.samples import Sample
-from eval.sampling import (
-    RESULTS_FILE,
-    VERDICTS_FILE,
-    SamplingArguments,
-    check_arguments,
-    exit_for,
-    sample_all,
-)
+from eval.sampling import RESULTS_FILE, VERDICTS_FILE, sample_all
 from gem_ds.comm import PeerError
 from gem_ds.files import atomic_write, save_json
 from gem_ds.tasks import Example, load_task

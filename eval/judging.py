@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from eval.arguments import option
 from eval.mbpp import problems_of
 from eval.provenance import versions
 from eval.samples import Sample
@@ -18,10 +19,6 @@ from eval.sandbox import Sandbox
 from eval.verdicts import Limits, judge, results_of, save_verdicts, summary
 from gem_ds.files import save_json
 from gem_ds.tasks.mbpp import Dataset, Problem, load_problems
-
-
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,19 +31,19 @@ class JudgingArguments:
             "help": "Each k of pass@k (default: 1, and 10 if a problem has so many samples)."
         },
     )
-    sanitized: bool = _option(False, "The sanitized set (427 problems), not the full one (974).")
-    split: Literal["test", "validation", "train"] = _option("test", "Which problems.")
-    prompt_template: str | None = _option(
+    sanitized: bool = option(False, "The sanitized set (427 problems), not the full one (974).")
+    split: Literal["test", "validation", "train"] = option("test", "Which problems.")
+    prompt_template: str | None = option(
         None,
         "Another prompt than MBPP's, with {text}, {tests} or {header} in it; from {header} on, "
         "for example `def f(x):`, the prompt is the beginning of the program.",
     )
-    timeout: float = _option(
+    timeout: float = option(
         10.0, "Seconds that a program and its tests may take; the slowest reference takes 3."
     )
-    memory_mb: int = _option(1024, "MiB of memory that a program may take.")
-    num_workers: int = _option(2, "Programs that run at the same time.")
-    allow_weak_sandbox: bool = _option(
+    memory_mb: int = option(1024, "MiB of memory that a program may take.")
+    num_workers: int = option(2, "Programs that run at the same time.")
+    allow_weak_sandbox: bool = option(
         False, "Run programs even where the host has no namespaces to lock them into."
     )
 

@@ -19,33 +19,30 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import HfArgumentParser
 
+from eval.arguments import SamplingArguments, check_arguments, exit_for, option
 from eval.completion import GenerationSettings
 from eval.judging import JudgingArguments, load, open_sandbox, report
 from eval.mbpp import prompts_of, stop_strings
-from eval.sampling import SamplingArguments, check_arguments, exit_for, sample_all
+from eval.sampling import sample_all
 from gem_ds.comm import PeerError
-
-
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True, kw_only=True)
 class PassKArguments:
     """The flags of sampling that are this evaluator's own."""
 
-    n: int = _option(10, "Samples of each problem.")
-    temperature: float = _option(0.8, "Divides the logits; 0 is greedy.")
-    top_p: float = _option(0.95, "Share of the probability that tokens are drawn from.")
-    max_new_tokens: int = _option(512, "The longest completion, in tokens.")
-    seed: int = _option(0, "Of the noise in sampling.")
-    num_fewshot: int | None = _option(
+    n: int = option(10, "Samples of each problem.")
+    temperature: float = option(0.8, "Divides the logits; 0 is greedy.")
+    top_p: float = option(0.95, "Share of the probability that tokens are drawn from.")
+    max_new_tokens: int = option(512, "The longest completion, in tokens.")
+    seed: int = option(0, "Of the noise in sampling.")
+    num_fewshot: int | None = option(
         None, "Worked problems in the prompt, 0 or 3 (default: 3, and 0 with a template)."
     )
 

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from eval.arguments import SamplingArguments, check_arguments, exit_for
+from eval.arguments import SamplingArguments, check_arguments
 from eval.completion import Completion, GenerationSettings, Request
 from eval.generation import Backend, Transformers, make_requests
 from eval.model import ModelFiles, load_partitioned, load_weights, open_model
@@ -36,8 +36,6 @@ from eval.provenance import model_fingerprint, sha256_of
 from eval.samples import SAMPLES_FILE, Key, Prompt, Sample, SampleLog
 from gem_ds.comm import Comm
 from gem_ds.zero_config import inference_config, read_config
-
-__all__ = ["RESULTS_FILE", "SamplingArguments", "check_arguments", "exit_for", "sample_all"]
 
 RESULTS_FILE = "results.json"
 VERDICTS_FILE = "verdicts.jsonl"

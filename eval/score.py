@@ -20,14 +20,10 @@ from typing import Any, Literal
 from transformers import HfArgumentParser
 
 from eval import gsm8k
+from eval.arguments import exit_for, option
 from eval.judging import Asked, JudgingArguments, load, open_sandbox, report
 from eval.mbpp import SHOT_IDS, prompts_of
 from eval.samples import Sample, read_samples
-from eval.sampling import exit_for
-
-
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,15 +31,15 @@ class ScoreArguments:
     """The flags that both tasks share."""
 
     task: Literal["gsm8k", "mbpp"] = field(metadata={"help": "What the samples are answers to."})
-    data_dir: str | None = _option(
+    data_dir: str | None = option(
         None, "Folder of the task's files; without it the task is loaded from the Hub."
     )
-    output_dir: str | None = _option(None, "Where results are written (default: by the samples).")
-    limit: int | None = _option(None, "Expect samples of the first so many problems only.")
-    allow_missing: bool = _option(
+    output_dir: str | None = option(None, "Where results are written (default: by the samples).")
+    limit: int | None = option(None, "Expect samples of the first so many problems only.")
+    allow_missing: bool = option(
         False, "Count problems without samples as zero and name them, instead of refusing."
     )
-    disable_tqdm: bool = _option(False, "No progress bar.")
+    disable_tqdm: bool = option(False, "No progress bar.")
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
@@ -77,9 +73,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def _gsm8k(path: Path, arguments: ScoreArguments, judging: JudgingArguments) -> dict[str, Any]:
-    for option in fields(judging):
-        if getattr(judging, option.name) != option.default:
-            raise ValueError(f"--{option.name} has no meaning for --task gsm8k: leave it out.")
+    for flag in fields(judging):
+        if getattr(judging, flag.name) != flag.default:
+            raise ValueError(f"--{flag.name} has no meaning for --task gsm8k: leave it out.")
     problems = gsm8k.load(arguments.data_dir, arguments.limit)
     samples = _read(path, list(problems.test), arguments)
     return gsm8k.report(samples, problems, _output_dir(path, arguments))

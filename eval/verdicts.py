@@ -8,6 +8,7 @@ What this file does not do: sample (`eval.passk`), or run anything in this proce
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from eval.pass_at_k import CONFIDENCE, Counts, mean_pass_at_k, without_samples
 from eval.samples import Sample
 from eval.sampling import VERDICTS_FILE
 from eval.sandbox import Program, Verdict
+from eval.sandbox.verdict import MIN_MEMORY_MB
 from gem_ds.files import atomic_write
 from gem_ds.tasks.mbpp import Problem
 
@@ -51,10 +53,10 @@ class Limits:
     memory_mb: int
 
     def __post_init__(self) -> None:
-        if not self.timeout > 0:
-            raise ValueError(f"--timeout must be above 0 seconds, not {self.timeout}.")
-        if self.memory_mb < 1:
-            raise ValueError(f"--memory_mb must be at least 1, not {self.memory_mb}.")
+        if not 0 < self.timeout < math.inf:
+            raise ValueError(f"--timeout must be a positive number of seconds, not {self.timeout}.")
+        if self.memory_mb < MIN_MEMORY_MB:
+            raise ValueError(f"--memory_mb must be at least {MIN_MEMORY_MB}, not {self.memory_mb}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +155,8 @@ def summary(results: Mapping[str, Any]) -> str:
         f"{', '.join(parts)} on {results['num_problems']} problems, n = {results['n']}",
         f"programs: {verdicts}; isolation: {results['isolation']}",
     ]
+    if passed := results["tested_in_jail"]["passed"]:
+        lines.append(f"of those that passed, {passed} had a say in their tests (tested_in_jail)")
     if missing := results["without_samples"]:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         lines.append(f"without samples, counted as zero: {', '.join(missing[:5])}{more}")

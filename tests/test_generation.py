@@ -19,7 +19,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from eval.generation import GenerationSettings, Transformers, make_batches, make_requests
+from eval.completion import GenerationSettings
+from eval.generation import Transformers, make_batches, make_requests
 from eval.model import ModelFiles, load_weights, open_model
 from eval.noise import uniform
 from gem_ds.delta import Delta

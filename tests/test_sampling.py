@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from eval import sampling
+from eval.arguments import SamplingArguments, check_arguments, exit_for
 from eval.completion import GenerationSettings
 from eval.generation import Transformers
-from eval.sampling import SamplingArguments, check_arguments, exit_for, sample_all
+from eval.sampling import sample_all
 from gem_ds.comm import PeerError
 from tests.tiny import DS_CONFIGS
 from tests.tiny_model import make_tiny

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from eval import sampling
+from eval.arguments import SamplingArguments
 from eval.completion import GenerationSettings
 from eval.generation import Transformers
-from eval.sampling import SamplingArguments, sample_all
+from eval.sampling import sample_all
 from gem_ds import zero
 from gem_ds.comm import PeerError
 from gem_ds.delta import Delta

@@ -237,3 +237,86 @@ def test_a_setup_is_shared_no_further_than_the_program_needs() -> None:
     roles = assign_roles("def f(x): return x % BASE", ["assert f(3) == EXPECTED"], setup=setup)
     assert roles.program_setup.splitlines()[2:] == ["MOD = 7", "BASE = MOD"]
     assert roles.shares_setup
+
+
+def test_a_field_that_is_called_has_a_say() -> None:
+    program = (
+        "from collections import namedtuple\n"
+        "def f(): return namedtuple('A', 'issubset')(lambda other: True)"
+    )
+    verdict = check_program(program, ["assert f().issubset({1})"])
+    assert (verdict.status, verdict.in_jail) == ("passed", True)
+
+
+@pytest.mark.parametrize(
+    ("value", "setup"),
+    [
+        ("array.array('i', [3])", "import array"),
+        ("pathlib.PurePosixPath('a/b')", "import pathlib"),
+    ],
+)
+def test_values_of_the_tests_that_are_not_plain_are_compared_in_the_jail(
+    value: str, setup: str
+) -> None:
+    program = f"{setup}\ndef f(): return {value}"
+    verdict = check_program(program, [f"assert f() == {value}"], setup=setup)
+    assert (verdict.status, verdict.in_jail) == ("passed", True)
+    assert check_program("def f(): return 3", [f"assert f() == {value}"], setup=setup).status == (
+        "failed"
+    )
+
+
+@pytest.mark.parametrize(
+    ("right", "test"),
+    [
+        ("print", "assert callable(f())"),
+        ("iter(())", "assert hasattr(f(), '__next__')"),
+        ("iter(())", "import collections.abc\nassert isinstance(f(), collections.abc.Iterator)"),
+    ],
+)
+def test_what_kind_of_object_it_is_is_decided_where_the_object_is(right: str, test: str) -> None:
+    assert check_program("def f(): return object()", [test]).status == "failed"
+    assert check_program(f"def f(): return {right}", [test]).status == "passed"
+
+
+@pytest.mark.parametrize(
+    ("program", "test"),
+    [
+        (
+            "def f(fn, xs):\n    y = [1]\n    return fn(y, y)",
+            "f(lambda a, b: a + b, [7]) == [1, 1]",
+        ),
+        ("import sys\nsys.setrecursionlimit(2**31 - 1)\ndef f(): return 1", "f() == 1"),
+        (
+            "class V:\n    def __init__(self, n): self.n = n\n"
+            "    def __neg__(self): return -self.n\n"
+            "    def __and__(self, other): return self.n & other.n",
+            "-V(2) == -2 and V(6) & V(3) == 2",
+        ),
+    ],
+)
+def test_honest_programs_that_were_judged_wrongly_once(program: str, test: str) -> None:
+    assert check_program(program, [f"assert {test}"]).status == "passed"
+
+
+def test_a_program_that_is_too_large_fails() -> None:
+    verdict = check_program("x = '" + "a" * (17 << 20) + "'", ["assert x"])
+    assert (verdict.status, verdict.detail) == (
+        "failed",
+        "program and tests together are larger than 3 MiB",
+    )
+
+
+def test_a_sandbox_may_be_used_after_verdicts_were_left_behind() -> None:
+    program = Program("def f(): return 1", ("assert f() == 1",))
+    with Sandbox(1) as sandbox:
+        verdicts = sandbox.check_all([program] * 6)
+        next(verdicts)
+        verdicts.close()  # type: ignore[attr-defined]
+        assert [v.status for v in sandbox.check_all([program] * 2)] == ["passed"] * 2
+
+
+def test_the_warning_filter_does_not_decide_what_a_program_imports() -> None:
+    program = "import math, re\ndef f(x): return re.sub('\\d', '', x)"
+    verdict = check_program(program, ["assert f('a1') == 'a' and math.pi > 3"])
+    assert (verdict.status, verdict.in_jail) == ("passed", False)

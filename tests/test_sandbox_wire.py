@@ -27,6 +27,12 @@ from eval.sandbox.wire import (
 
 Point = namedtuple("Point", "x y")
 
+
+def is_no_builtin(value: object) -> bool:
+    """A field that holds one could be called like a method, and is refused."""
+    return value not in (int, len, ValueError, dict)
+
+
 any_text = st.text(st.characters(codec=None, categories=None))  # surrogates too
 hashables = st.recursive(
     st.none()
@@ -46,7 +52,7 @@ hashables = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=4).map(tuple)
         | st.frozensets(inner, max_size=4)
-        | st.builds(Point, inner, inner)
+        | st.builds(Point, inner.filter(is_no_builtin), inner.filter(is_no_builtin))
     ),
     max_leaves=10,
 )
@@ -63,6 +69,12 @@ values = st.recursive(
     ),
     max_leaves=20,
 )
+
+
+@pytest.mark.parametrize("value", [bool, len, ValueError])
+def test_a_field_of_a_named_tuple_may_not_pose_as_a_method(value) -> None:
+    with pytest.raises(WireError, match="may not pose as a method"):
+        there_and_back(Point(1, value))
 
 
 def there_and_back(value):

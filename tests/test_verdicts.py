@@ -173,9 +173,10 @@ def test_verdicts_are_written_one_line_a_sample(tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"timeout": 0.0, "memory_mb": 1}, "--timeout must be above 0 seconds, not 0.0"),
-        ({"timeout": float("nan"), "memory_mb": 1}, "--timeout must be above 0 seconds, not nan"),
-        ({"timeout": 1.0, "memory_mb": 0}, "--memory_mb must be at least 1, not 0"),
+        ({"timeout": 0.0, "memory_mb": 64}, "--timeout must be a positive .*, not 0.0"),
+        ({"timeout": float("nan"), "memory_mb": 64}, "--timeout must be a positive .*, not nan"),
+        ({"timeout": float("inf"), "memory_mb": 64}, "--timeout must be a positive .*, not inf"),
+        ({"timeout": 1.0, "memory_mb": 63}, "--memory_mb must be at least 64, not 63"),
     ],
 )
 def test_limits_that_nothing_could_keep_are_refused(values, message):

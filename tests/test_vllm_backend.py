@@ -12,9 +12,10 @@ from typing import ClassVar
 import pytest
 
 from eval import sampling
+from eval.arguments import SamplingArguments
 from eval.completion import GenerationSettings
 from eval.noise import sample_seed
-from eval.sampling import SamplingArguments, sample_all
+from eval.sampling import sample_all
 from tests.tiny_model import make_tiny
 
 PROMPTS = {"task/0": "Say 0", "task/1": "Say so so 1", "task/2": "Say so 2"}

@@ -7,11 +7,17 @@ The program runs alone in a jail; the tests run outside of it, and ask it for re
 (`eval.sandbox.judge`). What the jail is made of, `eval.sandbox.room` says; how processes
 descend from each other, `eval.sandbox.server`.
 
+Memory is counted per process and together, but for what /tmp and /dev/shm hold (64 MiB each) and
+what lies in the buffers of pipes and sockets.
+
 Not protected against: flaws of the kernel; what can be learned from timing or from the load on
 shared processors, caches and memory; a program that knows its task's answers by heart, or that
 tells tests from their arguments; tests or setups that are themselves hostile. Where the tests
 use the candidate's own classes beyond plain data, its code has a say, and the verdict tells so
 (`Verdict.in_jail`). The standard library can be imported, installed packages cannot.
+
+A result of more than 16 MiB, or nested more than 400 deep, fails. The tests do not see what a
+program prints, nor the program what a test's own function does to its arguments.
 """
 
 from __future__ import annotations

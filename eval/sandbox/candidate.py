@@ -6,7 +6,7 @@ data, and is read as such by `eval.sandbox.judge`. The messages:
     ("ready",)                               the program ran, and so did tests that came with it
     ("raised", bases, args, text, states)    an exception, by the names of its builtin bases
     ("value", result, states)                states: what the request's containers hold now
-    ("call", number, args, kwargs)           calls a function that was an argument
+    ("call",), (number, args, kwargs)        calls a function that was an argument
 """
 
 from __future__ import annotations
@@ -28,7 +28,11 @@ if TYPE_CHECKING:
 MODULE = "candidate"  # not __main__: what a program does when it is run as a script is not judged
 
 #: what may be asked of two objects of the candidate, but of none together with plain data
-SYMMETRIC = ("eq", "ne", "lt", "le", "gt", "ge", "add", "sub", "mul", "truediv", "mod")
+SYMMETRIC = (
+    *("eq", "ne", "lt", "le", "gt", "ge", "add", "sub", "mul", "truediv", "floordiv", "mod"),
+    *("pow", "matmul", "and_", "or_", "xor"),
+)
+UNARY = ("neg", "pos", "abs", "invert")
 
 
 def main(job: int, channel: int) -> None:
@@ -75,10 +79,11 @@ class _Service:
             "call": lambda function, /, *args, **kwargs: function(*args, **kwargs),
             "getitem": operator.getitem,
             "setitem": operator.setitem,
+            "delitem": operator.delitem,
             "take": _take,
             **{f.__name__: f for f in (getattr, setattr, isinstance, iter, len, hash)},
             **{f.__name__: f for f in (bool, int, float, str, repr)},
-            **{name: getattr(operator, name) for name in SYMMETRIC},
+            **{name: getattr(operator, name) for name in (*SYMMETRIC, *UNARY)},
         }
 
     def answer(self) -> bool:
@@ -127,7 +132,8 @@ class _Service:
 
     def call_judge(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Calls the judge's function of that number."""
-        self._channel.send(Encoder(self._refer).encode(("call", number, args, kwargs)))
+        self._channel.send(Encoder().encode(("call",)))
+        self._channel.send(Encoder(self._refer).encode((number, args, kwargs)))
         kind, *content = Decoder(self._resolve).decode(self._channel.receive())
         if kind == "value":
             return content[0]

@@ -10,6 +10,8 @@ What is not plain stays in the jail, and is a `Remote` too: it may be passed bac
 attributes, items, length or text, iterated and called. With plain data it is never equal, and it
 takes no part in arithmetic: it would have to be shown the other operand and be believed. Two of
 them may be compared; the candidate's own code then answers, and the verdict says so (`in_jail`).
+Where the tests compare it with a value of theirs that is not plain either (an array, a path), they
+have to run beside the program.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import importlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from eval.sandbox.candidate import SYMMETRIC
+from eval.sandbox.candidate import SYMMETRIC, UNARY
 from eval.sandbox.wire import Channel, Decoder, Encoder, WireError, refill
 
 if TYPE_CHECKING:
@@ -133,7 +135,7 @@ class _Jail:
         self._send(request.encode((operation, args, kwargs)))
         kind, content = self._receive(request.objects)
         while kind == "call":
-            self._send(self._call(content))
+            self._send(self._call(self._read(())))
             kind, content = self._receive(request.objects)
         if not content or kind not in ("value", "raised"):
             raise CandidateLiedError("the program's answer is no answer")
@@ -150,13 +152,16 @@ class _Jail:
         except OSError as error:
             raise CandidateLostError from error
 
-    def _receive(self, known: Sequence[Any]) -> tuple[str, tuple[Any, ...]]:
+    def _read(self, known: Sequence[Any]) -> Any:
         try:
-            message = Decoder(self._resolve, known).decode(self._channel.receive())
+            return Decoder(self._resolve, known).decode(self._channel.receive())
         except EOFError as error:
             raise CandidateLostError from error
         except WireError as error:
             raise CandidateLiedError(str(error)) from error
+
+    def _receive(self, known: Sequence[Any]) -> tuple[str, tuple[Any, ...]]:
+        message = self._read(known)
         if type(message) is not tuple or not message or type(message[0]) is not str:
             raise CandidateLiedError("the program's answer is no answer")
         return message[0], message[1:]
@@ -188,15 +193,20 @@ class _Jail:
         self.raised_text = str(text)
         raise self.raised
 
-    def _call(self, content: Sequence[Any]) -> bytes:
+    def _call(self, content: Any) -> bytes:
         """Calls a function of the tests that was passed as an argument."""
+        if type(content) is not tuple or [*map(type, content)] != [int, tuple, dict]:
+            raise CandidateLiedError("the program's question is no question")
         number, args, kwargs = content
         try:
             reply: tuple[Any, ...] = ("value", self._functions[number](*args, **kwargs))
         except Exception as error:
             kind = next(base for base in type(error).__mro__ if base.__module__ == "builtins")
             reply = ("raised", kind.__name__, tuple(str(part) for part in error.args))
-        return Encoder(self._refer).encode(reply)
+        try:
+            return Encoder(self._refer).encode(reply)
+        except NeedsJailError:  # the candidate chose the arguments, and shall not choose the judge
+            return Encoder().encode(("raised", "TypeError", ("the result is not plain data",)))
 
 
 def _update(objects: Sequence[Any], states: Any) -> None:
@@ -215,23 +225,20 @@ class Remote:
 
     _jail: _Jail
     _reference: Reference
-    _is_attribute: bool
 
     def __init__(self, jail: _Jail, reference: Reference) -> None:
-        vars(self).update(_jail=jail, _reference=reference, _is_attribute=False)
+        vars(self).update(_jail=jail, _reference=reference)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls it in the jail; raises what it raises there."""
-        self._jail.had_a_say |= self._is_attribute  # a method may be shown what is expected
+        # What is not the entry point itself, say a method, may be shown what is expected.
+        self._jail.had_a_say |= self._reference[0] == "object"
         return self._jail.ask("call", self, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        value = self._jail.ask("getattr", self, name)
-        if type(value) is Remote:
-            vars(value)["_is_attribute"] = True
-        return value
+        return self._jail.ask("getattr", self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         self._jail.ask("setattr", self, name, value)
@@ -241,6 +248,9 @@ class Remote:
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self._jail.ask("setitem", self, key, value)
+
+    def __delitem__(self, key: Any) -> None:
+        self._jail.ask("delitem", self, key)
 
     def __iter__(self) -> Iterator[Any]:
         iterator = self._jail.ask("iter", self)
@@ -282,6 +292,8 @@ def _asking(operation: str) -> Callable[[Remote], Any]:
 def _asking_about_two(operation: str) -> Callable[[Remote, object], Any]:
     def method(self: Remote, other: object) -> Any:
         if type(other) is not Remote:
+            if not _is_plain(other):
+                raise NeedsJailError
             return NotImplemented
         self._jail.had_a_say = True
         return self._jail.ask(operation, self, other)
@@ -289,7 +301,16 @@ def _asking_about_two(operation: str) -> Callable[[Remote, object], Any]:
     return method
 
 
-for _name in ("len", "bool", "int", "float", "str", "repr"):
+def _is_plain(value: object) -> bool:
+    """Whether the tests' own value could be sent; what could not is compared by its own code."""
+    try:
+        Encoder().encode(value)
+    except WireError:
+        return False
+    return True
+
+
+for _name in ("len", "bool", "int", "float", "str", "repr", *UNARY):
     setattr(Remote, f"__{_name}__", _asking(_name))
 for _name in SYMMETRIC:
-    setattr(Remote, f"__{_name}__", _asking_about_two(_name))
+    setattr(Remote, f"__{_name.rstrip('_')}__", _asking_about_two(_name))

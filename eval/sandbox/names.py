@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import builtins
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeGuard
@@ -57,7 +58,7 @@ def assign_roles(
         program_setup="\n".join(map(ast.unparse, shared)),
         shares_setup=any(_names([node]).bound and not _is_import(node) for node in shared),
         setup_is_last=bool(given.read & candidate),
-        in_jail=bool(used.as_class & candidate),
+        in_jail=bool(used.as_class & candidate or used.kinds - candidate),
     )
 
 
@@ -86,6 +87,8 @@ class _Names:
     imported: set[str] = field(default_factory=set)
     #: read where only a class or a context manager will do: caught, derived from, entered
     as_class: set[str] = field(default_factory=set)
+    #: that decide what kind of object something is, beyond builtin types: stand-ins would mislead
+    kinds: set[str] = field(default_factory=set)
 
     def add(self, node: ast.AST) -> None:
         """Adds the names of a node, but for `as_class` not those of its children."""
@@ -97,6 +100,11 @@ class _Names:
             self.bound.add(node.name)
             if isinstance(node, ast.ClassDef):
                 self.as_class.update(*(_names([base]).read for base in node.bases))
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            if node.func.id in ("callable", "hasattr"):
+                self.kinds.add(node.func.id)
+            elif node.func.id == "isinstance":
+                self.kinds |= {n for n in _names(node.args[1:]).read if not hasattr(builtins, n)}
         elif isinstance(node, ast.ExceptHandler):
             self.bound.update([node.name] if node.name else [])
             self.as_class.update(_names([node.type]).read if node.type else [])
@@ -122,6 +130,8 @@ def _is_import(node: ast.AST) -> TypeGuard[ast.Import | ast.ImportFrom]:
 
 def _parse(source: str) -> ast.Module:
     try:
-        return ast.parse(source)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd escapes and the like
+            return ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return ast.Module(body=[], type_ignores=[])

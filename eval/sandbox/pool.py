@@ -133,14 +133,15 @@ class Sandbox:
                     is_exhausted = True
                 else:
                     open_jobs.append(Job(program, self.isolation))
-                    self._idlest().submit(open_jobs[-1])
+                    if open_jobs[-1].verdict is None:
+                        self._idlest().submit(open_jobs[-1])
             while open_jobs and (verdict := open_jobs[0].verdict) is not None:
                 open_jobs.popleft()
                 yield verdict
-            if open_jobs:
-                self._collect()
-            elif is_exhausted:
+            if not open_jobs and is_exhausted:
                 return
+            if open_jobs or not self._idlest().has_room:  # for what an earlier call has left
+                self._collect()
 
     def _idlest(self) -> Worker:
         return min(self._workers, key=lambda worker: len(worker.jobs))

@@ -10,8 +10,6 @@ from collections.abc import Callable, Collection
 
 from eval.sandbox import kernel
 
-_PAGE = os.sysconf("SC_PAGESIZE")
-
 
 def fork(child: Callable[[], None]) -> int:
     """Runs `child` in a new process, which then ends; nothing of the parent's runs in it."""
@@ -81,7 +79,10 @@ class ProcessTable:
         os.close(self._folder)
 
     def memory_of_descendants(self) -> int:
-        """Bytes that the caller's descendants hold, beyond what they inherited and files."""
+        """Bytes that the caller's descendants hold, beyond what they inherited and files.
+
+        Memory that some of them share counts for each.
+        """
         own = (self._own_memory(str(pid)) for pid in self.descendants())
         return sum(max(0, size - self._inherited) for size in own)
 
@@ -98,8 +99,9 @@ class ProcessTable:
         return [int(child) for child in self._read(f"{name}/task/{name}/children").split()]
 
     def _own_memory(self, pid: str) -> int:
-        sizes = self._read(f"{pid}/statm").split()
-        return (int(sizes[1]) - int(sizes[2])) * _PAGE if sizes else 0
+        lines = self._read(f"{pid}/status").splitlines()
+        sizes = [line.split()[1] for line in lines if line.startswith(("RssAnon:", "RssShmem:"))]
+        return sum(map(int, sizes)) << 10
 
     def _read(self, path: str) -> str:
         """A small file's text, empty where the process has ended."""

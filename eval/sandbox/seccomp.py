@@ -2,8 +2,8 @@
 
 A list of refusals, not of permissions: honest programs use most of the rest, and the namespaces
 already hide what those calls could act on. Refused are also memory that no limit counts (memfd,
-System V and POSIX queues), every socket but a connected pair, and new namespaces, in which a
-candidate would have all capabilities.
+System V and POSIX queues, larger socket buffers), every socket but a connected pair, and new
+namespaces, in which a candidate would have all capabilities.
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ _REFUSED = {  # numbers on x86-64 and arm64
     "setdomainname": (171, 162),
     "sethostname": (170, 161),
     "setns": (308, 268),
+    "setsockopt": (54, 208),
     "settimeofday": (164, 170),
     "shmget": (29, 194),
     "socket": (41, 198),

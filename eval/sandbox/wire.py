@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 MAX_BYTES = 16 << 20  # of one message
 MAX_DEPTH = 400  # of nesting; comparing deeper values would exhaust the stack anyway
 _FRAMES = 6 * MAX_DEPTH  # that reading or writing it takes
+_MAX_LIMIT = (1 << 31) - 1  # of recursion, which programs like to set to the most there is
 
 
 class WireError(ValueError):
@@ -140,7 +141,7 @@ class Encoder:
             WireError: It is nested too deeply, is too large, or holds what has no reference.
         """
         limit = sys.getrecursionlimit()
-        sys.setrecursionlimit(limit + _FRAMES)
+        sys.setrecursionlimit(min(limit + _FRAMES, _MAX_LIMIT))
         try:
             self._write(value, 0)
         finally:
@@ -281,7 +282,7 @@ class Decoder:
         """
         self._data, self._at = data, 0
         limit = sys.getrecursionlimit()
-        sys.setrecursionlimit(limit + _FRAMES)
+        sys.setrecursionlimit(min(limit + _FRAMES, _MAX_LIMIT))
         try:
             value = self._read(0)
         except (TypeError, ValueError, ArithmeticError, LookupError, ImportError) as error:
@@ -355,7 +356,10 @@ class Decoder:
             return _BUILTINS[self._take_sized().decode()]
         if tag == b"U":
             named = __import__("collections").namedtuple(*self._read(depth + 1))
-            return named._make(self._read(depth))
+            values = self._read(depth)
+            if any(id(value) in _BUILTIN_NAMES for value in values):
+                raise WireError("a field of a named tuple may not pose as a method")
+            return named._make(values)
         if tag == b"R":
             return self._resolve(*self._read(depth + 1))
         if tag == b"X":
@@ -366,7 +370,10 @@ class Decoder:
         if name not in _CONSTRUCTED:
             raise WireError(f"{name!r} is not plain data")
         module, _, attribute = name.rpartition(".")
-        return getattr(__import__(module), attribute)(*self._read(depth + 1))
+        arguments = self._read(depth + 1)
+        if module == "datetime" and not all(type(number) is int for number in arguments):
+            raise WireError("a moment is made of numbers")  # it would take a pickled state too
+        return getattr(__import__(module), attribute)(*arguments)
 
 
 class Channel:

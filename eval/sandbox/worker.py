@@ -17,6 +17,8 @@ from eval.sandbox.wire import Decoder, Encoder
 
 GRACE = 60.0  # seconds after a job's time in which its server must have answered
 _AHEAD = 2  # jobs that a worker has at once
+_MAX_SOURCE = 3 << 20  # characters of a job: fewer bytes than a message may have
+_SIGNALS = {int(number): number.name for number in signal.Signals}
 
 
 class Job:
@@ -31,6 +33,8 @@ class Job:
             program.program, program.tests, setup=program.setup, entry_point=program.entry_point
         )
         self.in_jail = self.roles.in_jail
+        if sum(map(len, (program.program, program.setup, *program.tests))) > _MAX_SOURCE:
+            self._decide("failed", "program and tests together are larger than 3 MiB")
 
     def messages(self) -> tuple[bytes, bytes]:
         """What the jail reads and what the judge reads."""
@@ -58,8 +62,8 @@ class Job:
             if state == "in_jail":
                 self.in_jail = True
                 return
-            if state == "crashed" and status > 128:
-                detail += f", by {signal.Signals(status - 128).name}"
+            if state == "crashed" and status - 128 in _SIGNALS:
+                detail += f", by {_SIGNALS[status - 128]}"
             self._decide(state, detail, had_a_say)
 
     def _decide(self, status: Status, detail: str, had_a_say: bool = False) -> None:
@@ -70,8 +74,8 @@ class Worker:
     """A server and the jobs that it has."""
 
     def __init__(self, level: str, fresh: bool, number: int) -> None:
-        processors = sorted(os.sched_getaffinity(0))
-        self._arguments = (level, fresh, processors[number % len(processors)])
+        processors = sorted(os.sched_getaffinity(0))  # another run beside this begins elsewhere
+        self._arguments = (level, fresh, processors[(os.getpid() + number) % len(processors)])
         self.jobs: deque[Job] = deque()
         self._reports: deque[int] = deque()
         self._start()
