@@ -9,7 +9,7 @@ The engine, its hooks and its partitions are those of training; no optimizer ste
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,9 +22,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from gem_ds.batches import Batches
 from gem_ds.comm import Comm
 from gem_ds.loss import SummedLoss
+from gem_ds.methods import CALIBRATED_METHODS
 from gem_ds.sddmm import product
-from gem_ds.selection import Selection, TargetShard, select_shards
+from gem_ds.selection import Selection, select_shards
 from gem_ds.sparse import TargetLayer, TargetLayers
+from gem_ds.sparse_methods import TargetShard
 from gem_ds.zero import Engine
 
 #: The backward runs on the mean loss of a micro-batch times this, so that half-precision gradients
@@ -65,8 +67,13 @@ def calibrate(
     summed_loss: SummedLoss,
     total: int,
     progress: Callable[[], None] = lambda: None,
+    *,
+    method: str = "gem",
+    seed: int = 0,
 ) -> Selection:
     """Score every target entry over one epoch of ``batches`` and select ``total`` of them.
+
+    A method that looks at no gradient reads no batch.
 
     Args:
         engine: holds the model; its weights are read, none is changed.
@@ -75,6 +82,8 @@ def calibrate(
         summed_loss: the loss of one micro-batch, summed over its answer tokens.
         total: K.
         progress: called after each step.
+        method: one of :data:`gem_ds.methods.SPARSE_METHODS`.
+        seed: of methods that choose by chance.
 
     Returns:
         This rank's part of the selection (its own ranges of the layers).
@@ -82,7 +91,9 @@ def calibrate(
     Raises:
         ValueError: the loss or a score is not finite, or no gradient reaches a target.
     """
-    gradients = sum_gradients(engine, layers, batches, summed_loss, progress)
+    gradients: Sequence[Tensor | None] = [None] * len(layers)
+    if method in CALIBRATED_METHODS:
+        gradients = sum_gradients(engine, layers, batches, summed_loss, progress)
     shards = []
     for layer, gradient in zip(layers, gradients, strict=True):
         start, _ = engine.shard_range(layer.weight)
@@ -93,10 +104,11 @@ def calibrate(
                 start=start,
                 gradient=gradient,
                 weight=engine.read_shard(layer.weight),
+                device=engine.device,
             )
         )
     with engine.comm.in_unison():
-        return select_shards(shards, total, engine.comm)
+        return select_shards(shards, total, engine.comm, method=method, seed=seed)
 
 
 def sum_gradients(

@@ -13,21 +13,19 @@ from pathlib import Path
 
 import yaml
 
+from gem_ds.methods import ADAPTER_METHODS, SPARSE_METHODS
+
 _CARD = """\
 ---
 {front_matter}---
 
 # {title}
 
-The weights of {base} at {num_selected:,} of its {num_parameters:,} parameters ({density:.4%}),
-fine-tuned on {task} with GEM, gradient-to-weight ratio and entropy-guided masking
-([arXiv 2508.16191](https://arxiv.org/abs/2508.16191)). Every other parameter is the base model's,
-bit for bit.
+{what}
 
 | File | What it holds |
 |---|---|
-| `delta.safetensors` | the trained values at the selected entries, in {dtype} |
-| `mask.safetensors` | which entries of which weights were selected |
+{files}
 | `metrics.jsonl`, `trainer_state.json` | the course of the run |
 | `all_results.json` | its results |
 
@@ -37,6 +35,44 @@ bit for bit.
 
 ## Use
 
+{use}
+## Settings
+
+{settings}
+"""
+
+_SELECTED = """\
+The weights of {base} at {num_trainable:,} of its {num_parameters:,} parameters ({density:.4%}),
+fine-tuned on {task} with {method}. Every other parameter is the base model's, bit for bit; a task
+head that the base lacks was trained whole."""
+
+_GEM = """\
+GEM, gradient-to-weight ratio and entropy-guided masking
+([arXiv 2508.16191](https://arxiv.org/abs/2508.16191))"""
+
+_TRAINED = """\
+{base} fine-tuned on {task} with {method}: {num_trainable:,} trained parameters beside a base of
+{num_parameters:,} ({density:.4%})."""
+
+_FILES = {
+    "delta": "| `delta.safetensors` | the trained values, in {dtype} |",
+    "mask": "| `mask.safetensors` | which entries of which weights were selected |",
+    "model": "| `model/` | the fine-tuned model, a Hugging Face folder |",
+    "adapter": "| `adapter/` | the adapter, as the library peft writes it |",
+}
+
+_USE = {
+    "model": '`{auto_class}.from_pretrained("model")` loads it.\n',
+    "adapter": """\
+```python
+from peft import PeftModel
+from transformers import {auto_class}
+
+base = {auto_class}.from_pretrained({load_arguments})
+model = PeftModel.from_pretrained(base, "adapter")
+```
+""",
+    "delta": """\
 The delta goes onto the base model in memory, and comes off again:
 
 ```python
@@ -57,18 +93,16 @@ gem_ds with:
 python launch/export.py --model_name_or_path {base_argument} --delta delta.safetensors \\
     --output_dir exported
 ```
-
-## Settings
-
-{settings}
-"""
+""",
+}
 
 
 def model_card(
     *,
     base_model: str,
     task: str,
-    num_selected: int,
+    method: str,
+    num_trainable: int,
     num_parameters: int,
     dtype: str,
     settings: Mapping[str, object],
@@ -83,7 +117,8 @@ def model_card(
     Args:
         base_model: Hub name or folder of the base model.
         task: What it was fine-tuned on, for the reader.
-        num_selected: Selected entries (K).
+        method: One of `gem_ds.methods.METHODS`.
+        num_trainable: Trained numbers, of a task head too.
         num_parameters: Entries of the base model (N), each stored parameter once.
         dtype: The model's dtype by its torch name, for example ``bfloat16``.
         settings: Settings of the run worth showing, name to value.
@@ -95,31 +130,41 @@ def model_card(
     """
     name = Path(base_model).name
     load_arguments = [repr(base_model)] + ([f"revision={revision!r}"] if revision else [])
+    facts = {
+        "base": f"`{_one_line(base_model)}`" + (f" (revision `{revision}`)" if revision else ""),
+        "base_argument": shlex.quote(base_model),
+        "method": _GEM if method == "gem" else f"`{method}`",
+        "num_trainable": num_trainable,
+        "num_parameters": num_parameters,
+        "density": num_trainable / num_parameters,
+        "task": _one_line(task),
+        "dtype": dtype,
+        "auto_class": auto_class,
+        "load_arguments": ", ".join(load_arguments),
+    }
+    is_sparse = method in SPARSE_METHODS
+    form = "model" if method == "full" else "adapter" if method in ADAPTER_METHODS else "delta"
+    files = [form, "mask"] if is_sparse else [form]
     return _CARD.format(
-        front_matter=_front_matter(base_model, task, dataset),
-        title=_one_line(f"{name} fine-tuned on {task} with GEM"),
-        base=f"`{_one_line(base_model)}`" + (f" (revision `{revision}`)" if revision else ""),
-        base_argument=shlex.quote(base_model),
-        num_selected=num_selected,
-        num_parameters=num_parameters,
-        density=num_selected / num_parameters,
-        task=_one_line(task),
-        dtype=dtype,
+        front_matter=_front_matter(base_model, task, dataset, method),
+        title=_one_line(f"{name} fine-tuned on {task} with {'GEM' if method == 'gem' else method}"),
+        what=(_SELECTED if is_sparse else _TRAINED).format(**facts),
+        files="\n".join(_FILES[file].format(**facts) for file in files),
         results=_results_table(results, base_results or {}),
-        auto_class=auto_class,
-        load_arguments=", ".join(load_arguments),
+        use=_USE[form].format(**facts),
         settings=_table(("Setting", "Value"), settings.items()),
     )
 
 
-def _front_matter(base_model: str, task: str, dataset: str | None) -> str:
+def _front_matter(base_model: str, task: str, dataset: str | None, method: str) -> str:
     """The YAML block; the Hub refuses a base model or dataset that is no Hub name."""
     fields: dict[str, object] = {"library_name": "gem_ds"}
     if _is_hub_name(base_model):
         fields |= {"base_model": base_model, "base_model_relation": "finetune"}
     if dataset is not None and _is_hub_name(dataset):
         fields["datasets"] = [dataset]
-    fields["tags"] = ["gem", "sparse-fine-tuning", "deepspeed", _one_line(task)]
+    tags = [method, "sparse-fine-tuning"] if method in SPARSE_METHODS else [method]
+    fields["tags"] = [*tags, "deepspeed", _one_line(task)]
     return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
 
 

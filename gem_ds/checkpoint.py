@@ -2,8 +2,9 @@
 
     checkpoint-N/
       mask.safetensors        which entries
-      optimizer.safetensors   master, exp_avg, exp_avg_sq: fp32 [K]; metadata: updates, loss scale,
-                              and what the run must still agree with to go on
+      optimizer.safetensors   master, exp_avg, exp_avg_sq: fp32 [K], and where a head is trained
+                              head.master and so on: fp32 [its size]; metadata: updates, loss
+                              scale, and what the run must still agree with to go on
       trainer_state.json      step, epoch and log history, with the names of transformers
 
 There is no position in the data, no state of a random generator and none of the learning-rate
@@ -29,6 +30,7 @@ from gem_ds.mask import Mask
 from gem_ds.optim import STATE_KEYS
 
 CHECKPOINT_KIND = "gem_checkpoint"
+_HEAD = "head."
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 
 
@@ -73,6 +75,7 @@ class Checkpoint:
     Attributes:
         mask: the entries; vectors below are in its order.
         vectors: ``master``, ``exp_avg``, ``exp_avg_sq``: fp32 [K].
+        head_vectors: the same of a task head, all of its entries; empty if there is none.
         num_updates: optimizer updates applied (fewer than steps where fp16 skipped some).
         loss_scale: of fp16.
         identity: see :class:`RunIdentity`.
@@ -85,6 +88,12 @@ class Checkpoint:
     loss_scale: float
     identity: RunIdentity
     state: TrainerState
+    head_vectors: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def head_size(self) -> int:
+        """Entries of the task head."""
+        return self.head_vectors["master"].numel() if self.head_vectors else 0
 
     def save(self, output_dir: Path) -> Path:
         """Write ``checkpoint-N``.
@@ -103,7 +112,9 @@ class Checkpoint:
             "loss_scale": self.loss_scale,
             "identity": asdict(self.identity),
         }
-        save_tensors(folder / "optimizer.safetensors", self.vectors, metadata, kind=CHECKPOINT_KIND)
+        head = {f"{_HEAD}{key}": vector for key, vector in self.head_vectors.items()}
+        tensors = self.vectors | head
+        save_tensors(folder / "optimizer.safetensors", tensors, metadata, kind=CHECKPOINT_KIND)
         self.state.save(folder)
 
     @classmethod
@@ -117,10 +128,12 @@ class Checkpoint:
             raise ValueError(
                 f"{folder} is not a checkpoint of gem_ds: pass a checkpoint-N folder, or last."
             )
-        vectors, metadata = load_tensors(folder / "optimizer.safetensors", CHECKPOINT_KIND)
+        tensors, metadata = load_tensors(folder / "optimizer.safetensors", CHECKPOINT_KIND)
         mask = Mask.load(folder / "mask.safetensors")
-        expected = dict.fromkeys(STATE_KEYS, ((mask.num_selected,), torch.float32))
-        if {name: (tuple(v.shape), v.dtype) for name, v in vectors.items()} != expected:
+        head = {k.removeprefix(_HEAD): v for k, v in tensors.items() if k.startswith(_HEAD)}
+        vectors = {key: v for key, v in tensors.items() if not key.startswith(_HEAD)}
+        is_head_whole = not head or _is_state(head, len(next(iter(head.values()))))
+        if not (_is_state(vectors, mask.num_selected) and is_head_whole):
             raise ValueError(
                 f"{folder} is damaged (its optimizer state does not fit its mask): resume an "
                 "earlier one."
@@ -130,6 +143,7 @@ class Checkpoint:
             return cls(
                 mask=mask,
                 vectors=vectors,
+                head_vectors=head,
                 num_updates=metadata_field(metadata, "num_updates", int),
                 loss_scale=metadata_field(metadata, "loss_scale", float),
                 identity=RunIdentity(**metadata_field(metadata, "identity", dict)),
@@ -137,6 +151,12 @@ class Checkpoint:
             )
         except (OSError, TypeError, ValueError) as error:
             raise ValueError(f"{folder} is damaged ({error}): resume an earlier one.") from error
+
+
+def _is_state(vectors: dict[str, Tensor], size: int) -> bool:
+    """Whether these are masters and moments of so many entries."""
+    found = {name: (tuple(vector.shape), vector.dtype) for name, vector in vectors.items()}
+    return found == dict.fromkeys(STATE_KEYS, ((size,), torch.float32))
 
 
 def list_checkpoints(output_dir: Path) -> dict[int, Path]:

@@ -12,6 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from gem_ds.methods import CALIBRATED_METHODS, METHODS, SPARSE_METHODS
+
 Dtype = Literal["fp32", "bf16", "fp16"]
 
 #: The schedules of transformers that are functions of the step alone.
@@ -26,6 +28,8 @@ SCHEDULES = (
 )
 
 DEFAULT_DENSITY = "0.001"
+
+OPTIMIZERS = ("adamw", "adamw_8bit")
 
 
 def _option(default: Any, text: str, **metadata: Any) -> Any:
@@ -65,13 +69,22 @@ class DataArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GemArguments:
-    """Which entries are trained."""
+class MethodArguments:
+    """What is trained."""
 
+    method: str = _option(
+        "gem",
+        "How to fine-tune: gem; its ablations ratio, gradient, entropy_gradient, magnitude, random;"
+        " supertuning; or full, bitfit, lora, ia3, shira.",
+    )
     density: str | None = _option(
         None,
-        f"Share of the model's parameters that is trained, in (0, 1] (default: {DEFAULT_DENSITY}).",
+        "Sparse methods and shira: share of the model's parameters that is trained, in (0, 1] "
+        f"(default: {DEFAULT_DENSITY}).",
     )
+    lora_r: int = _option(8, "With --method lora: rank of the update.")
+    lora_alpha: float = _option(16.0, "With --method lora: the update is scaled by this over r.")
+    lora_dropout: float = _option(0.0, "With --method lora: dropout before the update.")
     target_modules: list[str] | None = _option(
         None,
         "Module-name suffixes (q_proj v_proj), one regular expression over whole module names, or "
@@ -102,7 +115,13 @@ class TrainArguments:
     max_steps: int = _option(
         -1, "Steps instead of epochs; 0 calibrates, writes the mask and stops."
     )
+    optimizer: str = _option(
+        "adamw", "adamw, or with --method full adamw_8bit (needs bitsandbytes and a GPU)."
+    )
     learning_rate: float = _option(1e-3, "Peak learning rate.")
+    head_learning_rate: float = _option(
+        1e-3, "Peak learning rate of a classification head, which is trained whole."
+    )
     weight_decay: float = _option(0.0, "Decoupled weight decay of the selected weights.")
     adam_beta1: float = _option(0.9, "Decay of the first moment.")
     adam_beta2: float = _option(0.999, "Decay of the second moment.")
@@ -132,7 +151,7 @@ class TrainArguments:
 
 
 def check_arguments(
-    model: ModelArguments, data: DataArguments, gem: GemArguments, train: TrainArguments
+    model: ModelArguments, data: DataArguments, method: MethodArguments, train: TrainArguments
 ) -> None:
     """Refuse what can be seen to be wrong without opening a file.
 
@@ -156,7 +175,8 @@ def check_arguments(
         "--eval_steps": train.eval_steps,
         "--save_steps": train.save_steps,
         "--save_total_limit": train.save_total_limit,
-        "--calibration_examples": gem.calibration_examples,
+        "--calibration_examples": method.calibration_examples,
+        "--lora_r": method.lora_r,
         "--max_length": data.max_length,
     }
     for flag, value in at_least_one.items():
@@ -164,6 +184,8 @@ def check_arguments(
             raise ValueError(f"{flag} must be at least 1, not {value}.")
     not_negative = {
         "--learning_rate": train.learning_rate,
+        "--head_learning_rate": train.head_learning_rate,
+        "--lora_alpha": method.lora_alpha,
         "--weight_decay": train.weight_decay,
         "--max_grad_norm": train.max_grad_norm,
         "--warmup_steps": train.warmup_steps,
@@ -189,5 +211,41 @@ def check_arguments(
         raise ValueError(f"--num_train_epochs must be above 0, not {train.num_train_epochs}.")
     if train.report_to not in ("none", "tensorboard"):
         raise ValueError(f"--report_to takes tensorboard or none, not {train.report_to}.")
-    if gem.mask and gem.calibration_examples:
+    if not 0 <= method.lora_dropout < 1:
+        raise ValueError(
+            f"--lora_dropout must be at least 0 and below 1, not {method.lora_dropout}."
+        )
+    if method.mask and method.calibration_examples:
         raise ValueError("--mask skips calibration: leave --calibration_examples out.")
+    _check_method(method, train)
+
+
+def _check_method(method: MethodArguments, train: TrainArguments) -> None:
+    """Refuse an unknown method, and flags that the method would pass over in silence."""
+    name = method.method
+    if name not in METHODS:
+        raise ValueError(f"There is no method {name!r}: pass one of {', '.join(METHODS)}.")
+    if train.optimizer not in OPTIMIZERS:
+        raise ValueError(
+            f"--optimizer takes one of {', '.join(OPTIMIZERS)}, not {train.optimizer}."
+        )
+    if train.optimizer == "adamw_8bit" and name != "full":
+        raise ValueError(
+            "--optimizer adamw_8bit is for --method full: the others have little state."
+        )
+    if name in SPARSE_METHODS:
+        if method.calibration_examples and name not in CALIBRATED_METHODS:
+            raise ValueError(
+                f"--method {name} is not calibrated: leave --calibration_examples out."
+            )
+        return
+    for flag in ("mask", "calibration_examples"):
+        if getattr(method, flag) is not None:
+            raise ValueError(f"--method {name} selects no entries: leave --{flag} out.")
+    if method.density is not None and name != "shira":
+        raise ValueError(f"--method {name} has no density: leave --density out.")
+    if train.max_steps == 0:
+        raise ValueError(f"--max_steps 0 writes a mask, and --method {name} has none.")
+    for flag in ("save_steps", "resume_from_checkpoint"):
+        if getattr(train, flag) is not None:
+            raise ValueError(f"--method {name} writes no checkpoints: leave --{flag} out.")

@@ -1,9 +1,12 @@
-"""The selected entries at work: which slice of the flat vector is whose, and writing them back.
+"""Trained entries at work: which slice of the flat vector is whose, and writing them back.
 
-``values`` [K] is the layers' selected entries one after another, each layer's in the order of their
-flat indices:
+``values`` [K] is the parameters' trained entries one after another, each parameter's in the order
+of their flat indices:
 
     values = cat(weight_1.flatten()[flat_index_1], weight_2.flatten()[flat_index_2], ...)
+
+The selected entries of the target layers are one such vector; a task head, which is trained whole,
+is another.
 
 Every rank holds all K indices (4 bytes each), since each computes the gradient of all of them over
 its own tokens; it writes those that lie in its own part of the weights.
@@ -11,77 +14,84 @@ its own tokens; it writes those that lie in its own part of the weights.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from itertools import accumulate
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gem_ds.comm import Comm
 from gem_ds.mask import index_dtype
-from gem_ds.sparse import GradientSink, TargetLayers
-from gem_ds.zero import Engine
+from gem_ds.sparse import DenseGradientSink, Gate, GradientSink, TargetLayers
+from gem_ds.zero import Engine, numel
 
 
-class SelectedEntries:
-    """The entries that a run trains.
+class TrainedEntries:
+    """Entries of some parameters that are trained as one flat vector.
 
     Args:
         engine: holds the model.
-        layers: the target layers.
-        flat_indices: per layer all selected flat indices, int [k_l], ascending.
+        gate: holds the flat vector.
+        parameters: the parameters, by name.
+        flat_indices: per parameter all trained flat indices, int [k_l], ascending.
 
     Attributes:
         flat_indices: the same, on the engine's device, in the smallest dtype that fits.
-        starts: per layer where its slice of the flat vector begins.
+        starts: per parameter where its slice of the flat vector begins.
         total: K.
     """
 
     def __init__(
-        self, engine: Engine, layers: TargetLayers, flat_indices: Sequence[Tensor]
+        self,
+        engine: Engine,
+        gate: Gate,
+        parameters: Mapping[str, nn.Parameter],
+        flat_indices: Sequence[Tensor],
     ) -> None:
         self.engine = engine
-        self.layers = layers
+        self.gate = gate
+        self.parameters = dict(parameters)
         self.flat_indices = [
-            index.to(engine.device, index_dtype(layer.numel))
-            for layer, index in zip(layers, flat_indices, strict=True)
+            index.to(engine.device, index_dtype(numel(parameter)))
+            for parameter, index in zip(parameters.values(), flat_indices, strict=True)
         ]
         *self.starts, self.total = accumulate((i.numel() for i in flat_indices), initial=0)
-        assert self.total == layers.gate.num_selected, "the gate was made for another K"
+        assert self.total == gate.num_selected, "the gate was made for another K"
         self._writable = [
-            _part(index, engine.writable_range(layer.weight))
-            for layer, index in zip(layers, self.flat_indices, strict=True)
+            _part(index, engine.writable_range(parameter))
+            for parameter, index in zip(parameters.values(), self.flat_indices, strict=True)
         ]
 
     @property
     def names(self) -> list[str]:
-        """The weights' names."""
-        return [layer.name for layer in self.layers]
+        """The parameters' names."""
+        return list(self.parameters)
 
-    def sinks(self) -> list[GradientSink]:
-        """Per layer, what collects the gradient of its entries."""
-        return [
-            GradientSink(self.layers.gate, start, index)
-            for start, index in zip(self.starts, self.flat_indices, strict=True)
-        ]
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """The whole parameters' shapes."""
+        return [tuple(getattr(p, "ds_shape", p.shape)) for p in self.parameters.values()]
 
     def split(self, vector: Tensor) -> dict[str, Tensor]:
-        """Cut a flat vector [K] into the layers' slices, by weight name."""
+        """Cut a flat vector [K] into the parameters' slices, by name."""
         sizes = [index.numel() for index in self.flat_indices]
         return dict(zip(self.names, vector.split(sizes), strict=True))
 
     def read(self) -> Tensor:
-        """The weights' present values at the entries: [K] in the model's dtype, on every rank.
+        """The parameters' present values at the entries: [K] in the model's dtype, on every rank.
 
         Each rank contributes the bits of its own range; the others' are zero, so an integer sum
         over the ranks keeps every bit, the sign of zero included.
         """
         engine = self.engine
         values = torch.zeros(self.total, dtype=engine.dtype, device=engine.device)
-        for layer, start, index in zip(self.layers, self.starts, self.flat_indices, strict=True):
-            bounds = engine.shard_range(layer.weight)
+        for parameter, start, index in zip(
+            self.parameters.values(), self.starts, self.flat_indices, strict=True
+        ):
+            bounds = engine.shard_range(parameter)
             own = _part(index, bounds)
-            shard = engine.read_shard(layer.weight)
+            shard = engine.read_shard(parameter)
             shard_index = (index[own] - bounds[0]).to(shard.device)
             values[start + own.start : start + own.stop] = shard[shard_index]
         bits = values.view(torch.int16 if values.element_size() == 2 else torch.int32)
@@ -89,18 +99,93 @@ class SelectedEntries:
         return summed.to(bits.dtype).view(engine.dtype)
 
     def write_back(self) -> None:
-        """Bring the weights up to date with ``values``; call it after every applied step."""
-        values = self.split(self.engine.gather_values())
-        for layer, index, own in zip(self.layers, self.flat_indices, self._writable, strict=True):
-            self.engine.write_entries(layer.weight, index, values[layer.name], own)
+        """Bring the parameters up to date with ``values``; call it after every applied step."""
+        slices = self.split(self.values())
+        for (name, parameter), index, own in zip(
+            self.parameters.items(), self.flat_indices, self._writable, strict=True
+        ):
+            self.engine.write_entries(parameter, index, slices[name], own)
+
+    def values(self) -> Tensor:
+        """The flat vector [K] in the model's dtype, whole, on every rank."""
+        return self.engine.gather_values(self.gate)
 
     def start_from_weights(self) -> Tensor:
-        """Set the masters to the weights as they are, with fresh moments; returns ``read()``."""
+        """Set the masters to the entries as they are, with fresh moments; returns ``read()``."""
         values = self.read()
         zeros = torch.zeros(self.total, dtype=torch.float32, device=values.device)
         state = {"master": values.float(), "exp_avg": zeros, "exp_avg_sq": zeros}
-        self.engine.set_state(state, num_updates=0)
+        self.engine.set_state(state, num_updates=0, gate=self.gate)
         return values
+
+
+class SelectedEntries(TrainedEntries):
+    """The selected entries of the target layers.
+
+    Args:
+        engine: holds the model.
+        layers: the target layers.
+        flat_indices: per layer all selected flat indices, int [k_l], ascending.
+    """
+
+    def __init__(
+        self, engine: Engine, layers: TargetLayers, flat_indices: Sequence[Tensor]
+    ) -> None:
+        self.layers = layers
+        weights = {layer.name: layer.weight for layer in layers}
+        super().__init__(engine, layers.gate, weights, flat_indices)
+
+    def training(self) -> AbstractContextManager[None]:
+        """While the block lasts, backward passes collect the entries' gradient."""
+        return self.layers.sinks(self.sinks())
+
+    def sinks(self) -> list[GradientSink]:
+        """Per layer, what collects the gradient of its entries."""
+        return [
+            GradientSink(self.gate, start, index)
+            for start, index in zip(self.starts, self.flat_indices, strict=True)
+        ]
+
+
+class HeadEntries(TrainedEntries):
+    """All entries of a task head: the weights and biases of some linear layers.
+
+    Args:
+        engine: holds the model.
+        layers: the head's layers.
+    """
+
+    def __init__(self, engine: Engine, layers: TargetLayers) -> None:
+        self.layers = layers
+        parameters = head_parameters(layers.modules())
+        indices = [torch.arange(numel(parameter)) for parameter in parameters.values()]
+        super().__init__(engine, layers.gate, parameters, indices)
+
+    def training(self) -> AbstractContextManager[None]:
+        """While the block lasts, backward passes collect the entries' gradient."""
+        return self.layers.sinks(self.sinks())
+
+    def sinks(self) -> list[DenseGradientSink]:
+        """Per layer, what collects the gradient of its weight and bias."""
+        starts = dict(zip(self.names, self.starts, strict=True))
+        return [
+            DenseGradientSink(self.gate, starts[layer.name], starts.get(_bias_name(layer.name)))
+            for layer in self.layers
+        ]
+
+
+def head_parameters(layers: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """Weights and biases by name, of linear layers by the names of their weights."""
+    parameters = {}
+    for name, module in layers.items():
+        parameters[name] = module.get_parameter("weight")
+        if module.bias is not None:
+            parameters[_bias_name(name)] = module.get_parameter("bias")
+    return parameters
+
+
+def _bias_name(weight_name: str) -> str:
+    return f"{weight_name.removesuffix('weight')}bias"
 
 
 def _part(index: Tensor, bounds: tuple[int, int]) -> slice:

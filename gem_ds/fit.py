@@ -4,7 +4,7 @@ One step, for a global batch of ``n`` answer tokens over all ranks and micro-bat
 
     for each micro-batch of this rank:  backward of  sum of token losses * world_size / n
     engine.step()                       averages over the ranks, clips, updates the masters
-    entries.write_back()                the weights show the new values
+    trained.write_back()                the weights show the new values
 
 DeepSpeed's own division by the world size is made up for by the factor, so the gradient is that of
 the mean loss over the global batch however it is cut. What is logged, evaluated and saved between
@@ -17,9 +17,11 @@ import hashlib
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import FrameType
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +29,41 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from gem_ds.batches import Batches
 from gem_ds.checkpoint import TrainerState
-from gem_ds.entries import SelectedEntries
+from gem_ds.comm import Comm
 from gem_ds.loss import SummedLoss
+
+
+class StepEngine(Protocol):
+    """What a step asks of an engine; those of :mod:`gem_ds.zero` have it."""
+
+    comm: Comm
+    model: nn.Module
+    device: torch.device
+    dtype: torch.dtype
+
+    def backward(self, compute_loss: Callable[[nn.Module], Tensor], *, deliver: bool) -> Tensor:
+        """Run one micro-batch; ``deliver`` with the last one of a step. Returns the loss."""
+
+    def step(self) -> bool:
+        """Apply the gradient; False where it is not finite and nothing has changed."""
+
+    @property
+    def grad_norm(self) -> float | None:
+        """L2 norm of the gradient before clipping, where the ZeRO stage computes it."""
+
+
+class Trained(Protocol):
+    """What is trained: entries of frozen weights, or parameters of the model themselves."""
+
+    @property
+    def engine(self) -> StepEngine:
+        """Holds the model."""
+
+    def training(self) -> AbstractContextManager[None]:
+        """While the block lasts, backward passes collect gradients."""
+
+    def write_back(self) -> None:
+        """Show an applied step in the model's weights."""
 
 
 class StopSignal:
@@ -84,7 +119,7 @@ def seed_noise(seed: int, step: int, rank: int) -> None:
 
 
 def fit(
-    entries: SelectedEntries,
+    trained: Trained,
     train: Batches,
     summed_loss: SummedLoss,
     scheduler: LRScheduler,
@@ -98,7 +133,7 @@ def fit(
     together.
 
     Args:
-        entries: what is trained; masters and weights must agree.
+        trained: what is trained; masters and weights must agree.
         train: the training data.
         summed_loss: the loss of one micro-batch, summed over its answer tokens.
         scheduler: of the learning rate of the engine's optimizer; stepped after each applied step.
@@ -111,9 +146,9 @@ def fit(
     Raises:
         DivergedError: the loss or gradient of a step is not finite; masters are as before it.
     """
-    with StopSignal() as stop, entries.layers.sinks(entries.sinks()):
+    with StopSignal() as stop, trained.training():
         while state.global_step < state.max_steps:
-            result = _step(entries, train, summed_loss, scheduler, state.global_step, seed, stop)
+            result = _step(trained, train, summed_loss, scheduler, state.global_step, seed, stop)
             state.global_step += 1
             state.epoch = state.global_step / train.steps_per_epoch
             yield result
@@ -122,7 +157,7 @@ def fit(
 
 
 def _step(
-    entries: SelectedEntries,
+    trained: Trained,
     train: Batches,
     summed_loss: SummedLoss,
     scheduler: LRScheduler,
@@ -131,12 +166,12 @@ def _step(
     stop: StopSignal,
 ) -> StepResult:
     """One global batch: gradient, update, write-back."""
-    engine, comm = entries.engine, entries.engine.comm
+    engine, comm = trained.engine, trained.engine.comm
     started = time.perf_counter()
     engine.model.train()
     seed_noise(seed, step, comm.rank)
     local = torch.tensor(
-        [_accumulate(entries, train, summed_loss, step), float(stop.received)],
+        [_accumulate(engine, train, summed_loss, step), float(stop.received)],
         dtype=torch.float64,
         device=comm.device,
     )
@@ -146,7 +181,7 @@ def _step(
             raise DivergedError(_diverged("loss", step))
     learning_rate = float(scheduler.get_last_lr()[0])
     if engine.step():
-        entries.write_back()
+        trained.write_back()
         scheduler.step()
     elif engine.dtype != torch.float16:  # fp16 lowers its loss scale and goes on
         with comm.in_unison():
@@ -161,11 +196,8 @@ def _step(
     )
 
 
-def _accumulate(
-    entries: SelectedEntries, train: Batches, summed_loss: SummedLoss, step: int
-) -> float:
+def _accumulate(engine: StepEngine, train: Batches, summed_loss: SummedLoss, step: int) -> float:
     """Run the backward of a global batch; this rank's part of its mean loss."""
-    engine = entries.engine
     weight = 1.0 / train.num_answer_tokens(step)
     total = torch.zeros((), device=engine.device)
     for i, batch in enumerate(train.micro_batches(step)):
@@ -177,9 +209,8 @@ def _accumulate(
     return total.item() / engine.comm.world_size
 
 
-def mean_loss(entries: SelectedEntries, batches: Batches, summed_loss: SummedLoss) -> float:
+def mean_loss(engine: StepEngine, batches: Batches, summed_loss: SummedLoss) -> float:
     """Loss per answer token over one epoch of ``batches``, without gradients; same on all ranks."""
-    engine = entries.engine
     engine.model.eval()
     total = torch.zeros((), dtype=torch.float64, device=engine.device)
     with torch.no_grad():

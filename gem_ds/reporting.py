@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import resource
 import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from gem_ds.checkpoint import TrainerState
@@ -121,6 +123,16 @@ class Reporter:
             self._bar.close()
         if self._board is not None:
             self._board.close()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory that this process has held so far: on the device, or of the machine's.
+
+    On a CPU it is the resident set, libraries and the Python interpreter included.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def summary_writer_class() -> Any:

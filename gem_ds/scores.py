@@ -1,4 +1,4 @@
-"""From gradients to scores: which entries matter, and how much each layer does.
+"""From gradients and weights to scores: which entries matter, and how much each layer does.
 
 For the weight matrix of layer l, with g the calibration gradient and w the weight, both in fp32::
 
@@ -15,11 +15,13 @@ overflow, are summed. What the rounding leaves is scaled by another 2^b and summ
 a heavy tail most terms, squares above all, are far below ``max * 2^-b``. So the statistics are the
 same bits for any number of ranks and any cut, and the error of a sum is that of its fp64 terms.
 
-Nothing here decides what to select: budget.py and topk.py do.
+The other scores that sparse fine-tuning knows, the gradient's or the weight's magnitude or chance,
+go through the same sums. Nothing here decides what to select: methods.py, budget.py and topk.py do.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -99,6 +101,68 @@ def gradient_to_weight_ratio_(gradient: Tensor, weight: Tensor) -> Tensor:
     return gradient
 
 
+@torch.no_grad()
+def gradient_magnitude_(gradient: Tensor) -> Tensor:
+    """Overwrite ``gradient``, fp32 [n], with ``|gradient|``; returns it."""
+    return gradient.abs_()
+
+
+@torch.no_grad()
+def weight_magnitude(weight: Tensor, device: torch.device) -> Tensor:
+    """``|weight|`` in fp32 [n], on ``device``."""
+    return weight.to(device=device, dtype=torch.float32, copy=True).abs_()
+
+
+def random_scores(start: int, stop: int, name: str, seed: int, device: torch.device) -> Tensor:
+    """Scores by chance for the flat indices [start, stop) of a weight, the same however it is cut.
+
+    Each is a hash (splitmix64) of the flat index, keyed by seed and name, read as the bits of a
+    finite non-negative number: their order is uniform, their values mean nothing.
+
+    Returns:
+        fp32 [stop - start].
+    """
+    key = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little")
+    scores = torch.empty(stop - start, dtype=torch.float32, device=device)
+    for part, first in zip(chunks(scores), range(start, stop, CHUNK), strict=True):
+        flat_index = torch.arange(first, first + part.numel(), device=device)
+        bits = _splitmix64(flat_index, key).bitwise_and_(_SIGNLESS).remainder_(_INFINITY_BITS)
+        part.copy_(bits.int().view(torch.float32))
+    return scores
+
+
+_SIGNLESS = 2**31 - 1
+_INFINITY_BITS = 0x7F80_0000  # of fp32; all below are finite
+_WORD = 2**64
+
+
+def _splitmix64(x: Tensor, key: int) -> Tensor:
+    """The finaliser of splitmix64 (Steele, Lea and Flood, 2014) of ``x`` + key, int64 [n]."""
+    x = x * _signed(0x9E37_79B9_7F4A_7C15) + _signed(key)
+    x = (x ^ _shift_right(x, 30)) * _signed(0xBF58_476D_1CE4_E5B9)
+    x = (x ^ _shift_right(x, 27)) * _signed(0x94D0_49BB_1331_11EB)
+    return x ^ _shift_right(x, 31)
+
+
+def _signed(word: int) -> int:
+    """A 64-bit word as int64 has it; its products wrap around as those of uint64 do."""
+    return (word + _WORD // 2) % _WORD - _WORD // 2
+
+
+def _shift_right(x: Tensor, count: int) -> Tensor:
+    """A shift that fills with zeros, not with the sign."""
+    return (x >> count) & (2 ** (64 - count) - 1)
+
+
+def refuse_not_finite(scores: Sequence[Tensor], names: Sequence[str], group: Group) -> None:
+    """Refuse scores of which one, on any rank, is infinite or not a number.
+
+    Raises:
+        ValueError: on every rank alike; it names the layers.
+    """
+    _largest_scores(scores, names, group)
+
+
 def layer_statistics(
     ratios: Sequence[Tensor], numels: Sequence[int], names: Sequence[str], group: Group
 ) -> LayerStatistics:
@@ -121,7 +185,7 @@ def layer_statistics(
     # b of the module docstring: n integers of at most 2^b each stay below 2^62.
     bits = [62 - (numel - 1).bit_length() for numel in numels]
 
-    largest = _largest_ratios(ratios, names, group)
+    largest = _largest_scores(ratios, names, group)
 
     def ratio(layer: int, chunk: Tensor) -> Tensor:
         return chunk.double().div_(largest[layer] or 1.0)
@@ -155,17 +219,17 @@ def layer_statistics(
 _Term = Callable[[int, Tensor], Tensor]
 
 
-def _largest_ratios(ratios: Sequence[Tensor], names: Sequence[str], group: Group) -> list[float]:
-    """The largest ratio of each layer; refuses a layer that holds an infinity or a NaN."""
-    maxima = _largest_magnitudes(lambda _, chunk: chunk.double(), ratios)
+def _largest_scores(scores: Sequence[Tensor], names: Sequence[str], group: Group) -> list[float]:
+    """The largest score of each layer; refuses a layer that holds an infinity or a NaN."""
+    maxima = _largest_magnitudes(lambda _, chunk: chunk.double(), scores)
     broken = ~maxima.isfinite()  # amax and maximum hand a NaN on
     rows = torch.stack([maxima.masked_fill(broken, 0.0), broken.double()])
     largest, refused = group.all_reduce(rows, "max").tolist()
     if any(refused):
         culprits = ", ".join(name for name, bad in zip(names, refused, strict=True) if bad)
         raise ValueError(
-            f"The gradient-to-weight ratios of {culprits} are not finite: look for inf or NaN in "
-            "the calibration loss and in these weights, or calibrate in bf16 or fp32."
+            f"The scores of {culprits} are not finite: look for inf or NaN in the calibration loss "
+            "and in these weights, or calibrate in bf16 or fp32."
         )
     return largest
 

@@ -1,6 +1,6 @@
 """Which entries to train: gradients and weights in, sorted flat indices out.
 
-    ratio -> layer statistics -> budgets -> top k
+    entry scores -> layer scores -> budgets -> top k
 
 in four lines, for the shards of any number of ranks (:func:`select_shards`) and, through the same
 lines, for dense tensors in one process (:func:`select_entries`). How gradients are computed, and
@@ -16,33 +16,9 @@ import torch
 from torch import Tensor
 
 from gem_ds.budget import allocate_budget
-from gem_ds.scores import (
-    Group,
-    LayerStatistics,
-    Solo,
-    gradient_to_weight_ratio_,
-    layer_statistics,
-)
+from gem_ds.scores import Group, Solo
+from gem_ds.sparse_methods import RULES, TargetShard
 from gem_ds.topk import top_k_indices
-
-
-@dataclass(frozen=True, kw_only=True)
-class TargetShard:
-    """This rank's range of one target matrix.
-
-    Attributes:
-        name: the parameter's name.
-        numel: entries of the whole matrix.
-        start: flat index of the range's first entry.
-        gradient: fp32 [m], the calibration gradient; selection overwrites it with the ratios.
-        weight: [m], any floating dtype.
-    """
-
-    name: str
-    numel: int
-    start: int
-    gradient: Tensor
-    weight: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,22 +28,29 @@ class Selection:
     Attributes:
         names: the parameters' names.
         numels: entries of each whole matrix.
-        statistics: why each layer got its budget.
+        layer_scores: why each layer got its budget.
         budgets: entries to train, over all ranks.
         indices: flat indices (int64, ascending, into the whole matrix) chosen in this rank's range.
     """
 
     names: list[str]
     numels: list[int]
-    statistics: LayerStatistics
+    layer_scores: list[float]
     budgets: list[int]
     indices: list[Tensor]
 
 
-def select_shards(shards: Sequence[TargetShard], total: int, group: Group) -> Selection:
+def select_shards(
+    shards: Sequence[TargetShard],
+    total: int,
+    group: Group,
+    *,
+    method: str = "gem",
+    seed: int = 0,
+) -> Selection:
     """Select ``total`` entries of the matrices whose ranges the ranks hold.
 
-    The statistics are the same bits on every rank and the budgets follow from them in exact
+    The layers' scores are the same bits on every rank and the budgets follow from them in exact
     arithmetic, so each rank computes its own copy and nothing needs to be broadcast.
 
     Args:
@@ -75,22 +58,25 @@ def select_shards(shards: Sequence[TargetShard], total: int, group: Group) -> Se
             matrix ascend with the rank and cover it. Gradients are consumed.
         total: K, the number of entries to select, from 1 to the sum of ``numel``.
         group: the ranks.
+        method: one of :data:`gem_ds.methods.SPARSE_METHODS`.
+        seed: of methods that choose by chance.
 
     Returns:
         The selection; equal scores go to the lowest flat index, on any number of ranks.
 
     Raises:
-        ValueError: on every rank alike, if a ratio is not finite or ``total`` is out of range.
+        ValueError: on every rank alike, if a score is not finite or ``total`` is out of range.
     """
     names = [shard.name for shard in shards]
     numels = [shard.numel for shard in shards]
     _check_total(total, numels)
-    ratios = [gradient_to_weight_ratio_(shard.gradient, shard.weight) for shard in shards]
-    statistics = layer_statistics(ratios, numels, names, group)
-    budgets = allocate_budget(statistics.score, numels, total)
-    indices = top_k_indices(ratios, [shard.start for shard in shards], budgets, group)
+    rule = RULES[method]
+    scores = [rule.entry_score(shard, seed) for shard in shards]
+    layer_scores = rule.layer_score(scores, shards, total, group)
+    budgets = allocate_budget(layer_scores, numels, total)
+    indices = top_k_indices(scores, [shard.start for shard in shards], budgets, group)
     return Selection(
-        names=names, numels=numels, statistics=statistics, budgets=budgets, indices=indices
+        names=names, numels=numels, layer_scores=layer_scores, budgets=budgets, indices=indices
     )
 
 
@@ -125,6 +111,7 @@ def select_entries(
             start=0,
             gradient=gradients[name].reshape(-1).to(device, torch.float32, copy=True),
             weight=weight.reshape(-1),
+            device=device,
         )
         for name, weight in weights.items()
     ]

@@ -10,8 +10,9 @@ A *sink* is what a phase wants of the weight gradient: :class:`gem_ds.calibrate.
 forms it whole, reduces it and drops it; :class:`GradientSink` adds its selected entries to a flat
 buffer.
 
-The trained entries of all layers are one flat parameter, ``Gate.values`` [K]. Its gradient has to
-reach autograd after the last sink has run, and exactly once. That order comes from the graph: the
+The trained entries of all layers are one flat parameter, ``Gate.values`` [K]; a task head that is
+trained whole is a second one, of all its entries. The gradient of such a parameter has to reach
+autograd after the last sink has run, and exactly once. That order comes from the graph: the
 gate's output, a scalar *anchor*, is an input of every target layer, so autograd runs the gate's
 backward when every target layer's backward is done, and the gate returns the whole buffer as the
 gradient of ``values``. The anchor also makes the first target layer run its backward although
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from gem_ds.sddmm import sampled_product
+from gem_ds.sddmm import product, sampled_product
 
 Sink = Callable[[Tensor, Tensor], None]
 """Takes (a [tokens, rows], b [tokens, columns]), where ``a^T b`` is the weight's gradient: (dy, x),
@@ -122,6 +123,21 @@ class Gate(nn.Module):
 
 
 @dataclass(frozen=True)
+class DenseGradientSink:
+    """Adds the whole gradient of one layer's weight, and of its bias, to the gate's buffer."""
+
+    gate: Gate
+    start: int  # of the weight's slice in the flat parameter
+    bias_start: int | None
+
+    def __call__(self, dy: Tensor, x: Tensor) -> None:
+        """Add the gradient of one backward."""
+        self.gate.add_gradient(self.start, product(dy, x).flatten())
+        if self.bias_start is not None:
+            self.gate.add_gradient(self.bias_start, dy.float().sum(dim=0))
+
+
+@dataclass(frozen=True)
 class GradientSink:
     """Adds the gradient at one layer's selected entries to its slice of the gate's buffer."""
 
@@ -164,18 +180,32 @@ class TargetLayer:
 
 
 class TargetLayers(Sequence[TargetLayer]):
-    """The target layers of a model, in ``named_parameters`` order, behind one gate.
+    """Linear layers of a model, in ``named_parameters`` order, behind one gate.
 
-    Making it installs the gate (as the submodule ``gem_gate``) and swaps the layers' forward;
-    :meth:`detach` undoes both. Every parameter of the model is frozen.
+    Making it installs the gate (as a submodule of the model) and swaps the layers' forward;
+    :meth:`detach` undoes both. Every parameter of the model but those of gates is frozen.
+
+    Args:
+        model: that the layers belong to.
+        targets: the layers, by the names of their weights.
+        num_selected: entries of the gate's flat parameter.
+        gate_name: of the submodule.
     """
 
-    GATE_NAME = "gem_gate"
-
-    def __init__(self, model: nn.Module, targets: dict[str, nn.Module], num_selected: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: dict[str, nn.Module],
+        num_selected: int,
+        gate_name: str = "gem_gate",
+    ) -> None:
         self.model = model
+        self.gate_name = gate_name
         self.layers = [TargetLayer(name, module) for name, module in targets.items()]
-        model.requires_grad_(False)
+        for module in model.modules():
+            if not isinstance(module, Gate):
+                for parameter in module.parameters(recurse=False):
+                    parameter.requires_grad_(False)
         dtypes = {layer.weight.dtype for layer in self.layers}
         if len(dtypes) > 1:
             raise ValueError(
@@ -183,7 +213,7 @@ class TargetLayers(Sequence[TargetLayer]):
                 "pass --target_modules of one dtype."
             )
         self.gate = Gate(num_selected, dtypes.pop())
-        model.add_module(self.GATE_NAME, self.gate)
+        model.add_module(gate_name, self.gate)
         self._anchor: Tensor | None = None
         self._hook = model.register_forward_pre_hook(self._renew_anchor)
         for layer in self.layers:
@@ -194,6 +224,10 @@ class TargetLayers(Sequence[TargetLayer]):
 
     def __len__(self) -> int:
         return len(self.layers)
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The layers' modules, by the names of their weights."""
+        return {layer.name: layer.module for layer in self.layers}
 
     def _renew_anchor(self, *_: Any) -> None:
         self._anchor = self.gate()
@@ -224,4 +258,4 @@ class TargetLayers(Sequence[TargetLayer]):
         self._hook.remove()
         for layer in self.layers:
             del layer.module.forward
-        delattr(self.model, self.GATE_NAME)
+        delattr(self.model, self.gate_name)

@@ -126,6 +126,29 @@ def _default_targets(model: nn.Module, modules: dict[str, nn.Module]) -> list[st
     )
 
 
+def head_layers(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    """The linear layers that own the named parameters of a task head, by their weights' names.
+
+    Raises:
+        ValueError: a parameter is not the weight or bias of a linear layer, or one of a layer's two
+            is not named.
+    """
+    owners: dict[str, set[str]] = {}
+    for name in names:
+        owner, _, part = name.rpartition(".")
+        owners.setdefault(owner, set()).add(part)
+    layers: dict[str, nn.Module] = {}
+    for owner, parts in owners.items():
+        module = model.get_submodule(owner)
+        if not isinstance(module, nn.Linear) or parts != {n for n, _ in module.named_parameters()}:
+            raise ValueError(
+                f"The model's head has parameters {', '.join(sorted(parts))} of {owner}, a "
+                f"{type(module).__name__}: only heads of whole linear layers can be trained."
+            )
+        layers[f"{owner}.weight"] = module
+    return layers
+
+
 def targets_of(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
     """The linear layers that own the named weights, in ``named_parameters`` order.
 

@@ -55,6 +55,34 @@ def top_k_indices(
     ]
 
 
+def count_among_largest(scores: Sequence[Tensor], total: int, group: Group) -> list[int]:
+    """How many entries of each layer are among the ``total`` largest of all layers together.
+
+    Equal scores go to the earlier layer.
+
+    Args:
+        scores: as :func:`top_k_indices`.
+        total: at most the entries of all layers.
+        group: the ranks that hold the other ranges.
+
+    Returns:
+        Per layer a count, the same on every rank, ``total`` in all.
+    """
+    candidates = [shard.view(torch.int32) for shard in scores]
+    above = torch.zeros(len(scores), dtype=torch.int64, device=scores[0].device)
+    left = above.new_tensor([total])
+    for shift, width in _DIGITS:
+        histograms = torch.stack([_histogram(bits, shift, width) for bits in candidates])
+        group.all_reduce(histograms, "sum")
+        digit, left = _digit_of_kth(histograms.sum(dim=0, keepdim=True), left)
+        value = int(digit)
+        above += histograms[:, value + 1 :].sum(dim=1)
+        candidates = [_with_digit(bits, shift, width, value) for bits in candidates]
+        tied = histograms[:, value]
+    before = tied.cumsum(0) - tied  # ties of earlier layers
+    return (above + (left - before).clamp(min=0).minimum(tied)).tolist()
+
+
 def _kth_largest(
     scores: Sequence[Tensor], budgets: Sequence[int], group: Group
 ) -> tuple[list[int], list[int]]:

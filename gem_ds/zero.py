@@ -1,11 +1,14 @@
-"""DeepSpeed around a frozen model with one trainable flat vector: the only door to deepspeed.
+"""DeepSpeed around a model: the only door to deepspeed.
 
-The engine is given one parameter, ``gate.values`` [K], and GEM's optimizer. What the trainer needs
-beyond ``forward``, ``backward`` and ``step`` is here, for every ZeRO stage:
+An :class:`Engine` holds a frozen model and is given flat vectors to train: ``gate.values`` [K], and
+where a task head is trained whole a second one. What the trainer needs beyond ``forward``,
+``backward`` and ``step`` is here, for every ZeRO stage:
 
 * *ranges*: which contiguous flat range of a weight this rank scores,
 * *reading* that range and *writing* updated entries back into the weights,
-* *masters*: the fp32 values and moments of the selected entries, read and set as whole vectors.
+* *masters*: the fp32 values and moments of a flat vector, read and set as a whole.
+
+A :class:`DenseEngine` trains parameters of the model themselves, as DeepSpeed does it.
 
 Facts of DeepSpeed 0.19 that this file rests on, each held by ``tests/test_zero.py``:
 
@@ -23,7 +26,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -35,6 +38,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.cpp_extension import get_default_build_root
 from transformers.integrations import HfDeepSpeedConfig
 
@@ -140,40 +144,94 @@ class _Fragment:
     length: int
 
 
-class Engine:
-    """One DeepSpeed engine for calibration and training.
+class _StepEngine:
+    """What engines of both kinds do alike: they step.
 
     Args:
-        model: frozen, with the gate as a submodule (:class:`gem_ds.sparse.TargetLayers`).
-        gate: holder of the one trainable parameter.
-        optimizer: makes the client optimizer of that parameter.
+        model: with what is to be trained.
+        optimizer: of that.
         config: a resolved DeepSpeed configuration (:func:`gem_ds.zero_config.resolve_config`).
         comm: the ranks.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        gate: Gate,
-        optimizer: Callable[[list[nn.Parameter]], SparseAdamW],
-        config: dict[str, Any],
-        comm: Comm,
+        self, model: nn.Module, optimizer: Optimizer, config: dict[str, Any], comm: Comm
     ) -> None:
-        self.gate = gate
         self.comm = comm
-        self.optimizer = optimizer([gate.values])
+        self.optimizer = optimizer
+        self._trained = [p for group in optimizer.param_groups for p in group["params"]]
         self._engine, *_ = deepspeed.initialize(
-            model=model,
-            model_parameters=[gate.values],
-            optimizer=self.optimizer,
-            config=config,
+            model=model, model_parameters=self._trained, optimizer=optimizer, config=config
         )
         self.model: nn.Module = self._engine.module
         self.stage: int = self._engine.zero_optimization_stage()
         self.device = torch.device(get_accelerator().current_device_name())
         self.dtype: torch.dtype = next(self.model.parameters()).dtype
 
-    # Forward, backward, step
+    def step(self) -> bool:
+        """Apply the delivered gradient, unless an entry of it is not finite on some rank.
+
+        Returns:
+            False where the step was skipped: masters, moments and ``num_updates`` are as before.
+        """
+        if self._engine.optimizer is self.optimizer:  # fp32 at stage 0: DeepSpeed checks nothing
+            gradients = [p.grad for p in self._trained if p.grad is not None]
+            assert gradients, "a step follows a backward that delivers"
+            if not all(gradient.isfinite().all() for gradient in gradients):
+                for parameter in self._trained:
+                    parameter.grad = None
+                return False
+        self._engine.step()
+        return self._engine.was_step_applied()
+
+    @property
+    def grad_norm(self) -> float | None:
+        """The gradient's L2 norm before clipping in the last step, where the stage computes it."""
+        norm = self._engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    @property
+    def loss_scale(self) -> float:
+        """What losses are multiplied by before the backward (1 except under fp16)."""
+        return float(getattr(self._engine.optimizer, "loss_scale", 1.0) or 1.0)
+
+    @loss_scale.setter
+    def loss_scale(self, scale: float) -> None:
+        if self._engine.fp16_enabled():
+            self._engine.optimizer.loss_scale = scale
+
+
+class Engine(_StepEngine):
+    """An engine of a frozen model, for calibration and for training flat vectors.
+
+    Args:
+        model: frozen, with the gates as submodules (:class:`gem_ds.sparse.TargetLayers`).
+        gates: holders of the trainable parameters; the first is that of the selected entries.
+        optimizer: makes the client optimizer of those parameters, given in the order of the gates;
+            each parameter has a group of its own, or all are in one.
+        config: a resolved DeepSpeed configuration (:func:`gem_ds.zero_config.resolve_config`).
+        comm: the ranks.
+    """
+
+    optimizer: SparseAdamW
+
+    def __init__(
+        self,
+        model: nn.Module,
+        gates: Sequence[Gate],
+        optimizer: Callable[[list[nn.Parameter]], SparseAdamW],
+        config: dict[str, Any],
+        comm: Comm,
+    ) -> None:
+        self.gates = list(gates)
+        super().__init__(model, optimizer([gate.values for gate in gates]), config, comm)
+
+    @property
+    def gate(self) -> Gate:
+        """That of the selected entries."""
+        return self.gates[0]
+
+    # Forward and backward
 
     def backward(
         self,
@@ -194,7 +252,8 @@ class Engine:
         Returns:
             The detached loss.
         """
-        self.gate.open = deliver
+        for gate in self.gates:
+            gate.open = deliver
         if deliver:
             loss = compute_loss(self._engine)
             self._engine.backward(loss)
@@ -204,37 +263,6 @@ class Engine:
             if self.stage == 3:
                 self._engine.optimizer.parameter_offload.release_backward_leftovers()
         return loss.detach()
-
-    def step(self) -> bool:
-        """Apply the delivered gradient, unless an entry of it is not finite on some rank.
-
-        Returns:
-            False where the step was skipped: masters, moments and ``num_updates`` are as before.
-        """
-        gradient = self.gate.values.grad
-        if self._engine.optimizer is self.optimizer:  # fp32 at stage 0: DeepSpeed checks nothing
-            assert gradient is not None, "a step follows a backward that delivers"
-            if not gradient.isfinite().all():
-                self.gate.values.grad = None
-                return False
-        self._engine.step()
-        return self._engine.was_step_applied()
-
-    @property
-    def grad_norm(self) -> float | None:
-        """The gradient's L2 norm before clipping in the last step, where the stage computes it."""
-        norm = self._engine.get_global_grad_norm()
-        return None if norm is None else float(norm)
-
-    @property
-    def loss_scale(self) -> float:
-        """What losses are multiplied by before the backward (1 except under fp16)."""
-        return float(getattr(self._engine.optimizer, "loss_scale", 1.0) or 1.0)
-
-    @loss_scale.setter
-    def loss_scale(self, scale: float) -> None:
-        if self._engine.fp16_enabled():
-            self._engine.optimizer.loss_scale = scale
 
     # Weights
 
@@ -291,19 +319,19 @@ class Engine:
         if parameter.ds_status == ZeroParamStatus.AVAILABLE:  # type: ignore[attr-defined]
             parameter.data.view(-1)[flat_index] = values
 
-    # The selected values: parameter, masters, moments
+    # The flat vectors: parameter, masters, moments
 
-    def gather_values(self) -> Tensor:
-        """``values`` [K] in the model's dtype, whole, on every rank."""
-        values = self.gate.values
+    def gather_values(self, gate: Gate | None = None) -> Tensor:
+        """``values`` [K] of a gate (the first) in the model's dtype, whole, on every rank."""
+        values = (gate or self.gate).values
         if self.stage < 3:
             return values.data
         # Not by GatheredParameters: a forward pass may have left a gathering of it in flight.
         return torch.cat(self.comm.all_gather(self.read_shard(values).to(self.device)))
 
-    def get_state(self) -> dict[str, Tensor]:
+    def get_state(self, gate: Gate | None = None) -> dict[str, Tensor]:
         """Masters and moments by :data:`gem_ds.optim.STATE_KEYS`, fp32 [K], on every rank."""
-        fragment = self._fragment()
+        fragment = self._fragment(gate or self.gate)
         state = self.optimizer.state[fragment.owner] or self.optimizer.reset_state(fragment.owner)
         return {
             key: self._gather(fragment, fragment.owner if key == "master" else state[key])
@@ -313,11 +341,14 @@ class Engine:
     @property
     def num_updates(self) -> int:
         """Optimizer updates applied so far."""
-        return self.optimizer.state[self._fragment().owner].get("step", 0)
+        return self.optimizer.state[self._fragment(self.gate).owner].get("step", 0)
 
-    def set_state(self, state: Mapping[str, Tensor], num_updates: int) -> None:
+    def set_state(
+        self, state: Mapping[str, Tensor], num_updates: int, gate: Gate | None = None
+    ) -> None:
         """Set masters and moments from whole fp32 vectors [K], and ``values`` from the masters."""
-        fragment = self._fragment()
+        gate = gate or self.gate
+        fragment = self._fragment(gate)
         own = slice(fragment.start, fragment.start + fragment.length)
         place = slice(fragment.offset, fragment.offset + fragment.length)
         moments = self.optimizer.reset_state(fragment.owner)
@@ -326,7 +357,7 @@ class Engine:
             target = fragment.owner.data if key == "master" else moments[key]
             target.zero_()[place] = state[key][own].to(target.device)
         master = state["master"].to(self.device)
-        values = self.gate.values
+        values = gate.values
         if self.stage < 3:
             values.data.copy_(master)
             return
@@ -337,9 +368,7 @@ class Engine:
 
     def optimizer_state_bytes(self) -> int:
         """Bytes of masters and moments that this rank holds, measured on the tensors."""
-        owner = self._fragment().owner
-        tensors = [owner, *(t for t in self.optimizer.state[owner].values() if torch.is_tensor(t))]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return _bytes_of(self.optimizer, [self._fragment(gate).owner for gate in self.gates])
 
     def _gather(self, fragment: _Fragment, vector: Tensor) -> Tensor:
         part = vector.detach().view(-1)[fragment.offset : fragment.offset + fragment.length]
@@ -348,20 +377,91 @@ class Engine:
             return part.clone()
         return torch.cat(self.comm.all_gather(part))
 
-    def _fragment(self) -> _Fragment:
-        """Where the masters of ``values`` are kept; the one place that reads DeepSpeed's layout."""
-        optimizer, values = self._engine.optimizer, self.gate.values
+    def _fragment(self, gate: Gate) -> _Fragment:
+        """Where the masters of ``values`` are kept; the one place that reads DeepSpeed's layout.
+
+        Every gate's parameter is a parameter group of its own.
+        """
+        optimizer, values, group = self._engine.optimizer, gate.values, self.gates.index(gate)
         if self.stage == 3:
-            owner = optimizer.fp32_partitioned_groups_flat[0]
+            owner = optimizer.fp32_partitioned_groups_flat[group]
             start, stop = self.shard_range(values)
             return _Fragment(owner, 0, start, stop - start)
         if self.stage > 0:
-            owner = optimizer.single_partition_of_fp32_groups[0]
+            owner = optimizer.single_partition_of_fp32_groups[group]
             mapping = values._hp_mapping  # type: ignore[attr-defined]
             if mapping is None:  # fewer entries than ranks: this rank has none
                 return _Fragment(owner, 0, 0, 0)
             low, high = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
             return _Fragment(owner, high.start, low.start, low.numel)
         groups = getattr(optimizer, "fp32_groups", None)  # a bf16 engine's; fp32 has no copy
-        owner = groups[0][0] if groups else values
+        owner = groups[group][0] if groups else values
         return _Fragment(owner, 0, 0, values.numel())
+
+
+def _bytes_of(optimizer: Optimizer, masters: Sequence[Tensor]) -> int:
+    """Bytes of masters and of what the optimizer keeps for them, measured on the tensors."""
+    tensors = list(masters)
+    for master in masters:
+        tensors += [t for t in optimizer.state[master].values() if torch.is_tensor(t)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+class DenseEngine(_StepEngine):
+    """An engine that trains parameters of the model themselves, as DeepSpeed does it.
+
+    Args:
+        model: with the parameters of ``optimizer`` among its own; the others are frozen.
+        optimizer: of the trained parameters.
+        config: a resolved DeepSpeed configuration.
+        comm: the ranks.
+    """
+
+    def backward(self, compute_loss: Callable[[nn.Module], Tensor], *, deliver: bool) -> Tensor:
+        """Run one micro-batch; the engine accumulates the gradients.
+
+        Args:
+            compute_loss: calls the model that it is given once, returns a scalar.
+            deliver: True for the last micro-batch of a global batch only.
+
+        Returns:
+            The detached loss.
+        """
+        self._engine.set_gradient_accumulation_boundary(deliver)
+        loss = compute_loss(self._engine)
+        self._engine.backward(loss)
+        return loss.detach()
+
+    def optimizer_state_bytes(self) -> int:
+        """Bytes of masters and moments that this rank holds, measured on the tensors.
+
+        They exist from the first step on. An fp32 run at stage 0 has no masters beside the
+        parameters; these are counted all the same.
+        """
+        masters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return _bytes_of(self.optimizer, masters)
+
+    def whole_parameters(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Copies of parameters on the CPU, whole, on rank 0; on other ranks there are none."""
+        named = dict(self.model.named_parameters())
+        found = {}
+        for name in names:
+            with deepspeed.zero.GatheredParameters([named[name]], enabled=self.stage == 3):
+                if self.comm.is_main:
+                    found[name] = named[name].detach().cpu().clone()
+        return found
+
+    def save_state(self, folder: Path) -> None:
+        """Write trained parameters, masters and moments, each rank its own; all ranks call it."""
+        self._engine.save_checkpoint(
+            str(folder), tag=_STATE_TAG, exclude_frozen_parameters=True, save_latest=False
+        )
+
+    def load_state(self, folder: Path) -> None:
+        """Read what :meth:`save_state` wrote on the same number of ranks at the same stage."""
+        self._engine.load_checkpoint(
+            str(folder), tag=_STATE_TAG, load_module_strict=False, load_lr_scheduler_states=False
+        )
+
+
+_STATE_TAG = "deepspeed"

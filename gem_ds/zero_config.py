@@ -66,7 +66,7 @@ class RunShape:
     max_grad_norm: float
     dtype: Dtype
     hidden_size: int
-    num_selected: int
+    num_selected: int  # entries to reduce; for methods that train more, of one bucket
 
 
 def read_config(path: str | Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from transformers import HfArgumentParser
 
 from gem_ds.config import (
     DataArguments,
-    GemArguments,
+    MethodArguments,
     ModelArguments,
     TrainArguments,
     check_arguments,
@@ -26,7 +26,7 @@ class Arguments:
 
     model: ModelArguments
     data: DataArguments
-    gem: GemArguments
+    method: MethodArguments
     train: TrainArguments
 
 
@@ -38,7 +38,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         SystemExit: ``--help`` was asked for.
     """
     parser = _Parser(
-        (ModelArguments, DataArguments, GemArguments, TrainArguments),  # type: ignore[arg-type]
+        (ModelArguments, DataArguments, MethodArguments, TrainArguments),  # type: ignore[arg-type]
         prog="launch/train.py",
         description="Fine-tune a causal language model with GEM on DeepSpeed.",
         allow_abbrev=False,
@@ -47,13 +47,13 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     recipe = parser.parse_known_args(argv)[0].config
     if recipe:
         parser.set_defaults(**_read_recipe(Path(recipe), parser))
-    model, data, gem, train, _, unknown = parser.parse_args_into_dataclasses(
+    model, data, method, train, _, unknown = parser.parse_args_into_dataclasses(
         list(argv), return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
         raise ValueError(f"There is no flag {unknown[0]}: see --help.")
-    check_arguments(model, data, gem, train)
-    return Arguments(model=model, data=data, gem=gem, train=train)
+    check_arguments(model, data, method, train)
+    return Arguments(model=model, data=data, method=method, train=train)
 
 
 class _Parser(HfArgumentParser):

@@ -89,7 +89,7 @@ def _refuse_damaged_weights(name: str) -> None:
 
 def load_model(
     args: Arguments, config: PretrainedConfig, deepspeed: dict[str, Any], comm: Comm
-) -> PreTrainedModel:
+) -> tuple[PreTrainedModel, list[str]]:
     """The base model in the run's dtype, partitioned while it loads at ZeRO stage 3.
 
     Args:
@@ -134,7 +134,7 @@ def load_model(
         # Not reentrant: a reentrant block runs a backward of its own (see gem_ds.sparse).
         enable = getattr(model, "activation_checkpointing_enable", None)
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
-    return model
+    return model, []
 
 
 def one_line(error: Exception) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from typing import Any
 
 from torch import nn
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
@@ -13,19 +14,55 @@ from gem_ds.config import TrainArguments
 from gem_ds.optim import SparseAdamW
 
 
-def make_optimizer(train: TrainArguments) -> Callable[[list[nn.Parameter]], SparseAdamW]:
-    """What makes the optimizer of the selected values."""
-    return partial(
-        SparseAdamW,
-        lr=train.learning_rate,
-        betas=(train.adam_beta1, train.adam_beta2),
-        eps=train.adam_epsilon,
-        weight_decay=train.weight_decay,
-    )
+def make_sparse_optimizer(train: TrainArguments) -> Callable[[list[nn.Parameter]], SparseAdamW]:
+    """What makes the optimizer of the selected values and, second if there is one, the head."""
+    rates = (train.learning_rate, train.head_learning_rate)
+
+    def make(parameters: list[nn.Parameter]) -> SparseAdamW:
+        groups = [
+            {"params": [parameter], "lr": rate}
+            for parameter, rate in zip(parameters, rates, strict=False)
+        ]
+        return SparseAdamW(groups, lr=train.learning_rate, **_adam(train))
+
+    return make
+
+
+def make_dense_optimizer(
+    train: TrainArguments, parameters: list[nn.Parameter], head: list[nn.Parameter]
+) -> Optimizer:
+    """AdamW of whole parameters, in eight bits if ``--optimizer`` says so.
+
+    Raises:
+        ValueError: bitsandbytes is asked for and not there.
+    """
+    groups: list[dict[str, Any]] = [{"params": parameters, "lr": train.learning_rate}]
+    if head:
+        groups.append({"params": head, "lr": train.head_learning_rate})
+    adam = AdamW if train.optimizer == "adamw" else _adam_of_bitsandbytes()
+    return adam(groups, lr=train.learning_rate, **_adam(train))
+
+
+def _adam(train: TrainArguments) -> dict[str, Any]:
+    return {
+        "betas": (train.adam_beta1, train.adam_beta2),
+        "eps": train.adam_epsilon,
+        "weight_decay": train.weight_decay,
+    }
+
+
+def _adam_of_bitsandbytes() -> Any:
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise ValueError(
+            "--optimizer adamw_8bit needs bitsandbytes: pip install bitsandbytes."
+        ) from None
+    return AdamW8bit
 
 
 def make_scheduler(
-    train: TrainArguments, optimizer: SparseAdamW, max_steps: int, num_updates: int
+    train: TrainArguments, optimizer: Optimizer, max_steps: int, num_updates: int
 ) -> LambdaLR:
     """The learning-rate schedule of transformers that the flags name, after ``num_updates``."""
     warmup = train.warmup_steps
@@ -35,4 +72,5 @@ def make_scheduler(
         num_warmup_steps=round(warmup * max_steps if warmup < 1 else warmup),
         num_training_steps=max_steps,
     )
+    # One function for each parameter group.
     return LambdaLR(optimizer, schedule.lr_lambdas, last_epoch=num_updates - 1)

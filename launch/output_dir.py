@@ -23,6 +23,9 @@ RUN_FILES = (
     "all_results.json",
 )
 
+#: The same for folders.
+RUN_FOLDERS = ("model", "adapter")
+
 
 def refuse_run(output_dir: Path) -> None:
     """Refuse a folder that holds a run.
@@ -31,7 +34,7 @@ def refuse_run(output_dir: Path) -> None:
         ValueError: it does; says how to go on.
     """
     checkpoints = list_checkpoints(output_dir)
-    if checkpoints or any((output_dir / name).exists() for name in RUN_FILES):
+    if checkpoints or any((output_dir / name).exists() for name in (*RUN_FILES, *RUN_FOLDERS)):
         go_on = "--resume_from_checkpoint last to go on with it, " if checkpoints else ""
         raise ValueError(
             f"--output_dir {output_dir} holds a run: pass {go_on}--overwrite_output_dir to delete "
@@ -83,10 +86,11 @@ def clear_output_dir(output_dir: Path, *, overwrite: bool) -> None:
     remove_leftovers(output_dir)
     if not overwrite:
         return
-    if (output_dir / "delta.safetensors").exists():
+    if (output_dir / "all_results.json").exists():
         (output_dir / "README.md").unlink(missing_ok=True)  # the model card, which comes with it
     for name in RUN_FILES:
         (output_dir / name).unlink(missing_ok=True)
-    for folder in (*list_checkpoints(output_dir).values(), output_dir / TENSORBOARD_FOLDER):
+    folders = [output_dir / name for name in (*RUN_FOLDERS, TENSORBOARD_FOLDER)]
+    for folder in (*list_checkpoints(output_dir).values(), *folders):
         if folder.exists():
             shutil.rmtree(folder)

@@ -20,6 +20,7 @@ from gem_ds.checkpoint import Checkpoint, RunIdentity, find_checkpoint, list_che
 from gem_ds.config import DEFAULT_DENSITY
 from gem_ds.encode import EncodedDataset
 from gem_ds.mask import Mask, checksum, dtype_name
+from gem_ds.methods import DENSE_METHODS
 from gem_ds.reporting import summary_writer_class
 from gem_ds.targets import find_targets, targets_of
 from gem_ds.tasks import load_task
@@ -42,9 +43,9 @@ class Plan:
         pad_token_id: what rows are padded with.
         train: encoded training examples.
         test: encoded held-out examples; may be empty.
-        targets: names of the target weights.
+        targets: names of the target weights; empty where the method has none.
         num_parameters: N.
-        total: K.
+        total: K; 0 for methods that train whole parameters.
         deepspeed: the resolved configuration of the engine.
         global_batch_size: rows per step; the checkpoint's, whatever the flags make it now.
         mask: the entries, where they are not to be calibrated.
@@ -96,7 +97,9 @@ def prepare(args: Arguments, world_size: int) -> Plan:
     if args.train.fp16 and not torch.cuda.is_available():
         raise ValueError("--fp16 needs a GPU: pass --bf16, or neither for fp32.")
     checkpoint = _load_checkpoint(args, output_dir)
-    mask = checkpoint.mask if checkpoint else Mask.load(args.gem.mask) if args.gem.mask else None
+    mask = (
+        checkpoint.mask if checkpoint else Mask.load(args.method.mask) if args.method.mask else None
+    )
     config = load_model_config(args)
     targets, num_entries, total = _settle_targets(args, config, mask)
     deepspeed = _resolve_deepspeed(args, config, total, world_size)
@@ -147,7 +150,7 @@ def _resolve_deepspeed(
             max_grad_norm=train.max_grad_norm,
             dtype=train.dtype,
             hidden_size=_text_config(config).hidden_size,
-            num_selected=total,
+            num_selected=total or _text_config(config).hidden_size ** 2,
         ),
     )
 
@@ -164,7 +167,7 @@ def _load_checkpoint(args: Arguments, output_dir: Path) -> Checkpoint | None:
         raise ValueError("--overwrite_output_dir would delete what --resume_from_checkpoint needs.")
     folder = find_checkpoint(output_dir, args.train.resume_from_checkpoint)
     checkpoint = Checkpoint.load(folder)
-    if args.gem.mask and not _same_entries(Mask.load(args.gem.mask), checkpoint.mask):
+    if args.method.mask and not _same_entries(Mask.load(args.method.mask), checkpoint.mask):
         raise ValueError("The checkpoint trains other entries than --mask: leave --mask out.")
     if folder.resolve().parent != output_dir.resolve():
         refuse_run(output_dir)
@@ -204,17 +207,22 @@ def _settle_targets(
         ) from error
     num_entries = num_parameters(model)
     if mask is not None:
-        named = args.gem.target_modules
+        named = args.method.target_modules
         if named and find_targets(model, named).keys() != mask.indices.keys():
             raise ValueError(
                 "The mask is for other layers than --target_modules names: leave the flag out."
             )
-        _refuse_other_density(args.gem.density, num_entries, mask)
+        _refuse_other_density(args.method.density, num_entries, mask)
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         mask.check_model(shapes, str(args.model.model_name_or_path))
         return list(targets_of(model, mask.indices)), num_entries, mask.num_selected
-    targets = find_targets(model, args.gem.target_modules)
-    density = DEFAULT_DENSITY if args.gem.density is None else args.gem.density
+    method = args.method.method
+    if method in DENSE_METHODS or (method == "ia3" and not args.method.target_modules):
+        return [], num_entries, 0
+    targets = find_targets(model, args.method.target_modules)
+    if method in ("lora", "ia3"):
+        return list(targets), num_entries, 0
+    density = DEFAULT_DENSITY if args.method.density is None else args.method.density
     total = total_budget(density, num_entries)
     available = sum(model.get_parameter(name).numel() for name in targets)
     if total > available:

@@ -1,4 +1,4 @@
-"""What a run leaves for others in its output folder: the mask, and when it is done the rest."""
+"""What a run leaves for others in its output folder: the mask, and when it is done the results."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 from gem_ds.card import model_card
 from gem_ds.checkpoint import TrainerState
 from gem_ds.config import DEFAULT_DENSITY
-from gem_ds.delta import Delta
 from gem_ds.entries import SelectedEntries
 from gem_ds.files import atomic_write, save_json
 from gem_ds.mask import Mask, WeightInfo, checksum, dtype_name
 from launch.arguments import Arguments
+from launch.model import DTYPES
 from launch.prepare import Plan
 
 #: Where a task's examples come from, for the model card's metadata.
@@ -33,9 +33,9 @@ def make_mask(args: Arguments, plan: Plan, entries: SelectedEntries, base: Tenso
         base: [K] on the CPU, the selected weights before training, in the model's dtype.
     """
     settings = {
-        "density": DEFAULT_DENSITY if args.gem.density is None else args.gem.density,
+        "density": DEFAULT_DENSITY if args.method.density is None else args.method.density,
         "task": args.data.task,
-        "calibration_examples": args.gem.calibration_examples or len(plan.train),
+        "calibration_examples": args.method.calibration_examples or len(plan.train),
         "max_length": args.data.max_length,
         "seed": args.train.seed,
     }
@@ -55,6 +55,7 @@ def make_mask(args: Arguments, plan: Plan, entries: SelectedEntries, base: Tenso
         },
         base_model=str(args.model.model_name_or_path),
         revision=args.model.revision,
+        method=args.method.method if plan.mask is None else plan.mask.method,
         settings=settings if plan.mask is None else plan.mask.settings,
     )
 
@@ -62,18 +63,14 @@ def make_mask(args: Arguments, plan: Plan, entries: SelectedEntries, base: Tenso
 def save_results(
     args: Arguments,
     plan: Plan,
-    mask: Mask,
-    values: Mapping[str, Tensor],
     state: TrainerState,
     results: Mapping[str, float],
 ) -> None:
-    """Write delta.safetensors, trainer_state.json, all_results.json and the model card.
+    """Write trainer_state.json, all_results.json and the model card.
 
     Args:
         args: the flags.
         plan: of the run.
-        mask: the trained entries.
-        values: by weight name their values, in the model's dtype.
         state: where the run stopped.
         results: numbers by name.
 
@@ -81,7 +78,6 @@ def save_results(
         OSError: a file cannot be written; those before it are whole.
     """
     folder = plan.output_dir
-    Delta(mask=mask, values=dict(values)).save(folder / "delta.safetensors")
     state.save(folder)
     save_json(folder / "all_results.json", dict(results))
     train = args.train
@@ -91,11 +87,13 @@ def save_results(
         revision=args.model.revision,
         task=str(args.data.task),
         dataset=dataset,
-        num_selected=plan.total,
+        method=args.method.method,
+        num_trainable=int(results["num_trainable"]),
         num_parameters=plan.num_parameters,
-        dtype=mask.dtype,
+        dtype=dtype_name(DTYPES[args.train.dtype]),
         settings={
-            "density": mask.settings.get("density", plan.total / plan.num_parameters),
+            "method": args.method.method,
+            "density": plan.total / plan.num_parameters,
             "learning rate": train.learning_rate,
             "schedule": train.lr_scheduler_type,
             "steps": state.max_steps,

@@ -3,48 +3,31 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from contextlib import closing
 
-from torch import Tensor
-from tqdm import tqdm
-
 from gem_ds.batches import Batches
-from gem_ds.calibrate import calibrate
-from gem_ds.checkpoint import Checkpoint, TrainerState, delete_old_checkpoints
+from gem_ds.checkpoint import TrainerState, delete_old_checkpoints
 from gem_ds.comm import Comm
 from gem_ds.data import permutation
 from gem_ds.encode import EncodedDataset
-from gem_ds.entries import SelectedEntries, gather_indices
 from gem_ds.fit import StepResult, fit, mean_loss
 from gem_ds.loss import summed_answer_loss
-from gem_ds.mask import Mask, dtype_name
+from gem_ds.methods import SPARSE_METHODS
 from gem_ds.packing import refuse_leaking_rows
-from gem_ds.reporting import Reporter
-from gem_ds.selection import Selection
-from gem_ds.sparse import TargetLayers
-from gem_ds.summary import NEARLY_ZERO, budget_table, changed_share, selection_shape
-from gem_ds.targets import targets_of
-from gem_ds.zero import Engine
+from gem_ds.reporting import Reporter, peak_memory_bytes
 from launch.arguments import Arguments
+from launch.dense_tuning import DenseTuning
 from launch.model import load_model
-from launch.optimizer import make_optimizer, make_scheduler
+from launch.optimizer import make_scheduler
 from launch.prepare import Plan, batch_size_of_flags
-from launch.results import make_mask, save_results
+from launch.results import save_results
+from launch.sparse_tuning import SparseTuning
 
 
 class Run:
-    """Model, engine, data and progress of one run.
-
-    Attributes:
-        entries: what is trained, once it is selected.
-        base: [K] on the CPU, the selected weights before training, in the model's dtype.
-        mask: the same entries as the file that a later user reads.
-    """
-
-    entries: SelectedEntries
-    base: Tensor
-    mask: Mask
+    """Model, engine, data and progress of one run."""
 
     def __init__(self, args: Arguments, plan: Plan, comm: Comm) -> None:
         self.args, self.plan, self.comm = args, plan, comm
@@ -54,10 +37,11 @@ class Run:
         )
         with comm.in_unison():
             self.state = self.initial_state()
-        model = load_model(args, plan.config, plan.deepspeed, comm)
-        self.layers = TargetLayers(model, targets_of(model, plan.targets), plan.total)
-        optimizer = make_optimizer(args.train)
-        self.engine = Engine(model, self.layers.gate, optimizer, plan.deepspeed, comm)
+        model, head = load_model(args, plan.config, plan.deepspeed, comm)
+        kind = SparseTuning if args.method.method in SPARSE_METHODS else DenseTuning
+        with comm.in_unison():
+            self.tuning: SparseTuning | DenseTuning = kind(args, plan, model, head, comm)
+        self.engine = self.tuning.engine
         self.scheduler = make_scheduler(
             args.train,
             self.engine.optimizer,
@@ -65,17 +49,17 @@ class Run:
             plan.checkpoint.num_updates if plan.checkpoint else 0,
         )
         self.has_unproven_checkpoint = False
+        self.step_seconds: list[float] = []
 
     def run(self) -> dict[str, float]:
-        """Calibrate or take up a mask, train, write the results."""
+        """Select what is trained, train it, write the results."""
         train = self.args.train
         if self.args.data.packing:
             for size in {train.per_device_train_batch_size, train.per_device_eval_batch_size}:
                 vocab_size = self.plan.config.get_text_config().vocab_size
                 with self.comm.in_unison():
                     refuse_leaking_rows(self.engine.model, self.comm.device, vocab_size, size)
-        selection = self.calibrate() if self.plan.mask is None else None
-        self.take_up_entries(selection)
+        self.tuning.start(self.calibration_batches(), summed_answer_loss)
         with self.comm.agreement():
             reporter = Reporter(
                 self.plan.output_dir,
@@ -85,7 +69,7 @@ class Run:
                 show_bar=not train.disable_tqdm,
             )
         with closing(reporter):
-            self.describe(selection, reporter)
+            self.describe(reporter)
             if self.state.max_steps == 0:
                 reporter.say(f"Wrote the mask to {self.plan.output_dir}; --max_steps 0 stops here")
                 return {}
@@ -123,81 +107,24 @@ class Run:
             )
         return state
 
-    def calibrate(self) -> Selection:
-        """Score and select, on the first examples of the shuffled order."""
+    def calibration_batches(self) -> Batches:
+        """The first examples of the shuffled order."""
         examples, size = self.plan.train, self.args.train.per_device_train_batch_size
         order = permutation(len(examples), self.args.train.seed, epoch=0)
-        chosen = examples.select(order[: self.args.gem.calibration_examples].tolist())
-        batches = self.batches(chosen, size * self.comm.world_size, size)
-        with tqdm(
-            total=batches.steps_per_epoch,
-            desc="Calibrating",
-            unit="batch",
-            disable=self.args.train.disable_tqdm or not self.comm.is_main,
-            dynamic_ncols=True,
-        ) as bar:
-            return calibrate(
-                self.engine,
-                self.layers,
-                batches,
-                summed_answer_loss,
-                self.plan.total,
-                progress=bar.update,
-            )
+        chosen = examples.select(order[: self.args.method.calibration_examples].tolist())
+        return self.batches(chosen, size * self.comm.world_size, size)
 
-    def take_up_entries(self, selection: Selection | None) -> None:
-        """Set masters and weights to the start, or to where the checkpoint stopped."""
+    def describe(self, reporter: Reporter) -> None:
+        """Say what will be trained and on what, and where the run begins."""
         plan = self.plan
-        if selection is not None:
-            indices = gather_indices(selection.indices, self.comm)
-        else:
-            assert plan.mask is not None
-            indices = [plan.mask.indices[layer.name] for layer in self.layers]
-        self.entries = SelectedEntries(self.engine, self.layers, indices)
-        self.base = self.entries.start_from_weights().cpu()
-        if plan.mask is not None:
-            with self.comm.in_unison():
-                plan.mask.check_base(self.entries.split(self.base))
-        self.mask = make_mask(self.args, plan, self.entries, self.base)
-        if plan.checkpoint is not None:
-            self.engine.set_state(plan.checkpoint.vectors, plan.checkpoint.num_updates)
-            self.engine.loss_scale = plan.checkpoint.loss_scale
-            self.entries.write_back()
-        with self.comm.agreement():
-            if self.comm.is_main:
-                self.mask.save(plan.output_dir / "mask.safetensors")
-
-    def describe(self, selection: Selection | None, reporter: Reporter) -> None:
-        """Say what will be trained, and record how the selection lies."""
-        plan = self.plan
-        budgets = [index.numel() for index in self.entries.flat_indices]
-        shape = selection_shape(budgets, self.base)
-        if selection is not None:
-            scores = selection.statistics.score
-            rows = zip(selection.names, selection.numels, budgets, scores, strict=True)
-            reporter.say(f"Where the budget went:\n{budget_table(rows)}")
-        if plan.mask is not None and (other := plan.mask.dtype) != dtype_name(self.engine.dtype):
-            reporter.say(
-                f"The mask was made in {other} and this run is in {dtype_name(self.engine.dtype)}, "
-                "so it could not be checked that the base values are the same"
-            )
+        numbers = self.tuning.describe(reporter)
         if cut := plan.train.num_truncated:
             reporter.say(
                 f"{cut:,} of {len(plan.train):,} training answers are cut at --max_length "
                 f"{self.args.data.max_length}"
             )
-        reporter.say(
-            f"Training {plan.total:,} of {plan.num_parameters:,} parameters "
-            f"(density {plan.total / plan.num_parameters:.4%}); optimizer state on this rank: "
-            f"{self.engine.optimizer_state_bytes():,} bytes"
-        )
-        reporter.say(
-            f"The budget is as concentrated as if {shape['effective_layers']:.1f} of the "
-            f"{len(budgets)} layers shared it equally; {shape['selected_near_zero']:,} selected "
-            f"weights are nearly zero (below {NEARLY_ZERO:g})"
-        )
         if plan.checkpoint is None:
-            self.log(reporter, shape)
+            self.log(reporter, numbers)
         else:
             now = batch_size_of_flags(self.args, self.comm.world_size)
             reporter.say(
@@ -219,14 +146,14 @@ class Run:
 
         def evaluate() -> None:
             if test is not None:
-                loss = mean_loss(self.entries, test, summed_answer_loss)
+                loss = mean_loss(self.engine, test, summed_answer_loss)
                 self.log(reporter, {"eval_loss": loss})
 
         if state.global_step == 0:
             evaluate()
         reporter.start()
         for step in fit(
-            self.entries,
+            self.tuning,
             self.train_batches,
             summed_answer_loss,
             self.scheduler,
@@ -235,6 +162,7 @@ class Run:
         ):
             self.delete_old_checkpoints()
             reporter.advance(step.loss, step.num_tokens, step.seconds)
+            self.step_seconds.append(step.seconds)
             if self.is_due(train.logging_steps):
                 self.log(reporter, reporter.averages() | self.numbers_of(step))
             if self.is_due(train.eval_steps or epoch) and not step.is_stopping:
@@ -259,30 +187,16 @@ class Run:
         numbers = {"learning_rate": step.learning_rate}
         if step.grad_norm is not None and math.isfinite(step.grad_norm):
             numbers["grad_norm"] = step.grad_norm
-        return numbers | {"changed_share": self.changed_share()}
+        return numbers | self.tuning.numbers()
 
     def log(self, reporter: Reporter, entry: dict[str, float]) -> None:
         """Log on all ranks; where the file cannot be written, all of them stop."""
         with self.comm.agreement():
             reporter.log(entry)
 
-    def changed_share(self) -> float:
-        """Share of the selected weights that training has changed so far."""
-        return changed_share(self.engine.gather_values().cpu(), self.base)
-
     def save_checkpoint(self) -> None:
         """Write a checkpoint of the present state; called on all ranks."""
-        vectors = self.engine.get_state()
-        with self.comm.agreement():
-            if self.comm.is_main:
-                Checkpoint(
-                    mask=self.mask,
-                    vectors=vectors,
-                    num_updates=self.engine.num_updates,
-                    loss_scale=self.engine.loss_scale,
-                    identity=self.plan.identity,
-                    state=self.state,
-                ).save(self.plan.output_dir)
+        self.tuning.save_checkpoint(self.state)
         self.has_unproven_checkpoint = True
 
     def delete_old_checkpoints(self) -> None:
@@ -299,23 +213,27 @@ class Run:
         self.has_unproven_checkpoint = False
 
     def finish(self, reporter: Reporter) -> dict[str, float]:
-        """Write delta, state, results and model card; returns the results."""
-        results = {
-            "num_selected": self.plan.total,
+        """Write the weights, the state, the results and the model card; returns the results."""
+        comm = self.comm
+        results: dict[str, float] = {
+            "num_trainable": self.tuning.num_trainable,
             "num_parameters": self.plan.num_parameters,
-            "changed_share": self.changed_share(),
             "global_step": self.state.global_step,
+            "calibration_seconds": round(self.tuning.calibration_seconds, 3),
+            "seconds_per_step": round(statistics.median(self.step_seconds or [0.0]), 4),
+            "optimizer_state_bytes": self.engine.optimizer_state_bytes(),
+            "peak_memory_bytes": comm.largest(peak_memory_bytes(self.engine.device)),
             "runtime_seconds": round(time.perf_counter() - self.started, 1),
-        }
+        } | self.tuning.numbers()
         history = self.state.log_history
         for key in ("loss", "eval_loss"):
             values = [entry[key] for entry in history if key in entry]
             if values:
                 results |= {f"first_{key}": values[0], f"last_{key}": values[-1]}
-        trained = self.entries.split(self.engine.gather_values().cpu())
-        with self.comm.agreement():
-            if self.comm.is_main:
-                save_results(self.args, self.plan, self.mask, trained, self.state, results)
+        self.tuning.save_weights()
+        with comm.agreement():
+            if comm.is_main:
+                save_results(self.args, self.plan, self.state, results)
         self.delete_old_checkpoints()
-        reporter.say(f"Wrote the delta and the results to {self.plan.output_dir}")
+        reporter.say(f"Wrote what was trained and the results to {self.plan.output_dir}")
         return results

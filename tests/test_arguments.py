@@ -10,10 +10,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gem_ds.config import DataArguments, GemArguments, ModelArguments, TrainArguments
+from gem_ds.config import DataArguments, MethodArguments, ModelArguments, TrainArguments
 from launch.arguments import Arguments, parse_arguments
 
-PARTS = (ModelArguments, DataArguments, GemArguments, TrainArguments)
+PARTS = (ModelArguments, DataArguments, MethodArguments, TrainArguments)
 NEEDED = ["--model_name_or_path", "m", "--task", "gsm8k", "--output_dir", "o"]
 
 #: For every flag a value that is not its default and stands with all the others.
@@ -119,10 +119,10 @@ def test_yaml_numbers_are_read_as_the_flags_read_them(tmp_path):
     text = "learning_rate: 1e-3\ndensity: 1e-4\nseed: '3'\nbf16: yes\ntarget_modules: all-linear\n"
     arguments = parse_arguments([*NEEDED, f"--config={recipe(tmp_path, text)}"])
     assert arguments.train.learning_rate == 1e-3
-    assert arguments.gem.density == "1e-4"
+    assert arguments.method.density == "1e-4"
     assert arguments.train.seed == 3
     assert arguments.train.bf16
-    assert arguments.gem.target_modules == ["all-linear"]
+    assert arguments.method.target_modules == ["all-linear"]
 
 
 @pytest.mark.parametrize(

@@ -201,7 +201,7 @@ class TestOracle:
         expected = [oracle.layer_score(oracle.ratio(gradients[n], w)) for n, w in weights.items()]
         for outcome in outcomes(world_size, case):
             assert outcome.selection.names == list(weights)
-            assert outcome.selection.statistics.score == pytest.approx(expected, rel=1e-5)
+            assert outcome.selection.layer_scores == pytest.approx(expected, rel=1e-5)
 
     def test_budgets_and_mask_of_these_statistics(
         self, outcomes: Callable, world_size: int, case: Case

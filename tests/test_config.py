@@ -12,13 +12,13 @@ from transformers import get_scheduler
 from gem_ds.config import (
     SCHEDULES,
     DataArguments,
-    GemArguments,
+    MethodArguments,
     ModelArguments,
     TrainArguments,
     check_arguments,
 )
 
-PARTS = (ModelArguments, DataArguments, GemArguments, TrainArguments)
+PARTS = (ModelArguments, DataArguments, MethodArguments, TrainArguments)
 NEEDED = {"model_name_or_path": "m", "task": "gsm8k", "output_dir": "o"}
 
 

@@ -133,7 +133,7 @@ def _evaluated_twice() -> list[float]:
     comm = init_distributed()
     entries = _entries(comm, "opt")  # it drops out 30 % in train mode
     entries.engine.model.train()
-    return [mean_loss(entries, _batches(comm), summed_answer_loss) for _ in range(2)]
+    return [mean_loss(entries.engine, _batches(comm), summed_answer_loss) for _ in range(2)]
 
 
 def test_the_held_out_loss_knows_no_dropout() -> None:

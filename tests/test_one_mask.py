@@ -23,7 +23,8 @@ from gem_ds.comm import Comm
 from gem_ds.entries import gather_indices
 from gem_ds.loss import summed_answer_loss
 from gem_ds.mask import Mask, WeightInfo, index_dtype
-from gem_ds.selection import Selection, TargetShard, select_shards
+from gem_ds.selection import Selection, select_shards
+from gem_ds.sparse_methods import TargetShard
 from gem_ds.targets import find_targets
 from gem_ds.zero import init_distributed
 from tests import oracle
@@ -178,6 +179,7 @@ class Holder:
                     start=start,
                     gradient=gradient.flatten()[start:stop].clone(),
                     weight=self.engine.read_shard(layer.weight),
+                    device=self.engine.device,
                 )
             )
         return select_shards(shards, total, self.comm)

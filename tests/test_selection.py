@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gem_ds.selection import Selection, TargetShard, select_entries, select_shards
+from gem_ds.selection import Selection, select_entries, select_shards
+from gem_ds.sparse_methods import TargetShard
 from tests import oracle
 from tests.thread_group import ThreadGroup, cut, run_threads
 
@@ -61,7 +62,14 @@ def _sharded(gradients: Tensors, weights: Tensors, total: int, world_size: int) 
             _, part = cut(weight, group.rank, world_size)
             numel = weight.numel()
             shards.append(
-                TargetShard(name=name, numel=numel, start=start, gradient=gradient, weight=part)
+                TargetShard(
+                    name=name,
+                    numel=numel,
+                    start=start,
+                    gradient=gradient,
+                    weight=part,
+                    device=part.device,
+                )
             )
         return select_shards(shards, total, group)
 
@@ -86,7 +94,7 @@ def test_one_mask_for_any_number_of_ranks_and_it_is_the_oracles(case: str, world
         alone = _sharded(gradients, weights, total, 1)[0]
         ranks = _sharded(gradients, weights, total, world_size)
         for rank in ranks:
-            assert rank.statistics == alone.statistics
+            assert rank.layer_scores == alone.layer_scores
             assert rank.budgets == alone.budgets == [len(i) for i in expected.values()]
             assert rank.names == list(weights)
             assert rank.numels == [w.numel() for w in weights.values()]

@@ -342,7 +342,7 @@ def _loading(cases: Cases, stage: int, folder: Path, comm: Comm) -> None:
         layers = TargetLayers(model, find_targets(model), 5 * len(shapes))
         assert {layer.name: layer.shape for layer in layers} == shapes
         engine = Engine(
-            model, layers.gate, lambda params: SparseAdamW(params, **ADAM), config, comm
+            model, [layers.gate], lambda params: SparseAdamW(params, **ADAM), config, comm
         )
         for layer in layers:
             shards = comm.all_gather(engine.read_shard(layer.weight))

@@ -210,7 +210,7 @@ class Bench:
         ]
         self.engine = Engine(
             model,
-            self.layers.gate,
+            [self.layers.gate],
             lambda params: SparseAdamW(params, **ADAM),
             setting.config(comm.world_size),
             comm,

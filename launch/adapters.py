@@ -1,0 +1,68 @@
+"""The adapters of the library peft: LoRA, IA3 and SHiRA, with a head that is trained whole."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from launch.arguments import Arguments
+from launch.prepare import Plan
+
+
+def add_adapter(model: PreTrainedModel, args: Arguments, plan: Plan, head: list[str]) -> Any:
+    """Put the adapter that ``--method`` names on a model; all but it and the head is frozen.
+
+    LoRA and SHiRA change the target layers of the sparse methods. SHiRA gets the rank whose number
+    of trained entries comes nearest to K. IA3 scales what peft's own table names for the
+    architecture, unless ``--target_modules`` says otherwise.
+
+    Raises:
+        ValueError: peft does not know where IA3 belongs in this model.
+    """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it warns
+    from peft import IA3Config, LoraConfig, PeftConfig, ShiraConfig, get_peft_model
+
+    torch.manual_seed(args.train.seed)
+    modules = [name.removesuffix(".weight") for name in plan.targets]
+    common: dict[str, Any] = {"modules_to_save": _owners(head) or None}
+    config: PeftConfig
+    if args.method.method == "lora":
+        config = LoraConfig(
+            r=args.method.lora_r,
+            lora_alpha=args.method.lora_alpha,  # type: ignore[arg-type]
+            lora_dropout=args.method.lora_dropout,
+            target_modules=modules,
+            **common,
+        )
+    elif args.method.method == "shira":
+        config = ShiraConfig(r=_shira_rank(model, plan), target_modules=modules, **common)
+    elif args.method.target_modules:
+        config = IA3Config(target_modules=modules, feedforward_modules=[], **common)
+    else:
+        config = IA3Config(**common)
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        if args.method.method != "ia3":
+            raise
+        raise ValueError(
+            f"peft does not know where IA3 belongs in a {model.config.model_type} model: name the "
+            "layers with --target_modules."
+        ) from error
+
+
+def is_of_head(name: str, head: list[str]) -> bool:
+    """Whether a parameter, perhaps renamed by peft, is the head's."""
+    return name in head or ".modules_to_save." in name
+
+
+def _owners(head: list[str]) -> list[str]:
+    return sorted({name.rpartition(".")[0] for name in head})
+
+
+def _shira_rank(model: PreTrainedModel, plan: Plan) -> int:
+    sides = sum(sum(model.get_parameter(name).shape) for name in plan.targets)
+    return max(1, round(plan.total / sides))

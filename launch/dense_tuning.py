@@ -1,0 +1,155 @@
+"""Fine-tuning whole parameters: of the model itself, or of an adapter that peft adds to it.
+
+What GEM is compared with. DeepSpeed trains them as it always does.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gem_ds.batches import Batches
+from gem_ds.checkpoint import TrainerState
+from gem_ds.comm import Comm
+from gem_ds.delta import Delta
+from gem_ds.files import atomic_folder
+from gem_ds.loss import SummedLoss
+from gem_ds.mask import Mask, WeightInfo, checksum, dtype_name, index_dtype
+from gem_ds.methods import ADAPTER_METHODS
+from gem_ds.reporting import Reporter
+from gem_ds.zero import DenseEngine, numel
+from launch.adapters import add_adapter, is_of_head
+from launch.arguments import Arguments
+from launch.optimizer import make_dense_optimizer
+from launch.prepare import Plan
+
+
+class DenseTuning:
+    """Whole parameters of a model, and its head if it has one.
+
+    Args:
+        args: the flags.
+        plan: of the run.
+        model: the base model.
+        head: names of the parameters that the base model lacks; they are trained at the head's
+            learning rate.
+        comm: the ranks.
+    """
+
+    calibration_seconds = 0.0
+
+    def __init__(
+        self, args: Arguments, plan: Plan, model: PreTrainedModel, head: list[str], comm: Comm
+    ) -> None:
+        self.args, self.plan, self.comm = args, plan, comm
+        self.head = head
+        network: Any = model
+        if args.method.method in ADAPTER_METHODS:
+            network = add_adapter(model, args, plan, head)
+        else:
+            for name, parameter in model.named_parameters():
+                is_bias = name.rpartition(".")[2] == "bias"
+                parameter.requires_grad_(args.method.method == "full" or is_bias or name in head)
+        self.names = [name for name, p in network.named_parameters() if p.requires_grad]
+        self.num_trainable = sum(numel(network.get_parameter(name)) for name in self.names)
+        named = dict(network.named_parameters())
+        if not any(name not in head for name in self.names):
+            raise ValueError(
+                f"{args.model.model_name_or_path} has no biases, which is what "
+                "--method bitfit trains: pass another method."
+            )
+        of_head = [named[name] for name in self.names if is_of_head(name, head)]
+        others = [named[name] for name in self.names if not is_of_head(name, head)]
+        optimizer = make_dense_optimizer(args.train, others, of_head)
+        self.engine = DenseEngine(network, optimizer, plan.deepspeed, comm)
+        self.network = network
+        self.base = self._trained() if args.method.method == "bitfit" else {}
+
+    # What the loop asks
+
+    def training(self) -> AbstractContextManager[None]:
+        """Nothing to be done: gradients are the parameters' own."""
+        return nullcontext()
+
+    def write_back(self) -> None:
+        """Nothing to be done: DeepSpeed has written the step."""
+
+    # Before the first step
+
+    def start(self, batches: Batches, summed_loss: SummedLoss) -> None:
+        """Nothing to be calibrated."""
+
+    def describe(self, reporter: Reporter) -> dict[str, float]:
+        """Say what will be trained; returns what to log of it."""
+        reporter.say(
+            f"Training {self.num_trainable:,} parameters"
+            + (" and with them a new head" if self.head else "")
+            + f"; the base model has {self.plan.num_parameters:,}"
+        )
+        return {"num_trainable": self.num_trainable}
+
+    def numbers(self) -> dict[str, float]:
+        """What the log tells of the present step: nothing beyond what the loop knows."""
+        return {}
+
+    # Files
+
+    def save_checkpoint(self, state: TrainerState) -> None:
+        """Nothing is written: such a run is started anew."""
+
+    def save_weights(self) -> None:
+        """Write what was trained in the form that its users know; called on all ranks.
+
+        ``model/``, a Hugging Face folder, for full fine-tuning; ``adapter/``, peft's folder;
+        ``delta.safetensors`` with every bias for bitfit.
+        """
+        trained = self._trained()
+        folder = self.plan.output_dir
+        with self.comm.agreement():
+            if not self.comm.is_main:
+                return
+            if self.args.method.method == "bitfit":
+                self._delta(trained).save(folder / "delta.safetensors")
+            elif self.args.method.method == "full":
+                atomic_folder(folder / "model", lambda path: self._save_model(path, trained))
+            else:
+                atomic_folder(
+                    folder / "adapter",
+                    lambda path: self.network.save_pretrained(path, state_dict=trained),
+                )
+
+    def _trained(self) -> dict[str, Tensor]:
+        """The trained parameters, whole, on rank 0."""
+        return self.engine.whole_parameters(self.names)
+
+    def _save_model(self, folder: Path, trained: dict[str, Tensor]) -> None:
+        self.network.save_pretrained(folder, state_dict=trained)
+        self.plan.tokenizer.save_pretrained(folder)
+
+    def _delta(self, trained: dict[str, Tensor]) -> Delta:
+        biases = {name: value for name, value in trained.items() if name not in self.head}
+        mask = Mask(
+            indices={
+                name: torch.arange(value.numel(), dtype=index_dtype(value.numel()))
+                for name, value in biases.items()
+            },
+            weights={
+                name: WeightInfo(
+                    shape=tuple(value.shape),
+                    dtype=dtype_name(value.dtype),
+                    checksum=checksum(self.base[name]),
+                )
+                for name, value in biases.items()
+            },
+            base_model=str(self.args.model.model_name_or_path),
+            revision=self.args.model.revision,
+            method="bitfit",
+            settings={"task": self.args.data.task, "seed": self.args.train.seed},
+        )
+        head = {name: trained[name] for name in self.head}
+        return Delta(mask=mask, values={n: v.flatten() for n, v in biases.items()}, head=head)
