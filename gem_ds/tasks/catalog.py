@@ -10,7 +10,8 @@ that start with the one separating space. Judging what a model writes is `eval.m
 - record asks for the entity that fills the query's blank. The model has read the whole query when
   it answers, so training moves the choice of the name and nothing else; the names are of different
   lengths, so compare likelihoods per token. Encoders read the query with the name filled in.
-- wsc marks noun and pronoun in the text, as several occurrences of either word are common.
+- wsc marks noun and pronoun in the text, as either may occur several times. The Hub's `wsc.fixed`
+  has the official examples with some spans corrected.
 """
 
 from __future__ import annotations
@@ -192,7 +193,7 @@ _WIC = ClassificationTask(
     pair=("{word}: {sentence1}", "{sentence2}"),
 )
 _WSC = ClassificationTask(
-    hub=(SUPERGLUE, "wsc"),
+    hub=(SUPERGLUE, "wsc.fixed"),
     files=(replace(_JSONL, labels=(False, True), unfold=unfold_wsc),),
     labels=("False", "True"),
     derive=derive_wsc,

@@ -144,7 +144,6 @@ def _numbered(row: Line, written: Sequence[object]) -> Line:
 
 
 def _example(task: ClassificationTask, row: Line) -> Example:
-    row = replace(row, fields={name: _stripped(value) for name, value in row.fields.items()})
     if task.derive:
         row = replace(row, fields={**row.fields, **task.derive(row)})
     if task.kind == "number":
@@ -186,10 +185,6 @@ def _number_example(task: ClassificationTask, row: Line) -> NumberExample:
     )
 
 
-def _stripped(value: object) -> object:
-    return value.strip() if isinstance(value, str) else value
-
-
 @dataclass(frozen=True)
 class _Texts:
     """The fields of a row as a template asks for them."""
@@ -197,7 +192,7 @@ class _Texts:
     row: Line
 
     def __getitem__(self, name: str) -> str:
-        return self.row.text(name)
+        return self.row.text(name).strip()
 
 
 def _fill(template: str, row: Line) -> str:

@@ -43,15 +43,17 @@ def unfold_record(line: Line) -> list[Line]:
     """A passage -> one row per query; an entity's `end` is its last character."""
     passage = line.nested("passage")
     text = passage.text("text")
-    spans = passage.nested_list("entities")
-    entities = [text[e.whole_number("start") : e.whole_number("end") + 1] for e in spans]
+    spans = sorted(
+        (entity.whole_number("start"), entity.whole_number("end") + 1)
+        for entity in passage.nested_list("entities")
+    )
     return [
         replace(
             line,
             fields={
                 "passage": text,
                 "query": query.text("query"),
-                "entities": entities,
+                "entity_spans": {"text": [text[start:end] for start, end in spans]},
                 "answers": [answer.text("text") for answer in query.nested_list("answers")],
                 "idx": {"passage": line.number, "query": number},
             },
@@ -61,19 +63,16 @@ def unfold_record(line: Line) -> list[Line]:
 
 
 def derive_record(row: Line) -> Mapping[str, object]:
-    """The entities in the order in which the passage first has their texts; each is an option.
-
-    The Hub has them in no order. The label is the first that is an answer.
-    """
-    passage, query, answers = row.text("passage"), row.text("query"), row.texts("answers")
-    entities = sorted(set(row.texts("entities")), key=lambda text: (passage.find(text), len(text)))
+    """The entities as they first come in the passage; the label is the first that is an answer."""
+    query, answers = row.text("query"), row.texts("answers")
+    entities = list(dict.fromkeys(row.nested("entity_spans").texts("text")))
     right = [number for number, entity in enumerate(entities) if entity in answers]
     if PLACEHOLDER not in query:
         raise row.error(f"there is no {PLACEHOLDER} in the query {query!r}.")
     if not right:
         raise row.error(f"none of the answers to {query!r} is an entity of the passage.")
     return {
-        "passage": re.sub(r"\s*@highlight\s*", "\n- ", passage),
+        "passage": re.sub(r"\s*@highlight\s*", "\n- ", row.text("passage")),
         "blank": query.replace(PLACEHOLDER, "____"),
         "options": [
             {"entity": entity, "filled": query.replace(PLACEHOLDER, entity)} for entity in entities
@@ -93,11 +92,10 @@ def derive_wsc(row: Line) -> Mapping[str, object]:
     words = row.text("text").split()
     for span in ("span1", "span2"):
         first = row.whole_number(f"{span}_index")
-        last = first + len(row.text(f"{span}_text").split()) - 1
-        if not 0 <= first <= last < len(words):
-            raise row.error(
-                f"{span}_index {first} and {span}_text are no part of a text of {len(words)} words."
-            )
+        length = len(row.text(f"{span}_text").split()) or 1
+        if not 0 <= first < len(words):
+            raise row.error(f"{span}_index is {first} and the text has {len(words)} words.")
+        last = min(first + length, len(words)) - 1  # not every span is spelled as in the text
         words[first] = f"*{words[first]}"
         bare = words[last].rstrip(string.punctuation)
         words[last] = f"{bare}*{words[last][len(bare) :]}"
@@ -110,7 +108,7 @@ def derive_copa(row: Line) -> Mapping[str, object]:
     if question not in CONNECTIVES:
         raise row.error(f"the question is {question!r}; it must be 'cause' or 'effect'.")
     return {
-        "beginning": f"{row.text('premise').removesuffix('.')} {CONNECTIVES[question]}",
+        "beginning": f"{row.text('premise').strip().removesuffix('.')} {CONNECTIVES[question]}",
         "options": [{"choice": _uncapitalised(row.text(name))} for name in ("choice1", "choice2")],
     }
 
