@@ -54,7 +54,12 @@ class ModelArguments:
 class DataArguments:
     """The task and its examples."""
 
-    task: str | None = _option(None, "What to train on: gsm8k, mbpp, or jsonl for your own file.")
+    task: str | None = _option(
+        None,
+        "What to train on: gsm8k, mbpp, squad; of GLUE cola, sst2, mrpc, stsb, qqp, mnli (or "
+        "mnli_mismatched, held out that is), qnli, rte, wnli; of SuperGLUE boolq, cb, copa, "
+        "multirc, record, rte, wic, wsc; or jsonl for your own file.",
+    )
     data_dir: str | None = _option(
         None, "Folder with the task's files; without it the task is loaded from the Hub."
     )

@@ -12,12 +12,10 @@ from gem_ds.config import DEFAULT_DENSITY
 from gem_ds.entries import SelectedEntries
 from gem_ds.files import atomic_write, save_json
 from gem_ds.mask import Mask, WeightInfo, checksum, dtype_name
+from gem_ds.tasks import hub_dataset
 from launch.arguments import Arguments
 from launch.model import DTYPES
 from launch.prepare import Plan
-
-#: Where a task's examples come from, for the model card's metadata.
-HUB_DATASETS = {"gsm8k": "openai/gsm8k", "mbpp": "google-research-datasets/mbpp"}
 
 #: How the model card calls ``eval_loss``.
 HELD_OUT = "held-out loss"
@@ -81,7 +79,7 @@ def save_results(
     state.save(folder)
     save_json(folder / "all_results.json", dict(results))
     train = args.train
-    dataset = None if args.data.data_dir else HUB_DATASETS.get(str(args.data.task))
+    dataset = None if args.data.data_dir else hub_dataset(str(args.data.task))
     card = model_card(
         base_model=str(args.model.model_name_or_path),
         revision=args.model.revision,

@@ -297,7 +297,9 @@ def _of_data(shop: Workshop) -> dict[str, Refusal]:
     chat = shop.data("d4", {"messages": [{"role": "user", "content": "a"}] * 2})
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     return {
-        "task": Refusal(flags(task="gsm9k"), "There is no task 'gsm9k': pass one of gsm8k, jsonl"),
+        "task": Refusal(
+            flags(task="gsm9k"), "There is no task 'gsm9k': pass one of boolq, cb, cola"
+        ),
         "no data": Refusal(flags(data_dir="/no/data"), "There is no file /no/data/train.jsonl"),
         "empty data": Refusal(flags(data_dir=empty), "train.jsonl is empty"),
         "malformed": Refusal(flags(data_dir=broken), "train.jsonl, line 3: this is not JSON"),

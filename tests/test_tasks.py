@@ -1,11 +1,14 @@
 """Tasks: real GSM8K reads as its documentation says, and every bad file is refused by line."""
 
+import dataclasses
 import json
+import re
 
 import datasets
 import pytest
 
-from gem_ds.tasks import Example, load_task
+from gem_ds.config import DataArguments
+from gem_ds.tasks import Example, hub_dataset, load_task
 from gem_ds.tasks.jsonl import read_jsonl
 
 NATALIA = (
@@ -68,8 +71,20 @@ def test_gsm8k_names_the_file_that_is_missing(tmp_path):
 
 
 def test_an_unknown_task_is_answered_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"no task 'gsm9k': pass one of gsm8k, jsonl, mbpp"):
+    with pytest.raises(ValueError, match=r"no task 'gsm9k': pass one of boolq, .* gsm8k, jsonl, "):
         load_task("gsm9k", data_dir=None)
+
+
+def test_every_task_of_the_help_is_known_and_says_where_the_hub_has_it():
+    named = "gsm8k mbpp squad cola sst2 mrpc stsb qqp mnli mnli_mismatched qnli rte wnli boolq cb"
+    named += " copa multirc record rte wic wsc"
+    (field,) = (f for f in dataclasses.fields(DataArguments) if f.name == "task")
+    words = re.findall(r"[a-z0-9_]+", field.metadata["help"])
+    for name in named.split():
+        assert name in words
+        assert re.fullmatch(r"[a-z-]+/[a-z0-9_]+", hub_dataset(name))
+    assert hub_dataset("jsonl") is None
+    assert hub_dataset("rte") == "nyu-mll/glue"
 
 
 def test_fields_are_taken_exactly_as_they_stand(tmp_path):

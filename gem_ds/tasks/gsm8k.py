@@ -13,6 +13,8 @@ from pathlib import Path
 from gem_ds.tasks import Example, Source, TaskData
 from gem_ds.tasks.jsonl import read_jsonl
 
+HUB_DATASET = "openai/gsm8k"
+
 
 def prompt_of(question: str) -> str:
     """The prompt for one question, without any worked example before it."""
@@ -38,7 +40,7 @@ def load(source: Source) -> TaskData:
     if source.data_dir is None:
         from datasets import load_dataset
 
-        splits = load_dataset("openai/gsm8k", "main")
+        splits = load_dataset(HUB_DATASET, "main")
         return TaskData(
             train=[_example(row["question"], row["answer"]) for row in splits["train"]],
             test=[_example(row["question"], row["answer"]) for row in splits["test"]],

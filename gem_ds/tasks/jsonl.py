@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gem_ds.tasks import Example, Source, TaskData
@@ -47,6 +47,26 @@ class Line:
             self.checked_text(value, f"entry {number} of {field!r}")
             for number, value in enumerate(values, start=1)
         )
+
+    def nested(self, field: str) -> Line:
+        """The object in `field`, as a line of the same place; ValueError if it is none."""
+        if not isinstance(value := self.fields.get(field), dict):
+            kind = _json_type(value) if field in self.fields else "missing"
+            raise self.error(f"the field {field!r} must be an object; it is {kind}.")
+        return replace(self, fields=value)
+
+    def nested_list(self, field: str) -> list[Line]:
+        """The objects of the list in `field`, likewise; ValueError if it is something else."""
+        values = self.fields.get(field)
+        if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
+            raise self.error(f"the field {field!r} must be a list of objects.")
+        return [replace(self, fields=value) for value in values]
+
+    def whole_number(self, field: str) -> int:
+        """The whole number in `field`; ValueError if it is missing or something else."""
+        if type(value := self.fields.get(field)) is not int:
+            raise self.error(f"the field {field!r} must be a whole number, not {value!r}.")
+        return value
 
     def checked_text(self, value: object, name: str) -> str:
         """`value` if it is a string that has a UTF-8 form, else ValueError about `name`."""
