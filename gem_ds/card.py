@@ -77,6 +77,7 @@ def model_card(
     revision: str | None = None,
     dataset: str | None = None,
     auto_class: str = "AutoModelForCausalLM",
+    num_labels: int | None = None,
 ) -> str:
     """Writes the model card of a run as Markdown with YAML front matter.
 
@@ -92,9 +93,11 @@ def model_card(
         revision: Revision of the base model.
         dataset: Hub name of the dataset, where it has one.
         auto_class: The transformers class that loads the base model as it was trained.
+        num_labels: Outputs of the classification head that this class adds, if it adds one.
     """
     name = Path(base_model).name
     load_arguments = [repr(base_model)] + ([f"revision={revision!r}"] if revision else [])
+    load_arguments += [f"num_labels={num_labels}"] if num_labels else []
     return _CARD.format(
         front_matter=_front_matter(base_model, task, dataset),
         title=_one_line(f"{name} fine-tuned on {task} with GEM"),

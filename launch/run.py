@@ -5,26 +5,28 @@ from __future__ import annotations
 import math
 import time
 from contextlib import closing
+from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
 
+from eval.predictions import metrics_of, save_predictions
 from gem_ds.batches import Batches
 from gem_ds.calibrate import calibrate
 from gem_ds.checkpoint import Checkpoint, TrainerState, delete_old_checkpoints
 from gem_ds.comm import Comm
-from gem_ds.data import permutation
-from gem_ds.encode import EncodedDataset
+from gem_ds.data import Dataset, permutation
 from gem_ds.entries import SelectedEntries, gather_indices
 from gem_ds.fit import StepResult, fit, mean_loss
-from gem_ds.loss import summed_answer_loss
 from gem_ds.mask import Mask, dtype_name
-from gem_ds.packing import refuse_leaking_rows
+from gem_ds.packing import PackedDataset, refuse_leaking_rows
+from gem_ds.predict import predict_all
 from gem_ds.reporting import Reporter
 from gem_ds.selection import Selection
 from gem_ds.sparse import TargetLayers
 from gem_ds.summary import NEARLY_ZERO, budget_table, changed_share, selection_shape
 from gem_ds.targets import targets_of
+from gem_ds.texts import EncodedDataset
 from gem_ds.zero import Engine
 from launch.arguments import Arguments
 from launch.model import load_model
@@ -50,11 +52,11 @@ class Run:
         self.args, self.plan, self.comm = args, plan, comm
         self.started = time.perf_counter()
         self.train_batches = self.batches(
-            plan.train, plan.global_batch_size, args.train.per_device_train_batch_size
+            plan.data.train, plan.global_batch_size, args.train.per_device_train_batch_size
         )
         with comm.in_unison():
             self.state = self.initial_state()
-        model = load_model(args, plan.config, plan.deepspeed, comm)
+        model, self.head = load_model(args, plan.config, plan.deepspeed, comm)
         self.layers = TargetLayers(model, targets_of(model, plan.targets), plan.total)
         optimizer = make_optimizer(args.train)
         self.engine = Engine(model, self.layers.gate, optimizer, plan.deepspeed, comm)
@@ -66,7 +68,7 @@ class Run:
         )
         self.has_unproven_checkpoint = False
 
-    def run(self) -> dict[str, float]:
+    def run(self) -> dict[str, Any]:
         """Calibrate or take up a mask, train, write the results."""
         train = self.args.train
         if self.args.data.packing:
@@ -91,10 +93,11 @@ class Run:
                 return {}
             return self.train(reporter)
 
-    def batches(
-        self, dataset: EncodedDataset, global_batch_size: int, micro_batch_size: int
-    ) -> Batches:
+    def batches(self, dataset: Dataset, global_batch_size: int, micro_batch_size: int) -> Batches:
         """A dataset as this rank's batches."""
+        if self.args.data.packing:
+            assert isinstance(dataset, EncodedDataset), "launch.data refuses to pack others"
+            dataset = PackedDataset.pack(dataset, self.args.data.max_length)
         return Batches(
             dataset,
             self.comm,
@@ -102,7 +105,6 @@ class Run:
             micro_batch_size=micro_batch_size,
             seed=self.args.train.seed,
             pad_token_id=self.plan.pad_token_id,
-            max_row_length=self.args.data.max_length if self.args.data.packing else None,
         )
 
     def initial_state(self) -> TrainerState:
@@ -125,7 +127,7 @@ class Run:
 
     def calibrate(self) -> Selection:
         """Score and select, on the first examples of the shuffled order."""
-        examples, size = self.plan.train, self.args.train.per_device_train_batch_size
+        examples, size = self.plan.data.train, self.args.train.per_device_train_batch_size
         order = permutation(len(examples), self.args.train.seed, epoch=0)
         chosen = examples.select(order[: self.args.gem.calibration_examples].tolist())
         batches = self.batches(chosen, size * self.comm.world_size, size)
@@ -140,7 +142,7 @@ class Run:
                 self.engine,
                 self.layers,
                 batches,
-                summed_answer_loss,
+                self.plan.objective.summed_loss,
                 self.plan.total,
                 progress=bar.update,
             )
@@ -181,9 +183,9 @@ class Run:
                 f"The mask was made in {other} and this run is in {dtype_name(self.engine.dtype)}, "
                 "so it could not be checked that the base values are the same"
             )
-        if cut := plan.train.num_truncated:
+        if cut := plan.data.train.num_truncated:
             reporter.say(
-                f"{cut:,} of {len(plan.train):,} training answers are cut at --max_length "
+                f"{cut:,} of {len(plan.data.train):,} training examples are cut at --max_length "
                 f"{self.args.data.max_length}"
             )
         reporter.say(
@@ -206,20 +208,20 @@ class Run:
                 + (f", not the {now} of the flags" if now != plan.global_batch_size else "")
             )
 
-    def train(self, reporter: Reporter) -> dict[str, float]:
+    def train(self, reporter: Reporter) -> dict[str, Any]:
         """Step, log, evaluate, save; then write what a finished run leaves."""
         train, state = self.args.train, self.state
         epoch = self.train_batches.steps_per_epoch
         size = train.per_device_eval_batch_size
         test = (
-            self.batches(self.plan.test, size * self.comm.world_size, size)
-            if len(self.plan.test)
+            self.batches(self.plan.data.test, size * self.comm.world_size, size)
+            if len(self.plan.data.test)
             else None
         )
 
         def evaluate() -> None:
             if test is not None:
-                loss = mean_loss(self.entries, test, summed_answer_loss)
+                loss = mean_loss(self.entries, test, self.plan.objective.summed_loss)
                 self.log(reporter, {"eval_loss": loss})
 
         if state.global_step == 0:
@@ -228,7 +230,7 @@ class Run:
         for step in fit(
             self.entries,
             self.train_batches,
-            summed_answer_loss,
+            self.plan.objective.summed_loss,
             self.scheduler,
             state,
             seed=train.seed,
@@ -298,9 +300,30 @@ class Run:
                 delete_old_checkpoints(self.plan.output_dir, limit)
         self.has_unproven_checkpoint = False
 
-    def finish(self, reporter: Reporter) -> dict[str, float]:
+    def measure(self) -> dict[str, float]:
+        """The task's metrics of the trained model; writes each prediction. None for written ones.
+
+        All ranks call this together.
+        """
+        plan, data = self.plan, self.plan.data
+        if plan.objective.predictor is None or not data.questions:
+            return {}
+        predictions = predict_all(
+            self.engine.model,
+            data.questions,
+            plan.objective.predictor.predict,
+            self.comm,
+            batch_size=self.args.train.per_device_eval_batch_size,
+            pad_token_id=plan.pad_token_id,
+        )
+        with self.comm.agreement():
+            if self.comm.is_main:
+                save_predictions(plan.output_dir, data.references, predictions)
+            return metrics_of(str(self.args.data.task), data.references, predictions)
+
+    def finish(self, reporter: Reporter) -> dict[str, Any]:
         """Write delta, state, results and model card; returns the results."""
-        results = {
+        results: dict[str, Any] = {
             "num_selected": self.plan.total,
             "num_parameters": self.plan.num_parameters,
             "changed_share": self.changed_share(),
@@ -312,6 +335,10 @@ class Run:
             values = [entry[key] for entry in history if key in entry]
             if values:
                 results |= {f"first_{key}": values[0], f"last_{key}": values[-1]}
+        if metrics := self.measure():
+            results["eval_metrics"] = metrics
+            told = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+            reporter.say(f"Held-out examples: {told}")
         trained = self.entries.split(self.engine.gather_values().cpu())
         with self.comm.agreement():
             if self.comm.is_main:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,12 +24,54 @@ class Example:
     target: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class ChoiceExample(Example):
+    """A case whose answer is one of several: `target` is `candidates[answer]`.
+
+    Attributes:
+        candidates: Texts that may follow the prompt, as `target` does.
+        answer: Index of the right one.
+        pairs: What an encoder reads: one sentence pair where the task has a fixed set of labels,
+            one for each candidate where the candidates are the example's own.
+        group: What examples are judged together (a passage's question), for metrics that need it.
+        answers: Every text that counts as right, for metrics that need it.
+    """
+
+    candidates: tuple[str, ...]
+    answer: int
+    pairs: tuple[tuple[str, str | None], ...]
+    group: str = ""
+    answers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class NumberExample(Example):
+    """A case whose answer is a number: `value`, which `target` writes out; one sentence pair."""
+
+    pairs: tuple[tuple[str, str | None], ...]
+    value: float
+
+
+Kind = Literal["text", "labels", "choices", "number"]
+"""What an answer is: text, one of the task's labels, one of the example's choices, or a number."""
+
+
 @dataclass(frozen=True)
 class TaskData:
-    """The examples of a task: `train`, and `test` which is held out and may be empty."""
+    """The examples of a task: `train`, and `test` which is held out and may be empty.
+
+    Attributes:
+        train: What is learnt from.
+        test: What is measured on.
+        kind: What an answer is; "labels" and "choices" hold `ChoiceExample`, "number" holds
+            `NumberExample`.
+        labels: Names of the labels, in the order of `candidates`; empty for other kinds.
+    """
 
     train: list[Example]
     test: list[Example]
+    kind: Kind = "text"
+    labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
