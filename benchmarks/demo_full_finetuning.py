@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 from eval import gsm8k
 from gem_ds.batches import Batches
 from gem_ds.comm import Comm
-from gem_ds.encode import EncodedDataset
 from gem_ds.loss import summed_answer_loss
 from gem_ds.tasks import load_task
+from gem_ds.texts import EncodedDataset
 from launch.arguments import parse_arguments
 
 RECIPE = "launch/recipes/demo.yaml"
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     for step in tqdm(range(num_steps), desc="Full fine-tuning", unit="step"):
         for batch in batches.micro_batches(step):
-            (summed_answer_loss(model, batch) / batches.num_answer_tokens(step)).backward()
+            (summed_answer_loss(model, batch) / batches.weight(step)).backward()
         clip_grad_norm_(model.parameters(), train.max_grad_norm)
         optimizer.step()
         scheduler.step()

@@ -1,52 +1,42 @@
-"""An encoded dataset as this rank's stream of micro-batches on its device."""
+"""A dataset as this rank's stream of micro-batches on its device."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from torch import Tensor
 
 from gem_ds.comm import Comm
-from gem_ds.data import BatchSchedule, collate
-from gem_ds.encode import EncodedDataset
-from gem_ds.packing import pack_rows
+from gem_ds.data import BatchSchedule, Dataset
 
 
 class Batches:
-    """What each rank reads at each step, and how many tokens all ranks read together.
+    """What each rank reads at each step, and how much all ranks read together.
 
     Args:
-        dataset: all examples, the same on every rank.
+        dataset: all rows, the same on every rank.
         comm: the ranks.
         global_batch_size: rows per step over all ranks; the last batch of an epoch may be smaller.
         micro_batch_size: rows per rank and forward pass.
         seed: of the shuffled order.
-        pad_token_id: fills rows up to the longest.
-        max_row_length: pack examples into rows of this many tokens; None for one row each.
+        pad_token_id: fills sequences up to the longest.
     """
 
     def __init__(
         self,
-        dataset: EncodedDataset,
+        dataset: Dataset,
         comm: Comm,
         *,
         global_batch_size: int,
         micro_batch_size: int,
         seed: int,
         pad_token_id: int,
-        max_row_length: int | None = None,
     ) -> None:
         self.dataset = dataset
-        self._packed = max_row_length is not None
-        self._rows: Sequence[list[int]] = (
-            pack_rows(dataset, max_row_length)
-            if max_row_length is not None
-            else [[i] for i in range(len(dataset))]
-        )
         self._device = comm.device
         self._pad_token_id = pad_token_id
         self.schedule = BatchSchedule(
-            num_rows=len(self._rows),
+            num_rows=len(dataset),
             global_batch_size=global_batch_size,
             micro_batch_size=micro_batch_size,
             rank=comm.rank,
@@ -67,18 +57,22 @@ class Batches:
     def micro_batches(self, step: int) -> Iterator[dict[str, Tensor]]:
         """This rank's micro-batches at ``step``, the same number on every rank."""
         for rows in self.schedule.micro_batches(step):
-            batch = collate(
-                self.dataset, [self._rows[row] for row in rows], self._pad_token_id, self._packed
-            )
+            batch = self.dataset.collate(rows, self._pad_token_id)
             yield {key: tensor.to(self._device) for key, tensor in batch.items()}
 
-    def num_answer_tokens(self, step: int) -> int:
-        """Tokens that carry loss at ``step``, over all ranks and micro-batches."""
-        return self.dataset.count_answer_tokens(self._examples(step))
+    def weights(self, step: int) -> list[int]:
+        """The weight of each of this rank's micro-batches at ``step``; 0 where no row is left."""
+        return [self.dataset.weight(rows) for rows in self.schedule.micro_batches(step)]
+
+    def weight(self, step: int) -> int:
+        """What divides the loss of ``step``, summed over all ranks and micro-batches."""
+        return self.dataset.weight(self.schedule.global_batch(step))
+
+    @property
+    def total_weight(self) -> int:
+        """The same over an epoch."""
+        return self.dataset.weight(range(len(self.dataset)))
 
     def num_tokens(self, step: int) -> int:
         """Tokens read at ``step`` over all ranks and micro-batches, padding left out."""
-        return self.dataset.count_tokens(self._examples(step))
-
-    def _examples(self, step: int) -> list[int]:
-        return [i for row in self.schedule.global_batch(step) for i in self._rows[row]]
+        return self.dataset.count_tokens(self.schedule.global_batch(step))

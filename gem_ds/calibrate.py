@@ -79,7 +79,7 @@ def calibrate(
         engine: holds the model; its weights are read, none is changed.
         layers: the target layers.
         batches: the calibration examples.
-        summed_loss: the loss of one micro-batch, summed over its answer tokens.
+        summed_loss: the loss of one micro-batch, summed over what its weight counts.
         total: K.
         progress: called after each step.
         method: one of :data:`gem_ds.methods.SPARSE_METHODS`.
@@ -118,7 +118,7 @@ def sum_gradients(
     summed_loss: SummedLoss,
     progress: Callable[[], None] = lambda: None,
 ) -> list[Tensor]:
-    """The gradient of the loss summed over all answer tokens of one epoch, in shards.
+    """The gradient of the loss summed over one epoch, in shards.
 
     Returns:
         Per layer, this rank's range (:meth:`Engine.shard_range`) of the flat gradient, fp32.
@@ -130,12 +130,13 @@ def sum_gradients(
     engine.model.eval()  # no dropout: the gradient at the base weights is not a random quantity
     with layers.sinks(sinks), _checkpointing_in_eval_mode(engine.model):
         for step in range(batches.steps_per_epoch):
-            for batch in batches.micro_batches(step):
-                num_tokens = max(1, engine.comm.largest(_num_answer_tokens(batch)))
+            weighted = zip(batches.micro_batches(step), batches.weights(step), strict=True)
+            for batch, own_weight in weighted:
+                weight = max(1, engine.comm.largest(own_weight))
                 for sink in sinks:
-                    sink.scale = num_tokens / LOSS_SCALE
+                    sink.scale = weight / LOSS_SCALE
 
-                def mean_loss(model: nn.Module, batch: dict = batch, n: int = num_tokens) -> Tensor:
+                def mean_loss(model: nn.Module, batch: dict = batch, n: int = weight) -> Tensor:
                     return summed_loss(model, batch) / n
 
                 loss = engine.backward(mean_loss, deliver=False, loss_scale=LOSS_SCALE)
@@ -191,7 +192,3 @@ def _refuse_without_gradient(sinks: list[StatisticsSink], comm: Comm) -> None:
             f"No gradient reaches {', '.join(unreached)}: leave such layers out of "
             "--target_modules, or check that the model uses them for this task."
         )
-
-
-def _num_answer_tokens(batch: dict[str, Tensor]) -> int:
-    return int((batch["labels"][:, 1:] >= 0).sum())

@@ -111,6 +111,7 @@ def model_card(
     revision: str | None = None,
     dataset: str | None = None,
     auto_class: str = "AutoModelForCausalLM",
+    num_labels: int | None = None,
 ) -> str:
     """Writes the model card of a run as Markdown with YAML front matter.
 
@@ -127,9 +128,11 @@ def model_card(
         revision: Revision of the base model.
         dataset: Hub name of the dataset, where it has one.
         auto_class: The transformers class that loads the base model as it was trained.
+        num_labels: Outputs of the classification head that this class adds, if it adds one.
     """
     name = Path(base_model).name
     load_arguments = [repr(base_model)] + ([f"revision={revision!r}"] if revision else [])
+    load_arguments += [f"num_labels={num_labels}"] if num_labels else []
     facts = {
         "base": f"`{_one_line(base_model)}`" + (f" (revision `{revision}`)" if revision else ""),
         "base_argument": shlex.quote(base_model),

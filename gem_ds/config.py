@@ -71,6 +71,20 @@ class DataArguments:
     packing: bool = _option(
         False, "Let several examples share one sequence; attention stays within each."
     )
+    classification_loss: Literal["tokens", "candidates"] = _option(
+        "tokens",
+        "What a causal model learns of a classification task: to write the right candidate, or to "
+        "rank it above the others.",
+    )
+    train_examples: int | None = _option(
+        None, "Train on so many examples only; which ones does not depend on the seed."
+    )
+    dev_examples: int = _option(
+        0, "Take so many training examples as a development set; the same ones for every seed."
+    )
+    evaluate_on: Literal["test", "dev"] = _option(
+        "test", "What the held-out loss and the metrics are measured on."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,11 +197,13 @@ def check_arguments(
         "--calibration_examples": method.calibration_examples,
         "--lora_r": method.lora_r,
         "--max_length": data.max_length,
+        "--train_examples": data.train_examples,
     }
     for flag, value in at_least_one.items():
         if value is not None and value < 1:
             raise ValueError(f"{flag} must be at least 1, not {value}.")
-    not_negative = {
+    not_negative: dict[str, float] = {
+        "--dev_examples": data.dev_examples,
         "--learning_rate": train.learning_rate,
         "--head_learning_rate": train.head_learning_rate,
         "--lora_alpha": method.lora_alpha,
@@ -220,6 +236,8 @@ def check_arguments(
         raise ValueError(
             f"--lora_dropout must be at least 0 and below 1, not {method.lora_dropout}."
         )
+    if data.evaluate_on == "dev" and not data.dev_examples:
+        raise ValueError("--evaluate_on dev needs a development set: pass --dev_examples.")
     if method.mask and method.calibration_examples:
         raise ValueError("--mask skips calibration: leave --calibration_examples out.")
     _check_method(method, train)

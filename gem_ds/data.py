@@ -1,11 +1,11 @@
-"""Encoded examples -> token batches, in an order that depends on the step alone.
+"""What a dataset is, and the order in which its rows are read, which depends on the step alone.
 
-    EncodedDataset -> rows -> BatchSchedule -> collate -> a model's inputs
+    Dataset -> BatchSchedule -> Dataset.collate -> a model's inputs
 
-A *row* is a list of examples that share one sequence: one example, or with packing as many as fit.
-Labels stand on the answer tokens only and are not shifted: the loss compares `logits[:, :-1]` with
-`labels[:, 1:]`. Nothing here holds a position in the data. Step s reads the global batch s,
-whatever the world size, so a run resumes exactly on any number of ranks.
+Datasets are `gem_ds.texts` (a model learns to write the answer), `gem_ds.choices` (it finds one
+candidate likelier than the others) and `gem_ds.pairs` (an encoder's head). Nothing here holds a
+position in the data. Step s reads the global batch s, whatever the world size, so a run resumes
+exactly on any number of ranks.
 
 What this file does not do: tokenize (`gem_ds.encode`), move tensors to a device, compute a loss.
 """
@@ -16,52 +16,50 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
-from gem_ds.encode import EncodedDataset
 
-IGNORED_LABEL = -100  # what cross_entropy leaves out
+class Dataset(Protocol):
+    """Examples as tensors: what training and evaluation read, whatever an answer is.
 
-
-def collate(
-    dataset: EncodedDataset, rows: Sequence[Sequence[int]], pad_token_id: int, packed: bool
-) -> dict[str, Tensor]:
-    """Lay rows out as a batch of B sequences, padded on the right to the longest, T.
-
-    Packed rows carry no attention mask. Their position ids start at 0 for each example, and again
-    for the padding; transformers reads the borders from these restarts and keeps attention within
-    an example (`masking_utils.find_packed_sequence_indices`). Flash attention looks for the borders
-    only where B is 1, and mixes the examples of longer batches.
-
-    No rows at all give one sequence of padding without labels: a batch of weight zero.
-
-    Returns:
-        CPU tensors, int64 [B, T]: `input_ids`, `labels` (-100 outside the answers), and
-        `position_ids` if packed, else `attention_mask`.
+    A *row* is what comes into a batch as one: an example, or with packing several.
     """
-    assert packed or all(len(row) == 1 for row in rows), "without packing a row is one example"
-    rows = rows or [[]]
-    num_tokens = max(2, *(sum(dataset.length(i) for i in row) for row in rows))
-    input_ids = torch.full((len(rows), num_tokens), pad_token_id)
-    labels = torch.full_like(input_ids, IGNORED_LABEL)
-    position_ids = torch.zeros_like(input_ids)
-    attention_mask = torch.zeros_like(input_ids)
-    for b, row in enumerate(rows):
-        start = 0
-        for i in row:
-            answer, end = start + dataset.prompt_length(i), start + dataset.length(i)
-            input_ids[b, start:end] = dataset.input_ids(i)
-            labels[b, answer:end] = input_ids[b, answer:end]
-            position_ids[b, start:end] = torch.arange(end - start)
-            start = end
-        position_ids[b, start:] = torch.arange(num_tokens - start)
-        attention_mask[b, : start or num_tokens] = 1  # attention over nothing is undefined
-    batch = {"input_ids": input_ids, "labels": labels}
-    if packed:
-        return batch | {"position_ids": position_ids}
-    return batch | {"attention_mask": attention_mask}
+
+    def __len__(self) -> int:
+        """The number of rows."""
+
+    @property
+    def num_truncated(self) -> int:
+        """How many examples lost a part of their text to the limit on the length."""
+
+    @property
+    def largest_token(self) -> int:
+        """The largest token id; -1 if there are no examples."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence; 0 if there are no examples."""
+
+    def select(self, indices: Sequence[int]) -> Self:
+        """The dataset of these rows, in their order."""
+
+    def fingerprint(self) -> str:
+        """A hash of all that a model reads and learns, so that a resume can refuse other data."""
+
+    def count_tokens(self, indices: Sequence[int]) -> int:
+        """Tokens of these rows together, padding left out."""
+
+    def weight(self, indices: Sequence[int]) -> int:
+        """What the loss summed over these rows is divided by to make it a mean."""
+
+    def collate(self, indices: Sequence[int], pad_token_id: int) -> dict[str, Tensor]:
+        """These rows as a batch of CPU tensors, padded on the right.
+
+        No rows give a batch of weight zero: the model runs on padding, and the summed loss is 0.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,18 +1,14 @@
 """Examples -> tokens: prompt and answer as the model reads them, and where the answer begins.
 
-What this file does not do: read files (`gem_ds.tasks`), form batches (`gem_ds.data`).
+What this file does not do: read files (`gem_ds.tasks`), keep what it makes (`gem_ds.texts`).
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from jinja2 import TemplateError
-from torch import Tensor
 
 from gem_ds.tasks import Example
 
@@ -22,7 +18,15 @@ if TYPE_CHECKING:
 _CHUNK_SIZE = 1000  # examples per tokenizer call: enough to keep a fast tokenizer's threads busy
 
 
-class _Encoded(NamedTuple):
+class Encoded(NamedTuple):
+    """An example as tokens.
+
+    Attributes:
+        input_ids: At most `max_length`.
+        prompt_length: How many of them are the prompt's; at least 1, and fewer than all.
+        is_truncated: Whether the end of the answer was cut off.
+    """
+
     input_ids: list[int]
     prompt_length: int
     is_truncated: bool
@@ -47,8 +51,34 @@ def encode(
         ValueError: The prompt alone fills `max_length`, or the tokenizer lacks what the example
             needs: an eos token, a bos token for an empty prompt, a chat template.
     """
-    (encoded,) = _encode_chunk([example], tokenizer, max_length, first_number=1)
+    (encoded,) = encode_all([example], tokenizer, max_length)
     return encoded.input_ids, encoded.prompt_length
+
+
+def encode_all(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    *,
+    has_eos: bool = True,
+    numbers: Sequence[int] | None = None,
+) -> Iterator[Encoded]:
+    """Encode every example as `encode` does.
+
+    Args:
+        examples: What to encode.
+        tokenizer: The model's.
+        max_length: The most tokens of an example.
+        has_eos: End each answer with an eos token.
+        numbers: What errors call the examples (default: counted from 1).
+
+    Raises:
+        ValueError: As `encode`; the sentence names the example.
+    """
+    numbers = range(1, len(examples) + 1) if numbers is None else numbers
+    for first in range(0, len(examples), _CHUNK_SIZE):
+        chunk = slice(first, first + _CHUNK_SIZE)
+        yield from _encode_chunk(examples[chunk], tokenizer, max_length, has_eos, numbers[chunk])
 
 
 def encode_prompt(
@@ -64,10 +94,11 @@ def _encode_chunk(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
-    first_number: int,
-) -> list[_Encoded]:
-    """Encode some examples in two tokenizer calls; errors count examples from `first_number`."""
-    if tokenizer.eos_token_id is None:
+    has_eos: bool,
+    numbers: Sequence[int],
+) -> Iterator[Encoded]:
+    """Encode some examples in two tokenizer calls."""
+    if has_eos and tokenizer.eos_token_id is None:
         raise ValueError(
             "The tokenizer has no end-of-sequence token, so the model could not learn where an "
             "answer stops: set eos_token in its tokenizer_config.json."
@@ -75,30 +106,33 @@ def _encode_chunk(
     start_tokens = _start_tokens(tokenizer)
     rendered = [
         _render(example.prompt, tokenizer, start_tokens, number)
-        for number, example in enumerate(examples, first_number)
+        for number, example in zip(numbers, examples, strict=True)
     ]
     prompts = _tokenize([text for text, _ in rendered], tokenizer)
     wholes = _tokenize(
         [text + example.target for (text, _), example in zip(rendered, examples, strict=True)],
         tokenizer,
     )
-    chunk = []
+    eos = [tokenizer.eos_token_id] if has_eos else []
     for i, (prompt, whole) in enumerate(zip(prompts, wholes, strict=True)):
         if whole[: len(prompt)] == prompt:
             answer = whole[len(prompt) :]
         else:
             (answer,) = _tokenize([examples[i].target], tokenizer)
-        prompt = _lead(rendered[i][1], prompt, tokenizer, first_number + i) + prompt
+        prompt = _lead(rendered[i][1], prompt, tokenizer, numbers[i]) + prompt
         if len(prompt) >= max_length:
             raise ValueError(
-                f"Example {first_number + i} has a prompt of {len(prompt)} tokens, which leaves no "
+                f"Example {numbers[i]} has a prompt of {len(prompt)} tokens, which leaves no "
                 f"room for an answer within the max_length of {max_length}: raise --max_length, or "
                 f"shorten or remove the example."
             )
-        input_ids = [*prompt, *answer, tokenizer.eos_token_id]
-        is_truncated = len(input_ids) > max_length
-        chunk.append(_Encoded(input_ids[:max_length], len(prompt), is_truncated))
-    return chunk
+        input_ids = [*prompt, *answer, *eos]
+        if len(input_ids) == len(prompt):
+            raise ValueError(
+                f"Example {numbers[i]} has the candidate {examples[i].target!r}, which the "
+                "tokenizer makes no tokens of, so it has no likelihood: write it out."
+            )
+        yield Encoded(input_ids[:max_length], len(prompt), len(input_ids) > max_length)
 
 
 def _start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -152,103 +186,3 @@ def _lead(
             f"it: give the example a prompt."
         )
     return [tokenizer.bos_token_id]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class EncodedDataset:
-    """Encoded examples, end to end in one tensor: example i is `tokens[offsets[i]:offsets[i+1]]`.
-
-    Attributes:
-        tokens: int32 [sum of lengths], the token ids.
-        offsets: int64 [n + 1], rising from 0.
-        prompt_lengths: int32 [n], each at least 1 and below the example's length.
-        truncated: bool [n], whether the answer was cut.
-    """
-
-    tokens: Tensor
-    offsets: Tensor
-    prompt_lengths: Tensor
-    truncated: Tensor
-
-    @classmethod
-    def encode(
-        cls, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int
-    ) -> EncodedDataset:
-        """Encode every example as `encode` does.
-
-        Raises:
-            ValueError: As `encode`; the sentence names the example, counted from 1.
-        """
-        pieces, lengths, prompt_lengths, truncated = [], [], [], []
-        for first in range(0, len(examples), _CHUNK_SIZE):
-            chunk = examples[first : first + _CHUNK_SIZE]
-            for encoded in _encode_chunk(chunk, tokenizer, max_length, first + 1):
-                pieces.append(torch.tensor(encoded.input_ids, dtype=torch.int32))
-                lengths.append(len(encoded.input_ids))
-                prompt_lengths.append(encoded.prompt_length)
-                truncated.append(encoded.is_truncated)
-        return cls(
-            tokens=torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int32),
-            offsets=torch.tensor([0, *lengths]).cumsum(0),
-            prompt_lengths=torch.tensor(prompt_lengths, dtype=torch.int32),
-            truncated=torch.tensor(truncated, dtype=torch.bool),
-        )
-
-    def __len__(self) -> int:
-        return len(self.prompt_lengths)
-
-    @property
-    def num_truncated(self) -> int:
-        """How many examples lost the end of their answer to max_length."""
-        return int(self.truncated.sum())
-
-    @property
-    def total_answer_tokens(self) -> int:
-        """The number of tokens that carry loss, over all examples."""
-        return len(self.tokens) - int(self.prompt_lengths.sum())
-
-    def length(self, i: int) -> int:
-        """Tokens of example `i`."""
-        return int(self.offsets[i + 1] - self.offsets[i])
-
-    def prompt_length(self, i: int) -> int:
-        """Tokens of example `i` that are its prompt."""
-        return int(self.prompt_lengths[i])
-
-    def count_tokens(self, indices: Sequence[int]) -> int:
-        """Tokens of these examples together."""
-        index = torch.tensor(indices, dtype=torch.int64)
-        return int((self.offsets[index + 1] - self.offsets[index]).sum())
-
-    def count_answer_tokens(self, indices: Sequence[int]) -> int:
-        """Tokens of these examples that carry loss: all but the prompts, which are never empty."""
-        prompts = self.prompt_lengths[torch.tensor(indices, dtype=torch.int64)]
-        return self.count_tokens(indices) - int(prompts.sum())
-
-    def input_ids(self, i: int) -> Tensor:
-        """Token ids of example `i`: int32 [length], a view."""
-        return self.tokens[self.offsets[i] : self.offsets[i + 1]]
-
-    def select(self, indices: Sequence[int]) -> EncodedDataset:
-        """The dataset of `indices`, in their order."""
-        index = torch.tensor(indices, dtype=torch.int64)
-        lengths = self.offsets.diff()[index]
-        pieces = [self.input_ids(i) for i in indices]
-        return EncodedDataset(
-            tokens=torch.cat(pieces) if pieces else self.tokens[:0],
-            offsets=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
-            prompt_lengths=self.prompt_lengths[index],
-            truncated=self.truncated[index],
-        )
-
-    def fingerprint(self) -> str:
-        """SHA-256 of lengths, prompt lengths and tokens, so that a resume can refuse other data."""
-        digest = hashlib.sha256()
-        for tensor, dtype in (
-            (self.offsets, "<i8"),
-            (self.prompt_lengths, "<i4"),
-            (self.tokens, "<i4"),
-        ):
-            digest.update(len(tensor).to_bytes(8, "little"))
-            digest.update(tensor.numpy().astype(dtype, copy=False).tobytes())
-        return digest.hexdigest()

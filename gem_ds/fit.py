@@ -1,8 +1,9 @@
 """The training loop: one optimizer step after another, and the held-out loss between them.
 
-One step, for a global batch of ``n`` answer tokens over all ranks and micro-batches:
+One step, for a global batch of weight ``n`` (its answer tokens, or its examples) over all ranks and
+micro-batches:
 
-    for each micro-batch of this rank:  backward of  sum of token losses * world_size / n
+    for each micro-batch of this rank:  backward of  summed loss * world_size / n
     engine.step()                       averages over the ranks, clips, updates the masters
     trained.write_back()                the weights show the new values
 
@@ -92,7 +93,7 @@ class StepResult:
     """What one step has found, the same on every rank.
 
     Attributes:
-        loss: mean over the answer tokens of the global batch, before the update.
+        loss: mean over the weight of the global batch, before the update.
         learning_rate: of the update.
         grad_norm: L2 norm of the gradient before clipping, where the ZeRO stage computes it.
         num_tokens: read over all ranks, padding left out.
@@ -135,7 +136,7 @@ def fit(
     Args:
         trained: what is trained; masters and weights must agree.
         train: the training data.
-        summed_loss: the loss of one micro-batch, summed over its answer tokens.
+        summed_loss: the loss of one micro-batch, summed over what its weight counts.
         scheduler: of the learning rate of the engine's optimizer; stepped after each applied step.
         state: progress; step and epoch are kept up to date.
         seed: of dropout.
@@ -198,7 +199,7 @@ def _step(
 
 def _accumulate(engine: StepEngine, train: Batches, summed_loss: SummedLoss, step: int) -> float:
     """Run the backward of a global batch; this rank's part of its mean loss."""
-    weight = 1.0 / train.num_answer_tokens(step)
+    weight = 1.0 / train.weight(step)
     total = torch.zeros((), device=engine.device)
     for i, batch in enumerate(train.micro_batches(step)):
 
@@ -210,7 +211,7 @@ def _accumulate(engine: StepEngine, train: Batches, summed_loss: SummedLoss, ste
 
 
 def mean_loss(engine: StepEngine, batches: Batches, summed_loss: SummedLoss) -> float:
-    """Loss per answer token over one epoch of ``batches``, without gradients; same on all ranks."""
+    """Mean loss over one epoch of ``batches``, without gradients; the same on all ranks."""
     engine.model.eval()
     total = torch.zeros((), dtype=torch.float64, device=engine.device)
     with torch.no_grad():
@@ -218,7 +219,7 @@ def mean_loss(engine: StepEngine, batches: Batches, summed_loss: SummedLoss) -> 
             for batch in batches.micro_batches(step):
                 total += summed_loss(engine.model, batch)
     engine.comm.all_reduce(total, "sum")
-    return total.item() / batches.dataset.total_answer_tokens
+    return total.item() / batches.total_weight
 
 
 def _diverged(what: str, step: int) -> str:

@@ -1,7 +1,8 @@
-"""The loss: cross-entropy summed over the answer tokens.
+"""The loss of answers that are text: cross-entropy summed over their tokens.
 
-Everything in GEM uses the *sum*; whoever needs a mean divides by the number of answer tokens of the
-whole global batch, so that no result depends on how a batch is cut into ranks and micro-batches.
+Everything in GEM uses the *sum*; whoever needs a mean divides by the weight of the whole global
+batch (here its number of answer tokens), so that no result depends on how a batch is cut into ranks
+and micro-batches.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from collections.abc import Callable, Mapping
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gem_ds.data import IGNORED_LABEL
+from gem_ds.texts import IGNORED_LABEL
 
 SummedLoss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
-"""Takes a model and a micro-batch; the loss summed over the micro-batch's answer tokens."""
+"""Takes a model and a micro-batch; the loss summed over what the micro-batch's weight counts."""
 
 
 def summed_answer_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -22,7 +23,7 @@ def summed_answer_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
     Args:
         model: a causal language model of transformers, or an engine around one.
-        batch: ``input_ids`` and ``labels`` [B, T] as :func:`gem_ds.data.collate` lays them out,
+        batch: ``input_ids`` and ``labels`` [B, T] as :func:`gem_ds.texts.collate` lays them out,
             and what else the model's forward takes.
 
     Returns:

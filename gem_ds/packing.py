@@ -1,17 +1,81 @@
 """Packing: several examples in one sequence, for models that keep them apart.
 
-Rows are formed here and laid out by :func:`gem_ds.data.collate`, which tells the model by position
+Rows are formed here and laid out by :func:`gem_ds.texts.collate`, which tells the model by position
 ids where an example begins.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from gem_ds.encode import EncodedDataset
+from gem_ds.ragged import digest, offsets_of
+from gem_ds.texts import EncodedDataset, collate
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PackedDataset:
+    """A dataset whose rows are several examples each.
+
+    Attributes:
+        examples: What is packed.
+        rows: The examples that share each sequence.
+    """
+
+    examples: EncodedDataset
+    rows: Sequence[list[int]]
+
+    @classmethod
+    def pack(cls, examples: EncodedDataset, max_length: int) -> PackedDataset:
+        """Pack examples into rows of at most `max_length` tokens, as `pack_rows` does."""
+        return cls(examples=examples, rows=pack_rows(examples, max_length))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def num_truncated(self) -> int:
+        """How many examples lost the end of their answer to max_length."""
+        return self.examples.num_truncated
+
+    @property
+    def largest_token(self) -> int:
+        """The largest token id; -1 if there are no examples."""
+        return self.examples.largest_token
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row; 0 if there are none."""
+        return max((self.count_tokens([row]) for row in range(len(self))), default=0)
+
+    def select(self, indices: Sequence[int]) -> PackedDataset:
+        """The dataset of these rows, in their order."""
+        return PackedDataset(examples=self.examples, rows=[self.rows[i] for i in indices])
+
+    def fingerprint(self) -> str:
+        """A hash of the examples, and of which of them share a row."""
+        offsets = offsets_of([len(row) for row in self.rows])
+        members = torch.tensor(self._examples_of(range(len(self))), dtype=torch.int64)
+        return self.examples.fingerprint() + digest(offsets, members)
+
+    def count_tokens(self, indices: Sequence[int]) -> int:
+        """Tokens of these rows together."""
+        return self.examples.count_tokens(self._examples_of(indices))
+
+    def weight(self, indices: Sequence[int]) -> int:
+        """Tokens of these rows that carry loss."""
+        return self.examples.weight(self._examples_of(indices))
+
+    def collate(self, indices: Sequence[int], pad_token_id: int) -> dict[str, Tensor]:
+        """As `gem_ds.texts.collate`."""
+        return collate(self.examples, [self.rows[i] for i in indices], pad_token_id, packed=True)
+
+    def _examples_of(self, indices: Sequence[int]) -> list[int]:
+        return [i for row in indices for i in self.rows[row]]
 
 
 def pack_rows(dataset: EncodedDataset, max_length: int) -> list[list[int]]:

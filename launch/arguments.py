@@ -40,7 +40,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     parser = _Parser(
         (ModelArguments, DataArguments, MethodArguments, TrainArguments),  # type: ignore[arg-type]
         prog="launch/train.py",
-        description="Fine-tune a causal language model with GEM on DeepSpeed.",
+        description="Fine-tune a language model with GEM on DeepSpeed.",
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="RECIPE.yaml", help="YAML file of flags; flags win.")

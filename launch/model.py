@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -17,16 +17,11 @@ from transformers.utils import (
 )
 
 from gem_ds.comm import Comm
-from gem_ds.zero import partitioned_loading
+from gem_ds.encoders import auto_class, head_names, initialise_head
+from gem_ds.zero import partitioned_loading, whole_weights
 from launch.arguments import Arguments
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-#: Models whose tokens see each other both ways unless their configuration says ``is_decoder``.
-ENCODERS = (
-    *("bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "ernie"),
-    *("modernbert", "roberta", "xlm-roberta"),
-)
 
 _WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 
@@ -53,11 +48,6 @@ def load_model_config(args: Arguments) -> PretrainedConfig:
         ) from error
     if config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder model: pass a causal language model.")
-    if config.model_type in ENCODERS and not getattr(config, "is_decoder", False):
-        raise ValueError(
-            f"{name} is an encoder ({config.model_type}), whose tokens see the answer: pass a "
-            "causal language model."
-        )
     if getattr(config, "quantization_config", None):
         raise ValueError(
             f"{name} is quantized, so its weights cannot hold an update exactly: pass the original."
@@ -92,11 +82,16 @@ def load_model(
 ) -> tuple[PreTrainedModel, list[str]]:
     """The base model in the run's dtype, partitioned while it loads at ZeRO stage 3.
 
+    Parameters of an encoder's head that the files lack get their first values here.
+
     Args:
         args: the flags.
-        config: as :func:`load_model_config` gives it.
+        config: as :func:`load_model_config` gives it, and :func:`gem_ds.encoders.set_head` leaves.
         deepspeed: the resolved DeepSpeed configuration.
         comm: the ranks; all call this together.
+
+    Returns:
+        The model, and the names of the new parameters of its head.
 
     Raises:
         ValueError: its files lack a weight or have it in another shape.
@@ -108,7 +103,7 @@ def load_model(
         kwargs["attn_implementation"] = args.model.attn_implementation
     try:
         with partitioned_loading(deepspeed):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = auto_class(config).from_pretrained(
                 name,
                 config=config,
                 dtype=DTYPES[args.train.dtype],
@@ -118,8 +113,10 @@ def load_model(
                 **kwargs,
             )
             model, report = loaded
-            # Where a weight is missing, the model holds random numbers.
-            wrong = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
+            missing = set(report["missing_keys"])
+            head = sorted(missing & head_names(model))
+            # Where another weight is missing, the model holds random numbers.
+            wrong = [*missing.difference(head), *(key for key, *_ in report["mismatched_keys"])]
     except RuntimeError as error:  # at stage 3 rank 0 alone sees a wrong shape, after loading
         wrong = re.findall(r"size mismatch for (\S+):", str(error))
         if not wrong:
@@ -130,11 +127,13 @@ def load_model(
                 f"{name} lacks {len(wrong)} of the weights that its config.json asks for, or has "
                 f"them in another shape, for example {min(wrong)}: pass a complete model."
             )
+    with whole_weights(model, head):
+        initialise_head(model, head, getattr(config, "initializer_range", 0.02), args.train.seed)
     if args.train.gradient_checkpointing:
         # Not reentrant: a reentrant block runs a backward of its own (see gem_ds.sparse).
         enable = getattr(model, "activation_checkpointing_enable", None)
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
-    return model, []
+    return model, head
 
 
 def one_line(error: Exception) -> str:

@@ -21,6 +21,7 @@ RUN_FILES = (
     "metrics.jsonl",
     "trainer_state.json",
     "all_results.json",
+    "predictions.jsonl",
 )
 
 #: The same for folders.

@@ -13,21 +13,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from gem_ds.budget import total_budget
 from gem_ds.checkpoint import Checkpoint, RunIdentity, find_checkpoint, list_checkpoints
 from gem_ds.config import DEFAULT_DENSITY
-from gem_ds.encode import EncodedDataset
+from gem_ds.encoders import auto_class, head_names, is_encoder, set_head, without_head
 from gem_ds.mask import Mask, checksum, dtype_name
 from gem_ds.methods import DENSE_METHODS
+from gem_ds.objective import Objective, objective_of
 from gem_ds.reporting import summary_writer_class
 from gem_ds.targets import find_targets, targets_of
-from gem_ds.tasks import load_task
+from gem_ds.tasks import TaskData
 from gem_ds.tokenizer import load_tokenizer
 from gem_ds.zero import num_parameters
 from gem_ds.zero_config import RunShape, read_config, resolve_config
 from launch.arguments import Arguments
+from launch.data import RunData, encode_examples, fingerprint, load_examples, pad_token_id
 from launch.model import DTYPES, load_model_config, one_line
 from launch.output_dir import refuse_run
 
@@ -41,8 +44,9 @@ class Plan:
         config: the model's configuration.
         tokenizer: the model's.
         pad_token_id: what rows are padded with.
-        train: encoded training examples.
-        test: encoded held-out examples; may be empty.
+        task: the examples as text.
+        data: the same as the model reads them.
+        objective: what is learnt of them.
         targets: names of the target weights; empty where the method has none.
         num_parameters: N.
         total: K; 0 for methods that train whole parameters.
@@ -57,8 +61,9 @@ class Plan:
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     pad_token_id: int
-    train: EncodedDataset
-    test: EncodedDataset
+    task: TaskData
+    data: RunData
+    objective: Objective
     targets: list[str]
     num_parameters: int
     total: int
@@ -74,7 +79,7 @@ class Plan:
         step = None if self.checkpoint is None else self.checkpoint.state.global_step
         parts = (
             self.identity,
-            self.test.fingerprint(),
+            self.data.fingerprint(),
             self.targets,
             self.num_parameters,
             self.total,
@@ -101,14 +106,21 @@ def prepare(args: Arguments, world_size: int) -> Plan:
         checkpoint.mask if checkpoint else Mask.load(args.method.mask) if args.method.mask else None
     )
     config = load_model_config(args)
+    task = load_examples(args.data)
+    set_head(config, str(args.model.model_name_or_path), task)
+    objective = objective_of(
+        task.kind,
+        is_encoder=is_encoder(config),
+        classification_loss=args.data.classification_loss,
+    )
     targets, num_entries, total = _settle_targets(args, config, mask)
     deepspeed = _resolve_deepspeed(args, config, total, world_size)
     tokenizer = _load_tokenizer(args)
-    train, test = _load_data(args, tokenizer, config)
+    data = encode_examples(args.data, task, objective, tokenizer, config)
     identity = RunIdentity(
         global_batch_size=batch_size_of_flags(args, world_size),
         seed=args.train.seed,
-        data=_fingerprint(args, train),
+        data=fingerprint(args.data, data.train),
     )
     if checkpoint:
         identity = _resumed_identity(checkpoint.identity, identity)
@@ -116,9 +128,10 @@ def prepare(args: Arguments, world_size: int) -> Plan:
         output_dir=output_dir,
         config=config,
         tokenizer=tokenizer,
-        pad_token_id=_pad_token_id(tokenizer, _text_config(config).vocab_size),
-        train=train,
-        test=test,
+        pad_token_id=pad_token_id(tokenizer, config),
+        task=task,
+        data=data,
+        objective=objective,
         targets=targets,
         num_parameters=num_entries,
         total=total,
@@ -197,7 +210,7 @@ def _settle_targets(
     """Names of the target weights, N and K."""
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
+            model = auto_class(config).from_config(
                 config, trust_remote_code=args.model.trust_remote_code
             )
     except ValueError as error:
@@ -205,10 +218,10 @@ def _settle_targets(
             f"{args.model.model_name_or_path} is a {config.model_type} model, which transformers "
             "does not know as a causal language model: pass one that is."
         ) from error
-    num_entries = num_parameters(model)
+    num_entries = num_parameters(without_head(model))
     if mask is not None:
         named = args.method.target_modules
-        if named and find_targets(model, named).keys() != mask.indices.keys():
+        if named and _find_targets(model, named).keys() != mask.indices.keys():
             raise ValueError(
                 "The mask is for other layers than --target_modules names: leave the flag out."
             )
@@ -219,7 +232,7 @@ def _settle_targets(
     method = args.method.method
     if method in DENSE_METHODS or (method == "ia3" and not args.method.target_modules):
         return [], num_entries, 0
-    targets = find_targets(model, args.method.target_modules)
+    targets = _find_targets(model, args.method.target_modules)
     if method in ("lora", "ia3"):
         return list(targets), num_entries, 0
     density = DEFAULT_DENSITY if args.method.density is None else args.method.density
@@ -232,6 +245,18 @@ def _settle_targets(
             "--target_modules."
         )
     return list(targets), num_entries, total
+
+
+def _find_targets(model: Any, named: list[str] | None) -> dict[str, nn.Module]:
+    """The target layers; a head is none of them."""
+    head = head_names(model)
+    targets = {name: m for name, m in find_targets(model, named).items() if name not in head}
+    if not targets:
+        raise ValueError(
+            "--target_modules matches layers of the classification head only, which is trained as "
+            "a whole: name others."
+        )
+    return targets
 
 
 def _refuse_other_density(density: str | None, num_entries: int, mask: Mask) -> None:
@@ -260,36 +285,6 @@ def _load_tokenizer(args: Arguments) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _load_data(
-    args: Arguments, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
-) -> tuple[EncodedDataset, EncodedDataset]:
-    data = args.data
-    examples = load_task(
-        str(data.task),
-        data_dir=data.data_dir,
-        train_file=data.train_file,
-        test_file=data.test_file,
-        prompt_field=data.prompt_field,
-        target_field=data.target_field,
-    )
-    train = EncodedDataset.encode(examples.train, tokenizer, data.max_length)
-    test = EncodedDataset.encode(examples.test, tokenizer, data.max_length)
-    largest = int(torch.cat([train.tokens, test.tokens]).max())
-    if largest >= (size := _text_config(config).vocab_size):
-        raise ValueError(
-            f"The tokenizer makes token {largest} and the model knows {size} tokens: save the "
-            "model's own tokenizer in its folder."
-        )
-    longest = int(torch.cat([train.offsets.diff(), test.offsets.diff()]).max())
-    limit = getattr(_text_config(config), "max_position_embeddings", None)
-    if limit and longest > limit:
-        raise ValueError(
-            f"The longest example has {longest} tokens and the model reads {limit}: pass "
-            f"--max_length {limit} or less."
-        )
-    return train, test
-
-
 def _resumed_identity(before: RunIdentity, now: RunIdentity) -> RunIdentity:
     """The identity of a resumed run: the checkpoint's, once the flags agree with it."""
     if now.data != before.data:
@@ -300,18 +295,6 @@ def _resumed_identity(before: RunIdentity, now: RunIdentity) -> RunIdentity:
     if now.seed != before.seed:
         raise ValueError(f"The checkpoint was trained with --seed {before.seed}: pass it again.")
     return before
-
-
-def _fingerprint(args: Arguments, train: EncodedDataset) -> str:
-    packed = f"packed into {args.data.max_length}" if args.data.packing else "one by one"
-    return hashlib.sha256(f"{train.fingerprint()} {packed}".encode()).hexdigest()
-
-
-def _pad_token_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
-    """What rows are filled with: any token that the model has, since it is masked."""
-    pad: Any = tokenizer.pad_token_id
-    eos: Any = tokenizer.eos_token_id
-    return int(pad if pad is not None and pad < vocab_size else eos)
 
 
 def _text_config(config: PretrainedConfig) -> Any:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
 from gem_ds.card import model_card
 from gem_ds.checkpoint import TrainerState
 from gem_ds.config import DEFAULT_DENSITY
+from gem_ds.encoders import auto_class, is_encoder
 from gem_ds.entries import SelectedEntries
 from gem_ds.files import atomic_write, save_json
 from gem_ds.mask import Mask, WeightInfo, checksum, dtype_name
@@ -33,7 +35,7 @@ def make_mask(args: Arguments, plan: Plan, entries: SelectedEntries, base: Tenso
     settings = {
         "density": DEFAULT_DENSITY if args.method.density is None else args.method.density,
         "task": args.data.task,
-        "calibration_examples": args.method.calibration_examples or len(plan.train),
+        "calibration_examples": args.method.calibration_examples or len(plan.data.train),
         "max_length": args.data.max_length,
         "seed": args.train.seed,
     }
@@ -62,7 +64,7 @@ def save_results(
     args: Arguments,
     plan: Plan,
     state: TrainerState,
-    results: Mapping[str, float],
+    results: Mapping[str, Any],
 ) -> None:
     """Write trainer_state.json, all_results.json and the model card.
 
@@ -70,7 +72,7 @@ def save_results(
         args: the flags.
         plan: of the run.
         state: where the run stopped.
-        results: numbers by name.
+        results: numbers by name, and under ``eval_metrics`` the task's own.
 
     Raises:
         OSError: a file cannot be written; those before it are whole.
@@ -98,11 +100,14 @@ def save_results(
             "examples per step": plan.global_batch_size,
             "seed": train.seed,
         },
-        results={
+        results=results.get("eval_metrics", {})
+        | {
             name: results[f"last_{key}"]
             for name, key in (("training loss", "loss"), (HELD_OUT, "eval_loss"))
             if f"last_{key}" in results
         },
         base_results={HELD_OUT: results["first_eval_loss"]} if "first_eval_loss" in results else {},
+        auto_class=auto_class(plan.config).__name__,
+        num_labels=plan.config.num_labels if is_encoder(plan.config) else None,
     )
     atomic_write(folder / "README.md", lambda path: path.write_text(card, encoding="utf-8"))

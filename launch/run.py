@@ -6,17 +6,19 @@ import math
 import statistics
 import time
 from contextlib import closing
+from typing import Any
 
+from eval.predictions import metrics_of, save_predictions
 from gem_ds.batches import Batches
 from gem_ds.checkpoint import TrainerState, delete_old_checkpoints
 from gem_ds.comm import Comm
-from gem_ds.data import permutation
-from gem_ds.encode import EncodedDataset
+from gem_ds.data import Dataset, permutation
 from gem_ds.fit import StepResult, fit, mean_loss
-from gem_ds.loss import summed_answer_loss
 from gem_ds.methods import SPARSE_METHODS
-from gem_ds.packing import refuse_leaking_rows
+from gem_ds.packing import PackedDataset, refuse_leaking_rows
+from gem_ds.predict import predict_all
 from gem_ds.reporting import Reporter, peak_memory_bytes
+from gem_ds.texts import EncodedDataset
 from launch.arguments import Arguments
 from launch.dense_tuning import DenseTuning
 from launch.model import load_model
@@ -33,7 +35,7 @@ class Run:
         self.args, self.plan, self.comm = args, plan, comm
         self.started = time.perf_counter()
         self.train_batches = self.batches(
-            plan.train, plan.global_batch_size, args.train.per_device_train_batch_size
+            plan.data.train, plan.global_batch_size, args.train.per_device_train_batch_size
         )
         with comm.in_unison():
             self.state = self.initial_state()
@@ -51,7 +53,7 @@ class Run:
         self.has_unproven_checkpoint = False
         self.step_seconds: list[float] = []
 
-    def run(self) -> dict[str, float]:
+    def run(self) -> dict[str, Any]:
         """Select what is trained, train it, write the results."""
         train = self.args.train
         if self.args.data.packing:
@@ -59,7 +61,7 @@ class Run:
                 vocab_size = self.plan.config.get_text_config().vocab_size
                 with self.comm.in_unison():
                     refuse_leaking_rows(self.engine.model, self.comm.device, vocab_size, size)
-        self.tuning.start(self.calibration_batches(), summed_answer_loss)
+        self.tuning.start(self.calibration_batches(), self.plan.objective.summed_loss)
         with self.comm.agreement():
             reporter = Reporter(
                 self.plan.output_dir,
@@ -75,10 +77,11 @@ class Run:
                 return {}
             return self.train(reporter)
 
-    def batches(
-        self, dataset: EncodedDataset, global_batch_size: int, micro_batch_size: int
-    ) -> Batches:
+    def batches(self, dataset: Dataset, global_batch_size: int, micro_batch_size: int) -> Batches:
         """A dataset as this rank's batches."""
+        if self.args.data.packing:
+            assert isinstance(dataset, EncodedDataset), "launch.data refuses to pack others"
+            dataset = PackedDataset.pack(dataset, self.args.data.max_length)
         return Batches(
             dataset,
             self.comm,
@@ -86,7 +89,6 @@ class Run:
             micro_batch_size=micro_batch_size,
             seed=self.args.train.seed,
             pad_token_id=self.plan.pad_token_id,
-            max_row_length=self.args.data.max_length if self.args.data.packing else None,
         )
 
     def initial_state(self) -> TrainerState:
@@ -109,7 +111,7 @@ class Run:
 
     def calibration_batches(self) -> Batches:
         """The first examples of the shuffled order."""
-        examples, size = self.plan.train, self.args.train.per_device_train_batch_size
+        examples, size = self.plan.data.train, self.args.train.per_device_train_batch_size
         order = permutation(len(examples), self.args.train.seed, epoch=0)
         chosen = examples.select(order[: self.args.method.calibration_examples].tolist())
         return self.batches(chosen, size * self.comm.world_size, size)
@@ -118,9 +120,9 @@ class Run:
         """Say what will be trained and on what, and where the run begins."""
         plan = self.plan
         numbers = self.tuning.describe(reporter)
-        if cut := plan.train.num_truncated:
+        if cut := plan.data.train.num_truncated:
             reporter.say(
-                f"{cut:,} of {len(plan.train):,} training answers are cut at --max_length "
+                f"{cut:,} of {len(plan.data.train):,} training examples are cut at --max_length "
                 f"{self.args.data.max_length}"
             )
         if plan.checkpoint is None:
@@ -133,20 +135,20 @@ class Run:
                 + (f", not the {now} of the flags" if now != plan.global_batch_size else "")
             )
 
-    def train(self, reporter: Reporter) -> dict[str, float]:
+    def train(self, reporter: Reporter) -> dict[str, Any]:
         """Step, log, evaluate, save; then write what a finished run leaves."""
         train, state = self.args.train, self.state
         epoch = self.train_batches.steps_per_epoch
         size = train.per_device_eval_batch_size
         test = (
-            self.batches(self.plan.test, size * self.comm.world_size, size)
-            if len(self.plan.test)
+            self.batches(self.plan.data.test, size * self.comm.world_size, size)
+            if len(self.plan.data.test)
             else None
         )
 
         def evaluate() -> None:
             if test is not None:
-                loss = mean_loss(self.engine, test, summed_answer_loss)
+                loss = mean_loss(self.engine, test, self.plan.objective.summed_loss)
                 self.log(reporter, {"eval_loss": loss})
 
         if state.global_step == 0:
@@ -155,7 +157,7 @@ class Run:
         for step in fit(
             self.tuning,
             self.train_batches,
-            summed_answer_loss,
+            self.plan.objective.summed_loss,
             self.scheduler,
             state,
             seed=train.seed,
@@ -212,10 +214,31 @@ class Run:
                 delete_old_checkpoints(self.plan.output_dir, limit)
         self.has_unproven_checkpoint = False
 
-    def finish(self, reporter: Reporter) -> dict[str, float]:
+    def measure(self) -> dict[str, float]:
+        """The task's metrics of the trained model; writes each prediction. None for written ones.
+
+        All ranks call this together.
+        """
+        plan, data = self.plan, self.plan.data
+        if plan.objective.predictor is None or not data.questions:
+            return {}
+        predictions = predict_all(
+            self.engine.model,
+            data.questions,
+            plan.objective.predictor.predict,
+            self.comm,
+            batch_size=self.args.train.per_device_eval_batch_size,
+            pad_token_id=plan.pad_token_id,
+        )
+        with self.comm.agreement():
+            if self.comm.is_main:
+                save_predictions(plan.output_dir, data.references, predictions)
+            return metrics_of(str(self.args.data.task), data.references, predictions)
+
+    def finish(self, reporter: Reporter) -> dict[str, Any]:
         """Write the weights, the state, the results and the model card; returns the results."""
         comm = self.comm
-        results: dict[str, float] = {
+        results: dict[str, Any] = {
             "num_trainable": self.tuning.num_trainable,
             "num_parameters": self.plan.num_parameters,
             "global_step": self.state.global_step,
@@ -230,6 +253,10 @@ class Run:
             values = [entry[key] for entry in history if key in entry]
             if values:
                 results |= {f"first_{key}": values[0], f"last_{key}": values[-1]}
+        if metrics := self.measure():
+            results["eval_metrics"] = metrics
+            told = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+            reporter.say(f"Held-out examples: {told}")
         self.tuning.save_weights()
         with comm.agreement():
             if comm.is_main:

@@ -1,4 +1,4 @@
-"""Fine-tune a causal language model with GEM: what `deepspeed` runs.
+"""Fine-tune a language model with GEM: what `deepspeed` runs.
 
     deepspeed launch/train.py --deepspeed ds_configs/zero3.json --model_name_or_path M \
         --task gsm8k --output_dir O
@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import Any
 
 import transformers
 
@@ -29,7 +30,7 @@ from launch.prepare import Plan, prepare
 from launch.run import Run
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run one training and return its results (the content of all_results.json).
 
     Raises:

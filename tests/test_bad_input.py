@@ -516,8 +516,8 @@ def _closed(*_: object) -> None:
 
 #: What happens on one rank only: the rank, what is patched there, and how.
 ACCIDENTS: dict[str, tuple[int, str, Callable[..., None]]] = {
-    "unreadable on rank 1": (1, "launch.prepare.load_task", _unreadable),
-    "unreadable on rank 0": (0, "launch.prepare.load_task", _unreadable),
+    "unreadable on rank 1": (1, "launch.data.load_task", _unreadable),
+    "unreadable on rank 0": (0, "launch.data.load_task", _unreadable),
     "disk full at a checkpoint": (0, "gem_ds.checkpoint.Checkpoint._write", _full_disk),
     "disk full at a log entry": (0, "gem_ds.reporting.Reporter.log", _closed),
     "disk full at the mask": (0, "gem_ds.mask.Mask.save", _closed),

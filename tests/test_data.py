@@ -12,10 +12,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch.nn.functional import log_softmax
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer, PreTrainedTokenizerFast
 
-from gem_ds.data import BatchSchedule, collate, permutation
-from gem_ds.encode import EncodedDataset, encode, encode_prompt
+from gem_ds.data import BatchSchedule, permutation
+from gem_ds.encode import encode, encode_prompt
 from gem_ds.packing import pack_rows
 from gem_ds.tasks import Example, load_task
+from gem_ds.texts import EncodedDataset, collate
 
 CORPUS = ["Question: How many clips?\nAnswer: She sold 48 clips.\n#### 72", "xyz xyz xyz"] * 20
 TEMPLATE = (
@@ -197,8 +198,8 @@ def test_a_dataset_is_its_examples_encoded_one_by_one(tokenizers):
         assert dataset.length(i) == len(input_ids)
         assert dataset.prompt_length(i) == prompt_length
         assert dataset.count_tokens([i]) == len(input_ids)
-        assert dataset.count_answer_tokens([i]) == len(input_ids) - prompt_length > 0
-    assert dataset.total_answer_tokens == sum(len(ids) - length for ids, length in single)
+        assert dataset.weight([i]) == len(input_ids) - prompt_length > 0
+    assert dataset.weight(range(len(dataset))) == sum(len(ids) - length for ids, length in single)
     assert dataset.tokens.dtype == dataset.prompt_lengths.dtype == torch.int32
 
     indices = [7, 3, 7, 1099]

@@ -23,6 +23,7 @@ from gem_ds.comm import Comm
 from gem_ds.entries import gather_indices
 from gem_ds.loss import summed_answer_loss
 from gem_ds.mask import Mask, WeightInfo, index_dtype
+from gem_ds.packing import PackedDataset
 from gem_ds.selection import Selection, select_shards
 from gem_ds.sparse_methods import TargetShard
 from gem_ds.targets import find_targets
@@ -240,14 +241,14 @@ K = 70
 
 def _calibrated(comm: Comm, cut: Cut) -> Tensors:
     engine, layers = make_engine(Setting(cut.stage), comm, make_model("llama"), K)
+    examples = random_examples(NUM_EXAMPLES)
     batches = Batches(
-        random_examples(NUM_EXAMPLES),
+        PackedDataset.pack(examples, MAX_LENGTH) if cut.packed else examples,
         comm,
         global_batch_size=cut.micro_batch_size * comm.world_size,
         micro_batch_size=cut.micro_batch_size,
         seed=cut.micro_batch_size,
         pad_token_id=PAD_TOKEN_ID,
-        max_row_length=MAX_LENGTH if cut.packed else None,
     )
     selection = calibrate(engine, layers, batches, summed_answer_loss, K)
     return dict(zip(selection.names, gather_indices(selection.indices, comm), strict=True))

@@ -52,7 +52,7 @@ def test_a_plan_counts_what_the_model_holds(tiny):
     assert plan.targets == [
         f"model.layers.{layer}.self_attn.{kind}_proj.weight" for layer in (0, 1) for kind in "qv"
     ]
-    assert (len(plan.train), len(plan.test)) == (22, 5)
+    assert (len(plan.data.train), len(plan.data.test)) == (22, 5)
     assert plan.pad_token_id == AutoTokenizer.from_pretrained(tiny.model).eos_token_id
     assert plan.mask is None
     assert plan.checkpoint is None

@@ -24,7 +24,7 @@ from gem_ds.comm import Comm
 from gem_ds.data import BatchSchedule
 from gem_ds.entries import SelectedEntries
 from gem_ds.loss import summed_answer_loss
-from gem_ds.packing import pack_rows, refuse_leaking_rows
+from gem_ds.packing import PackedDataset, pack_rows, refuse_leaking_rows
 from gem_ds.targets import find_targets
 from gem_ds.zero import Engine, init_distributed
 from tests import oracle
@@ -207,14 +207,14 @@ def _train(comm: Comm, plan: Plan) -> Outcome:
 
 
 def _batches(comm: Comm, plan: Plan) -> Batches:
+    examples = random_examples(NUM_EXAMPLES)
     return Batches(
-        random_examples(NUM_EXAMPLES),
+        PackedDataset.pack(examples, MAX_LENGTH) if plan.packed else examples,
         comm,
         global_batch_size=GLOBAL_BATCH_SIZE // (2 if plan.packed else 1),
         micro_batch_size=plan.micro_batch_size,
         seed=SEED,
         pad_token_id=PAD_TOKEN_ID,
-        max_row_length=MAX_LENGTH if plan.packed else None,
     )
 
 

@@ -28,13 +28,13 @@ from transformers import (
 from gem_ds.batches import Batches
 from gem_ds.checkpoint import TrainerState
 from gem_ds.comm import Comm
-from gem_ds.encode import EncodedDataset
 from gem_ds.entries import SelectedEntries
 from gem_ds.fit import StepResult, fit
 from gem_ds.loss import summed_answer_loss
 from gem_ds.optim import SparseAdamW
 from gem_ds.sparse import TargetLayers
 from gem_ds.targets import find_targets
+from gem_ds.texts import EncodedDataset
 from gem_ds.zero import Engine
 from gem_ds.zero_config import RunShape, read_config, resolve_config
 from tests import oracle

@@ -1,0 +1,50 @@
+"""Predictions that are no text (labels, choices, numbers): their file and their metrics.
+
+    predictions.jsonl    {"id": 17, "prediction": 0, "reference": 1, "correct": 0.0}
+
+`prediction` and `reference` are indices of candidates, or numbers; a number is neither right nor
+wrong (`correct` is null). An example that accepts several candidates has one of them as reference.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from eval.metrics import main_metric, score
+from gem_ds.files import atomic_write
+from gem_ds.tasks import ChoiceExample, Example, NumberExample
+
+PREDICTIONS_FILE = "predictions.jsonl"
+
+
+def metrics_of(
+    task: str, examples: Sequence[Example], predictions: Sequence[float]
+) -> dict[str, float]:
+    """The metrics of a task by name, the main one first."""
+    metrics = score(task, examples, predictions)
+    main = main_metric(task)
+    return {main: metrics[main]} | metrics
+
+
+def save_predictions(
+    folder: Path, examples: Sequence[Example], predictions: Sequence[float]
+) -> None:
+    """Write predictions.jsonl, a line for each example in their order."""
+    lines = [
+        json.dumps({"id": i, "prediction": prediction, **_judged(example, prediction)})
+        for i, (example, prediction) in enumerate(zip(examples, predictions, strict=True))
+    ]
+    payload = "".join(f"{line}\n" for line in lines).encode()
+    atomic_write(folder / PREDICTIONS_FILE, lambda path: path.write_bytes(payload))
+
+
+def _judged(example: Example, prediction: float) -> dict[str, Any]:
+    if isinstance(example, NumberExample):
+        return {"reference": example.value, "correct": None}
+    assert isinstance(example, ChoiceExample)
+    written = example.candidates[int(prediction)].strip()
+    is_correct = prediction == example.answer or written in map(str.strip, example.answers)
+    return {"reference": example.answer, "correct": float(is_correct)}

@@ -1,0 +1,119 @@
+"""Encoders: models whose tokens see each other both ways, so that they classify and do not write.
+
+Their classification head is what the base model lacks: transformers' class for sequence
+classification adds it. The head is trained densely, beside the mask, is no target and does not
+count in N; its first values depend on the seed and on each parameter's name alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+)
+
+from gem_ds.tasks import TaskData
+
+#: Models whose tokens see each other both ways unless their configuration says ``is_decoder``.
+ENCODERS = (
+    *("bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "ernie"),
+    *("modernbert", "roberta", "xlm-roberta"),
+)
+
+#: Of these, the positions of a text begin behind the padding's.
+_SHIFTED_POSITIONS = ("camembert", "roberta", "xlm-roberta")
+
+
+def is_encoder(config: PretrainedConfig) -> bool:
+    """Whether a model of this configuration is an encoder."""
+    return config.model_type in ENCODERS and not getattr(config, "is_decoder", False)
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """The class of transformers that loads the model as GEM trains it."""
+    return AutoModelForSequenceClassification if is_encoder(config) else AutoModelForCausalLM
+
+
+def num_positions(config: PretrainedConfig) -> int | None:
+    """Tokens of the longest sequence that the model reads, where it tells."""
+    text_config: Any = config.get_text_config()
+    limit = getattr(text_config, "max_position_embeddings", None)
+    if limit and config.model_type in _SHIFTED_POSITIONS:
+        return limit - text_config.pad_token_id - 1
+    return limit or None
+
+
+def set_head(config: PretrainedConfig, name: str, task: TaskData) -> None:
+    """Give the configuration of an encoder the head that a task needs; leave a decoder's alone.
+
+    Args:
+        config: of the model; is changed.
+        name: what a sentence calls the model.
+        task: what it is to learn.
+
+    Raises:
+        ValueError: the task's answers are text, which an encoder cannot write.
+    """
+    if not is_encoder(config):
+        return
+    if task.kind == "text":
+        raise ValueError(
+            f"{name} is an encoder ({config.model_type}), whose tokens see the answer, and this is "
+            "a task whose answers are written: pass a causal language model."
+        )
+    labels = task.labels if task.kind == "labels" else ("score",)
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: i for i, label in enumerate(labels)}
+    is_number = task.kind == "number"
+    config.problem_type = "regression" if is_number else "single_label_classification"
+
+
+def head_names(model: Any) -> set[str]:
+    """Names of the parameters that make the classification head of an encoder; none of a decoder.
+
+    That is what stands outside the base model, and the base model's pooler: only a head reads it,
+    and the files of some encoders lack it.
+    """
+    if not is_encoder(model.config):
+        return set()
+    prefix = f"{model.base_model_prefix}."
+    return {
+        name
+        for name, _ in model.named_parameters()
+        if not name.startswith(prefix) or name.startswith(f"{prefix}pooler.")
+    }
+
+
+def without_head(model: Any) -> nn.Module:
+    """The part of a model whose parameters N counts: all of a decoder, an encoder's base model."""
+    return model.base_model if is_encoder(model.config) else model
+
+
+@torch.no_grad()
+def initialise_head(model: nn.Module, names: Collection[str], std: float, seed: int) -> None:
+    """Set new parameters: matrices normal(0, std), biases 0, the scales of a norm 1.
+
+    Args:
+        model: whole in this process (:func:`gem_ds.zero.whole_weights`).
+        names: of the new parameters.
+        std: the configuration's ``initializer_range``.
+        seed: of the run.
+    """
+    for name in names:
+        parameter = model.get_parameter(name)
+        parameter.copy_(_first_values(name, parameter.shape, std, seed))
+
+
+def _first_values(name: str, shape: torch.Size, std: float, seed: int) -> Tensor:
+    if len(shape) == 1:
+        return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.randn(shape, generator=generator) * std

@@ -1,0 +1,132 @@
+"""The examples of a run, as the model reads them, and everything that can be refused in them."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from gem_ds.config import DataArguments
+from gem_ds.data import Dataset, permutation
+from gem_ds.encoders import num_positions
+from gem_ds.objective import Objective
+from gem_ds.tasks import Example, TaskData, load_task
+from gem_ds.texts import EncodedDataset
+
+_SPLIT_SEED = 0  # of which examples are the development set; no flag changes it
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunData:
+    """What a run reads.
+
+    Attributes:
+        train: encoded training examples.
+        test: encoded held-out examples, for the loss; may be empty.
+        questions: the same as predictions are made from; None where answers are generated.
+        references: the same as text.
+    """
+
+    train: Dataset
+    test: Dataset
+    questions: Dataset | None
+    references: list[Example]
+
+    def fingerprint(self) -> str:
+        """A hash of what a run is measured on."""
+        return self.test.fingerprint() + (self.questions.fingerprint() if self.questions else "")
+
+
+def load_examples(data: DataArguments) -> TaskData:
+    """The examples that the flags name; ``test`` is what the run is measured on.
+
+    Raises:
+        ValueError: a file is at fault, or too few examples are left.
+    """
+    task = load_task(
+        str(data.task),
+        data_dir=data.data_dir,
+        train_file=data.train_file,
+        test_file=data.test_file,
+        prompt_field=data.prompt_field,
+        target_field=data.target_field,
+    )
+    num_left = len(task.train) - data.dev_examples
+    if data.dev_examples and num_left < 1:
+        raise ValueError(
+            f"--dev_examples {data.dev_examples} leaves none of the {len(task.train)} training "
+            "examples to train on: lower it."
+        )
+    order = permutation(len(task.train), _SPLIT_SEED, epoch=0).tolist()
+    train = sorted(order[:num_left][: data.train_examples])
+    dev = sorted(order[num_left:])
+    return replace(
+        task,
+        train=[task.train[i] for i in train],
+        test=[task.train[i] for i in dev] if data.evaluate_on == "dev" else task.test,
+    )
+
+
+def encode_examples(
+    data: DataArguments,
+    task: TaskData,
+    objective: Objective,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+) -> RunData:
+    """The examples as datasets.
+
+    Raises:
+        ValueError: an example cannot be encoded, the model cannot read what the tokenizer makes, or
+            --packing is passed for examples that cannot share a sequence.
+    """
+    train = objective.encode(task.train, tokenizer, data.max_length)
+    test = objective.encode(task.test, tokenizer, data.max_length)
+    if data.packing and not isinstance(train, EncodedDataset):
+        raise ValueError(
+            "--packing is for examples whose answers are written, one sequence each: leave it out."
+        )
+    questions = None
+    if objective.predictor is not None:
+        is_same = objective.predictor.encode == objective.encode
+        questions = (
+            test if is_same else objective.predictor.encode(task.test, tokenizer, data.max_length)
+        )
+    datasets = [train, test, *([] if questions is None else [questions])]
+    _refuse_foreign_tokens(max(dataset.largest_token for dataset in datasets), config)
+    _refuse_long_sequences(max(dataset.longest for dataset in datasets), config)
+    return RunData(train=train, test=test, questions=questions, references=task.test)
+
+
+def fingerprint(data: DataArguments, train: Dataset) -> str:
+    """What tells the rows of a training set from others."""
+    packed = f"packed into {data.max_length}" if data.packing else "one by one"
+    return hashlib.sha256(f"{train.fingerprint()} {packed}".encode()).hexdigest()
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> int:
+    """What rows are filled with: any token that the model has, since it is masked."""
+    pad: Any = tokenizer.pad_token_id
+    eos: Any = tokenizer.eos_token_id
+    if pad is not None and pad < config.get_text_config().vocab_size:
+        return int(pad)
+    return 0 if eos is None else int(eos)
+
+
+def _refuse_foreign_tokens(largest: int, config: PretrainedConfig) -> None:
+    if largest >= (size := config.get_text_config().vocab_size):
+        raise ValueError(
+            f"The tokenizer makes token {largest} and the model knows {size} tokens: save the "
+            "model's own tokenizer in its folder."
+        )
+
+
+def _refuse_long_sequences(longest: int, config: PretrainedConfig) -> None:
+    limit = num_positions(config)
+    if limit and longest > limit:
+        raise ValueError(
+            f"The longest example has {longest} tokens and the model reads {limit}: pass "
+            f"--max_length {limit} or less."
+        )

@@ -1,0 +1,121 @@
+"""Small tasks of each kind without a file, and a BERT that learns them.
+
+with task_of("labels"):
+main(...)           # whatever --task names, the examples are these
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import BertConfig, BertForMaskedLM, BertModel, PreTrainedTokenizerFast
+
+from gem_ds.tasks import ChoiceExample, Example, Kind, NumberExample, TaskData
+
+WORDS = ["red", "green", "blue", "warm", "cold", "##er", "##ish", "is", "not", "very"]
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+LABELS = ("entailment", "not_entailment")
+
+#: A task of each kind that has metrics.
+NAMES: dict[Kind, str] = {"labels": "rte", "choices": "copa", "number": "stsb"}
+
+
+def make_bert(folder: Path, *, has_pooler: bool = True, dropout: float = 0.0) -> Path:
+    """Write a BERT of two layers with random weights, and its tokenizer."""
+    tokenizer = bert_tokenizer()
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        max_position_embeddings=40,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = BertModel(config) if has_pooler else BertForMaskedLM(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def bert_tokenizer() -> PreTrainedTokenizerFast:
+    """A WordPiece tokenizer that writes [CLS] first [SEP] second [SEP]; no eos, no bos."""
+    vocab = {token: i for i, token in enumerate([*SPECIAL, *WORDS])}
+    tokenizer = Tokenizer(models.WordPiece(vocab=vocab, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", vocab["[CLS]"]), ("[SEP]", vocab["[SEP]"])],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+
+
+def make_task(kind: Kind, num_train: int = 21, num_test: int = 5) -> TaskData:
+    """Examples of a kind, always the same."""
+    rng = random.Random(0)
+    make = {"labels": _labelled, "choices": _choice, "number": _number}[kind]
+    examples: list[Example] = [make(rng) for _ in range(num_train + num_test)]
+    labels = LABELS if kind == "labels" else ()
+    return TaskData(examples[:num_train], examples[num_train:], kind, labels)
+
+
+@contextmanager
+def task_of(kind: Kind) -> Iterator[None]:
+    """Trainings find these examples, whatever task they name."""
+    with mock.patch("launch.data.load_task", return_value=make_task(kind)):
+        yield
+
+
+def _text(rng: random.Random) -> str:
+    return " ".join(rng.choices([word for word in WORDS if word.isalpha()], k=rng.randint(1, 5)))
+
+
+def _labelled(rng: random.Random) -> ChoiceExample:
+    first, second = _text(rng), _text(rng)
+    answer = rng.randrange(2)
+    return ChoiceExample(
+        prompt=f"{first} {'very ' * answer}? {second}:",
+        target=(" True", " False")[answer],
+        candidates=(" True", " False"),
+        answer=answer,
+        pairs=((f"{first}{' very' * answer}", second),),
+    )
+
+
+def _choice(rng: random.Random) -> ChoiceExample:
+    """Two or three choices of different lengths."""
+    premise, answer = _text(rng), rng.randrange(2)
+    texts = [_text(rng) for _ in range(rng.randint(2, 3))]
+    return ChoiceExample(
+        prompt=f"{premise} so",
+        target=f" {texts[answer]}",
+        candidates=tuple(f" {text}" for text in texts),
+        answer=answer,
+        pairs=tuple((premise, text) for text in texts),
+    )
+
+
+def _number(rng: random.Random) -> NumberExample:
+    value = rng.randint(0, 50) / 10
+    pair = (_text(rng), _text(rng))
+    return NumberExample(prompt=f"{pair}:", target=f" {value}", pairs=(pair,), value=value)
