@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -46,11 +47,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--config", type=Path, required=True, help="YAML file of the comparison.")
-    comparison = read_comparison(parser.parse_args(argv).config)
+    parser.add_argument("--output_dir", type=Path, help="Where everything is written instead.")
+    parser.add_argument("--data_dir", type=Path, help="Folder that holds the tasks' data_dirs.")
+    args = parser.parse_args(argv)
+    comparison = read_comparison(args.config)
+    comparison = moved(comparison, output_dir=args.output_dir, data_dir=args.data_dir)
     with output_dir_of_one_run(comparison.output_dir):
         num_failed = compare(comparison)
     print(f"Wrote table.md, table.csv, cells.csv and pictures to {comparison.output_dir}")
     return 1 if num_failed else 0
+
+
+def moved(comparison: Comparison, *, output_dir: Path | None, data_dir: Path | None) -> Comparison:
+    """The same comparison with its data and output elsewhere.
+
+    Args:
+        comparison: the file.
+        output_dir: replaces its own.
+        data_dir: its tasks' folders are below this one.
+
+    Raises:
+        ValueError: a task's folder is not there.
+    """
+    tasks = {}
+    for name, task in comparison.tasks.items():
+        folder = task.data_dir and str((data_dir or Path()) / task.data_dir)
+        if folder and not Path(folder).is_dir():
+            raise ValueError(
+                f"There is no folder {folder} for tasks.{name}: pass --data_dir, the folder that "
+                f"holds {task.data_dir}."
+            )
+        tasks[name] = replace(task, data_dir=folder)
+    return replace(comparison, tasks=tasks, output_dir=output_dir or comparison.output_dir)
 
 
 def compare(comparison: Comparison) -> int:

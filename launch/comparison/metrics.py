@@ -72,7 +72,7 @@ def f1(references: Sequence[Any], predictions: Sequence[Any], weights: np.ndarra
     by_class, labels = _f1_by_class(references, predictions, weights)
     if not {str(int(r)) if isinstance(r, int) else str(r) for r in references} <= {"0", "1"}:
         raise ValueError("F1 of two classes needs the labels 0 and 1.")
-    return by_class[:, labels.index("1")] if "1" in labels else np.zeros(len(weights))
+    return np.nan_to_num(by_class[:, labels.index("1")] if "1" in labels else 0 * weights[:, 0])
 
 
 def f1_macro(references: Sequence[Any], predictions: Sequence[Any], weights: np.ndarray) -> Any:
