@@ -183,7 +183,8 @@ def test_a_failed_run_is_reported_and_the_others_go_on(
     assert len(setting.calls()) == 12
     assert "FAILED: Error: the loss is not finite. (exit status 1)" in capsys.readouterr().out
     text = (setting.out / "table.md").read_text()
-    assert "| gem | 81.0 ± 1.4 (1 of the seeds failed) |" in text  # 80 and 82
+    assert "| gem | 81.0 ± 1.4 (1 of 3 seeds failed) |" in text  # 80 and 82
+    assert "| full | 0.0 | 0.0 to 0.0 |  |" in text  # compared on the two seeds that both have
     assert "rte gem at 1e-02, seed 43, test: Error: the loss is not finite." in text
     setting.run()
     assert setting.calls() == ["rte gem 0.01 43 test"]  # once more, and no other

@@ -32,17 +32,19 @@ def budget_figure(task: str, masks: Mapping[str, Mask]) -> Figure:
             grid[spot] = share + (0 if np.isnan(grid[spot]) else grid[spot])
         grids[method] = grid
     top = max(float(np.nanmax(grid)) for grid in grids.values())
-    columns = min(len(grids), 4)
-    lines = math.ceil(len(grids) / columns)
+    lines = math.ceil(len(grids) / 4)
+    columns = math.ceil(len(grids) / lines)
     width = max(1.9, 0.62 * len(modules) + 0.5)
     height = max(2.2, min(6.0, 0.32 * len(layers) + 0.6))
     figure = Figure(figsize=(columns * width + 1.5, lines * height + 1.3), layout="constrained")
     figure.suptitle(f"{task}: where the budget went", color=TEXT, fontsize=12)
     panels = figure.subplots(lines, columns, squeeze=False)
     for axes, (method, grid) in zip(panels.flat, grids.items(), strict=False):
-        image = axes.imshow(grid, cmap="cividis", vmin=0, vmax=top, aspect="auto")
+        image = axes.imshow(grid, cmap="viridis", vmin=0, vmax=top, aspect="auto")
         axes.set_title(method, fontsize=10.5, color=TEXT)
-        axes.set_xticks(range(len(modules)), _short(modules), rotation=35, ha="right", fontsize=8.5)
+        axes.set_xticks(range(len(modules)), short_names(modules), rotation=30, ha="right")
+        for label in axes.get_xticklabels():
+            label.set_rotation_mode("anchor")
         step = math.ceil(len(layers) / 16)
         shown = range(0, len(layers), step)
         axes.set_yticks(list(shown), ["" if layers[i] < 0 else str(layers[i]) for i in shown])
@@ -72,20 +74,21 @@ def _write_in(axes: Axes, grid: np.ndarray, top: float) -> None:
     """The numbers into the fields, light on dark and dark on light."""
     for (line, column), value in np.ndenumerate(grid):
         if not np.isnan(value):
-            colour = "black" if value > 0.55 * top else "white"
+            colour = "black" if value > 0.6 * top else "white"
             axes.text(
                 column, line, f"{value:.1f}", ha="center", va="center", color=colour, fontsize=8
             )
 
 
-def _short(modules: Sequence[str]) -> list[str]:
+def short_names(modules: Sequence[str]) -> list[str]:
     """The last part of each name, or as many as tell it from the others."""
-    short = []
-    for module in modules:
+
+    def is_one(text: str) -> bool:
+        return sum(f".{module}".endswith(f".{text}") for module in modules) == 1
+
+    def short_name(module: str) -> str:
         parts = module.split(".")
-        for count in range(1, len(parts) + 1):
-            text = ".".join(parts[-count:])
-            if sum(m == text or m.endswith(f".{text}") for m in modules) == 1:
-                break
-        short.append(text)
-    return short
+        ends = (".".join(parts[-count:]) for count in range(1, len(parts)))
+        return next(filter(is_one, ends), module)
+
+    return [short_name(module) for module in modules]

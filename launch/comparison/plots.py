@@ -17,6 +17,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
@@ -26,7 +27,7 @@ from launch.comparison.budget_plot import TEXT, budget_figure
 from launch.comparison.cells import folder_of
 from launch.comparison.grid import Comparison
 from launch.comparison.report import Unit, unit_of
-from launch.comparison.table import Row, mean_and_std
+from launch.comparison.table import REFERENCE, Row, mean_and_std
 
 #: Colour and marker by method.
 STYLES = {
@@ -81,7 +82,7 @@ def score_figure(comparison: Comparison, rows: Sequence[Row]) -> Figure:
     for task, axes in panels.items():
         own = [row for row in rows if row.task == task]
         unit, done = unit_of(own), [row for row in own if row.results]
-        places = _side_by_side([row.cost("num_trainable") for row in done])
+        places = side_by_side([row.cost("num_trainable") for row in done])
         for row, place in zip(done, places, strict=True):
             mean, std = mean_and_std(row.scores)
             colour, marker = STYLES.get(row.method, ("#000000", "o"))
@@ -95,10 +96,13 @@ def score_figure(comparison: Comparison, rows: Sequence[Row]) -> Figure:
                 elinewidth=1.2,
                 capsize=2.5,
                 linestyle="none",
+                zorder=_order(row.method),
             )
-        _finish(axes, task, "trained parameters", unit.label)
+        is_shifted = places != [row.cost("num_trainable") for row in done]
+        note = " (equal ones side by side)" if is_shifted else ""
+        _finish(axes, task, f"trained parameters{note}", unit.label)
         if places:
-            axes.set_xlim(min(places) / 2.2, max(places) * 2.2)
+            _span(axes, places, margin=2.2)
             axes.xaxis.set_major_formatter(FuncFormatter(_count_text))
     _legend(figure, rows)
     return figure
@@ -116,7 +120,14 @@ def rate_figure(comparison: Comparison, rows: Sequence[Row]) -> Figure:
             points = [(rate, s * unit.factor) for rate, s in pairs if s is not None]
             if not points:
                 continue
-            axes.plot(*zip(*points, strict=True), color=colour, marker=marker, lw=1.4, ms=6)
+            axes.plot(
+                *zip(*points, strict=True),
+                color=colour,
+                marker=marker,
+                lw=1.4,
+                ms=6,
+                zorder=_order(row.method),
+            )
             chosen = [point for point in points if point[0] == row.choice.rate]
             axes.plot(
                 *zip(*chosen, strict=True),
@@ -127,7 +138,8 @@ def rate_figure(comparison: Comparison, rows: Sequence[Row]) -> Figure:
                 mew=1.3,
                 linestyle="none",
             )
-        _finish(axes, task, "learning rate", f"{unit.label}, development split")
+        _finish(axes, f"{task}, development split", "learning rate", unit.label)
+        _span(axes, [rate for row in own for rate in row.choice.rates], margin=1.5)
     _legend(figure, rows, rings=True)
     return figure
 
@@ -136,7 +148,8 @@ def _panels(tasks: Sequence[str]) -> tuple[Figure, dict[str, Axes]]:
     """A figure with a panel per task."""
     columns = min(len(tasks), MAX_COLUMNS)
     lines = math.ceil(len(tasks) / columns)
-    figure = Figure(figsize=(4.4 * columns + 1.6, 3.5 * lines), layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
+    figure = Figure(figsize=(4.4 * columns + 1.6, 3.5 * lines), layout=layout)
     panels = list(figure.subplots(lines, columns, squeeze=False).flat)
     for axes in panels[len(tasks) :]:
         axes.set_visible(False)
@@ -147,7 +160,7 @@ def _finish(axes: Axes, title: str, x_label: str, y_label: str) -> None:
     """What all panels have in common."""
     axes.set_xscale("log")
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_locator(MaxNLocator(6))
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     axes.set_title(title, color=TEXT, fontsize=11.5)
     axes.set_xlabel(x_label, color=TEXT)
     axes.set_ylabel(y_label, color=TEXT)
@@ -157,6 +170,18 @@ def _finish(axes: Axes, title: str, x_label: str, y_label: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#AAAAAA")
     axes.margins(y=0.12)
+
+
+def _span(axes: Axes, values: Sequence[float], *, margin: float) -> None:
+    """Limits around the values, a decade apart at least so that a power of ten is among them."""
+    low, high = min(values) / margin, max(values) * margin
+    stretch = max(1.0, math.sqrt(10.5 * low / high))
+    axes.set_xlim(low / stretch, high * stretch)
+
+
+def _order(method: str) -> float:
+    """What lies on top: the method that the others are measured against."""
+    return 4.0 if method == REFERENCE else 3.0
 
 
 def _legend(figure: Figure, rows: Sequence[Row], *, rings: bool = False) -> None:
@@ -175,7 +200,7 @@ def _legend(figure: Figure, rows: Sequence[Row], *, rings: bool = False) -> None
     figure.legend(handles=handles, loc="outside right center", frameon=False, labelcolor=TEXT)
 
 
-def _side_by_side(counts: Sequence[float]) -> list[float]:
+def side_by_side(counts: Sequence[float]) -> list[float]:
     """Abscissas, those of (nearly) equal counts a little apart so that none hides another."""
     places = list(counts)
     ordered = sorted(range(len(counts)), key=lambda i: counts[i])

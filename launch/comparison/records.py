@@ -41,6 +41,7 @@ def _table_record(row: Row) -> dict[str, Any]:
     }
     costs = {name: row.cost(name) if row.results else math.nan for name in COSTS}
     if row.results:
+        costs |= {name: int(value) for name, value in costs.items() if name.startswith("num_")}
         costs["peak_memory_bytes"] = row.peak_memory_bytes
     return record | costs
 

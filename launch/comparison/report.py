@@ -48,7 +48,8 @@ class Unit:
         self.is_share = not (is_correlation(metric) or is_loss(metric))
         self.factor = 100 if self.is_share else 1
         self.decimals = 1 if self.is_share else 3
-        self.label = f"{metric} (%)" if self.is_share else metric
+        name = metric.replace("_", " ")
+        self.label = f"{name} (%)" if self.is_share else name
 
     def write(self, value: float, *, sign: bool = False) -> str:
         """A score, or with its sign a difference."""
@@ -86,7 +87,8 @@ def _score_section(task: str, rows: Sequence[Row]) -> list[str]:
         if not row.results:
             lines.append((row.method, "failed", rate, "", "", "", "", ""))
             continue
-        failed = f" ({row.num_failed} of the seeds failed)" if row.num_failed else ""
+        num_seeds = len(row.results) + row.num_failed
+        failed = f" ({row.num_failed} of {num_seeds} seeds failed)" if row.num_failed else ""
         lines.append(
             (
                 row.method,

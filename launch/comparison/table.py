@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from statistics import fmean, stdev
 
 from launch.comparison.bootstrap import (
     Difference,
+    Scores,
     difference,
     refuse_other_examples,
     resample_scores,
@@ -127,7 +129,9 @@ def averages(rows: Sequence[Row], num_tasks: int) -> dict[str, list[float]]:
 
 
 def compare_methods(comparison: Comparison, rows: Sequence[Row]) -> Differences | None:
-    """The paired bootstrap on one task; None where there is nothing to compare.
+    """The paired bootstrap on one task, over the seeds that both sides have.
+
+    None where there is nothing to compare.
 
     Args:
         comparison: the file.
@@ -142,18 +146,29 @@ def compare_methods(comparison: Comparison, rows: Sequence[Row]) -> Differences 
     try:
         if any(row.metric != metric for row in rows) or is_loss(metric):
             raise ValueError("the bootstrap needs one metric, which is no loss.")
-        by_method = {
-            row.method: [read_predictions(comparison, cell) for cell in row.results] for row in rows
+        runs = {
+            row.method: {cell.seed: read_predictions(comparison, cell) for cell in row.results}
+            for row in rows
         }
-        refuse_other_examples([run for runs in by_method.values() for run in runs])
-        scores = {method: resample_scores(runs, metric) for method, runs in by_method.items()}
+        refuse_other_examples([run for by_seed in runs.values() for run in by_seed.values()])
+
+        @cache
+        def scores(method: str, seeds: tuple[int, ...]) -> Scores:
+            return resample_scores([runs[method][seed] for seed in seeds], metric)
+
+        shared = {
+            name: tuple(seed for seed in runs[reference] if seed in runs[name]) for name in names
+        }
+        by_method = {
+            name: difference(scores(name, seeds), scores(reference, seeds))
+            for name, seeds in shared.items()
+            if seeds and name != reference
+        }
+        strays = any(
+            abs(scores(row.method, tuple(runs[row.method])).value - fmean(row.scores)) > 1e-4
+            for row in rows
+        )
     except ValueError as error:
         return Differences(reference=reference, by_method={}, note=f"Not computed: {error}")
-    strays = any(abs(scores[row.method].value - fmean(row.scores)) > 1e-4 for row in rows)
-    return Differences(
-        reference=reference,
-        by_method={
-            name: difference(scores[name], scores[reference]) for name in names if name != reference
-        },
-        note="Of the share of right answers, which is not the metric above." if strays else "",
-    )
+    note = "Of the share of right answers, which is not the metric above." if strays else ""
+    return Differences(reference=reference, by_method=by_method, note=note)
