@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from gem_ds.methods import CALIBRATED_METHODS, METHODS, SPARSE_METHODS
+from gem_ds.methods import METHODS, SPARSE_METHODS
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 
@@ -111,7 +111,8 @@ class MethodArguments:
         nargs="+",
     )
     calibration_examples: int | None = _option(
-        None, "Calibrate on the first N examples of the shuffled order (default: all)."
+        None,
+        "Calibrated methods: look at the first N examples of the shuffled order (default: all).",
     )
     mask: str | None = _option(None, "Train the entries of this mask.safetensors; no calibration.")
 
@@ -257,16 +258,9 @@ def _check_method(method: MethodArguments, train: TrainArguments) -> None:
             "--optimizer adamw_8bit is for --method full: the others have little state."
         )
     if name in SPARSE_METHODS:
-        if method.calibration_examples and name not in CALIBRATED_METHODS:
-            raise ValueError(
-                f"--method {name} is not calibrated: leave --calibration_examples out."
-            )
         return
-    for flag in ("mask", "calibration_examples"):
-        if getattr(method, flag) is not None:
-            raise ValueError(f"--method {name} selects no entries: leave --{flag} out.")
-    if method.density is not None and name != "shira":
-        raise ValueError(f"--method {name} has no density: leave --density out.")
+    if method.mask is not None:
+        raise ValueError(f"--method {name} selects no entries: leave --mask out.")
     if train.max_steps == 0:
         raise ValueError(f"--max_steps 0 writes a mask, and --method {name} has none.")
     for flag in ("save_steps", "resume_from_checkpoint"):

@@ -1,0 +1,1 @@
+"""Comparing methods: which runs there are, running them, and what they say together."""
