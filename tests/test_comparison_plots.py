@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from launch.comparison.methods import METHODS
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from gem_ds.mask import Mask, WeightInfo
+from gem_ds.methods import METHODS
 from launch.comparison.budget_plot import budget_figure, place_of, short_names
 from launch.comparison.cells import Cell
 from launch.comparison.grid import Comparison, Method, Task
