@@ -23,6 +23,7 @@ import time
 
 from eval.sandbox import confine, jails, processes
 from eval.sandbox.judge import judge
+from eval.sandbox.warm_up import warm_up
 from eval.sandbox.wire import Channel, Decoder, Encoder
 
 NUM_FILES = 3  # of a job: what the candidate reads, what the judge reads, where it reports
@@ -56,6 +57,7 @@ def serve(control: socket.socket, level: str, fresh: bool, processor: int) -> No
         return
     for name in _PRELOADED:
         __import__(name)
+    warm_up()
     control.send(Encoder().encode(""))
     gc.collect()
     gc.freeze()  # no child's collection shall copy these pages
