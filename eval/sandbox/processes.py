@@ -128,7 +128,16 @@ class ProcessTable:
     def children(self, pid: int | None = None) -> list[int]:
         """The children of a process, by default of the caller, as they are numbered outside."""
         name = os.readlink("self", dir_fd=self._folder) if pid is None else str(pid)
-        return [int(child) for child in self._read(f"{name}/task/{name}/children").split()]
+        try:
+            tasks = os.open(f"{name}/task", os.O_RDONLY, dir_fd=self._folder)
+        except OSError:  # it has ended
+            return []
+        try:
+            threads = os.listdir(tasks)
+        finally:
+            os.close(tasks)
+        lists = [self._read(f"{name}/task/{thread}/children") for thread in threads]
+        return [int(child) for children in lists for child in children.split()]
 
     def _own_memory(self, pid: str) -> int:
         lines = self._read(f"{pid}/status").splitlines()
