@@ -65,6 +65,25 @@ def test_memory_is_bounded_for_all_processes_together() -> None:
     assert "200 MiB" in verdict.detail
 
 
+def test_memory_of_what_a_thread_starts_counts_too() -> None:
+    program = (
+        "import os, threading, time\n"
+        "def hold():\n"
+        "    for _ in range(3):\n"
+        "        if os.fork() == 0:\n"
+        "            data = b'x' * (80 << 20)\n"
+        "            time.sleep(5)\n"
+        "    time.sleep(5)\n"
+        "def f():\n"
+        "    thread = threading.Thread(target=hold)\n"
+        "    thread.start()\n"
+        "    thread.join()"
+    )
+    verdict = check_program(program, ["f()"], timeout=10.0, memory_mb=200)
+    assert verdict.status == "crashed"
+    assert "200 MiB" in verdict.detail
+
+
 def test_the_time_is_wall_clock_time() -> None:
     started = time.monotonic()
     assert check_program("import time; time.sleep(60)", [], timeout=0.5).status == "timeout"

@@ -17,7 +17,8 @@ use the candidate's own classes beyond plain data, its code has a say, and the v
 (`Verdict.in_jail`). The standard library can be imported, installed packages cannot.
 
 A result of more than 16 MiB, or nested more than 400 deep, fails. The tests do not see what a
-program prints, nor the program what a test's own function does to its arguments.
+program prints, nor the program what a test's own function does to its arguments. Whether they see
+each other's files depends on the level.
 """
 
 from __future__ import annotations

@@ -39,6 +39,8 @@ def main(job: int, channel: int) -> None:
     """Runs the job of one open file, on the channel of another."""
     sources = Decoder().decode(os.pread(job, os.fstat(job).st_size, 0))
     os.close(job)
+    sys.argv = [f"{MODULE}.py"]
+    sys.path.insert(0, "")
     run(sources, Channel(channel))
     os._exit(0)
 
@@ -52,12 +54,10 @@ def run(sources: Sequence[str], channel: Channel) -> None:
     """
     module = type(sys)(MODULE)
     sys.modules[MODULE] = module
-    sys.argv = [f"{MODULE}.py"]
-    sys.path.insert(0, "")
     service = _Service(module.__dict__, channel)
     try:
         for source in sources:
-            exec(compile(source, sys.argv[0], "exec", dont_inherit=True), module.__dict__)
+            exec(compile(source, f"{MODULE}.py", "exec", dont_inherit=True), module.__dict__)
     except BaseException as error:
         service.send_error(error, [])
         return

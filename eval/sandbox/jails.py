@@ -1,10 +1,15 @@
-"""Ways to start a candidate alone, by level; each is made once per server."""
+"""Ways to start a candidate alone, by level; each is made once per server.
+
+At every level the judge's process starts the candidate, and each is confined. Where the judge is
+the first process of a pid namespace, it has the candidate's identity and the kernel keeps signals
+from it; at the other levels it has one of its own, if root lends them.
+"""
 
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Callable, Collection
+import sys
+from collections.abc import Callable
 from typing import Protocol
 
 from eval.sandbox import (
@@ -31,87 +36,73 @@ PYTHON_FLAGS = ("-s", "-S", "-P")
 class Jail(Protocol):
     """What `eval.sandbox.server` asks of a level."""
 
-    #: whom the candidate becomes, and whom the judge; None: they stay who they are
-    identity: int | None
-    judge_identity: int | None
-    #: the seccomp filter
-    seccomp_filter: seccomp.Filter
-    #: whether each candidate gets a fresh interpreter
-    fresh: bool
+    def start_judge(self, judge: Callable[[], None]) -> int:
+        """Runs `judge` in a new process of the returned number."""
 
-    def start(self, job: int, channel: int, memory_mb: int) -> int:
-        """Starts a candidate on two open files; killing the process it returns ends all of it."""
+    def start_candidate(self, job: int, channel: int, memory_mb: int) -> int:
+        """Confines the calling judge, which has read no test yet, and starts its candidate.
+
+        Of the judge's open files the candidate keeps these two. Returns its process's number.
+        """
 
     def memory_in_use(self) -> int:
         """Bytes that the server's descendants hold for themselves."""
 
-    def clear(self, keep: Collection[int]) -> None:
-        """Ends what is left of the candidate when that process has ended, all but `keep`."""
+    def clear(self) -> None:
+        """Ends what is left when the judge's process has ended."""
 
 
 class NamespaceJail:
-    """Own user, pid, mount, network, ipc and uts namespaces; see `eval.sandbox.room`."""
+    """Own user, pid, mount, network, ipc and uts namespaces; see `eval.sandbox.room`.
+
+    The judge is process 1 of the cell's pid namespace: when it ends, the kernel kills the rest. It
+    is deaf to signals from within, and there is no /proc to see it by. It shares the candidate's
+    identity, filter and files, but imports nothing from where the candidate may write.
+    """
 
     def __init__(self, fresh: bool) -> None:
-        self.fresh = fresh
-        self.seccomp_filter = seccomp.Filter()
+        self._fresh = fresh
+        self._filter = seccomp.Filter()
         self._room = room.enter()
-        self.identity = self.judge_identity = self._room.identity
+        sys.path[:] = [folder for folder in sys.path if not folder.startswith(room.SCRATCH)]
         confine.prepare()
 
-    def start(self, job: int, channel: int, memory_mb: int) -> int:
+    def start_judge(self, judge: Callable[[], None]) -> int:
         """See `Jail`."""
-        kernel.unshare(kernel.CLONE_NEWPID)
-        pid = processes.fork(lambda: self._first_process(job, channel, memory_mb))
-        kernel.setns(self._room.pid_namespace, kernel.CLONE_NEWPID)  # for the server's next child
+        room.enter_cell()
+        pid = processes.fork(judge)
+        room.leave_cell(self._room)
         return pid
+
+    def start_candidate(self, job: int, channel: int, memory_mb: int) -> int:
+        """See `Jail`."""
+        os.setpgid(0, 0)  # signals to one's own group would leave the pid namespace
+        confine.drop_privileges(self._room.identity)
+        self._filter.install()
+        return processes.fork(lambda: self._become_candidate(job, channel, memory_mb))
 
     def memory_in_use(self) -> int:
         """See `Jail`."""
         return self._room.processes.memory_of_descendants()
 
-    def clear(self, keep: Collection[int]) -> None:
+    def clear(self) -> None:
         """See `Jail`; the kernel has done it."""
 
-    def _first_process(self, job: int, channel: int, memory_mb: int) -> None:
-        """Process 1 of the cell: when it ends, the kernel kills the rest.
-
-        It holds no secret and reads nothing. The candidate cannot signal it: a first process is
-        deaf to signals from within.
-        """
+    def _become_candidate(self, job: int, channel: int, memory_mb: int) -> None:
         confine.keep_only([job, channel])
-        os.setpgid(0, 0)  # signals to one's own group would leave the pid namespace
-        room.open_cell()
-        arguments = (self, job, channel, memory_mb, room.CODE, ENVIRONMENT)
-        pid = processes.fork(lambda: run_candidate(*arguments))
-        os.close(job)
-        os.close(channel)
-        while True:
-            ended, status = os.wait()
-            if ended == pid:
-                os._exit(processes.shell_status(status))
+        confine.limit_memory(memory_mb)
+        os.chdir(room.SCRATCH[0])
+        if self._fresh:
+            for descriptor in (job, channel):
+                os.set_inheritable(descriptor, True)
+            command = fresh_command(job, channel)
+            os.execve(command[0], command, ENVIRONMENT)
+        candidate.main(job, channel)
 
 
-def run_candidate(
-    jail: Jail, job: int, channel: int, memory_mb: int, code: str, environment: dict[str, str]
-) -> None:
-    """Becomes the candidate, in this interpreter or in a fresh one that finds us in `code`."""
-    confine.keep_only([job, channel])
-    confine.limit_memory(memory_mb)
-    confine.drop_privileges(jail.identity)
-    jail.seccomp_filter.install()
-    if jail.fresh:
-        for descriptor in (job, channel):
-            os.set_inheritable(descriptor, True)
-        os.execve(room.interpreter(), fresh_command(code, job, channel), environment)
-    os.environ.clear()
-    os.environ.update(environment)
-    candidate.main(job, channel)
-
-
-def fresh_command(code: str, job: int, channel: int) -> list[str]:
-    """The command line of a fresh interpreter that becomes the candidate."""
-    source = f"import sys; sys.path.append({code!r}); "
+def fresh_command(job: int, channel: int) -> list[str]:
+    """The command line of a fresh interpreter that becomes the candidate in a room."""
+    source = f"import sys; sys.path.append({room.CODE!r}); "
     source += f"from eval.sandbox.candidate import main; main({job}, {channel})"
     return [room.interpreter(), *PYTHON_FLAGS, "-c", source]
 
@@ -124,37 +115,43 @@ class BubblewrapJail:
     """
 
     def __init__(self, fresh: bool) -> None:
-        self.fresh = True
-        self.seccomp_filter = seccomp.Filter()
+        self._filter = seccomp.Filter()
         programs = [f"{folder}/bwrap" for folder in os.defpath.split(":")]
         self._program = next((path for path in programs if os.access(path, os.X_OK)), None)
         if self._program is None:
             raise FileNotFoundError("bubblewrap is not installed (apt-get install bubblewrap)")
-        self.identity, self.judge_identity = lend(list(room.sources()))
+        self._identity, self._judge_identity = lend(list(room.sources()))
         self._processes = processes.ProcessTable()
         processes.adopt_orphans()
         confine.prepare()
 
-    def start(self, job: int, channel: int, memory_mb: int) -> int:
+    def start_judge(self, judge: Callable[[], None]) -> int:
         """See `Jail`."""
-        return processes.fork(lambda: self._become_bubblewrap(job, channel, memory_mb))
+        return processes.fork(judge)
+
+    def start_candidate(self, job: int, channel: int, memory_mb: int) -> int:
+        """See `Jail`."""
+        pid = processes.fork(lambda: self._become_bubblewrap(job, channel, memory_mb))
+        confine.drop_privileges(self._judge_identity)
+        self._filter.install()
+        return pid
 
     def memory_in_use(self) -> int:
         """See `Jail`."""
         return self._processes.memory_of_descendants()
 
-    def clear(self, keep: Collection[int]) -> None:
+    def clear(self) -> None:
         """See `Jail`."""
-        processes.end_descendants(self.identity, keep)
+        processes.end_descendants(self._identity)
 
     def _become_bubblewrap(self, job: int, channel: int, memory_mb: int) -> None:
         confine.keep_only([job, channel])
         confine.limit_memory(memory_mb)
-        confine.drop_privileges(self.identity)
-        rules = self.seccomp_filter.as_file()
+        confine.drop_privileges(self._identity)
+        rules = self._filter.as_file()
         for descriptor in (job, channel, rules):
             os.set_inheritable(descriptor, True)
-        command = [*self._command(rules), "--", *fresh_command(room.CODE, job, channel)]
+        command = [*self._command(rules), "--", *fresh_command(job, channel)]
         os.execve(command[0], command, {})  # no environment: its first process keeps it in sight
 
     def _command(self, rules: int) -> list[str]:
@@ -168,11 +165,11 @@ class BubblewrapJail:
                 command += ["--ro-bind", source, target]
         for device in room.DEVICES:
             command += ["--dev-bind", device, device]
-        for folder in ("/tmp", "/dev/shm"):
+        for folder in room.SCRATCH:
             command += ["--size", scratch, "--tmpfs", folder]
         for name, value in ENVIRONMENT.items():
             command += ["--setenv", name, value]
-        return [*command, "--remount-ro", "/", "--chdir", "/tmp", "--seccomp", str(rules)]
+        return [*command, "--remount-ro", "/", "--chdir", room.SCRATCH[0], "--seccomp", str(rules)]
 
 
 class LandlockJail:
@@ -184,31 +181,40 @@ class LandlockJail:
     """
 
     def __init__(self, fresh: bool) -> None:
-        self.fresh = False
-        self.seccomp_filter = seccomp.Filter()
+        self._filter = seccomp.Filter()
         landlock.version()
         self._readable = list(room.sources())
-        self.identity, self.judge_identity = lend(self._readable)
+        self._identity, self._judge_identity = lend(self._readable)
         self._processes = processes.ProcessTable()
         self._scratch = ""
         processes.adopt_orphans()
         confine.prepare()
 
-    def start(self, job: int, channel: int, memory_mb: int) -> int:
+    def start_judge(self, judge: Callable[[], None]) -> int:
         """See `Jail`."""
         self._scratch = f"/tmp/gem_ds-sandbox-{os.getpid()}-{os.urandom(8).hex()}"
         os.mkdir(self._scratch, 0o700)
-        if self.identity is not None:
-            os.chown(self._scratch, self.identity, self.identity)
-        return processes.fork(lambda: self._become_candidate(job, channel, memory_mb))
+        if self._identity is not None:
+            os.chown(self._scratch, self._identity, self._identity)
+        return processes.fork(judge)
+
+    def start_candidate(self, job: int, channel: int, memory_mb: int) -> int:
+        """See `Jail`."""
+        processes.adopt_orphans()
+        pid = processes.fork(lambda: self._become_candidate(job, channel, memory_mb))
+        confine.drop_privileges(self._judge_identity)
+        self._filter.install()
+        return pid
 
     def memory_in_use(self) -> int:
         """See `Jail`."""
         return self._processes.memory_of_descendants()
 
-    def clear(self, keep: Collection[int]) -> None:
+    def clear(self) -> None:
         """See `Jail`."""
-        processes.end_descendants(self.identity, keep)
+        processes.end_descendants(self._identity)
+        import shutil  # here, because its libraries would make each fork dearer at every level
+
         shutil.rmtree(self._scratch, ignore_errors=True)  # the candidate may have been before us
 
     def _become_candidate(self, job: int, channel: int, memory_mb: int) -> None:
@@ -216,8 +222,12 @@ class LandlockJail:
         os.chdir(self._scratch)
         kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
         landlock.restrict(self._readable, [self._scratch, *room.DEVICES])
-        environment = ENVIRONMENT | {"HOME": self._scratch, "TMPDIR": self._scratch}
-        run_candidate(self, job, channel, memory_mb, room.code_folder(), environment)
+        confine.keep_only([job, channel])
+        confine.limit_memory(memory_mb)
+        confine.drop_privileges(self._identity)
+        self._filter.install()
+        os.environ.update(HOME=self._scratch, TMPDIR=self._scratch)
+        candidate.main(job, channel)
 
 
 JAILS: dict[str, Callable[[bool], Jail]] = {

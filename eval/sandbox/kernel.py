@@ -31,6 +31,7 @@ _AT_RECURSIVE = 0x8000
 _AT_FDCWD = -100
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_capset = _libc.capset
 
 
 class _MountAttr(ctypes.Structure):
@@ -119,7 +120,7 @@ def drop_bounding_set() -> None:
 
 def drop_capabilities() -> None:
     """Gives up every capability; raises `OSError`."""
-    _checked(_libc.capset(ctypes.byref(_CAP_HEADER), _NO_CAPABILITIES), "capset")
+    _checked(_capset(ctypes.byref(_CAP_HEADER), _NO_CAPABILITIES), "capset")
 
 
 def _checked(result: int, what: str) -> int:

@@ -8,8 +8,8 @@
     network  no interface but the loopback one, and that is down
     ipc, uts of its own
 
-`open_cell` is called for each candidate, by the first process of a new pid namespace. It adds a
-mount and an ipc namespace, in which /tmp and /dev/shm are empty and of limited size.
+`enter_cell` is called for each candidate: a cell adds a pid, a mount and an ipc namespace, in which
+/tmp and /dev/shm are empty and of limited size. The server starts a judge in it and leaves it.
 
 Root lends its candidates a second, unprivileged identity, because the kernel does not count
 root's processes. The interpreter may lie under root's own home: the way to it is built anew in
@@ -28,9 +28,15 @@ from eval.sandbox import kernel
 from eval.sandbox.identity import make_target
 from eval.sandbox.processes import ProcessTable
 
-SCRATCH_MB = 64  # in each of /tmp and /dev/shm
+SCRATCH = ("/tmp", "/dev/shm")  # all that a candidate may write to
+SCRATCH_MB = 64  # in each of them
 CODE = "/sandbox"  # the room's folder with the package `eval.sandbox`
 
+_OF_A_CELL = {
+    "pid": kernel.CLONE_NEWPID,
+    "mnt": kernel.CLONE_NEWNS,
+    "ipc": kernel.CLONE_NEWIPC,
+}
 _LENT = 65534  # the number, outside, of the identity that root lends
 _STAGE = "/proc"  # where the room is built: there on every system, and no library lies in it
 _LIBRARIES = ("/lib", "/lib32", "/lib64", "/usr/lib", "/usr/lib32", "/usr/lib64")
@@ -43,8 +49,8 @@ class Room(NamedTuple):
 
     #: user and group for candidates to take, or None if there is only the present one
     identity: int | None
-    #: open file: the server's own pid namespace, to come back to
-    pid_namespace: int
+    #: open files: the server's own namespaces, by their kinds, to come back to from a cell
+    namespaces: dict[int, int]
     #: the processes as they are seen outside
     processes: ProcessTable
 
@@ -69,22 +75,29 @@ def enter() -> Room:
         _write("/proc/self/gid_map", f"0 {gid} 1")
     kernel.mount("", "/", flags=kernel.MS_REC | kernel.MS_PRIVATE)
     _become_child()
-    pid_namespace = os.open("/proc/self/ns/pid", os.O_RDONLY)
     processes = ProcessTable()
+    namespaces = {
+        kind: os.open(f"/proc/self/ns/{name}", os.O_RDONLY) for name, kind in _OF_A_CELL.items()
+    }
     _build()
     kernel.pivot_root(_STAGE)
     kernel.restrict_mount("/", kernel.MOUNT_ATTR_RDONLY, recursive=False)
-    return Room(1 if uid == 0 else None, pid_namespace, processes)
+    return Room(1 if uid == 0 else None, namespaces, processes)
 
 
-def open_cell() -> None:
-    """Gives the calling process, the first of a pid namespace, scratch space of its own."""
-    kernel.unshare(kernel.CLONE_NEWNS | kernel.CLONE_NEWIPC)
+def enter_cell() -> None:
+    """Moves the caller into a new cell, whose first process will be the caller's next child."""
+    kernel.unshare(sum(_OF_A_CELL.values()))
     flags = kernel.MS_NOSUID | kernel.MS_NODEV
     options = f"size={SCRATCH_MB}m,nr_inodes=16384,mode=1777"
-    for folder in ("/tmp", "/dev/shm"):
+    for folder in SCRATCH:
         kernel.mount("tmpfs", folder, "tmpfs", flags, options)
-    os.chdir("/tmp")
+
+
+def leave_cell(room: Room) -> None:
+    """Moves the caller back; the cell lasts as long as its first process."""
+    for kind, namespace in room.namespaces.items():
+        kernel.setns(namespace, kind)
 
 
 def code_folder() -> str:
@@ -166,7 +179,7 @@ def _build() -> None:
             _bind(source, _STAGE + target, protect | kernel.MOUNT_ATTR_NODEV)
     for device in DEVICES:
         _bind(device, _STAGE + device, protect)
-    for folder in ("/tmp", "/dev/shm"):
+    for folder in SCRATCH:
         _make_folder(folder)
 
 

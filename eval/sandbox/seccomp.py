@@ -90,7 +90,10 @@ _NEW_NAMESPACES = 0x7E020000  # every CLONE_NEW flag of clone
 
 _LOAD, _IF_EQUAL, _IF_AT_LEAST, _IF_ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _NUMBER_AT, _ARCH_AT, _ARGUMENT_AT = 0, 4, 16  # in struct seccomp_data; the low half comes first
-_ALLOW, _KILL, _ERROR = 0x7FFF0000, 0x80000000, 0x00050000
+_Rule = tuple[int, int, int, int]  # struct sock_filter: operation, jump if true, if false, operand
+_KILL, _ERROR = 0x80000000, 0x00050000
+_ALLOW: _Rule = (_RETURN, 0, 0, 0x7FFF0000)
+_REFUSE: _Rule = (_RETURN, 0, 0, _ERROR | errno.EPERM)
 _X32 = 0x40000000  # the other numbering that an x86-64 kernel takes
 
 
@@ -130,33 +133,41 @@ def rules() -> bytes:
     if kernel.MACHINE not in _COLUMN:
         raise OSError(errno.ENOSYS, f"no seccomp filter is known for {kernel.MACHINE}")
     column = _COLUMN[kernel.MACHINE]
-    refuse = (_RETURN, 0, 0, _ERROR | errno.EPERM)
+    refused = (numbers[column] for numbers in _REFUSED.values())
+    answers = {number: [_REFUSE] for number in refused if number is not None}
+    answers[_CLONE3[column]] = [(_RETURN, 0, 0, _ERROR | errno.ENOSYS)]  # libc then calls clone
+    answers[_CLONE[column]] = [
+        (_LOAD, 0, 0, _ARGUMENT_AT),
+        (_IF_ANY_BIT, 0, 1, _NEW_NAMESPACES),
+        _REFUSE,
+        _ALLOW,
+    ]
+    answers[_PRLIMIT[column]] = [
+        (_LOAD, 0, 0, _ARGUMENT_AT),
+        (_IF_EQUAL, 1, 0, 0),  # of the process itself
+        _REFUSE,
+        _ALLOW,
+    ]
     program = [
         (_LOAD, 0, 0, _ARCH_AT),
         (_IF_EQUAL, 1, 0, _AUDIT_ARCH[kernel.MACHINE]),
         (_RETURN, 0, 0, _KILL),
         (_LOAD, 0, 0, _NUMBER_AT),
         (_IF_AT_LEAST, 0, 1, _X32),
-        refuse,
-    ]
-    for numbers in _REFUSED.values():
-        number = numbers[column]
-        if number is not None:
-            program += [(_IF_EQUAL, 0, 1, number), refuse]
-    allow = (_RETURN, 0, 0, _ALLOW)
-    program += [
-        (_IF_EQUAL, 0, 1, _CLONE3[column]),
-        (_RETURN, 0, 0, _ERROR | errno.ENOSYS),  # the C library then calls clone
-        (_IF_EQUAL, 0, 4, _CLONE[column]),
-        (_LOAD, 0, 0, _ARGUMENT_AT),
-        (_IF_ANY_BIT, 0, 1, _NEW_NAMESPACES),
-        refuse,
-        allow,
-        (_IF_EQUAL, 0, 4, _PRLIMIT[column]),
-        (_LOAD, 0, 0, _ARGUMENT_AT),
-        (_IF_EQUAL, 1, 0, 0),  # of the process itself
-        refuse,
-        allow,
-        allow,
+        _REFUSE,
+        *_search(sorted(answers.items())),
     ]
     return b"".join(struct.pack("=HBBI", *rule) for rule in program)
+
+
+def _search(answers: list[tuple[int, list[_Rule]]]) -> list[_Rule]:
+    """The rules for system calls in the order of their numbers, all others being allowed.
+
+    They halve the list, because the kernel tries out every system call when a filter is installed.
+    """
+    if len(answers) == 1:
+        ((number, answer),) = answers
+        return [(_IF_EQUAL, 0, len(answer), number), *answer, _ALLOW]
+    middle = len(answers) // 2
+    low = _search(answers[:middle])
+    return [(_IF_AT_LEAST, len(low), 0, answers[middle][0]), *low, *_search(answers[middle:])]

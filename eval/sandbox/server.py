@@ -1,15 +1,14 @@
-"""A worker's server: a lean process that starts a jail and a judge for each program.
+"""A worker's server: a lean process that starts a judge for each program.
 
 It is started by `exec`, so it holds nothing of its parent but three standard streams and the
-control socket. It never reads a job: parent and children share those as files in memory, and a
-candidate's process descends from the server without having passed through any memory that held
-a test, an expected value or another solution.
+control socket. It never reads a job: parent and children share those as files in memory. A judge
+starts the candidate before it reads the tests, so a candidate has never passed through any memory
+that held a test, an expected value or another solution.
 
     parent (torch, the model)
-      └─ server                     receives (limits, files) on the control socket, enforces time
-           ├─ judge                 reads the tests, then the jail's answers; reports to the parent
-           └─ jail: pid 1           opens the cell, waits
-                └─ candidate        reads the program
+      └─ server                receives (limits, files) on the control socket, enforces the limits
+           └─ judge            starts the candidate, then reads the tests; reports to the parent
+                └─ candidate   reads the program, answers the judge
 """
 
 from __future__ import annotations
@@ -19,16 +18,20 @@ import os
 import select
 import signal
 import socket
+import struct
 import time
 
 from eval.sandbox import confine, jails, processes
 from eval.sandbox.judge import judge
+from eval.sandbox.warm_up import warm_up
 from eval.sandbox.wire import Channel, Decoder, Encoder
 
-NUM_FILES = 3  # of a job: what the jail reads, what the judge reads, where the judge reports
+NUM_FILES = 3  # of a job: what the candidate reads, what the judge reads, where it reports
 _PERIOD = 0.05  # seconds between two looks at the memory in use
-_LAST_GRACE = 0.1  # seconds that a jail gets to end by itself when all is judged
+_PATIENCE = struct.pack("ll", 0, 5000)  # struct timeval: until a judge looks what has ended
+_LAST_GRACE = 0.1  # seconds that a candidate whose channel has closed gets to end by itself
 _JUDGE_MB = 2048
+_DEATHS = {128 + int(number): number.name for number in signal.Signals}  # by exit status
 _PRELOADED = (  # what programs import most, as far as it is small: each page makes a fork dearer
     *("array", "bisect", "cmath", "collections", "copy", "functools", "heapq", "itertools"),
     *("math", "operator", "re", "string", "typing"),
@@ -39,14 +42,14 @@ def serve(control: socket.socket, level: str, fresh: bool, processor: int) -> No
     """Serves until the parent closes the control socket.
 
     A message, in the encoding of `eval.sandbox.wire`, is (timeout in seconds, memory_mb), with
-    NUM_FILES open files; its answer is (why it ended, the jail's exit status). One answer comes
-    unasked, at first: the reason why the level cannot be had here, or an empty one.
+    NUM_FILES open files; its answer is why the job ended. One answer comes unasked, at first: the
+    reason why the level cannot be had here, or an empty one.
     """
     # What follows hands work to and fro, and never does two things at once: on one processor the
     # hand-over costs a third less.
     os.sched_setaffinity(0, {processor})
     os.setsid()  # a Ctrl-C is the parent's to handle
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no handler: see `processes.Reaper`
     try:
         jail = jails.JAILS[level](fresh)
     except OSError as error:
@@ -54,6 +57,7 @@ def serve(control: socket.socket, level: str, fresh: bool, processor: int) -> No
         return
     for name in _PRELOADED:
         __import__(name)
+    warm_up()
     control.send(Encoder().encode(""))
     gc.collect()
     gc.freeze()  # no child's collection shall copy these pages
@@ -62,46 +66,38 @@ def serve(control: socket.socket, level: str, fresh: bool, processor: int) -> No
         if not message:
             return
         timeout, memory_mb = Decoder().decode(message)
-        outcome = _run(jail, control, files, timeout, memory_mb)
-        control.send(Encoder().encode(outcome))
+        end = _run(jail, control, files, timeout, memory_mb)
+        control.send(Encoder().encode(end))
 
 
 def _run(
     jail: jails.Jail, control: socket.socket, files: list[int], timeout: float, memory_mb: int
-) -> tuple[str, int]:
-    """Starts one jail and one judge, and returns when no process of either is left."""
+) -> str:
+    """Starts one judge, and returns when no process of the job is left."""
     deadline = time.monotonic() + timeout
-    job, tests, report = files
-    judges, candidates = socket.socketpair()
-    judge_pid = processes.fork(lambda: _judge(jail, tests, report, judges.detach()))
-    jail_pid = jail.start(job, candidates.fileno(), memory_mb)
-    judges.close()
-    candidates.close()
+    ours, theirs = socket.socketpair()
+    for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+        ours.setsockopt(socket.SOL_SOCKET, option, _PATIENCE)
+    judge_pid = jail.start_judge(lambda: _judge(jail, files, ours, theirs, memory_mb))
+    ours.close()
+    theirs.close()
     for file in files:
         os.close(file)
     try:
-        end = _watch(jail, control, (judge_pid, jail_pid), deadline, memory_mb << 20)
+        return _watch(jail, control, judge_pid, deadline, memory_mb << 20)
     finally:
-        os.kill(jail_pid, signal.SIGKILL)  # not waited for yet, so the number is still its own
-        _, status = os.waitpid(jail_pid, 0)
-        jail.clear([judge_pid])
-        os.kill(judge_pid, signal.SIGKILL)
+        os.kill(judge_pid, signal.SIGKILL)  # not waited for yet, so the number is still its own
         os.waitpid(judge_pid, 0)
-    return end, os.waitstatus_to_exitcode(status)
+        jail.clear()
 
 
 def _watch(
-    jail: jails.Jail,
-    control: socket.socket,
-    pids: tuple[int, int],
-    deadline: float,
-    max_memory: int,
+    jail: jails.Jail, control: socket.socket, judge_pid: int, deadline: float, max_memory: int
 ) -> str:
     """Waits for the judge's end, or a reason to make one."""
-    judge_end, jail_end = map(os.pidfd_open, pids)
+    judge_end = os.pidfd_open(judge_pid)
     poller = select.poll()
     poller.register(judge_end, select.POLLIN)
-    poller.register(jail_end, select.POLLIN)
     poller.register(control, select.POLLRDHUP)  # and not POLLIN: the next job may wait there
     try:
         while (remaining := deadline - time.monotonic()) > 0:
@@ -109,32 +105,33 @@ def _watch(
             if control.fileno() in events:
                 return "abandoned"  # by the parent, which has ended
             if judge_end in events:
-                _grant_an_end(jail_end)
                 return "judged"
-            if jail_end in events:
-                poller.unregister(jail_end)
-                jail.clear(pids)  # of what holds the channel open and lets the judge wait
-            elif jail.memory_in_use() > max_memory:
+            if jail.memory_in_use() > max_memory:
                 return "memory"
         return "timeout"
     finally:
         os.close(judge_end)
-        os.close(jail_end)
 
 
-def _grant_an_end(process: int) -> None:
-    """Lets an open process that has closed its channel end by itself: its status tells how."""
-    poller = select.poll()
-    poller.register(process, select.POLLIN)
-    poller.poll(1000 * _LAST_GRACE)
-
-
-def _judge(jail: jails.Jail, job: int, report: int, channel: int) -> None:
+def _judge(
+    jail: jails.Jail,
+    files: list[int],
+    ours: socket.socket,
+    theirs: socket.socket,
+    memory_mb: int,
+) -> None:
     """The judge's process."""
-    confine.keep_only([job, report, channel])
+    job, tests, report = files
+    confine.keep_only([*files, ours.fileno(), theirs.fileno()])
+    candidate = jail.start_candidate(job, theirs.fileno(), memory_mb)
+    os.close(job)
+    os.close(theirs.fileno())
     confine.limit_memory(_JUDGE_MB)
-    confine.drop_privileges(jail.judge_identity)
-    jail.seccomp_filter.install()
-    arguments = Decoder().decode(os.pread(job, os.fstat(job).st_size, 0))
-    verdict = judge(Channel(channel), *arguments)
-    os.write(report, Encoder().encode(verdict))
+    # What a candidate leaves behind may hold the channel open: it does not answer in its name.
+    reaper = processes.Reaper(candidate, lambda: ours.shutdown(socket.SHUT_RDWR))
+    channel = Channel(ours.fileno(), reaper.reap)
+    arguments = Decoder().decode(os.pread(tests, os.fstat(tests).st_size, 0))
+    status, detail, had_a_say = judge(channel, *arguments)
+    if status == "crashed" and (exit_status := reaper.wait(_LAST_GRACE)) in _DEATHS:
+        detail += f", by {_DEATHS[exit_status]}"
+    os.write(report, Encoder().encode((status, detail, had_a_say)))

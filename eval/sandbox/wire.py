@@ -377,16 +377,25 @@ class Decoder:
 
 
 class Channel:
-    """Messages over an open stream socket, each after its length."""
+    """Messages over an open stream socket, each after its length.
 
-    def __init__(self, descriptor: int) -> None:
+    Args:
+        descriptor: The socket.
+        while_waiting: Called again and again while it waits, if the socket has timeouts.
+    """
+
+    def __init__(self, descriptor: int, while_waiting: Callable[[], None] = lambda: None) -> None:
         self._descriptor = descriptor
+        self._while_waiting = while_waiting
 
     def send(self, message: bytes) -> None:
         """Sends one message; raises `OSError` where nobody receives."""
         data = memoryview(_packed(len(message)) + message)
         while data:
-            data = data[os.write(self._descriptor, data) :]
+            try:
+                data = data[os.write(self._descriptor, data) :]
+            except BlockingIOError:
+                self._while_waiting()
 
     def receive(self) -> bytes:
         """The next message.
@@ -405,6 +414,9 @@ class Channel:
         while size:
             try:
                 part = os.read(self._descriptor, min(size, 1 << 20))
+            except BlockingIOError:
+                self._while_waiting()
+                continue
             except ConnectionError as error:
                 raise EOFError("the other side was reset") from error
             if not part:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
 import subprocess
 from collections import deque
@@ -18,7 +17,6 @@ from eval.sandbox.wire import Decoder, Encoder
 GRACE = 60.0  # seconds after a job's time in which its server must have answered
 _AHEAD = 2  # jobs that a worker has at once
 _MAX_SOURCE = 3 << 20  # characters of a job: fewer bytes than a message may have
-_SIGNALS = {int(number): number.name for number in signal.Signals}
 
 
 class Job:
@@ -48,7 +46,7 @@ class Job:
             for_judge = ("", (), (), (), True)
         return Encoder().encode(for_jail), Encoder().encode(for_judge)
 
-    def settle(self, end: str, status: int, report: bytes) -> None:
+    def settle(self, end: str, report: bytes) -> None:
         """Makes a verdict of the server's answer and the judge's report, if there can be one."""
         program = self.program
         if end == "timeout":
@@ -62,8 +60,6 @@ class Job:
             if state == "in_jail":
                 self.in_jail = True
                 return
-            if state == "crashed" and status - 128 in _SIGNALS:
-                detail += f", by {_SIGNALS[status - 128]}"
             self._decide(state, detail, had_a_say)
 
     def _decide(self, status: Status, detail: str, had_a_say: bool = False) -> None:
@@ -134,8 +130,7 @@ class Worker:
             return
         job = self.jobs.popleft()
         with os.fdopen(self._reports.popleft(), "rb") as report:
-            end, status = Decoder().decode(answer)
-            job.settle(end, status, report.read())
+            job.settle(Decoder().decode(answer), report.read())
         if job.verdict is None:
             self.submit(job)
 
@@ -147,7 +142,7 @@ class Worker:
         self._start()
         for job in jobs:
             if job.num_lost > 1:
-                job.settle("judged", 0, b"")
+                job.settle("judged", b"")
             else:
                 self.submit(job)
 
