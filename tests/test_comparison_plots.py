@@ -97,7 +97,7 @@ def test_budgets_of_small_and_large_models_are_readable(num_layers: int, num_met
 
 
 def test_every_method_has_a_look_of_its_own() -> None:
-    assert STYLES.keys() == METHODS.keys()
+    assert STYLES.keys() == set(METHODS)
     assert len(set(STYLES.values())) == len(STYLES)
     assert len({marker for _, marker in STYLES.values()}) == len(STYLES)
 
