@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from gem_ds.tasks import ChoiceExample, Example
 
 
-def score(task: str, examples: Sequence[Example], predictions: Sequence[float]) -> dict[str, float]:
+def score(task: str, examples: Sequence[Example], predictions: Sequence[Any]) -> dict[str, float]:
     """The metrics of a task by name."""
     pairs = zip(examples, predictions, strict=True)
     right = sum(isinstance(e, ChoiceExample) and e.answer == p for e, p in pairs)
