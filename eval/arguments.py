@@ -23,6 +23,7 @@ class SamplingArguments:
 
     model_name_or_path: str = field(metadata={"help": "Hub id or folder of the model."})
     delta: str | None = option(None, "delta.safetensors to apply to that model.")
+    adapter: str | None = option(None, "Folder of a peft adapter to put into that model.")
     data_dir: str | None = option(
         None, "Folder of the task's files; without it the task is loaded from the Hub."
     )
@@ -34,7 +35,8 @@ class SamplingArguments:
         "auto", "Of the weights; auto is the delta's, or without one that of the model's files."
     )
     backend: Literal["transformers", "vllm"] = option(
-        "transformers", "What generates; vllm must be installed and takes no delta."
+        "transformers",
+        "What generates; vllm must be installed and takes no delta or adapter.",
     )
     deepspeed: str | None = option(
         None, "DeepSpeed JSON of ZeRO stage 3, for a model larger than one GPU."
@@ -55,9 +57,20 @@ def check_arguments(arguments: SamplingArguments) -> None:
             raise ValueError(f"--{flag} must be at least 1, not {count}.")
     if Path(arguments.output_dir).exists() and not Path(arguments.output_dir).is_dir():
         raise ValueError(f"--output_dir {arguments.output_dir} is a file: choose another name.")
+    if arguments.delta is not None and arguments.adapter is not None:
+        raise ValueError("Pass --delta or --adapter, not both.")
     if arguments.deepspeed is not None:
         read_config(arguments.deepspeed)
+        if arguments.adapter is not None:
+            raise ValueError(
+                "--adapter goes into a model that is whole on each rank: leave --deepspeed out."
+            )
     if arguments.backend == "vllm":
+        if arguments.adapter is not None:
+            raise ValueError(
+                "--backend vllm takes no --adapter: merge it with peft and pass the model's folder "
+                "as --model_name_or_path."
+            )
         if arguments.delta is not None:
             raise ValueError(
                 "--backend vllm takes no --delta: write the model with launch/export.py and pass "

@@ -1,4 +1,4 @@
-"""The model that is evaluated: base plus delta, whole on this rank or partitioned over all.
+"""The model that is evaluated, with its delta or adapter, whole on this rank or partitioned.
 
 What can be refused without weights is refused first: `open_model` reads the delta, the
 configuration and the tokenizer; only then `load_weights` reads the rest.
@@ -20,8 +20,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from eval.adapter import adapted_names, add_adapter, check_adapter
 from gem_ds.delta import Delta, apply_delta
+from gem_ds.encoders import auto_class, set_head
 from gem_ds.mask import dtype_name
+from gem_ds.tasks import TaskData
 from gem_ds.tokenizer import load_tokenizer
 
 
@@ -36,6 +39,8 @@ class ModelFiles:
         config: The model's configuration.
         tokenizer: The model's tokenizer.
         delta: What is to be applied, if anything.
+        adapter: Folder of the peft adapter that is put into it, if any.
+        auto_class: The class of transformers that loads it.
     """
 
     name: str
@@ -44,6 +49,8 @@ class ModelFiles:
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     delta: Delta | None
+    adapter: str | None = None
+    auto_class: Any = AutoModelForCausalLM
 
     @property
     def text_config(self) -> Any:
@@ -51,21 +58,32 @@ class ModelFiles:
         return self.config.get_text_config()
 
 
-def open_model(name: str, *, delta_path: str | None = None, dtype: str = "auto") -> ModelFiles:
+def open_model(
+    name: str,
+    *,
+    delta_path: str | None = None,
+    adapter: str | None = None,
+    dtype: str = "auto",
+    task: TaskData | None = None,
+) -> ModelFiles:
     """Read everything but the weights.
 
     Args:
         name: Folder or Hub name of the (base) model.
         delta_path: delta.safetensors of a run on that model.
+        adapter: Folder of a peft adapter of that model.
         dtype: "float32", "bfloat16", "float16", or "auto": that of the delta, without one that of
             the model's files.
+        task: What the model classifies; None for a causal model that generates.
 
     Raises:
-        ValueError: The model or its tokenizer cannot be read or is not there, or the delta is
-            invalid or of another dtype.
+        ValueError: The model or its tokenizer cannot be read or is not there, the delta is invalid
+            or of another dtype, there is no such adapter, or an encoder should write.
         FileNotFoundError: There is no such delta.
     """
     delta = None if delta_path is None else Delta.load(delta_path)
+    if adapter is not None:
+        check_adapter(adapter)
     if delta is not None:
         dtype = _delta_dtype(delta, dtype)
     # A revision is meaningful in the repository that it was recorded for only.
@@ -82,20 +100,32 @@ def open_model(name: str, *, delta_path: str | None = None, dtype: str = "auto")
         )
     if dtype == "auto" and config.dtype is not None:
         dtype = dtype_name(config.dtype)
+    if task is not None:
+        set_head(config, name, task)
     return ModelFiles(
-        name=name, revision=revision, dtype=dtype, config=config, tokenizer=tokenizer, delta=delta
+        name=name,
+        revision=revision,
+        dtype=dtype,
+        config=config,
+        tokenizer=tokenizer,
+        delta=delta,
+        adapter=adapter,
+        auto_class=AutoModelForCausalLM if task is None else auto_class(config),
     )
 
 
 def load_weights(files: ModelFiles, device: torch.device) -> PreTrainedModel:
-    """The whole model on one device, delta applied, in eval mode.
+    """The whole model on one device, delta or adapter applied, in eval mode.
 
     Raises:
-        ValueError: The weights cannot be loaded or are not whole, or the delta is of another base.
+        ValueError: The weights cannot be loaded or are not whole, the delta is of another base, or
+            the adapter does not fit.
     """
     model = _from_pretrained(files)
     if files.delta is not None:
         apply_delta(model, files.delta)
+    if files.adapter is not None:
+        add_adapter(model, files.adapter)
     placed: Any = model  # the checker takes `to` for a method of its wrapper
     return placed.to(device)
 
@@ -116,7 +146,7 @@ def load_partitioned(files: ModelFiles, deepspeed: Mapping[str, Any]) -> PreTrai
         model = _from_pretrained(files)
     if files.delta is not None:
         for part in _by_weight(files.delta):
-            with zero.whole_weights(model, part.mask.weights):
+            with zero.whole_weights(model, [*part.values, *part.head]):
                 apply_delta(model, part)
     zero.prepare_inference(model, dict(deepspeed))
     return model
@@ -124,7 +154,7 @@ def load_partitioned(files: ModelFiles, deepspeed: Mapping[str, Any]) -> PreTrai
 
 def _from_pretrained(files: ModelFiles) -> PreTrainedModel:
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = files.auto_class.from_pretrained(
             files.name,
             config=files.config,
             revision=files.revision,
@@ -134,8 +164,10 @@ def _from_pretrained(files: ModelFiles) -> PreTrainedModel:
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _unloadable(files.name, error) from error
     model, report = loaded
-    head = files.delta.head.keys() if files.delta is not None else set()
-    if missing := set(report["missing_keys"]) - head:
+    brought = set(files.delta.head) if files.delta is not None else set()
+    if files.adapter is not None and report["missing_keys"]:
+        brought |= adapted_names(files.adapter)
+    if missing := set(report["missing_keys"]) - brought:
         raise ValueError(
             f"--model_name_or_path {files.name} lacks {len(missing)} weights of a "
             f"{type(model).__name__}, for example {min(missing)!r}: pass a complete model."
@@ -151,7 +183,7 @@ def _by_weight(delta: Delta) -> Iterator[Delta]:
             indices={name: delta.mask.indices[name]},
             weights={name: delta.mask.weights[name]},
         )
-        head = {} if i else delta.head  # which a causal language model refuses at once
+        head = {} if i else delta.head
         yield Delta(mask=mask, values={name: delta.values[name]}, head=head)
 
 

@@ -21,7 +21,7 @@ PREDICTIONS_FILE = "predictions.jsonl"
 
 
 def metrics_of(
-    task: str, examples: Sequence[Example], predictions: Sequence[float]
+    task: str, examples: Sequence[Example], predictions: Sequence[Any]
 ) -> dict[str, float]:
     """The metrics of a task by name, the main one first."""
     metrics = score(task, examples, predictions)

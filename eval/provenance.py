@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig
 
-_PACKAGES = ("gem_ds", "torch", "transformers", "tokenizers", "deepspeed", "vllm")
+_PACKAGES = ("gem_ds", "torch", "transformers", "tokenizers", "deepspeed", "peft", "vllm")
 _MODEL_SUFFIXES = {".safetensors", ".bin", ".json", ".model", ".txt", ".jinja"}
 _BLOCK = 1 << 20
 _NUM_BLOCKS = 64
@@ -57,6 +57,19 @@ def model_fingerprint(name: str, config: PretrainedConfig) -> str:
             digest.update(f"{path.name} {path.stat().st_size}\n".encode())
             _update(digest, path)
     return digest.hexdigest()[:16]
+
+
+def model_facts(
+    name: str, config: PretrainedConfig, delta: str | None, adapter: str | None
+) -> dict[str, object]:
+    """What is evaluated: the model, and the hash of what is put onto it."""
+    parts = [] if adapter is None else sorted(Path(adapter).glob("adapter_*"))
+    return {
+        "model": name,
+        "model_fingerprint": model_fingerprint(name, config),
+        "delta_sha256": None if delta is None else sha256_of(delta),
+        "adapter_sha256": None if adapter is None else sha256_of_files(parts),
+    }
 
 
 def versions() -> dict[str, str]:

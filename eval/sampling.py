@@ -17,22 +17,19 @@ forward pass: one that has no batch left repeats another's, and its answers are 
 
 from __future__ import annotations
 
-import os
-import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from eval.arguments import SamplingArguments, check_arguments
 from eval.completion import Completion, GenerationSettings, Request
 from eval.generation import Backend, Transformers, make_requests
 from eval.model import ModelFiles, load_partitioned, load_weights, open_model
-from eval.provenance import model_fingerprint, sha256_of
+from eval.provenance import model_facts
+from eval.ranks import joined_ranks
 from eval.samples import SAMPLES_FILE, Key, Prompt, Sample, SampleLog
 from gem_ds.comm import Comm
 from gem_ds.zero_config import inference_config, read_config
@@ -70,7 +67,7 @@ def sample_all(
         PeerError: Another rank tells what went wrong.
     """
     check_arguments(arguments)
-    with _ranks(arguments) as comm:
+    with joined_ranks(arguments) as comm:
         with comm.agreement():
             plan = _plan(arguments, prompts, settings, num_samples, is_main=comm.is_main)
         done = comm.broadcast_object(set(plan.log.samples))
@@ -96,23 +93,6 @@ def sample_all(
         return plan.log.finish() if comm.is_main else None
 
 
-@contextmanager
-def _ranks(arguments: SamplingArguments) -> Iterator[Comm]:
-    """The ranks that a launcher has started; without a launcher and --deepspeed just this one."""
-    if "RANK" not in os.environ and arguments.deepspeed is None:
-        yield Comm(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        return
-    from gem_ds import zero  # here, as DeepSpeed takes longer to import than a small evaluation
-
-    comm = zero.init_distributed()
-    try:
-        with warnings.catch_warnings():  # DeepSpeed calls what torch has renamed
-            warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
-            yield comm
-    finally:
-        zero.leave_distributed()
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
     """What is known before any weight is loaded."""
@@ -133,7 +113,10 @@ def _plan(
 ) -> _Plan:
     """Reads all but the weights; refuses what can be refused by then. Only rank 0 has a file."""
     files = open_model(
-        arguments.model_name_or_path, delta_path=arguments.delta, dtype=arguments.dtype
+        arguments.model_name_or_path,
+        delta_path=arguments.delta,
+        adapter=arguments.adapter,
+        dtype=arguments.dtype,
     )
     deepspeed = None
     if arguments.deepspeed is not None:
@@ -161,9 +144,7 @@ def _described(
 ) -> dict[str, Any]:
     """All that decides a sample beside its prompt and its number."""
     return {
-        "model": arguments.model_name_or_path,
-        "model_fingerprint": model_fingerprint(arguments.model_name_or_path, files.config),
-        "delta_sha256": None if arguments.delta is None else sha256_of(arguments.delta),
+        **model_facts(files.name, files.config, arguments.delta, arguments.adapter),
         "dtype": files.dtype,
         "backend": arguments.backend,
         **asdict(settings),

@@ -43,8 +43,8 @@ _CARD = """\
 
 _SELECTED = """\
 The weights of {base} at {num_trainable:,} of its {num_parameters:,} parameters ({density:.4%}),
-fine-tuned on {task} with {method}. Every other parameter is the base model's, bit for bit; a task
-head that the base lacks was trained whole."""
+fine-tuned on {task} with {method}. Every other parameter of the base is unchanged, bit for bit; a
+task head that it lacks was trained whole."""
 
 _GEM = """\
 GEM, gradient-to-weight ratio and entropy-guided masking

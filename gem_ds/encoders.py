@@ -8,7 +8,7 @@ count in N; its first values depend on the seed and on each parameter's name alo
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -68,11 +68,15 @@ def set_head(config: PretrainedConfig, name: str, task: TaskData) -> None:
             f"{name} is an encoder ({config.model_type}), whose tokens see the answer, and this is "
             "a task whose answers are written: pass a causal language model."
         )
-    labels = task.labels if task.kind == "labels" else ("score",)
-    config.id2label = dict(enumerate(labels))
-    config.label2id = {label: i for i, label in enumerate(labels)}
+    set_labels(config, task.labels if task.kind == "labels" else ("score",))
     is_number = task.kind == "number"
     config.problem_type = "regression" if is_number else "single_label_classification"
+
+
+def set_labels(config: PretrainedConfig, labels: Sequence[str]) -> None:
+    """Name the outputs of a classification head, and thereby settle their number."""
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: i for i, label in enumerate(labels)}
 
 
 def head_names(model: Any) -> set[str]:

@@ -27,6 +27,7 @@ from launch.adapters import add_adapter, is_of_head
 from launch.arguments import Arguments
 from launch.optimizer import make_dense_optimizer
 from launch.prepare import Plan
+from launch.results import run_settings
 
 
 class DenseTuning:
@@ -149,7 +150,7 @@ class DenseTuning:
             base_model=str(self.args.model.model_name_or_path),
             revision=self.args.model.revision,
             method="bitfit",
-            settings={"task": self.args.data.task, "seed": self.args.train.seed},
+            settings=run_settings(self.args, self.plan),
         )
         head = {name: trained[name] for name in self.head}
         return Delta(mask=mask, values={n: v.flatten() for n, v in biases.items()}, head=head)

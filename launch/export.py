@@ -2,8 +2,9 @@
 
     python launch/export.py --model_name_or_path M --delta F --output_dir E
 
-The base is loaded by the class that its config.json names, in the delta's dtype; the delta is
-applied, and model and tokenizer are saved. The folder appears under its name when it is whole, not
+The base is loaded by the class that its config.json names, or by the one for sequence
+classification if the delta has a task head, in the delta's dtype; the delta is applied, and model
+and tokenizer are saved. The folder appears under its name when it is whole, not
 before. Processors of images or sound are not copied.
 One process, no accelerator: the model must fit into this machine's memory.
 """
@@ -14,12 +15,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from gem_ds.delta import Delta, apply_delta
+from gem_ds.encoders import set_labels
 from gem_ds.files import atomic_folder, sentence_of
 from gem_ds.tokenizer import load_tokenizer
 
@@ -97,15 +100,20 @@ def _check_output_dir(output_dir: Path, base: str, delta_path: Path, overwrite: 
 
 def _load_base(base: str, revision: str, delta: Delta) -> PreTrainedModel:
     """The base model in the delta's dtype, with every weight read from its files."""
-    names = AutoConfig.from_pretrained(base, revision=revision).architectures or []
-    model_class = getattr(transformers, names[0], None) if names else None
+    config = AutoConfig.from_pretrained(base, revision=revision)
+    names = config.architectures or []
+    model_class: Any = getattr(transformers, names[0], None) if names else None
+    if delta.head:
+        model_class = AutoModelForSequenceClassification
+        names = [model_class.__name__]
+        set_labels(config, delta.mask.settings["labels"])
     if model_class is None:
         raise ValueError(
             f"the config.json of {base} names no class of transformers under 'architectures' "
             f"(found {names}): name there the class that the model was trained as"
         )
     model, report = model_class.from_pretrained(
-        base, revision=revision, dtype=delta.dtype, output_loading_info=True
+        base, config=config, revision=revision, dtype=delta.dtype, output_loading_info=True
     )
     if missing := set(report["missing_keys"]) - delta.head.keys():
         raise ValueError(

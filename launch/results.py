@@ -14,6 +14,7 @@ from gem_ds.encoders import auto_class, is_encoder
 from gem_ds.entries import SelectedEntries
 from gem_ds.files import atomic_write, save_json
 from gem_ds.mask import Mask, WeightInfo, checksum, dtype_name
+from gem_ds.methods import CALIBRATED_METHODS
 from gem_ds.tasks import hub_dataset
 from launch.arguments import Arguments
 from launch.model import DTYPES
@@ -21,6 +22,22 @@ from launch.prepare import Plan
 
 #: How the model card calls ``eval_loss``.
 HELD_OUT = "held-out loss"
+
+
+def run_settings(args: Arguments, plan: Plan) -> dict[str, Any]:
+    """What a later user of a mask or delta needs to know of the run that made it."""
+    settings: dict[str, Any] = {
+        "task": args.data.task,
+        "max_length": args.data.max_length,
+        "seed": args.train.seed,
+    }
+    if plan.total:
+        settings["density"] = args.method.density or DEFAULT_DENSITY
+    if args.method.method in CALIBRATED_METHODS:
+        settings["calibration_examples"] = args.method.calibration_examples or len(plan.data.train)
+    if is_encoder(plan.config):
+        settings["labels"] = list(plan.config.id2label.values())
+    return settings
 
 
 def make_mask(args: Arguments, plan: Plan, entries: SelectedEntries, base: Tensor) -> Mask:
@@ -32,13 +49,6 @@ def make_mask(args: Arguments, plan: Plan, entries: SelectedEntries, base: Tenso
         entries: what it trains.
         base: [K] on the CPU, the selected weights before training, in the model's dtype.
     """
-    settings = {
-        "density": DEFAULT_DENSITY if args.method.density is None else args.method.density,
-        "task": args.data.task,
-        "calibration_examples": args.method.calibration_examples or len(plan.data.train),
-        "max_length": args.data.max_length,
-        "seed": args.train.seed,
-    }
     parts = entries.split(base)
     return Mask(
         indices={
@@ -56,7 +66,7 @@ def make_mask(args: Arguments, plan: Plan, entries: SelectedEntries, base: Tenso
         base_model=str(args.model.model_name_or_path),
         revision=args.model.revision,
         method=args.method.method if plan.mask is None else plan.mask.method,
-        settings=settings if plan.mask is None else plan.mask.settings,
+        settings=run_settings(args, plan) if plan.mask is None else plan.mask.settings,
     )
 
 

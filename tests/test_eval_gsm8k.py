@@ -230,6 +230,7 @@ def test_the_base_model_is_sampled_and_scored(folder, capsys):
             "model": str(folder / "base"),
             "model_fingerprint": results["sampling"]["model_fingerprint"],
             "delta_sha256": None,
+            "adapter_sha256": None,
             "dtype": "float32",
             "backend": "transformers",
             "max_new_tokens": 256,
