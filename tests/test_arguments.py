@@ -30,6 +30,14 @@ OTHER = {
     "target_field": "a",
     "max_length": 77,
     "packing": True,
+    "classification_loss": "candidates",
+    "dev_examples": 11,
+    "train_examples": 12,
+    "evaluate_on": "test",  # the other needs dev_examples
+    "method": "ratio",
+    "lora_r": 4,
+    "lora_alpha": 3.5,
+    "lora_dropout": 0.25,
     "density": "0.25",
     "target_modules": ["q_proj", "k_proj"],
     "calibration_examples": 3,
@@ -44,7 +52,9 @@ OTHER = {
     "gradient_accumulation_steps": 4,
     "num_train_epochs": 1.5,
     "max_steps": 9,
+    "optimizer": "adamw",  # the other goes with full fine-tuning, which has no checkpoints
     "learning_rate": 3e-05,
+    "head_learning_rate": 2e-04,
     "weight_decay": 0.1,
     "adam_beta1": 0.8,
     "adam_beta2": 0.95,
@@ -106,7 +116,9 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_the_defaults(
 ):
     base = values_of(parse_arguments(NEEDED))
     needed = {name: base[name] for name in ("model_name_or_path", "task", "output_dir")}
-    wrong = dict.fromkeys(in_flags - {"mask", "fp16"}, "1")  # what the flags then put right
+    wrong = dict.fromkeys(
+        in_flags - {"mask", "fp16", "evaluate_on", "optimizer"}, "1"
+    )  # what the flags then put right
     content = needed | {name: OTHER[name] for name in in_recipe}
     content |= {n: v for n, v in wrong.items() if n not in ("lr_scheduler_type", "report_to")}
     flags = as_flags({name: OTHER[name] for name in in_flags})

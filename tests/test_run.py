@@ -111,7 +111,8 @@ def _read_entries(flags: list[str]) -> dict[str, Tensor]:
     finish = Run.finish
 
     def look(run: Run, reporter: object) -> dict[str, float]:
-        seen.update(run.entries.split(run.entries.read()))
+        entries = run.tuning.entries  # type: ignore[union-attr]
+        seen.update(entries.split(entries.read()))
         return finish(run, reporter)  # type: ignore[arg-type]
 
     with mock.patch.object(Run, "finish", look):
