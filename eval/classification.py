@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers import HfArgumentParser
 
 from eval.arguments import SamplingArguments, check_arguments, exit_for, option
@@ -86,6 +87,7 @@ def _evaluate(arguments: SamplingArguments, own: ClassificationArguments) -> dic
     started = time.perf_counter()
     check_arguments(arguments)
     _check(arguments, own)
+    transformers.utils.logging.set_verbosity_error()  # it would report that a new head is new
     with joined_ranks(arguments) as comm:
         with comm.agreement():
             plan = _plan(arguments, own)

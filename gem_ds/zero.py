@@ -8,8 +8,6 @@ where a task head is trained whole a second one. What the trainer needs beyond `
 * *reading* that range and *writing* updated entries back into the weights,
 * *masters*: the fp32 values and moments of a flat vector, read and set as a whole.
 
-A :class:`DenseEngine` trains parameters of the model themselves, as DeepSpeed does it.
-
 Facts of DeepSpeed 0.19 that this file rests on, each held by ``tests/test_zero.py``:
 
 * ZeRO-3 cuts a weight of n entries into ranges of ``ceil(n / world_size)``; the padding of the last
@@ -144,8 +142,8 @@ class _Fragment:
     length: int
 
 
-class _StepEngine:
-    """What engines of both kinds do alike: they step.
+class StepEngine:
+    """An engine that steps; what it trains and how its backward runs is the subclasses' business.
 
     Args:
         model: with what is to be trained.
@@ -201,7 +199,7 @@ class _StepEngine:
             self._engine.optimizer.loss_scale = scale
 
 
-class Engine(_StepEngine):
+class Engine(StepEngine):
     """An engine of a frozen model, for calibration and for training flat vectors.
 
     Args:
@@ -368,7 +366,7 @@ class Engine(_StepEngine):
 
     def optimizer_state_bytes(self) -> int:
         """Bytes of masters and moments that this rank holds, measured on the tensors."""
-        return _bytes_of(self.optimizer, [self._fragment(gate).owner for gate in self.gates])
+        return bytes_of(self.optimizer, [self._fragment(gate).owner for gate in self.gates])
 
     def _gather(self, fragment: _Fragment, vector: Tensor) -> Tensor:
         part = vector.detach().view(-1)[fragment.offset : fragment.offset + fragment.length]
@@ -399,69 +397,9 @@ class Engine(_StepEngine):
         return _Fragment(owner, 0, 0, values.numel())
 
 
-def _bytes_of(optimizer: Optimizer, masters: Sequence[Tensor]) -> int:
+def bytes_of(optimizer: Optimizer, masters: Sequence[Tensor]) -> int:
     """Bytes of masters and of what the optimizer keeps for them, measured on the tensors."""
     tensors = list(masters)
     for master in masters:
         tensors += [t for t in optimizer.state[master].values() if torch.is_tensor(t)]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-class DenseEngine(_StepEngine):
-    """An engine that trains parameters of the model themselves, as DeepSpeed does it.
-
-    Args:
-        model: with the parameters of ``optimizer`` among its own; the others are frozen.
-        optimizer: of the trained parameters.
-        config: a resolved DeepSpeed configuration.
-        comm: the ranks.
-    """
-
-    def backward(self, compute_loss: Callable[[nn.Module], Tensor], *, deliver: bool) -> Tensor:
-        """Run one micro-batch; the engine accumulates the gradients.
-
-        Args:
-            compute_loss: calls the model that it is given once, returns a scalar.
-            deliver: True for the last micro-batch of a global batch only.
-
-        Returns:
-            The detached loss.
-        """
-        self._engine.set_gradient_accumulation_boundary(deliver)
-        loss = compute_loss(self._engine)
-        self._engine.backward(loss)
-        return loss.detach()
-
-    def optimizer_state_bytes(self) -> int:
-        """Bytes of masters and moments that this rank holds, measured on the tensors.
-
-        They exist from the first step on. An fp32 run at stage 0 has no masters beside the
-        parameters; these are counted all the same.
-        """
-        masters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        return _bytes_of(self.optimizer, masters)
-
-    def whole_parameters(self, names: Collection[str]) -> dict[str, Tensor]:
-        """Copies of parameters on the CPU, whole, on rank 0; on other ranks there are none."""
-        named = dict(self.model.named_parameters())
-        found = {}
-        for name in names:
-            with deepspeed.zero.GatheredParameters([named[name]], enabled=self.stage == 3):
-                if self.comm.is_main:
-                    found[name] = named[name].detach().cpu().clone()
-        return found
-
-    def save_state(self, folder: Path) -> None:
-        """Write trained parameters, masters and moments, each rank its own; all ranks call it."""
-        self._engine.save_checkpoint(
-            str(folder), tag=_STATE_TAG, exclude_frozen_parameters=True, save_latest=False
-        )
-
-    def load_state(self, folder: Path) -> None:
-        """Read what :meth:`save_state` wrote on the same number of ranks at the same stage."""
-        self._engine.load_checkpoint(
-            str(folder), tag=_STATE_TAG, load_module_strict=False, load_lr_scheduler_states=False
-        )
-
-
-_STATE_TAG = "deepspeed"

@@ -17,12 +17,13 @@ from gem_ds.batches import Batches
 from gem_ds.checkpoint import TrainerState
 from gem_ds.comm import Comm
 from gem_ds.delta import Delta
+from gem_ds.dense import DenseEngine
 from gem_ds.files import atomic_folder
 from gem_ds.loss import SummedLoss
 from gem_ds.mask import Mask, WeightInfo, checksum, dtype_name, index_dtype
 from gem_ds.methods import ADAPTER_METHODS
 from gem_ds.reporting import Reporter
-from gem_ds.zero import DenseEngine, numel
+from gem_ds.zero import numel
 from launch.adapters import add_adapter, is_of_head
 from launch.arguments import Arguments
 from launch.optimizer import make_dense_optimizer
