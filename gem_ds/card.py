@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from gem_ds.methods import ADAPTER_METHODS, SPARSE_METHODS
+from gem_ds.methods import SPARSE_METHODS, product_of
 
 _CARD = """\
 ---
@@ -146,15 +146,15 @@ def model_card(
         "load_arguments": ", ".join(load_arguments),
     }
     is_sparse = method in SPARSE_METHODS
-    form = "model" if method == "full" else "adapter" if method in ADAPTER_METHODS else "delta"
-    files = [form, "mask"] if is_sparse else [form]
+    product = product_of(method)
+    files = [product, "mask"] if is_sparse else [product]
     return _CARD.format(
         front_matter=_front_matter(base_model, task, dataset, method),
         title=_one_line(f"{name} fine-tuned on {task} with {'GEM' if method == 'gem' else method}"),
         what=(_SELECTED if is_sparse else _TRAINED).format(**facts),
         files="\n".join(_FILES[file].format(**facts) for file in files),
         results=_results_table(results, base_results or {}),
-        use=_USE[form].format(**facts),
+        use=_USE[product].format(**facts),
         settings=_table(("Setting", "Value"), settings.items()),
     )
 

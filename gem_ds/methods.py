@@ -20,9 +20,18 @@ arXiv 2106.09685; ``ia3``, arXiv 2205.05638; ``shira``, arXiv 2406.13175).
 
 from __future__ import annotations
 
+from typing import Literal
+
 CALIBRATED_METHODS = ("gem", "ratio", "gradient", "entropy_gradient")
 SPARSE_METHODS = (*CALIBRATED_METHODS, "magnitude", "random", "supertuning")
 DENSE_METHODS = ("full", "bitfit")
 ADAPTER_METHODS = ("lora", "ia3", "shira")
 
 METHODS = (*SPARSE_METHODS, *DENSE_METHODS, *ADAPTER_METHODS)
+
+
+def product_of(method: str) -> Literal["delta", "adapter", "model"]:
+    """What a finished run leaves: ``delta.safetensors``, ``adapter/`` of peft, or ``model/``."""
+    if method == "full":
+        return "model"
+    return "adapter" if method in ADAPTER_METHODS else "delta"

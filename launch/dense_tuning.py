@@ -21,7 +21,7 @@ from gem_ds.dense import DenseEngine
 from gem_ds.files import atomic_folder
 from gem_ds.loss import SummedLoss
 from gem_ds.mask import Mask, WeightInfo, checksum, dtype_name, index_dtype
-from gem_ds.methods import ADAPTER_METHODS
+from gem_ds.methods import ADAPTER_METHODS, product_of
 from gem_ds.reporting import Reporter
 from gem_ds.zero import numel
 from launch.adapters import add_adapter, is_of_head
@@ -115,9 +115,10 @@ class DenseTuning:
         with self.comm.agreement():
             if not self.comm.is_main:
                 return
-            if self.args.method.method == "bitfit":
+            product = product_of(self.args.method.method)
+            if product == "delta":
                 self._delta(trained).save(folder / "delta.safetensors")
-            elif self.args.method.method == "full":
+            elif product == "model":
                 atomic_folder(folder / "model", lambda path: self._save_model(path, trained))
             else:
                 atomic_folder(

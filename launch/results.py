@@ -103,7 +103,7 @@ def save_results(
         dtype=dtype_name(DTYPES[args.train.dtype]),
         settings={
             "method": args.method.method,
-            "density": plan.total / plan.num_parameters,
+            **_density(args, plan),
             "learning rate": train.learning_rate,
             "schedule": train.lr_scheduler_type,
             "steps": state.max_steps,
@@ -121,3 +121,9 @@ def save_results(
         num_labels=plan.config.num_labels if is_encoder(plan.config) else None,
     )
     atomic_write(folder / "README.md", lambda path: path.write_text(card, encoding="utf-8"))
+
+
+def _density(args: Arguments, plan: Plan) -> dict[str, object]:
+    """As the user wrote it, or the mask has it; nothing for methods without one."""
+    settings = run_settings(args, plan) if plan.mask is None else plan.mask.settings
+    return {"density": settings["density"]} if "density" in settings else {}

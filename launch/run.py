@@ -14,7 +14,7 @@ from gem_ds.checkpoint import TrainerState, delete_old_checkpoints
 from gem_ds.comm import Comm
 from gem_ds.data import Dataset, permutation
 from gem_ds.fit import StepResult, fit, mean_loss
-from gem_ds.methods import SPARSE_METHODS
+from gem_ds.methods import SPARSE_METHODS, product_of
 from gem_ds.packing import PackedDataset, refuse_leaking_rows
 from gem_ds.predict import predict_all
 from gem_ds.reporting import Reporter, peak_memory_bytes
@@ -262,5 +262,6 @@ class Run:
             if comm.is_main:
                 save_results(self.args, self.plan, self.state, results)
         self.delete_old_checkpoints()
-        reporter.say(f"Wrote what was trained and the results to {self.plan.output_dir}")
+        product = product_of(self.args.method.method)
+        reporter.say(f"Wrote the {product} and the results to {self.plan.output_dir}")
         return results

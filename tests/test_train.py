@@ -119,7 +119,7 @@ def test_a_run_leaves_everything(whole):
     assert [line["step"] for line in lines if "loss" in line] == [4, 8, 12, 16, 18]
     assert [line["step"] for line in lines if "eval_loss" in line] == [0, 6, 12, 18]
     assert results["global_step"] == num_steps
-    assert results["num_selected"] == delta_of(whole).mask.num_selected == 475
+    assert results["num_trainable"] == delta_of(whole).mask.num_selected == 475
     assert results["num_parameters"] == 23_776
     assert 0 < results["changed_share"] <= 1
     assert results["last_loss"] == metrics(whole, "loss")[-1]

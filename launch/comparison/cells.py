@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launch.comparison.grid import Comparison
-from launch.comparison.weights import WEIGHTS
+from launch.comparison.weights import weights_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +105,7 @@ def evaluation_command(comparison: Comparison, cell: Cell) -> list[str] | None:
     task = comparison.tasks[cell.task]
     if task.evaluate is None or cell.split == "dev":
         return None
-    weights = WEIGHTS[cell.method]
+    weights = weights_of(cell.method)
     flags = comparison.common | task.flags | comparison.methods[cell.method].flags
     outer = {
         "{output_dir}": str(folder_of(comparison, cell)),

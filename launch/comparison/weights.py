@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gem_ds.methods import ADAPTER_METHODS, METHODS, SPARSE_METHODS
+from gem_ds.methods import product_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,13 +20,13 @@ class Weights:
     flags: tuple[str, ...] = ()
 
 
-_DELTA = Weights(flags=("--delta", "{output_dir}/delta.safetensors"))
-_ADAPTER = Weights(flags=("--adapter", "{output_dir}/adapter"))
-_MODEL = Weights(model="{output_dir}/model")
+_WEIGHTS = {
+    "delta": Weights(flags=("--delta", "{output_dir}/delta.safetensors")),
+    "adapter": Weights(flags=("--adapter", "{output_dir}/adapter")),
+    "model": Weights(model="{output_dir}/model"),
+}
 
-WEIGHTS = (
-    dict.fromkeys((*SPARSE_METHODS, "bitfit"), _DELTA)
-    | dict.fromkeys(ADAPTER_METHODS, _ADAPTER)
-    | {"full": _MODEL}
-)
-assert WEIGHTS.keys() == set(METHODS)
+
+def weights_of(method: str) -> Weights:
+    """What an evaluator is told of a run of this method."""
+    return _WEIGHTS[product_of(method)]
