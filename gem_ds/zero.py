@@ -200,6 +200,33 @@ class _StepEngine:
         if self._engine.fp16_enabled():
             self._engine.optimizer.loss_scale = scale
 
+    # Weights
+
+    def shard_range(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """[start, stop) of the flat range of a weight that this rank scores.
+
+        The ZeRO-3 partition; below stage 3 the range of the same size. May be empty.
+        """
+        total = numel(parameter)
+        size = self.partition_size(parameter)
+        return min(self.comm.rank * size, total), min((self.comm.rank + 1) * size, total)
+
+    def partition_size(self, parameter: nn.Parameter) -> int:
+        """Length of every rank's range of a weight, padding included."""
+        if self.stage == 3:
+            return parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+        return -(-numel(parameter) // self.comm.world_size)
+
+    def read_shard(self, parameter: nn.Parameter) -> Tensor:
+        """This rank's range of a weight, 1-D, in the model's dtype; not to be written.
+
+        It stays where it lies: on the CPU if parameters are offloaded.
+        """
+        start, stop = self.shard_range(parameter)
+        if self.stage == 3:
+            return parameter.ds_tensor.data.view(-1)[: stop - start]  # type: ignore[attr-defined]
+        return parameter.data.view(-1)[start:stop]
+
 
 class Engine(_StepEngine):
     """An engine of a frozen model, for calibration and for training flat vectors.
@@ -265,31 +292,6 @@ class Engine(_StepEngine):
         return loss.detach()
 
     # Weights
-
-    def shard_range(self, parameter: nn.Parameter) -> tuple[int, int]:
-        """[start, stop) of the flat range of a weight that this rank scores.
-
-        The ZeRO-3 partition; below stage 3 the range of the same size. May be empty.
-        """
-        total = numel(parameter)
-        size = self.partition_size(parameter)
-        return min(self.comm.rank * size, total), min((self.comm.rank + 1) * size, total)
-
-    def partition_size(self, parameter: nn.Parameter) -> int:
-        """Length of every rank's range of a weight, padding included."""
-        if self.stage == 3:
-            return parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
-        return -(-numel(parameter) // self.comm.world_size)
-
-    def read_shard(self, parameter: nn.Parameter) -> Tensor:
-        """This rank's range of a weight, 1-D, in the model's dtype; not to be written.
-
-        It stays where it lies: on the CPU if parameters are offloaded.
-        """
-        start, stop = self.shard_range(parameter)
-        if self.stage == 3:
-            return parameter.ds_tensor.data.view(-1)[: stop - start]  # type: ignore[attr-defined]
-        return parameter.data.view(-1)[start:stop]
 
     def writable_range(self, parameter: nn.Parameter) -> tuple[int, int]:
         """[start, stop) of the flat range that :meth:`write_entries` reaches on this rank."""
@@ -446,9 +448,13 @@ class DenseEngine(_StepEngine):
         named = dict(self.model.named_parameters())
         found = {}
         for name in names:
-            with deepspeed.zero.GatheredParameters([named[name]], enabled=self.stage == 3):
-                if self.comm.is_main:
-                    found[name] = named[name].detach().cpu().clone()
+            parameter = named[name]
+            whole = parameter.data
+            if self.stage == 3:  # not by GatheredParameters, as in Engine.gather_values
+                parts = self.comm.all_gather(self.read_shard(parameter).to(self.device))
+                whole = torch.cat(parts).view(parameter.ds_shape)  # type: ignore[attr-defined]
+            if self.comm.is_main:
+                found[name] = whole.cpu().clone()
         return found
 
     def save_state(self, folder: Path) -> None:

