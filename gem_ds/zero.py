@@ -234,8 +234,8 @@ class Engine(_StepEngine):
     Args:
         model: frozen, with the gates as submodules (:class:`gem_ds.sparse.TargetLayers`).
         gates: holders of the trainable parameters; the first is that of the selected entries.
-        optimizer: makes the client optimizer of those parameters, given in the order of the gates;
-            each parameter has a group of its own, or all are in one.
+        optimizer: makes the client optimizer of those parameters, given in the order of the gates,
+            each in a parameter group of its own.
         config: a resolved DeepSpeed configuration (:func:`gem_ds.zero_config.resolve_config`).
         comm: the ranks.
     """

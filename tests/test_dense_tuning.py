@@ -52,7 +52,7 @@ pytestmark = [  # of peft's calls
     pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning"),
 ]
 
-NUM_STEPS = 7
+NUM_STEPS = 5
 GLOBAL_BATCH_SIZE = 8  # the last batch of an epoch has one example: some ranks have none
 SEED = 3
 MAX_GRAD_NORM = 0.5
@@ -101,7 +101,7 @@ ROUNDED = [
     *(Plan("full", "llama", Setting(stage, "bf16")) for stage in range(4)),
     *(Plan("lora", "bert", Setting(stage, "bf16")) for stage in (0, 3)),
 ]
-ALONE = [plan for plan in EXACT if plan.micro_batch_size == 3 or plan.setting.stage in (0, 3)]
+ALONE = [plan for plan in EXACT if plan.micro_batch_size == 3 or plan.setting == Setting(3)]
 PLANS = {1: ALONE, 2: [*EXACT, *ROUNDED]}
 RUNS = [(size, plan) for size, plans in PLANS.items() for plan in plans]
 EXACT_RUNS = [(size, plan) for size, plan in RUNS if plan in EXACT]

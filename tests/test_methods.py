@@ -36,8 +36,7 @@ MODEL, BERT = "model", "bert"
 RUNS: list[tuple[str, str, str, int]] = [
     *((f"{m}_bert", m, BERT, 3) for m in SPARSE_METHODS),
     ("again", "gem", BERT, 3),
-    ("supertuning", "supertuning", MODEL, 3),
-    ("supertuning_whole", "supertuning", MODEL, 0),
+    ("supertuning_whole", "supertuning", BERT, 0),
     *((f"full{stage}", "full", MODEL, stage) for stage in (0, 3)),
     *((f"lora{stage}", "lora", MODEL, stage) for stage in (0, 3)),
     *((f"ia3{stage}", "ia3", MODEL, stage) for stage in (0, 3)),
@@ -45,6 +44,12 @@ RUNS: list[tuple[str, str, str, int]] = [
     *((f"bitfit{stage}", "bitfit", BERT, stage) for stage in (0, 3)),
     *((f"lora_bert{stage}", "lora", BERT, stage) for stage in (0, 3)),
     *((f"full_bert{stage}", "full", BERT, stage) for stage in (0, 3)),
+    *(
+        (f"{method}_bf16_{model}", method, model, 3)
+        for method in ("lora", "full")
+        for model in (BERT, MODEL)
+    ),
+    ("gem_bf16", "gem", BERT, 3),
     ("lora_again", "lora", MODEL, 3),
     ("full_again", "full", MODEL, 3),
 ]
@@ -69,6 +74,7 @@ def _flags(tiny: Tiny, name: str, method: str, model: str, stage: int, **more: o
             "max_grad_norm": 0.5,
             "adam_epsilon": 1e-3,
             "density": "0.01",
+            "bf16": "bf16" in name,
         }
         | more,
     )
@@ -163,7 +169,7 @@ def test_sparse_methods_choose_differently(tiny: Tiny, results) -> None:
         ("lora_bert0", "lora_bert3", "adapter/adapter_model.safetensors"),
         ("ia30", "ia33", "adapter/adapter_model.safetensors"),
         ("shira0", "shira2", "adapter/adapter_model.safetensors"),
-        ("supertuning_whole", "supertuning", "delta.safetensors"),
+        ("supertuning_whole", "supertuning_bert", "delta.safetensors"),
         ("bitfit0", "bitfit3", "delta.safetensors"),
     ],
 )
