@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
+import torch
 from torch import Tensor, nn
 
-from gem_ds.zero import StepEngine, bytes_of, whole_weights
+from gem_ds.zero import StepEngine, bytes_of
 
 
 class DenseEngine(StepEngine):
@@ -45,9 +46,14 @@ class DenseEngine(StepEngine):
 
     def whole_parameters(self, names: Collection[str]) -> dict[str, Tensor]:
         """Copies of parameters on the CPU, whole, on rank 0; on other ranks there are none."""
+        named = dict(self.model.named_parameters())
         found = {}
         for name in names:
-            with whole_weights(self.model, [name]):
-                if self.comm.is_main:
-                    found[name] = self.model.get_parameter(name).detach().cpu().clone()
+            parameter = named[name]
+            whole = parameter.data
+            if self.stage == 3:  # not by GatheredParameters, as in Engine.gather_values
+                parts = self.comm.all_gather(self.read_shard(parameter).to(self.device))
+                whole = torch.cat(parts).view(parameter.ds_shape)  # type: ignore[attr-defined]
+            if self.comm.is_main:
+                found[name] = whole.cpu().clone()
         return found

@@ -198,6 +198,33 @@ class StepEngine:
         if self._engine.fp16_enabled():
             self._engine.optimizer.loss_scale = scale
 
+    # Weights
+
+    def shard_range(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """[start, stop) of the flat range of a weight that this rank scores.
+
+        The ZeRO-3 partition; below stage 3 the range of the same size. May be empty.
+        """
+        total = numel(parameter)
+        size = self.partition_size(parameter)
+        return min(self.comm.rank * size, total), min((self.comm.rank + 1) * size, total)
+
+    def partition_size(self, parameter: nn.Parameter) -> int:
+        """Length of every rank's range of a weight, padding included."""
+        if self.stage == 3:
+            return parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+        return -(-numel(parameter) // self.comm.world_size)
+
+    def read_shard(self, parameter: nn.Parameter) -> Tensor:
+        """This rank's range of a weight, 1-D, in the model's dtype; not to be written.
+
+        It stays where it lies: on the CPU if parameters are offloaded.
+        """
+        start, stop = self.shard_range(parameter)
+        if self.stage == 3:
+            return parameter.ds_tensor.data.view(-1)[: stop - start]  # type: ignore[attr-defined]
+        return parameter.data.view(-1)[start:stop]
+
 
 class Engine(StepEngine):
     """An engine of a frozen model, for calibration and for training flat vectors.
@@ -205,8 +232,8 @@ class Engine(StepEngine):
     Args:
         model: frozen, with the gates as submodules (:class:`gem_ds.sparse.TargetLayers`).
         gates: holders of the trainable parameters; the first is that of the selected entries.
-        optimizer: makes the client optimizer of those parameters, given in the order of the gates;
-            each parameter has a group of its own, or all are in one.
+        optimizer: makes the client optimizer of those parameters, given in the order of the gates,
+            each in a parameter group of its own.
         config: a resolved DeepSpeed configuration (:func:`gem_ds.zero_config.resolve_config`).
         comm: the ranks.
     """
@@ -263,31 +290,6 @@ class Engine(StepEngine):
         return loss.detach()
 
     # Weights
-
-    def shard_range(self, parameter: nn.Parameter) -> tuple[int, int]:
-        """[start, stop) of the flat range of a weight that this rank scores.
-
-        The ZeRO-3 partition; below stage 3 the range of the same size. May be empty.
-        """
-        total = numel(parameter)
-        size = self.partition_size(parameter)
-        return min(self.comm.rank * size, total), min((self.comm.rank + 1) * size, total)
-
-    def partition_size(self, parameter: nn.Parameter) -> int:
-        """Length of every rank's range of a weight, padding included."""
-        if self.stage == 3:
-            return parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
-        return -(-numel(parameter) // self.comm.world_size)
-
-    def read_shard(self, parameter: nn.Parameter) -> Tensor:
-        """This rank's range of a weight, 1-D, in the model's dtype; not to be written.
-
-        It stays where it lies: on the CPU if parameters are offloaded.
-        """
-        start, stop = self.shard_range(parameter)
-        if self.stage == 3:
-            return parameter.ds_tensor.data.view(-1)[: stop - start]  # type: ignore[attr-defined]
-        return parameter.data.view(-1)[start:stop]
 
     def writable_range(self, parameter: nn.Parameter) -> tuple[int, int]:
         """[start, stop) of the flat range that :meth:`write_entries` reaches on this rank."""

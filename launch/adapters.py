@@ -44,7 +44,9 @@ def add_adapter(model: PreTrainedModel, args: Arguments, plan: Plan, head: list[
     else:
         config = IA3Config(**common)
     try:
-        return get_peft_model(model, config)
+        # In the model's dtype: the optimizer keeps fp32 masters of what DeepSpeed trains, and its
+        # stage 3 takes no two dtypes.
+        return get_peft_model(model, config, autocast_adapter_dtype=False)
     except ValueError as error:
         if args.method.method != "ia3":
             raise

@@ -131,6 +131,9 @@ class DenseTuning:
         return self.engine.whole_parameters(self.names)
 
     def _save_model(self, folder: Path, trained: dict[str, Tensor]) -> None:
+        # Names that transformers would write back if it had read them; at ZeRO stage 3 it takes all
+        # that it knows for read, and would name a LayerNorm's weight gamma.
+        self.network._weight_conversions = None
         self.network.save_pretrained(folder, state_dict=trained)
         self.plan.tokenizer.save_pretrained(folder)
 

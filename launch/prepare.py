@@ -28,7 +28,7 @@ from gem_ds.targets import find_targets, targets_of
 from gem_ds.tasks import TaskData
 from gem_ds.tokenizer import load_tokenizer
 from gem_ds.zero import num_parameters
-from gem_ds.zero_config import RunShape, read_config, resolve_config
+from gem_ds.zero_config import RunShape, read_config, resolve_config, zero_stage
 from launch.arguments import Arguments
 from launch.data import RunData, encode_examples, fingerprint, load_examples, pad_token_id
 from launch.model import DTYPES, load_model_config, one_line
@@ -115,6 +115,11 @@ def prepare(args: Arguments, world_size: int) -> Plan:
     )
     targets, num_entries, total = _settle_targets(args, config, mask)
     deepspeed = _resolve_deepspeed(args, config, total, world_size)
+    if args.method.method == "shira" and zero_stage(deepspeed) == 3:
+        raise ValueError(
+            "--method shira adds to whole weights, and ZeRO stage 3 cuts them: use "
+            "ds_configs/zero2.json."
+        )
     tokenizer = _load_tokenizer(args)
     data = encode_examples(args.data, task, objective, tokenizer, config)
     identity = RunIdentity(

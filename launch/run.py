@@ -172,9 +172,10 @@ class Run:
             if step.is_stopping or self.is_due(train.save_steps or epoch):
                 self.save_checkpoint()
         if state.global_step < state.max_steps:
+            is_saved = self.args.method.method in SPARSE_METHODS
             reporter.say(
-                f"Stopped by SIGTERM after step {state.global_step}; go on with "
-                "--resume_from_checkpoint last"
+                f"Stopped by SIGTERM after step {state.global_step}; "
+                + ("go on with --resume_from_checkpoint last" if is_saved else "start it anew")
             )
             return {}
         return self.finish(reporter)

@@ -7,6 +7,7 @@ purpose.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import Decimal
@@ -121,6 +122,67 @@ def select(
     return {name: mask(r, k) for (name, r), k in zip(ratios.items(), shares, strict=True)}
 
 
+WORD = 2**64
+
+
+def splitmix64(state: int) -> int:
+    """The number that the generator of Steele, Lea and Flood (2014) gives in a state."""
+    z = state % WORD
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % WORD
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % WORD
+    return z ^ (z >> 31)
+
+
+def chances(name: str, seed: int, size: int) -> list[int]:
+    """A number for each entry of a weight, the bits of a finite fp32 number that is not negative.
+
+    The i-th is that of a splitmix64 whose state is (seed and name) + i times its increment.
+    """
+    start = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little")
+    words = (splitmix64(start + i * 0x9E3779B97F4A7C15) for i in range(size))
+    return [word % 2**31 % 0x7F800000 for word in words]
+
+
+def select_by(
+    method: str,
+    gradients: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    total: int,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """The selection of any sparse method: by name, in the order of ``weights``, the bool mask."""
+    if method == "supertuning":
+        return _largest_of_all(weights, total)
+    scores: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        if method == "random":
+            numbers = torch.tensor(chances(name, seed, weight.numel()))
+            scores[name] = numbers.reshape(weight.shape)
+        elif method == "magnitude":
+            scores[name] = weight.detach().float().abs()
+        elif method in ("gem", "ratio"):
+            scores[name] = ratio(gradients[name], weight)
+        else:
+            scores[name] = gradients[name].detach().float().abs()
+    by_entropy = method in ("gem", "entropy_gradient")
+    of_layers = [layer_score(s) if by_entropy else 1.0 for s in scores.values()]
+    shares = budgets(of_layers, [s.numel() for s in scores.values()], total)
+    return {name: mask(s, k) for (name, s), k in zip(scores.items(), shares, strict=True)}
+
+
+def _largest_of_all(weights: Mapping[str, Tensor], total: int) -> dict[str, Tensor]:
+    """The largest magnitudes of all matrices together, ties to the earlier one, then index."""
+    pool = [
+        (-abs(value), layer, index, name)
+        for layer, (name, weight) in enumerate(weights.items())
+        for index, value in enumerate(weight.detach().float().flatten().tolist())
+    ]
+    masks = {name: torch.zeros(weight.shape, dtype=torch.bool) for name, weight in weights.items()}
+    for _, _, index, name in sorted(pool)[:total]:
+        masks[name].view(-1)[index] = True
+    return masks
+
+
 class DenseMaskedAdamW:
     """AdamW with decoupled weight decay that moves, decays and clips by the masked entries only.
 
@@ -157,15 +219,19 @@ class DenseMaskedAdamW:
         self.num_steps = 0
 
     @torch.no_grad()
-    def step(self, grads: Mapping[str, Tensor], lr: float) -> float:
-        """Update every parameter once; the norm of the masked gradient before clipping."""
+    def step(self, grads: Mapping[str, Tensor], lr: float | Mapping[str, float]) -> float:
+        """Update every parameter once; the norm of the masked gradient before clipping.
+
+        ``lr`` is one number, or a number by name.
+        """
         self.num_steps += 1
+        rates = lr if isinstance(lr, Mapping) else dict.fromkeys(self.params, lr)
         grads = {name: g * self.masks[name] for name, g in grads.items()}
         norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads.values()))
         scale = 1.0 if self.max_norm is None else min(1.0, self.max_norm / (norm + 1e-6))
         b1, b2 = self.betas
         for name, weight in self.params.items():
-            g = grads[name] * scale
+            g, lr = grads[name] * scale, rates[name]
             first, second = self.first[name], self.second[name]
             first.copy_(b1 * first + (1 - b1) * g)
             second.copy_(b2 * second + (1 - b2) * g * g)
