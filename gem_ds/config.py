@@ -245,7 +245,7 @@ def check_arguments(
 
 
 def _check_method(method: MethodArguments, train: TrainArguments) -> None:
-    """Refuse an unknown method, and flags that the method would pass over in silence."""
+    """Refuse an unknown method, and flags that ask a method for what it does not do."""
     name = method.method
     if name not in METHODS:
         raise ValueError(f"There is no method {name!r}: pass one of {', '.join(METHODS)}.")

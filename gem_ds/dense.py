@@ -7,10 +7,10 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor, nn
 
-from gem_ds.zero import StepEngine, bytes_of
+from gem_ds.zero import BaseEngine, bytes_of
 
 
-class DenseEngine(StepEngine):
+class DenseEngine(BaseEngine):
     """An engine that trains parameters of the model themselves, as DeepSpeed does it.
 
     Args:

@@ -142,7 +142,7 @@ class _Fragment:
     length: int
 
 
-class StepEngine:
+class BaseEngine:
     """An engine that steps; what it trains and how its backward runs is the subclasses' business.
 
     Args:
@@ -226,7 +226,7 @@ class StepEngine:
         return parameter.data.view(-1)[start:stop]
 
 
-class Engine(StepEngine):
+class Engine(BaseEngine):
     """An engine of a frozen model, for calibration and for training flat vectors.
 
     Args:

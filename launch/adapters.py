@@ -15,9 +15,9 @@ from launch.prepare import Plan
 def add_adapter(model: PreTrainedModel, args: Arguments, plan: Plan, head: list[str]) -> Any:
     """Put the adapter that ``--method`` names on a model; all but it and the head is frozen.
 
-    LoRA and SHiRA change the target layers of the sparse methods. SHiRA gets the rank whose number
-    of trained entries comes nearest to K. IA3 scales what peft's own table names for the
-    architecture, unless ``--target_modules`` says otherwise.
+    LoRA and SHiRA change the target layers of the sparse methods; SHiRA trains about K entries. IA3
+    scales what peft's own table names for the architecture, unless ``--target_modules`` says
+    otherwise.
 
     Raises:
         ValueError: peft does not know where IA3 belongs in this model.
@@ -38,7 +38,7 @@ def add_adapter(model: PreTrainedModel, args: Arguments, plan: Plan, head: list[
             **common,
         )
     elif args.method.method == "shira":
-        config = ShiraConfig(r=_shira_rank(model, plan), target_modules=modules, **common)
+        config = ShiraConfig(r=plan.shira_rank, target_modules=modules, **common)
     elif args.method.target_modules:
         config = IA3Config(target_modules=modules, feedforward_modules=[], **common)
     else:
@@ -63,8 +63,3 @@ def is_of_head(name: str, head: list[str]) -> bool:
 
 def _owners(head: list[str]) -> list[str]:
     return sorted({name.rpartition(".")[0] for name in head})
-
-
-def _shira_rank(model: PreTrainedModel, plan: Plan) -> int:
-    sides = sum(sum(model.get_parameter(name).shape) for name in plan.targets)
-    return max(1, round(plan.total / sides))

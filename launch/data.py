@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from gem_ds.config import DataArguments
 from gem_ds.data import Dataset, permutation
 from gem_ds.encoders import num_positions
 from gem_ds.objective import Objective
-from gem_ds.tasks import Example, TaskData, load_task
+from gem_ds.tasks import ChoiceExample, Example, NumberExample, TaskData, load_task
 from gem_ds.texts import EncodedDataset
 
 _SPLIT_SEED = 0  # of which examples are the development set; no flag changes it
@@ -53,13 +54,12 @@ def load_examples(data: DataArguments) -> TaskData:
         prompt_field=data.prompt_field,
         target_field=data.target_field,
     )
-    num_left = len(task.train) - data.dev_examples
+    order, num_left = _split(task.train, data.dev_examples)
     if data.dev_examples and num_left < 1:
         raise ValueError(
             f"--dev_examples {data.dev_examples} leaves none of the {len(task.train)} training "
             "examples to train on: lower it."
         )
-    order = permutation(len(task.train), _SPLIT_SEED, epoch=0).tolist()
     train = sorted(order[:num_left][: data.train_examples])
     dev = sorted(order[num_left:])
     return replace(
@@ -67,6 +67,30 @@ def load_examples(data: DataArguments) -> TaskData:
         train=[task.train[i] for i in train],
         test=[task.train[i] for i in dev] if data.evaluate_on == "dev" else task.test,
     )
+
+
+def _split(examples: Sequence[Example], num_dev: int) -> tuple[list[int], int]:
+    """A fixed random order of the examples, and how many of them are not of the development set.
+
+    Examples on the same first sentence or passage stay together, so that none is half learnt; the
+    development set may thereby be a little larger than asked for.
+    """
+    texts: dict[str, list[int]] = {}
+    for i in permutation(len(examples), _SPLIT_SEED, epoch=0).tolist():
+        texts.setdefault(_first_text(examples[i]), []).append(i)
+    order: list[int] = []
+    num_left = len(examples)
+    for group in reversed(texts.values()):
+        if len(order) < num_dev:
+            num_left -= len(group)
+        order += reversed(group)
+    return order[::-1], num_left
+
+
+def _first_text(example: Example) -> str:
+    if isinstance(example, ChoiceExample | NumberExample):
+        return example.pairs[0][0]
+    return str(example.prompt)
 
 
 def encode_examples(

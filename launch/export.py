@@ -106,7 +106,7 @@ def _load_base(base: str, revision: str, delta: Delta) -> PreTrainedModel:
     if delta.head:
         model_class = AutoModelForSequenceClassification
         names = [model_class.__name__]
-        set_labels(config, delta.mask.settings["labels"])
+        set_labels(config, _labels_of(delta))
     if model_class is None:
         raise ValueError(
             f"the config.json of {base} names no class of transformers under 'architectures' "
@@ -121,6 +121,16 @@ def _load_base(base: str, revision: str, delta: Delta) -> PreTrainedModel:
             "pass a complete model"
         )
     return model
+
+
+def _labels_of(delta: Delta) -> list[str]:
+    labels = delta.mask.settings.get("labels")
+    if not isinstance(labels, list) or not labels:
+        raise ValueError(
+            "the delta has a task head and does not say for which labels: make it again with "
+            "launch/train.py"
+        )
+    return labels
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -39,7 +39,7 @@ def make_dense_optimizer(
     groups: list[dict[str, Any]] = [{"params": parameters, "lr": train.learning_rate}]
     if head:
         groups.append({"params": head, "lr": train.head_learning_rate})
-    adam = AdamW if train.optimizer == "adamw" else _adam_of_bitsandbytes()
+    adam = AdamW if train.optimizer == "adamw" else adam_of_bitsandbytes()
     return adam(groups, lr=train.learning_rate, **_adam(train))
 
 
@@ -51,7 +51,8 @@ def _adam(train: TrainArguments) -> dict[str, Any]:
     }
 
 
-def _adam_of_bitsandbytes() -> Any:
+def adam_of_bitsandbytes() -> Any:
+    """AdamW with moments in eight bits; a ValueError where bitsandbytes is not there."""
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:

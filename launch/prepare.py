@@ -13,26 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from gem_ds.budget import total_budget
 from gem_ds.checkpoint import Checkpoint, RunIdentity, find_checkpoint, list_checkpoints
-from gem_ds.config import DEFAULT_DENSITY
-from gem_ds.encoders import auto_class, head_names, is_encoder, set_head, without_head
+from gem_ds.encoders import is_encoder, set_head
 from gem_ds.mask import Mask, checksum, dtype_name
-from gem_ds.methods import DENSE_METHODS
 from gem_ds.objective import Objective, objective_of
 from gem_ds.reporting import summary_writer_class
-from gem_ds.targets import find_targets, targets_of
 from gem_ds.tasks import TaskData
 from gem_ds.tokenizer import load_tokenizer
-from gem_ds.zero import num_parameters
 from gem_ds.zero_config import RunShape, read_config, resolve_config, zero_stage
 from launch.arguments import Arguments
 from launch.data import RunData, encode_examples, fingerprint, load_examples, pad_token_id
 from launch.model import DTYPES, load_model_config, one_line
+from launch.optimizer import adam_of_bitsandbytes
 from launch.output_dir import refuse_run
+from launch.targets import settle_targets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +46,7 @@ class Plan:
         targets: names of the target weights; empty where the method has none.
         num_parameters: N.
         total: K; 0 for methods that train whole parameters.
+        shira_rank: with ``--method shira`` its rank, else 0.
         deepspeed: the resolved configuration of the engine.
         global_batch_size: rows per step; the checkpoint's, whatever the flags make it now.
         mask: the entries, where they are not to be calibrated.
@@ -67,6 +64,7 @@ class Plan:
     targets: list[str]
     num_parameters: int
     total: int
+    shira_rank: int
     deepspeed: dict[str, Any]
     global_batch_size: int
     mask: Mask | None
@@ -99,6 +97,8 @@ def prepare(args: Arguments, world_size: int) -> Plan:
     output_dir = Path(str(args.train.output_dir))
     if args.train.report_to == "tensorboard":
         summary_writer_class()
+    if args.train.optimizer == "adamw_8bit":
+        adam_of_bitsandbytes()
     if args.train.fp16 and not torch.cuda.is_available():
         raise ValueError("--fp16 needs a GPU: pass --bf16, or neither for fp32.")
     checkpoint = _load_checkpoint(args, output_dir)
@@ -113,8 +113,8 @@ def prepare(args: Arguments, world_size: int) -> Plan:
         is_encoder=is_encoder(config),
         classification_loss=args.data.classification_loss,
     )
-    targets, num_entries, total = _settle_targets(args, config, mask)
-    deepspeed = _resolve_deepspeed(args, config, total, world_size)
+    targets = settle_targets(args, config, mask)
+    deepspeed = _resolve_deepspeed(args, config, targets.total, world_size)
     if args.method.method == "shira" and zero_stage(deepspeed) == 3:
         raise ValueError(
             "--method shira adds to whole weights, and ZeRO stage 3 cuts them: use "
@@ -137,9 +137,10 @@ def prepare(args: Arguments, world_size: int) -> Plan:
         task=task,
         data=data,
         objective=objective,
-        targets=targets,
-        num_parameters=num_entries,
-        total=total,
+        targets=targets.names,
+        num_parameters=targets.num_parameters,
+        total=targets.total,
+        shira_rank=targets.shira_rank,
         deepspeed=deepspeed,
         global_batch_size=identity.global_batch_size,
         mask=mask,
@@ -207,72 +208,6 @@ def _same_entries(mask: Mask, other: Mask) -> bool:
     return mask.indices.keys() == other.indices.keys() and all(
         torch.equal(indices, other.indices[name]) for name, indices in mask.indices.items()
     )
-
-
-def _settle_targets(
-    args: Arguments, config: PretrainedConfig, mask: Mask | None
-) -> tuple[list[str], int, int]:
-    """Names of the target weights, N and K."""
-    try:
-        with torch.device("meta"):
-            model = auto_class(config).from_config(
-                config, trust_remote_code=args.model.trust_remote_code
-            )
-    except ValueError as error:
-        raise ValueError(
-            f"{args.model.model_name_or_path} is a {config.model_type} model, which transformers "
-            "does not know as a causal language model: pass one that is."
-        ) from error
-    num_entries = num_parameters(without_head(model))
-    if mask is not None:
-        named = args.method.target_modules
-        if named and _find_targets(model, named).keys() != mask.indices.keys():
-            raise ValueError(
-                "The mask is for other layers than --target_modules names: leave the flag out."
-            )
-        _refuse_other_density(args.method.density, num_entries, mask)
-        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        mask.check_model(shapes, str(args.model.model_name_or_path))
-        return list(targets_of(model, mask.indices)), num_entries, mask.num_selected
-    method = args.method.method
-    if method in DENSE_METHODS or (method == "ia3" and not args.method.target_modules):
-        return [], num_entries, 0
-    targets = _find_targets(model, args.method.target_modules)
-    if method in ("lora", "ia3"):
-        return list(targets), num_entries, 0
-    density = DEFAULT_DENSITY if args.method.density is None else args.method.density
-    total = total_budget(density, num_entries)
-    available = sum(model.get_parameter(name).numel() for name in targets)
-    if total > available:
-        raise ValueError(
-            f"--density {density} of {num_entries:,} parameters is {total:,} entries, but "
-            f"the {len(targets)} target layers hold {available:,}: lower --density or widen "
-            "--target_modules."
-        )
-    return list(targets), num_entries, total
-
-
-def _find_targets(model: Any, named: list[str] | None) -> dict[str, nn.Module]:
-    """The target layers; a head is none of them."""
-    head = head_names(model)
-    targets = {name: m for name, m in find_targets(model, named).items() if name not in head}
-    if not targets:
-        raise ValueError(
-            "--target_modules matches layers of the classification head only, which is trained as "
-            "a whole: name others."
-        )
-    return targets
-
-
-def _refuse_other_density(density: str | None, num_entries: int, mask: Mask) -> None:
-    """The mask decides; a flag that says something else must not be passed over in silence."""
-    if density is None:
-        return
-    if (total := total_budget(density, num_entries)) != mask.num_selected:
-        raise ValueError(
-            f"--density {density} is {total:,} of {num_entries:,} parameters and the mask has "
-            f"{mask.num_selected:,}: leave --density out."
-        )
 
 
 def _load_tokenizer(args: Arguments) -> PreTrainedTokenizerBase:

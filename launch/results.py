@@ -25,18 +25,20 @@ HELD_OUT = "held-out loss"
 
 
 def run_settings(args: Arguments, plan: Plan) -> dict[str, Any]:
-    """What a later user of a mask or delta needs to know of the run that made it."""
-    settings: dict[str, Any] = {
-        "task": args.data.task,
-        "max_length": args.data.max_length,
-        "seed": args.train.seed,
-    }
+    """What a later user of a mask or delta needs to know of the run that made it.
+
+    How entries were chosen is the mask's to say, where a run takes one up.
+    """
+    task: dict[str, Any] = {"task": args.data.task}
+    if is_encoder(plan.config):
+        task["labels"] = list(plan.config.id2label.values())
+    if plan.mask is not None:
+        return plan.mask.settings | task
+    settings = task | {"max_length": args.data.max_length, "seed": args.train.seed}
     if plan.total:
         settings["density"] = args.method.density or DEFAULT_DENSITY
     if args.method.method in CALIBRATED_METHODS:
         settings["calibration_examples"] = args.method.calibration_examples or len(plan.data.train)
-    if is_encoder(plan.config):
-        settings["labels"] = list(plan.config.id2label.values())
     return settings
 
 
@@ -66,7 +68,7 @@ def make_mask(args: Arguments, plan: Plan, entries: SelectedEntries, base: Tenso
         base_model=str(args.model.model_name_or_path),
         revision=args.model.revision,
         method=args.method.method if plan.mask is None else plan.mask.method,
-        settings=run_settings(args, plan) if plan.mask is None else plan.mask.settings,
+        settings=run_settings(args, plan),
     )
 
 
@@ -125,5 +127,5 @@ def save_results(
 
 def _density(args: Arguments, plan: Plan) -> dict[str, object]:
     """As the user wrote it, or the mask has it; nothing for methods without one."""
-    settings = run_settings(args, plan) if plan.mask is None else plan.mask.settings
+    settings = run_settings(args, plan)
     return {"density": settings["density"]} if "density" in settings else {}

@@ -3,8 +3,8 @@
     >>> check_program("def double(x): return 2 * x", ["assert double(4) == 8"]).status
     'passed'
 
-The program runs alone in a jail; the tests run outside of it, and ask it for results as plain data
-(`eval.sandbox.judge`). What the jail is made of, `eval.sandbox.room` says; how processes
+The program runs alone in a jail; the tests run in a process of their own, and ask it for results
+as plain data (`eval.sandbox.judge`). What the jail is made of, `eval.sandbox.room` says; how processes
 descend from each other, `eval.sandbox.server`.
 
 Memory is counted per process and together, but for what /tmp and /dev/shm hold (64 MiB each) and
