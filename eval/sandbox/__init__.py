@@ -4,8 +4,8 @@
     'passed'
 
 The program runs alone in a jail; the tests run in a process of their own, and ask it for results
-as plain data (`eval.sandbox.judge`). What the jail is made of, `eval.sandbox.room` says; how processes
-descend from each other, `eval.sandbox.server`.
+as plain data (`eval.sandbox.judge`). What the jail is made of, `eval.sandbox.room` says; how
+processes descend from each other, `eval.sandbox.server`.
 
 Memory is counted per process and together, but for what /tmp and /dev/shm hold (64 MiB each) and
 what lies in the buffers of pipes and sockets.
