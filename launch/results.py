@@ -93,7 +93,7 @@ def save_results(
         dtype=dtype_name(DTYPES[args.train.dtype]),
         settings={
             "method": args.method.method,
-            "density": plan.total / plan.num_parameters,
+            **({"density": plan.total / plan.num_parameters} if plan.total else {}),
             "learning rate": train.learning_rate,
             "schedule": train.lr_scheduler_type,
             "steps": state.max_steps,

@@ -18,7 +18,7 @@ COMPARISONS = [path for path in RECIPES if path.stem.startswith("compare_")]
 )
 def test_a_recipe_holds_flags_of_the_training_program(path: Path) -> None:
     arguments = parse_arguments(["--config", str(path), "--output_dir", "runs/any"])
-    assert arguments.gem.density is not None  # what makes a result should be visible
+    assert arguments.method.density is not None  # what makes a result should be visible
 
 
 @pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
