@@ -127,7 +127,10 @@ def test_overwriting_deletes_the_run_and_nothing_else(tiny, run, tmp_path):
     (folder / ".checkpoint-6.0a0a0a0a.tmp").mkdir()
     (folder / "notes.txt").write_text("mine")
     (folder / "checkpoints").mkdir()
-    (folder / "predictions.jsonl").touch()  # which a task whose answers are written leaves out
+    (folder / "predictions.jsonl").touch()  # other tasks and methods leave these
+    for name in ("model", "adapter"):
+        (folder / name).mkdir()
+        (folder / name / "config.json").touch()
     assert all((folder / name).exists() for name in RUN_FILES)
     flags = tiny.flags(folder, "--overwrite_output_dir")
     plan = prepare(parse_arguments(flags), world_size=1)

@@ -20,6 +20,7 @@ from gem_ds.mask import Mask
 from gem_ds.targets import find_targets
 from launch import export
 from launch.run import Run
+from launch.sparse_tuning import SparseTuning
 from tests import oracle
 from tests.ranks import run_ranks
 from tests.tiny import Example, assert_selected_up_to_rounding, bits, naive_loss
@@ -111,7 +112,8 @@ def _read_entries(flags: list[str]) -> dict[str, Tensor]:
     finish = Run.finish
 
     def look(run: Run, reporter: object) -> dict[str, float]:
-        entries = run.tuning.entries  # type: ignore[union-attr]
+        assert isinstance(run.tuning, SparseTuning)
+        entries = run.tuning.entries
         seen.update(entries.split(entries.read()))
         return finish(run, reporter)  # type: ignore[arg-type]
 
