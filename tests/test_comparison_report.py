@@ -115,6 +115,8 @@ def test_a_bootstrap_of_another_quantity_than_the_metric_says_so(tmp_path: Path)
         assert found.reference == "gem"  # wherever it stands
         assert found.note.startswith(note)
         assert bool(found.note) == bool(note)
+        text = markdown(comparison, rows, {"a": found}, {})
+        assert "Intervals are not corrected for the number of comparisons." in text
 
 
 def test_a_pipe_in_a_log_does_not_break_the_report(tmp_path: Path) -> None:
