@@ -129,6 +129,13 @@ def test_commands_are_what_the_file_says() -> None:
     )
 
 
+def test_a_flag_that_a_method_sets_to_null_is_left_out() -> None:
+    comparison = parse_comparison(changed("methods.lora.flags", {"target_modules": None}))
+    for method, is_there in (("gem", True), ("lora", False)):
+        cell = Cell(task="rte", method=method, learning_rate=2e-4, seed=42, split="test")
+        assert ("--target_modules" in training_command(comparison, cell)) == is_there
+
+
 def test_cells_of_the_search_have_the_first_seed_and_the_development_split() -> None:
     comparison = parse_comparison(CONTENT)
     search = search_cells(comparison)

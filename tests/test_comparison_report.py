@@ -115,6 +115,8 @@ def test_a_bootstrap_of_another_quantity_than_the_metric_says_so(tmp_path: Path)
         assert found.reference == "gem"  # wherever it stands
         assert found.note.startswith(note)
         assert bool(found.note) == bool(note)
+        text = markdown(comparison, rows, {"a": found}, {})
+        assert "Intervals are not corrected for the number of comparisons." in text
 
 
 def test_a_pipe_in_a_log_does_not_break_the_report(tmp_path: Path) -> None:
@@ -127,7 +129,8 @@ def test_a_pipe_in_a_log_does_not_break_the_report(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"eval_metrics": {}}, "has no eval_metrics"),
+        ({"eval_metrics": {}}, "has neither eval_metrics nor last_eval_loss"),
+        ({"eval_metrics": {}, "last_eval_loss": math.nan}, "has no number eval_loss"),
         ({"num_trainable": None}, "has no number num_trainable"),
         ({"eval_metrics": {"accuracy": math.nan}}, "has no number accuracy"),
     ],
@@ -142,6 +145,15 @@ def test_results_that_lack_something_are_not_whole(
     path.write_text(json.dumps(content | change))
     with pytest.raises(ValueError, match=sentence):
         read_training(tmp_path)
+
+
+def test_a_training_without_metrics_is_scored_by_its_held_out_loss(tmp_path: Path) -> None:
+    content = dict.fromkeys(COSTS, 1) | {"first_eval_loss": 3.0, "last_eval_loss": 2.0}
+    path = tmp_path / "all_results.json"
+    path.write_text(json.dumps(content))
+    assert (read_training(tmp_path).metric, read_training(tmp_path).score) == ("eval_loss", 2.0)
+    path.write_text(json.dumps(content | {"eval_metrics": {"accuracy": 0.5}}))
+    assert (read_training(tmp_path).metric, read_training(tmp_path).score) == ("accuracy", 0.5)
 
 
 def test_verdicts_are_averaged_over_the_samples_of_a_problem(tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
-"""Which differences between methods are real: a paired bootstrap over the test examples.
+"""Which differences between methods are real: a paired bootstrap over seeds and test examples.
 
-    score(m, w)  = mean over m's seeds of the metric on the examples, each counted w times
-    difference   = score(m, w) - score(reference, w)       the same w on both sides
-    interval     = 2.5 % and 97.5 % quantile over resamples w (n draws from n examples)
+    score(m, v, w)  = sum_s v_s metric(m, s, w) / S     on the examples, each counted w times
+    difference      = score(m, v, w) - score(reference, v, w)   the same v and w on both sides
+    interval        = 2.5 % and 97.5 % quantile over resamples (v, w)
 
-A difference is *real* when its interval excludes 0. That answers whether it would be seen on other
-examples of the same kind; seeds are averaged, not resampled, so it does not say how it would be for
-other seeds.
+A resample draws S of the S seeds (seed s comes v_s times) and n of the n examples. A difference is
+*real* when its interval excludes 0. That answers whether it would be seen with other seeds and on
+other examples of the same kind, for each method by itself: nothing is corrected for the number of
+comparisons. The spread of few seeds is underestimated, that of S by about (S - 1) / S in variance;
+a single one says nothing of others.
 """
 
 from __future__ import annotations
@@ -51,10 +53,10 @@ class Scores:
 def resample_scores(
     runs: Sequence[Predictions], metric: str, num_resamples: int = NUM_RESAMPLES
 ) -> Scores:
-    """A method's metric on the resamples, which are the same for every method.
+    """A method's metric on the resamples, which are the same for every method of as many runs.
 
     Args:
-        runs: of its seeds, on the same n examples.
+        runs: one of each seed, on the same n examples; to be compared, in the same order of seeds.
         metric: by name.
         num_resamples: b.
 
@@ -62,10 +64,10 @@ def resample_scores(
         ValueError: the predictions do not allow the metric.
     """
     num_examples = len(runs[0].ids)
-    chunks = [
-        np.mean([metric_on(run, metric, weights) for run in runs], axis=0)
-        for weights in resamples(num_examples, num_resamples)
-    ]
+    chunks = []
+    for seed_weights, weights in resamples(len(runs), num_examples, num_resamples):
+        by_seed = np.stack([metric_on(run, metric, weights) for run in runs], axis=1)  # [b, S]
+        chunks.append((seed_weights * by_seed).sum(axis=1) / len(runs))
     once = np.ones((1, num_examples))
     value = float(np.mean([metric_on(run, metric, once) for run in runs]))
     return Scores(value=value, resampled=np.concatenate(chunks))
@@ -78,19 +80,23 @@ def difference(scores: Scores, reference: Scores) -> Difference:
     return Difference(value=scores.value - reference.value, low=float(low), high=float(high))
 
 
-def resamples(num_examples: int, num_resamples: int, seed: int = 0) -> Iterator[np.ndarray]:
-    """[b, n] how often each example was drawn, a part of the resamples at a time."""
-    rng = np.random.default_rng(seed)
+def resamples(
+    num_seeds: int, num_examples: int, num_resamples: int, random_seed: int = 0
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """How often each seed [b, S] and each example [b, n] was drawn, a part of them at a time."""
+    rng = np.random.default_rng(random_seed)
+    seeds = _counts(rng.integers(num_seeds, size=(num_resamples, num_seeds)))
     size = max(1, _CHUNK // num_examples)
     for start in range(0, num_resamples, size):
-        count = min(size, num_resamples - start)
-        drawn = rng.integers(num_examples, size=(count, num_examples))
-        drawn += np.arange(count)[:, None] * num_examples
-        yield (
-            np.bincount(drawn.ravel(), minlength=count * num_examples)
-            .reshape(count, num_examples)
-            .astype(np.float64)
-        )
+        part = seeds[start : start + size]
+        yield part, _counts(rng.integers(num_examples, size=(len(part), num_examples)))
+
+
+def _counts(drawn: np.ndarray) -> np.ndarray:
+    """[b, n] how often each of 0 ... n - 1 stands in the rows of [b, n] draws."""
+    rows, size = drawn.shape
+    places = drawn + np.arange(rows)[:, None] * size
+    return np.bincount(places.ravel(), minlength=rows * size).reshape(rows, size).astype(np.float64)
 
 
 def refuse_other_examples(runs: Sequence[Predictions]) -> None:

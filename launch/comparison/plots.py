@@ -85,7 +85,7 @@ def score_figure(comparison: Comparison, rows: Sequence[Row]) -> Figure:
         places = side_by_side([row.cost("num_trainable") for row in done])
         for row, place in zip(done, places, strict=True):
             mean, std = mean_and_std(row.scores)
-            colour, marker = STYLES.get(row.method, ("#000000", "o"))
+            colour, marker = STYLES[row.method]
             axes.errorbar(
                 place,
                 mean * unit.factor,
@@ -115,7 +115,7 @@ def rate_figure(comparison: Comparison, rows: Sequence[Row]) -> Figure:
         own = [row for row in rows if row.task == task]
         unit = Unit(next((row.choice.metric for row in own if row.choice.metric), "score"))
         for row in own:
-            colour, marker = STYLES.get(row.method, ("#000000", "o"))
+            colour, marker = STYLES[row.method]
             pairs = zip(row.choice.rates, row.choice.scores, strict=True)
             points = [(rate, s * unit.factor) for rate, s in pairs if s is not None]
             if not points:
@@ -188,7 +188,7 @@ def _legend(figure: Figure, rows: Sequence[Row], *, rings: bool = False) -> None
     """One legend for all panels, beside them."""
     handles = []
     for method in dict.fromkeys(row.method for row in rows):
-        colour, marker = STYLES.get(method, ("#000000", "o"))
+        colour, marker = STYLES[method]
         size = 11 if marker == "*" else 7
         handles.append(
             Line2D([], [], color=colour, marker=marker, ms=size, linestyle="none", label=method)

@@ -129,8 +129,9 @@ def _difference_section(found: Differences | None, rows: Sequence[Row]) -> list[
     if lines:
         parts.append(_table(("method", points, "95 % interval", ""), lines))
         parts.append(
-            "Paired bootstrap over the test examples, seeds averaged; *real* where the interval "
-            "excludes 0."
+            "Paired bootstrap over the test examples and the seeds; *real* where the interval "
+            "excludes 0. Few seeds make it too narrow, and one says nothing of others. Intervals "
+            "are not corrected for the number of comparisons."
         )
     return parts + ([found.note] if found.note else [])
 

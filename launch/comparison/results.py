@@ -17,7 +17,7 @@ from launch.comparison.grid import Comparison, Evaluation
 RESULTS_FILE = "all_results.json"
 PREDICTIONS_FILE = "predictions.jsonl"
 
-#: Numbers that all_results.json must hold, beside ``eval_metrics``.
+#: Numbers that all_results.json must hold, beside the score.
 COSTS = (
     "num_trainable",
     "num_parameters",
@@ -63,13 +63,18 @@ class Predictions:
 def read_training(folder: Path) -> Result:
     """The result of the training program.
 
+    Its score is the task's main metric, which comes first, or where the answers are generated, so
+    that it has none, the loss on the held-out examples.
+
     Raises:
         ValueError: it is absent or not whole.
     """
     content = _read_json(folder / RESULTS_FILE)
-    metrics = content.get("eval_metrics")
+    metrics = content.get("eval_metrics") or {}
+    if not metrics and "last_eval_loss" in content:
+        metrics = {"eval_loss": content["last_eval_loss"]}
     if not isinstance(metrics, dict) or not metrics:
-        raise ValueError(f"{folder / RESULTS_FILE} has no eval_metrics.")
+        raise ValueError(f"{folder / RESULTS_FILE} has neither eval_metrics nor last_eval_loss.")
     metric, score = next(iter(metrics.items()))
     for name, value in {**{cost: content.get(cost) for cost in COSTS}, metric: score}.items():
         if not _is_number(value):
