@@ -145,15 +145,18 @@ def _args(method: str, folder: Path) -> Any:
             target_modules=["q_proj", "v_proj"] if method == "ia3" else None,
         ),
         model=SimpleNamespace(model_name_or_path=str(folder / "base"), revision=None),
-        data=SimpleNamespace(task="none"),
+        data=SimpleNamespace(task="none", max_length=0),
     )
 
 
 def _run_plan(model: PreTrainedModel, folder: Path, deepspeed: dict[str, Any]) -> Any:
     return SimpleNamespace(
         targets=list(find_targets(model)),
-        total=70,  # SHiRA: rank 1
+        total=0,
+        shira_rank=1,
         num_parameters=0,
+        config=model.config,
+        mask=None,
         deepspeed=deepspeed,
         output_dir=folder,
         tokenizer=SimpleNamespace(save_pretrained=lambda path: None),
