@@ -22,7 +22,7 @@ _REFUSED_SECTIONS = {
     "optimizer": "GEM brings its own optimizer; set it with --learning_rate and its neighbours",
     "scheduler": "set the schedule with --lr_scheduler_type and --warmup_steps",
     "bfloat16": "call the section bf16",
-    "data_types": "gradients are accumulated in fp32 already",
+    "data_types": "how gradients accumulate is the trainer's business",
     "torch_autocast": "use --bf16 or --fp16",
     "amp": "use --bf16 or --fp16",
     "tensor_parallel": "GEM shards over data-parallel ranks only",
