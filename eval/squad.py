@@ -8,6 +8,7 @@ number the first one in the line counts (`eval.metrics.read_number`).
 
     output_dir/
       samples.jsonl     what the model wrote (`eval.samples`)
+      verdicts.jsonl    squad: each answer's metrics, for intervals
       results.json      the metrics, and what they were measured on
 """
 
@@ -24,13 +25,14 @@ from transformers import HfArgumentParser
 
 from eval.arguments import SamplingArguments, check_arguments, exit_for
 from eval.completion import GenerationSettings
-from eval.metrics import read_number
+from eval.metrics import read_number, score
 from eval.predictions import metrics_of
 from eval.provenance import sha256_of_texts, versions
-from eval.sampling import RESULTS_FILE, sample_all
+from eval.samples import Sample
+from eval.sampling import RESULTS_FILE, VERDICTS_FILE, sample_all
 from gem_ds.comm import PeerError
-from gem_ds.files import save_json
-from gem_ds.tasks import load_task
+from gem_ds.files import atomic_write, save_json
+from gem_ds.tasks import Example, load_task
 
 PROTOCOL = "zero-shot, greedy, the rest of the line after the prompt"
 
@@ -75,8 +77,12 @@ def _evaluate(arguments: SamplingArguments, own: ShortAnswerArguments) -> dict[s
     if samples is None:
         return {}
     answers: list[Any] = [sample.completion.strip() for sample in samples]
+    output_dir = Path(arguments.output_dir)
+    (output_dir / RESULTS_FILE).unlink(missing_ok=True)  # never beside other verdicts
     if task.kind == "number":
         answers = [read_number(answer) for answer in answers]
+    else:
+        _save_verdicts(output_dir / VERDICTS_FILE, own.task, samples, examples, answers)
     results: dict[str, Any] = {
         "task": own.task,
         "n": len(examples),
@@ -89,9 +95,25 @@ def _evaluate(arguments: SamplingArguments, own: ShortAnswerArguments) -> dict[s
         "versions": versions(),
         "seconds": round(time.perf_counter() - started, 1),
     }
-    save_json(Path(arguments.output_dir, RESULTS_FILE), results)
+    save_json(output_dir / RESULTS_FILE, results)
     print(", ".join(f"{name} {value:.4f}" for name, value in results["metrics"].items()))
     return results
+
+
+def _save_verdicts(
+    path: Path,
+    task: str,
+    samples: Sequence[Sample],
+    examples: Sequence[Example],
+    answers: Sequence[str],
+) -> None:
+    """Write the metrics of each answer by itself; those of the task are their means."""
+    lines = [
+        json.dumps({"task_id": sample.task_id, **score(task, [example], [answer])})
+        for sample, example, answer in zip(samples, examples, answers, strict=True)
+    ]
+    payload = "".join(f"{line}\n" for line in lines).encode()
+    atomic_write(path, lambda temporary: temporary.write_bytes(payload))
 
 
 if __name__ == "__main__":

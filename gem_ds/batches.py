@@ -20,6 +20,7 @@ class Batches:
         micro_batch_size: rows per rank and forward pass.
         seed: of the shuffled order.
         pad_token_id: fills sequences up to the longest.
+        group_by_length: whether rows of about the same length share a batch.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class Batches:
         micro_batch_size: int,
         seed: int,
         pad_token_id: int,
+        group_by_length: bool = False,
     ) -> None:
         self.dataset = dataset
         self._device = comm.device
@@ -42,6 +44,7 @@ class Batches:
             rank=comm.rank,
             world_size=comm.world_size,
             seed=seed,
+            lengths=dataset.lengths if group_by_length else None,
         )
 
     @property
@@ -75,4 +78,4 @@ class Batches:
 
     def num_tokens(self, step: int) -> int:
         """Tokens read at ``step`` over all ranks and micro-batches, padding left out."""
-        return self.dataset.count_tokens(self.schedule.global_batch(step))
+        return int(self.dataset.lengths[self.schedule.global_batch(step)].sum())

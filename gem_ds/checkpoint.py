@@ -60,7 +60,7 @@ class RunIdentity:
     Attributes:
         global_batch_size: examples per step, over all ranks.
         seed: of the order of the data.
-        data: fingerprint of the encoded training examples and their rows.
+        data: fingerprint of the encoded training examples, their rows and the kind of their order.
     """
 
     global_batch_size: int

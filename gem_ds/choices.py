@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -100,9 +101,10 @@ class ChoiceDataset:
         """A hash of the sequences, of which are one example's, and of the answers."""
         return self.sequences.fingerprint() + digest(self.offsets, self.answers)
 
-    def count_tokens(self, indices: Sequence[int]) -> int:
-        """Tokens of all candidates of these examples, the prompt counted with each."""
-        return self.sequences.count_tokens(self._sequences_of(indices))
+    @cached_property
+    def lengths(self) -> Tensor:
+        """Tokens of all candidates of each example, the prompt counted with each: int64 [n]."""
+        return self.sequences.offsets[self.offsets].diff()
 
     def weight(self, indices: Sequence[int]) -> int:
         """The number of examples."""

@@ -71,6 +71,11 @@ class DataArguments:
     packing: bool = _option(
         False, "Let several examples share one sequence; attention stays within each."
     )
+    train_sampling_strategy: Literal["random", "group_by_length"] = _option(
+        "random",
+        "Order of the examples: random, or group_by_length, where those of a step are of about the "
+        "same length and little is padded.",
+    )
     classification_loss: Literal["tokens", "candidates"] = _option(
         "tokens",
         "What a causal model learns of a classification task: to write the right candidate, or to "

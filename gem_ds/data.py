@@ -49,8 +49,9 @@ class Dataset(Protocol):
     def fingerprint(self) -> str:
         """A hash of all that a model reads and learns, so that a resume can refuse other data."""
 
-    def count_tokens(self, indices: Sequence[int]) -> int:
-        """Tokens of these rows together, padding left out."""
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each row, padding left out: int64 [rows]."""
 
     def weight(self, indices: Sequence[int]) -> int:
         """What the loss summed over these rows is divided by to make it a mean."""
@@ -62,13 +63,14 @@ class Dataset(Protocol):
         """
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class BatchSchedule:
     """Which rows each rank reads at each step: a pure function of the step.
 
     An epoch is a permutation of the rows drawn from (seed, epoch), cut into global batches; the
     last batch of an epoch may be smaller. `rank` and `world_size` decide only which part of a
-    global batch is read here, never what is in it.
+    global batch is read here, never what is in it. With `lengths` (int64 [num_rows]) the rows of a
+    global batch are of about one length (`group_by_length`).
     """
 
     num_rows: int
@@ -77,6 +79,7 @@ class BatchSchedule:
     rank: int
     world_size: int
     seed: int
+    lengths: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.num_rows < 1:
@@ -101,6 +104,9 @@ class BatchSchedule:
         epoch, batch = divmod(step, self.steps_per_epoch)
         start = batch * self.global_batch_size
         order = permutation(self.num_rows, self.seed, epoch)
+        if self.lengths is not None:
+            batches = permutation(self.num_rows // self.global_batch_size, self.seed, epoch)
+            order = group_by_length(order, self.lengths, batches, self.global_batch_size)
         return order[start : start + self.global_batch_size].tolist()
 
     def micro_batches(self, step: int) -> list[list[int]]:
@@ -114,9 +120,34 @@ class BatchSchedule:
         return [mine[k * size : (k + 1) * size] for k in range(self.num_micro_batches)]
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=8)
 def permutation(num_rows: int, seed: int, epoch: int) -> Tensor:
     """The order in which `epoch` (from 0) reads rows: int64 [num_rows], not to be changed."""
     digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
     return torch.randperm(num_rows, generator=generator)
+
+
+_WINDOW = 50  # batches that are sorted together, as the transformers Trainer does it
+
+
+@lru_cache(maxsize=2)
+def group_by_length(order: Tensor, lengths: Tensor, batches: Tensor, batch_size: int) -> Tensor:
+    """Reorder rows so that those of a batch are of about one length, which saves padding.
+
+    Rows are sorted within windows of 50 batches of the given order, so that the company of a row
+    changes from epoch to epoch, and the batches come in an order of their own.
+
+    Args:
+        order: int64 [n], the shuffled rows.
+        lengths: int64 [n] of all rows.
+        batches: int64 [n // batch_size], the order of the whole batches; a smaller one stays last.
+        batch_size: rows of a batch.
+
+    Returns:
+        int64 [n], not to be changed.
+    """
+    windows = order.split(_WINDOW * batch_size)
+    rows = torch.cat([window[lengths[window].argsort(stable=True)] for window in windows])
+    whole = rows[: len(batches) * batch_size].view(-1, batch_size)
+    return torch.cat([whole[batches].flatten(), rows[len(batches) * batch_size :]])

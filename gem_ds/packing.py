@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ class PackedDataset:
     @property
     def longest(self) -> int:
         """Tokens of the longest row; 0 if there are none."""
-        return max((self.count_tokens([row]) for row in range(len(self))), default=0)
+        return int(self.lengths.max()) if len(self) else 0
 
     def select(self, indices: Sequence[int]) -> PackedDataset:
         """The dataset of these rows, in their order."""
@@ -62,9 +63,11 @@ class PackedDataset:
         members = torch.tensor(self._examples_of(range(len(self))), dtype=torch.int64)
         return self.examples.fingerprint() + digest(offsets, members)
 
-    def count_tokens(self, indices: Sequence[int]) -> int:
-        """Tokens of these rows together."""
-        return self.examples.count_tokens(self._examples_of(indices))
+    @cached_property
+    def lengths(self) -> Tensor:
+        """Tokens of each row: int64 [rows]."""
+        sums = [int(self.examples.lengths[torch.tensor(row)].sum()) for row in self.rows]
+        return torch.tensor(sums, dtype=torch.int64)
 
     def weight(self, indices: Sequence[int]) -> int:
         """Tokens of these rows that carry loss."""

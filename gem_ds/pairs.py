@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -116,10 +117,10 @@ class PairDataset:
         types = [] if self.types is None else [self.types]
         return digest(self.offsets, self.tokens, *types, self.groups, self.answers)
 
-    def count_tokens(self, indices: Sequence[int]) -> int:
-        """Tokens of all pairs of these examples."""
-        pairs = positions(self.groups, torch.tensor(indices, dtype=torch.int64))
-        return int(self.offsets.diff()[pairs].sum())
+    @cached_property
+    def lengths(self) -> Tensor:
+        """Tokens of all pairs of each example: int64 [n]."""
+        return self.offsets[self.groups].diff()
 
     def weight(self, indices: Sequence[int]) -> int:
         """The number of examples."""

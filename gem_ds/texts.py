@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -87,14 +88,15 @@ class EncodedDataset:
         """Tokens of example `i` that are its prompt."""
         return int(self.prompt_lengths[i])
 
-    def count_tokens(self, indices: Sequence[int]) -> int:
-        """Tokens of these examples together."""
-        return int(self.offsets.diff()[torch.tensor(indices, dtype=torch.int64)].sum())
+    @cached_property
+    def lengths(self) -> Tensor:
+        """Tokens of each example: int64 [n]."""
+        return self.offsets.diff()
 
     def weight(self, indices: Sequence[int]) -> int:
         """Tokens of these examples that carry loss: all but the prompts, which are never empty."""
-        prompts = self.prompt_lengths[torch.tensor(indices, dtype=torch.int64)]
-        return self.count_tokens(indices) - int(prompts.sum())
+        index = torch.tensor(indices, dtype=torch.int64)
+        return int(self.lengths[index].sum() - self.prompt_lengths[index].sum())
 
     def input_ids(self, i: int) -> Tensor:
         """Token ids of example `i`: int32 [length], a view."""

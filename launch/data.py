@@ -13,7 +13,7 @@ from gem_ds.config import DataArguments
 from gem_ds.data import Dataset, permutation
 from gem_ds.encoders import num_positions
 from gem_ds.objective import Objective
-from gem_ds.tasks import ChoiceExample, Example, NumberExample, TaskData, load_task
+from gem_ds.tasks import AnswerExample, ChoiceExample, Example, NumberExample, TaskData, load_task
 from gem_ds.texts import EncodedDataset
 
 _SPLIT_SEED = 0  # of which examples are the development set; no flag changes it
@@ -90,6 +90,8 @@ def _split(examples: Sequence[Example], num_dev: int) -> tuple[list[int], int]:
 def _first_text(example: Example) -> str:
     if isinstance(example, ChoiceExample | NumberExample):
         return example.pairs[0][0]
+    if isinstance(example, AnswerExample):
+        return example.passage
     return str(example.prompt)
 
 
@@ -125,9 +127,10 @@ def encode_examples(
 
 
 def fingerprint(data: DataArguments, train: Dataset) -> str:
-    """What tells the rows of a training set from others."""
+    """What tells the rows of a training set, and the order they come in, from others."""
     packed = f"packed into {data.max_length}" if data.packing else "one by one"
-    return hashlib.sha256(f"{train.fingerprint()} {packed}".encode()).hexdigest()
+    told = f"{train.fingerprint()} {packed} {data.train_sampling_strategy}"
+    return hashlib.sha256(told.encode()).hexdigest()
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> int:

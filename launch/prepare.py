@@ -229,8 +229,8 @@ def _resumed_identity(before: RunIdentity, now: RunIdentity) -> RunIdentity:
     """The identity of a resumed run: the checkpoint's, once the flags agree with it."""
     if now.data != before.data:
         raise ValueError(
-            "The checkpoint was trained on other examples: pass the same data, --max_length and "
-            "--packing as before."
+            "The checkpoint was trained on other examples or in another order: pass the same data, "
+            "--max_length, --packing and --train_sampling_strategy as before."
         )
     if now.seed != before.seed:
         raise ValueError(f"The checkpoint was trained with --seed {before.seed}: pass it again.")

@@ -89,6 +89,7 @@ class Run:
             micro_batch_size=micro_batch_size,
             seed=self.args.train.seed,
             pad_token_id=self.plan.pad_token_id,
+            group_by_length=self.args.data.train_sampling_strategy == "group_by_length",
         )
 
     def initial_state(self) -> TrainerState:

@@ -358,6 +358,9 @@ def _of_output(shop: Workshop) -> dict[str, Refusal]:
         "resume other data": Refusal(resume(data_dir=fewer), "was trained on other examples"),
         "resume other length": Refusal(resume(max_length=40), "was trained on other examples"),
         "resume packed": Refusal([*resume(), "--packing"], "was trained on other examples"),
+        "resume grouped": Refusal(
+            resume(train_sampling_strategy="group_by_length"), "or in another order"
+        ),
         "resume other seed": Refusal(resume(seed=1), "trained with --seed 42: pass it again"),
         "resume other dtype": Refusal(
             [*resume(), "--bf16"], "in float32 and the flags say bfloat16"

@@ -76,7 +76,7 @@ def test_candidates_are_encoded_without_eos(tiny, examples):
     assert {len(e.candidates) for e in examples} == {2, 3}
     assert dataset.answers.tolist() == [e.answer for e in examples]
     assert len(dataset) == len(examples) == dataset.weight(range(len(dataset)))
-    assert dataset.count_tokens([0, 2]) == sum(
+    assert dataset.lengths[[0, 2]].sum() == sum(
         len(tokenizer(f"{examples[i].prompt}{candidate}")["input_ids"])
         for i in (0, 2)
         for candidate in examples[i].candidates

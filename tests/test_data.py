@@ -197,7 +197,7 @@ def test_a_dataset_is_its_examples_encoded_one_by_one(tokenizers):
         assert dataset.input_ids(i).tolist() == input_ids
         assert dataset.length(i) == len(input_ids)
         assert dataset.prompt_length(i) == prompt_length
-        assert dataset.count_tokens([i]) == len(input_ids)
+        assert dataset.lengths[i] == len(input_ids)
         assert dataset.weight([i]) == len(input_ids) - prompt_length > 0
     assert dataset.weight(range(len(dataset))) == sum(len(ids) - length for ids, length in single)
     assert dataset.tokens.dtype == dataset.prompt_lengths.dtype == torch.int32
@@ -384,7 +384,7 @@ def test_packing_refuses_an_example_longer_than_a_row():
         pack_rows(make_dataset([(1, 1), (2, 3)]), 4)
 
 
-def schedules(num_rows, global_batch_size, micro_batch_size, world_size, seed=0):
+def schedules(num_rows, global_batch_size, micro_batch_size, world_size, seed=0, lengths=None):
     return [
         BatchSchedule(
             num_rows=num_rows,
@@ -393,6 +393,7 @@ def schedules(num_rows, global_batch_size, micro_batch_size, world_size, seed=0)
             rank=rank,
             world_size=world_size,
             seed=seed,
+            lengths=lengths,
         )
         for rank in range(world_size)
     ]
@@ -405,12 +406,14 @@ def schedules(num_rows, global_batch_size, micro_batch_size, world_size, seed=0)
     micro_batch_size=st.integers(1, 8),
     world_size=st.integers(1, 7),
     seed=st.integers(-(2**40), 2**70),
+    is_grouped=st.booleans(),
 )
 def test_every_epoch_reads_every_row_once_on_any_world(
-    num_rows, global_batch_size, micro_batch_size, world_size, seed
+    num_rows, global_batch_size, micro_batch_size, world_size, seed, is_grouped
 ):
-    ranks = schedules(num_rows, global_batch_size, micro_batch_size, world_size, seed)
-    (alone,) = schedules(num_rows, global_batch_size, 1, 1, seed)
+    lengths = torch.arange(num_rows) % 7 if is_grouped else None
+    ranks = schedules(num_rows, global_batch_size, micro_batch_size, world_size, seed, lengths)
+    (alone,) = schedules(num_rows, global_batch_size, 1, 1, seed, lengths)
     steps = alone.steps_per_epoch
     assert (steps - 1) * global_batch_size < num_rows <= steps * global_batch_size
     for epoch in (0, 1):
@@ -426,8 +429,30 @@ def test_every_epoch_reads_every_row_once_on_any_world(
             assert max(shares) - min(shares) <= 1
             assert step == epoch * steps + steps - 1 or len(batch) == global_batch_size
             read += batch
-        assert read == permutation(num_rows, seed, epoch).tolist()
+        assert is_grouped or read == permutation(num_rows, seed, epoch).tolist()
         assert sorted(read) == list(range(num_rows))
+
+
+def test_rows_of_a_batch_are_of_about_one_length():
+    """And every epoch has other batches, in an order that does not go by length."""
+    lengths = torch.randint(5, 100, (1000,), generator=torch.Generator().manual_seed(0))
+    (grouped,) = schedules(1000, 8, 8, 1, lengths=lengths)
+    (shuffled,) = schedules(1000, 8, 8, 1)
+
+    def padding(schedule, steps):
+        batches = [lengths[schedule.global_batch(step)] for step in steps]
+        return sum(int(batch.max()) * len(batch) - int(batch.sum()) for batch in batches)
+
+    whole = range(124)  # the smaller batch is step 124
+    assert padding(grouped, range(125)) < 0.1 * padding(shuffled, range(125))
+    first, second = (
+        {tuple(sorted(grouped.global_batch(125 * epoch + step))) for step in whole}
+        for epoch in (0, 1)
+    )
+    assert not first & second
+    means = torch.stack([lengths[grouped.global_batch(step)].float().mean() for step in whole])
+    following = torch.corrcoef(torch.stack([means[:-1], means[1:]]))[0, 1]
+    assert abs(following) < 0.3
 
 
 def test_no_micro_batch_is_run_in_vain():

@@ -15,12 +15,13 @@ from peft import LoraConfig, PrefixTuningConfig, TaskType, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from eval import classification, gsm8k, squad
+from eval.metrics import text_exact_match, text_f1
 from gem_ds import zero
 from gem_ds.delta import Delta
 from gem_ds.encoders import head_names, initialise_head, set_head
 from gem_ds.mask import Mask, WeightInfo, checksum
 from gem_ds.pairs import PairDataset, predict_pairs
-from gem_ds.tasks import Kind, load_task
+from gem_ds.tasks import AnswerExample, Example, Kind, TaskData, load_task
 from tests.ranks import run_ranks
 from tests.tiny_model import REPOSITORY, Tiny, make_tiny
 from tests.tiny_tasks import NAMES, bert_tokenizer, make_bert, make_task
@@ -180,6 +181,29 @@ def test_short_answers_are_the_rest_of_the_line(tiny: Tiny) -> None:
     lines = (tiny.folder / "short" / "samples.jsonl").read_text().splitlines()
     assert results["n"] == len(lines) == 5
     assert not any("\n" in json.loads(line)["completion"] for line in lines)
+
+
+def test_each_answer_is_judged_by_itself_too(tiny: Tiny) -> None:
+    prompts = ["a b", "c d", "e f"]
+    examples: list[Example] = [
+        AnswerExample(prompt=prompt, target=" e f", answers=("e f", "d"), passage="p")
+        for prompt in prompts
+    ]
+    out = tiny.folder / "squad"
+    command = ["--model_name_or_path", str(tiny.model), "--disable_tqdm", "--output_dir", str(out)]
+    with mock.patch.object(squad, "load_task", return_value=TaskData(train=[], test=examples)):
+        results = squad.main(command)
+    samples, verdicts = (
+        [json.loads(line) for line in (out / name).read_text().splitlines()]
+        for name in ("samples.jsonl", "verdicts.jsonl")
+    )
+    assert [v["task_id"] for v in verdicts] == [s["task_id"] for s in samples]
+    for sample, verdict in zip(samples, verdicts, strict=True):
+        answers = [sample["completion"].strip()]
+        assert verdict["f1"] == text_f1(examples[:1], answers)
+        assert verdict["exact_match"] == text_exact_match(examples[:1], answers)
+    for name, value in results["metrics"].items():
+        assert value == pytest.approx(sum(v[name] for v in verdicts) / 3)
 
 
 def test_what_does_not_fit_is_refused_in_a_sentence(tiny: Tiny) -> None:

@@ -35,7 +35,7 @@ def numbers(values):
 
 
 def squad(*answers):
-    return [AnswerExample(prompt="p", target=f" {a[0]}", answers=a) for a in answers]
+    return [AnswerExample(prompt="p", target=f" {a[0]}", answers=a, passage="p") for a in answers]
 
 
 def test_every_benchmark_task_has_metrics():

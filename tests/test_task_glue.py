@@ -257,6 +257,15 @@ def test_a_bad_table_is_named(tmp_path, lines, message):
         load_task("rte", data_dir=str(tmp_path))
 
 
+def test_broken_rows_of_qqp_are_left_out_and_no_others(tmp_path):
+    header, row = CASES["qqp"][:2]
+    write(tmp_path, "train.tsv", header, row, "5\t11\t12\tHow old", row)
+    assert len(load_task("qqp", data_dir=str(tmp_path)).train) == 2
+    write(tmp_path, "train.tsv", header, row, f"{row}\t1")
+    with pytest.raises(ValueError, match=r"line 3: the row has 7 cells and the table 6 columns"):
+        load_task("qqp", data_dir=str(tmp_path))
+
+
 def test_a_missing_column_has_the_name_of_the_file(tmp_path):
     header, row = CASES["mrpc"][:2]
     write(tmp_path, "train.tsv", header.replace("#2 String", "other"), row)

@@ -22,6 +22,7 @@ EXAMPLE = AnswerExample(
     prompt="Title: Super Bowl 50\n\nThe Denver Broncos won.\n\nQuestion: Who won?\nAnswer:",
     target=" Denver Broncos",
     answers=("Denver Broncos", "The Broncos"),
+    passage=CONTEXT,
 )
 
 

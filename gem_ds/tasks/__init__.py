@@ -43,9 +43,11 @@ class AnswerExample(Example):
 
     Attributes:
         answers: Every accepted text, without the space that `target` starts with.
+        passage: What the question is about; several questions may share one.
     """
 
     answers: tuple[str, ...]
+    passage: str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ that start with the one separating space. Judging what a model writes is `eval.m
 - rte is in both benchmarks with the same examples; a folder may hold either form.
 - mnli has two validation sets: `mnli` holds out the matched one (the genres of the training set),
   `mnli_mismatched` the other. They train on the same examples.
+- qqp's official training file has two dozen broken rows; the Hub has left them out.
 - multirc makes one example of each answer; `group` tells the question.
 - record asks for the entity that fills the query's blank. The model has read the whole query when
   it answers, so training moves the choice of the name and nothing else; the names are of different
@@ -83,7 +84,7 @@ _STSB = ClassificationTask(
 )
 _QQP = ClassificationTask(
     hub=(GLUE, "qqp"),
-    files=(replace(_TSV, names={"label": "is_duplicate"}, labels=_ZERO_ONE),),
+    files=(replace(_TSV, names={"label": "is_duplicate"}, labels=_ZERO_ONE, skip_short=True),),
     labels=("not_duplicate", "duplicate"),
     prompt=(
         "Question 1: {question1}\nQuestion 2: {question2}\n"

@@ -35,6 +35,7 @@ class Files:
         names: By the Hub's name of a field, the file's where it is another.
         labels: What the file writes for each label; None if it writes their names.
         unfold: Makes rows of the Hub's shape out of a nested one.
+        skip_short: Whether rows of a TSV that lack cells are left out, as the Hub leaves them out.
     """
 
     train: str
@@ -43,10 +44,14 @@ class Files:
     names: Mapping[str, str] = field(default_factory=dict)
     labels: tuple[object, ...] | None = None
     unfold: Callable[[Line], list[Line]] | None = None
+    skip_short: bool = False
 
     def read(self, path: Path, label_names: Sequence[str]) -> Iterator[Line]:
         """The rows of a file in the Hub's shape."""
-        lines = read_tsv(path, self.header) if path.suffix == ".tsv" else read_jsonl(path)
+        if path.suffix == ".tsv":
+            lines = read_tsv(path, self.header, skip_short=self.skip_short)
+        else:
+            lines = read_jsonl(path)
         for line in lines:
             for row in self.unfold(line) if self.unfold else [self._renamed(line)]:
                 yield _numbered(row, label_names if self.labels is None else self.labels)

@@ -95,4 +95,5 @@ def _example(title: str, context: str, question: Line, answers: Iterable[str]) -
         prompt=prompt_of(title, context, question.text("question")),
         target=f" {accepted[0]}",
         answers=accepted,
+        passage=context,
     )

@@ -12,12 +12,13 @@ from pathlib import Path
 from gem_ds.tasks.jsonl import Line
 
 
-def read_tsv(path: Path, header: tuple[str, ...] = ()) -> list[Line]:
+def read_tsv(path: Path, header: tuple[str, ...] = (), *, skip_short: bool = False) -> list[Line]:
     """Read the rows of a UTF-8 table, each with its cells by column; empty lines are skipped.
 
     Args:
         path: The file.
         header: The names of the columns; those of the first line if none are given.
+        skip_short: Whether rows that lack cells are left out instead of refused.
 
     Raises:
         ValueError: The file is missing or has no rows, or a line is not UTF-8 or has another number
@@ -35,7 +36,7 @@ def read_tsv(path: Path, header: tuple[str, ...] = ()) -> list[Line]:
             header = tuple(cells)
         elif len(cells) == len(header):
             rows.append(Line(path, number, dict(zip(header, cells, strict=True))))
-        else:
+        elif len(cells) > len(header) or not skip_short:
             raise ValueError(
                 f"{path}, line {number}: the row has {len(cells)} cells and the table "
                 f"{len(header)} columns; there must be a tab between two cells and nowhere else."
