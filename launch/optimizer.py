@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -39,7 +40,10 @@ def make_dense_optimizer(
     groups: list[dict[str, Any]] = [{"params": parameters, "lr": train.learning_rate}]
     if head:
         groups.append({"params": head, "lr": train.head_learning_rate})
-    adam = AdamW if train.optimizer == "adamw" else adam_of_bitsandbytes()
+    # One pass over the parameters instead of a dozen: the baselines are as fast as torch can do it.
+    adam: Any = partial(AdamW, fused=True)
+    if train.optimizer == "adamw_8bit":
+        adam = adam_of_bitsandbytes()
     return adam(groups, lr=train.learning_rate, **_adam(train))
 
 
