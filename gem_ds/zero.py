@@ -36,6 +36,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.utils.cpp_extension import get_default_build_root
 from transformers.integrations import HfDeepSpeedConfig
@@ -175,7 +176,7 @@ class BaseEngine:
         if self._engine.optimizer is self.optimizer:  # fp32 at stage 0: DeepSpeed checks nothing
             gradients = [p.grad for p in self._trained if p.grad is not None]
             assert gradients, "a step follows a backward that delivers"
-            if not all(gradient.isfinite().all() for gradient in gradients):
+            if not get_total_norm(gradients, norm_type=float("inf")).isfinite():
                 for parameter in self._trained:
                     parameter.grad = None
                 return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
@@ -29,9 +30,18 @@ from launch.sparse_tuning import SparseTuning
 
 
 class Run:
-    """Model, engine, data and progress of one run."""
+    """Model, engine, data and progress of one run.
 
-    def __init__(self, args: Arguments, plan: Plan, comm: Comm) -> None:
+    Args:
+        args: the flags.
+        plan: of the run.
+        comm: the ranks.
+        kind: what is trained of the model (default: what ``--method`` says).
+    """
+
+    def __init__(
+        self, args: Arguments, plan: Plan, comm: Comm, kind: Callable[..., Any] | None = None
+    ) -> None:
         self.args, self.plan, self.comm = args, plan, comm
         self.started = time.perf_counter()
         self.train_batches = self.batches(
@@ -40,7 +50,8 @@ class Run:
         with comm.in_unison():
             self.state = self.initial_state()
         model, head = load_model(args, plan.config, plan.deepspeed, comm)
-        kind = SparseTuning if args.method.method in SPARSE_METHODS else DenseTuning
+        if kind is None:
+            kind = SparseTuning if args.method.method in SPARSE_METHODS else DenseTuning
         with comm.in_unison():
             self.tuning: SparseTuning | DenseTuning = kind(args, plan, model, head, comm)
         self.engine = self.tuning.engine

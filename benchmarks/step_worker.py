@@ -1,0 +1,136 @@
+"""One rank of one contender: builds it through the trainer, then steps when it is told to.
+
+Commands come as lines on standard input, the same on every rank; rank 0 answers each with a line
+of JSON on the file descriptor ``--answers``.
+
+    step N    take N steps                seconds of each
+    count     take one step               bytes handed to collectives, over all ranks
+    report    (after the steps)           memory, state, sizes of files
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from typing import Any
+
+import torch
+import transformers
+from steps.baselines import DenseMasked, Floor
+from steps.memory import peak_bytes, resident_bytes, start_peak
+from steps.traffic import counted
+
+from gem_ds.comm import Comm
+from gem_ds.fit import fit
+from gem_ds.zero import init_distributed, leave_distributed
+from launch.arguments import parse_arguments
+from launch.prepare import prepare
+from launch.run import Run
+
+_BASELINES = {"floor": Floor, "dense_masked": DenseMasked}
+
+
+class Contender:
+    """A training run that has come to its first step."""
+
+    def __init__(self, name: str, flags: list[str], comm: Comm) -> None:
+        self.comm = comm
+        self.libraries = resident_bytes()
+        args = parse_arguments(flags)
+        plan = prepare(args, comm.world_size)
+        self.run = Run(args, plan, comm, _BASELINES.get(name))
+        self.tuning: Any = self.run.tuning
+        started = time.perf_counter()
+        summed_loss = plan.objective.summed_loss
+        self.tuning.start(self.run.calibration_batches(), summed_loss)
+        self.start_seconds = time.perf_counter() - started
+        self.steps = fit(
+            self.tuning,
+            self.run.train_batches,
+            summed_loss,
+            self.run.scheduler,
+            self.run.state,
+            seed=args.train.seed,
+        )
+        next(self.steps)  # optimizer states come with the first step
+        start_peak(comm.device)
+
+    def step(self, number: int) -> list[float]:
+        """Take steps; returns the seconds of each."""
+        seconds = []
+        for _ in range(number):
+            started = self.now()
+            next(self.steps)
+            seconds.append(self.now() - started)
+        return seconds
+
+    def now(self) -> float:
+        """The time, once the device has done what it was asked."""
+        if self.comm.device.type == "cuda":
+            torch.cuda.synchronize(self.comm.device)
+        return time.perf_counter()
+
+    def count(self) -> dict[str, int]:
+        """Bytes of one step, summed over the ranks."""
+        with counted() as found:
+            next(self.steps)
+        return {key: self.sum(found[key]) for key in ("weights", "others")}
+
+    def report(self) -> dict[str, float]:
+        """What the steps needed."""
+        return {
+            "num_trainable": self.tuning.num_trainable,
+            "peak_bytes": self.comm.largest(peak_bytes(self.comm.device, self.libraries)),
+            "state_bytes": self.sum(self.tuning.engine.optimizer_state_bytes()),
+            "checkpoint_bytes": self.checkpoint_bytes(),
+            "start_seconds": self.start_seconds,
+        }
+
+    def checkpoint_bytes(self) -> int:
+        """Size of what a run needs to go on: the trainer's checkpoint, or DeepSpeed's own."""
+        folder = self.run.plan.output_dir / "sizes"
+        if hasattr(self.tuning, "entries"):
+            self.tuning.save_checkpoint(self.run.state)
+            (folder,) = self.run.plan.output_dir.glob("checkpoint-*")
+        elif self.tuning.num_trainable:
+            self.tuning.engine._engine.save_checkpoint(str(folder), exclude_frozen_parameters=True)
+        self.comm.any(False)  # every rank has written
+        return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+    def sum(self, value: int) -> int:
+        """Over the ranks."""
+        return int(self.comm.all_reduce(torch.tensor([value], device=self.comm.device), "sum"))
+
+
+def main() -> None:
+    """Serve until standard input ends."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--answers", type=int, required=True)
+    args, flags = parser.parse_known_args()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    comm = init_distributed()
+    with tempfile.TemporaryDirectory() as folder:
+        shared = comm.broadcast_object(folder)
+        contender = Contender(args.name, [*flags, "--output_dir", shared], comm)
+        answers = os.fdopen(args.answers, "w") if comm.is_main else None
+
+        def answer(value: Any) -> None:
+            if answers:
+                answers.write(json.dumps(value) + "\n")
+                answers.flush()
+
+        answer("ready")
+        for line in sys.stdin:
+            command, *words = line.split()
+            answer(getattr(contender, command)(*map(int, words)))
+    leave_distributed()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What `benchmarks/step.py` measures: shapes, contenders that are no methods, memory, traffic."""

@@ -1,0 +1,101 @@
+"""Contenders that are no methods of the trainer: what they cost is what others are measured by.
+
+    floor         forward and input gradients of the frozen model; nothing is trained
+    dense_masked  the way of the method's published code: a full trainable copy of each target
+                  weight beside the frozen one, a mask, dense gradients, dense AdamW
+
+Both fit the training loop (:class:`gem_ds.fit.Trained`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gem_ds.comm import Comm
+from gem_ds.dense import DenseEngine
+from gem_ds.targets import targets_of
+from gem_ds.zero import BaseEngine
+from launch.arguments import Arguments
+from launch.optimizer import make_dense_optimizer
+from launch.prepare import Plan
+
+
+class Baseline:
+    """A contender without calibration and without a product."""
+
+    engine: BaseEngine
+    num_trainable = 0
+
+    def training(self) -> AbstractContextManager[None]:
+        """Nothing to be done."""
+        return nullcontext()
+
+    def write_back(self) -> None:
+        """Nothing to be done."""
+
+    def start(self, *_: Any) -> None:
+        """Nothing to be calibrated."""
+
+
+class _FrozenEngine(BaseEngine):
+    """Runs backward passes to the output of the input embedding; a step changes nothing."""
+
+    def backward(self, compute_loss: Callable[[nn.Module], Tensor], *, deliver: bool) -> Tensor:
+        loss = compute_loss(self._engine.module)
+        loss.backward()
+        if self.stage == 3:
+            self._engine.optimizer.parameter_offload.release_backward_leftovers()
+        return loss.detach()
+
+    def step(self) -> bool:
+        return True
+
+    def optimizer_state_bytes(self) -> int:
+        return 0
+
+
+class Floor(Baseline):
+    """The frozen model: no method that adapts its layers can do without these two passes."""
+
+    def __init__(
+        self, args: Arguments, plan: Plan, model: Any, head: list[str], comm: Comm
+    ) -> None:
+        model.requires_grad_(False)
+        embedding = model.get_input_embeddings()
+        embedding.register_forward_hook(lambda _m, _i, output: output.requires_grad_())
+        # DeepSpeed wants something to train.
+        model.placeholder = nn.Parameter(torch.zeros(1, dtype=model.dtype))
+        optimizer = make_dense_optimizer(args.train, [model.placeholder], [])
+        self.engine = _FrozenEngine(model, optimizer, plan.deepspeed, comm)
+
+
+class DenseMasked(Baseline):
+    """Dense masked training of the entries of a random mask; which ones makes no difference."""
+
+    def __init__(
+        self, args: Arguments, plan: Plan, model: Any, head: list[str], comm: Comm
+    ) -> None:
+        model.requires_grad_(False)
+        targets = targets_of(model, plan.targets)
+        share = plan.total / sum(
+            module.get_parameter("weight").numel() for module in targets.values()
+        )
+        copies = [_masked(module, share) for module in targets.values()]
+        self.num_trainable = sum(copy.numel() for copy in copies)
+        optimizer = make_dense_optimizer(args.train, copies, [])
+        self.engine = DenseEngine(model, optimizer, plan.deepspeed, comm)
+
+
+def _masked(module: Any, share: float) -> nn.Parameter:
+    """Let a linear layer add a masked trainable copy to its weight; returns the copy."""
+    weight = module.get_parameter("weight")
+    mask = (torch.rand(weight.shape) < share).to(weight)
+    module.trainable = nn.Parameter(torch.zeros_like(weight))
+    module.forward = lambda x: F.linear(x, weight + module.trainable * mask, module.bias)
+    return module.trainable

@@ -1,0 +1,82 @@
+"""Models of known shapes with random weights, and data of random words."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    OPTConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+)
+
+from gem_ds.targets import find_targets
+
+NUM_WORDS = 1000
+_SPECIAL = ("<s>", "</s>")
+
+
+def _opt_125m(num_layers: int | None) -> PretrainedConfig:
+    return OPTConfig(num_hidden_layers=num_layers or 12, dropout=0.0)
+
+
+def _llama_7b(num_layers: int | None) -> PretrainedConfig:
+    return LlamaConfig(num_hidden_layers=num_layers or 32)
+
+
+def _tiny(num_layers: int | None) -> PretrainedConfig:
+    return LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_attention_heads=4,
+        num_hidden_layers=num_layers or 2,
+        vocab_size=NUM_WORDS + len(_SPECIAL),
+    )
+
+
+#: By name what makes a configuration, given the number of layers (None: all).
+SHAPES: Mapping[str, Callable[[int | None], PretrainedConfig]] = MappingProxyType(
+    {"opt-125m": _opt_125m, "llama-7b": _llama_7b, "tiny": _tiny}
+)
+
+
+def write_model(folder: Path, config: PretrainedConfig) -> None:
+    """Save a model with random weights, and a tokenizer that makes a token of each word."""
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    words = [*_SPECIAL, *(f"w{i}" for i in range(NUM_WORDS))]
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[-1])
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=_SPECIAL[0], eos_token=_SPECIAL[1]
+    ).save_pretrained(folder)
+
+
+def write_data(path: Path, num_rows: int, num_tokens: int) -> None:
+    """Write examples of exactly so many tokens, the first of which is the prompt."""
+    chance = random.Random(0)
+    with path.open("w") as file:
+        for _ in range(num_rows):
+            words = [f"w{chance.randrange(NUM_WORDS)}" for _ in range(num_tokens)]
+            row = {"prompt": words[0], "target": f" {' '.join(words[1:])}"}
+            file.write(json.dumps(row) + "\n")
+
+
+def lora_rank(config: PretrainedConfig, density: float) -> int:
+    """The smallest rank with which LoRA on the default targets trains as much as GEM does."""
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config)
+    wanted = density * sum(parameter.numel() for parameter in model.parameters())
+    per_rank = sum(sum(module.weight.shape) for module in find_targets(model).values())
+    return math.ceil(wanted / per_rank)
