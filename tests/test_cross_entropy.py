@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gem_ds import cross_entropy
 from gem_ds.cross_entropy import summed_cross_entropy
+from tests.largest_tensor import LargestTensor
 
 Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor]
 
@@ -143,30 +143,15 @@ def test_a_second_backward_is_refused() -> None:
         loss.backward()
 
 
-class Largest(TorchDispatchMode):
-    """Records the entries of the largest tensor that any operation makes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.entries = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        """Run the operation and look at it."""
-        result = func(*args, **(kwargs or {}))
-        tensors = [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, Tensor)]
-        self.entries = max([self.entries, *(t.numel() for t in tensors)])
-        return result
-
-
 @pytest.mark.parametrize("is_trained", [False, True])
 def test_nothing_is_larger_than_a_chunk_or_the_weight(is_trained: bool) -> None:
     num_rows, num_labels, width, chunk_rows = 64, 500, 4, 8
     hidden, weight, _, labels = inputs(num_rows, num_labels, width=width, has_bias=False)
     weight.requires_grad_(is_trained)
     with mock.patch.object(cross_entropy, "CHUNK_SIZE", chunk_rows * num_labels):
-        with Largest() as largest:
+        with LargestTensor() as largest:
             summed_cross_entropy(hidden, weight, None, labels).backward()
-        with Largest() as largest_whole:
+        with LargestTensor() as largest_whole:
             whole_cross_entropy(hidden, weight, None, labels).backward()
-    assert largest_whole.entries == num_rows * num_labels, "the recorder sees logits"
-    assert largest.entries == chunk_rows * num_labels
+    assert largest_whole.num_entries == num_rows * num_labels, "the recorder sees logits"
+    assert largest.num_entries == chunk_rows * num_labels
