@@ -3,15 +3,25 @@
 Everything in GEM uses the *sum*; whoever needs a mean divides by the weight of the whole global
 batch (here its number of answer tokens), so that no result depends on how a batch is cut into ranks
 and micro-batches.
+
+The same loss in two ways: :func:`summed_answer_loss` reads the logits of every position from any
+model; :func:`chunked_answer_loss` lets the model's output layer compute the loss itself, of the
+answer tokens only and in chunks, so that the logits never stand whole. Most models end in a plain
+linear layer and take the second; :func:`answer_loss_of` tries.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gem_ds.comm import Comm
+from gem_ds.cross_entropy import summed_cross_entropy
 from gem_ds.texts import IGNORED_LABEL
 
 SummedLoss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
@@ -29,11 +39,101 @@ def summed_answer_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     Returns:
         fp32 scalar; 0 where nothing is labelled.
     """
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    logits = model(**inputs, use_cache=False).logits
     return F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(),
-        batch["labels"][:, 1:].flatten(),
+        _logits(model, batch).flatten(0, 1).float(),
+        _next_labels(batch).flatten(),
         ignore_index=IGNORED_LABEL,
         reduction="sum",
     )
+
+
+def chunked_answer_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """:func:`summed_answer_loss` without logits, of models that :func:`answer_loss_of` accepts.
+
+    While the model runs, its output layer returns the loss in the place of the logits. It is still
+    the layer that is called, so what ZeRO-3 hangs on it gathers its weight as ever.
+    """
+    layer = _output_layer(model)
+    assert layer is not None, "answer_loss_of chose this loss"
+    labels = _next_labels(batch)
+    losses = []
+
+    def loss_of(hidden: Tensor) -> Tensor:
+        is_labelled = labels != IGNORED_LABEL
+        loss = summed_cross_entropy(
+            hidden[is_labelled], layer.weight, layer.bias, labels[is_labelled]
+        )
+        losses.append(loss.view(1, 1, 1))
+        return losses[-1]
+
+    with _forward_of(layer, loss_of):
+        loss = _logits(model, batch)
+    assert [loss.data_ptr()] == [own.data_ptr() for own in losses], "the model changed its logits"
+    return loss.view(())
+
+
+@torch.no_grad()
+def answer_loss_of(model: nn.Module, comm: Comm) -> SummedLoss:
+    """The way to compute the answer loss of a model: in chunks where that gives the same.
+
+    Models that change their logits after the output layer (a softcap, a scale, a narrower
+    vocabulary) need them whole, and so do output layers that are more than one product: those of
+    adapters, quantized ones, and one whose own weights are selected from. A forward pass of a few
+    tokens compares the model's logits with what the layer returned; it leaves the model in eval
+    mode. All ranks call this together.
+
+    Returns:
+        :func:`chunked_answer_loss` or :func:`summed_answer_loss`, the same on all ranks.
+    """
+    layer = _output_layer(model)
+    if layer is None:
+        return summed_answer_loss
+    outputs: list[Tensor] = []
+    hook = layer.register_forward_hook(lambda *call: outputs.append(call[-1].clone()))
+    input_ids = torch.arange(6, device=comm.device).view(2, 3) % layer.out_features
+    model.eval()
+    try:
+        logits = _logits(model, {"input_ids": input_ids})
+    finally:
+        hook.remove()
+    is_changed = [output.shape for output in outputs] != [logits.shape] or bool(
+        (outputs[0] != logits).any()
+    )
+    return summed_answer_loss if comm.any(is_changed) else chunked_answer_loss
+
+
+def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """What the model returns for logits: [B, T, V]."""
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    return model(**inputs, use_cache=False).logits
+
+
+def _next_labels(batch: Mapping[str, Tensor]) -> Tensor:
+    """The label of the token after each position: [B, T]."""
+    return F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED_LABEL)
+
+
+def _output_layer(model: nn.Module) -> nn.Linear | None:
+    """The output layer, if it is a linear layer with nothing about it.
+
+    Subclasses may compute something else of the weight, so may a forward or a kind of weight of its
+    own; peft wraps a layer in a module of another class.
+    """
+    layer: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    is_plain = (
+        type(layer) is nn.Linear
+        and "forward" not in vars(layer)
+        and type(layer.weight) is nn.Parameter
+        and layer.weight.is_floating_point()
+    )
+    return layer if is_plain else None
+
+
+@contextmanager
+def _forward_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """While the block lasts, the module computes ``forward``; its hooks stay."""
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.forward

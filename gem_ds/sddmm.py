@@ -36,6 +36,14 @@ def product(dy: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.mm(dy.float().t(), x.float(), out=out)
 
 
+def add_product(dy: Tensor, x: Tensor, out: Tensor) -> None:
+    """Add ``dy^T x`` to ``out``, as :func:`product` computes it."""
+    if dy.dtype != torch.float32 and dy.is_cuda:
+        out += product(dy, x)
+    else:
+        out.addmm_(dy.float().t(), x.float())
+
+
 @functools.cache
 def _swallow_csr_notice() -> None:
     """Take torch's once-per-process notice that CSR tensors are in beta, so that users do not."""

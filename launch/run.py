@@ -15,6 +15,7 @@ from gem_ds.checkpoint import TrainerState, delete_old_checkpoints
 from gem_ds.comm import Comm
 from gem_ds.data import Dataset, permutation
 from gem_ds.fit import StepResult, fit, mean_loss
+from gem_ds.loss import SummedLoss, answer_loss_of, summed_answer_loss
 from gem_ds.methods import SPARSE_METHODS, product_of
 from gem_ds.packing import PackedDataset, refuse_leaking_rows
 from gem_ds.predict import predict_all
@@ -72,7 +73,8 @@ class Run:
                 vocab_size = self.plan.config.get_text_config().vocab_size
                 with self.comm.in_unison():
                     refuse_leaking_rows(self.engine.model, self.comm.device, vocab_size, size)
-        self.tuning.start(self.calibration_batches(), self.plan.objective.summed_loss)
+        self.summed_loss = self.settled_loss()
+        self.tuning.start(self.calibration_batches(), self.summed_loss)
         with self.comm.agreement():
             reporter = Reporter(
                 self.plan.output_dir,
@@ -87,6 +89,13 @@ class Run:
                 reporter.say(f"Wrote the mask to {self.plan.output_dir}; --max_steps 0 stops here")
                 return {}
             return self.train(reporter)
+
+    def settled_loss(self) -> SummedLoss:
+        """The objective's loss; that of written answers without whole logits, where this can be."""
+        summed_loss = self.plan.objective.summed_loss
+        if summed_loss is not summed_answer_loss:
+            return summed_loss
+        return answer_loss_of(self.engine.model, self.comm)
 
     def batches(self, dataset: Dataset, global_batch_size: int, micro_batch_size: int) -> Batches:
         """A dataset as this rank's batches."""
@@ -132,6 +141,11 @@ class Run:
         """Say what will be trained and on what, and where the run begins."""
         plan = self.plan
         numbers = self.tuning.describe(reporter)
+        if self.summed_loss is summed_answer_loss:
+            reporter.say(
+                "This model's logits are more than a product of its output layer, so those of a "
+                "whole micro-batch stand in memory at once"
+            )
         if cut := plan.data.train.num_truncated:
             reporter.say(
                 f"{cut:,} of {len(plan.data.train):,} training examples are cut at --max_length "
@@ -160,7 +174,7 @@ class Run:
 
         def evaluate() -> None:
             if test is not None:
-                loss = mean_loss(self.engine, test, self.plan.objective.summed_loss)
+                loss = mean_loss(self.engine, test, self.summed_loss)
                 self.log(reporter, {"eval_loss": loss})
 
         if state.global_step == 0:
@@ -169,7 +183,7 @@ class Run:
         for step in fit(
             self.tuning,
             self.train_batches,
-            self.plan.objective.summed_loss,
+            self.summed_loss,
             self.scheduler,
             state,
             seed=train.seed,

@@ -36,7 +36,7 @@ from gem_ds.data import BatchSchedule
 from gem_ds.delta import Delta, apply_delta
 from gem_ds.encoders import head_names
 from gem_ds.fit import fit
-from gem_ds.loss import summed_answer_loss
+from gem_ds.loss import answer_loss_of, chunked_answer_loss
 from gem_ds.methods import ADAPTER_METHODS
 from gem_ds.pairs import summed_pair_loss
 from gem_ds.targets import find_targets
@@ -197,7 +197,10 @@ def _train(comm: Comm, plan: Plan, folder: Path) -> Outcome:
         seed=SEED,
         pad_token_id=0,
     )
-    summed_loss = summed_pair_loss if plan.model == "bert" else summed_answer_loss
+    summed_loss = summed_pair_loss
+    if plan.model != "bert":
+        summed_loss = answer_loss_of(tuning.engine.model, comm)
+        assert summed_loss is chunked_answer_loss
     state = TrainerState(max_steps=NUM_STEPS)
     scheduler = LambdaLR(tuning.engine.optimizer, _rate_factor)
     results = list(fit(tuning, batches, summed_loss, scheduler, state, seed=0))

@@ -30,7 +30,7 @@ from gem_ds.batches import Batches
 from gem_ds.calibrate import calibrate
 from gem_ds.comm import Comm
 from gem_ds.entries import SelectedEntries, gather_indices
-from gem_ds.loss import summed_answer_loss
+from gem_ds.loss import chunked_answer_loss
 from gem_ds.sparse import Sink, TargetLayers
 from gem_ds.zero import Engine, init_distributed
 from tests.ranks import run_ranks
@@ -248,7 +248,7 @@ def _account(total: int) -> Account:
     engine, layers = make_engine(Setting(3), comm, _model(), total)
     batches, looking, calibration_products = _batches(comm), Looking(engine), Products()
     with mock.patch.object(comm, "reduce_scatter", looking.reduce_scatter), calibration_products:
-        selection = calibrate(engine, layers, batches, summed_answer_loss, total)
+        selection = calibrate(engine, layers, batches, chunked_answer_loss, total)
     indices = gather_indices(selection.indices, comm)
     del selection
     entries = SelectedEntries(engine, layers, indices)
@@ -283,7 +283,7 @@ def _watched_backward(
     with layers.sinks(sinks), products:
         for i, batch in enumerate(batches.micro_batches(0)):
             engine.backward(
-                functools.partial(summed_answer_loss, batch=batch),
+                functools.partial(chunked_answer_loss, batch=batch),
                 deliver=i == NUM_MICRO_BATCHES - 1,
             )
     assert engine.step()

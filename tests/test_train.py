@@ -324,6 +324,19 @@ def test_a_finished_run_can_be_made_longer_or_overwritten(tiny, tmp_path):
     assert list(list_checkpoints(tmp_path / "run")) == [2]
 
 
+def test_a_model_that_scales_its_logits_is_told_and_trained_all_the_same(tiny, tmp_path, capsys):
+    """Such a one needs its logits whole; the tiny Llama's weights, read as a Granite's."""
+    model = tiny.variant(
+        "granite", model_type="granite", architectures=["GraniteForCausalLM"], logits_scaling=4.0
+    )
+    train.main(tiny.flags(tmp_path / "run", model_name_or_path=model, max_steps=1))
+    assert "logits are more than a product of its output layer" in capsys.readouterr().out
+    loss = naive_loss(AutoModelForCausalLM.from_pretrained(model), tiny, tiny.data / "test.jsonl")
+    assert metrics(tmp_path / "run", "eval_loss")[0] == pytest.approx(loss, rel=1e-5)
+    train.main(tiny.flags(tmp_path / "llama", max_steps=1))
+    assert "output layer" not in capsys.readouterr().out
+
+
 def test_what_a_person_sees(tiny, tmp_path, capsys):
     """The table, what trains, the losses, where it lies: nothing else, and nothing twice."""
     train.main(tiny.flags(tmp_path / "run", max_steps=4, eval_steps=2))

@@ -23,7 +23,7 @@ from gem_ds.calibrate import sum_gradients
 from gem_ds.comm import Comm
 from gem_ds.data import BatchSchedule
 from gem_ds.entries import SelectedEntries
-from gem_ds.loss import summed_answer_loss
+from gem_ds.loss import chunked_answer_loss
 from gem_ds.packing import PackedDataset, pack_rows, refuse_leaking_rows
 from gem_ds.targets import find_targets
 from gem_ds.zero import Engine, init_distributed
@@ -190,7 +190,7 @@ def _train(comm: Comm, plan: Plan) -> Outcome:
         **ADAM,
     )
     batches = _batches(comm, plan)
-    sum_gradients(engine, layers, batches, summed_answer_loss)  # must leave no trace
+    sum_gradients(engine, layers, batches, chunked_answer_loss)  # must leave no trace
     entries = SelectedEntries(engine, layers, list(indices.values()))
     entries.start_from_weights()
     inspector = Inspector(engine, make_model("llama", dtype), indices)

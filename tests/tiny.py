@@ -30,7 +30,7 @@ from gem_ds.checkpoint import TrainerState
 from gem_ds.comm import Comm
 from gem_ds.entries import SelectedEntries
 from gem_ds.fit import StepResult, fit
-from gem_ds.loss import summed_answer_loss
+from gem_ds.loss import chunked_answer_loss
 from gem_ds.optim import SparseAdamW
 from gem_ds.sparse import TargetLayers
 from gem_ds.targets import find_targets
@@ -139,7 +139,7 @@ def summed_masked_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 def summed_loss_of(architecture: str) -> Callable[[nn.Module, dict[str, Tensor]], Tensor]:
     """The loss that a run on the architecture is given."""
-    return summed_masked_loss if architecture == "bert" else summed_answer_loss
+    return summed_masked_loss if architecture == "bert" else chunked_answer_loss
 
 
 Example = tuple[Tensor, int]
@@ -234,7 +234,7 @@ def fit_entries(
     rate_factor: Callable[[int], float] = lambda _: 1.0,
     after_step: Callable[[], None] = lambda: None,
 ) -> list[StepResult]:
-    """Train with the summed answer loss.
+    """Train with the summed answer loss, in chunks.
 
     Args:
         entries: what is trained; masters and weights must agree.
@@ -249,7 +249,7 @@ def fit_entries(
     state = TrainerState(max_steps=num_steps)
     scheduler = LambdaLR(entries.engine.optimizer, rate_factor)
     results = []
-    for step in fit(entries, batches, summed_answer_loss, scheduler, state, seed=0):
+    for step in fit(entries, batches, chunked_answer_loss, scheduler, state, seed=0):
         results.append(step)
         after_step()
     assert len(results) == state.global_step == num_steps
