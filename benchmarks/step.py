@@ -15,8 +15,8 @@ sleep, so that whatever else the machine does meets all alike.
 Ratios are taken within a round; shown are medians over the rounds and in brackets the 95 % interval
 of the median (bootstrap). Memory on a CPU is the resident set above that of the libraries, its peak
 while stepping; on a GPU the allocator's peak; of the rank that needs most. State is masters and
-moments, summed over the ranks; traffic is what all ranks hand to collectives in a step, apart from
-the gathers of weights.
+moments, summed over the ranks; traffic is the size of all messages of a step, each counted once,
+apart from the gathers of weights.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Commands come as lines on standard input, the same on every rank; rank 0 answers
 of JSON on the file descriptor ``--answers``.
 
     step N    take N steps                seconds of each
-    count     take one step               bytes handed to collectives, over all ranks
+    count     take one step               bytes handed to collectives
     report    (after the steps)           memory, state, sizes of files
 """
 
@@ -22,7 +22,7 @@ import torch
 import transformers
 from steps.baselines import DenseMasked, Floor
 from steps.memory import peak_bytes, resident_bytes, start_peak
-from steps.traffic import counted
+from steps.traffic import Collectives
 
 from gem_ds.comm import Comm
 from gem_ds.fit import fit
@@ -75,10 +75,11 @@ class Contender:
         return time.perf_counter()
 
     def count(self) -> dict[str, int]:
-        """Bytes of one step, summed over the ranks."""
-        with counted() as found:
+        """Bytes of the messages of one step."""
+        collectives = Collectives()
+        with collectives.counted():
             next(self.steps)
-        return {key: self.sum(found[key]) for key in ("weights", "others")}
+        return {"weights": collectives.weights, "others": collectives.others}
 
     def report(self) -> dict[str, float]:
         """What the steps needed."""

@@ -13,19 +13,18 @@ from __future__ import annotations
 import functools
 import gc
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist  # noqa: TID251
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.steps.traffic import Collectives, tensors_in
 from gem_ds.batches import Batches
 from gem_ds.calibrate import calibrate
 from gem_ds.comm import Comm
@@ -45,14 +44,6 @@ NUM_CALIBRATION_PASSES = 4  # forward and backward
 NUM_STEPS = 4
 NUM_MICRO_BATCHES = 2  # per rank and step; of one example, so that activations stay small
 FEW, MANY = 240, 600  # two values of K, both above the persistence threshold
-
-#: How DeepSpeed gathers weights, by the names of several torch versions.
-WEIGHT_GATHERS = {
-    "_allgather_base",
-    "all_gather_single",
-    "all_gather_single_coalesced",
-    "allgather_into_tensor_coalesced",
-}
 
 
 # What is alive
@@ -91,51 +82,6 @@ def _larger_than(num_bytes: float, engine: Engine) -> list[str]:
     ]
 
 
-# What is sent
-
-
-@dataclass
-class Collectives:
-    """Payload of every collective: the bytes of the whole message, once."""
-
-    calls: list[tuple[str, int]] = field(default_factory=list)
-
-    @contextmanager
-    def counted(self) -> Iterator[None]:
-        """Within the block, calls of the process group's methods are counted."""
-        methods = {
-            name: method
-            for name, method in vars(dist.ProcessGroup).items()
-            if callable(method) and not name.startswith("__") and not isinstance(method, type)
-        }
-        replaced = {name: self._counting(name, method) for name, method in methods.items()}
-        with ExitStack() as stack:
-            for name, method in replaced.items():
-                stack.enter_context(mock.patch.object(dist.ProcessGroup, name, method))
-            yield
-
-    def _counting(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            sizes = [sum(t.nbytes for t in _tensors_in(argument)) for argument in args]
-            if any(sizes):  # an all-gather's output, a reduce-scatter's input: the larger one
-                self.calls.append((name, max(sizes)))
-            return method(*args, **kwargs)
-
-        return call
-
-    def payload(self, *, of_weights: bool) -> int:
-        """Bytes in gathers of weights, or in all else."""
-        return sum(size for name, size in self.calls if (name in WEIGHT_GATHERS) == of_weights)
-
-
-def _tensors_in(argument: Any) -> list[Tensor]:
-    if isinstance(argument, Tensor):
-        return [argument]
-    if isinstance(argument, (list, tuple)):
-        return [tensor for item in argument for tensor in _tensors_in(item)]
-    return []
-
-
 # What is computed
 
 
@@ -152,7 +98,7 @@ class Products(TorchDispatchMode):
         """Run the operation and look at it."""
         result = func(*args, **(kwargs or {}))
         if any(part in str(func) for part in ("mm", "matmul", "linear")):
-            self.largest = max(self.largest, *(_num_values(t) for t in _tensors_in([result])))
+            self.largest = max(self.largest, *(_num_values(t) for t in tensors_in(result)))
         return result
 
 
@@ -267,8 +213,8 @@ def _account(total: int) -> Account:
         after_training=_larger_than(4 * total, engine),
         gradients=[name for name, p in engine.model.named_parameters() if p.grad is not None],
         state_bytes=engine.optimizer_state_bytes(),
-        payload=collectives.payload(of_weights=False) / NUM_STEPS,
-        gathers=collectives.payload(of_weights=True) / NUM_STEPS,
+        payload=collectives.others / NUM_STEPS,
+        gathers=collectives.weights / NUM_STEPS,
     )
 
 

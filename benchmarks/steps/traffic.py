@@ -1,65 +1,73 @@
-"""How many bytes a rank hands to collectives.
-
-The functions of torch.distributed are wrapped, through which DeepSpeed and the trainer both go.
-"""
+"""What crosses the network: every collective, counted where torch hands it to the process group."""
 
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
-import torch.distributed as dist  # noqa: TID251 - to count what goes through it
+import torch.distributed as dist  # noqa: TID251 - to see what passes through it
 from torch import Tensor
 
-_COLLECTIVES = (
-    "all_reduce",
-    "reduce",
-    "broadcast",
-    "all_gather",
-    "all_gather_into_tensor",
-    "reduce_scatter",
-    "reduce_scatter_tensor",
-    "all_to_all_single",
-)
-_WEIGHT_GATHERS = "partition_parameters"  # DeepSpeed's file that gathers weights for a forward pass
+_WEIGHT_GATHERS = "partition_parameters.py"  # DeepSpeed's file that gathers weights to run a layer
 
 
-@contextmanager
-def counted() -> Iterator[Counter[str]]:
-    """While the block lasts, count the bytes of this rank's own tensors in collectives.
+@dataclass
+class Collectives:
+    """Payload of every collective of this rank: the bytes of the whole message, once.
 
-    Yields:
-        Bytes under ``weights`` (the gathers of ZeRO-3 before a layer runs) and ``others``. An
-        all-gather counts what the rank gives, all others the tensor that they are called on.
+    Attributes:
+        weights: bytes in ZeRO-3's gathers of weights.
+        others: bytes in all else.
     """
-    found: Counter[str] = Counter()
-    originals = {name: getattr(dist, name) for name in _COLLECTIVES}
-    for name, original in originals.items():
-        setattr(dist, name, _counting(name, original, found))
-    try:
-        yield found
-    finally:
-        for name, original in originals.items():
-            setattr(dist, name, original)
+
+    weights: int = 0
+    others: int = 0
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Within the block, calls of the process group's methods are counted."""
+        methods = {
+            name: method
+            for name, method in vars(dist.ProcessGroup).items()
+            if callable(method) and not name.startswith("__") and not isinstance(method, type)
+        }
+        with ExitStack() as stack:
+            for name, method in methods.items():
+                counting = self._counting(name, method)
+                stack.enter_context(mock.patch.object(dist.ProcessGroup, name, counting))
+            yield
+
+    def _counting(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            sizes = [sum(t.nbytes for t in tensors_in(argument)) for argument in args]
+            if any(sizes):  # an all-gather's output, a reduce-scatter's input: the larger one
+                if _is_below(_WEIGHT_GATHERS):
+                    self.weights += max(sizes)
+                else:
+                    self.others += max(sizes)
+            return method(*args, **kwargs)
+
+        return call
 
 
-def _counting(name: str, original: Callable[..., Any], found: Counter[str]) -> Callable[..., Any]:
-    def collective(*args: Any, **kwargs: Any) -> Any:
-        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-        given = tensors[-1] if name.startswith(("all_gather", "reduce_scatter")) else tensors[0]
-        found["weights" if _is_weight_gather() else "others"] += given.nbytes
-        return original(*args, **kwargs)
-
-    return collective
-
-
-def _is_weight_gather() -> bool:
+def _is_below(file: str) -> bool:
+    """Whether a function of this file is on the stack."""
     frame = sys._getframe(2)
     while frame is not None:
-        if _WEIGHT_GATHERS in frame.f_code.co_filename:
+        if frame.f_code.co_filename.endswith(file):
             return True
         frame = frame.f_back  # type: ignore[assignment]
     return False
+
+
+def tensors_in(argument: Any) -> list[Tensor]:
+    """The tensors of an argument, which may be a list of such."""
+    if isinstance(argument, Tensor):
+        return [argument]
+    if isinstance(argument, (list, tuple)):
+        return [tensor for item in argument for tensor in tensors_in(item)]
+    return []
