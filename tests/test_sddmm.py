@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gem_ds.sddmm import product, sampled_product
+from gem_ds.sddmm import add_product_, product, sampled_product
 
 
 def _dense(dy: Tensor, x: Tensor) -> Tensor:
@@ -54,6 +54,9 @@ def test_the_whole_product(problem: tuple[Tensor, Tensor, Tensor]) -> None:
     out = torch.full_like(whole, float("nan"))
     assert product(dy, x, out) is out
     assert torch.equal(out, whole)
+    sums = out.clone()
+    assert add_product_(sums, dy, x, scale=-2.5) is sums
+    assert ((sums + 1.5 * _dense(dy, x)).abs() <= 1e-5 * scale).all()
 
 
 def test_no_entry_is_selected() -> None:
