@@ -63,7 +63,9 @@ class Comm:
         work = dist.reduce_scatter_tensor(shard, tensor, async_op=True)
 
         def wait() -> Tensor:
+            nonlocal tensor
             work.wait()
+            tensor = shard  # until here the network read it
             return shard
 
         return wait
