@@ -12,6 +12,8 @@ same scores, whole, on every rank. Bytes are those that a rank hands to collecti
 :class:`gem_ds.comm.Comm`. Memory is what the peak of a process grows by over its inputs.
 
 A cell holds the median and (smallest to largest) of the rounds.
+
+Results: ``benchmarks/selection.md``.
 """
 
 from __future__ import annotations
