@@ -1,8 +1,9 @@
 """Calibration: batches -> gradient statistics in shards -> the selected entries.
 
 In each backward, every target layer forms its dense gradient ``dy^T x`` of one micro-batch, sums it
-over the ranks straight into the ranks' own ranges, and drops it. A rank keeps fp32 statistics of
-its own ranges only; the one dense matrix that exists at a time is the layer's product.
+over the ranks into the ranks' own ranges (:mod:`gem_ds.statistics`), and drops it. A rank keeps
+fp32 statistics of its own ranges only; two dense matrices exist at a time, the product of a layer
+and that of the layer before it, which is on its way. More are kept where a buffer is allowed.
 
 The engine, its hooks and its partitions are those of training; no optimizer step is taken.
 """
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,41 +23,15 @@ from gem_ds.batches import Batches
 from gem_ds.comm import Comm
 from gem_ds.loss import SummedLoss
 from gem_ds.methods import CALIBRATED_METHODS
-from gem_ds.sddmm import product
 from gem_ds.selection import Selection, select_shards
-from gem_ds.sparse import TargetLayer, TargetLayers
+from gem_ds.sparse import TargetLayers
 from gem_ds.sparse_methods import TargetShard
+from gem_ds.statistics import ShardReducer, make_sinks
 from gem_ds.zero import Engine
 
 #: The backward runs on the mean loss of a micro-batch times this, so that half-precision gradients
 #: stay in range; a power of two, so that taking it out again does not round.
 LOSS_SCALE = 2.0**10
-
-
-@dataclass
-class StatisticsSink:
-    """Sums one layer's dense gradient into this rank's range of it.
-
-    Attributes:
-        shard: fp32 [stop - start], this rank's range of the summed gradient.
-        scale: what the next micro-batch's gradient is multiplied by.
-    """
-
-    layer: TargetLayer
-    comm: Comm
-    partition_size: int
-    shard: Tensor
-    scale: float = 1.0
-
-    def __call__(self, dy: Tensor, x: Tensor) -> None:
-        """Add the gradient of one backward, over all ranks."""
-        padded = torch.empty(
-            self.partition_size * self.comm.world_size, dtype=torch.float32, device=x.device
-        )
-        padded[self.layer.numel :] = 0
-        product(dy, x, out=padded[: self.layer.numel].view(self.layer.shape))
-        summed = self.comm.reduce_scatter(padded)
-        self.shard.add_(summed[: self.shard.numel()], alpha=self.scale)
 
 
 def calibrate(
@@ -70,6 +44,7 @@ def calibrate(
     *,
     method: str = "gem",
     seed: int = 0,
+    buffer_gb: float = 0.0,
 ) -> Selection:
     """Score every target entry over one epoch of ``batches`` and select ``total`` of them.
 
@@ -84,6 +59,7 @@ def calibrate(
         progress: called after each step.
         method: one of :data:`gem_ds.methods.SPARSE_METHODS`.
         seed: of methods that choose by chance.
+        buffer_gb: as :func:`sum_gradients`.
 
     Returns:
         This rank's part of the selection (its own ranges of the layers).
@@ -93,7 +69,9 @@ def calibrate(
     """
     gradients: Sequence[Tensor | None] = [None] * len(layers)
     if method in CALIBRATED_METHODS:
-        gradients = sum_gradients(engine, layers, batches, summed_loss, progress)
+        gradients = sum_gradients(
+            engine, layers, batches, summed_loss, progress, buffer_gb=buffer_gb
+        )
     shards = []
     for layer, gradient in zip(layers, gradients, strict=True):
         start, _ = engine.shard_range(layer.weight)
@@ -117,8 +95,19 @@ def sum_gradients(
     batches: Batches,
     summed_loss: SummedLoss,
     progress: Callable[[], None] = lambda: None,
+    *,
+    buffer_gb: float = 0.0,
 ) -> list[Tensor]:
     """The gradient of the loss summed over one epoch, in shards.
+
+    Args:
+        engine: as :func:`calibrate`.
+        layers: as :func:`calibrate`.
+        batches: as :func:`calibrate`.
+        summed_loss: as :func:`calibrate`.
+        progress: as :func:`calibrate`.
+        buffer_gb: 10^9 bytes that each rank may keep of whole gradients, which then cross the
+            network once (:func:`gem_ds.statistics.buffered_layers`).
 
     Returns:
         Per layer, this rank's range (:meth:`Engine.shard_range`) of the flat gradient, fp32.
@@ -126,7 +115,8 @@ def sum_gradients(
     Raises:
         ValueError: as :func:`calibrate`.
     """
-    sinks = [_statistics_sink(engine, layer) for layer in layers]
+    reducer = ShardReducer(engine.comm)
+    sinks = make_sinks(engine, layers, reducer, buffer_gb)
     engine.model.eval()  # no dropout: the gradient at the base weights is not a random quantity
     with layers.sinks(sinks), _checkpointing_in_eval_mode(engine.model):
         for step in range(batches.steps_per_epoch):
@@ -140,6 +130,7 @@ def sum_gradients(
                     return summed_loss(model, batch) / n
 
                 loss = engine.backward(mean_loss, deliver=False, loss_scale=LOSS_SCALE)
+                reducer.finish()
                 if engine.comm.any(not torch.isfinite(loss).item()):
                     with engine.comm.in_unison():
                         raise ValueError(
@@ -147,9 +138,10 @@ def sum_gradients(
                             "the data, or use --bf16 or fp32 instead of --fp16."
                         )
             progress()
+    shards = [sink.take() for sink in sinks]
     with engine.comm.in_unison():
-        _refuse_without_gradient(sinks, engine.comm)
-    return [sink.shard for sink in sinks]
+        _refuse_without_gradient(layers, shards, engine.comm)
+    return shards
 
 
 @contextmanager
@@ -172,22 +164,11 @@ def _checkpointing_in_eval_mode(model: nn.Module) -> Iterator[None]:
             del block.forward
 
 
-def _statistics_sink(engine: Engine, layer: TargetLayer) -> StatisticsSink:
-    start, stop = engine.shard_range(layer.weight)
-    return StatisticsSink(
-        layer=layer,
-        comm=engine.comm,
-        partition_size=engine.partition_size(layer.weight),
-        shard=torch.zeros(stop - start, dtype=torch.float32, device=engine.device),
-    )
-
-
-def _refuse_without_gradient(sinks: list[StatisticsSink], comm: Comm) -> None:
-    reached = torch.tensor(
-        [float(sink.shard.count_nonzero()) for sink in sinks], device=comm.device
-    )
+def _refuse_without_gradient(layers: TargetLayers, shards: list[Tensor], comm: Comm) -> None:
+    reached = torch.tensor([float(shard.any()) for shard in shards], device=comm.device)
     comm.all_reduce(reached, "max")
-    if unreached := [s.layer.name for s, n in zip(sinks, reached.tolist(), strict=True) if n == 0]:
+    flags = zip(layers, reached.tolist(), strict=True)
+    if unreached := [layer.name for layer, flag in flags if not flag]:
         raise ValueError(
             f"No gradient reaches {', '.join(unreached)}: leave such layers out of "
             "--target_modules, or check that the model uses them for this task."

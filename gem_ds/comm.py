@@ -7,7 +7,7 @@ the same order on every rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -48,13 +48,27 @@ class Comm:
 
     def reduce_scatter(self, tensor: Tensor) -> Tensor:
         """Sum ``tensor`` [world_size * n] over the ranks; return this rank's n entries of it."""
+        return self.start_reduce_scatter(tensor)()
+
+    def start_reduce_scatter(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """Begin what :meth:`reduce_scatter` does; what it returns waits for the n entries.
+
+        Until then ``tensor`` belongs to the network.
+        """
         if self.world_size == 1:
-            return tensor
+            return lambda: tensor
         length, rest = divmod(tensor.numel(), self.world_size)
         assert rest == 0, f"{tensor.numel()} entries do not divide over {self.world_size} ranks"
         shard = tensor.new_empty(length)
-        dist.reduce_scatter_tensor(shard, tensor)
-        return shard
+        work = dist.reduce_scatter_tensor(shard, tensor, async_op=True)
+
+        def wait() -> Tensor:
+            nonlocal tensor
+            work.wait()
+            tensor = shard  # until here the network read it
+            return shard
+
+        return wait
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """Collect 1-D tensors, whose lengths may differ between ranks, in rank order."""

@@ -119,6 +119,12 @@ class MethodArguments:
         None,
         "Calibrated methods: look at the first N examples of the shuffled order (default: all).",
     )
+    calibration_buffer_gb: float = _option(
+        0.0,
+        "Calibrated methods: keep whole gradients of as many layers as fit in so many gigabytes "
+        "(10^9 bytes) per rank, beside the statistics; they cross the network once, those of the "
+        "other layers with every micro-batch.",
+    )
     mask: str | None = _option(None, "Train the entries of this mask.safetensors; no calibration.")
 
 
@@ -216,6 +222,7 @@ def check_arguments(
         "--weight_decay": train.weight_decay,
         "--max_grad_norm": train.max_grad_norm,
         "--warmup_steps": train.warmup_steps,
+        "--calibration_buffer_gb": method.calibration_buffer_gb,
     }
     for flag, number in not_negative.items():
         if not 0 <= number < float("inf"):
@@ -244,8 +251,9 @@ def check_arguments(
         )
     if data.evaluate_on == "dev" and not data.dev_examples:
         raise ValueError("--evaluate_on dev needs a development set: pass --dev_examples.")
-    if method.mask and method.calibration_examples:
-        raise ValueError("--mask skips calibration: leave --calibration_examples out.")
+    for flag in ("calibration_examples", "calibration_buffer_gb"):
+        if method.mask and getattr(method, flag):
+            raise ValueError(f"--mask skips calibration: leave --{flag} out.")
     _check_method(method, train)
 
 

@@ -41,8 +41,7 @@ class DenseEngine(BaseEngine):
         They exist from the first step on. An fp32 run at stage 0 has no masters beside the
         parameters; these are counted all the same.
         """
-        masters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        return bytes_of(self.optimizer, masters)
+        return bytes_of(self.optimizer, list(self.optimizer.state))
 
     def whole_parameters(self, names: Collection[str]) -> dict[str, Tensor]:
         """Copies of parameters on the CPU, whole, on rank 0; on other ranks there are none."""

@@ -10,10 +10,11 @@ For the weight matrix of layer l, with g the calibration gradient and w the weig
 (GEM, arXiv 2508.16191.) A rank holds one contiguous range of each matrix, and three sums run over
 all ranks. Floating-point sums depend on how a matrix is cut; these do not. The largest term of a
 layer is found first (a maximum is exact in any order), each term is rounded to an integer,
-``round(term / max * 2^b)`` with ``b = 62 - ceil(log2 n_l)``, and the integers, which cannot
-overflow, are summed. What the rounding leaves is scaled by another 2^b and summed the same way: in
-a heavy tail most terms, squares above all, are far below ``max * 2^-b``. So the statistics are the
-same bits for any number of ranks and any cut, and the error of a sum is that of its fp64 terms.
+``round(term / top * 2^b)``, with ``top`` a power of two that no term exceeds and ``b`` at most 35
+and 62 - ceil(log2 n_l), and the integers are summed: those of a chunk in fp64, which is exact below
+2^53, the chunks in int64. What the rounding leaves is scaled by another 2^b and summed the same
+way: in a heavy tail most terms, squares above all, are far below ``top * 2^-b``. So the statistics
+are the same bits for any number of ranks and any cut, and the error of a sum is that of its terms.
 
 The other scores that sparse fine-tuning knows, the gradient's or the weight's magnitude or chance,
 go through the same sums. Nothing here decides what to select: methods.py, budget.py and topk.py do.
@@ -23,7 +24,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -33,8 +34,11 @@ from torch import Tensor
 #: Added to |w| and to p, as in the paper.
 EPSILON = 1e-8
 
-#: Entries worked on at a time: the fp64 temporaries (2 MB each) stay in a core's cache.
-CHUNK = 2**18
+#: Entries worked on at a time: the fp64 temporaries (1 MB each) stay in a core's cache.
+CHUNK = 2**17
+
+#: b of the module docstring is at most this, so that 2^18 terms sum exactly in fp64.
+_CHUNK_BITS = 35
 
 
 class Group(Protocol):
@@ -182,48 +186,48 @@ def layer_statistics(
         ValueError: on every rank alike, if a ratio on any rank is infinite or not a number.
     """
     assert len(ratios) == len(numels) == len(names), "one shard, one size, one name per layer"
-    # b of the module docstring: n integers of at most 2^b each stay below 2^62.
-    bits = [62 - (numel - 1).bit_length() for numel in numels]
-
     largest = _largest_scores(ratios, names, group)
+    shifts = [math.frexp(peak)[1] for peak in largest]
 
-    def ratio(layer: int, chunk: Tensor) -> Tensor:
-        return chunk.double().div_(largest[layer] or 1.0)
+    def square_and_ratio(layer: int, chunk: Tensor, scratch: Sequence[Tensor]) -> Iterator[Tensor]:
+        ratio = scratch[0].copy_(chunk).mul_(2.0 ** -shifts[layer])
+        yield torch.square(ratio, out=scratch[1])
+        yield ratio
 
-    def squared_ratio(layer: int, chunk: Tensor) -> Tensor:
-        return ratio(layer, chunk).square_()
+    bits = [_num_bits(numel) for numel in numels]
+    squares, sums = _sums(square_and_ratio, 2, ratios, bits, group)
+    ratio_sum = [math.ldexp(s, shift) for s, shift in zip(sums, shifts, strict=True)]
+    ratio_norm = [math.ldexp(math.sqrt(s), shift) for s, shift in zip(squares, shifts, strict=True)]
 
-    local = [_fixed_point_sums(term, ratios, bits) for term in (ratio, squared_ratio)]
-    sums, squares = _join(group.all_reduce(torch.stack(local), "sum"), bits)
-    ratio_sum = [m * s for m, s in zip(largest, sums, strict=True)]
-    ratio_norm = [m * math.sqrt(s) for m, s in zip(largest, squares, strict=True)]
+    unit = [1 / s if s else 0.0 for s in ratio_sum]
+    # |log(p + 1e-8)| is below 2^5 for every share p, so the largest share bounds the terms.
+    shifts = [math.frexp(m * u)[1] + 5 for m, u in zip(largest, unit, strict=True)]
 
-    def surprise(layer: int, chunk: Tensor) -> Tensor:
-        p = chunk.double().div_(ratio_sum[layer] or 1.0)
-        return (p + EPSILON).log_().mul_(p).neg_()  # below 0 where p + 1e-8 exceeds 1
+    def surprise(layer: int, chunk: Tensor, scratch: Sequence[Tensor]) -> Iterator[Tensor]:
+        share = scratch[0].copy_(chunk).mul_(unit[layer])
+        term = torch.add(share, EPSILON, out=scratch[1]).log_().mul_(share)
+        yield term.mul_(-(2.0 ** -shifts[layer]))  # below 0 where p + 1e-8 exceeds 1
 
-    peaks = group.all_reduce(_largest_magnitudes(surprise, ratios), "max").tolist()
-
-    def scaled_surprise(layer: int, chunk: Tensor) -> Tensor:
-        return surprise(layer, chunk).div_(peaks[layer] or 1.0)
-
-    surprises = _fixed_point_sums(scaled_surprise, ratios, bits)
-    (sums,) = _join(group.all_reduce(surprises[None], "sum"), bits)
-    entropy = [max(0.0, m * s) for m, s in zip(peaks, sums, strict=True)]
+    (sums,) = _sums(surprise, 1, ratios, bits, group)
+    entropy = [max(0.0, math.ldexp(s, shift)) for s, shift in zip(sums, shifts, strict=True)]
 
     score = [norm * h for norm, h in zip(ratio_norm, entropy, strict=True)]
     return LayerStatistics(ratio_sum=ratio_sum, ratio_norm=ratio_norm, entropy=entropy, score=score)
 
 
-#: Maps a layer's number and a chunk of its ratios to a new fp64 tensor, entry by entry.
-_Term = Callable[[int, Tensor], Tensor]
+#: Maps a layer's number and a chunk [m] of its ratios to terms in [-1, 1], one kind after another,
+#: each in one of two scratch tensors (fp64 [m]); what has been yielded may be overwritten.
+_Terms = Callable[[int, Tensor, Sequence[Tensor]], Iterable[Tensor]]
 
 
 def _largest_scores(scores: Sequence[Tensor], names: Sequence[str], group: Group) -> list[float]:
     """The largest score of each layer; refuses a layer that holds an infinity or a NaN."""
-    maxima = _largest_magnitudes(lambda _, chunk: chunk.double(), scores)
-    broken = ~maxima.isfinite()  # amax and maximum hand a NaN on
-    rows = torch.stack([maxima.masked_fill(broken, 0.0), broken.double()])
+    maxima = torch.zeros(len(scores), dtype=torch.float32, device=scores[0].device)
+    for layer, shard in enumerate(scores):
+        if shard.numel():
+            maxima[layer] = shard.amax()
+    broken = ~maxima.isfinite()  # amax hands a NaN on
+    rows = torch.stack([maxima.masked_fill(broken, 0.0), broken.float()])
     largest, refused = group.all_reduce(rows, "max").tolist()
     if any(refused):
         culprits = ", ".join(name for name, bad in zip(names, refused, strict=True) if bad)
@@ -234,37 +238,41 @@ def _largest_scores(scores: Sequence[Tensor], names: Sequence[str], group: Group
     return largest
 
 
-def _largest_magnitudes(term: _Term, ratios: Sequence[Tensor]) -> Tensor:
-    """Per layer the largest ``|term|`` of this rank: fp64 [layers], 0 for an empty shard."""
-    maxima = torch.zeros(len(ratios), dtype=torch.float64, device=ratios[0].device)
+def _num_bits(numel: int) -> int:
+    """The module docstring's b."""
+    return min(_CHUNK_BITS, 62 - (numel - 1).bit_length())
+
+
+def _sums(
+    terms: _Terms, num_kinds: int, ratios: Sequence[Tensor], bits: Sequence[int], group: Group
+) -> list[list[float]]:
+    """Over all ranks the sum of each kind of term and layer, each correctly rounded."""
+    device = ratios[0].device
+    sums = torch.zeros(num_kinds, len(ratios), 2, dtype=torch.int64, device=device)
+    buffers = torch.empty(3, CHUNK, dtype=torch.float64, device=device)
     for layer, shard in enumerate(ratios):
+        parts: list[Tensor] = []
         for chunk in chunks(shard):
-            peak = term(layer, chunk).abs_().amax()
-            maxima[layer] = torch.maximum(maxima[layer], peak)
-    return maxima
-
-
-def _fixed_point_sums(term: _Term, ratios: Sequence[Tensor], bits: Sequence[int]) -> Tensor:
-    """Per layer this rank's sum of terms in [-1, 1], in fixed point: int64 [layers, 2].
-
-    The first number counts units of 2^-b, the second, for what rounding to those leaves, units of
-    2^-2b.
-    """
-    sums = torch.zeros(len(ratios), 2, dtype=torch.int64, device=ratios[0].device)
-    for layer, shard in enumerate(ratios):
-        scale = 2.0 ** bits[layer]
-        for chunk in chunks(shard):
-            scaled = term(layer, chunk).mul_(scale)
-            whole = scaled.round()
-            rest = scaled.sub_(whole).mul_(scale).round_()  # exact but for its own rounding
-            sums[layer, 0] += whole.long().sum()
-            sums[layer, 1] += rest.long().sum()
-    return sums
-
-
-def _join(sums: Tensor, bits: Sequence[int]) -> list[list[float]]:
-    """The numbers that fixed-point sums [kinds, layers, 2] stand for, each correctly rounded."""
+            *scratch, spare = buffers[:, : chunk.numel()]
+            for term in terms(layer, chunk, scratch):
+                parts += _fixed_point_sum_(term, bits[layer], spare)
+        if parts:
+            sums[:, layer] = torch.stack(parts).long().view(-1, num_kinds, 2).sum(dim=0)
+    group.all_reduce(sums, "sum")
     return [
         [((high << b) + low) / (1 << 2 * b) for (high, low), b in zip(row, bits, strict=True)]
         for row in sums.tolist()
     ]
+
+
+def _fixed_point_sum_(terms: Tensor, bits: int, spare: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of at most 2^18 terms in [-1, 1], fp64 [m]. Both tensors are overwritten.
+
+    Returns:
+        Two integers in fp64: the first counts units of 2^-b, the second, for what rounding to those
+        leaves, units of 2^-2b. Sums of the integers stay below 2^53, so they are exact.
+    """
+    scale = 2.0**bits
+    whole = torch.round(terms.mul_(scale), out=spare)
+    rest = terms.sub_(whole).mul_(scale)  # exact
+    return whole.sum(), rest.round_().sum()

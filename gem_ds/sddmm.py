@@ -2,7 +2,8 @@
 
 For a linear layer ``y = x W^T`` the gradient is ``G = dy^T x``, shape [out, in]. GEM needs it
 
-* whole, once per layer and micro-batch, while it calibrates: :func:`product`;
+* whole, once per layer and micro-batch, while it calibrates: :func:`product`,
+  :func:`add_product_`;
 * at the k selected entries, while it trains: ``G[i, j] = sum_t dy[t, i] x[t, j]``,
   :func:`sampled_product`.
 
@@ -36,12 +37,14 @@ def product(dy: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.mm(dy.float().t(), x.float(), out=out)
 
 
-def add_product(dy: Tensor, x: Tensor, out: Tensor) -> None:
-    """Add ``dy^T x`` to ``out``, as :func:`product` computes it."""
+def add_product_(sums: Tensor, dy: Tensor, x: Tensor, *, scale: float = 1.0) -> Tensor:
+    """Add ``scale * dy^T x`` to ``sums``, fp32 [rows, columns], and return it.
+
+    Besides, a GPU holds a whole product where dy is not fp32.
+    """
     if dy.dtype != torch.float32 and dy.is_cuda:
-        out += product(dy, x)
-    else:
-        out.addmm_(dy.float().t(), x.float())
+        return sums.add_(product(dy, x), alpha=scale)
+    return sums.addmm_(dy.float().t(), x.float(), alpha=scale)
 
 
 @functools.cache

@@ -6,7 +6,7 @@ Equivalent code first. For a target layer with frozen weight ``W`` [out, in] and
     dx = dy @ W                backward, as before
     sink(dy, x)                backward, instead of ``W.grad = dy.T @ x``
 
-A *sink* is what a phase wants of the weight gradient: :class:`gem_ds.calibrate.StatisticsSink`
+A *sink* is what a phase wants of the weight gradient: :class:`gem_ds.statistics.StatisticsSink`
 forms it whole, reduces it and drops it; :class:`GradientSink` adds its selected entries to a flat
 buffer.
 

@@ -3,9 +3,10 @@
 Non-negative fp32 numbers are ordered as their bits are when read as integers. So the k-th largest
 score of a layer is found digit by digit, from the top: all ranks count how many of their entries
 have each value of the digit, the counts are summed, and the digit of the k-th score can be read
-off; only entries that share it are looked at again. Three digits of 11, 10 and 10 bits settle it,
-for all layers at once. What crosses the network is three histograms and one small table of ties,
-whatever the size of the model.
+off. Three digits of 11, 10 and 10 bits settle it, for all layers at once. The scores are read
+twice: to count their first digits, and to copy out the few entries whose first digit is that of the
+k-th or higher, the *candidates*, which all else is about. What crosses the network is three
+histograms and one small table of ties, whatever the size of the model and the number of layers.
 
 Equal scores go to the lowest flat index of the whole matrix, so that the choice is the same for
 any number of ranks.
@@ -14,6 +15,7 @@ any number of ranks.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -48,10 +50,18 @@ def top_k_indices(
     """
     assert len(scores) == len(starts) == len(budgets), "one shard, start and budget per layer"
     assert all(shard.dtype == torch.float32 for shard in scores), "the digits are those of fp32"
-    thresholds, ties = _kth_largest(scores, budgets, group)
+    left = torch.tensor(budgets, dtype=torch.int64, device=scores[0].device)
+    shift, width = _DIGITS[0]
+    histograms = torch.stack(
+        [_histogram(shard.view(torch.int32), shift, width) for shard in scores]
+    )
+    digit, left = _digit_of_kth(group.all_reduce(histograms, "sum"), left)
+    lowest = (digit << shift).int().view(torch.float32)
+    candidates = [_reaching(shard, bound) for shard, bound in zip(scores, lowest, strict=True)]
+    thresholds, ties = _kth_largest(candidates, digit, left, group)
     return [
-        _at_least(shard, threshold, tie).add_(start)
-        for shard, threshold, tie, start in zip(scores, thresholds, ties, starts, strict=True)
+        found.at_least(threshold, tie).add_(start)
+        for found, threshold, tie, start in zip(candidates, thresholds, ties, starts, strict=True)
     ]
 
 
@@ -83,27 +93,67 @@ def count_among_largest(scores: Sequence[Tensor], total: int, group: Group) -> l
     return (above + (left - before).clamp(min=0).minimum(tied)).tolist()
 
 
+@dataclass(frozen=True)
+class _Candidates:
+    """Entries of one layer's shard.
+
+    Attributes:
+        positions: int64 [c], ascending, in the shard.
+        bits: int32 [c], of their scores, without the sign.
+    """
+
+    positions: Tensor
+    bits: Tensor
+
+    def at_least(self, threshold: int, ties: int) -> Tensor:
+        """The positions of all bits above ``threshold`` and of the first ``ties`` equal to it."""
+        tied = self.bits == threshold
+        return self.positions[(self.bits > threshold) | tied & (tied.cumsum(0) <= ties)]
+
+
+def _reaching(scores: Tensor, bound: Tensor) -> _Candidates:
+    """The entries of ``scores`` that are at least ``bound`` (fp32 []; none where that is a NaN)."""
+    positions = [torch.empty(0, dtype=torch.int64, device=scores.device)]
+    bits = [torch.empty(0, dtype=torch.int32, device=scores.device)]
+    offset = 0
+    for chunk in chunks(scores):
+        found = (chunk >= bound).nonzero().squeeze(1)
+        bits.append(chunk[found].view(torch.int32) & _MAGNITUDE)
+        positions.append(found.add_(offset))
+        offset += chunk.numel()
+    return _Candidates(torch.cat(positions), torch.cat(bits))
+
+
 def _kth_largest(
-    scores: Sequence[Tensor], budgets: Sequence[int], group: Group
+    candidates: Sequence[_Candidates], digit: Tensor, left: Tensor, group: Group
 ) -> tuple[list[int], list[int]]:
     """Per layer the bits of the k-th largest score, and how many entries equal to it to take here.
 
     Entries above it are all taken, wherever they are.
+
+    Args:
+        candidates: all entries with at least the first digit of the k-th.
+        digit: int64 [layers], that digit.
+        left: int64 [layers], how many of the entries with that digit to take.
+        group: the ranks that hold the other candidates.
     """
-    candidates = [shard.view(torch.int32) for shard in scores]
-    left = torch.tensor(budgets, dtype=torch.int64, device=scores[0].device)
-    threshold = torch.zeros_like(left)
-    for shift, width in _DIGITS:
-        histograms = torch.stack([_histogram(bits, shift, width) for bits in candidates])
+    (shift, width), *lower_digits = _DIGITS
+    threshold = digit << shift
+    pools = [
+        _with_digit(layer.bits, shift, width, value)
+        for layer, value in zip(candidates, digit.tolist(), strict=True)
+    ]
+    for shift, width in lower_digits:
+        histograms = torch.stack([_histogram(bits, shift, width) for bits in pools])
         digit, left = _digit_of_kth(group.all_reduce(histograms, "sum"), left)
-        candidates = [
+        pools = [
             _with_digit(bits, shift, width, value)
-            for bits, value in zip(candidates, digit.tolist(), strict=True)
+            for bits, value in zip(pools, digit.tolist(), strict=True)
         ]
         threshold += digit << shift
     # What is left of the budget goes to the ties, the lower ranks' (lower indices) first.
-    tied = left.new_zeros(group.world_size, len(scores))
-    tied[group.rank] = left.new_tensor([bits.numel() for bits in candidates])
+    tied = left.new_zeros(group.world_size, len(pools))
+    tied[group.rank] = left.new_tensor([bits.numel() for bits in pools])
     group.all_reduce(tied, "sum")
     before = tied[: group.rank].sum(dim=0)
     taken = (left - before).clamp(min=0).minimum(tied[group.rank])
@@ -144,18 +194,3 @@ def _digit_of_kth(histograms: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     position = (reached < k[:, None]).sum(dim=1)
     above = (reached - from_top).gather(1, position[:, None]).squeeze(1)
     return histograms.shape[1] - 1 - position, k - above
-
-
-def _at_least(scores: Tensor, threshold: int, ties: int) -> Tensor:
-    """Positions in ``scores`` of all bits above ``threshold`` and of the first ``ties`` equal."""
-    found = [torch.empty(0, dtype=torch.int64, device=scores.device)]
-    offset = 0
-    for chunk in chunks(scores):
-        bits = chunk.view(torch.int32) & _MAGNITUDE
-        reached = bits >= threshold if ties else bits > threshold
-        positions = reached.nonzero().squeeze(1)
-        tied = bits[positions] == threshold
-        found.append(positions[~tied | (tied.cumsum(0) <= ties)] + offset)
-        ties = max(0, ties - int(tied.sum()))
-        offset += chunk.numel()
-    return torch.cat(found)

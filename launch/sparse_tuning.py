@@ -22,6 +22,7 @@ from gem_ds.methods import CALIBRATED_METHODS
 from gem_ds.reporting import Reporter
 from gem_ds.selection import Selection
 from gem_ds.sparse import TargetLayers
+from gem_ds.statistics import buffered_layers
 from gem_ds.summary import NEARLY_ZERO, budget_table, changed_share, selection_shape
 from gem_ds.targets import head_layers, targets_of
 from gem_ds.zero import Engine, numel
@@ -155,6 +156,7 @@ class SparseTuning:
                 progress=bar.update,
                 method=method,
                 seed=self.args.train.seed,
+                buffer_gb=self.args.method.calibration_buffer_gb,
             )
 
     def describe(self, reporter: Reporter) -> dict[str, float]:
@@ -167,6 +169,12 @@ class SparseTuning:
                 selection.names, selection.numels, budgets, selection.layer_scores, strict=True
             )
             reporter.say(f"Where the budget went:\n{budget_table(rows)}")
+            if buffer_gb := self.args.method.calibration_buffer_gb:
+                num_buffered = len(buffered_layers(self.engine, self.layers, buffer_gb))
+                reporter.say(
+                    f"{num_buffered} of {len(budgets)} target layers were buffered in calibration "
+                    f"(--calibration_buffer_gb {buffer_gb:g})"
+                )
         if plan.mask is not None and (other := plan.mask.dtype) != dtype_name(self.engine.dtype):
             reporter.say(
                 f"The mask was made in {other} and this run is in {dtype_name(self.engine.dtype)}, "

@@ -30,6 +30,7 @@ OTHER = {
     "target_field": "a",
     "max_length": 77,
     "packing": True,
+    "train_sampling_strategy": "group_by_length",
     "classification_loss": "candidates",
     "dev_examples": 11,
     "train_examples": 12,
@@ -41,6 +42,7 @@ OTHER = {
     "density": "0.25",
     "target_modules": ["q_proj", "k_proj"],
     "calibration_examples": 3,
+    "calibration_buffer_gb": 0.5,
     "mask": None,  # contradicts calibration_examples
     "output_dir": "out",
     "overwrite_output_dir": True,

@@ -147,6 +147,10 @@ def _of_flags(shop: Workshop) -> dict[str, Refusal]:
             flags(density="0.9"), r"the 4 target layers hold 3,072: lower --density or widen"
         ),
         "unknown flag": Refusal(flags(densitty="0.1"), "There is no flag --densitty"),
+        "buffer below 0": Refusal(
+            flags(calibration_buffer_gb="-1"), "--calibration_buffer_gb must be a finite number"
+        ),
+        "buffer text": Refusal(flags(calibration_buffer_gb="big"), "invalid float value: 'big'"),
         "wrong type": Refusal(flags(seed="x"), "--seed: invalid int value"),
         "nothing said": Refusal([], "Pass --model_name_or_path and --task and --output_dir"),
         "two dtypes": Refusal(flags("--bf16", "--fp16"), "--bf16 or --fp16, not both"),

@@ -56,6 +56,12 @@ def _all_cases(cases: Cases) -> None:
         with cases(f"reduce_scatter {dtype}"):
             shard = comm.reduce_scatter(parts[comm.rank].clone())
             assert torch.equal(shard, sum(parts)[2 * comm.rank : 2 * comm.rank + 2])
+    with cases("start_reduce_scatter"):
+        parts = [_of_rank(rank, torch.float32) for rank in ranks]
+        waits = [comm.start_reduce_scatter(parts[comm.rank] * 2**i) for i in range(3)]
+        assert comm.largest(comm.rank) == 2, "others may speak meanwhile"
+        for i, wait in enumerate(waits):
+            assert torch.equal(wait(), (sum(parts) * 2**i)[2 * comm.rank : 2 * comm.rank + 2])
     with (
         cases("reduce_scatter that does not divide"),
         pytest.raises(AssertionError, match=r"7 entries.*3 ranks"),
@@ -109,6 +115,7 @@ def _agreement_cases(cases: Cases, comm: Comm) -> None:
 NAMES = [
     *(f"all_reduce {dtype}" for dtype in REDUCED_DTYPES),
     *(f"reduce_scatter {dtype}" for dtype in REDUCED_DTYPES),
+    "start_reduce_scatter",
     "reduce_scatter that does not divide",
     *(f"all_gather {lengths} {dtype}" for lengths in LENGTHS for dtype in GATHERED_DTYPES),
     "broadcast_object",
@@ -143,6 +150,7 @@ def test_one_rank_talks_to_nobody() -> None:
     tensor = torch.tensor([1, 2, 3])
     assert torch.equal(comm.all_reduce(tensor.clone(), "sum"), tensor)
     assert torch.equal(comm.reduce_scatter(tensor.clone()), tensor)
+    assert comm.start_reduce_scatter(tensor)() is tensor
     assert [part.tolist() for part in comm.all_gather(tensor)] == [[1, 2, 3]]
     assert comm.broadcast_object("word") == "word"
     assert comm.gather_objects("word") == ["word"]

@@ -55,7 +55,13 @@ COUNTS = (
     "calibration_examples",
     "max_length",
 )
-RATES = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps")
+RATES = (
+    "learning_rate",
+    "weight_decay",
+    "max_grad_norm",
+    "warmup_steps",
+    "calibration_buffer_gb",
+)
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -87,7 +93,8 @@ def test_rates_are_finite_and_not_negative(name):
         ({"num_train_epochs": 0.0}, "--num_train_epochs must be above 0"),
         ({"num_train_epochs": float("inf")}, "--num_train_epochs"),
         ({"report_to": "wandb"}, "--report_to takes tensorboard or none"),
-        ({"mask": "m", "calibration_examples": 2}, "--mask skips calibration"),
+        ({"mask": "m", "calibration_examples": 2}, "leave --calibration_examples out"),
+        ({"mask": "m", "calibration_buffer_gb": 1.0}, "leave --calibration_buffer_gb out"),
     ],
 )
 def test_other_contradictions_are_refused(values, message):

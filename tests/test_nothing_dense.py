@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import gc
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -116,6 +116,7 @@ class Account:
     Attributes:
         dense_in_calibration: what is of the size of a target or more, each time that a layer's
             gradient is handed to the network.
+        dense_on_the_way: the same, each time that one has arrived.
         parts_in_calibration: what is of the size of a partition or more then.
         calibration_product: entries of the largest product of matrices in calibration.
         dense_in_backward: what is of the size of a partition or more inside a backward of training.
@@ -128,6 +129,7 @@ class Account:
     """
 
     dense_in_calibration: list[list[str]]
+    dense_on_the_way: list[list[str]]
     parts_in_calibration: list[list[str]]
     calibration_product: int
     dense_in_backward: list[str]
@@ -145,14 +147,21 @@ class Looking:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.dense: list[list[str]] = []
+        self.dense_on_the_way: list[list[str]] = []
         self.parts: list[list[str]] = []
-        self._reduce_scatter = engine.comm.reduce_scatter
+        self._start = engine.comm.start_reduce_scatter
 
-    def reduce_scatter(self, tensor: Tensor) -> Tensor:
-        """Look, then reduce."""
+    def start_reduce_scatter(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """Look, then begin to reduce; look again before the result is used."""
         self.dense.append(_larger_than(4 * TARGET_SIZE - 1, self.engine))
-        self.parts.append(_larger_than(4 * PARTITION - 1, self.engine))
-        return self._reduce_scatter(tensor)
+        wait = self._start(tensor)
+
+        def look_and_wait() -> Tensor:
+            self.dense_on_the_way.append(_larger_than(4 * TARGET_SIZE - 1, self.engine))
+            self.parts.append(_larger_than(4 * PARTITION - 1, self.engine))
+            return wait()
+
+        return look_and_wait
 
 
 def _looking(sink: Sink, engine: Engine, seen: list[str]) -> Sink:
@@ -193,7 +202,8 @@ def _account(total: int) -> Account:
     comm = init_distributed()
     engine, layers = make_engine(Setting(3), comm, _model(), total)
     batches, looking, calibration_products = _batches(comm), Looking(engine), Products()
-    with mock.patch.object(comm, "reduce_scatter", looking.reduce_scatter), calibration_products:
+    watched = mock.patch.object(comm, "start_reduce_scatter", looking.start_reduce_scatter)
+    with watched, calibration_products:
         selection = calibrate(engine, layers, batches, chunked_answer_loss, total)
     indices = gather_indices(selection.indices, comm)
     del selection
@@ -206,6 +216,7 @@ def _account(total: int) -> Account:
         fit_entries(entries, batches, NUM_STEPS)
     return Account(
         dense_in_calibration=looking.dense,
+        dense_on_the_way=looking.dense_on_the_way,
         parts_in_calibration=looking.parts,
         calibration_product=calibration_products.largest,
         dense_in_backward=dense_in_backward,
@@ -251,13 +262,17 @@ def accounts() -> Accounts:
 class TestMemory:
     """What a rank holds beside the model's own weights."""
 
-    def test_calibration_holds_its_ranges_and_one_product(
+    def test_calibration_holds_its_ranges_and_two_products(
         self, accounts: Accounts, total: int
     ) -> None:
         for account in accounts[total]:
             assert len(account.dense_in_calibration) == NUM_TARGETS * NUM_CALIBRATION_PASSES
             assert all(len(product) == 1 for product in account.dense_in_calibration)
-            assert all(len(tensors) == 1 + NUM_TARGETS for tensors in account.parts_in_calibration)
+            # One on its way, and the next layer's, which the last of a backward does not have.
+            alive = [len(products) for products in account.dense_on_the_way]
+            assert alive == ([2] * (NUM_TARGETS - 1) + [1]) * NUM_CALIBRATION_PASSES
+            parts = [len(tensors) - NUM_TARGETS for tensors in account.parts_in_calibration]
+            assert parts == [1 + products for products in alive], "ranges, products, one sum"
 
     def test_backward_of_training_holds_nothing_of_the_size_of_a_partition(
         self, accounts: Accounts, total: int

@@ -105,7 +105,7 @@ def test_equal_ratios_have_known_statistics_and_do_not_overflow(numel: int) -> N
 
 
 def test_terms_far_below_the_largest_are_not_lost() -> None:
-    """2^18 entries beside one of 1: each, or its square, is below half a unit of 2^-b, b = 43."""
+    """2^18 entries beside one of 1: each, or its square, is below half a unit of 2^-b, b = 35."""
     small = 2**18
     numel = small + 1
     layers = [torch.full((numel,), 2.0**-45), torch.full((numel,), 2.0**-24)]

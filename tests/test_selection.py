@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from gem_ds.methods import SPARSE_METHODS
+from gem_ds.scores import Solo
 from gem_ds.selection import Selection, select_entries, select_shards
 from gem_ds.sparse_methods import TargetShard
 from tests import oracle
@@ -133,6 +135,42 @@ def test_strided_low_precision_and_trained_tensors_are_taken_as_they_are() -> No
     expected = _flat(oracle.select(gradients, weights, 99))
     assert {name: i.tolist() for name, i in found.items()} == expected
     assert list(found) == ["p", "t", "s"]  # layers come in the order of the weights
+
+
+class Counting(Solo):
+    """Counts what would cross the network."""
+
+    def __init__(self) -> None:
+        self.num_calls = 0
+
+    def all_reduce(self, tensor: Tensor, op: str) -> Tensor:
+        """Count, and reduce nothing."""
+        self.num_calls += 1
+        return tensor
+
+
+@pytest.mark.parametrize("method", SPARSE_METHODS)
+def test_the_number_of_collectives_does_not_grow_with_the_layers(method: str) -> None:
+    """Rounds are shared: a model of a hundred matrices waits for the network as often as one."""
+
+    def num_calls(num_layers: int, numel: int) -> int:
+        group = Counting()
+        shards = [
+            TargetShard(
+                name=str(i),
+                numel=numel,
+                start=0,
+                gradient=torch.randn(numel),
+                weight=torch.randn(numel),
+                device=torch.device("cpu"),
+            )
+            for i in range(num_layers)
+        ]
+        select_shards(shards, num_layers, group, method=method)
+        return group.num_calls
+
+    assert num_calls(1, 50) == num_calls(2, 50) == num_calls(30, 50) == num_calls(2, 5000)
+    assert num_calls(30, 50) <= 8
 
 
 def test_a_higher_gradient_on_a_smaller_weight_wins() -> None:
