@@ -14,7 +14,6 @@ evenly), which gives at 4096 x 4096 in fp32, in microseconds per token:
     0.5 %         18        260       108      119
     1 %           23                  101      108
     5 %           63                  107      108
-    30 %         336                  115      115
 
 ``dense`` is never chosen: it is as fast as ``tiled`` and makes more.
 
