@@ -15,6 +15,7 @@ from typing import Any, Literal
 from gem_ds.methods import METHODS, SPARSE_METHODS
 
 Dtype = Literal["fp32", "bf16", "fp16"]
+SddmmKernel = Literal["auto", "dense", "tiled", "gather", "library", "triton"]
 
 #: The schedules of transformers that are functions of the step alone.
 SCHEDULES = (
@@ -126,6 +127,13 @@ class MethodArguments:
         "other layers with every micro-batch.",
     )
     mask: str | None = _option(None, "Train the entries of this mask.safetensors; no calibration.")
+    sddmm_kernel: SddmmKernel = _option(
+        "auto",
+        "Sparse methods: how the gradient at the selected entries is computed. dense makes a "
+        "layer's whole gradient, tiled a few rows of it at a time, gather and library the selected "
+        "entries alone, as does triton (needs a GPU); auto takes for each layer what should be the "
+        "fastest.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,6 +282,8 @@ def _check_method(method: MethodArguments, train: TrainArguments) -> None:
         return
     if method.mask is not None:
         raise ValueError(f"--method {name} selects no entries: leave --mask out.")
+    if method.sddmm_kernel != "auto":
+        raise ValueError(f"--method {name} selects no entries: leave --sddmm_kernel out.")
     if train.max_steps == 0:
         raise ValueError(f"--max_steps 0 writes a mask, and --method {name} has none.")
     for flag in ("save_steps", "resume_from_checkpoint"):

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gem_ds.sddmm import add_product_
+from gem_ds.sddmm import add_product
 
 #: Entries of a chunk's logits: 64 MiB in fp32. Two to three tensors of this size exist at a time.
 CHUNK_SIZE = 2**24
@@ -91,7 +91,7 @@ def _add_gradients(
     if d_hidden is not None:
         d_hidden += d_logits @ weight
     if d_weight is not None:
-        add_product_(d_weight, d_logits, hidden)
+        add_product(d_weight, d_logits, hidden)
     if d_bias is not None:
         d_bias += d_logits.sum(dim=0, dtype=torch.float32)
     return loss

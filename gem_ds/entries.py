@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from gem_ds.comm import Comm
 from gem_ds.mask import index_dtype
+from gem_ds.sddmm import Pattern, choose_kernel
 from gem_ds.sparse import DenseGradientSink, Gate, GradientSink, TargetLayers
 from gem_ds.zero import Engine, numel
 
@@ -126,14 +127,24 @@ class SelectedEntries(TrainedEntries):
         engine: holds the model.
         layers: the target layers.
         flat_indices: per layer all selected flat indices, int [k_l], ascending.
+        kernel: of :mod:`gem_ds.sddmm`, for all layers; auto chooses for each.
     """
 
     def __init__(
-        self, engine: Engine, layers: TargetLayers, flat_indices: Sequence[Tensor]
+        self,
+        engine: Engine,
+        layers: TargetLayers,
+        flat_indices: Sequence[Tensor],
+        kernel: str = "auto",
     ) -> None:
         self.layers = layers
+        self.kernel = kernel
         weights = {layer.name: layer.weight for layer in layers}
         super().__init__(engine, layers.gate, weights, flat_indices)
+        self._patterns = [
+            Pattern.of(index, layer.shape)
+            for layer, index in zip(layers, self.flat_indices, strict=True)
+        ]
 
     def training(self) -> AbstractContextManager[None]:
         """While the block lasts, backward passes collect the entries' gradient."""
@@ -142,9 +153,16 @@ class SelectedEntries(TrainedEntries):
     def sinks(self) -> list[GradientSink]:
         """Per layer, what collects the gradient of its entries."""
         return [
-            GradientSink(self.gate, start, index)
-            for start, index in zip(self.starts, self.flat_indices, strict=True)
+            GradientSink(self.gate, start, pattern, self.kernel)
+            for start, pattern in zip(self.starts, self._patterns, strict=True)
         ]
+
+    def kernels(self) -> list[str]:
+        """Per layer, the kernel that computes its sampled gradient."""
+        if self.kernel != "auto":
+            return [self.kernel] * len(self.layers)
+        device, dtype = self.engine.device.type, self.engine.dtype
+        return [choose_kernel(device, dtype, p.shape, p.num_entries) for p in self._patterns]
 
 
 class HeadEntries(TrainedEntries):

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from gem_ds.sddmm import product, sampled_product
+from gem_ds.sddmm import Pattern, add_product, add_sampled_product
 
 Sink = Callable[[Tensor, Tensor], None]
 """Takes (a [tokens, rows], b [tokens, columns]), where ``a^T b`` is the weight's gradient: (dy, x),
@@ -99,7 +99,7 @@ class Gate(nn.Module):
         self.values = nn.Parameter(torch.zeros(num_selected, dtype=dtype))
         self.num_selected = num_selected
         self.open = False
-        self.buffer: Tensor | None = None  # fp32 [K], made when the first sink asks
+        self.buffer: Tensor | None = None  # fp32 [K], made when the first sink asks for its slice
 
     def forward(self) -> Tensor:
         """The anchor of one forward pass: a scalar that requires grad."""
@@ -109,11 +109,11 @@ class Gate(nn.Module):
             (), dtype=self.values.dtype, device=self.values.device, requires_grad=True
         )
 
-    def add_gradient(self, start: int, gradient: Tensor) -> None:
-        """Add fp32 ``gradient`` [k] to the entries from ``start``."""
+    def gradient(self, start: int, length: int, device: torch.device) -> Tensor:
+        """The fp32 slice [length] from ``start`` of what is collected on ``device``, to add to."""
         if self.buffer is None:
-            self.buffer = gradient.new_zeros(self.num_selected)
-        self.buffer[start : start + gradient.numel()] += gradient
+            self.buffer = torch.zeros(self.num_selected, dtype=torch.float32, device=device)
+        return self.buffer[start : start + length]
 
     def take_gradient(self) -> Tensor:
         """The collected fp32 gradient [K]; the next call starts from zero."""
@@ -132,9 +132,12 @@ class DenseGradientSink:
 
     def __call__(self, dy: Tensor, x: Tensor) -> None:
         """Add the gradient of one backward."""
-        self.gate.add_gradient(self.start, product(dy, x).flatten())
+        rows, columns = dy.shape[1], x.shape[1]
+        weight = self.gate.gradient(self.start, rows * columns, dy.device)
+        add_product(weight.view(rows, columns), dy, x)
         if self.bias_start is not None:
-            self.gate.add_gradient(self.bias_start, dy.float().sum(dim=0))
+            bias = self.gate.gradient(self.bias_start, rows, dy.device)
+            bias += dy.sum(dim=0, dtype=torch.float32)
 
 
 @dataclass(frozen=True)
@@ -143,11 +146,13 @@ class GradientSink:
 
     gate: Gate
     start: int  # of this layer's slice in the flat parameter
-    flat_index: Tensor  # int [k], sorted, into the flattened weight
+    pattern: Pattern
+    kernel: str = "auto"
 
     def __call__(self, dy: Tensor, x: Tensor) -> None:
         """Add the gradient of one backward."""
-        self.gate.add_gradient(self.start, sampled_product(dy, x, self.flat_index))
+        gradient = self.gate.gradient(self.start, self.pattern.num_entries, dy.device)
+        add_sampled_product(gradient, dy, x, self.pattern, self.kernel)
 
 
 class TargetLayer:

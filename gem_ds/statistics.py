@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from gem_ds.comm import Comm
-from gem_ds.sddmm import add_product_, product
+from gem_ds.sddmm import add_product, product
 from gem_ds.sparse import TargetLayer
 from gem_ds.zero import Engine
 
@@ -106,7 +106,7 @@ class BufferedSink:
     def __call__(self, dy: Tensor, x: Tensor) -> None:
         """Add the gradient of one backward on this rank."""
         sums = self.whole[: self.layer.numel].view(self.layer.shape)
-        add_product_(sums, dy, x, scale=self.scale)
+        add_product(sums, dy, x, scale=self.scale)
 
     def take(self) -> Tensor:
         """Reduce; this rank's range of the gradient, fp32. The buffer is given away."""

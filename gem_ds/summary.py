@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 
 from torch import Tensor
@@ -57,6 +58,13 @@ def selection_shape(budgets: Iterable[int], base: Tensor) -> dict[str, float]:
         "effective_layers": effective_layers(budgets),
         "selected_near_zero": int((base.float().abs() < NEARLY_ZERO).sum()),
     }
+
+
+def kernel_counts(kernels: Iterable[str]) -> str:
+    """Which kernels serve how many layers: ``library (30 layers), gather (2)``."""
+    (first, count), *others = Counter(kernels).most_common()
+    text = f"{first} ({count} layer{'s' * (count > 1)})"
+    return ", ".join([text, *(f"{kernel} ({count})" for kernel, count in others)])
 
 
 def changed_share(values: Tensor, base: Tensor) -> float:

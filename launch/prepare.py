@@ -20,6 +20,7 @@ from gem_ds.encoders import is_encoder, set_head
 from gem_ds.mask import Mask, checksum, dtype_name
 from gem_ds.objective import Objective, objective_of
 from gem_ds.reporting import summary_writer_class
+from gem_ds.sddmm import check_kernel
 from gem_ds.tasks import TaskData
 from gem_ds.tokenizer import load_tokenizer
 from gem_ds.zero_config import RunShape, read_config, resolve_config, zero_stage
@@ -101,6 +102,7 @@ def prepare(args: Arguments, world_size: int) -> Plan:
         adam_of_bitsandbytes()
     if args.train.fp16 and not torch.cuda.is_available():
         raise ValueError("--fp16 needs a GPU: pass --bf16, or neither for fp32.")
+    check_kernel(args.method.sddmm_kernel, "cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = _load_checkpoint(args, output_dir)
     mask = (
         checkpoint.mask if checkpoint else Mask.load(args.method.mask) if args.method.mask else None

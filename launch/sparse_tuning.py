@@ -23,7 +23,13 @@ from gem_ds.reporting import Reporter
 from gem_ds.selection import Selection
 from gem_ds.sparse import TargetLayers
 from gem_ds.statistics import buffered_layers
-from gem_ds.summary import NEARLY_ZERO, budget_table, changed_share, selection_shape
+from gem_ds.summary import (
+    NEARLY_ZERO,
+    budget_table,
+    changed_share,
+    kernel_counts,
+    selection_shape,
+)
 from gem_ds.targets import head_layers, targets_of
 from gem_ds.zero import Engine, numel
 from launch.arguments import Arguments
@@ -116,7 +122,9 @@ class SparseTuning:
             self.calibration_seconds = time.perf_counter() - started
         else:
             indices = [plan.mask.indices[layer.name] for layer in self.layers]
-        self.entries = SelectedEntries(self.engine, self.layers, indices)
+        self.entries = SelectedEntries(
+            self.engine, self.layers, indices, self.args.method.sddmm_kernel
+        )
         self.base = self.entries.start_from_weights().cpu()
         if self.head is not None:
             self.head.start_from_weights()
@@ -186,6 +194,7 @@ class SparseTuning:
             + (f" and a head of {self.head.total:,}" if self.head is not None else "")
             + f"; optimizer state on this rank: {self.engine.optimizer_state_bytes():,} bytes"
         )
+        reporter.say(f"Sampled gradients by {kernel_counts(self.entries.kernels())}")
         reporter.say(
             f"The budget is as concentrated as if {shape['effective_layers']:.1f} of the "
             f"{len(budgets)} layers shared it equally; {shape['selected_near_zero']:,} selected "

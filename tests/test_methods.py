@@ -301,6 +301,7 @@ def test_a_head_goes_on_on_other_ranks_at_another_stage(
         ("bitfit", MODEL, {}, "model has no biases, which is what --method bitfit trains"),
         ("shira", MODEL, {}, "whole weights, and ZeRO stage 3 cuts them"),
         ("full", MODEL, {"mask": "m"}, "selects no entries: leave --mask out"),
+        ("full", MODEL, {"sddmm_kernel": "tiled"}, "no entries: leave --sddmm_kernel out"),
         ("full", MODEL, {"max_steps": 0}, "--max_steps 0 writes a mask"),
         ("full", MODEL, {"save_steps": 2}, "writes no checkpoints: leave --save_steps out"),
         ("lora", MODEL, {"lora_r": 0}, "--lora_r must be at least 1"),

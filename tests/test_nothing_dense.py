@@ -207,7 +207,7 @@ def _account(total: int) -> Account:
         selection = calibrate(engine, layers, batches, chunked_answer_loss, total)
     indices = gather_indices(selection.indices, comm)
     del selection
-    entries = SelectedEntries(engine, layers, indices)
+    entries = SelectedEntries(engine, layers, indices, kernel="library")  # auto: by tiles, of 4 MiB
     del indices
     entries.start_from_weights()
     dense_in_backward, products = _watched_backward(engine, layers, entries, batches)

@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from gem_ds.sddmm import product
+from gem_ds.sddmm import Pattern, product
 from gem_ds.sparse import Gate, GradientSink, TargetLayers
 from gem_ds.targets import find_targets
 
@@ -123,7 +123,10 @@ class Twins:
         """One sink per layer, each with its slice of the flat parameter."""
         starts = [sum(i.numel() for i in self.indices[:n]) for n in range(len(self.indices))]
         gate = self.layers.gate
-        return [GradientSink(gate, s, i) for s, i in zip(starts, self.indices, strict=True)]
+        return [
+            GradientSink(gate, start, Pattern.of(index, layer.shape))
+            for start, index, layer in zip(starts, self.indices, self.layers, strict=True)
+        ]
 
     def dense_gradient(self) -> Tensor:
         """The selected entries of the dense copy's gradient, flat; zero where nothing arrived."""
@@ -325,7 +328,8 @@ def test_a_bf16_model_collects_in_fp32_and_delivers_in_bf16() -> None:
     model.bfloat16()
     model.between.weight.data.zero_()  # so that the first use of the layer gets no gradient
     model.between.bias.data.fill_(20.0)  # and the second gets ones, from tanh
-    sink = GradientSink(layers.gate, 0, torch.arange(6, dtype=torch.int32))
+    pattern = Pattern.of(torch.arange(6, dtype=torch.int32), (6, 6))
+    sink = GradientSink(layers.gate, 0, pattern)
     x = torch.ones(1, 6, dtype=torch.bfloat16)
     with layers.sinks([sink]):
         for scale in [1.0] + [2.0**-10] * 1024:
@@ -427,9 +431,9 @@ def test_a_gate_that_collected_nothing_says_so() -> None:
 
 def test_a_gate_adds_to_the_slice_of_the_layer() -> None:
     gate = Gate(5, torch.float32)
-    gate.add_gradient(3, torch.tensor([1.0, 2.0]))
-    gate.add_gradient(0, torch.tensor([7.0]))
-    gate.add_gradient(4, torch.tensor([0.5]))
+    for start, gradient in (3, [1.0, 2.0]), (0, [7.0]), (4, [0.5]):
+        part = gate.gradient(start, len(gradient), torch.device("cpu"))
+        part += torch.tensor(gradient)
     assert gate.take_gradient().tolist() == [7.0, 0.0, 0.0, 1.0, 2.5]
     assert gate.buffer is None
     assert gate.values.tolist() == [0.0] * 5

@@ -9,7 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gem_ds.summary import budget_table, changed_share, effective_layers, selection_shape
+from gem_ds.summary import (
+    budget_table,
+    changed_share,
+    effective_layers,
+    kernel_counts,
+    selection_shape,
+)
 
 
 def test_the_table_adds_up():
@@ -41,3 +47,8 @@ def test_an_update_below_half_the_last_place_does_not_count_as_a_change():
     masters = base.float() + torch.tensor([1e-4, 0.01, -1e-4, 0.0])
     assert changed_share(masters.bfloat16(), base) == 0.25
     assert changed_share(masters, base.float()) == 0.75
+
+
+def test_kernels_are_counted_the_most_frequent_first():
+    assert kernel_counts(["gather", "library", "library"]) == "library (2 layers), gather (1)"
+    assert kernel_counts(["tiled"]) == "tiled (1 layer)"

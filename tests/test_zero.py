@@ -27,6 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from gem_ds.comm import Comm
 from gem_ds.optim import SparseAdamW
+from gem_ds.sddmm import Pattern
 from gem_ds.sparse import GradientSink, TargetLayers
 from gem_ds.targets import find_targets
 from tests.ranks import Cases, Outcomes, run_cases, run_ranks
@@ -351,7 +352,10 @@ def _loading(cases: Cases, stage: int, folder: Path, comm: Comm) -> None:
         engine.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         engine.model.train()
         indices = [torch.arange(5, dtype=torch.int32) * 7 + i for i in range(len(layers))]
-        sinks = [GradientSink(layers.gate, 5 * i, index) for i, index in enumerate(indices)]
+        sinks = [
+            GradientSink(layers.gate, 5 * i, Pattern.of(index, layer.shape))
+            for i, (index, layer) in enumerate(zip(indices, layers, strict=True))
+        ]
         batches = [
             torch.randint(0, 50, (2, 9), generator=generator(rank, i, 13))
             for rank in range(comm.world_size)

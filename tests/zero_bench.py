@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gem_ds.comm import Comm
 from gem_ds.optim import SparseAdamW
+from gem_ds.sddmm import Pattern
 from gem_ds.sparse import GradientSink, TargetLayers
 from gem_ds.zero_config import RunShape, read_config, resolve_config
 
@@ -205,8 +206,8 @@ class Bench:
         self.sizes = list(NUM_SELECTED.values())
         starts = itertools.accumulate(self.sizes, initial=0)
         self.sinks = [
-            GradientSink(self.layers.gate, start, index)
-            for start, index in zip(starts, self.indices, strict=False)
+            GradientSink(self.layers.gate, start, Pattern.of(index, layer.shape))
+            for start, index, layer in zip(starts, self.indices, self.layers, strict=False)
         ]
         self.engine = Engine(
             model,
@@ -237,7 +238,7 @@ class Bench:
 
     def step_with(self, gradient: Tensor) -> bool:
         """Deliver ``gradient`` [K] as this rank's and step."""
-        self.engine.gate.add_gradient(0, gradient)
+        self.engine.gate.gradient(0, gradient.numel(), gradient.device).add_(gradient)
         x, _ = self.batch(0)
         with self.layers.sinks([lambda *_: None] * len(self.layers)):
             self.engine.backward(lambda model: model(x).sum() * 0.0, deliver=True)
