@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -158,7 +158,7 @@ class Runner:
         _signal_group(child.process, signal.SIGKILL)  # whatever a failed launcher has left behind
         if status == 0 and child.is_training and is_trained(self.comparison, cell):
             if not is_finished(self.comparison, cell):
-                return self.start(cell, child.slot)
+                return replace(self.start(cell, child.slot), started=child.started)
         elif status != 0 or not is_finished(self.comparison, cell):
             how = f"exit status {status}" if status else "no whole results"
             failures[cell] = f"{last_line(folder / LOG_FILE) or 'nothing printed'} ({how})"
