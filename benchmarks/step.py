@@ -37,7 +37,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from steps.shapes import SHAPES, lora_rank, write_data, write_model
+from steps.shapes import SHAPES, adapter_size, write_data, write_model
 
 from gem_ds.comm import free_port
 
@@ -208,11 +208,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         switches = ["--disable_tqdm"]
         switches += ["--bf16"] if args.dtype == "bf16" else []
         switches += ["--gradient_checkpointing"] if args.gradient_checkpointing else []
-        rank = lora_rank(config, float(args.density))
+        rank, density = adapter_size(config, float(args.density))
         contenders = {}
         for name in args.contenders:
             method = name if name in ("lora", "shira", "full") else "gem"
-            own = {"method": method, "lora_r": rank}
+            own: dict[str, object] = {"method": method, "lora_r": rank}
+            if name == "shira":
+                own["density"] = density
             flags = [str(w) for key, value in (common | own).items() for w in (f"--{key}", value)]
             contenders[name] = start(name, [*flags, *switches], args.world_size)
             stack.callback(contenders[name].close)

@@ -43,6 +43,7 @@ OTHER = {
     "target_modules": ["q_proj", "k_proj"],
     "calibration_examples": 3,
     "calibration_buffer_gb": 0.5,
+    "sddmm_kernel": "tiled",
     "mask": None,  # contradicts calibration_examples
     "output_dir": "out",
     "overwrite_output_dir": True,

@@ -73,10 +73,15 @@ def write_data(path: Path, num_rows: int, num_tokens: int) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-def lora_rank(config: PretrainedConfig, density: float) -> int:
-    """The smallest rank with which LoRA on the default targets trains as much as GEM does."""
+def adapter_size(config: PretrainedConfig, density: float) -> tuple[int, float]:
+    """The smallest rank with which an adapter on the default targets trains as much as GEM does.
+
+    Returns:
+        The rank, and the density that it comes to; LoRA and SHiRA train alike at one rank.
+    """
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config)
-    wanted = density * sum(parameter.numel() for parameter in model.parameters())
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
     per_rank = sum(sum(module.weight.shape) for module in find_targets(model).values())
-    return math.ceil(wanted / per_rank)
+    rank = math.ceil(density * num_parameters / per_rank)
+    return rank, rank * per_rank / num_parameters
