@@ -194,7 +194,7 @@ class SparseTuning:
             + (f" and a head of {self.head.total:,}" if self.head is not None else "")
             + f"; optimizer state on this rank: {self.engine.optimizer_state_bytes():,} bytes"
         )
-        reporter.say(f"Sampled gradients by {kernel_counts(self.entries.kernels())}")
+        reporter.say(f"Kernels of the sampled gradient: {kernel_counts(self.entries.kernels())}")
         reporter.say(
             f"The budget is as concentrated as if {shape['effective_layers']:.1f} of the "
             f"{len(budgets)} layers shared it equally; {shape['selected_near_zero']:,} selected "

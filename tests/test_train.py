@@ -353,12 +353,15 @@ def test_what_a_person_sees(tiny, tmp_path, capsys):
         "Training 475 of 23,776 parameters (density 1.9978%); optimizer state on this rank: "
         "5,700 bytes"
     )
+    kernels = re.findall(r"(?:dense|tiled|gather|library) \((\d+)(?: layers?)?\)", lines[8])
+    assert lines[8].startswith("Kernels of the sampled gradient: ")
+    assert sum(map(int, kernels)) == 4
     assert re.fullmatch(
         r"The budget is as concentrated as if 2\.\d of the 4 layers shared it equally; "
         r"\d+ selected weights are nearly zero \(below 0\.0001\)",
-        lines[8],
+        lines[9],
     )
-    assert [re.sub(r"\d\.\d{4}", "x", line) for line in lines[9:]] == [
+    assert [re.sub(r"\d\.\d{4}", "x", line) for line in lines[10:]] == [
         "step 0: held-out loss x",
         "step 2: held-out loss x",
         "step 4: held-out loss x",
