@@ -163,6 +163,38 @@ def markdown(rows: Sequence[dict[str, str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
+def flags_of(args: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
+    """Write model and data into a folder; returns the flags of training for each contender."""
+    config = SHAPES[args.shape](args.layers)
+    write_model(folder / "model", config)
+    write_data(folder / "train.jsonl", args.world_size * args.batch_size, args.tokens)
+    common = {
+        "model_name_or_path": folder / "model",
+        "task": "jsonl",
+        "train_file": folder / "train.jsonl",
+        "prompt_field": "prompt",
+        "target_field": "target",
+        "max_length": args.tokens,
+        "per_device_train_batch_size": args.batch_size,
+        "max_steps": 10**6,
+        "learning_rate": "1e-5",
+        "lr_scheduler_type": "constant",
+        "deepspeed": HERE.parent / "ds_configs" / f"zero{args.stage}.json",
+    }
+    switches = ["--disable_tqdm"]
+    switches += ["--bf16"] if args.dtype == "bf16" else []
+    switches += ["--gradient_checkpointing"] if args.gradient_checkpointing else []
+    rank, density_of_rank = adapter_size(config, float(args.density))
+    flags = {}
+    for name in args.contenders:
+        method = name if name in ("lora", "shira", "full") else "gem"
+        density = density_of_rank if name == "shira" else args.density
+        values = common | {"method": method, "lora_r": rank, "density": density}
+        flags[name] = [str(word) for key, value in values.items() for word in (f"--{key}", value)]
+        flags[name] += switches
+    return flags
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table, and write it with all numbers where --output_dir says."""
     parser = argparse.ArgumentParser(
@@ -187,36 +219,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        config = SHAPES[args.shape](args.layers)
-        write_model(folder / "model", config)
-        num_rows = args.world_size * args.batch_size
-        write_data(folder / "train.jsonl", num_rows, args.tokens)
-        common = {
-            "model_name_or_path": folder / "model",
-            "task": "jsonl",
-            "train_file": folder / "train.jsonl",
-            "prompt_field": "prompt",
-            "target_field": "target",
-            "max_length": args.tokens,
-            "per_device_train_batch_size": args.batch_size,
-            "max_steps": 10**6,
-            "learning_rate": "1e-5",
-            "lr_scheduler_type": "constant",
-            "density": args.density,
-            "deepspeed": HERE.parent / "ds_configs" / f"zero{args.stage}.json",
-        }
-        switches = ["--disable_tqdm"]
-        switches += ["--bf16"] if args.dtype == "bf16" else []
-        switches += ["--gradient_checkpointing"] if args.gradient_checkpointing else []
-        rank, density = adapter_size(config, float(args.density))
         contenders = {}
-        for name in args.contenders:
-            method = name if name in ("lora", "shira", "full") else "gem"
-            own: dict[str, object] = {"method": method, "lora_r": rank}
-            if name == "shira":
-                own["density"] = density
-            flags = [str(w) for key, value in (common | own).items() for w in (f"--{key}", value)]
-            contenders[name] = start(name, [*flags, *switches], args.world_size)
+        for name, flags in flags_of(args, folder).items():
+            contenders[name] = start(name, flags, args.world_size)
             stack.callback(contenders[name].close)
             print(f"{name} is ready", file=sys.stderr, flush=True)
         seconds = measure(contenders, args.rounds, args.steps)

@@ -10,7 +10,6 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -18,9 +17,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gem_ds.sddmm import Pattern, add_product, add_sampled_product, kernels, product
+from tests.largest_tensor import LargestTensor
 
 IS_INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -194,24 +193,6 @@ class TestNumbers:
         assert _sampled(dy, x, index, kernel).isnan().tolist() == [True, False]
 
 
-class Results(TorchDispatchMode):
-    """Records the largest result of an operation, in numbers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run the operation and look at it."""
-        result = func(*args, **(kwargs or {}))
-        is_view = any(part in str(func) for part in ("view", "slice", ".t.", "transpose"))
-        if isinstance(result, Tensor) and result.layout == torch.strided and not is_view:
-            self.largest = max(self.largest, result.numel())
-        return result
-
-
 class TestMemory:
     """What a kernel makes."""
 
@@ -222,9 +203,9 @@ class TestMemory:
         x = torch.randn(self.TOKENS, self.COLUMNS, device=DEVICE).to(dtype)
         index = torch.arange(0, self.ROWS * self.COLUMNS, 17, dtype=torch.int32, device=DEVICE)
         pattern, out = Pattern.of(index, (self.ROWS, self.COLUMNS)), torch.zeros(len(index))
-        with _small_blocks(), Results() as results:
+        with _small_blocks(), LargestTensor() as largest:
             add_sampled_product(out.to(DEVICE), dy, x, pattern, kernel)
-        return results.largest
+        return largest.num_entries
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize(
