@@ -22,6 +22,7 @@ from launch.comparison.cells import (
 )
 from launch.comparison.grid_file import parse_comparison, read_comparison
 from launch.comparison.rates import Choice, best_rate
+from launch.comparison.results import Result
 
 CONTENT: dict[str, Any] = {
     "output_dir": "out",
@@ -160,15 +161,22 @@ def test_rates_are_readable() -> None:
     ]  # fmt: skip
 
 
-@given(st.lists(st.one_of(st.none(), st.integers(0, 3)), min_size=1, max_size=6))
-def test_the_best_rate_is_the_smallest_of_those_with_the_best_score(
-    scores: list[float | None],
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), max_size=6))
+def test_the_best_rate_has_the_best_score_then_the_least_loss_and_is_the_smallest(
+    found: list[tuple[int, int]],
 ) -> None:
-    rates = tuple(10.0**k for k in range(len(scores)))
-    known = [score for score in scores if score is not None]
     for metric, best in (("accuracy", max), ("eval_loss", min)):
-        rate = best_rate(rates, tuple(scores), metric)
-        assert rate == (rates[scores.index(best(known))] if known else None)
+        results = {
+            10.0**k: Result(metric=metric, score=score, loss=loss, costs={})
+            for k, (score, loss) in enumerate(found)
+        }
+        rates = list(results)
+        if found:
+            score = best(score for score, _ in found)
+            rates = [r for r in rates if results[r].score == score]
+            loss = min(results[r].loss for r in rates)
+            rates = [r for r in rates if results[r].loss == loss]
+        assert best_rate(results) == (rates[0] if rates else None)
 
 
 def test_an_edge_is_the_end_of_a_grid_of_several_rates() -> None:

@@ -35,7 +35,7 @@ def row_of(task: str, method: str, metric: str, scores: dict[int, float], failed
         method=method,
         choice=NO_CHOICE,
         results={
-            cell_of(task, method, seed): Result(metric=metric, score=score, costs=costs)
+            cell_of(task, method, seed): Result(metric=metric, score=score, loss=1.0, costs=costs)
             for seed, score in scores.items()
         },
         num_failed=failed,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
-from launch.comparison.cells import Cell, search_cells
+from launch.comparison.cells import search_cells
 from launch.comparison.grid import Comparison
 from launch.comparison.metrics import is_loss
-from launch.comparison.results import read_result
+from launch.comparison.results import Result, read_result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,39 +41,40 @@ class Choice:
 
 def choose_rates(comparison: Comparison) -> dict[tuple[str, str], Choice]:
     """The choice of every task and method, from the finished runs of the search."""
-    results = {}
+    found: dict[tuple[str, str], dict[float, Result]] = {
+        (task, method): {} for task in comparison.tasks for method in comparison.methods
+    }
     for cell in search_cells(comparison):
-        try:
-            results[cell] = read_result(comparison, cell)
-        except ValueError:
-            continue
+        with suppress(ValueError):
+            result = read_result(comparison, cell)
+            found[cell.task, cell.method][cell.learning_rate] = result
     choices = {}
-    for task in comparison.tasks:
-        for name, method in comparison.methods.items():
-            own = {
-                cell: r for cell, r in results.items() if (cell.task, cell.method) == (task, name)
-            }
-            metric = next((result.metric for result in own.values()), None)
-            scores = _scores(method.learning_rates, {c: r.score for c, r in own.items()})
-            rate = best_rate(method.learning_rates, scores, metric or "")
-            if len(method.learning_rates) == 1:
-                rate = method.learning_rates[0]
-            choices[task, name] = Choice(
-                rates=method.learning_rates, scores=scores, metric=metric, rate=rate
-            )
+    for (task, name), results in found.items():
+        rates = comparison.methods[name].learning_rates
+        choices[task, name] = Choice(
+            rates=rates,
+            scores=tuple(results[rate].score if rate in results else None for rate in rates),
+            metric=next((result.metric for result in results.values()), None),
+            rate=rates[0] if len(rates) == 1 else best_rate(results),
+        )
     return choices
 
 
-def best_rate(
-    rates: tuple[float, ...], scores: tuple[float | None, ...], metric: str
-) -> float | None:
-    """The rate of the best score, of equal ones the smallest; None if no rate has a score."""
-    sign = -1 if is_loss(metric) else 1
-    scored = [(r, sign * s) for r, s in zip(rates, scores, strict=True) if s is not None]
-    return min(scored, key=lambda pair: (-pair[1], pair[0]))[0] if scored else None
+def best_rate(results: Mapping[float, Result]) -> float | None:
+    """The rate of the best score; of equal ones that of the least loss, then the smallest.
 
+    A score such as the share of right answers is often the same to the last digit where nothing has
+    been learnt yet, and the loss is not.
 
-def _scores(rates: tuple[float, ...], by_cell: Mapping[Cell, float]) -> tuple[float | None, ...]:
-    """In the order of the rates."""
-    by_rate = {cell.learning_rate: score for cell, score in by_cell.items()}
-    return tuple(by_rate.get(rate) for rate in rates)
+    Args:
+        results: by learning rate.
+
+    Returns:
+        A key of ``results``; None if there are none.
+    """
+
+    def badness(rate: float) -> tuple[float, float, float]:
+        result = results[rate]
+        return (result.score if is_loss(result.metric) else -result.score, result.loss, rate)
+
+    return min(results, key=badness, default=None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,13 @@ class Result:
     Attributes:
         metric: name of the task's main metric.
         score: its value on the run's split.
+        loss: on the same examples, after training; infinite where there is none.
         costs: the numbers `COSTS`.
     """
 
     metric: str
     score: float
+    loss: float
     costs: Mapping[str, float]
 
 
@@ -80,7 +82,13 @@ def read_training(folder: Path) -> Result:
         if not _is_number(value):
             raise ValueError(f"{folder / RESULTS_FILE} has no number {name}.")
     costs = {cost: content[cost] for cost in COSTS}
-    return Result(metric=metric, score=float(score), costs=costs)
+    loss = content.get("last_eval_loss")
+    return Result(
+        metric=metric,
+        score=float(score),
+        loss=float(loss) if _is_number(loss) else math.inf,
+        costs=costs,
+    )
 
 
 def read_result(comparison: Comparison, cell: Cell) -> Result:
@@ -100,7 +108,7 @@ def read_result(comparison: Comparison, cell: Cell) -> Result:
         value = value.get(key) if isinstance(value, dict) else None
     if not _is_number(value):
         raise ValueError(f"{path} has no number at {evaluation.score}.")
-    return Result(metric=evaluation.metric, score=float(value), costs=result.costs)
+    return replace(result, metric=evaluation.metric, score=float(value))
 
 
 def read_predictions(comparison: Comparison, cell: Cell) -> Predictions:
