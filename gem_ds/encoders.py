@@ -1,8 +1,12 @@
 """Encoders: models whose tokens see each other both ways, so that they classify and do not write.
 
-Their classification head is what the base model lacks: transformers' class for sequence
-classification adds it. The head is trained densely, beside the mask, is no target and does not
-count in N; its first values depend on the seed and on each parameter's name alone.
+Their classification head is what the base model lacks, which transformers' class for sequence
+classification adds, and the base model's pooler, which only a head reads. It is trained densely,
+beside the mask, and is no target. First values of what is new depend on the seed and on each
+parameter's name alone; that does not count in N.
+
+The pooler belongs to the head whether or not the files hold it, as they do for BERT and do not for
+DeBERTa: it was trained for another purpose, and while it is frozen little can be learnt through it.
 """
 
 from __future__ import annotations
@@ -80,19 +84,23 @@ def set_labels(config: PretrainedConfig, labels: Sequence[str]) -> None:
 
 
 def head_names(model: Any) -> set[str]:
-    """Names of the parameters that make the classification head of an encoder; none of a decoder.
+    """Names of the parameters that only an encoder's classification head reads; a decoder has none.
 
-    That is what stands outside the base model, and the base model's pooler: only a head reads it,
-    and the files of some encoders lack it.
+    That is what stands outside the base model, and the base model's pooler.
     """
     if not is_encoder(model.config):
         return set()
     prefix = f"{model.base_model_prefix}."
-    return {
-        name
-        for name, _ in model.named_parameters()
-        if not name.startswith(prefix) or name.startswith(f"{prefix}pooler.")
-    }
+    outside = {name for name, _ in model.named_parameters() if not name.startswith(prefix)}
+    return outside | pooler_names(model)
+
+
+def pooler_names(model: Any) -> set[str]:
+    """Names of the parameters of an encoder's pooler; none if it has no pooler, or is a decoder."""
+    if not is_encoder(model.config):
+        return set()
+    prefix = f"{model.base_model_prefix}.pooler."
+    return {name for name, _ in model.named_parameters() if name.startswith(prefix)}
 
 
 def without_head(model: Any) -> nn.Module:

@@ -17,7 +17,7 @@ from transformers.utils import (
 )
 
 from gem_ds.comm import Comm
-from gem_ds.encoders import auto_class, head_names, initialise_head
+from gem_ds.encoders import auto_class, head_names, initialise_head, pooler_names
 from gem_ds.zero import partitioned_loading, whole_weights
 from launch.arguments import Arguments
 
@@ -27,11 +27,28 @@ _WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGH
 
 
 def load_model_config(args: Arguments) -> PretrainedConfig:
-    """The model's configuration.
+    """The model's configuration, where its weights are there too.
 
     Raises:
-        ValueError: it cannot be loaded, is not of a model that GEM can train, or lies in a folder
-            without weights or with damaged ones.
+        ValueError: as :func:`read_model_config`, or it lies in a folder without weights or with
+            damaged ones.
+    """
+    name = str(args.model.model_name_or_path)
+    config = read_model_config(args)
+    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in _WEIGHT_FILES):
+        raise ValueError(
+            f"--model_name_or_path {name} holds no weights ({' or '.join(_WEIGHT_FILES)}): pass a "
+            "complete model."
+        )
+    _refuse_damaged_weights(name)
+    return config
+
+
+def read_model_config(args: Arguments) -> PretrainedConfig:
+    """The model's configuration, with or without weights.
+
+    Raises:
+        ValueError: it cannot be loaded, or is not of a model that GEM can train.
     """
     name = str(args.model.model_name_or_path)
     if name.startswith(("/", ".")) and not Path(name).is_dir():
@@ -52,12 +69,6 @@ def load_model_config(args: Arguments) -> PretrainedConfig:
         raise ValueError(
             f"{name} is quantized, so its weights cannot hold an update exactly: pass the original."
         )
-    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in _WEIGHT_FILES):
-        raise ValueError(
-            f"--model_name_or_path {name} holds no weights ({' or '.join(_WEIGHT_FILES)}): pass a "
-            "complete model."
-        )
-    _refuse_damaged_weights(name)
     return config
 
 
@@ -91,7 +102,7 @@ def load_model(
         comm: the ranks; all call this together.
 
     Returns:
-        The model, and the names of the new parameters of its head.
+        The model, and the names of the parameters of its head: the new ones, and the pooler's.
 
     Raises:
         ValueError: its files lack a weight or have it in another shape.
@@ -114,9 +125,9 @@ def load_model(
             )
             model, report = loaded
             missing = set(report["missing_keys"])
-            head = sorted(missing & head_names(model))
+            new = sorted(missing & head_names(model))
             # Where another weight is missing, the model holds random numbers.
-            wrong = [*missing.difference(head), *(key for key, *_ in report["mismatched_keys"])]
+            wrong = [*missing.difference(new), *(key for key, *_ in report["mismatched_keys"])]
     except RuntimeError as error:  # at stage 3 rank 0 alone sees a wrong shape, after loading
         wrong = re.findall(r"size mismatch for (\S+):", str(error))
         if not wrong:
@@ -127,13 +138,20 @@ def load_model(
                 f"{name} lacks {len(wrong)} of the weights that its config.json asks for, or has "
                 f"them in another shape, for example {min(wrong)}: pass a complete model."
             )
-    with whole_weights(model, head):
-        initialise_head(model, head, getattr(config, "initializer_range", 0.02), args.train.seed)
+    with whole_weights(model, new):
+        initialise_head(model, new, getattr(config, "initializer_range", 0.02), args.train.seed)
     if args.train.gradient_checkpointing:
-        # Not reentrant: a reentrant block runs a backward of its own (see gem_ds.sparse).
-        enable = getattr(model, "activation_checkpointing_enable", None)
-        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
-    return model, head
+        enable_checkpointing(model)
+    return model, sorted(pooler_names(model).union(new))
+
+
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Let the blocks of a model recompute their activations in the backward pass.
+
+    Not reentrantly: a reentrant block runs a backward of its own (see :mod:`gem_ds.sparse`).
+    """
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def one_line(error: Exception) -> str:

@@ -45,7 +45,7 @@ class SparseTuning:
         args: the flags.
         plan: of the run.
         model: the base model.
-        head: names of the parameters that the base model lacks; they are trained whole.
+        head: names of the parameters of the head; they are trained whole.
         comm: the ranks.
 
     Attributes:
