@@ -21,7 +21,7 @@ import torch
 from transformers import OPTConfig, OPTForCausalLM
 
 from gem_ds.loss import chunked_answer_loss, summed_answer_loss
-from gem_ds.texts import IGNORED_LABEL
+from gem_ds.texts import IGNORED_LABEL, answer_positions
 
 LOSSES = {"whole": summed_answer_loss, "chunked": chunked_answer_loss}
 
@@ -43,7 +43,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokens = torch.randint(0, model.config.vocab_size, (4, 512))
     labels = tokens.clone()
     labels[:, : round(512 * (1 - args.answer_share))] = IGNORED_LABEL
-    batch = {"input_ids": tokens, "labels": labels}
+    batch = {
+        "input_ids": tokens,
+        "labels": labels,
+        "answer_positions": answer_positions(labels),
+    }
 
     seconds: dict[str, list[float]] = {name: [] for name in LOSSES}
     mebibytes: dict[str, list[float]] = {name: [] for name in LOSSES}

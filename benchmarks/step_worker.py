@@ -39,15 +39,17 @@ class Contender:
 
     def __init__(self, name: str, flags: list[str], comm: Comm) -> None:
         self.comm = comm
-        self.libraries = resident_bytes()
         args = parse_arguments(flags)
         plan = prepare(args, comm.world_size)
+        self.libraries = resident_bytes()  # loaded by now, all but peft
         self.run = Run(args, plan, comm, _BASELINES.get(name))
         self.tuning: Any = self.run.tuning
+        summed_loss = self.run.settled_loss()
+        start_peak(comm.device)
         started = time.perf_counter()
-        summed_loss = plan.objective.summed_loss
         self.tuning.start(self.run.calibration_batches(), summed_loss)
         self.start_seconds = time.perf_counter() - started
+        self.calibration_peak = peak_bytes(comm.device, self.libraries)
         self.steps = fit(
             self.tuning,
             self.run.train_batches,
@@ -86,6 +88,7 @@ class Contender:
         return {
             "num_trainable": self.tuning.num_trainable,
             "peak_bytes": self.comm.largest(peak_bytes(self.comm.device, self.libraries)),
+            "calibration_peak_bytes": self.comm.largest(self.calibration_peak),
             "state_bytes": self.sum(self.tuning.engine.optimizer_state_bytes()),
             "checkpoint_bytes": self.checkpoint_bytes(),
             "start_seconds": self.start_seconds,

@@ -197,13 +197,6 @@ def check_arguments(
     Raises:
         ValueError: one sentence that names the flag.
     """
-    needed = {
-        "--model_name_or_path": model.model_name_or_path,
-        "--task": data.task,
-        "--output_dir": train.output_dir,
-    }
-    if missing := [flag for flag, value in needed.items() if not value]:
-        raise ValueError(f"Pass {' and '.join(missing)} (on the command line or in --config).")
     if train.bf16 and train.fp16:
         raise ValueError("Pass --bf16 or --fp16, not both.")
     at_least_one: dict[str, int | None] = {

@@ -171,12 +171,9 @@ def _step(
     started = time.perf_counter()
     engine.model.train()
     seed_noise(seed, step, comm.rank)
-    local = torch.tensor(
-        [_accumulate(engine, train, summed_loss, step), float(stop.received)],
-        dtype=torch.float64,
-        device=comm.device,
-    )
-    loss, num_stopping = comm.all_reduce(local, "sum").tolist()
+    own = _accumulate(engine, train, summed_loss, step).double() / comm.world_size
+    local = torch.stack([own, own.new_tensor(stop.received)])
+    loss, num_stopping = comm.all_reduce(local, "sum").tolist()  # all that waits for the device
     if not math.isfinite(loss):
         with comm.in_unison():
             raise DivergedError(_diverged("loss", step))
@@ -197,8 +194,8 @@ def _step(
     )
 
 
-def _accumulate(engine: StepEngine, train: Batches, summed_loss: SummedLoss, step: int) -> float:
-    """Run the backward of a global batch; this rank's part of its mean loss."""
+def _accumulate(engine: StepEngine, train: Batches, summed_loss: SummedLoss, step: int) -> Tensor:
+    """Run the backward of a global batch; this rank's part of its mean loss, times the ranks."""
     weight = 1.0 / train.weight(step)
     total = torch.zeros((), device=engine.device)
     for i, batch in enumerate(train.micro_batches(step)):
@@ -207,7 +204,7 @@ def _accumulate(engine: StepEngine, train: Batches, summed_loss: SummedLoss, ste
             return summed_loss(model, batch) * (weight * engine.comm.world_size)
 
         total += engine.backward(scaled_loss, deliver=i == train.num_micro_batches - 1)
-    return total.item() / engine.comm.world_size
+    return total
 
 
 def mean_loss(engine: StepEngine, batches: Batches, summed_loss: SummedLoss) -> float:

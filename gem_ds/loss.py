@@ -24,6 +24,8 @@ from gem_ds.comm import Comm
 from gem_ds.cross_entropy import summed_cross_entropy
 from gem_ds.texts import IGNORED_LABEL
 
+_OF_THE_LOSS = ("labels", "answer_positions")  # of a batch, what the model does not read
+
 SummedLoss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
 """Takes a model and a micro-batch; the loss summed over what the micro-batch's weight counts."""
 
@@ -33,15 +35,15 @@ def summed_answer_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
     Args:
         model: a causal language model of transformers, or an engine around one.
-        batch: ``input_ids`` and ``labels`` [B, T] as :func:`gem_ds.texts.collate` lays them out,
-            and what else the model's forward takes.
+        batch: as :func:`gem_ds.texts.collate` lays it out.
 
     Returns:
         fp32 scalar; 0 where nothing is labelled.
     """
+    next_labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED_LABEL)
     return F.cross_entropy(
         _logits(model, batch).flatten(0, 1).float(),
-        _next_labels(batch).flatten(),
+        next_labels.flatten(),
         ignore_index=IGNORED_LABEL,
         reduction="sum",
     )
@@ -53,16 +55,15 @@ def chunked_answer_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor
     While the model runs, its output layer returns the loss in the place of the logits. It is still
     the layer that is called, so what ZeRO-3 hangs on it gathers its weight as ever.
     """
-    layer = _output_layer(model)
+    layer = plain_output_layer(model)
     assert layer is not None, "answer_loss_of chose this loss"
-    labels = _next_labels(batch)
+    positions = batch["answer_positions"]
+    labels = batch["labels"].flatten().index_select(0, positions + 1)
     losses = []
 
     def loss_of(hidden: Tensor) -> Tensor:
-        is_labelled = labels != IGNORED_LABEL
-        loss = summed_cross_entropy(
-            hidden[is_labelled], layer.weight, layer.bias, labels[is_labelled]
-        )
+        answers = hidden.flatten(0, 1).index_select(0, positions)
+        loss = summed_cross_entropy(answers, layer.weight, layer.bias, labels)
         losses.append(loss.view(1, 1, 1))
         return losses[-1]
 
@@ -85,7 +86,7 @@ def answer_loss_of(model: nn.Module, comm: Comm) -> SummedLoss:
     Returns:
         :func:`chunked_answer_loss` or :func:`summed_answer_loss`, the same on all ranks.
     """
-    layer = _output_layer(model)
+    layer = plain_output_layer(model)
     if layer is None:
         return summed_answer_loss
     outputs: list[Tensor] = []
@@ -104,16 +105,11 @@ def answer_loss_of(model: nn.Module, comm: Comm) -> SummedLoss:
 
 def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """What the model returns for logits: [B, T, V]."""
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    inputs = {key: value for key, value in batch.items() if key not in _OF_THE_LOSS}
     return model(**inputs, use_cache=False).logits
 
 
-def _next_labels(batch: Mapping[str, Tensor]) -> Tensor:
-    """The label of the token after each position: [B, T]."""
-    return F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED_LABEL)
-
-
-def _output_layer(model: nn.Module) -> nn.Linear | None:
+def plain_output_layer(model: nn.Module) -> nn.Linear | None:
     """The output layer, if it is a linear layer with nothing about it.
 
     Subclasses may compute something else of the weight, so may a forward or a kind of weight of its

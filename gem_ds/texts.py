@@ -135,7 +135,7 @@ def collate(
 
     Returns:
         CPU tensors, int64 [B, T]: `input_ids`, `labels` (-100 outside the answers), and
-        `position_ids` if packed, else `attention_mask`.
+        `position_ids` if packed, else `attention_mask`; and `answer_positions`.
     """
     assert packed or all(len(row) == 1 for row in rows), "without packing a row is one example"
     rows = rows or [[]]
@@ -154,7 +154,23 @@ def collate(
             start = end
         position_ids[b, start:] = torch.arange(num_tokens - start)
         attention_mask[b, : start or num_tokens] = 1  # attention over nothing is undefined
-    batch = {"input_ids": input_ids, "labels": labels}
+    batch = {
+        "input_ids": input_ids,
+        "labels": labels,
+        "answer_positions": answer_positions(labels),
+    }
     if packed:
         return batch | {"position_ids": position_ids}
     return batch | {"attention_mask": attention_mask}
+
+
+def answer_positions(labels: Tensor) -> Tensor:
+    """Where the next token is an answer's: int64 [n], flat positions in [B, T], ascending.
+
+    Found while the labels are on the CPU: a GPU would have to stop and tell how many there are.
+
+    Args:
+        labels: int64 [B, T], :data:`IGNORED_LABEL` outside the answers.
+    """
+    rows, columns = torch.nonzero(labels[:, 1:] != IGNORED_LABEL, as_tuple=True)
+    return rows * labels.shape[1] + columns

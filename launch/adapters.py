@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from launch.arguments import Arguments
-from launch.prepare import Plan
 
 
-def add_adapter(model: PreTrainedModel, args: Arguments, plan: Plan, head: list[str]) -> Any:
+def add_adapter(
+    model: PreTrainedModel,
+    args: Arguments,
+    targets: Sequence[str],
+    shira_rank: int,
+    head: Sequence[str],
+) -> Any:
     """Put the adapter that ``--method`` names on a model; all but it and the head is frozen.
 
     LoRA and SHiRA change the target layers of the sparse methods; SHiRA trains about K entries. IA3
     scales what peft's own table names for the architecture, unless ``--target_modules`` says
     otherwise.
+
+    Args:
+        model: is changed.
+        args: the flags.
+        targets: names of the target weights; IA3 may have none.
+        shira_rank: with SHiRA its rank.
+        head: names of the parameters of the head.
 
     Raises:
         ValueError: peft does not know where IA3 belongs in this model.
@@ -26,7 +39,7 @@ def add_adapter(model: PreTrainedModel, args: Arguments, plan: Plan, head: list[
     from peft import IA3Config, LoraConfig, PeftConfig, ShiraConfig, get_peft_model
 
     torch.manual_seed(args.train.seed)
-    modules = [name.removesuffix(".weight") for name in plan.targets]
+    modules = [name.removesuffix(".weight") for name in targets]
     common: dict[str, Any] = {"modules_to_save": _owners(head) or None}
     config: PeftConfig
     if args.method.method == "lora":
@@ -38,7 +51,7 @@ def add_adapter(model: PreTrainedModel, args: Arguments, plan: Plan, head: list[
             **common,
         )
     elif args.method.method == "shira":
-        config = ShiraConfig(r=plan.shira_rank, target_modules=modules, **common)
+        config = ShiraConfig(r=shira_rank, target_modules=modules, **common)
     elif args.method.target_modules:
         config = IA3Config(target_modules=modules, feedforward_modules=[], **common)
     else:
@@ -56,10 +69,10 @@ def add_adapter(model: PreTrainedModel, args: Arguments, plan: Plan, head: list[
         ) from error
 
 
-def is_of_head(name: str, head: list[str]) -> bool:
+def is_of_head(name: str, head: Sequence[str]) -> bool:
     """Whether a parameter, perhaps renamed by peft, is the head's."""
     return name in head or ".modules_to_save." in name
 
 
-def _owners(head: list[str]) -> list[str]:
+def _owners(head: Sequence[str]) -> list[str]:
     return sorted({name.rpartition(".")[0] for name in head})

@@ -30,8 +30,14 @@ class Arguments:
     train: TrainArguments
 
 
-def parse_arguments(argv: Sequence[str]) -> Arguments:
+def parse_arguments(
+    argv: Sequence[str], needed: Sequence[str] = ("model_name_or_path", "task", "output_dir")
+) -> Arguments:
     """Read flags, on top of the recipe that ``--config`` names.
+
+    Args:
+        argv: the flags.
+        needed: names of those that must be there.
 
     Raises:
         ValueError: the recipe, a flag or a value is wrong; the sentence names it.
@@ -52,6 +58,9 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     )
     if unknown:
         raise ValueError(f"There is no flag {unknown[0]}: see --help.")
+    values = vars(model) | vars(data) | vars(train)
+    if missing := [f"--{name}" for name in needed if not values[name]]:
+        raise ValueError(f"Pass {' and '.join(missing)} (on the command line or in --config).")
     check_arguments(model, data, method, train)
     return Arguments(model=model, data=data, method=method, train=train)
 

@@ -38,8 +38,7 @@ class DenseTuning:
         args: the flags.
         plan: of the run.
         model: the base model.
-        head: names of the parameters that the base model lacks; they are trained at the head's
-            learning rate.
+        head: names of the parameters of the head; they are trained at the head's learning rate.
         comm: the ranks.
     """
 
@@ -52,7 +51,7 @@ class DenseTuning:
         self.head = head
         network: Any = model
         if args.method.method in ADAPTER_METHODS:
-            network = add_adapter(model, args, plan, head)
+            network = add_adapter(model, args, plan.targets, plan.shira_rank, head)
         else:
             for name, parameter in model.named_parameters():
                 is_bias = name.rpartition(".")[2] == "bias"
@@ -90,7 +89,7 @@ class DenseTuning:
         """Say what will be trained; returns what to log of it."""
         reporter.say(
             f"Training {self.num_trainable:,} parameters"
-            + (" and with them a new head" if self.head else "")
+            + (" and with them the head" if self.head else "")
             + f"; the base model has {self.plan.num_parameters:,}"
         )
         return {"num_trainable": self.num_trainable}

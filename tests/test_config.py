@@ -39,11 +39,6 @@ def test_the_defaults_pass_and_every_flag_is_explained():
             assert field.metadata["help"].endswith((".", ").")), field.name
 
 
-def test_what_is_missing_is_named_at_once():
-    with pytest.raises(ValueError, match=r"Pass --model_name_or_path and --task and --output_dir"):
-        check(model_name_or_path=None, task=None, output_dir="")
-
-
 COUNTS = (
     "per_device_train_batch_size",
     "per_device_eval_batch_size",

@@ -259,7 +259,8 @@ def _dense(method: str, name: str) -> Dense:
     head = _head(model)
     network: Any = model
     if method in ADAPTER_METHODS:
-        network = add_adapter(model, _args(method, Path()), _run_plan(model, Path(), {}), head)
+        run = _run_plan(model, Path(), {})
+        network = add_adapter(model, _args(method, Path()), run.targets, run.shira_rank, head)
     else:
         for key, parameter in model.named_parameters():
             parameter.requires_grad_(method == "full" or key.endswith("bias") or key in head)

@@ -32,6 +32,7 @@ from gem_ds.comm import Comm
 from gem_ds.loss import answer_loss_of, chunked_answer_loss, summed_answer_loss
 from gem_ds.packing import PackedDataset
 from gem_ds.sparse import TargetLayers
+from gem_ds.texts import answer_positions
 from gem_ds.zero import init_distributed
 from tests.largest_tensor import LargestTensor
 from tests.ranks import run_ranks
@@ -241,7 +242,14 @@ def test_the_output_layer_is_itself_again_after_an_error() -> None:
     model = make(MAKERS["llama"])
     tokens = torch.full((1, 3), VOCABULARY)  # no such token
     with pytest.raises(IndexError):
-        chunked_answer_loss(model, {"input_ids": tokens, "labels": tokens})
+        chunked_answer_loss(
+            model,
+            {
+                "input_ids": tokens,
+                "labels": tokens,
+                "answer_positions": answer_positions(tokens),
+            },
+        )
     assert "forward" not in vars(model.lm_head)
     assert model(input_ids=tokens - 1).logits.shape == (1, 3, VOCABULARY)
 

@@ -1,0 +1,194 @@
+"""Whether `launch/plan.py` foretells what is measured, and what it foretells of large models.
+
+    python benchmarks/plan.py [--layers 6] [--output plan.md]       # against measurements, here
+    python benchmarks/plan.py --large [--output plan_large.md]      # 7B to 405B, nothing is run
+
+Measured is what `benchmarks/step.py` reports of a contender; ranks are processes of this machine.
+Freed memory is given back at once (MALLOC_MMAP_THRESHOLD_), so that the resident set follows what
+lives. Of two numbers the first is foretold, the second measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+from step import flags_of, markdown, start
+from transformers import LlamaConfig
+
+from gem_ds.zero_config import read_config
+from launch.arguments import parse_arguments
+from launch.plan import read_setting
+from launch.planning.advice import fits, least_change
+from launch.planning.forecast import Forecast, Setting, forecast
+
+GB = 1e9
+METHODS = ("gem", "lora", "full")
+CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One configuration that runs here."""
+
+    world_size: int
+    stage: int
+    dtype: str = "fp32"
+    checkpointing: bool = False
+
+    def __str__(self) -> str:
+        told = f"{self.world_size} x ZeRO {self.stage}, {self.dtype}"
+        return f"{told}, checkpointing" if self.checkpointing else told
+
+
+CASES = (
+    Case(world_size=1, stage=0),
+    Case(world_size=1, stage=0, checkpointing=True),
+    Case(world_size=1, stage=3, dtype="bf16"),
+    Case(world_size=2, stage=0),
+    Case(world_size=2, stage=1),
+    Case(world_size=2, stage=2, dtype="bf16"),
+    Case(world_size=2, stage=3),
+    Case(world_size=2, stage=3, dtype="bf16", checkpointing=True),
+)
+
+#: Llama shapes: hidden and intermediate size, layers, heads, key-value heads, vocabulary.
+LARGE = {
+    "7B": (4096, 11008, 32, 32, 32, 32000),
+    "13B": (5120, 13824, 40, 40, 40, 32000),
+    "70B": (8192, 28672, 80, 64, 8, 32000),
+    "405B": (16384, 53248, 126, 128, 8, 128256),
+}
+WORLD_SIZES = (8, 64, 1024)
+
+
+def measured_rows(layers: int) -> Iterator[dict[str, str]]:
+    """Run every case with every method; the foretold beside the measured."""
+    for case in CASES:
+        args = argparse.Namespace(
+            shape="opt-125m",
+            layers=layers,
+            contenders=METHODS,
+            world_size=case.world_size,
+            stage=case.stage,
+            dtype=case.dtype,
+            batch_size=2,
+            tokens=256,
+            density="0.001",
+            gradient_checkpointing=case.checkpointing,
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            for method, flags in flags_of(args, Path(folder)).items():
+                found = _measure(method, flags, case.world_size)
+                setting = read_setting(
+                    parse_arguments([*flags, "--output_dir", folder]), case.world_size, on_cpu=True
+                )
+                yield {"": str(case), "method": method} | _compare(forecast(setting), found)
+
+
+def _measure(method: str, flags: Sequence[str], world_size: int) -> dict[str, Any]:
+    ranks = start(method, flags, world_size)
+    try:
+        ranks.ask("step 2")
+        return ranks.ask("count") | ranks.ask("report")
+    finally:
+        ranks.close()
+
+
+def _compare(told: Forecast, found: dict[str, Any]) -> dict[str, str]:
+    def pair(foretold: int, measured: int, unit: float, digits: int) -> str:
+        if not foretold and not measured:
+            return ""
+        texts = f"{foretold / unit:,.{digits}f}", f"{measured / unit:,.{digits}f}"
+        return f"{texts[0]} / {texts[1]} ({foretold / measured - 1:+.1%})"
+
+    calibration = sum(told.calibration.values())
+    return {
+        "peak of a step, MB": pair(sum(told.training.values()), found["peak_bytes"], 1e6, 0),
+        "of calibration, MB": pair(calibration, found["calibration_peak_bytes"], 1e6, 0)
+        if calibration
+        else "",
+        "state, kB": pair(told.state, found["state_bytes"], 1e3, 0),
+        "weight gathers, MB": pair(told.weight_gathers, found["weights"], 1e6, 1),
+        "other messages, kB": pair(told.step_messages, found["others"], 1e3, 0),
+    }
+
+
+def large_rows() -> Iterator[dict[str, str]]:
+    """What 7B to 405B need on GPUs of 80 GB: ZeRO 3, bf16, activations recomputed."""
+    for name, (hidden, intermediate, layers, heads, groups, vocabulary) in LARGE.items():
+        config = LlamaConfig(
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=groups,
+            vocab_size=vocabulary,
+        )
+        for method in METHODS:
+            flags = f"--model_name_or_path {name} --method {method} --lora_r 16 --max_length 2048"
+            flags += " --per_device_train_batch_size 1 --bf16 --gradient_checkpointing"
+            args = parse_arguments(flags.split(), needed=[])
+            for world_size in WORLD_SIZES:
+                setting = Setting(
+                    args=args,
+                    config=config,
+                    deepspeed=read_config(CONFIGS / "zero3.json"),
+                    world_size=world_size,
+                )
+                print(name, method, world_size, file=sys.stderr, flush=True)
+                yield _large_row(name, setting)
+
+
+def _large_row(name: str, setting: Setting) -> dict[str, str]:
+    told = forecast(setting)
+    answer = "yes"
+    if not fits(told, 80 * GB):
+        change = least_change(setting, 80 * GB)
+        answer = "no" if change is None else f"with {', '.join(change[0])}"
+    return {
+        "model": name,
+        "method": setting.args.method.method,
+        "GPUs": f"{setting.world_size:,}",
+        "trained": f"{told.num_trained:,}",
+        "peak, GB": f"{told.peak / GB:.1f}",
+        "weights": f"{told.training['weights'] / GB:.2f}",
+        "masters and moments": f"{told.training['masters and moments'] / GB:.3f}",
+        "gathers of a micro-batch, GB": f"{told.weight_gathers / GB:,.0f}",
+        "other messages of a step, GB": f"{told.step_messages / GB:.3f}",
+        "fits 80 GB": answer,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print a table, and write it where --output says."""
+    parser = argparse.ArgumentParser(
+        prog="benchmarks/plan.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--large", action="store_true")
+    parser.add_argument("--layers", type=int, default=6, help="of the OPT-125m shape")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args(argv)
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # of the processes that are measured
+    transformers.utils.logging.set_verbosity_error()
+    rows = []
+    for row in large_rows() if args.large else measured_rows(args.layers):
+        rows.append(row)
+        print(json.dumps(row), file=sys.stderr, flush=True)
+    print(table := markdown(rows))
+    if args.output:
+        args.output.write_text(f"{table}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Whether a setting fits, and the least change that makes it fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from gem_ds.zero_config import read_config, zero_stage
+from launch.planning.forecast import Forecast, Setting, forecast
+
+#: Share of the memory that the forecast leaves to what it does not count.
+HEADROOM = 0.1
+
+_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+_MOST_RANKS = 4096
+
+
+def fits(found: Forecast, memory_bytes: float) -> bool:
+    """Whether a rank with so much memory can run it, with some to spare."""
+    return found.peak <= (1 - HEADROOM) * memory_bytes
+
+
+def least_change(setting: Setting, memory_bytes: float) -> tuple[list[str], Forecast] | None:
+    """The first of :func:`changes` that fits: what to change, and what is needed then."""
+    for told, changed in changes(setting):
+        found = forecast(changed)
+        if fits(found, memory_bytes):
+            return told, found
+    return None
+
+
+def changes(setting: Setting) -> Iterator[tuple[list[str], Setting]]:
+    """Changes that need less memory, one upon the other, those that cost least time first.
+
+    The batch of a step stays the same until ranks are added.
+    """
+    told: list[str] = []
+    for change in (_checkpoint, _cut_batch, _partition, _offload):
+        changed = change(setting)
+        if changed is not None:
+            words, setting = changed
+            told = [*told, words]
+            yield told, setting
+    while setting.world_size < _MOST_RANKS:
+        setting = replace(setting, world_size=2 * setting.world_size)
+        yield [*told, f"{setting.world_size} ranks"], setting
+
+
+def _checkpoint(setting: Setting) -> tuple[str, Setting] | None:
+    if setting.args.train.gradient_checkpointing:
+        return None
+    return "--gradient_checkpointing", _with(setting, gradient_checkpointing=True)
+
+
+def _cut_batch(setting: Setting) -> tuple[str, Setting] | None:
+    train = setting.args.train
+    size = train.per_device_train_batch_size
+    if size == 1:
+        return None
+    accumulation = train.gradient_accumulation_steps * size
+    return (
+        f"--per_device_train_batch_size 1 --gradient_accumulation_steps {accumulation}",
+        _with(setting, per_device_train_batch_size=1, gradient_accumulation_steps=accumulation),
+    )
+
+
+def _partition(setting: Setting) -> tuple[str, Setting] | None:
+    if zero_stage(dict(setting.deepspeed)) == 3:
+        return None
+    return "--deepspeed ds_configs/zero3.json", _on(setting, "zero3.json")
+
+
+def _offload(setting: Setting) -> tuple[str, Setting] | None:
+    if setting.deepspeed["zero_optimization"].get("offload_param"):
+        return None
+    return "--deepspeed ds_configs/zero3_offload.json", _on(setting, "zero3_offload.json")
+
+
+def _with(setting: Setting, **train: object) -> Setting:
+    args = setting.args
+    return replace(setting, args=replace(args, train=replace(args.train, **train)))
+
+
+def _on(setting: Setting, config: str) -> Setting:
+    return replace(setting, deepspeed=read_config(_CONFIGS / config))

@@ -1,0 +1,313 @@
+"""What one rank will hold and what crosses the network, before anything is loaded.
+
+What lasts follows from sizes: weights, statistics, values, masters and moments. What comes and goes
+(activations, gradients, gathered weights, a kernel's buffers) is counted while the model runs a
+micro-batch on the meta device (:mod:`launch.planning.live`). Not counted is what libraries take:
+the CUDA context, NCCL's buffers, the allocator's fragments.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from gem_ds.methods import CALIBRATED_METHODS, SPARSE_METHODS
+from gem_ds.sparse import TargetLayer
+from gem_ds.zero_config import RunShape, resolve_config, zero_stage
+from launch.arguments import Arguments
+from launch.planning.gathers import Gathers
+from launch.planning.live import LiveBytes
+from launch.planning.subject import Subject
+from launch.targets import settle_targets
+
+_FP32 = 4  # bytes of a number
+#: DeepSpeed's own where the JSON is silent.
+_ALLREDUCE_SIZE = 500_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A training command, and the ranks that are to run it.
+
+    Attributes:
+        args: the flags.
+        config: the model's.
+        deepspeed: the DeepSpeed JSON, as read.
+        world_size: the ranks.
+        on_cpu: whether they run on CPUs.
+    """
+
+    args: Arguments
+    config: PretrainedConfig
+    deepspeed: Mapping[str, Any]
+    world_size: int
+    on_cpu: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What one rank needs, in bytes; of the rank that needs most.
+
+    Attributes:
+        num_parameters: N.
+        num_trained: numbers with optimizer state, over all ranks.
+        num_tokens: of a sequence.
+        training: by kind, at the moment of a step when most is held.
+        calibration: the same of calibration; empty where there is none.
+        state: masters and moments, over all ranks.
+        weight_gathers: messages of a step that gather frozen weights; each message once, whole.
+        step_messages: all others of a step.
+        calibration_messages: of a calibration's micro-batch, the gathers left out.
+    """
+
+    num_parameters: int
+    num_trained: int
+    num_tokens: int
+    training: Mapping[str, int]
+    calibration: Mapping[str, int]
+    state: int
+    weight_gathers: int
+    step_messages: int
+    calibration_messages: int
+
+    @property
+    def peak(self) -> int:
+        """The most that is held at once."""
+        return max(sum(self.training.values()), sum(self.calibration.values()))
+
+
+def forecast(setting: Setting) -> Forecast:
+    """Foretell what a training will need.
+
+    Raises:
+        ValueError: the trainer would refuse the setting; in one sentence.
+    """
+    targets = settle_targets(setting.args, setting.config, None)
+    deepspeed = _resolved(setting, targets.total)
+    subject = Subject(setting.args, setting.config, targets, on_cpu=setting.on_cpu)
+    rank = _Rank(setting, deepspeed, subject)
+    training = rank.run(subject.step, rank.lasting())
+    weight_gathers = 0 if rank.gathers is None else rank.gathers.num_bytes
+    calibration: Mapping[str, int] = {}
+    if setting.args.method.method in CALIBRATED_METHODS:
+        calibration = rank.calibration()
+    return Forecast(
+        num_parameters=targets.num_parameters,
+        num_trained=subject.num_trained,
+        num_tokens=subject.num_tokens,
+        training=training,
+        calibration=calibration,
+        state=3 * _FP32 * subject.num_trained,
+        weight_gathers=weight_gathers,
+        step_messages=rank.step_messages(),
+        calibration_messages=rank.calibration_messages() if calibration else 0,
+    )
+
+
+class _Rank:
+    """One rank of a setting."""
+
+    def __init__(self, setting: Setting, deepspeed: Mapping[str, Any], subject: Subject) -> None:
+        self.setting, self.subject = setting, subject
+        self.world_size = setting.world_size
+        zero = deepspeed["zero_optimization"]
+        self.zero = zero
+        self.stage = zero_stage(dict(deepspeed))
+        self.itemsize = subject.weights[0].element_size()
+        self.offloads_weights = _is_offloaded(zero, "offload_param")
+        self.offloads_state = _is_offloaded(zero, "offload_optimizer")
+        self.is_sparse = setting.args.method.method in SPARSE_METHODS
+        self.gathers = self.make_gathers()
+
+    def part(self, num_entries: int) -> int:
+        """Entries of a vector that this rank holds where the ranks share it."""
+        return -(-num_entries // self.world_size)
+
+    # What lasts
+
+    def lasting(self) -> Counter[str]:
+        """Bytes of what stands throughout training."""
+        return self.weights() + self.trained()
+
+    def weights(self) -> Counter[str]:
+        """The frozen and trained weights, and the copies of small ones at stage 3."""
+        numels = [weight.numel() for weight in self.subject.weights]
+        if self.stage < 3:
+            return Counter({"weights": self.itemsize * sum(numels)})
+        shards = sum(map(self.part, numels))
+        copies = sum(n for n in numels if n <= self.persistence_threshold)
+        on_device = shards * (not self.offloads_weights) + copies * (self.world_size > 1)
+        return Counter({"weights": self.itemsize * on_device})
+
+    @property
+    def persistence_threshold(self) -> int:
+        """Entries of the largest weight that ZeRO-3 keeps whole."""
+        return self.zero.get("stage3_param_persistence_threshold", 100_000)
+
+    def trained(self) -> Counter[str]:
+        """Masters, moments and what else follows the number of trained values."""
+        total = self.subject.num_trained
+        own = total if self.stage == 0 else self.part(total)
+        masters_are_weights = self.stage == 0 and self.itemsize == _FP32
+        moments = 2 if masters_are_weights else 3
+        held = Counter({"masters and moments": _FP32 * moments * own * (not self.offloads_state)})
+        if self.is_sparse:
+            values = total if self.stage < 3 else own
+            held["selected values"] = self.itemsize * values
+            held["indices"] = _FP32 * total
+            if self.setting.on_cpu:  # what a GPU's host keeps: the values before, the mask
+                held["indices"] += (self.itemsize + _FP32) * total
+        elif self.stage >= 2:
+            held["gradients"] = self.itemsize * own
+        return held
+
+    # What comes and goes
+
+    def run(
+        self, act: Callable[[LiveBytes], None], lasting: Mapping[str, int]
+    ) -> Mapping[str, int]:
+        """Let the subject run a micro-batch; returns what a rank holds at the peak of it."""
+        model = self.subject.model
+        knows_order = self.gathers is None or self.gathers.knows_order
+        for _ in range(1 if knows_order else 2):
+            self.subject.release()
+            live = LiveBytes()
+            live.know(model)
+            for kind, num_bytes in lasting.items():
+                live.add(kind, num_bytes)
+            with ExitStack() as stack:
+                if self.gathers is not None:
+                    stack.enter_context(self.gathers.step(live))
+                stack.enter_context(self.reduction(live))
+                act(live)
+            self.take_step(live)
+        return live.at_peak
+
+    def make_gathers(self) -> Gathers | None:
+        """Weights are gathered at stage 3, from several ranks or from where they are offloaded."""
+        if self.stage < 3 or (self.world_size == 1 and not self.offloads_weights):
+            return None
+        return Gathers(
+            self.subject.model,
+            persistence_threshold=self.persistence_threshold,
+            prefetch_size=self.zero.get("stage3_prefetch_bucket_size", 50_000_000),
+            max_live=int(self.zero.get("stage3_max_live_parameters", 1e9)),
+            copies=self.setting.on_cpu and self.world_size > 1,
+        )
+
+    def reduction(self, live: LiveBytes) -> ExitStack:
+        """While gradients are made: those of trained weights leave when they have been sent."""
+        stack = ExitStack()
+        if self.stage >= 2:
+            for weight in self.subject.trained:
+                handle = weight.register_post_accumulate_grad_hook(_drop_gradient)
+                stack.callback(handle.remove)
+        if self.stage >= 1:
+            bucket = min(self.zero["reduce_bucket_size"], self.subject.num_trained)
+            buckets = 2 if self.zero.get("overlap_comm", self.stage == 3) else 1
+            live.add("messages", self.itemsize * bucket * buckets)
+        return stack
+
+    def take_step(self, live: LiveBytes) -> None:
+        """What the optimizer's step holds beside what lasts."""
+        total = self.subject.num_trained
+        if self.stage == 0:
+            if self.world_size > 1:  # gradients are copied into a message
+                live.add("messages", self.itemsize * min(total, _ALLREDUCE_SIZE))
+            if self.itemsize < _FP32:
+                live.add("gradients", _FP32 * total)
+        else:
+            live.add("gradients", _FP32 * self.part(total))
+
+    # Calibration
+
+    def calibration(self) -> Mapping[str, int]:
+        """What is held at the peak of a micro-batch of calibration."""
+        layers = self.subject.layers
+        assert layers is not None
+        buffered = self.buffered(layers)
+        lasting = self.lasting()
+        for layer in layers:
+            size = layer.numel if layer.name in buffered else self.part(layer.numel)
+            lasting["statistics"] += _FP32 * size
+        live = LiveBytes()
+        before = 0  # bytes of the product that is on its way
+
+        def take(layer: TargetLayer, dy: Tensor) -> None:
+            nonlocal before
+            if layer.name in buffered:
+                return
+            size = _FP32 * self.world_size * self.part(layer.numel)
+            live.add("products", size)
+            with live.held("messages", size * self.setting.on_cpu):  # gloo copies what it sends
+                live.add("products", -before)
+            before = size
+
+        def act(current: LiveBytes) -> None:
+            nonlocal live, before
+            live, before = current, 0
+            self.subject.calibrate(live, take)
+
+        return self.run(act, lasting)
+
+    def buffered(self, layers: Iterable[TargetLayer]) -> set[str]:
+        """Layers whose whole gradient is kept, as :func:`gem_ds.statistics.buffered_layers`."""
+        left = self.setting.args.method.calibration_buffer_gb * 1e9
+        chosen = set()
+        for layer in sorted(layers, key=lambda layer: self.part(layer.numel)):
+            size = _FP32 * (self.world_size - 1) * self.part(layer.numel)
+            if size > left:
+                break
+            left -= size
+            chosen.add(layer.name)
+        return chosen
+
+    # The network
+
+    def step_messages(self) -> int:
+        """Gradients; and at stages 1 and 2, or of sparse values, what each rank has updated."""
+        total = self.subject.num_trained
+        has_values = self.stage in (1, 2) or (self.stage == 3 and self.is_sparse)
+        return self.itemsize * total * (1 + (has_values and self.world_size > 1))
+
+    def calibration_messages(self) -> int:
+        """Whole products of the layers that are not buffered."""
+        layers = self.subject.layers
+        assert layers is not None
+        if self.world_size == 1:
+            return 0
+        buffered = self.buffered(layers)
+        return sum(
+            _FP32 * self.world_size * self.part(layer.numel)
+            for layer in layers
+            if layer.name not in buffered
+        )
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def _is_offloaded(zero: Mapping[str, Any], what: str) -> bool:
+    return zero.get(what, {}).get("device", "none") == "cpu"
+
+
+def _resolved(setting: Setting, total: int) -> dict[str, Any]:
+    """The DeepSpeed configuration as the trainer completes it."""
+    train, text_config = setting.args.train, setting.config.get_text_config()
+    shape = RunShape(
+        world_size=setting.world_size,
+        micro_batch_size=train.per_device_train_batch_size,
+        gradient_accumulation_steps=train.gradient_accumulation_steps,
+        max_grad_norm=train.max_grad_norm,
+        dtype=train.dtype,
+        hidden_size=text_config.hidden_size,
+        num_selected=total or text_config.hidden_size**2,
+    )
+    return resolve_config(dict(setting.deepspeed), shape)
