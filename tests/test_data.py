@@ -265,6 +265,7 @@ def test_collate_by_hand():
     assert {key: value.tolist() for key, value in plain.items()} == {
         "input_ids": [[21, 22, 23, 24], [31, 32, 9, 9]],
         "labels": [[-100, -100, -100, 24], [-100, 32, -100, -100]],
+        "answer_positions": [2, 4],
         "attention_mask": [[1, 1, 1, 1], [1, 1, 0, 0]],
     }
     packed = collate(dataset, [[0, 1], [2]], pad_token_id=9, packed=True)
@@ -274,6 +275,7 @@ def test_collate_by_hand():
             [-100, 12, 13, -100, -100, -100, 24],
             [-100, 32, -100, -100, -100, -100, -100],
         ],
+        "answer_positions": [0, 1, 5, 7],
         "position_ids": [[0, 1, 2, 0, 1, 2, 3], [0, 1, 0, 1, 2, 3, 4]],
     }
     for value in (*plain.values(), *packed.values()):
@@ -336,8 +338,9 @@ def test_no_rows_are_a_batch_of_weight_zero_with_finite_logits(llama, packed):
     assert {key: value.tolist() for key, value in batch.items()} == {
         "input_ids": [[7, 7]],
         "labels": [[-100, -100]],
+        "answer_positions": [],
     } | ({"position_ids": [[0, 1]]} if packed else {"attention_mask": [[1, 1]]})
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    inputs = {key: batch[key] for key in batch.keys() - {"labels", "answer_positions"}}
     assert llama(**inputs).logits.isfinite().all()
 
 
