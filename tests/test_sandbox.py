@@ -339,3 +339,20 @@ def test_the_warning_filter_does_not_decide_what_a_program_imports() -> None:
     program = "import math, re\ndef f(x): return re.sub('\\d', '', x)"
     verdict = check_program(program, ["assert f('a1') == 'a' and math.pi > 3"])
     assert (verdict.status, verdict.in_jail) == ("passed", False)
+
+
+def test_descriptors_above_a_lowered_limit_are_closed_too() -> None:
+    program = """
+import os, resource
+from eval.sandbox.confine import keep_only
+low, high = os.dup(0), os.dup2(0, 900)
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+keep_only([low])
+os.fstat(low)
+try:
+    os.fstat(high)
+except OSError:
+    print("closed")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "closed\n", done.stderr

@@ -12,14 +12,19 @@ MAX_FILE_BYTES = 32 << 20
 MAX_PROCESSES = 128  # threads count too
 MAX_DESCRIPTORS = 64  # each may hold a buffer that nobody counts
 
+_MOST_DESCRIPTORS = 1 << 20  # that a process may have at all (fs.nr_open)
+
 
 def keep_only(descriptors: list[int]) -> None:
-    """Closes every descriptor from 3 on but these."""
+    """Closes every descriptor from 3 on but these.
+
+    Not only up to the limit of descriptors: it may have been lowered since some were opened.
+    """
     start = 3
     for descriptor in sorted(descriptors):
         os.closerange(start, descriptor)
         start = descriptor + 1
-    os.closerange(start, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    os.closerange(start, _MOST_DESCRIPTORS)
 
 
 def prepare() -> None:
