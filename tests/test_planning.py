@@ -312,6 +312,8 @@ def test_the_command_needs_a_configuration_only(
         (["--no_such_flag", "1"], "There is no flag --no_such_flag"),
         (["--method", "gme"], "There is no method 'gme'"),
         (["--density", "0.9"], "lower --density"),
+        (["--method", "shira"], "cannot be planned"),
+        (["--method", "bitfit"], "has no biases"),
         (["--fp16"], "fp16 needs ZeRO stage 1"),
     ],
 )

@@ -82,6 +82,8 @@ class Subject:
         for name, parameter in model.named_parameters():
             is_bias = name.rpartition(".")[2] == "bias"
             parameter.requires_grad_(self.method == "full" or is_bias)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError("The model has no biases to train: pass another method than bitfit.")
         return model
 
     # Running
