@@ -3,10 +3,10 @@
 Their classification head is what the base model lacks, which transformers' class for sequence
 classification adds, and the base model's pooler, which only a head reads. It is trained densely,
 beside the mask, and is no target. First values of what is new depend on the seed and on each
-parameter's name alone; that does not count in N.
+parameter's name alone. N counts the base model, its pooler included.
 
-The pooler belongs to the head whether or not the files hold it, as they do for BERT and do not for
-DeBERTa: it was trained for another purpose, and while it is frozen little can be learnt through it.
+A pooler in the base model is trained with the head whether or not the files hold it: BERT's was
+trained for another purpose, and while it is frozen little can be learnt through it.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def head_names(model: Any) -> set[str]:
 
 
 def pooler_names(model: Any) -> set[str]:
-    """Names of the parameters of an encoder's pooler; none if it has no pooler, or is a decoder."""
+    """Names of the parameters of the pooler in an encoder's base model; none if it has none."""
     if not is_encoder(model.config):
         return set()
     prefix = f"{model.base_model_prefix}.pooler."

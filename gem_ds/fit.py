@@ -172,8 +172,8 @@ def _step(
     engine.model.train()
     seed_noise(seed, step, comm.rank)
     own = _accumulate(engine, train, summed_loss, step).double() / comm.world_size
-    local = torch.stack([own, own.new_tensor(stop.received)])
-    loss, num_stopping = comm.all_reduce(local, "sum").tolist()  # all that waits for the device
+    local = torch.stack([own, own.new_full((), float(stop.received))])
+    loss, num_stopping = comm.all_reduce(local, "sum").tolist()  # waits for the device
     if not math.isfinite(loss):
         with comm.in_unison():
             raise DivergedError(_diverged("loss", step))

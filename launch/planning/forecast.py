@@ -61,7 +61,7 @@ class Forecast:
         training: by kind, at the moment of a step when most is held.
         calibration: the same of calibration; empty where there is none.
         state: masters and moments, over all ranks.
-        weight_gathers: messages of a step that gather frozen weights; each message once, whole.
+        weight_gathers: messages of a micro-batch that gather weights; each message once, whole.
         step_messages: all others of a step.
         calibration_messages: of a calibration's micro-batch, the gathers left out.
     """
