@@ -159,7 +159,8 @@ class TrainArguments:
     )
     learning_rate: float = _option(1e-3, "Peak learning rate.")
     head_learning_rate: float = _option(
-        1e-3, "Peak learning rate of a classification head, which is trained whole."
+        1e-3,
+        "Peak learning rate of an encoder's head, pooler and classifier, which is trained whole.",
     )
     weight_decay: float = _option(0.0, "Decoupled weight decay of the selected weights.")
     adam_beta1: float = _option(0.9, "Decay of the first moment.")

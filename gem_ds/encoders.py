@@ -1,12 +1,13 @@
 """Encoders: models whose tokens see each other both ways, so that they classify and do not write.
 
-Their classification head is what the base model lacks, which transformers' class for sequence
-classification adds, and the base model's pooler, which only a head reads. It is trained densely,
-beside the mask, and is no target. First values of what is new depend on the seed and on each
-parameter's name alone. N counts the base model, its pooler included.
+Their classification head is every linear layer that only a classification reads: what transformers'
+class for sequence classification adds to the base model, and the base model's pooler. It is trained
+densely, beside the mask, and is no target. First values of what the files lack depend on the seed
+and on each parameter's name alone. N counts the base model, its pooler included.
 
-A pooler in the base model is trained with the head whether or not the files hold it: BERT's was
-trained for another purpose, and while it is frozen little can be learnt through it.
+The head is trained whether or not the files hold it: BERT's pooler was trained for another purpose,
+and while it is frozen little can be learnt through it. ModernBERT's head has a norm besides, which
+comes pretrained and stays as it is.
 """
 
 from __future__ import annotations
@@ -84,23 +85,20 @@ def set_labels(config: PretrainedConfig, labels: Sequence[str]) -> None:
 
 
 def head_names(model: Any) -> set[str]:
-    """Names of the parameters that only an encoder's classification head reads; a decoder has none.
+    """Names of the parameters of an encoder's classification head; a decoder has none.
 
-    That is what stands outside the base model, and the base model's pooler.
+    These are the linear layers' outside the base model, and of the base model's pooler.
     """
     if not is_encoder(model.config):
         return set()
-    prefix = f"{model.base_model_prefix}."
-    outside = {name for name, _ in model.named_parameters() if not name.startswith(prefix)}
-    return outside | pooler_names(model)
-
-
-def pooler_names(model: Any) -> set[str]:
-    """Names of the parameters of the pooler in an encoder's base model; none if it has none."""
-    if not is_encoder(model.config):
-        return set()
-    prefix = f"{model.base_model_prefix}.pooler."
-    return {name for name, _ in model.named_parameters() if name.startswith(prefix)}
+    base = f"{model.base_model_prefix}."
+    return {
+        f"{owner}.{name}"
+        for owner, layer in model.named_modules()
+        if isinstance(layer, nn.Linear)
+        and (not owner.startswith(base) or owner.startswith(f"{base}pooler."))
+        for name, _ in layer.named_parameters()
+    }
 
 
 def without_head(model: Any) -> nn.Module:
@@ -110,7 +108,7 @@ def without_head(model: Any) -> nn.Module:
 
 @torch.no_grad()
 def initialise_head(model: nn.Module, names: Collection[str], std: float, seed: int) -> None:
-    """Set new parameters: matrices normal(0, std), biases 0, the scales of a norm 1.
+    """Set new parameters: matrices normal(0, std), biases 0.
 
     Args:
         model: whole in this process (:func:`gem_ds.zero.whole_weights`).
@@ -125,7 +123,7 @@ def initialise_head(model: nn.Module, names: Collection[str], std: float, seed: 
 
 def _first_values(name: str, shape: torch.Size, std: float, seed: int) -> Tensor:
     if len(shape) == 1:
-        return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+        return torch.zeros(shape)
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     return torch.randn(shape, generator=generator) * std

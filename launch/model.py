@@ -17,7 +17,7 @@ from transformers.utils import (
 )
 
 from gem_ds.comm import Comm
-from gem_ds.encoders import auto_class, head_names, initialise_head, pooler_names
+from gem_ds.encoders import auto_class, head_names, initialise_head
 from gem_ds.zero import partitioned_loading, whole_weights
 from launch.arguments import Arguments
 
@@ -102,7 +102,7 @@ def load_model(
         comm: the ranks; all call this together.
 
     Returns:
-        The model, and the names of the parameters of its head: the new ones, and the pooler's.
+        The model, and the names of the parameters of its head.
 
     Raises:
         ValueError: its files lack a weight or have it in another shape.
@@ -125,7 +125,8 @@ def load_model(
             )
             model, report = loaded
             missing = set(report["missing_keys"])
-            new = sorted(missing & head_names(model))
+            head = head_names(model)
+            new = sorted(missing & head)
             # Where another weight is missing, the model holds random numbers.
             wrong = [*missing.difference(new), *(key for key, *_ in report["mismatched_keys"])]
     except RuntimeError as error:  # at stage 3 rank 0 alone sees a wrong shape, after loading
@@ -142,7 +143,7 @@ def load_model(
         initialise_head(model, new, getattr(config, "initializer_range", 0.02), args.train.seed)
     if args.train.gradient_checkpointing:
         enable_checkpointing(model)
-    return model, sorted(pooler_names(model).union(new))
+    return model, sorted(head)
 
 
 def enable_checkpointing(model: PreTrainedModel) -> None:
