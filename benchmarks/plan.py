@@ -108,7 +108,8 @@ def _compare(told: Forecast, found: dict[str, Any]) -> dict[str, str]:
         if not foretold and not measured:
             return ""
         texts = f"{foretold / unit:,.{digits}f}", f"{measured / unit:,.{digits}f}"
-        return f"{texts[0]} / {texts[1]} ({foretold / measured - 1:+.1%})"
+        error = f"{foretold / measured - 1:+.1%}" if measured else "measured none"
+        return f"{texts[0]} / {texts[1]} ({error})"
 
     calibration = sum(told.calibration.values())
     return {

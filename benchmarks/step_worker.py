@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import transformers
 from steps.baselines import DenseMasked, Floor
-from steps.memory import peak_bytes, resident_bytes, start_peak
+from steps.memory import library_bytes, peak_bytes, start_peak
 from steps.traffic import Collectives
 
 from gem_ds.comm import Comm
@@ -41,7 +41,7 @@ class Contender:
         self.comm = comm
         args = parse_arguments(flags)
         plan = prepare(args, comm.world_size)
-        self.libraries = resident_bytes()  # loaded by now, all but peft
+        self.libraries = library_bytes()  # loaded by now, all but peft
         self.run = Run(args, plan, comm, _BASELINES.get(name))
         self.tuning: Any = self.run.tuning
         summed_loss = self.run.settled_loss()

@@ -120,11 +120,12 @@ def make_sinks(
 ) -> list[StatisticsSink | BufferedSink]:
     """A sink for each layer, buffered where :func:`buffered_layers` says so."""
     comm = engine.comm
-    buffered = buffered_layers(engine, layers, buffer_gb)
+    partitions = [engine.partition_size(layer.weight) for layer in layers]
+    buffered = buffered_layers(partitions, comm.world_size, buffer_gb)
     sinks: list[StatisticsSink | BufferedSink] = []
     for i, layer in enumerate(layers):
         start, stop = engine.shard_range(layer.weight)
-        partition = engine.partition_size(layer.weight)
+        partition = partitions[i]
         if i in buffered:
             whole = torch.zeros(
                 partition * comm.world_size, dtype=torch.float32, device=engine.device
@@ -137,7 +138,7 @@ def make_sinks(
 
 
 def buffered_layers(
-    engine: Engine, layers: Sequence[TargetLayer], buffer_gb: float
+    partition_sizes: Sequence[int], world_size: int, buffer_gb: float
 ) -> frozenset[int]:
     """Which layers keep a whole gradient: as many as fit, so the smallest first.
 
@@ -145,15 +146,14 @@ def buffered_layers(
     one rank that is nothing, and all layers are buffered.
 
     Args:
-        engine: knows the ranges.
-        layers: the target layers.
+        partition_sizes: of each layer the entries of one rank's range, padding included.
+        world_size: the ranks.
         buffer_gb: what they may take on each rank, in 10^9 bytes.
 
     Returns:
-        Positions in ``layers``, the same on every rank.
+        Positions in ``partition_sizes``, the same on every rank.
     """
-    others = engine.comm.world_size - 1
-    sizes = [_BYTES * others * engine.partition_size(layer.weight) for layer in layers]
+    sizes = [_BYTES * (world_size - 1) * size for size in partition_sizes]
     left = buffer_gb * 1e9
     chosen = []
     for i in sorted(range(len(sizes)), key=sizes.__getitem__):

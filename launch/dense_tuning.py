@@ -5,6 +5,7 @@ What GEM is compared with. DeepSpeed trains them as it always does.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,39 @@ from launch.prepare import Plan
 from launch.results import run_settings
 
 
+def trained_network(
+    model: PreTrainedModel,
+    args: Arguments,
+    targets: Sequence[str],
+    shira_rank: int,
+    head: Sequence[str],
+) -> Any:
+    """The model, or peft's around it, where what ``--method`` trains requires grad and no more.
+
+    Args:
+        model: is changed.
+        args: the flags.
+        targets: names of the target weights; empty where the method has none.
+        shira_rank: with SHiRA its rank.
+        head: names of the parameters of the head.
+
+    Raises:
+        ValueError: there is nothing to train but the head.
+    """
+    if args.method.method in ADAPTER_METHODS:
+        return add_adapter(model, args, targets, shira_rank, head)
+    trains_all = args.method.method == "full"
+    biases = {name for name, _ in model.named_parameters() if name.rpartition(".")[2] == "bias"}
+    if not trains_all and biases.issubset(head):
+        raise ValueError(
+            f"{args.model.model_name_or_path} has no biases, which is what --method bitfit trains: "
+            "pass another method."
+        )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trains_all or name in biases or name in head)
+    return model
+
+
 class DenseTuning:
     """Whole parameters of a model, and its head if it has one.
 
@@ -49,21 +83,10 @@ class DenseTuning:
     ) -> None:
         self.args, self.plan, self.comm = args, plan, comm
         self.head = head
-        network: Any = model
-        if args.method.method in ADAPTER_METHODS:
-            network = add_adapter(model, args, plan.targets, plan.shira_rank, head)
-        else:
-            for name, parameter in model.named_parameters():
-                is_bias = name.rpartition(".")[2] == "bias"
-                parameter.requires_grad_(args.method.method == "full" or is_bias or name in head)
+        network = trained_network(model, args, plan.targets, plan.shira_rank, head)
         self.names = [name for name, p in network.named_parameters() if p.requires_grad]
         self.num_trainable = sum(numel(network.get_parameter(name)) for name in self.names)
         named = dict(network.named_parameters())
-        if not any(name not in head for name in self.names):
-            raise ValueError(
-                f"{args.model.model_name_or_path} has no biases, which is what "
-                "--method bitfit trains: pass another method."
-            )
         of_head = [named[name] for name in self.names if is_of_head(name, head)]
         others = [named[name] for name in self.names if not is_of_head(name, head)]
         optimizer = make_dense_optimizer(args.train, others, of_head)

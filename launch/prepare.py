@@ -8,6 +8,7 @@ target layers, to count the parameters and to settle K.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,8 @@ def prepare(args: Arguments, world_size: int) -> Plan:
         classification_loss=args.data.classification_loss,
     )
     targets = settle_targets(args, config, mask)
-    deepspeed = _resolve_deepspeed(args, config, targets.total, world_size)
+    written = read_config(args.train.deepspeed) if args.train.deepspeed else {}
+    deepspeed = resolve_deepspeed(written, args, config, targets.total, world_size)
     if args.method.method == "shira" and zero_stage(deepspeed) == 3:
         raise ValueError(
             "--method shira adds to whole weights, and ZeRO stage 3 cuts them: use "
@@ -157,21 +159,37 @@ def batch_size_of_flags(args: Arguments, world_size: int) -> int:
     return train.per_device_train_batch_size * train.gradient_accumulation_steps * world_size
 
 
-def _resolve_deepspeed(
-    args: Arguments, config: PretrainedConfig, total: int, world_size: int
+def resolve_deepspeed(
+    written: Mapping[str, Any],
+    args: Arguments,
+    config: PretrainedConfig,
+    total: int,
+    world_size: int,
 ) -> dict[str, Any]:
-    """The engine's configuration."""
-    train = args.train
+    """The engine's configuration.
+
+    Args:
+        written: the DeepSpeed JSON as read; empty for stage 0.
+        args: the flags.
+        config: the model's.
+        total: K, or 0.
+        world_size: the ranks.
+
+    Raises:
+        ValueError: the JSON contradicts a flag, or asks for what cannot be done.
+    """
+    train, text_config = args.train, config.get_text_config()
+    hidden_size: int = text_config.hidden_size  # type: ignore[attr-defined]
     return resolve_config(
-        read_config(train.deepspeed) if train.deepspeed else {},
+        dict(written),
         RunShape(
             world_size=world_size,
             micro_batch_size=train.per_device_train_batch_size,
             gradient_accumulation_steps=train.gradient_accumulation_steps,
             max_grad_norm=train.max_grad_norm,
             dtype=train.dtype,
-            hidden_size=_text_config(config).hidden_size,
-            num_selected=total or _text_config(config).hidden_size ** 2,
+            hidden_size=hidden_size,
+            num_selected=total or hidden_size**2,
         ),
     )
 
@@ -237,8 +255,3 @@ def _resumed_identity(before: RunIdentity, now: RunIdentity) -> RunIdentity:
     if now.seed != before.seed:
         raise ValueError(f"The checkpoint was trained with --seed {before.seed}: pass it again.")
     return before
-
-
-def _text_config(config: PretrainedConfig) -> Any:
-    """The part of the configuration that speaks of the language model."""
-    return config.get_text_config()

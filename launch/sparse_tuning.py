@@ -178,7 +178,8 @@ class SparseTuning:
             )
             reporter.say(f"Where the budget went:\n{budget_table(rows)}")
             if buffer_gb := self.args.method.calibration_buffer_gb:
-                num_buffered = len(buffered_layers(self.engine, self.layers, buffer_gb))
+                partitions = [self.engine.partition_size(layer.weight) for layer in self.layers]
+                num_buffered = len(buffered_layers(partitions, self.comm.world_size, buffer_gb))
                 reporter.say(
                     f"{num_buffered} of {len(budgets)} target layers were buffered in calibration "
                     f"(--calibration_buffer_gb {buffer_gb:g})"

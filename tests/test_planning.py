@@ -216,6 +216,21 @@ def test_full_fine_tuning_needs_sixteen_bytes_a_parameter_and_gem_hardly_more_th
     assert lasting < 2.1 * n
 
 
+@pytest.mark.parametrize("method", ["gem", "bitfit", "lora"])
+def test_the_head_of_an_encoder_is_trained_and_sent(method: str) -> None:
+    """Its pooler and a classifier of two outputs; under a method's own entries."""
+    head = 64 * 64 + 64 + 2 * 64 + 2
+    own = {
+        "gem": int(0.001 * forecast(setting_of(config=BERT)).num_parameters),
+        "bitfit": 64 + 2 * (4 * 64 + 128 + 64 + 2 * 64),  # of the norms too
+        "lora": 2 * 2 * 8 * (64 + 64),
+    }[method]
+    found = forecast(setting_of("--method", method, config=BERT, stage=0))
+    assert found.num_trained == own + head
+    assert found.state == 12 * (own + head)
+    assert found.step_messages == 4 * (own + head)
+
+
 def test_statistics_are_shared_and_a_buffer_keeps_whole_gradients() -> None:
     targets = 3 * (256 * 256 + 256 * 128)
     plain = forecast(setting_of())
@@ -225,6 +240,15 @@ def test_statistics_are_shared_and_a_buffer_keeps_whole_gradients() -> None:
     assert buffered.calibration["statistics"] == 4 * targets
     assert buffered.calibration_messages == 0
     assert not forecast(setting_of("--method", "random")).calibration
+
+
+def test_a_gpu_adds_a_product_of_16_bits_to_a_buffer() -> None:
+    flags = ["--calibration_buffer_gb", "1"]
+    fp32, bf16 = (forecast(setting_of(*flags, *more)).calibration for more in ([], ["--bf16"]))
+    assert bf16["statistics"] == fp32["statistics"]
+    assert not fp32.get("products")
+    on_cpu = forecast(setting_of(*flags, "--bf16", on_cpu=True)).calibration
+    assert not on_cpu.get("products")
 
 
 @pytest.mark.parametrize(("stage", "factor"), [(0, 1), (1, 2), (2, 2), (3, 2)])
@@ -278,6 +302,27 @@ def test_the_least_change_fits_and_none_before_it_does() -> None:
         first = next(words for words, other in needs if other <= (1 - HEADROOM) * memory)
         assert found[0] == first
         assert len(first) <= len(told)
+
+
+def test_batch_sizes_that_the_json_spells_out_follow_a_change() -> None:
+    setting = setting_of(stage=0, world_size=2)
+    written = {
+        "train_batch_size": 4,
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 1,
+    }
+    spelt = replace(setting, deepspeed={**setting.deepspeed, **written})
+    memory = forecast(setting).peak / 1.5
+    found = least_change(spelt, memory)
+    assert found is not None
+    assert found == least_change(setting, memory)
+    assert "--per_device_train_batch_size 1 --gradient_accumulation_steps 2" in found[0]
+
+
+def test_each_flag_is_told_once() -> None:
+    for told, _ in islice(changes(setting_of(stage=0, world_size=2)), 6):
+        flags = [words.split()[0] for words in told]
+        assert len(flags) == len(set(flags))
 
 
 def test_where_nothing_helps_it_says_so(

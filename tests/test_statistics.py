@@ -104,12 +104,13 @@ def _outcome(comm: Comm, setting: Setting, buffer_gb: float) -> Outcome:
         shards = sum_gradients(engine, layers, batches, summed_loss, buffer_gb=buffer_gb)
     assert all(parameter.grad is None for parameter in engine.model.parameters())
     named = zip(layers, shards, strict=True)
+    partitions = [engine.partition_size(layer.weight) for layer in layers]
     return Outcome(
         gradients={layer.name: torch.cat(comm.all_gather(shard)) for layer, shard in named},
         lengths=traffic.lengths,
         most=traffic.most,
         left=traffic.under_way,
-        num_buffered=len(buffered_layers(engine, layers, buffer_gb)),
+        num_buffered=len(buffered_layers(partitions, comm.world_size, buffer_gb)),
     )
 
 

@@ -7,13 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from gem_ds.zero_config import read_config, zero_stage
-from launch.planning.forecast import Forecast, Setting, forecast
+from launch.planning.forecast import Forecast, Setting, forecast, is_offloaded
 
 #: Share of the memory that the forecast leaves to what it does not count.
 HEADROOM = 0.1
 
 _CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 _MOST_RANKS = 4096
+_BATCH_SIZES = (
+    *("train_batch_size", "train_micro_batch_size_per_gpu"),
+    "gradient_accumulation_steps",
+)
 
 
 def fits(found: Forecast, memory_bytes: float) -> bool:
@@ -33,14 +37,18 @@ def least_change(setting: Setting, memory_bytes: float) -> tuple[list[str], Fore
 def changes(setting: Setting) -> Iterator[tuple[list[str], Setting]]:
     """Changes that need less memory, one upon the other, those that cost least time first.
 
-    The batch of a step stays the same until ranks are added.
+    The batch of a step stays the same until ranks are added. Batch sizes that the DeepSpeed JSON
+    spells out are taken to follow the flags.
     """
     told: list[str] = []
+    kept = {key: value for key, value in setting.deepspeed.items() if key not in _BATCH_SIZES}
+    setting = replace(setting, deepspeed=kept)
     for change in (_checkpoint, _cut_batch, _partition, _offload):
         changed = change(setting)
         if changed is not None:
             words, setting = changed
-            told = [*told, words]
+            flag = words.split()[0]
+            told = [*(other for other in told if other.split()[0] != flag), words]
             yield told, setting
     while setting.world_size < _MOST_RANKS:
         setting = replace(setting, world_size=2 * setting.world_size)
@@ -72,7 +80,7 @@ def _partition(setting: Setting) -> tuple[str, Setting] | None:
 
 
 def _offload(setting: Setting) -> tuple[str, Setting] | None:
-    if setting.deepspeed["zero_optimization"].get("offload_param"):
+    if is_offloaded(setting.deepspeed["zero_optimization"], "offload_param"):
         return None
     return "--deepspeed ds_configs/zero3_offload.json", _on(setting, "zero3_offload.json")
 

@@ -9,7 +9,7 @@ the CUDA context, NCCL's buffers, the allocator's fragments.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -19,11 +19,13 @@ from transformers import PretrainedConfig
 
 from gem_ds.methods import CALIBRATED_METHODS, SPARSE_METHODS
 from gem_ds.sparse import TargetLayer
-from gem_ds.zero_config import RunShape, resolve_config, zero_stage
+from gem_ds.statistics import buffered_layers
+from gem_ds.zero_config import zero_stage
 from launch.arguments import Arguments
 from launch.planning.gathers import Gathers
 from launch.planning.live import LiveBytes
 from launch.planning.subject import Subject
+from launch.prepare import resolve_deepspeed
 from launch.targets import settle_targets
 
 _FP32 = 4  # bytes of a number
@@ -89,7 +91,9 @@ def forecast(setting: Setting) -> Forecast:
         ValueError: the trainer would refuse the setting; in one sentence.
     """
     targets = settle_targets(setting.args, setting.config, None)
-    deepspeed = _resolved(setting, targets.total)
+    deepspeed = resolve_deepspeed(
+        setting.deepspeed, setting.args, setting.config, targets.total, setting.world_size
+    )
     subject = Subject(setting.args, setting.config, targets, on_cpu=setting.on_cpu)
     rank = _Rank(setting, deepspeed, subject)
     training = rank.run(subject.step, rank.lasting())
@@ -120,8 +124,8 @@ class _Rank:
         self.zero = zero
         self.stage = zero_stage(dict(deepspeed))
         self.itemsize = subject.weights[0].element_size()
-        self.offloads_weights = _is_offloaded(zero, "offload_param")
-        self.offloads_state = _is_offloaded(zero, "offload_optimizer")
+        self.offloads_weights = is_offloaded(zero, "offload_param")
+        self.offloads_state = is_offloaded(zero, "offload_optimizer")
         self.is_sparse = setting.args.method.method in SPARSE_METHODS
         self.gathers = self.make_gathers()
 
@@ -162,7 +166,7 @@ class _Rank:
             held["selected values"] = self.itemsize * values
             held["indices"] = _FP32 * total
             if self.setting.on_cpu:  # what a GPU's host keeps: the values before, the mask
-                held["indices"] += (self.itemsize + _FP32) * total
+                held["indices"] += (self.itemsize + _FP32) * self.subject.num_selected
         elif self.stage >= 2:
             held["gradients"] = self.itemsize * own
         return held
@@ -242,7 +246,10 @@ class _Rank:
         def take(layer: TargetLayer, dy: Tensor) -> None:
             nonlocal before
             if layer.name in buffered:
-                return
+                whole = _FP32 * layer.numel
+                adds_product = self.itemsize < _FP32 and not self.setting.on_cpu
+                with live.held("products", whole * adds_product):  # gem_ds.sddmm.add_product
+                    return
             size = _FP32 * self.world_size * self.part(layer.numel)
             live.add("products", size)
             with live.held("messages", size * self.setting.on_cpu):  # gloo copies what it sends
@@ -256,17 +263,12 @@ class _Rank:
 
         return self.run(act, lasting)
 
-    def buffered(self, layers: Iterable[TargetLayer]) -> set[str]:
-        """Layers whose whole gradient is kept, as :func:`gem_ds.statistics.buffered_layers`."""
-        left = self.setting.args.method.calibration_buffer_gb * 1e9
-        chosen = set()
-        for layer in sorted(layers, key=lambda layer: self.part(layer.numel)):
-            size = _FP32 * (self.world_size - 1) * self.part(layer.numel)
-            if size > left:
-                break
-            left -= size
-            chosen.add(layer.name)
-        return chosen
+    def buffered(self, layers: Sequence[TargetLayer]) -> set[str]:
+        """Names of the layers whose whole gradient is kept."""
+        buffer_gb = self.setting.args.method.calibration_buffer_gb
+        partitions = [self.part(layer.numel) for layer in layers]
+        chosen = buffered_layers(partitions, self.world_size, buffer_gb)
+        return {layers[i].name for i in chosen}
 
     # The network
 
@@ -294,20 +296,6 @@ def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def _is_offloaded(zero: Mapping[str, Any], what: str) -> bool:
+def is_offloaded(zero: Mapping[str, Any], what: str) -> bool:
+    """Whether the host holds what a section of DeepSpeed's configuration names."""
     return zero.get(what, {}).get("device", "none") == "cpu"
-
-
-def _resolved(setting: Setting, total: int) -> dict[str, Any]:
-    """The DeepSpeed configuration as the trainer completes it."""
-    train, text_config = setting.args.train, setting.config.get_text_config()
-    shape = RunShape(
-        world_size=setting.world_size,
-        micro_batch_size=train.per_device_train_batch_size,
-        gradient_accumulation_steps=train.gradient_accumulation_steps,
-        max_grad_norm=train.max_grad_norm,
-        dtype=train.dtype,
-        hidden_size=text_config.hidden_size,
-        num_selected=total or text_config.hidden_size**2,
-    )
-    return resolve_config(dict(setting.deepspeed), shape)

@@ -50,8 +50,10 @@ class LiveBytes(TorchDispatchMode):
     def held(self, kind: str, num_bytes: int) -> Iterator[None]:
         """Count bytes for the length of the block."""
         self.add(kind, num_bytes)
-        yield
-        self.add(kind, -num_bytes)
+        try:
+            yield
+        finally:
+            self.add(kind, -num_bytes)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 
-from gem_ds.encoders import auto_class, is_encoder, num_positions
+from gem_ds.encoders import auto_class, head_names, is_encoder, num_positions
 from gem_ds.loss import chunked_answer_loss, plain_output_layer, summed_answer_loss
-from gem_ds.methods import ADAPTER_METHODS, SPARSE_METHODS
+from gem_ds.methods import SPARSE_METHODS
 from gem_ds.sddmm import choose_kernel
 from gem_ds.sddmm.memory import temporary_bytes
-from gem_ds.sparse import Sink, TargetLayer, TargetLayers
-from gem_ds.targets import targets_of
+from gem_ds.sparse import DenseGradientSink, Sink, TargetLayer, TargetLayers
+from gem_ds.targets import head_layers, targets_of
 from gem_ds.texts import answer_positions
-from launch.adapters import add_adapter
 from launch.arguments import Arguments
+from launch.dense_tuning import trained_network
 from launch.model import DTYPES, enable_checkpointing
 from launch.planning.live import LiveBytes, flash_attention
 from launch.targets import Targets
@@ -45,45 +46,44 @@ class Subject:
         model: the model, or peft's around it.
         weights: the frozen and trained parameters of the model, each once.
         trained: of these the ones that are trained themselves; none with a sparse method.
-        num_trained: numbers that have optimizer state.
+        num_selected: K; 0 with other methods.
+        num_trained: numbers that have optimizer state, a head's included.
     """
 
     def __init__(
         self, args: Arguments, config: PretrainedConfig, targets: Targets, *, on_cpu: bool
     ) -> None:
         self.args, self.config, self.on_cpu = args, config, on_cpu
-        self.method = args.method.method
         with torch.device("meta"):
             model: Any = auto_class(config).from_config(
-                config, dtype=DTYPES[args.train.dtype], attn_implementation=_ATTENTION
+                config,
+                dtype=DTYPES[args.train.dtype],
+                attn_implementation=_ATTENTION,
+                trust_remote_code=args.model.trust_remote_code,
             )
             if args.train.gradient_checkpointing:
                 enable_checkpointing(model)
             self.model = self._prepare(model, targets)
         self.model.train()
-        self.weights = [p for p in self.model.parameters() if p is not self._values]
+        gates = [part.gate for part in (self.layers, self.head_layers) if part is not None]
+        values = {id(gate.values) for gate in gates}
+        self.weights = [p for p in self.model.parameters() if id(p) not in values]
         self.trained = [p for p in self.weights if p.requires_grad]
-        self.num_trained = sum(p.numel() for p in self.trained) + targets.total * self._is_sparse
+        self.num_selected = targets.total if self.layers is not None else 0
+        self.num_trained = sum(p.numel() for p in self.trained)
+        self.num_trained += sum(gate.num_selected for gate in gates)
         self._loss = self._answer_loss() if not is_encoder(config) else _summed_logits
-
-    @property
-    def _is_sparse(self) -> bool:
-        return self.method in SPARSE_METHODS
 
     def _prepare(self, model: Any, targets: Targets) -> Any:
         self.layers: TargetLayers | None = None
-        self._values: nn.Parameter | None = None
-        if self._is_sparse:
-            self.layers = TargetLayers(model, targets_of(model, targets.names), targets.total)
-            self._values = self.layers.gate.values
-            return model
-        if self.method in ADAPTER_METHODS:
-            return add_adapter(model, self.args, targets.names, targets.shira_rank, head=[])
-        for name, parameter in model.named_parameters():
-            is_bias = name.rpartition(".")[2] == "bias"
-            parameter.requires_grad_(self.method == "full" or is_bias)
-        if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise ValueError("The model has no biases to train: pass another method than bitfit.")
+        self.head_layers: TargetLayers | None = None
+        head = sorted(head_names(model))
+        if self.args.method.method not in SPARSE_METHODS:
+            return trained_network(model, self.args, targets.names, targets.shira_rank, head)
+        self.layers = TargetLayers(model, targets_of(model, targets.names), targets.total)
+        if head:
+            size = sum(model.get_parameter(name).numel() for name in head)
+            self.head_layers = TargetLayers(model, head_layers(model, head), size, "gem_head_gate")
         return model
 
     # Running
@@ -94,6 +94,11 @@ class Subject:
             if self.layers is not None:
                 self.layers.gate.open = True
                 stack.enter_context(self.layers.sinks(self._training_sinks(self.layers)))
+            if (head := self.head_layers) is not None:
+                head.gate.open = True
+                starts = accumulate((layer.numel for layer in head), initial=0)
+                sinks = [DenseGradientSink(head.gate, start, None) for start in starts]
+                stack.enter_context(head.sinks(sinks[: len(head)]))
             self._run(live)
 
     def calibrate(self, live: LiveBytes, take: Callable[[TargetLayer, Tensor], None]) -> None:
@@ -104,12 +109,17 @@ class Subject:
             take: is told of each layer, when its gradient can be formed, and of its ``dy``.
         """
         assert self.layers is not None, "nothing is calibrated"
-        self.layers.gate.open = False
+        parts = [part for part in (self.layers, self.head_layers) if part is not None]
+        for part in parts:
+            part.gate.open = False
         sinks = [
             lambda dy, x, layer=layer: take(layer, dy)  # type: ignore[misc]
             for layer in self.layers
         ]
-        with self.layers.sinks(sinks):
+        with ExitStack() as stack:
+            stack.enter_context(self.layers.sinks(sinks))
+            if (head := self.head_layers) is not None:
+                stack.enter_context(head.sinks([lambda dy, x: None] * len(head)))
             self._run(live)
 
     def _run(self, live: LiveBytes) -> None:
