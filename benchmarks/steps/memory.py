@@ -17,7 +17,7 @@ def library_bytes() -> int:
     its own, and with it torch's compiler (45 MB).
     """
     importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
-    return _status("RssAnon")
+    return _status("VmRSS")
 
 
 def start_peak(device: torch.device) -> None:
@@ -34,12 +34,11 @@ def peak_bytes(device: torch.device, libraries: int) -> int:
 
     Args:
         device: that of the model.
-        libraries: of :func:`library_bytes`; on a CPU neither they nor mapped files, which are
-            programs, are counted.
+        libraries: of :func:`library_bytes`; not counted on a CPU.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return _status("VmHWM") - _status("RssFile") - libraries
+    return _status("VmHWM") - libraries
 
 
 def _status(field: str) -> int:
