@@ -72,6 +72,34 @@ def calibrate(
         gradients = sum_gradients(
             engine, layers, batches, summed_loss, progress, buffer_gb=buffer_gb
         )
+    return select(engine, layers, gradients, total, method=method, seed=seed)
+
+
+def select(
+    engine: Engine,
+    layers: TargetLayers,
+    gradients: Sequence[Tensor | None],
+    total: int,
+    *,
+    method: str = "gem",
+    seed: int = 0,
+) -> Selection:
+    """Select ``total`` target entries by gradients and the weights at hand.
+
+    Args:
+        engine: as :func:`calibrate`.
+        layers: as :func:`calibrate`.
+        gradients: of :func:`sum_gradients`, consumed; None each for a method that looks at none.
+        total: as :func:`calibrate`.
+        method: as :func:`calibrate`.
+        seed: as :func:`calibrate`.
+
+    Returns:
+        As :func:`calibrate`.
+
+    Raises:
+        ValueError: a score is not finite.
+    """
     shards = []
     for layer, gradient in zip(layers, gradients, strict=True):
         start, _ = engine.shard_range(layer.weight)

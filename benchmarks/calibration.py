@@ -1,0 +1,150 @@
+"""What calibration and selection cost: beside the frozen model's passes over the same examples.
+
+    python benchmarks/calibration.py [--shape opt-125m] [--batches 8] [--rounds 5]
+
+One process holds both: the trainer's model, whose target layers form their dense gradients, and a
+plain copy, frozen, whose backward goes to the output of the input embedding, as it must for any
+method that adapts the first layer. They take turns, by chance; both have the trainer's loss.
+Selection is timed on the way. A cell holds the median, and the 95 % interval of the median over
+rounds (bootstrap); ratios are taken within a round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from step import flags_of, interval, markdown
+from steps.shapes import SHAPES
+from transformers import AutoModelForCausalLM
+
+from gem_ds import calibrate as calibration
+from gem_ds.batches import Batches
+from gem_ds.loss import SummedLoss
+from gem_ds.zero import init_distributed, leave_distributed
+from launch.arguments import parse_arguments
+from launch.prepare import prepare
+from launch.run import Run
+
+
+def frozen_passes(model: Any, batches: Batches, summed_loss: SummedLoss) -> None:
+    """Forward and backward over all examples; no weight has a gradient."""
+    for step in range(batches.steps_per_epoch):
+        for batch in batches.micro_batches(step):
+            summed_loss(model, batch).backward()
+
+
+def frozen_copy(folder: Path, like: Any) -> Any:
+    """A second model of the same weights, without the trainer's layers."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=like.dtype).to(like.device)
+    model.requires_grad_(False).eval()
+    embedding = model.get_input_embeddings()
+    embedding.register_forward_hook(lambda _m, _i, output: output.requires_grad_())
+    return model
+
+
+def measure(actions: dict[str, Callable[[], float]], rounds: int) -> dict[str, np.ndarray]:
+    """What the actions return, [rounds]; in each round they run in another order."""
+    found: dict[str, list[float]] = {name: [] for name in actions}
+    order, chance = list(actions), random.Random(0)
+    for number in range(rounds + 1):
+        chance.shuffle(order)
+        for name in order:
+            value = actions[name]()
+            if number:  # the first is to warm up
+                found[name].append(value)
+    return {name: np.array(values) for name, values in found.items()}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(
+        prog="benchmarks/calibration.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--shape", choices=SHAPES, default="opt-125m")
+    parser.add_argument("--layers", type=int, help="of the model (default: the shape's own)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--batches", type=int, default=8)
+    parser.add_argument("--batch_size", type=int, default=4, help="sequences")
+    parser.add_argument("--tokens", type=int, default=512, help="of a sequence")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args(argv)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    seconds = _seconds(args)
+    ratio = interval(seconds["calibration and selection"] / seconds["frozen model"])
+    rows = [
+        {"": name, "seconds": "{:.2f} ({:.2f} to {:.2f})".format(*interval(values))}
+        for name, values in seconds.items()
+    ]
+    size = f"{args.batches} batches of {args.batch_size} x {args.tokens} tokens"
+    print(f"{args.shape}, {args.dtype}, {size}\n\n{markdown(rows)}\n")
+    print(
+        "Calibration and selection, of the frozen model: {:.3f} ({:.3f} to {:.3f})".format(*ratio)
+    )
+
+
+def _seconds(args: argparse.Namespace) -> dict[str, np.ndarray]:
+    """By what is timed, [rounds]."""
+    comm = init_distributed()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        options = {"world_size": 1, "stage": 0, "density": "0.001", "contenders": ["gem"]}
+        shape = argparse.Namespace(**vars(args) | options, gradient_checkpointing=False)
+        shape.batch_size = args.batches * args.batch_size  # rows of data
+        flags = flags_of(shape, folder)["gem"]
+        flags += ["--per_device_train_batch_size", str(args.batch_size)]
+        run_args = parse_arguments([*flags, "--output_dir", str(folder / "run")])
+        plan = prepare(run_args, comm.world_size)
+        run = Run(run_args, plan, comm)
+        tuning: Any = run.tuning
+        batches, summed_loss = run.calibration_batches(), run.settled_loss()
+        frozen = frozen_copy(folder / "model", tuning.engine.model)
+        selecting: list[float] = []
+
+        def timed(act: Callable[[], object]) -> float:
+            started = time.perf_counter()
+            act()
+            if comm.device.type == "cuda":
+                torch.cuda.synchronize(comm.device)
+            return time.perf_counter() - started
+
+        def calibrate() -> float:
+            gradients: list[torch.Tensor] = []
+
+            def sum_gradients() -> None:
+                gradients.extend(
+                    calibration.sum_gradients(tuning.engine, tuning.layers, batches, summed_loss)
+                )
+
+            summing = timed(sum_gradients)
+            selecting.append(
+                timed(
+                    lambda: calibration.select(tuning.engine, tuning.layers, gradients, plan.total)
+                )
+            )
+            return summing + selecting[-1]
+
+        seconds = measure(
+            {
+                "frozen model": lambda: timed(lambda: frozen_passes(frozen, batches, summed_loss)),
+                "calibration and selection": calibrate,
+            },
+            args.rounds,
+        )
+    leave_distributed()
+    return seconds | {"of it selection": np.array(selecting[1:])}
+
+
+if __name__ == "__main__":
+    main()
