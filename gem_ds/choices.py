@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gem_ds.encode import encode_all
+from gem_ds.loss import answer_logits
 from gem_ds.ragged import digest, offsets_of, positions
 from gem_ds.tasks import ChoiceExample, Example
 from gem_ds.texts import IGNORED_LABEL, EncodedDataset
@@ -158,16 +159,15 @@ def best_choice(scores: Tensor) -> Tensor:
 
 def mean_log_likelihoods(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Mean log-likelihood of each sequence's labelled tokens: fp32 [S]; 0 where there are none."""
-    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
-    logits = model(**inputs, use_cache=False).logits
-    labels = batch["labels"][:, 1:]
+    positions, labels = batch["answer_positions"], batch["labels"]
+    texts = {key: batch[key] for key in ("input_ids", "attention_mask", "answer_positions")}
     losses = F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(),
-        labels.flatten(),
-        ignore_index=IGNORED_LABEL,
+        answer_logits(model, texts).float(),
+        labels.flatten().index_select(0, positions + 1),
         reduction="none",
-    ).view(labels.shape)
-    return -losses.sum(dim=1) / (labels != IGNORED_LABEL).sum(dim=1).clamp(min=1)
+    )
+    by_token = losses.new_zeros(labels.numel()).index_copy(0, positions, losses).view(labels.shape)
+    return -by_token.sum(dim=1) / (labels != IGNORED_LABEL).sum(dim=1).clamp(min=1)
 
 
 def summed_candidate_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

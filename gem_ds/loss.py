@@ -73,6 +73,33 @@ def chunked_answer_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor
     return loss.view(())
 
 
+def answer_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """The logits that answer tokens are read from, and no others where the output layer is plain.
+
+    Args:
+        model: as :func:`summed_answer_loss`.
+        batch: as there.
+
+    Returns:
+        [n, V], in the model's dtype, for the n ``answer_positions``.
+    """
+    layer, positions = plain_output_layer(model), batch["answer_positions"]
+
+    def of_answers(states: Tensor) -> Tensor:
+        return states.flatten(0, 1).index_select(0, positions)
+
+    if layer is None:
+        return of_answers(_logits(model, batch))
+
+    def shortened(hidden: Tensor) -> Tensor:
+        return F.linear(of_answers(hidden)[None], layer.weight, layer.bias)
+
+    with _forward_of(layer, shortened):
+        logits = _logits(model, batch)
+    assert logits.shape[:2] == (1, len(positions)), "the model changed the shape of its logits"
+    return logits[0]
+
+
 @torch.no_grad()
 def answer_loss_of(model: nn.Module, comm: Comm) -> SummedLoss:
     """The way to compute the answer loss of a model: in chunks where that gives the same.

@@ -29,7 +29,12 @@ from transformers import (
 
 from gem_ds import cross_entropy
 from gem_ds.comm import Comm
-from gem_ds.loss import answer_loss_of, chunked_answer_loss, summed_answer_loss
+from gem_ds.loss import (
+    answer_logits,
+    answer_loss_of,
+    chunked_answer_loss,
+    summed_answer_loss,
+)
 from gem_ds.packing import PackedDataset
 from gem_ds.sparse import TargetLayers
 from gem_ds.texts import answer_positions
@@ -279,6 +284,40 @@ def test_a_step_makes_nothing_of_the_size_of_the_logits(choose: Any) -> None:
     assert largest_whole.num_entries == batch["labels"].numel() * vocabulary
     rows = SIZES["hidden_size"] if choose is trains_all else chunk_rows
     assert largest.num_entries == rows * vocabulary
+
+
+# Logits of answers only
+
+
+def lora_on_the_output() -> nn.Module:
+    adapted = LoraConfig(r=2, target_modules=["lm_head"])
+    return get_peft_model(make(MAKERS["llama"]), adapted)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", [*MAKERS, *CHANGING, "lora"])
+def test_answer_logits_are_the_models_own(name: str) -> None:
+    """Where it changes what its output layer returns, too."""
+    model = make((MAKERS | CHANGING | {"lora": lora_on_the_output})[name])
+    batch = batch_of()
+    whole = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    expected = whole.flatten(0, 1)[batch["answer_positions"]]
+    torch.testing.assert_close(answer_logits(model, batch), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_answer_logits_are_no_more_than_the_answers() -> None:
+    vocabulary = 3000
+    model = make(lambda: LlamaForCausalLM(LlamaConfig(**SIZES | {"vocab_size": vocabulary})))
+    batch = batch_of()
+    with LargestTensor() as largest:
+        answer_logits(model, batch)
+    assert largest.num_entries == len(batch["answer_positions"]) * vocabulary
+
+
+def test_answer_logits_of_no_rows() -> None:
+    model = make(MAKERS["tied llama"])
+    logits = answer_logits(model, EXAMPLES.collate([], PAD_TOKEN_ID))
+    assert logits.shape == (0, VOCABULARY)
+    assert gradients(model, logits.sum())
 
 
 # On ranks
