@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gem_ds.encode import encode_all
-from gem_ds.loss import answer_logits
+from gem_ds.loss import answer_labels, answer_logits
 from gem_ds.ragged import digest, offsets_of, positions
 from gem_ds.tasks import ChoiceExample, Example
 from gem_ds.texts import IGNORED_LABEL, EncodedDataset
@@ -161,11 +161,8 @@ def mean_log_likelihoods(model: nn.Module, batch: Mapping[str, Tensor]) -> Tenso
     """Mean log-likelihood of each sequence's labelled tokens: fp32 [S]; 0 where there are none."""
     positions, labels = batch["answer_positions"], batch["labels"]
     texts = {key: batch[key] for key in ("input_ids", "attention_mask", "answer_positions")}
-    losses = F.cross_entropy(
-        answer_logits(model, texts).float(),
-        labels.flatten().index_select(0, positions + 1),
-        reduction="none",
-    )
+    logits = answer_logits(model, texts).float()
+    losses = F.cross_entropy(logits, answer_labels(batch), reduction="none")
     by_token = losses.new_zeros(labels.numel()).index_copy(0, positions, losses).view(labels.shape)
     return -by_token.sum(dim=1) / (labels != IGNORED_LABEL).sum(dim=1).clamp(min=1)
 

@@ -4,10 +4,10 @@ Everything in GEM uses the *sum*; whoever needs a mean divides by the weight of 
 batch (here its number of answer tokens), so that no result depends on how a batch is cut into ranks
 and micro-batches.
 
-The same loss in two ways: :func:`summed_answer_loss` reads the logits of every position from any
-model; :func:`chunked_answer_loss` lets the model's output layer compute the loss itself, of the
-answer tokens only and in chunks, so that the logits never stand whole. Most models end in a plain
-linear layer and take the second; :func:`answer_loss_of` tries.
+The same loss in two ways: :func:`summed_answer_loss` reads the logits of the answer tokens from any
+model; :func:`chunked_answer_loss` lets the model's output layer compute the loss itself, in chunks,
+so that not even those stand whole. Most models end in a plain linear layer and take the second;
+:func:`answer_loss_of` tries.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from torch.nn import functional as F
 
 from gem_ds.comm import Comm
 from gem_ds.cross_entropy import summed_cross_entropy
-from gem_ds.texts import IGNORED_LABEL
 
 _OF_THE_LOSS = ("labels", "answer_positions")  # of a batch, what the model does not read
 
@@ -40,13 +39,8 @@ def summed_answer_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     Returns:
         fp32 scalar; 0 where nothing is labelled.
     """
-    next_labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED_LABEL)
-    return F.cross_entropy(
-        _logits(model, batch).flatten(0, 1).float(),
-        next_labels.flatten(),
-        ignore_index=IGNORED_LABEL,
-        reduction="sum",
-    )
+    logits = answer_logits(model, batch).float()
+    return F.cross_entropy(logits, answer_labels(batch), reduction="sum")
 
 
 def chunked_answer_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -57,8 +51,7 @@ def chunked_answer_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor
     """
     layer = plain_output_layer(model)
     assert layer is not None, "answer_loss_of chose this loss"
-    positions = batch["answer_positions"]
-    labels = batch["labels"].flatten().index_select(0, positions + 1)
+    positions, labels = batch["answer_positions"], answer_labels(batch)
     losses = []
 
     def loss_of(hidden: Tensor) -> Tensor:
@@ -71,6 +64,11 @@ def chunked_answer_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor
         loss = _logits(model, batch)
     assert [loss.data_ptr()] == [own.data_ptr() for own in losses], "the model changed its logits"
     return loss.view(())
+
+
+def answer_labels(batch: Mapping[str, Tensor]) -> Tensor:
+    """The answers' tokens, int64 [n], in the order of ``answer_positions``."""
+    return batch["labels"].flatten().index_select(0, batch["answer_positions"] + 1)
 
 
 def answer_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

@@ -143,8 +143,8 @@ class Run:
         numbers = self.tuning.describe(reporter)
         if self.summed_loss is summed_answer_loss:
             reporter.say(
-                "This model's logits are more than a product of its output layer, so those of a "
-                "whole micro-batch stand in memory at once"
+                "This model's logits are more than a product of its output layer, so those of all "
+                "answer tokens of a micro-batch stand in memory at once"
             )
         if cut := plan.data.train.num_truncated:
             reporter.say(
