@@ -62,7 +62,7 @@ class Forecast:
         num_tokens: of a sequence.
         training: by kind, at the moment of a step when most is held.
         calibration: the same of calibration; empty where there is none.
-        state: masters and moments, over all ranks.
+        state: masters and moments, summed over the ranks; at stage 0 each has all.
         weight_gathers: messages of a micro-batch that gather weights; each message once, whole.
         step_messages: all others of a step.
         calibration_messages: of a calibration's micro-batch, the gathers left out.
@@ -107,7 +107,7 @@ def forecast(setting: Setting) -> Forecast:
         num_tokens=subject.num_tokens,
         training=training,
         calibration=calibration,
-        state=3 * _FP32 * subject.num_trained,
+        state=3 * _FP32 * subject.num_trained * (rank.world_size if rank.stage == 0 else 1),
         weight_gathers=weight_gathers,
         step_messages=rank.step_messages(),
         calibration_messages=rank.calibration_messages() if calibration else 0,
