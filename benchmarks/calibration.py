@@ -101,9 +101,7 @@ def _seconds(args: argparse.Namespace) -> dict[str, np.ndarray]:
         folder = Path(name)
         options = {"world_size": 1, "stage": 0, "density": "0.001", "contenders": ["gem"]}
         shape = argparse.Namespace(**vars(args) | options, gradient_checkpointing=False)
-        shape.batch_size = args.batches * args.batch_size  # rows of data
         flags = flags_of(shape, folder)["gem"]
-        flags += ["--per_device_train_batch_size", str(args.batch_size)]
         run_args = parse_arguments([*flags, "--output_dir", str(folder / "run")])
         plan = prepare(run_args, comm.world_size)
         run = Run(run_args, plan, comm)

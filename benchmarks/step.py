@@ -167,7 +167,8 @@ def flags_of(args: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
     """Write model and data into a folder; returns the flags of training for each contender."""
     config = SHAPES[args.shape](args.layers)
     write_model(folder / "model", config)
-    write_data(folder / "train.jsonl", args.world_size * args.batch_size, args.tokens)
+    num_rows = args.batches * args.world_size * args.batch_size
+    write_data(folder / "train.jsonl", num_rows, args.tokens)
     common = {
         "model_name_or_path": folder / "model",
         "task": "jsonl",
@@ -210,6 +211,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--batch_size", type=int, default=4, help="sequences per rank")
     parser.add_argument("--tokens", type=int, default=256, help="of a sequence")
+    parser.add_argument("--batches", type=int, default=1, help="of data, all for calibration")
     parser.add_argument("--density", default="0.001")
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--rounds", type=int, default=15)
