@@ -62,7 +62,8 @@ def _cell_record(comparison: Comparison, cell: Cell) -> dict[str, Any]:
         "score": math.nan if result is None else result.score,
     }
     costs = {name: math.nan if result is None else result.costs[name] for name in COSTS}
-    return record | costs | {"folder": str(folder_of(comparison, cell))}
+    folder = folder_of(comparison, cell).relative_to(comparison.output_dir)
+    return record | costs | {"folder": str(folder)}
 
 
 def _csv(records: Iterable[Mapping[str, Any]]) -> str:
