@@ -193,7 +193,11 @@ def test_a_reply_can_speak_of_the_requests_containers() -> None:
     assert inner[1] is argument["b"]
 
 
-@pytest.mark.parametrize("value", [object(), lambda: None, math, Exception("x"), iter([])], ids=str)
+@pytest.mark.parametrize(
+    "value",
+    [object(), lambda: None, math, Exception("x"), iter([])],
+    ids=["object", "function", "module", "exception", "iterator"],
+)
 def test_what_is_not_plain_needs_a_reference(value) -> None:
     with pytest.raises(WireError, match="not plain data"):
         Encoder().encode([value])
