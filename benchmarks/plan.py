@@ -1,6 +1,6 @@
 """Whether `launch/plan.py` foretells what is measured, and what it foretells of large models.
 
-    python benchmarks/plan.py [--layers 6] [--output plan.md]       # against measurements, here
+    python benchmarks/plan.py [--layers 12] [--output plan.md]       # against measurements, here
     python benchmarks/plan.py --large [--output plan_large.md]      # 7B to 405B, nothing is run
 
 Measured is what `benchmarks/step.py` reports of a contender; ranks are processes of this machine.
@@ -179,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--large", action="store_true")
-    parser.add_argument("--layers", type=int, default=6, help="of the OPT-125m shape")
+    parser.add_argument("--layers", type=int, default=12, help="of the OPT-125m shape")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args(argv)
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # of the processes that are measured
