@@ -28,6 +28,7 @@ from gem_ds.calibrate import sum_gradients
 from gem_ds.data import permutation
 from gem_ds.scores import Solo
 from gem_ds.selection import select_shards
+from gem_ds.sparse import drop
 from gem_ds.sparse_methods import TargetShard
 from gem_ds.zero import init_distributed
 from launch.arguments import parse_arguments
@@ -80,8 +81,7 @@ def sums_up_to(
         examples = run.plan.data.train.select(order[start:stop].tolist())
         with ExitStack() as stack:
             if tuning.head_layers is not None:
-                drop = [lambda dy, x: None] * len(tuning.head_layers)
-                stack.enter_context(tuning.head_layers.sinks(drop))
+                stack.enter_context(tuning.head_layers.sinks([drop] * len(tuning.head_layers)))
             more = sum_gradients(
                 tuning.engine,
                 tuning.layers,

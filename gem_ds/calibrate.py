@@ -84,18 +84,18 @@ def select(
     method: str = "gem",
     seed: int = 0,
 ) -> Selection:
-    """Select ``total`` target entries by gradients and the weights at hand.
+    """Score and select by gradients that are there: the second half of :func:`calibrate`.
 
     Args:
-        engine: as :func:`calibrate`.
-        layers: as :func:`calibrate`.
+        engine: holds the model, whose weights are read.
+        layers: the target layers.
         gradients: of :func:`sum_gradients`, consumed; None each for a method that looks at none.
-        total: as :func:`calibrate`.
-        method: as :func:`calibrate`.
-        seed: as :func:`calibrate`.
+        total: K.
+        method: one of :data:`gem_ds.methods.SPARSE_METHODS`.
+        seed: of methods that choose by chance.
 
     Returns:
-        As :func:`calibrate`.
+        This rank's part of the selection.
 
     Raises:
         ValueError: a score is not finite.
@@ -126,14 +126,14 @@ def sum_gradients(
     *,
     buffer_gb: float = 0.0,
 ) -> list[Tensor]:
-    """The gradient of the loss summed over one epoch, in shards.
+    """The gradient of the loss summed over one epoch, in shards: :func:`calibrate`'s first half.
 
     Args:
-        engine: as :func:`calibrate`.
-        layers: as :func:`calibrate`.
-        batches: as :func:`calibrate`.
-        summed_loss: as :func:`calibrate`.
-        progress: as :func:`calibrate`.
+        engine: holds the model.
+        layers: the target layers.
+        batches: the calibration examples.
+        summed_loss: the loss of one micro-batch, summed over what its weight counts.
+        progress: called after each step.
         buffer_gb: 10^9 bytes that each rank may keep of whole gradients, which then cross the
             network once (:func:`gem_ds.statistics.buffered_layers`).
 
@@ -141,7 +141,7 @@ def sum_gradients(
         Per layer, this rank's range (:meth:`Engine.shard_range`) of the flat gradient, fp32.
 
     Raises:
-        ValueError: as :func:`calibrate`.
+        ValueError: the loss is not finite, or no gradient reaches a target.
     """
     reducer = ShardReducer(engine.comm)
     sinks = make_sinks(engine, layers, reducer, buffer_gb)

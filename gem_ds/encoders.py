@@ -1,13 +1,12 @@
 """Encoders: models whose tokens see each other both ways, so that they classify and do not write.
 
-Their classification head is every linear layer that only a classification reads: what transformers'
-class for sequence classification adds to the base model, and the base model's pooler. It is trained
-densely, beside the mask, and is no target. First values of what the files lack depend on the seed
-and on each parameter's name alone. N counts the base model, its pooler included.
+Their classification head is every linear layer outside the base model, and of its pooler. It is
+trained densely, beside the mask, and is no target. First values of what the files lack depend on
+the seed and on each parameter's name alone. N counts the base model, its pooler included.
 
 The head is trained whether or not the files hold it: BERT's pooler was trained for another purpose,
 and while it is frozen little can be learnt through it. ModernBERT's head has a norm besides, which
-comes pretrained and stays as it is.
+comes pretrained and stays as it is; files without it are refused.
 """
 
 from __future__ import annotations
@@ -64,7 +63,8 @@ def set_head(config: PretrainedConfig, name: str, task: TaskData) -> None:
         task: what it is to learn.
 
     Raises:
-        ValueError: the task's answers are text, which an encoder cannot write.
+        ValueError: the task's answers are text, which an encoder cannot write, or the model's files
+            hold a head with other outputs.
     """
     if not is_encoder(config):
         return
@@ -73,21 +73,34 @@ def set_head(config: PretrainedConfig, name: str, task: TaskData) -> None:
             f"{name} is an encoder ({config.model_type}), whose tokens see the answer, and this is "
             "a task whose answers are written: pass a causal language model."
         )
-    set_labels(config, task.labels if task.kind == "labels" else ("score",))
+    labels = task.labels if task.kind == "labels" else ("score",)
+    if any("SequenceClassification" in kind for kind in config.architectures or ()):
+        _refuse_other_outputs(config, name, labels)
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: i for i, label in enumerate(labels)}
     is_number = task.kind == "number"
     config.problem_type = "regression" if is_number else "single_label_classification"
 
 
-def set_labels(config: PretrainedConfig, labels: Sequence[str]) -> None:
-    """Name the outputs of a classification head, and thereby settle their number."""
-    config.id2label = dict(enumerate(labels))
-    config.label2id = {label: i for i, label in enumerate(labels)}
+def _refuse_other_outputs(config: PretrainedConfig, name: str, labels: Sequence[str]) -> None:
+    """A saved head is trained from where it is, so its outputs must mean the task's labels."""
+    saved = [str(label).lower() for _, label in sorted((config.id2label or {}).items())]
+    own = [label.lower() for label in labels]
+    if len(saved) != len(own):
+        difference = f"{len(saved)} outputs and this task needs {len(own)}"
+    elif saved != own and sorted(saved) == sorted(own):
+        difference = f"its outputs in another order ({', '.join(saved)}) than this task's labels"
+    else:
+        return
+    raise ValueError(
+        f"{name} has a classification head with {difference}: pass the pretrained model without it."
+    )
 
 
 def head_names(model: Any) -> set[str]:
     """Names of the parameters of an encoder's classification head; a decoder has none.
 
-    These are the linear layers' outside the base model, and of the base model's pooler.
+    These are the linear layers' outside the base model, and of its pooler.
     """
     if not is_encoder(model.config):
         return set()

@@ -51,11 +51,11 @@ def chunked_answer_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor
     """
     layer = plain_output_layer(model)
     assert layer is not None, "answer_loss_of chose this loss"
-    positions, labels = batch["answer_positions"], answer_labels(batch)
+    labels = answer_labels(batch)
     losses = []
 
     def loss_of(hidden: Tensor) -> Tensor:
-        answers = hidden.flatten(0, 1).index_select(0, positions)
+        answers = _at_answers(hidden, batch)
         loss = summed_cross_entropy(answers, layer.weight, layer.bias, labels)
         losses.append(loss.view(1, 1, 1))
         return losses[-1]
@@ -71,6 +71,11 @@ def answer_labels(batch: Mapping[str, Tensor]) -> Tensor:
     return batch["labels"].flatten().index_select(0, batch["answer_positions"] + 1)
 
 
+def _at_answers(states: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """Rows [n, D] of states [B, T, D] that answer tokens are read from."""
+    return states.flatten(0, 1).index_select(0, batch["answer_positions"])
+
+
 def answer_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """The logits that answer tokens are read from, and no others where the output layer is plain.
 
@@ -81,20 +86,21 @@ def answer_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     Returns:
         [n, V], in the model's dtype, for the n ``answer_positions``.
     """
-    layer, positions = plain_output_layer(model), batch["answer_positions"]
-
-    def of_answers(states: Tensor) -> Tensor:
-        return states.flatten(0, 1).index_select(0, positions)
-
+    layer = plain_output_layer(model)
     if layer is None:
-        return of_answers(_logits(model, batch))
+        return _at_answers(_logits(model, batch), batch)
+    is_shortened = False
 
     def shortened(hidden: Tensor) -> Tensor:
-        return F.linear(of_answers(hidden)[None], layer.weight, layer.bias)
+        nonlocal is_shortened
+        is_shortened = True
+        return F.linear(_at_answers(hidden, batch)[None], layer.weight, layer.bias)
 
     with _forward_of(layer, shortened):
         logits = _logits(model, batch)
-    assert logits.shape[:2] == (1, len(positions)), "the model changed the shape of its logits"
+    if not is_shortened:  # the model reads the layer's weight without calling it
+        return _at_answers(logits, batch)
+    assert logits.shape[:2] == (1, len(batch["answer_positions"])), "the model reshaped its logits"
     return logits[0]
 
 
@@ -103,8 +109,9 @@ def answer_loss_of(model: nn.Module, comm: Comm) -> SummedLoss:
     """The way to compute the answer loss of a model: in chunks where that gives the same.
 
     Models that change their logits after the output layer (a softcap, a scale, a narrower
-    vocabulary) need them whole, and so do output layers that are more than one product: those of
-    adapters, quantized ones, and one whose own weights are selected from. A forward pass of a few
+    vocabulary) need the logits of all answer tokens at once, and so do output layers that are more
+    than one product: those of adapters, quantized ones, and one whose own weights are selected
+    from. A forward pass of a few
     tokens compares the model's logits with what the layer returned; it leaves the model in eval
     mode. All ranks call this together.
 

@@ -40,6 +40,10 @@ Sink = Callable[[Tensor, Tensor], None]
 or (x, dy) for transformers' Conv1D, which stores its weight as [in, out]."""
 
 
+def drop(dy: Tensor, x: Tensor) -> None:
+    """The sink of layers whose gradient nobody wants: a head's, while others are calibrated."""
+
+
 class _AnchoredLinear(torch.autograd.Function):
     """``y = x W^T + b`` that tells a sink (dy, x) and gives the weight no gradient."""
 

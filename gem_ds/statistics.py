@@ -123,9 +123,8 @@ def make_sinks(
     partitions = [engine.partition_size(layer.weight) for layer in layers]
     buffered = buffered_layers(partitions, comm.world_size, buffer_gb)
     sinks: list[StatisticsSink | BufferedSink] = []
-    for i, layer in enumerate(layers):
+    for i, (layer, partition) in enumerate(zip(layers, partitions, strict=True)):
         start, stop = engine.shard_range(layer.weight)
-        partition = partitions[i]
         if i in buffered:
             whole = torch.zeros(
                 partition * comm.world_size, dtype=torch.float32, device=engine.device

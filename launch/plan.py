@@ -36,10 +36,13 @@ def read_setting(args: Arguments, world_size: int, *, on_cpu: bool = False) -> S
     """
     if args.method.mask:
         raise ValueError("A plan needs no mask: leave --mask out and pass its --density.")
-    if args.method.method == "shira" or args.train.optimizer == "adamw_8bit":
-        raise ValueError(
-            "--method shira and --optimizer adamw_8bit cannot be planned: leave it out."
-        )
+    for flag, value, given in (
+        ("method", "shira", args.method.method),
+        ("optimizer", "adamw_8bit", args.train.optimizer),
+        ("classification_loss", "candidates", args.data.classification_loss),
+    ):
+        if value == given:
+            raise ValueError(f"--{flag} {value} cannot be planned: leave it out.")
     stage_0 = {"zero_optimization": {"stage": 0}}
     return Setting(
         args=args,

@@ -15,7 +15,7 @@ from gem_ds.checkpoint import TrainerState, delete_old_checkpoints
 from gem_ds.comm import Comm
 from gem_ds.data import Dataset, permutation
 from gem_ds.fit import StepResult, fit, mean_loss
-from gem_ds.loss import SummedLoss, answer_loss_of, summed_answer_loss
+from gem_ds.loss import SummedLoss, answer_loss_of, plain_output_layer, summed_answer_loss
 from gem_ds.methods import SPARSE_METHODS, product_of
 from gem_ds.packing import PackedDataset, refuse_leaking_rows
 from gem_ds.predict import predict_all
@@ -142,9 +142,10 @@ class Run:
         plan = self.plan
         numbers = self.tuning.describe(reporter)
         if self.summed_loss is summed_answer_loss:
+            is_plain = plain_output_layer(self.engine.model) is not None
             reporter.say(
                 "This model's logits are more than a product of its output layer, so those of all "
-                "answer tokens of a micro-batch stand in memory at once"
+                f"{'answer ' * is_plain}tokens of a micro-batch stand in memory at once"
             )
         if cut := plan.data.train.num_truncated:
             reporter.say(

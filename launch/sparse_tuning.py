@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -21,7 +21,7 @@ from gem_ds.mask import Mask, dtype_name
 from gem_ds.methods import CALIBRATED_METHODS
 from gem_ds.reporting import Reporter
 from gem_ds.selection import Selection
-from gem_ds.sparse import TargetLayers
+from gem_ds.sparse import TargetLayers, drop
 from gem_ds.statistics import buffered_layers
 from gem_ds.summary import (
     NEARLY_ZERO,
@@ -36,6 +36,24 @@ from launch.arguments import Arguments
 from launch.optimizer import make_sparse_optimizer
 from launch.prepare import Plan
 from launch.results import make_mask
+
+
+def sparse_layers(
+    model: nn.Module, targets: Sequence[str], total: int, head: Sequence[str]
+) -> tuple[TargetLayers, TargetLayers | None]:
+    """The layers that entries are selected from, and those of the head if there is one.
+
+    Args:
+        model: gets their gates; all of it is frozen.
+        targets: names of the target weights.
+        total: the number K of entries to be selected.
+        head: names of the parameters of the head.
+    """
+    layers = TargetLayers(model, targets_of(model, targets), total)
+    if not head:
+        return layers, None
+    size = sum(numel(model.get_parameter(name)) for name in head)
+    return layers, TargetLayers(model, head_layers(model, head), size, "gem_head_gate")
 
 
 class SparseTuning:
@@ -63,12 +81,9 @@ class SparseTuning:
         self, args: Arguments, plan: Plan, model: PreTrainedModel, head: list[str], comm: Comm
     ) -> None:
         self.args, self.plan, self.comm = args, plan, comm
-        self.layers = TargetLayers(model, targets_of(model, plan.targets), plan.total)
+        self.layers, self.head_layers = sparse_layers(model, plan.targets, plan.total, head)
         gates = [self.layers.gate]
-        self.head_layers: TargetLayers | None = None
-        if head:
-            size = sum(numel(model.get_parameter(name)) for name in head)
-            self.head_layers = TargetLayers(model, head_layers(model, head), size, "gem_head_gate")
+        if self.head_layers is not None:
             gates.append(self.head_layers.gate)
         optimizer = make_sparse_optimizer(args.train)
         self.engine = Engine(model, gates, optimizer, plan.deepspeed, comm)
@@ -154,7 +169,7 @@ class SparseTuning:
                 )
             )
             if self.head_layers is not None:
-                stack.enter_context(self.head_layers.sinks([_drop] * len(self.head_layers)))
+                stack.enter_context(self.head_layers.sinks([drop] * len(self.head_layers)))
             return calibrate(
                 self.engine,
                 self.layers,
@@ -251,7 +266,3 @@ class SparseTuning:
             if self.comm.is_main:
                 delta = Delta(mask=self.mask, values=values, head=head)
                 delta.save(self.plan.output_dir / "delta.safetensors")
-
-
-def _drop(dy: Tensor, x: Tensor) -> None:
-    """The sink of a head's layers while others are calibrated."""

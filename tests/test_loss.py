@@ -27,6 +27,7 @@ from transformers import (
     OPTConfig,
     OPTForCausalLM,
 )
+from transformers.modeling_outputs import CausalLMOutput
 
 from gem_ds import cross_entropy
 from gem_ds.comm import Comm
@@ -302,6 +303,25 @@ def test_a_step_makes_nothing_of_the_size_of_the_logits(choose: Any) -> None:
 def lora_on_the_output() -> nn.Module:
     adapted = LoraConfig(r=2, target_modules=["lm_head"])
     return get_peft_model(make(MAKERS["llama"]), adapted)  # type: ignore[arg-type]
+
+
+class NotCalling(LlamaForCausalLM):
+    """Reads the weight of its output layer without calling the layer."""
+
+    def forward(self, input_ids: Any, attention_mask: Any = None, **_: Any) -> Any:  # type: ignore[override]
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return CausalLMOutput(logits=hidden @ self.lm_head.weight.t())
+
+
+def not_calling() -> nn.Module:
+    return NotCalling(LlamaConfig(**SIZES))
+
+
+def test_a_model_that_does_not_call_its_output_layer_keeps_its_logits(comm: Comm) -> None:
+    model = make(not_calling)
+    assert answer_loss_of(model, comm) is summed_answer_loss
+    alone = sum(naive_loss(model, e) for e in naive_examples(EXAMPLES, range(len(EXAMPLES))))
+    torch.testing.assert_close(summed_answer_loss(model, batch_of()), alone, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("name", [*MAKERS, *CHANGING, "lora"])

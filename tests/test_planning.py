@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, LlamaConfig, OPTConfig
 
 from gem_ds.zero_config import read_config
@@ -146,6 +147,40 @@ def test_weights_are_gathered_for_each_pass_and_let_go(tied: bool, times: int) -
     assert live.most == 400 * (2 if tied else 1)
 
 
+class Block(nn.Module):
+    """Layers that run one after another."""
+
+    def __init__(self, num_layers: int) -> None:
+        super().__init__()
+        layers = (nn.Linear(10, 10, bias=False, device="meta") for _ in range(num_layers))
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x).relu()
+        return x
+
+
+@pytest.mark.parametrize(("trains", "most"), [(False, 1), (True, 4)])
+def test_recomputed_blocks_let_their_weights_go(trains: bool, most: int) -> None:
+    """Frozen ones after each use, trained ones when the block's backward has used them."""
+    for num_blocks in (2, 5):
+        blocks = nn.ModuleList(Block(4) for _ in range(num_blocks)).requires_grad_(trains)
+        gathers = Gathers(
+            blocks, persistence_threshold=50, prefetch_size=0, max_live=10**9, copies=False
+        )
+        live = MostGathered()
+        x = torch.empty(2, 10, device="meta", requires_grad=True)
+        with gathers.step(live), live:
+            y = x
+            for block in blocks:
+                y = checkpoint(block, y, use_reentrant=False)
+            y.sum().backward()
+            assert live.now[Gathers.KIND] == 0
+        assert live.most == 400 * most
+        assert gathers.num_bytes == 400 * 4 * num_blocks * (2 if trains else 3)
+
+
 def test_small_weights_are_not_gathered() -> None:
     model = Two(tied=False)
     gathers = Gathers(
@@ -243,12 +278,24 @@ def test_statistics_are_shared_and_a_buffer_keeps_whole_gradients() -> None:
 
 
 def test_a_gpu_adds_a_product_of_16_bits_to_a_buffer() -> None:
-    flags = ["--calibration_buffer_gb", "1"]
-    fp32, bf16 = (forecast(setting_of(*flags, *more)).calibration for more in ([], ["--bf16"]))
+    config = LlamaConfig(  # whose targets are larger than anything else
+        hidden_size=512,
+        intermediate_size=16,
+        num_attention_heads=4,
+        num_hidden_layers=2,
+        vocab_size=16,
+    )
+
+    def calibration(*flags: str, on_cpu: bool = False) -> Any:
+        flags = "--calibration_buffer_gb", "1", "--max_length", "8", *flags
+        setting = setting_of(*flags, config=config, stage=0, on_cpu=on_cpu)
+        return forecast(setting).calibration
+
+    fp32, bf16 = calibration(), calibration("--bf16")
     assert bf16["statistics"] == fp32["statistics"]
     assert not fp32.get("products")
-    on_cpu = forecast(setting_of(*flags, "--bf16", on_cpu=True)).calibration
-    assert not on_cpu.get("products")
+    assert bf16["products"] == 4 * 512 * 512
+    assert not calibration("--bf16", on_cpu=True).get("products")
 
 
 @pytest.mark.parametrize(("stage", "factor"), [(0, 1), (1, 2), (2, 2), (3, 2)])

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-import importlib
 import re
 from pathlib import Path
 
+# Loaded here, since at ZeRO stages 1 to 3 it is loaded late, and with it torch's compiler (45 MB).
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 import torch
 
 
 def library_bytes() -> int:
-    """What this process holds now, to be called before the model is loaded.
-
-    All that DeepSpeed loads later is loaded first: at ZeRO stages 1 to 3 it imports an optimizer of
-    its own, and with it torch's compiler (45 MB).
-    """
-    importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    """What this process holds now, to be called before the model is loaded."""
     return _status("VmRSS")
 
 

@@ -40,49 +40,53 @@ def changes(setting: Setting) -> Iterator[tuple[list[str], Setting]]:
     The batch of a step stays the same until ranks are added. Batch sizes that the DeepSpeed JSON
     spells out are taken to follow the flags.
     """
-    told: list[str] = []
+    told: dict[str, str] = {}  # by flag: a later value of a flag takes the place of the earlier
     kept = {key: value for key, value in setting.deepspeed.items() if key not in _BATCH_SIZES}
     setting = replace(setting, deepspeed=kept)
     for change in (_checkpoint, _cut_batch, _partition, _offload):
         changed = change(setting)
         if changed is not None:
-            words, setting = changed
-            flag = words.split()[0]
-            told = [*(other for other in told if other.split()[0] != flag), words]
-            yield told, setting
+            flag, value, setting = changed
+            told.pop(flag, None)
+            told[flag] = f"{flag} {value}".strip()
+            yield list(told.values()), setting
     while setting.world_size < _MOST_RANKS:
         setting = replace(setting, world_size=2 * setting.world_size)
-        yield [*told, f"{setting.world_size} ranks"], setting
+        yield [*told.values(), f"{setting.world_size} ranks"], setting
 
 
-def _checkpoint(setting: Setting) -> tuple[str, Setting] | None:
+_Change = tuple[str, str, Setting]  # a flag, its value, the setting then
+
+
+def _checkpoint(setting: Setting) -> _Change | None:
     if setting.args.train.gradient_checkpointing:
         return None
-    return "--gradient_checkpointing", _with(setting, gradient_checkpointing=True)
+    return "--gradient_checkpointing", "", _with(setting, gradient_checkpointing=True)
 
 
-def _cut_batch(setting: Setting) -> tuple[str, Setting] | None:
+def _cut_batch(setting: Setting) -> _Change | None:
     train = setting.args.train
     size = train.per_device_train_batch_size
     if size == 1:
         return None
     accumulation = train.gradient_accumulation_steps * size
     return (
-        f"--per_device_train_batch_size 1 --gradient_accumulation_steps {accumulation}",
+        "--per_device_train_batch_size",
+        f"1 --gradient_accumulation_steps {accumulation}",
         _with(setting, per_device_train_batch_size=1, gradient_accumulation_steps=accumulation),
     )
 
 
-def _partition(setting: Setting) -> tuple[str, Setting] | None:
+def _partition(setting: Setting) -> _Change | None:
     if zero_stage(dict(setting.deepspeed)) == 3:
         return None
-    return "--deepspeed ds_configs/zero3.json", _on(setting, "zero3.json")
+    return "--deepspeed", "ds_configs/zero3.json", _on(setting, "zero3.json")
 
 
-def _offload(setting: Setting) -> tuple[str, Setting] | None:
+def _offload(setting: Setting) -> _Change | None:
     if is_offloaded(setting.deepspeed["zero_optimization"], "offload_param"):
         return None
-    return "--deepspeed ds_configs/zero3_offload.json", _on(setting, "zero3_offload.json")
+    return "--deepspeed", "ds_configs/zero3_offload.json", _on(setting, "zero3_offload.json")
 
 
 def _with(setting: Setting, **train: object) -> Setting:

@@ -249,7 +249,8 @@ class _Rank:
                 whole = _FP32 * layer.numel
                 adds_product = self.itemsize < _FP32 and not self.setting.on_cpu
                 with live.held("products", whole * adds_product):  # gem_ds.sddmm.add_product
-                    return
+                    pass
+                return
             size = _FP32 * self.world_size * self.part(layer.numel)
             live.add("products", size)
             with live.held("messages", size * self.setting.on_cpu):  # gloo copies what it sends

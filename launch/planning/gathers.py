@@ -85,9 +85,11 @@ class Gathers:
             self._forwards.update(weights)
             handles.append(module.register_forward_pre_hook(lambda m, _: self._start(m)))
             handles.append(module.register_forward_hook(self._after_forward))
-        yield
-        for handle in handles:
-            handle.remove()
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
         for weight in list(self._held):
             self._release(weight)
         self._forwards.clear()
@@ -97,6 +99,8 @@ class Gathers:
         """Let the weights go, and be there again when the gradient of the output arrives."""
         is_recomputed = torch._C._current_graph_task_id() != -1  # within a backward pass
         self._end(module, self._forwards, keeps_trained=is_recomputed)
+        if is_recomputed:
+            return  # gradients pass through what the first forward made
         output, read = _first_with_gradient(outputs), _first_with_gradient(inputs)
         if output is not None and output.grad_fn is not None:
             self._backwards.update(self._weights[module])

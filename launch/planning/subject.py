@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -16,13 +15,13 @@ from gem_ds.loss import chunked_answer_loss, plain_output_layer, summed_answer_l
 from gem_ds.methods import SPARSE_METHODS
 from gem_ds.sddmm import choose_kernel
 from gem_ds.sddmm.memory import temporary_bytes
-from gem_ds.sparse import DenseGradientSink, Sink, TargetLayer, TargetLayers
-from gem_ds.targets import head_layers, targets_of
+from gem_ds.sparse import DenseGradientSink, Sink, TargetLayer, TargetLayers, drop
 from gem_ds.texts import answer_positions
 from launch.arguments import Arguments
 from launch.dense_tuning import trained_network
 from launch.model import DTYPES, enable_checkpointing
 from launch.planning.live import LiveBytes, flash_attention
+from launch.sparse_tuning import sparse_layers
 from launch.targets import Targets
 
 _ATTENTION = "planned"
@@ -80,10 +79,7 @@ class Subject:
         head = sorted(head_names(model))
         if self.args.method.method not in SPARSE_METHODS:
             return trained_network(model, self.args, targets.names, targets.shira_rank, head)
-        self.layers = TargetLayers(model, targets_of(model, targets.names), targets.total)
-        if head:
-            size = sum(model.get_parameter(name).numel() for name in head)
-            self.head_layers = TargetLayers(model, head_layers(model, head), size, "gem_head_gate")
+        self.layers, self.head_layers = sparse_layers(model, targets.names, targets.total, head)
         return model
 
     # Running
@@ -96,9 +92,8 @@ class Subject:
                 stack.enter_context(self.layers.sinks(self._training_sinks(self.layers)))
             if (head := self.head_layers) is not None:
                 head.gate.open = True
-                starts = accumulate((layer.numel for layer in head), initial=0)
-                sinks = [DenseGradientSink(head.gate, start, None) for start in starts]
-                stack.enter_context(head.sinks(sinks[: len(head)]))
+                sink = DenseGradientSink(head.gate, 0, None)  # where it writes changes no size
+                stack.enter_context(head.sinks([sink] * len(head)))
             self._run(live)
 
     def calibrate(self, live: LiveBytes, take: Callable[[TargetLayer, Tensor], None]) -> None:
@@ -119,7 +114,7 @@ class Subject:
         with ExitStack() as stack:
             stack.enter_context(self.layers.sinks(sinks))
             if (head := self.head_layers) is not None:
-                stack.enter_context(head.sinks([lambda dy, x: None] * len(head)))
+                stack.enter_context(head.sinks([drop] * len(head)))
             self._run(live)
 
     def _run(self, live: LiveBytes) -> None:
