@@ -1,4 +1,6 @@
-"""Seconds and peak memory of loss and backward: whole logits against chunks (Linux, on the CPU).
+"""Seconds and peak memory of loss and backward: with logits of the answers, and in chunks.
+
+Linux, on the CPU:
 
     OMP_NUM_THREADS=2 python benchmarks/answer_loss.py --trained inputs
     OMP_NUM_THREADS=2 python benchmarks/answer_loss.py --trained full
@@ -23,7 +25,7 @@ from transformers import OPTConfig, OPTForCausalLM
 from gem_ds.loss import chunked_answer_loss, summed_answer_loss
 from gem_ds.texts import IGNORED_LABEL, answer_positions
 
-LOSSES = {"whole": summed_answer_loss, "chunked": chunked_answer_loss}
+LOSSES = {"logits": summed_answer_loss, "chunked": chunked_answer_loss}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

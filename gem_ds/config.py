@@ -120,6 +120,12 @@ class MethodArguments:
         None,
         "Calibrated methods: look at the first N examples of the shuffled order (default: all).",
     )
+    calibration_head_steps: int = _option(
+        0,
+        "Calibrated methods on an encoder: first train its head alone for so many steps on the "
+        "calibration examples, so that gradients are not those of a random head; training itself "
+        "starts from the head's first values all the same.",
+    )
     calibration_buffer_gb: float = _option(
         0.0,
         "Calibrated methods: keep whole gradients of as many layers as fit in so many gigabytes "
@@ -224,6 +230,7 @@ def check_arguments(
         "--weight_decay": train.weight_decay,
         "--max_grad_norm": train.max_grad_norm,
         "--warmup_steps": train.warmup_steps,
+        "--calibration_head_steps": method.calibration_head_steps,
         "--calibration_buffer_gb": method.calibration_buffer_gb,
     }
     for flag, number in not_negative.items():
@@ -253,7 +260,7 @@ def check_arguments(
         )
     if data.evaluate_on == "dev" and not data.dev_examples:
         raise ValueError("--evaluate_on dev needs a development set: pass --dev_examples.")
-    for flag in ("calibration_examples", "calibration_buffer_gb"):
+    for flag in ("calibration_examples", "calibration_head_steps", "calibration_buffer_gb"):
         if method.mask and getattr(method, flag):
             raise ValueError(f"--mask skips calibration: leave --{flag} out.")
     _check_method(method, train)

@@ -114,10 +114,14 @@ class TrainedEntries:
     def start_from_weights(self) -> Tensor:
         """Set the masters to the entries as they are, with fresh moments; returns ``read()``."""
         values = self.read()
+        self.start_from(values)
+        return values
+
+    def start_from(self, values: Tensor) -> None:
+        """Set the masters to ``values`` [K], with fresh moments; the weights are as they were."""
         zeros = torch.zeros(self.total, dtype=torch.float32, device=values.device)
         state = {"master": values.float(), "exp_avg": zeros, "exp_avg_sq": zeros}
         self.engine.set_state(state, num_updates=0, gate=self.gate)
-        return values
 
 
 class SelectedEntries(TrainedEntries):

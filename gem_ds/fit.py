@@ -171,7 +171,7 @@ def _step(
     started = time.perf_counter()
     engine.model.train()
     seed_noise(seed, step, comm.rank)
-    own = _accumulate(engine, train, summed_loss, step).double() / comm.world_size
+    own = accumulate(engine, train, summed_loss, step).double() / comm.world_size
     local = torch.stack([own, own.new_full((), float(stop.received))])
     loss, num_stopping = comm.all_reduce(local, "sum").tolist()  # waits for the device
     if not math.isfinite(loss):
@@ -194,7 +194,7 @@ def _step(
     )
 
 
-def _accumulate(engine: StepEngine, train: Batches, summed_loss: SummedLoss, step: int) -> Tensor:
+def accumulate(engine: StepEngine, train: Batches, summed_loss: SummedLoss, step: int) -> Tensor:
     """Run the backward of a global batch; this rank's part of its mean loss, times the ranks."""
     weight = 1.0 / train.weight(step)
     total = torch.zeros((), device=engine.device)

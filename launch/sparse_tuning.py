@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from gem_ds import head_first
 from gem_ds.batches import Batches
 from gem_ds.calibrate import calibrate
 from gem_ds.checkpoint import Checkpoint, TrainerState
@@ -168,8 +169,10 @@ class SparseTuning:
                     dynamic_ncols=True,
                 )
             )
-            if self.head_layers is not None:
-                stack.enter_context(self.head_layers.sinks([drop] * len(self.head_layers)))
+            if self.head is not None:
+                if method in CALIBRATED_METHODS:
+                    stack.enter_context(self.trained_head(self.head, batches, summed_loss))
+                stack.enter_context(self.head.layers.sinks([drop] * len(self.head.layers)))
             return calibrate(
                 self.engine,
                 self.layers,
@@ -181,6 +184,24 @@ class SparseTuning:
                 seed=self.args.train.seed,
                 buffer_gb=self.args.method.calibration_buffer_gb,
             )
+
+    def trained_head(
+        self, head: HeadEntries, batches: Batches, summed_loss: SummedLoss
+    ) -> AbstractContextManager[None]:
+        """While the block lasts, the head as ``--calibration_head_steps`` of training leave it."""
+        num_steps = self.args.method.calibration_head_steps
+        if not num_steps:
+            return nullcontext()
+        return head_first.trained_head(
+            self.engine,
+            self.layers,
+            head,
+            batches,
+            summed_loss,
+            num_steps=num_steps,
+            learning_rate=self.args.train.head_learning_rate,
+            seed=self.args.train.seed,
+        )
 
     def describe(self, reporter: Reporter) -> dict[str, float]:
         """Say what will be trained; returns how the selection lies, for the log."""

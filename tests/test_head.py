@@ -3,7 +3,8 @@
 The reference differentiates a dense model by ordinary autograd, one example at a time, and steps
 ``tests.oracle.DenseMaskedAdamW`` with a learning rate for the entries and another one for the head.
 A run has to come to the same losses and values at any ZeRO stage and on any number of ranks, clip
-both vectors by their common norm, and leave every other parameter as it was, to the bit.
+both vectors by their common norm, and leave every other parameter as it was, to the bit. Before a
+calibration the head alone can be trained; that has a reference of the same kind, and leaves no trace.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from tests.tiny import Setting, bits
 from tests.tiny_classifier import NUM_EXAMPLES, make_classifier, naive_pair_loss, random_pairs
 
 NUM_STEPS = 9
+NUM_HEAD_STEPS = 4  # of the head alone, before the calibration
 GLOBAL_BATCH_SIZE = 8  # the last batch of an epoch has one example: some ranks have none
 SEED = 3
 NUM_SELECTED = (41, 7, 60, 13)
@@ -108,6 +110,7 @@ class Outcome:
         norms: of the gradient before clipping, where the stage computes it.
         values: the selected entries at the end.
         head: the head's parameters at the end, by name, flat.
+        alone: the same after the head alone was trained.
         violations: what is not as it should be to the bit, after calibration or a step.
     """
 
@@ -115,6 +118,7 @@ class Outcome:
     norms: list[float]
     values: Tensor
     head: dict[str, Tensor]
+    alone: dict[str, Tensor]
     violations: list[str]
 
 
@@ -152,7 +156,9 @@ def _train(comm: Comm, plan: Plan) -> Outcome:
     model = make_classifier(plan.setting.torch_dtype)
     indices = _indices(model)
     deepspeed = plan.setting.config(comm.world_size, plan.max_grad_norm, K)
-    args: Any = SimpleNamespace(train=TRAIN, method=MethodArguments())
+    args: Any = SimpleNamespace(
+        train=TRAIN, method=MethodArguments(calibration_head_steps=NUM_HEAD_STEPS)
+    )
     run: Any = SimpleNamespace(targets=list(indices), total=K, deepspeed=deepspeed)
     tuning = SparseTuning(args, run, model, sorted(head_names(model)), comm)
     head = tuning.head
@@ -166,6 +172,8 @@ def _train(comm: Comm, plan: Plan) -> Outcome:
         seed=SEED,
         pad_token_id=0,
     )
+    with tuning.trained_head(head, batches, summed_pair_loss):
+        alone = head.split(head.read())
     tuning._select(batches, summed_pair_loss)  # must leave no trace
     assert all(gate.buffer is None for gate in tuning.engine.gates)
     tuning.entries = SelectedEntries(tuning.engine, tuning.layers, list(indices.values()))
@@ -185,6 +193,7 @@ def _train(comm: Comm, plan: Plan) -> Outcome:
         norms=[step.grad_norm for step in results if step.grad_norm is not None],
         values=tuning.entries.read(),
         head=head.split(head.read()),
+        alone=alone,
         violations=inspector.violations,
     )
 
@@ -257,6 +266,21 @@ def _global_batches() -> list[list[int]]:
     return [list(schedule.global_batch(step)) for step in range(NUM_STEPS)]
 
 
+@functools.cache
+def _dense_head(max_grad_norm: float) -> dict[str, Tensor]:
+    """The head's parameters after it alone was trained."""
+    model = make_classifier().eval()
+    params = {name: model.get_parameter(name) for name in sorted(head_names(model))}
+    masks = {name: torch.ones(p.shape, dtype=torch.bool) for name, p in params.items()}
+    optimizer = oracle.DenseMaskedAdamW(params, masks, max_norm=max_grad_norm or None, **ADAM)
+    for step, batch in enumerate(_global_batches()[:NUM_HEAD_STEPS]):
+        gradients = oracle.summed_gradients(model, batch, naive_pair_loss, list(params))
+        means = {name: gradient / len(batch) for name, gradient in gradients.items()}
+        rate = TRAIN.head_learning_rate * (1 - step / NUM_HEAD_STEPS)
+        optimizer.step(means, dict.fromkeys(params, rate))
+    return {name: parameter.detach() for name, parameter in params.items()}
+
+
 # The tests
 
 
@@ -283,6 +307,13 @@ class TestSameTraining:
             assert outcome.head.keys() == dense.params.keys()
             for name, parameter in dense.params.items():
                 _assert_close(outcome.head[name], parameter.flatten())
+
+    def test_the_head_alone(self, outcomes: Outcomes, world_size: int, plan: Plan) -> None:
+        dense = _dense_head(plan.max_grad_norm)
+        for outcome in outcomes(world_size, plan):
+            assert outcome.alone.keys() == dense.keys()
+            for name, parameter in dense.items():
+                _assert_close(outcome.alone[name], parameter.flatten())
 
 
 def _assert_close(found: Tensor, expected: Tensor) -> None:

@@ -1,0 +1,71 @@
+"""Training a new head alone for a while, so that a calibration sees the gradients of a trained one.
+
+Those of a random head say mostly how often each label occurs. As linear probing before fine-tuning
+(Kumar et al., arXiv 2202.10054), but for the mask only: afterwards the head is as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from gem_ds.batches import Batches
+from gem_ds.entries import HeadEntries
+from gem_ds.fit import accumulate, seed_noise
+from gem_ds.loss import SummedLoss
+from gem_ds.sparse import TargetLayers
+from gem_ds.zero import Engine
+
+
+@contextmanager
+def trained_head(
+    engine: Engine,
+    layers: TargetLayers,
+    head: HeadEntries,
+    batches: Batches,
+    summed_loss: SummedLoss,
+    *,
+    num_steps: int,
+    learning_rate: float,
+    seed: int,
+) -> Iterator[None]:
+    """While the block lasts, the head's values are those after ``num_steps`` of training it alone.
+
+    All ranks enter and leave together. The optimizer is the engine's, its rates fall linearly from
+    ``learning_rate`` to 0; its state and rates are as before at the end.
+
+    Args:
+        engine: holds the model.
+        layers: the target layers, none of whose entries changes.
+        head: what is trained.
+        batches: read in order, over and over.
+        summed_loss: the loss of one micro-batch, summed over what its weight counts.
+        num_steps: of the optimizer.
+        learning_rate: of the head in the first step.
+        seed: of dropout.
+    """
+    first = head.start_from_weights()
+    groups = engine.optimizer.param_groups
+    rates = [group["lr"] for group in groups]
+    engine.model.train()
+
+    def deliver_zeros(dy: Tensor, x: Tensor) -> None:
+        layers.gate.gradient(0, 0, dy.device)
+
+    with head.training(), layers.sinks([deliver_zeros] * len(layers)):
+        for step in range(num_steps):
+            for group in groups:
+                group["lr"] = learning_rate * (1 - step / num_steps)
+            seed_noise(seed, step, engine.comm.rank)
+            accumulate(engine, batches, summed_loss, step)
+            engine.step()
+            head.write_back()
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate
+    try:
+        yield
+    finally:
+        head.start_from(first)
+        head.write_back()
