@@ -29,6 +29,7 @@ SCHEDULES = (
 )
 
 DEFAULT_DENSITY = "0.001"
+DEFAULT_HEAD_STEPS = 100
 
 OPTIMIZERS = ("adamw", "adamw_8bit")
 
@@ -120,11 +121,11 @@ class MethodArguments:
         None,
         "Calibrated methods: look at the first N examples of the shuffled order (default: all).",
     )
-    calibration_head_steps: int = _option(
-        0,
+    calibration_head_steps: int | None = _option(
+        None,
         "Calibrated methods on an encoder: first train its head alone for so many steps on the "
         "calibration examples, so that gradients are not those of a random head; training itself "
-        "starts from the head's first values all the same.",
+        f"starts from the head's first values all the same (default: {DEFAULT_HEAD_STEPS}).",
     )
     calibration_buffer_gb: float = _option(
         0.0,
@@ -140,6 +141,12 @@ class MethodArguments:
         "entries alone, as does triton (needs a GPU); auto takes for each layer what should be the "
         "fastest.",
     )
+
+    @property
+    def head_steps(self) -> int:
+        """Steps of a head alone before the calibration."""
+        given = self.calibration_head_steps
+        return DEFAULT_HEAD_STEPS if given is None else given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,7 +229,7 @@ def check_arguments(
     for flag, value in at_least_one.items():
         if value is not None and value < 1:
             raise ValueError(f"{flag} must be at least 1, not {value}.")
-    not_negative: dict[str, float] = {
+    not_negative: dict[str, float | None] = {
         "--dev_examples": data.dev_examples,
         "--learning_rate": train.learning_rate,
         "--head_learning_rate": train.head_learning_rate,
@@ -234,7 +241,7 @@ def check_arguments(
         "--calibration_buffer_gb": method.calibration_buffer_gb,
     }
     for flag, number in not_negative.items():
-        if not 0 <= number < float("inf"):
+        if number is not None and not 0 <= number < float("inf"):
             raise ValueError(f"{flag} must be a finite number of at least 0, not {number}.")
     for flag, decay in {"--adam_beta1": train.adam_beta1, "--adam_beta2": train.adam_beta2}.items():
         if not 0 <= decay < 1:

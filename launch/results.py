@@ -39,6 +39,8 @@ def run_settings(args: Arguments, plan: Plan) -> dict[str, Any]:
         settings["density"] = args.method.density or DEFAULT_DENSITY
     if args.method.method in CALIBRATED_METHODS:
         settings["calibration_examples"] = args.method.calibration_examples or len(plan.data.train)
+        if is_encoder(plan.config):
+            settings["calibration_head_steps"] = args.method.head_steps
     return settings
 
 

@@ -189,8 +189,8 @@ class SparseTuning:
         self, head: HeadEntries, batches: Batches, summed_loss: SummedLoss
     ) -> AbstractContextManager[None]:
         """While the block lasts, the head as ``--calibration_head_steps`` of training leave it."""
-        num_steps = self.args.method.calibration_head_steps
-        if not num_steps:
+        num_steps = self.args.method.head_steps
+        if num_steps == 0:
             return nullcontext()
         return head_first.trained_head(
             self.engine,

@@ -42,6 +42,7 @@ OTHER = {
     "density": "0.25",
     "target_modules": ["q_proj", "k_proj"],
     "calibration_examples": 3,
+    "calibration_head_steps": 7,
     "calibration_buffer_gb": 0.5,
     "sddmm_kernel": "tiled",
     "mask": None,  # contradicts calibration_examples

@@ -55,6 +55,7 @@ RATES = (
     "weight_decay",
     "max_grad_norm",
     "warmup_steps",
+    "calibration_head_steps",
     "calibration_buffer_gb",
 )
 
@@ -89,6 +90,7 @@ def test_rates_are_finite_and_not_negative(name):
         ({"num_train_epochs": float("inf")}, "--num_train_epochs"),
         ({"report_to": "wandb"}, "--report_to takes tensorboard or none"),
         ({"mask": "m", "calibration_examples": 2}, "leave --calibration_examples out"),
+        ({"mask": "m", "calibration_head_steps": 5}, "leave --calibration_head_steps out"),
         ({"mask": "m", "calibration_buffer_gb": 1.0}, "leave --calibration_buffer_gb out"),
     ],
 )

@@ -4,7 +4,7 @@ The reference differentiates a dense model by ordinary autograd, one example at 
 ``tests.oracle.DenseMaskedAdamW`` with a learning rate for the entries and another one for the head.
 A run has to come to the same losses and values at any ZeRO stage and on any number of ranks, clip
 both vectors by their common norm, and leave every other parameter as it was, to the bit. Before a
-calibration the head alone can be trained; that has a reference of the same kind, and leaves no trace.
+calibration the head alone is trained; that has a reference of the same kind, and leaves no trace.
 """
 
 from __future__ import annotations
