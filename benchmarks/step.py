@@ -12,6 +12,8 @@ sleep, so that whatever else the machine does meets all alike.
     dense_masked   the way of the published code: trainable dense copies, a mask, dense AdamW
     full           every parameter
 
+shira and dense_masked add to whole weights, so at stage 3 they are left out.
+
 Ratios are taken within a round; shown are medians over the rounds and in brackets the 95 % interval
 of the median (bootstrap). Memory on a CPU is the resident set above that of the libraries, its peak
 while stepping; on a GPU the allocator's peak; of the rank that needs most. State is masters and
@@ -44,6 +46,7 @@ from gem_ds.comm import free_port
 HERE = Path(__file__).resolve().parent
 WORKER = HERE / "step_worker.py"
 CONTENDERS = ("floor", "gem", "lora", "shira", "dense_masked", "full")
+NEED_WHOLE_WEIGHTS = ("shira", "dense_masked")  # which stage 3 cuts
 GIB = 2.0**30
 
 
@@ -205,7 +208,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--shape", choices=SHAPES, default="opt-125m")
     parser.add_argument("--layers", type=int, help="of the model (default: the shape's own)")
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS)
+    parser.add_argument(
+        "--contenders",
+        nargs="+",
+        choices=CONTENDERS,
+        help="(default: all; shira and dense_masked below stage 3 only)",
+    )
     parser.add_argument("--world_size", type=int, default=1, help="processes per contender")
     parser.add_argument("--stage", type=int, default=0, help="of ZeRO")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
@@ -218,6 +226,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=2, help="per contender and round")
     parser.add_argument("--output_dir", type=Path, help="for table.md and numbers.json")
     args = parser.parse_args(argv)
+    if args.contenders is None:
+        left_out = NEED_WHOLE_WEIGHTS if args.stage == 3 else ()
+        args.contenders = [name for name in CONTENDERS if name not in left_out]
 
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
