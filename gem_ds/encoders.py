@@ -76,10 +76,15 @@ def set_head(config: PretrainedConfig, name: str, task: TaskData) -> None:
     labels = task.labels if task.kind == "labels" else ("score",)
     if any("SequenceClassification" in kind for kind in config.architectures or ()):
         _refuse_other_outputs(config, name, labels)
-    config.id2label = dict(enumerate(labels))
-    config.label2id = {label: i for i, label in enumerate(labels)}
+    set_labels(config, labels)
     is_number = task.kind == "number"
     config.problem_type = "regression" if is_number else "single_label_classification"
+
+
+def set_labels(config: PretrainedConfig, labels: Sequence[str]) -> None:
+    """Name the outputs of a classification head, and thereby settle their number."""
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: i for i, label in enumerate(labels)}
 
 
 def _refuse_other_outputs(config: PretrainedConfig, name: str, labels: Sequence[str]) -> None:
