@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from gem_ds.batches import Batches
 from gem_ds.entries import HeadEntries
-from gem_ds.fit import accumulate, seed_noise
+from gem_ds.fit import DivergedError, accumulate, seed_noise
 from gem_ds.loss import SummedLoss
 from gem_ds.sparse import TargetLayers
 from gem_ds.zero import Engine
@@ -34,13 +35,14 @@ def trained_head(
     """While the block lasts, the head's values are those after ``num_steps`` of training it alone.
 
     All ranks enter and leave together. The optimizer is the engine's, its rates fall linearly from
-    ``learning_rate`` to 0; its state and rates are as before at the end.
+    ``learning_rate`` to 0 and are as before at the end; masters and moments are set anew by whoever
+    trains next (:meth:`gem_ds.entries.TrainedEntries.start_from_weights`).
 
     Args:
         engine: holds the model.
         layers: the target layers, none of whose entries changes.
         head: what is trained.
-        batches: read in order, over and over.
+        batches: for as many epochs as the steps need.
         summed_loss: the loss of one micro-batch, summed over what its weight counts.
         num_steps: of the optimizer.
         learning_rate: of the head in the first step.
@@ -51,7 +53,7 @@ def trained_head(
     rates = [group["lr"] for group in groups]
     engine.model.train()
 
-    def deliver_zeros(dy: Tensor, x: Tensor) -> None:
+    def deliver_zeros(dy: Tensor, x: Tensor) -> None:  # the engine opens all gates
         layers.gate.gradient(0, 0, dy.device)
 
     with head.training(), layers.sinks([deliver_zeros] * len(layers)):
@@ -60,12 +62,16 @@ def trained_head(
                 group["lr"] = learning_rate * (1 - step / num_steps)
             seed_noise(seed, step, engine.comm.rank)
             accumulate(engine, batches, summed_loss, step)
-            engine.step()
+            if not engine.step() and engine.dtype != torch.float16:
+                with engine.comm.in_unison():
+                    raise DivergedError(
+                        "The gradient is not finite while the head is trained before the "
+                        "calibration: lower --head_learning_rate, or pass "
+                        "--calibration_head_steps 0."
+                    )
             head.write_back()
     for group, rate in zip(groups, rates, strict=True):
         group["lr"] = rate
-    try:
-        yield
-    finally:
-        head.start_from(first)
-        head.write_back()
+    yield
+    head.start_from(first)
+    head.write_back()

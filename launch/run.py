@@ -15,7 +15,7 @@ from gem_ds.checkpoint import TrainerState, delete_old_checkpoints
 from gem_ds.comm import Comm
 from gem_ds.data import Dataset, permutation
 from gem_ds.fit import StepResult, fit, mean_loss
-from gem_ds.loss import SummedLoss, answer_loss_of, plain_output_layer, summed_answer_loss
+from gem_ds.loss import SummedLoss, answer_loss_of, summed_answer_loss
 from gem_ds.methods import SPARSE_METHODS, product_of
 from gem_ds.packing import PackedDataset, refuse_leaking_rows
 from gem_ds.predict import predict_all
@@ -135,17 +135,16 @@ class Run:
         examples, size = self.plan.data.train, self.args.train.per_device_train_batch_size
         order = permutation(len(examples), self.args.train.seed, epoch=0)
         chosen = examples.select(order[: self.args.method.calibration_examples].tolist())
-        return self.batches(chosen, size * self.comm.world_size, size)
+        return self.batches(chosen, self.plan.global_batch_size, size)
 
     def describe(self, reporter: Reporter) -> None:
         """Say what will be trained and on what, and where the run begins."""
         plan = self.plan
         numbers = self.tuning.describe(reporter)
         if self.summed_loss is summed_answer_loss:
-            is_plain = plain_output_layer(self.engine.model) is not None
             reporter.say(
-                "This model's logits are more than a product of its output layer, so those of all "
-                f"{'answer ' * is_plain}tokens of a micro-batch stand in memory at once"
+                "This model's logits are more than a product of its output layer, so those of many "
+                "tokens of a micro-batch stand in memory at once"
             )
         if cut := plan.data.train.num_truncated:
             reporter.say(

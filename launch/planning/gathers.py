@@ -85,11 +85,9 @@ class Gathers:
             self._forwards.update(weights)
             handles.append(module.register_forward_pre_hook(lambda m, _: self._start(m)))
             handles.append(module.register_forward_hook(self._after_forward))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        yield
+        for handle in handles:
+            handle.remove()
         for weight in list(self._held):
             self._release(weight)
         self._forwards.clear()
