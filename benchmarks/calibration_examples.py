@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 import matplotlib
@@ -28,7 +27,6 @@ from gem_ds.calibrate import sum_gradients
 from gem_ds.data import permutation
 from gem_ds.scores import Solo
 from gem_ds.selection import select_shards
-from gem_ds.sparse import drop
 from gem_ds.sparse_methods import TargetShard
 from gem_ds.zero import init_distributed
 from launch.arguments import parse_arguments
@@ -77,19 +75,14 @@ def sums_up_to(
     """The gradient summed over the first n examples of ``order``, for each n of ``ends``."""
     sums = [torch.zeros(layer.numel) for layer in tuning.layers]
     size = run.args.train.per_device_train_batch_size
-    for start, stop in zip([0, *ends[:-1]], ends, strict=True):
-        examples = run.plan.data.train.select(order[start:stop].tolist())
-        with ExitStack() as stack:
-            if tuning.head_layers is not None:
-                stack.enter_context(tuning.head_layers.sinks([drop] * len(tuning.head_layers)))
-            more = sum_gradients(
-                tuning.engine,
-                tuning.layers,
-                run.batches(examples, size, size),
-                run.plan.objective.summed_loss,
-            )
-        sums = [total + gradient for total, gradient in zip(sums, more, strict=True)]
-        yield sums
+    summed_loss = run.plan.objective.summed_loss
+    with tuning.calibrating(run.calibration_batches(), summed_loss):
+        for start, stop in zip([0, *ends[:-1]], ends, strict=True):
+            examples = run.plan.data.train.select(order[start:stop].tolist())
+            batches = run.batches(examples, size, size)
+            more = sum_gradients(tuning.engine, tuning.layers, batches, summed_loss)
+            sums = [total + gradient for total, gradient in zip(sums, more, strict=True)]
+            yield sums
 
 
 def mask_of(tuning: SparseTuning, gradients: list[Tensor], total: int, method: str) -> Tensor:

@@ -35,8 +35,8 @@ def trained_head(
     """While the block lasts, the head's values are those after ``num_steps`` of training it alone.
 
     All ranks enter and leave together. The optimizer is the engine's, its rates fall linearly from
-    ``learning_rate`` to 0 and are as before at the end; masters and moments are set anew by whoever
-    trains next (:meth:`gem_ds.entries.TrainedEntries.start_from_weights`).
+    ``learning_rate`` to 0; they and fp16's loss scale are as before at the end. Masters and moments
+    are set anew by whoever trains next (:meth:`gem_ds.entries.TrainedEntries.start_from_weights`).
 
     Args:
         engine: holds the model.
@@ -50,7 +50,7 @@ def trained_head(
     """
     first = head.start_from_weights()
     groups = engine.optimizer.param_groups
-    rates = [group["lr"] for group in groups]
+    rates, loss_scale = [group["lr"] for group in groups], engine.loss_scale
     engine.model.train()
 
     def deliver_zeros(dy: Tensor, x: Tensor) -> None:  # the engine opens all gates
@@ -72,6 +72,7 @@ def trained_head(
             head.write_back()
     for group, rate in zip(groups, rates, strict=True):
         group["lr"] = rate
+    engine.loss_scale = loss_scale
     yield
     head.start_from(first)
     head.write_back()

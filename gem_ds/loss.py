@@ -109,11 +109,11 @@ def answer_loss_of(model: nn.Module, comm: Comm) -> SummedLoss:
     """The way to compute the answer loss of a model: in chunks where that gives the same.
 
     Models that change their logits after the output layer (a softcap, a scale, a narrower
-    vocabulary) need the logits of all answer tokens at once, and so do output layers that are more
-    than one product: those of adapters, quantized ones, and one whose own weights are selected
-    from. A forward pass of a few
-    tokens compares the model's logits with what the layer returned; it leaves the model in eval
-    mode. All ranks call this together.
+    vocabulary) need the logits of all answer tokens at once. Output layers that are more than one
+    product (those of adapters, quantized ones, one whose own weights are selected from) and those
+    that the model does not call need the logits of all tokens. A forward pass of a few tokens
+    compares the model's logits with what the layer returned; it leaves the model in eval mode. All
+    ranks call this together.
 
     Returns:
         :func:`chunked_answer_loss` or :func:`summed_answer_loss`, the same on all ranks.

@@ -116,6 +116,11 @@ def prepare(args: Arguments, world_size: int) -> Plan:
         is_encoder=is_encoder(config),
         classification_loss=args.data.classification_loss,
     )
+    if args.method.calibration_head_steps and not is_encoder(config):
+        raise ValueError(
+            f"--calibration_head_steps trains an encoder's head, and {config.model_type} has none: "
+            "leave it out."
+        )
     targets = settle_targets(args, config, mask)
     written = read_config(args.train.deepspeed) if args.train.deepspeed else {}
     deepspeed = resolve_deepspeed(written, args, config, targets.total, world_size)

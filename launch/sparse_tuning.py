@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from gem_ds import head_first
 from gem_ds.batches import Batches
 from gem_ds.calibrate import calibrate
 from gem_ds.checkpoint import Checkpoint, TrainerState
 from gem_ds.comm import Comm
 from gem_ds.delta import Delta
 from gem_ds.entries import HeadEntries, SelectedEntries, TrainedEntries, gather_indices
+from gem_ds.head_first import trained_head
 from gem_ds.loss import SummedLoss
 from gem_ds.mask import Mask, dtype_name
 from gem_ds.methods import CALIBRATED_METHODS
@@ -31,7 +31,8 @@ from gem_ds.summary import (
     kernel_counts,
     selection_shape,
 )
-from gem_ds.targets import head_layers, targets_of
+from gem_ds.targets import head_layers as layers_of_head
+from gem_ds.targets import targets_of
 from gem_ds.zero import Engine, numel
 from launch.arguments import Arguments
 from launch.optimizer import make_sparse_optimizer
@@ -49,12 +50,15 @@ def sparse_layers(
         targets: names of the target weights.
         total: the number K of entries to be selected.
         head: names of the parameters of the head.
+
+    Returns:
+        Both; None where ``head`` is empty.
     """
     layers = TargetLayers(model, targets_of(model, targets), total)
     if not head:
         return layers, None
     size = sum(numel(model.get_parameter(name)) for name in head)
-    return layers, TargetLayers(model, head_layers(model, head), size, "gem_head_gate")
+    return layers, TargetLayers(model, layers_of_head(model, head), size, "gem_head_gate")
 
 
 class SparseTuning:
@@ -82,13 +86,13 @@ class SparseTuning:
         self, args: Arguments, plan: Plan, model: PreTrainedModel, head: list[str], comm: Comm
     ) -> None:
         self.args, self.plan, self.comm = args, plan, comm
-        self.layers, self.head_layers = sparse_layers(model, plan.targets, plan.total, head)
+        self.layers, head_layers = sparse_layers(model, plan.targets, plan.total, head)
         gates = [self.layers.gate]
-        if self.head_layers is not None:
-            gates.append(self.head_layers.gate)
+        if head_layers is not None:
+            gates.append(head_layers.gate)
         optimizer = make_sparse_optimizer(args.train)
         self.engine = Engine(model, gates, optimizer, plan.deepspeed, comm)
-        self.head = HeadEntries(self.engine, self.head_layers) if self.head_layers else None
+        self.head = HeadEntries(self.engine, head_layers) if head_layers is not None else None
         self.calibration_seconds = 0.0
         self.selection: Selection | None = None
 
@@ -158,6 +162,8 @@ class SparseTuning:
         """Score and select."""
         method = self.args.method.method
         with ExitStack() as stack:
+            if method in CALIBRATED_METHODS:
+                stack.enter_context(self.calibrating(batches, summed_loss))
             bar = stack.enter_context(
                 tqdm(
                     total=batches.steps_per_epoch,
@@ -169,10 +175,6 @@ class SparseTuning:
                     dynamic_ncols=True,
                 )
             )
-            if self.head is not None:
-                if method in CALIBRATED_METHODS:
-                    stack.enter_context(self.trained_head(self.head, batches, summed_loss))
-                stack.enter_context(self.head.layers.sinks([drop] * len(self.head.layers)))
             return calibrate(
                 self.engine,
                 self.layers,
@@ -185,23 +187,30 @@ class SparseTuning:
                 buffer_gb=self.args.method.calibration_buffer_gb,
             )
 
-    def trained_head(
-        self, head: HeadEntries, batches: Batches, summed_loss: SummedLoss
-    ) -> AbstractContextManager[None]:
-        """While the block lasts, the head as ``--calibration_head_steps`` of training leave it."""
-        num_steps = self.args.method.head_steps
-        if num_steps == 0:
-            return nullcontext()
-        return head_first.trained_head(
-            self.engine,
-            self.layers,
-            head,
-            batches,
-            summed_loss,
-            num_steps=num_steps,
-            learning_rate=self.args.train.head_learning_rate,
-            seed=self.args.train.seed,
-        )
+    @contextmanager
+    def calibrating(self, batches: Batches, summed_loss: SummedLoss) -> Iterator[None]:
+        """While the block lasts, a head is one that was trained, and its gradient is dropped.
+
+        Args:
+            batches: that the head is trained on for ``--calibration_head_steps``.
+            summed_loss: of one micro-batch.
+        """
+        with ExitStack() as stack:
+            if self.head is not None:
+                if num_steps := self.args.method.head_steps:
+                    trained = trained_head(
+                        self.engine,
+                        self.layers,
+                        self.head,
+                        batches,
+                        summed_loss,
+                        num_steps=num_steps,
+                        learning_rate=self.args.train.head_learning_rate,
+                        seed=self.args.train.seed,
+                    )
+                    stack.enter_context(trained)
+                stack.enter_context(self.head.layers.sinks([drop] * len(self.head.layers)))
+            yield
 
     def describe(self, reporter: Reporter) -> dict[str, float]:
         """Say what will be trained; returns how the selection lies, for the log."""
@@ -212,6 +221,12 @@ class SparseTuning:
             rows = zip(
                 selection.names, selection.numels, budgets, selection.layer_scores, strict=True
             )
+            method = self.args.method
+            if self.head is not None and method.method in CALIBRATED_METHODS and method.head_steps:
+                reporter.say(
+                    f"Calibrated with a head that was trained for {method.head_steps} steps "
+                    "(--calibration_head_steps); training starts from its first values"
+                )
             reporter.say(f"Where the budget went:\n{budget_table(rows)}")
             if buffer_gb := self.args.method.calibration_buffer_gb:
                 partitions = [self.engine.partition_size(layer.weight) for layer in self.layers]

@@ -248,6 +248,9 @@ def _of_masks(shop: Workshop) -> dict[str, Refusal]:
         "mask and calibration": Refusal(
             shop.flags(mask=mask, calibration_examples=3), "leave --calibration_examples out"
         ),
+        "a head's steps without a head": Refusal(
+            shop.flags(calibration_head_steps=3), "llama has none: leave it out"
+        ),
     }
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from gem_ds.batches import Batches
+from gem_ds.calibrate import calibrate
 from gem_ds.checkpoint import TrainerState
 from gem_ds.comm import Comm
 from gem_ds.config import MethodArguments, TrainArguments
@@ -29,8 +31,10 @@ from gem_ds.encoders import head_names
 from gem_ds.entries import HeadEntries, SelectedEntries
 from gem_ds.fit import fit
 from gem_ds.pairs import summed_pair_loss
+from gem_ds.selection import Selection
 from gem_ds.targets import find_targets
 from gem_ds.zero import init_distributed
+from launch import sparse_tuning
 from launch.sparse_tuning import SparseTuning
 from tests import oracle
 from tests.ranks import run_ranks
@@ -110,7 +114,7 @@ class Outcome:
         norms: of the gradient before clipping, where the stage computes it.
         values: the selected entries at the end.
         head: the head's parameters at the end, by name, flat.
-        alone: the same after the head alone was trained.
+        alone: the same as a calibration sees them, after the head alone was trained.
         violations: what is not as it should be to the bit, after calibration or a step.
     """
 
@@ -172,9 +176,20 @@ def _train(comm: Comm, plan: Plan) -> Outcome:
         seed=SEED,
         pad_token_id=0,
     )
-    with tuning.trained_head(head, batches, summed_pair_loss):
-        alone = head.split(head.read())
-    tuning._select(batches, summed_pair_loss)  # must leave no trace
+    seen: list[Tensor] = []  # the head, each time that a calibration begins
+
+    def recorded(*arguments: Any, **options: Any) -> Selection:
+        seen.append(head.read())
+        return calibrate(*arguments, **options)
+
+    untrained = head.read()
+    scheduler = LambdaLR(tuning.engine.optimizer, _rate_factor)
+    with mock.patch.object(sparse_tuning, "calibrate", recorded):
+        tuning._select(batches, summed_pair_loss)  # must leave no trace
+        args.method = MethodArguments(calibration_head_steps=0)
+        tuning._select(batches, summed_pair_loss)
+    assert scheduler.get_last_lr() == [g["lr"] for g in tuning.engine.optimizer.param_groups]
+    assert torch.equal(bits(seen[1]), bits(untrained))
     assert all(gate.buffer is None for gate in tuning.engine.gates)
     tuning.entries = SelectedEntries(tuning.engine, tuning.layers, list(indices.values()))
     inspector = Inspector(tuning.entries, head)
@@ -182,7 +197,6 @@ def _train(comm: Comm, plan: Plan) -> Outcome:
     for part in tuning.parts:
         part.start_from_weights()
     state = TrainerState(max_steps=NUM_STEPS)
-    scheduler = LambdaLR(tuning.engine.optimizer, _rate_factor)
     results = []
     for step in fit(tuning, batches, summed_pair_loss, scheduler, state, seed=0):
         results.append(step)
@@ -193,7 +207,7 @@ def _train(comm: Comm, plan: Plan) -> Outcome:
         norms=[step.grad_norm for step in results if step.grad_norm is not None],
         values=tuning.entries.read(),
         head=head.split(head.read()),
-        alone=alone,
+        alone=head.split(seen[0]),
         violations=inspector.violations,
     )
 

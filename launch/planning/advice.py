@@ -40,7 +40,7 @@ def changes(setting: Setting) -> Iterator[tuple[list[str], Setting]]:
     The batch of a step stays the same until ranks are added. Batch sizes that the DeepSpeed JSON
     spells out are taken to follow the flags.
     """
-    told: dict[str, str] = {}  # by flag: a later value of a flag takes the place of the earlier
+    told: dict[str, str] = {}  # by its first flag: a later value takes the earlier's place
     kept = {key: value for key, value in setting.deepspeed.items() if key not in _BATCH_SIZES}
     setting = replace(setting, deepspeed=kept)
     for change in (_checkpoint, _cut_batch, _partition, _offload):

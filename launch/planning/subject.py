@@ -92,7 +92,8 @@ class Subject:
                 stack.enter_context(self.layers.sinks(self._training_sinks(self.layers)))
             if (head := self.head_layers) is not None:
                 head.gate.open = True
-                sink = DenseGradientSink(head.gate, 0, None)  # where it writes changes no size
+                # The place changes no size, and biases are few.
+                sink = DenseGradientSink(head.gate, 0, None)
                 stack.enter_context(head.sinks([sink] * len(head)))
             self._run(live)
 
