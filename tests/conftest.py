@@ -5,8 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from eval.sandbox import Sandbox, SandboxUnavailableError
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("any_speed", deadline=None)
+settings.load_profile("any_speed")
 
 
 @pytest.fixture(scope="session")

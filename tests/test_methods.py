@@ -69,6 +69,7 @@ def _flags(tiny: Tiny, name: str, method: str, model: str, stage: int, **more: o
             "max_steps": NUM_STEPS,
             "logging_steps": 1,
             "save_steps": 2 if method in SPARSE_METHODS else None,
+            "calibration_head_steps": 3 if model == BERT and "mask" not in more else None,
             "head_learning_rate": 0.02,
             "weight_decay": 0.01,
             "max_grad_norm": 0.5,
