@@ -40,28 +40,31 @@ def changes(setting: Setting) -> Iterator[tuple[list[str], Setting]]:
     The batch of a step stays the same until ranks are added. Batch sizes that the DeepSpeed JSON
     spells out are taken to follow the flags.
     """
-    told: dict[str, str] = {}  # by its first flag: a later value takes the earlier's place
+    flags: dict[str, str] = {}  # a later value takes the earlier's place
     kept = {key: value for key, value in setting.deepspeed.items() if key not in _BATCH_SIZES}
     setting = replace(setting, deepspeed=kept)
     for change in (_checkpoint, _cut_batch, _partition, _offload):
         changed = change(setting)
         if changed is not None:
-            flag, value, setting = changed
-            told.pop(flag, None)
-            told[flag] = f"{flag} {value}".strip()
-            yield list(told.values()), setting
+            flags |= changed[0]
+            setting = changed[1]
+            yield _words(flags), setting
     while setting.world_size < _MOST_RANKS:
         setting = replace(setting, world_size=2 * setting.world_size)
-        yield [*told.values(), f"{setting.world_size} ranks"], setting
+        yield [*_words(flags), f"{setting.world_size} ranks"], setting
 
 
-_Change = tuple[str, str, Setting]  # a flag, its value, the setting then
+def _words(flags: dict[str, str]) -> list[str]:
+    return [f"{flag} {value}".strip() for flag, value in flags.items()]
+
+
+_Change = tuple[dict[str, str], Setting]  # flags with their values, the setting then
 
 
 def _checkpoint(setting: Setting) -> _Change | None:
     if setting.args.train.gradient_checkpointing:
         return None
-    return "--gradient_checkpointing", "", _with(setting, gradient_checkpointing=True)
+    return {"--gradient_checkpointing": ""}, _with(setting, gradient_checkpointing=True)
 
 
 def _cut_batch(setting: Setting) -> _Change | None:
@@ -71,8 +74,7 @@ def _cut_batch(setting: Setting) -> _Change | None:
         return None
     accumulation = train.gradient_accumulation_steps * size
     return (
-        "--per_device_train_batch_size",
-        f"1 --gradient_accumulation_steps {accumulation}",
+        {"--per_device_train_batch_size": "1", "--gradient_accumulation_steps": f"{accumulation}"},
         _with(setting, per_device_train_batch_size=1, gradient_accumulation_steps=accumulation),
     )
 
@@ -80,13 +82,14 @@ def _cut_batch(setting: Setting) -> _Change | None:
 def _partition(setting: Setting) -> _Change | None:
     if zero_stage(dict(setting.deepspeed)) == 3:
         return None
-    return "--deepspeed", "ds_configs/zero3.json", _on(setting, "zero3.json")
+    return {"--deepspeed": "ds_configs/zero3.json"}, _on(setting, "zero3.json")
 
 
 def _offload(setting: Setting) -> _Change | None:
     if is_offloaded(setting.deepspeed["zero_optimization"], "offload_param"):
         return None
-    return "--deepspeed", "ds_configs/zero3_offload.json", _on(setting, "zero3_offload.json")
+    config = "zero3_offload.json"
+    return {"--deepspeed": f"ds_configs/{config}"}, _on(setting, config)
 
 
 def _with(setting: Setting, **train: object) -> Setting:
