@@ -12,7 +12,6 @@ rounds (bootstrap); ratios are taken within a round.
 from __future__ import annotations
 
 import argparse
-import random
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -22,8 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from step import flags_of, interval, markdown
 from steps.shapes import SHAPES
+from steps.table import markdown
+from steps.training import Training
+from steps.turns import interval, take_turns
 from transformers import AutoModelForCausalLM
 
 from gem_ds import calibrate as calibration
@@ -51,19 +52,6 @@ def frozen_copy(folder: Path, like: Any) -> Any:
     return model
 
 
-def measure(actions: dict[str, Callable[[], float]], rounds: int) -> dict[str, np.ndarray]:
-    """What the actions return, [rounds]; in each round they run in another order."""
-    found: dict[str, list[float]] = {name: [] for name in actions}
-    order, chance = list(actions), random.Random(0)
-    for number in range(rounds + 1):
-        chance.shuffle(order)
-        for name in order:
-            value = actions[name]()
-            if number:  # the first is to warm up
-                found[name].append(value)
-    return {name: np.array(values) for name, values in found.items()}
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(
@@ -81,7 +69,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    seconds = _seconds(args)
+    names = ("shape", "layers", "dtype", "batches", "batch_size", "tokens")
+    training = Training(**{name: getattr(args, name) for name in names})
+    seconds = _seconds(training, args.rounds)
     ratio = interval(seconds["calibration and selection"] / seconds["frozen model"])
     rows = [
         {"": name, "seconds": "{:.2f} ({:.2f} to {:.2f})".format(*interval(values))}
@@ -94,14 +84,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
 
-def _seconds(args: argparse.Namespace) -> dict[str, np.ndarray]:
+def _seconds(training: Training, rounds: int) -> dict[str, np.ndarray]:
     """By what is timed, [rounds]."""
     comm = init_distributed()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        options = {"world_size": 1, "stage": 0, "density": "0.001", "contenders": ["gem"]}
-        shape = argparse.Namespace(**vars(args) | options, gradient_checkpointing=False)
-        flags = flags_of(shape, folder)["gem"]
+        flags = training.flags(["gem"], folder)["gem"]
         run_args = parse_arguments([*flags, "--output_dir", str(folder / "run")])
         plan = prepare(run_args, comm.world_size)
         run = Run(run_args, plan, comm)
@@ -133,12 +121,12 @@ def _seconds(args: argparse.Namespace) -> dict[str, np.ndarray]:
             )
             return summing + selecting[-1]
 
-        seconds = measure(
+        seconds = take_turns(
             {
                 "frozen model": lambda: timed(lambda: frozen_passes(frozen, batches, summed_loss)),
                 "calibration and selection": calibrate,
             },
-            args.rounds,
+            rounds,
         )
     leave_distributed()
     return seconds | {"of it selection": np.array(selecting[1:])}

@@ -16,12 +16,14 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import transformers
-from step import flags_of, markdown, start
+from steps.ranks import Ranks
+from steps.table import markdown
+from steps.training import Training
 from transformers import LlamaConfig
 
 from gem_ds.zero_config import read_config
@@ -35,29 +37,19 @@ METHODS = ("gem", "lora", "full")
 CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """One configuration that runs here."""
-
-    world_size: int
-    stage: int
-    dtype: str = "fp32"
-    checkpointing: bool = False
-
-    def __str__(self) -> str:
-        told = f"{self.world_size} x ZeRO {self.stage}, {self.dtype}"
-        return f"{told}, checkpointing" if self.checkpointing else told
-
-
-CASES = (
-    Case(world_size=1, stage=0),
-    Case(world_size=1, stage=0, checkpointing=True),
-    Case(world_size=1, stage=3, dtype="bf16"),
-    Case(world_size=2, stage=0),
-    Case(world_size=2, stage=1),
-    Case(world_size=2, stage=2, dtype="bf16"),
-    Case(world_size=2, stage=3),
-    Case(world_size=2, stage=3, dtype="bf16", checkpointing=True),
+#: What runs here.
+CASES = tuple(
+    Training(batch_size=2, batches=3, **case)  # ZeRO 3 gathers ahead once it knows the order
+    for case in (
+        {"world_size": 1, "stage": 0},
+        {"world_size": 1, "stage": 0, "gradient_checkpointing": True},
+        {"world_size": 1, "stage": 3, "dtype": "bf16"},
+        {"world_size": 2, "stage": 0},
+        {"world_size": 2, "stage": 1},
+        {"world_size": 2, "stage": 2, "dtype": "bf16"},
+        {"world_size": 2, "stage": 3},
+        {"world_size": 2, "stage": 3, "dtype": "bf16", "gradient_checkpointing": True},
+    )
 )
 
 #: Llama shapes: hidden and intermediate size, layers, heads, key-value heads, vocabulary.
@@ -73,30 +65,20 @@ WORLD_SIZES = (8, 64, 1024)
 def measured_rows(layers: int) -> Iterator[dict[str, str]]:
     """Run every case with every method; the foretold beside the measured."""
     for case in CASES:
-        args = argparse.Namespace(
-            shape="opt-125m",
-            layers=layers,
-            contenders=METHODS,
-            world_size=case.world_size,
-            stage=case.stage,
-            dtype=case.dtype,
-            batch_size=2,
-            tokens=256,
-            batches=3,  # ZeRO 3 gathers ahead once it knows the order
-            density="0.001",
-            gradient_checkpointing=case.checkpointing,
-        )
+        case = replace(case, layers=layers)
+        told = f"{case.world_size} x ZeRO {case.stage}, {case.dtype}"
+        told += ", checkpointing" if case.gradient_checkpointing else ""
         with tempfile.TemporaryDirectory() as folder:
-            for method, flags in flags_of(args, Path(folder)).items():
+            for method, flags in case.flags(METHODS, Path(folder)).items():
                 found = _measure(method, flags, case.world_size)
                 setting = read_setting(
                     parse_arguments([*flags, "--output_dir", folder]), case.world_size, on_cpu=True
                 )
-                yield {"": str(case), "method": method} | _compare(forecast(setting), found)
+                yield {"": told, "method": method} | _compare(forecast(setting), found)
 
 
 def _measure(method: str, flags: Sequence[str], world_size: int) -> dict[str, Any]:
-    ranks = start(method, flags, world_size)
+    ranks = Ranks.start(method, flags, world_size)
     try:
         ranks.ask("step 2")
         return ranks.ask("count") | ranks.ask("report")

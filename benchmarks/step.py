@@ -24,108 +24,30 @@ apart from the gathers of weights.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
-import random
-import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from steps.shapes import SHAPES, adapter_size, write_data, write_model
+from steps.ranks import Ranks
+from steps.shapes import SHAPES
+from steps.table import markdown
+from steps.training import CONTENDERS, NEED_WHOLE_WEIGHTS, Training
+from steps.turns import interval, take_turns
 
-from gem_ds.comm import free_port
-
-HERE = Path(__file__).resolve().parent
-WORKER = HERE / "step_worker.py"
-CONTENDERS = ("floor", "gem", "lora", "shira", "dense_masked", "full")
-NEED_WHOLE_WEIGHTS = ("shira", "dense_masked")  # which stage 3 cuts
 GIB = 2.0**30
 
 
-@dataclass(kw_only=True)
-class Ranks:
-    """The processes of one contender."""
-
-    processes: list[subprocess.Popen[str]]
-    answers: Any
-
-    def ask(self, command: str) -> Any:
-        """Give all ranks a command; returns rank 0's answer."""
-        for process in self.processes:
-            assert process.stdin
-            process.stdin.write(f"{command}\n")
-            process.stdin.flush()
-        return self.listen()
-
-    def listen(self) -> Any:
-        """Rank 0's next answer."""
-        line = self.answers.readline()
-        if not line:
-            raise RuntimeError("A contender has died; what it said is above.")
-        return json.loads(line)
-
-    def close(self) -> None:
-        """End the processes."""
-        for process in self.processes:
-            assert process.stdin
-            process.stdin.close()
-        for process in self.processes:
-            process.wait(timeout=60)
-
-
-def start(name: str, flags: Sequence[str], world_size: int) -> Ranks:
-    """Start the ranks of a contender and wait until they have taken their first step."""
-    reading, writing = os.pipe()
-    port, cores = free_port(), len(os.sched_getaffinity(0))
-    environment = {
-        "OMP_NUM_THREADS": str(max(1, cores // world_size)),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), "--name", name, "--answers", str(writing), *flags],
-            env=os.environ | environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            pass_fds=[writing],
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
-    os.close(writing)
-    ranks = Ranks(processes=processes, answers=os.fdopen(reading))
-    ranks.listen()
-    return ranks
-
-
-def measure(contenders: dict[str, Ranks], rounds: int, steps: int) -> dict[str, np.ndarray]:
-    """Seconds per step, [rounds], the median of each round; contenders take turns by chance."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    order, chance = list(contenders), random.Random(0)
-    for number in range(rounds):
-        chance.shuffle(order)
-        for name in order:
-            seconds[name].append(float(np.median(contenders[name].ask(f"step {steps}"))))
-        print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
-    return {name: np.array(found) for name, found in seconds.items()}
-
-
-def interval(values: np.ndarray) -> tuple[float, float, float]:
-    """The median, and the ends of its 95 % bootstrap interval."""
-    draws = np.random.default_rng(0).choice(values, size=(10_000, len(values)))
-    low, high = np.percentile(np.median(draws, axis=1), [2.5, 97.5])
-    return float(np.median(values)), float(low), float(high)
+def stepping(ranks: Ranks, steps: int) -> Callable[[], float]:
+    """Takes so many steps; returns the median of their seconds."""
+    return lambda: float(np.median(ranks.ask(f"step {steps}")))
 
 
 def rows_of(
@@ -160,45 +82,6 @@ def rows_of(
     return rows
 
 
-def markdown(rows: Sequence[dict[str, str]]) -> str:
-    """Rows as a table."""
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def flags_of(args: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
-    """Write model and data into a folder; returns the flags of training for each contender."""
-    config = SHAPES[args.shape](args.layers)
-    write_model(folder / "model", config)
-    num_rows = args.batches * args.world_size * args.batch_size
-    write_data(folder / "train.jsonl", num_rows, args.tokens)
-    common = {
-        "model_name_or_path": folder / "model",
-        "task": "jsonl",
-        "train_file": folder / "train.jsonl",
-        "prompt_field": "prompt",
-        "target_field": "target",
-        "max_length": args.tokens,
-        "per_device_train_batch_size": args.batch_size,
-        "max_steps": 10**6,
-        "learning_rate": "1e-5",
-        "lr_scheduler_type": "constant",
-        "deepspeed": HERE.parent / "ds_configs" / f"zero{args.stage}.json",
-    }
-    switches = ["--disable_tqdm"]
-    switches += ["--bf16"] if args.dtype == "bf16" else []
-    switches += ["--gradient_checkpointing"] if args.gradient_checkpointing else []
-    rank, density_of_rank = adapter_size(config, float(args.density))
-    flags = {}
-    for name in args.contenders:
-        method = name if name in ("lora", "shira", "full") else "gem"
-        density = density_of_rank if name == "shira" else args.density
-        values = common | {"method": method, "lora_r": rank, "density": density}
-        flags[name] = [str(word) for key, value in values.items() for word in (f"--{key}", value)]
-        flags[name] += switches
-    return flags
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table, and write it with all numbers where --output_dir says."""
     parser = argparse.ArgumentParser(
@@ -220,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch_size", type=int, default=4, help="sequences per rank")
     parser.add_argument("--tokens", type=int, default=256, help="of a sequence")
     parser.add_argument("--batches", type=int, default=1, help="of data, all for calibration")
-    parser.add_argument("--density", default="0.001")
+    parser.add_argument("--density", type=float, default=0.001)
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=2, help="per contender and round")
@@ -230,14 +113,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         left_out = NEED_WHOLE_WEIGHTS if args.stage == 3 else ()
         args.contenders = [name for name in CONTENDERS if name not in left_out]
 
+    training = Training(
+        **{field.name: getattr(args, field.name) for field in dataclasses.fields(Training)}
+    )
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         contenders = {}
-        for name, flags in flags_of(args, folder).items():
-            contenders[name] = start(name, flags, args.world_size)
+        for name, flags in training.flags(args.contenders, folder).items():
+            contenders[name] = Ranks.start(name, flags, args.world_size)
             stack.callback(contenders[name].close)
             print(f"{name} is ready", file=sys.stderr, flush=True)
-        seconds = measure(contenders, args.rounds, args.steps)
+        actions = {name: stepping(ranks, args.steps) for name, ranks in contenders.items()}
+        seconds = take_turns(actions, args.rounds)
         reports = {name: ranks.ask("count") for name, ranks in contenders.items()}
         reports = {name: found | contenders[name].ask("report") for name, found in reports.items()}
 

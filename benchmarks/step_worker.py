@@ -41,7 +41,7 @@ class Contender:
         self.comm = comm
         args = parse_arguments(flags)
         plan = prepare(args, comm.world_size)
-        self.libraries = library_bytes()  # loaded by now, all but peft
+        self.libraries = library_bytes()  # loaded by now
         self.run = Run(args, plan, comm, _BASELINES.get(name))
         self.tuning: Any = self.run.tuning
         summed_loss = self.run.settled_loss()

@@ -70,6 +70,18 @@ class Comm:
 
         return wait
 
+    def gather_shards(self, shard: Tensor) -> Tensor:
+        """Put ranges of n entries, one on each rank, together: [world_size * n] on every rank.
+
+        What :meth:`reduce_scatter` does, undone; unlike :meth:`all_gather` it asks nobody for
+        lengths, so a GPU does not wait for it.
+        """
+        if self.world_size == 1:
+            return shard
+        whole = shard.new_empty(self.world_size * shard.numel())
+        dist.all_gather_into_tensor(whole, shard)
+        return whole
+
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """Collect 1-D tensors, whose lengths may differ between ranks, in rank order."""
         if self.world_size == 1:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
-import torch
 from torch import Tensor, nn
 
 from gem_ds.zero import BaseEngine, bytes_of
@@ -48,11 +47,7 @@ class DenseEngine(BaseEngine):
         named = dict(self.model.named_parameters())
         found = {}
         for name in names:
-            parameter = named[name]
-            whole = parameter.data
-            if self.stage == 3:  # not by GatheredParameters, as in Engine.gather_values
-                parts = self.comm.all_gather(self.read_shard(parameter).to(self.device))
-                whole = torch.cat(parts).view(parameter.ds_shape)  # type: ignore[attr-defined]
+            whole = self.read_whole(named[name])
             if self.comm.is_main:
                 found[name] = whole.cpu().clone()
         return found

@@ -58,7 +58,7 @@ class TrainedEntries:
             for parameter, index in zip(parameters.values(), flat_indices, strict=True)
         ]
         *self.starts, self.total = accumulate((i.numel() for i in flat_indices), initial=0)
-        assert self.total == gate.num_selected, "the gate was made for another K"
+        assert self.total == gate.num_entries, "the gate was made for another K"
         self._writable = [
             _part(index, engine.writable_range(parameter))
             for parameter, index in zip(parameters.values(), self.flat_indices, strict=True)

@@ -98,10 +98,10 @@ class Gate(nn.Module):
             fp32 and crosses the network once.
     """
 
-    def __init__(self, num_selected: int, dtype: torch.dtype) -> None:
+    def __init__(self, num_entries: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.values = nn.Parameter(torch.zeros(num_selected, dtype=dtype))
-        self.num_selected = num_selected
+        self.values = nn.Parameter(torch.zeros(num_entries, dtype=dtype))
+        self.num_entries = num_entries
         self.open = False
         self.buffer: Tensor | None = None  # fp32 [K], made when the first sink asks for its slice
 
@@ -116,7 +116,7 @@ class Gate(nn.Module):
     def gradient(self, start: int, length: int, device: torch.device) -> Tensor:
         """The fp32 slice [length] from ``start`` of what is collected on ``device``, to add to."""
         if self.buffer is None:
-            self.buffer = torch.zeros(self.num_selected, dtype=torch.float32, device=device)
+            self.buffer = torch.zeros(self.num_entries, dtype=torch.float32, device=device)
         return self.buffer[start : start + length]
 
     def take_gradient(self) -> Tensor:
@@ -197,7 +197,7 @@ class TargetLayers(Sequence[TargetLayer]):
     Args:
         model: that the layers belong to.
         targets: the layers, by the names of their weights.
-        num_selected: entries of the gate's flat parameter.
+        num_entries: entries of the gate's flat parameter.
         gate_name: of the submodule.
     """
 
@@ -205,7 +205,7 @@ class TargetLayers(Sequence[TargetLayer]):
         self,
         model: nn.Module,
         targets: dict[str, nn.Module],
-        num_selected: int,
+        num_entries: int,
         gate_name: str = "gem_gate",
     ) -> None:
         self.model = model
@@ -221,7 +221,7 @@ class TargetLayers(Sequence[TargetLayer]):
                 f"The target layers have several dtypes ({', '.join(sorted(map(str, dtypes)))}): "
                 "pass --target_modules of one dtype."
             )
-        self.gate = Gate(num_selected, dtypes.pop())
+        self.gate = Gate(num_entries, dtypes.pop())
         model.add_module(gate_name, self.gate)
         self._anchor: Tensor | None = None
         self._hook = model.register_forward_pre_hook(self._renew_anchor)

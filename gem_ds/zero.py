@@ -226,6 +226,15 @@ class BaseEngine:
             return parameter.ds_tensor.data.view(-1)[: stop - start]  # type: ignore[attr-defined]
         return parameter.data.view(-1)[start:stop]
 
+    def read_whole(self, parameter: nn.Parameter) -> Tensor:
+        """A weight in its shape and the model's dtype, on every rank; not to be written."""
+        if self.stage < 3:
+            return parameter.data
+        # Not by GatheredParameters: a forward pass may have left a gathering of it in flight.
+        shard = parameter.ds_tensor.data.view(-1).to(self.device)  # type: ignore[attr-defined]
+        whole = self.comm.gather_shards(shard)[: numel(parameter)]
+        return whole.view(parameter.ds_shape)  # type: ignore[attr-defined]
+
 
 class Engine(BaseEngine):
     """An engine of a frozen model, for calibration and for training flat vectors.
@@ -324,11 +333,7 @@ class Engine(BaseEngine):
 
     def gather_values(self, gate: Gate | None = None) -> Tensor:
         """``values`` [K] of a gate (the first) in the model's dtype, whole, on every rank."""
-        values = (gate or self.gate).values
-        if self.stage < 3:
-            return values.data
-        # Not by GatheredParameters: a forward pass may have left a gathering of it in flight.
-        return torch.cat(self.comm.all_gather(self.read_shard(values).to(self.device)))
+        return self.read_whole((gate or self.gate).values)
 
     def get_state(self, gate: Gate | None = None) -> dict[str, Tensor]:
         """Masters and moments by :data:`gem_ds.optim.STATE_KEYS`, fp32 [K], on every rank."""

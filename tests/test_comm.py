@@ -74,6 +74,10 @@ def _all_cases(cases: Cases) -> None:
                 gathered = comm.all_gather(parts[comm.rank])
                 assert [part.tolist() for part in gathered] == [part.tolist() for part in parts]
                 assert {part.dtype for part in gathered} == {dtype}
+    for dtype in GATHERED_DTYPES:
+        with cases(f"gather_shards {dtype}"):
+            shards = [(torch.arange(3) + 10 * rank).to(dtype) for rank in ranks]
+            assert torch.equal(comm.gather_shards(shards[comm.rank]), torch.cat(shards))
     with cases("broadcast_object"):
         value = {"rank": comm.rank, "budget": [2**70, comm.rank]}
         assert comm.broadcast_object(value) == {"rank": 0, "budget": [2**70, 0]}
@@ -118,6 +122,7 @@ NAMES = [
     "start_reduce_scatter",
     "reduce_scatter that does not divide",
     *(f"all_gather {lengths} {dtype}" for lengths in LENGTHS for dtype in GATHERED_DTYPES),
+    *(f"gather_shards {dtype}" for dtype in GATHERED_DTYPES),
     "broadcast_object",
     "gather_objects",
     "any",
@@ -151,6 +156,7 @@ def test_one_rank_talks_to_nobody() -> None:
     assert torch.equal(comm.all_reduce(tensor.clone(), "sum"), tensor)
     assert torch.equal(comm.reduce_scatter(tensor.clone()), tensor)
     assert comm.start_reduce_scatter(tensor)() is tensor
+    assert comm.gather_shards(tensor) is tensor
     assert [part.tolist() for part in comm.all_gather(tensor)] == [[1, 2, 3]]
     assert comm.broadcast_object("word") == "word"
     assert comm.gather_objects("word") == ["word"]

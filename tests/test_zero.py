@@ -73,7 +73,7 @@ def count(bench: Bench) -> None:
     """N counts every stored parameter whole."""
     from gem_ds.zero import num_parameters
 
-    gate = bench.layers.gate.num_selected
+    gate = bench.layers.gate.num_entries
     dense = sum(parameter.numel() for parameter in bench.dense.parameters())
     assert num_parameters(bench.engine.model) == dense + gate
 

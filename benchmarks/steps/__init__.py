@@ -1,1 +1,1 @@
-"""What `benchmarks/step.py` measures: shapes, contenders that are no methods, memory, traffic."""
+"""What the measurements share: contenders, their processes, turns, memory, traffic, tables."""

@@ -95,7 +95,7 @@ class DenseMasked(Baseline):
 def _masked(module: Any, share: float) -> nn.Parameter:
     """Let a linear layer add a masked trainable copy to its weight; returns the copy."""
     weight = module.get_parameter("weight")
-    mask = (torch.rand(weight.shape) < share).to(weight)
+    module.register_buffer("mask", (torch.rand(weight.shape) < share).to(weight))
     module.trainable = nn.Parameter(torch.zeros_like(weight))
-    module.forward = lambda x: F.linear(x, weight + module.trainable * mask, module.bias)
+    module.forward = lambda x: F.linear(x, weight + module.trainable * module.mask, module.bias)
     return module.trainable

@@ -70,7 +70,7 @@ class Subject:
         self.trained = [p for p in self.weights if p.requires_grad]
         self.num_selected = targets.total if self.layers is not None else 0
         self.num_trained = sum(p.numel() for p in self.trained)
-        self.num_trained += sum(gate.num_selected for gate in gates)
+        self.num_trained += sum(gate.num_entries for gate in gates)
         self._loss = self._answer_loss() if not is_encoder(config) else _summed_logits
 
     def _prepare(self, model: Any, targets: Targets) -> Any:
@@ -163,7 +163,7 @@ class Subject:
         sinks: list[Sink] = []
         start = 0
         for layer in layers:
-            stop = start + layers.gate.num_selected * layer.numel // available
+            stop = start + layers.gate.num_entries * layer.numel // available
             sinks.append(self._sink(layer, start, stop))
             start = stop
         return sinks

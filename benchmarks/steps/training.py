@@ -1,0 +1,76 @@
+"""The trainings that are measured: a model of a known shape, and the flags of each contender."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .shapes import SHAPES, adapter_size, write_data, write_model
+
+CONTENDERS = ("floor", "gem", "lora", "shira", "dense_masked", "full")
+NEED_WHOLE_WEIGHTS = ("shira", "dense_masked")  # which stage 3 cuts
+_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What all contenders have in common.
+
+    Attributes:
+        shape: a name of :data:`steps.shapes.SHAPES`.
+        layers: of the model; None for the shape's own.
+        world_size: ranks.
+        stage: of ZeRO.
+        dtype: fp32 or bf16.
+        batch_size: sequences of a rank.
+        tokens: of a sequence.
+        batches: of data, all of which serve a calibration.
+        density: trained entries, of all of the model's.
+        gradient_checkpointing: whether activations are recomputed.
+    """
+
+    shape: str = "opt-125m"
+    layers: int | None = None
+    world_size: int = 1
+    stage: int = 0
+    dtype: str = "fp32"
+    batch_size: int = 4
+    tokens: int = 256
+    batches: int = 1
+    density: float = 0.001
+    gradient_checkpointing: bool = False
+
+    def flags(self, contenders: Sequence[str], folder: Path) -> dict[str, list[str]]:
+        """Write model and data into a folder; returns each contender's flags, but its output."""
+        config = SHAPES[self.shape](self.layers)
+        write_model(folder / "model", config)
+        num_rows = self.batches * self.world_size * self.batch_size
+        write_data(folder / "train.jsonl", num_rows, self.tokens)
+        common = {
+            "model_name_or_path": folder / "model",
+            "task": "jsonl",
+            "train_file": folder / "train.jsonl",
+            "prompt_field": "prompt",
+            "target_field": "target",
+            "max_length": self.tokens,
+            "per_device_train_batch_size": self.batch_size,
+            "max_steps": 10**6,
+            "learning_rate": "1e-5",
+            "lr_scheduler_type": "constant",
+            "deepspeed": _CONFIGS / f"zero{self.stage}.json",
+        }
+        switches = ["--disable_tqdm"]
+        switches += ["--bf16"] if self.dtype == "bf16" else []
+        switches += ["--gradient_checkpointing"] if self.gradient_checkpointing else []
+        rank, density_of_rank = adapter_size(config, self.density)
+        flags = {}
+        for name in contenders:
+            method = name if name in ("lora", "shira", "full") else "gem"
+            density = density_of_rank if name == "shira" else self.density
+            values = common | {"method": method, "lora_r": rank, "density": density}
+            flags[name] = [
+                str(word) for key, value in values.items() for word in (f"--{key}", value)
+            ]
+            flags[name] += switches
+        return flags
