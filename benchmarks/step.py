@@ -107,8 +107,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=2, help="per contender and round")
+    parser.add_argument("--profile", action="store_true", help="of one step each, in --output_dir")
     parser.add_argument("--output_dir", type=Path, help="for table.md and numbers.json")
     args = parser.parse_args(argv)
+    if args.profile and not args.output_dir:
+        parser.error("--profile writes files: pass --output_dir.")
     if args.contenders is None:
         left_out = NEED_WHOLE_WEIGHTS if args.stage == 3 else ()
         args.contenders = [name for name in CONTENDERS if name not in left_out]
@@ -125,6 +128,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{name} is ready", file=sys.stderr, flush=True)
         actions = {name: stepping(ranks, args.steps) for name, ranks in contenders.items()}
         seconds = take_turns(actions, args.rounds)
+        profiles = {
+            name: ranks.ask("profile") for name, ranks in contenders.items() if args.profile
+        }
         reports = {name: ranks.ask("count") for name, ranks in contenders.items()}
         reports = {name: found | contenders[name].ask("report") for name, found in reports.items()}
 
@@ -142,6 +148,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.output_dir:
         args.output_dir.mkdir(parents=True, exist_ok=True)
         (args.output_dir / "table.md").write_text(f"{table}\n")
+        for name, profile in profiles.items():
+            (args.output_dir / f"profile_{name}.txt").write_text(profile)
         numbers = {
             name: found | {"seconds": seconds[name].tolist()} for name, found in reports.items()
         }

@@ -5,6 +5,7 @@ of JSON on the file descriptor ``--answers``.
 
     step N    take N steps                seconds of each
     count     take one step               bytes handed to collectives
+    profile   take one step               a table of the operations that take most of it
     report    (after the steps)           memory, state, sizes of files
 """
 
@@ -23,6 +24,7 @@ import transformers
 from steps.baselines import DenseMasked, Floor
 from steps.memory import library_bytes, peak_bytes, start_peak
 from steps.traffic import Collectives
+from torch.profiler import ProfilerActivity, profile
 
 from gem_ds.comm import Comm
 from gem_ds.fit import fit
@@ -82,6 +84,16 @@ class Contender:
         with collectives.counted():
             next(self.steps)
         return {"weights": collectives.weights, "others": collectives.others}
+
+    def profile(self) -> str:
+        """The operations of one step, those first that take most time of the device itself."""
+        device = self.comm.device.type
+        activities = [ProfilerActivity.CPU]
+        activities += [ProfilerActivity.CUDA] if device == "cuda" else []
+        with profile(activities=activities) as record:
+            self.step(1)
+        operations = record.key_averages()
+        return operations.table(f"self_{device}_time_total", row_limit=15, max_name_column_width=50)
 
     def report(self) -> dict[str, float]:
         """What the steps needed."""

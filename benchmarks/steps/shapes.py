@@ -34,6 +34,29 @@ def _llama_7b(num_layers: int | None) -> PretrainedConfig:
     return LlamaConfig(num_hidden_layers=num_layers or 32)
 
 
+def _llama_3_1b(num_layers: int | None) -> PretrainedConfig:
+    return LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        num_hidden_layers=num_layers or 16,
+        vocab_size=128_256,
+        tie_word_embeddings=True,
+    )
+
+
+def _llama_3_8b(num_layers: int | None) -> PretrainedConfig:
+    return LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        num_hidden_layers=num_layers or 32,
+        vocab_size=128_256,
+    )
+
+
 def _tiny(num_layers: int | None) -> PretrainedConfig:
     return LlamaConfig(
         hidden_size=64,
@@ -46,7 +69,13 @@ def _tiny(num_layers: int | None) -> PretrainedConfig:
 
 #: By name what makes a configuration, given the number of layers (None: all).
 SHAPES: Mapping[str, Callable[[int | None], PretrainedConfig]] = MappingProxyType(
-    {"opt-125m": _opt_125m, "llama-7b": _llama_7b, "tiny": _tiny}
+    {
+        "opt-125m": _opt_125m,
+        "llama-7b": _llama_7b,
+        "llama-3-1b": _llama_3_1b,
+        "llama-3-8b": _llama_3_8b,
+        "tiny": _tiny,
+    }
 )
 
 
