@@ -168,12 +168,13 @@ class TestNumbers:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_inputs_that_are_not_contiguous(self, kernel: str, dtype: torch.dtype) -> None:
-        dy, x = torch.randn(5, 18).to(dtype).t()[::2], torch.randn(18, 12).to(dtype)[::2, ::2]
+        dy = torch.randn(5, 18, device=DEVICE).to(dtype).t()[::2]
+        x = torch.randn(18, 12, device=DEVICE).to(dtype)[::2, ::2]
         assert not dy.is_contiguous()
         assert not x.is_contiguous()
         _assert_right(dy, x, torch.arange(0, 30, 3), kernel)
         _assert_right(dy[:, ::2], x.flip(1), torch.arange(0, 18, 2), kernel)
-        broadcast = torch.randn(1, 5).to(dtype).expand(9, 5)
+        broadcast = torch.randn(1, 5, device=DEVICE).to(dtype).expand(9, 5)
         _assert_right(broadcast, x, torch.arange(0, 30, 3), kernel)
 
     def test_low_precision_is_summed_in_fp32(self, kernel: str) -> None:
