@@ -89,8 +89,10 @@ class DataArguments:
     dev_examples: int = _option(
         0, "Take so many training examples as a development set; the same ones for every seed."
     )
-    evaluate_on: Literal["test", "dev"] = _option(
-        "test", "What the held-out loss and the metrics are measured on."
+    evaluate_on: Literal["test", "dev"] | None = _option(
+        None,
+        "What the held-out loss and the metrics are measured on (default: test, where the task has "
+        "held-out examples).",
     )
 
 

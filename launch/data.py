@@ -54,6 +54,11 @@ def load_examples(data: DataArguments) -> TaskData:
         prompt_field=data.prompt_field,
         target_field=data.target_field,
     )
+    if data.evaluate_on == "test" and not task.test:
+        raise ValueError(
+            f"--evaluate_on test: {data.data_dir or data.train_file} holds no held-out examples of "
+            f"--task {data.task}: add its validation file, or pass --evaluate_on dev."
+        )
     order, num_left = _split(task.train, data.dev_examples)
     if data.dev_examples and num_left < 1:
         raise ValueError(
@@ -72,12 +77,13 @@ def load_examples(data: DataArguments) -> TaskData:
 def _split(examples: Sequence[Example], num_dev: int) -> tuple[list[int], int]:
     """A fixed random order of the examples, and how many of them are not of the development set.
 
-    Examples on the same first sentence or passage stay together, so that none is half learnt; the
-    development set may thereby be a little larger than asked for.
+    Examples on the same passage stay together, so that none is half learnt; the development set may
+    thereby be a little larger than asked for.
     """
+    passages = _passages(examples)
     texts: dict[str, list[int]] = {}
     for i in permutation(len(examples), _SPLIT_SEED, epoch=0).tolist():
-        texts.setdefault(_first_text(examples[i]), []).append(i)
+        texts.setdefault(passages[i], []).append(i)
     order: list[int] = []
     num_left = len(examples)
     for group in reversed(texts.values()):
@@ -87,12 +93,13 @@ def _split(examples: Sequence[Example], num_dev: int) -> tuple[list[int], int]:
     return order[::-1], num_left
 
 
-def _first_text(example: Example) -> str:
-    if isinstance(example, ChoiceExample | NumberExample):
-        return example.pairs[0][0]
-    if isinstance(example, AnswerExample):
-        return example.passage
-    return str(example.prompt)
+def _passages(examples: Sequence[Example]) -> list[str]:
+    """What each example is about: of a pair of texts that which is the longer one on the whole."""
+    pairs = [e.pairs[0] for e in examples if isinstance(e, ChoiceExample | NumberExample)]
+    if pairs:
+        firsts, seconds = ([text or "" for text in texts] for texts in zip(*pairs, strict=True))
+        return firsts if sum(map(len, firsts)) >= sum(map(len, seconds)) else seconds
+    return [e.passage if isinstance(e, AnswerExample) else str(e.prompt) for e in examples]
 
 
 def encode_examples(

@@ -6,7 +6,9 @@ from collections import Counter
 import datasets
 import pytest
 
+from gem_ds.config import DataArguments
 from gem_ds.tasks import ChoiceExample, TaskData, load_task
+from launch.data import load_examples
 
 FOLDERS = {
     "boolq": "BoolQ",
@@ -369,3 +371,28 @@ def without(row, key):
 def test_a_bad_line_is_named(tmp_path, task, row, message):
     with pytest.raises(ValueError, match=rf"train\.jsonl, line 1: .*{message}"):
         load_task(task, data_dir=write(tmp_path, row))
+
+
+def boolq_arguments(folder, **more):
+    """Twelve questions, three about each of four passages, without a validation file."""
+    rows = [
+        {"question": f"is it {i}", "passage": f"A long passage, number {i % 4}.", "label": True}
+        for i in range(12)
+    ]
+    folder.joinpath("train.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return DataArguments(task="boolq", data_dir=str(folder), **more)
+
+
+def test_questions_about_a_passage_stay_on_one_side_of_the_development_split(tmp_path):
+    data = load_examples(boolq_arguments(tmp_path, dev_examples=4, evaluate_on="dev"))
+    assert len(data.test) == 6
+    assert len(data.train) == 6
+    passages = [{e.pairs[0][1] for e in part} for part in (data.train, data.test)]
+    assert len(passages[0]) == len(passages[1]) == 2
+    assert not passages[0] & passages[1]
+
+
+def test_a_missing_validation_file_is_told_before_training_where_it_is_needed(tmp_path):
+    assert load_examples(boolq_arguments(tmp_path)).test == []
+    with pytest.raises(ValueError, match=rf"test: {tmp_path} holds no held-out examples of --task"):
+        load_examples(boolq_arguments(tmp_path, evaluate_on="test"))
