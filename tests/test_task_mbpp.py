@@ -89,6 +89,18 @@ def test_the_train_split_is_trained_on_and_the_test_split_is_not_shown(gem_data_
             assert example.target.split() == target_of(problems[task_id].code).split()
 
 
+def test_a_published_problem_reads_as_written_out_here(gem_data_dir):
+    data = load_task("mbpp", data_dir=str(gem_data_dir / "mbpp"))
+    assert data.train[3] == Example(  # task 604
+        prompt="You are an expert Python programmer, and here is your task: Write a function to "
+        "reverse words in a given string. Your code should pass these tests:\n\n"
+        'assert reverse_words("python program")==("program python")\n'
+        'assert reverse_words("java language")==("language java")\n'
+        'assert reverse_words("indian man")==("man indian")\n[BEGIN]\n',
+        target="def reverse_words(s):\n        return ' '.join(reversed(s.split()))\n[DONE]",
+    )
+
+
 def test_prompt_and_target_have_the_published_form(tmp_path):
     data = load_task("mbpp", data_dir=full(tmp_path, FULL_ROW, FULL_ROW | {"task_id": 511}))
     assert data.train == [Example(prompt=PROMPT, target="def f(x):\n  return x\n[DONE]")]
