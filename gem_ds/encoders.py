@@ -25,19 +25,26 @@ from transformers import (
 
 from gem_ds.tasks import TaskData
 
-#: Models whose tokens see each other both ways unless their configuration says ``is_decoder``.
+#: Models whose tokens see each other both ways unless their configuration says ``is_decoder``, or
+#: in XLM's words ``causal``. All that transformers would also load as causal models are among them.
 ENCODERS = (
-    *("bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "ernie"),
-    *("modernbert", "roberta", "xlm-roberta"),
+    *("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "deberta", "deberta-v2"),
+    *("distilbert", "electra", "ernie", "megatron-bert", "modernbert", "reformer", "rembert"),
+    *("roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm", "xlm-roberta"),
+    *("xlm-roberta-xl", "xmod"),
 )
 
 #: Of these, the positions of a text begin behind the padding's.
-_SHIFTED_POSITIONS = ("camembert", "roberta", "xlm-roberta")
+_SHIFTED_POSITIONS = (
+    *("camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta"),
+    *("xlm-roberta-xl", "xmod"),
+)
 
 
 def is_encoder(config: PretrainedConfig) -> bool:
     """Whether a model of this configuration is an encoder."""
-    return config.model_type in ENCODERS and not getattr(config, "is_decoder", False)
+    is_causal = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+    return config.model_type in ENCODERS and not is_causal
 
 
 def auto_class(config: PretrainedConfig) -> Any:

@@ -1,4 +1,7 @@
-"""What of an encoder is trained as its head: the same layers whether or not the files hold them."""
+"""Which models are encoders, what they read, and what of them is trained as their head.
+
+The head is the same layers whether or not the files hold them.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForSequenceClassification
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from gem_ds.comm import Comm
-from gem_ds.encoders import head_names, set_head
+from gem_ds.encoders import ENCODERS, head_names, is_encoder, num_positions, set_head
 from gem_ds.targets import head_layers
 from gem_ds.tasks import Kind
 from launch.arguments import parse_arguments
@@ -24,21 +31,24 @@ SPECIAL = {f"{name}_token_id": 0 for name in ("pad", "bos", "eos", "cls", "sep")
 #: The layers that a classification reads and nothing else does, as transformers builds them.
 HEADS: dict[str, tuple[str, ...]] = {
     "bert": ("bert.pooler.dense", "classifier"),
+    "big_bird": ("classifier.dense", "classifier.out_proj"),  # it reads no pooler
     "deberta-v2": ("pooler.dense", "classifier"),
     "distilbert": ("pre_classifier", "classifier"),
     "electra": ("classifier.dense", "classifier.out_proj"),
+    "megatron-bert": ("bert.pooler.dense", "classifier"),
     "modernbert": ("head.dense", "classifier"),
     "roberta": ("classifier.dense", "classifier.out_proj"),
+    "xlm": ("sequence_summary.summary",),
 }
 
 
-def make_encoder(model_type: str) -> Any:
+def make_encoder(model_type: str, **more: object) -> Any:
     """A model of one layer with a classifier of two outputs."""
     sizes = {"dim": 12, "hidden_dim": 20, "n_heads": 2, "n_layers": 1, "vocab_size": 50}
     if model_type != "distilbert":
         sizes = SMALL | {"num_hidden_layers": 1} | SPECIAL
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **sizes)
+    config = AutoConfig.for_model(model_type, **sizes, **more)
     return AutoModelForSequenceClassification.from_config(config)
 
 
@@ -48,6 +58,35 @@ def load(folder: Path) -> tuple[Any, list[str]]:
     set_head(config, "saved", make_task("labels"))
     flags = ["--model_name_or_path", str(folder), "--task", "rte", "--output_dir", "unused"]
     return load_model(parse_arguments(flags), config, {}, Comm(torch.device("cpu")))
+
+
+def test_no_encoder_that_transformers_loads_as_a_causal_model_is_missing() -> None:
+    """One would be trained on answers that it sees."""
+    causal, masked = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    both = {name for name in causal.keys() & masked if not CONFIG_MAPPING[name].is_encoder_decoder}
+    without_masked = {"bert-generation"}  # transformers has no masked language model of it
+    assert set(ENCODERS) & causal.keys() == both | without_masked
+    assert not {name for name in ENCODERS if not is_encoder(CONFIG_MAPPING[name]())}
+
+
+@pytest.mark.parametrize(("model_type", "flag"), [("bert", "is_decoder"), ("xlm", "causal")])
+def test_an_encoder_that_is_told_to_look_back_only_is_none(model_type: str, flag: str) -> None:
+    assert not is_encoder(AutoConfig.for_model(model_type, **{flag: True}))
+
+
+#: Of these no positions are known: one has no classifier, the other is of another build.
+UNREAD = ("bert-generation", "reformer")
+
+
+@pytest.mark.parametrize("model_type", sorted(set(ENCODERS).difference(UNREAD)))
+def test_an_encoder_reads_as_many_tokens_as_it_tells(model_type: str) -> None:
+    more = {"default_language": "en_XX"} if model_type == "xmod" else {}
+    model = make_encoder(model_type, max_position_embeddings=16, **more)
+    limit = num_positions(model.config)
+    model(input_ids=torch.full((1, limit), 5))
+    if model_type != "modernbert":  # it turns by angles, of which there is no last
+        with pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=torch.full((1, limit + 1), 5))
 
 
 @pytest.mark.parametrize("model_type", HEADS)
