@@ -22,7 +22,7 @@ from transformers import (
 
 from eval.adapter import adapted_names, add_adapter, check_adapter
 from gem_ds.delta import Delta, apply_delta
-from gem_ds.encoders import auto_class, set_head
+from gem_ds.encoders import auto_class, is_encoder, set_head
 from gem_ds.mask import dtype_name
 from gem_ds.tasks import TaskData
 from gem_ds.tokenizer import load_tokenizer
@@ -102,6 +102,11 @@ def open_model(
         dtype = dtype_name(config.dtype)
     if task is not None:
         set_head(config, name, task)
+    elif is_encoder(config):
+        raise ValueError(
+            f"--model_name_or_path {name} is an encoder ({config.model_type}), which does not "
+            "write: pass a causal language model."
+        )
     return ModelFiles(
         name=name,
         revision=revision,
@@ -110,7 +115,7 @@ def open_model(
         tokenizer=tokenizer,
         delta=delta,
         adapter=adapter,
-        auto_class=AutoModelForCausalLM if task is None else auto_class(config),
+        auto_class=auto_class(config),
     )
 
 

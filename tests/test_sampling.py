@@ -15,6 +15,7 @@ from eval.sampling import sample_all
 from gem_ds.comm import PeerError
 from tests.tiny import DS_CONFIGS
 from tests.tiny_model import make_tiny
+from tests.tiny_tasks import make_bert
 
 PROMPTS = {f"task/{i}": f"Say {'so ' * (i % 4)}{i}" for i in range(7)}
 ZERO3 = str(DS_CONFIGS / "zero3.json")
@@ -235,6 +236,8 @@ def test_what_the_model_cannot_do_is_refused_before_its_weights_are_read(
     (bare / "config.json").write_bytes((tiny.model / "config.json").read_bytes())
     assert "holds no tokenizer" in refusal(model_name_or_path=str(bare))
     assert "nowhere cannot be loaded" in refusal(model_name_or_path="./nowhere")
+    bert = str(make_bert(tmp_path / "bert"))
+    assert "is an encoder (bert), which does not write" in refusal(model_name_or_path=bert)
     assert "no delta file at" in refusal(delta=str(tmp_path / "nowhere"))
     too_long = PROMPTS | {"task/9": "a" * 200}
     assert "prompt of task/9 has 200 tokens" in refusal(prompts=too_long)
