@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -35,7 +36,7 @@ def make_dense_optimizer(
     """AdamW of whole parameters, in eight bits if ``--optimizer`` says so.
 
     Raises:
-        ValueError: bitsandbytes is asked for and not there.
+        ValueError: bitsandbytes is asked for and not there, or no GPU for it.
     """
     groups: list[dict[str, Any]] = [{"params": parameters, "lr": train.learning_rate}]
     if head:
@@ -56,13 +57,19 @@ def _adam(train: TrainArguments) -> dict[str, Any]:
 
 
 def adam_of_bitsandbytes() -> Any:
-    """AdamW with moments in eight bits; a ValueError where bitsandbytes is not there."""
+    """AdamW with moments in eight bits.
+
+    Raises:
+        ValueError: bitsandbytes or a GPU is not there.
+    """
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
         raise ValueError(
             "--optimizer adamw_8bit needs bitsandbytes: pip install bitsandbytes."
         ) from None
+    if not torch.cuda.is_available():
+        raise ValueError("--optimizer adamw_8bit needs a GPU: pass --optimizer adamw.")
     return AdamW8bit
 
 
