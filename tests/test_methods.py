@@ -32,6 +32,9 @@ pytestmark = [
 NUM_STEPS = 4
 MODEL, BERT = "model", "bert"
 
+#: A Llama by the names of its weights, for which peft has no table.
+UNMAPPED = "granite"
+
 #: Name of a run, its method, its model, its ZeRO stage.
 RUNS: list[tuple[str, str, str, int]] = [
     *((f"{m}_bert", m, BERT, 3) for m in SPARSE_METHODS),
@@ -43,6 +46,8 @@ RUNS: list[tuple[str, str, str, int]] = [
     *((f"shira{stage}", "shira", MODEL, stage) for stage in (0, 2)),
     *((f"bitfit{stage}", "bitfit", BERT, stage) for stage in (0, 3)),
     *((f"lora_bert{stage}", "lora", BERT, stage) for stage in (0, 3)),
+    ("ia3_bert", "ia3", BERT, 3),
+    ("shira_bert", "shira", BERT, 2),
     *((f"full_bert{stage}", "full", BERT, stage) for stage in (0, 3)),
     *(
         (f"{method}_bf16_{model}", method, model, 3)
@@ -74,7 +79,7 @@ def _flags(tiny: Tiny, name: str, method: str, model: str, stage: int, **more: o
             "weight_decay": 0.01,
             "max_grad_norm": 0.5,
             "adam_epsilon": 1e-3,
-            "density": "0.01",
+            "density": "0.02" if name == "shira_bert" else "0.01",
             "bf16": "bf16" in name,
         }
         | more,
@@ -97,6 +102,7 @@ def _mains(commands: list[list[str]]) -> list[dict[str, Any]]:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     tiny = make_tiny(tmp_path_factory.mktemp("tiny"))
     make_bert(tiny.folder / BERT, dropout=0.1)
+    tiny.variant(UNMAPPED, model_type="granite", architectures=["GraniteForCausalLM"])
     return tiny
 
 
@@ -159,6 +165,23 @@ def test_sparse_methods_choose_differently(tiny: Tiny, results) -> None:
         indices = _delta(tiny.folder / f"{method}_bert").mask.indices
         chosen.add(str({name: index.tolist() for name, index in indices.items()}))
     assert len(chosen) == len(SPARSE_METHODS)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("ia3_bert", 2 * (24 + 24 + 24 + 32)), ("shira_bert", 2 * 2 * (24 + 24))]
+)
+def test_adapters_of_an_encoder_come_with_its_trained_head(
+    tiny: Tiny, results, name: str, size: int
+) -> None:
+    """A head that is frozen, or left out of the file, would make the adapter useless."""
+    assert results[name]["num_trainable"] == size + 24 * 25 + 25 * 2
+    adapter = load_file(tiny.folder / name / "adapter" / "adapter_model.safetensors")
+    head = {key for key in adapter if "ia3" not in key and "shira" not in key}
+    owners = ("bert.pooler.dense", "classifier")
+    assert head == {f"base_model.model.{o}.{part}" for o in owners for part in ("weight", "bias")}
+    before = load_file(tiny.folder / BERT / "model.safetensors")["pooler.dense.weight"]
+    after = adapter["base_model.model.bert.pooler.dense.weight"]
+    assert 0 < (after - before).abs().max() < 1
 
 
 @pytest.mark.parametrize(
@@ -308,7 +331,20 @@ def test_a_head_goes_on_on_other_ranks_at_another_stage(
         ("full", MODEL, {"max_steps": 0}, "--max_steps 0 writes a mask"),
         ("full", MODEL, {"save_steps": 2}, "writes no checkpoints: leave --save_steps out"),
         ("lora", MODEL, {"lora_r": 0}, "--lora_r must be at least 1"),
+        ("lora", MODEL, {"lora_r": 999}, "--lora_r 999 is more than .* target layer, 16: lower it"),
         ("shira", MODEL, {"density": "1"}, "lower --density"),
+        (
+            "shira",
+            MODEL,
+            {"density": "0.014"},
+            "a multiple of 224 entries here, and",
+        ),
+        (
+            "ia3",
+            UNMAPPED,
+            {},
+            "where IA3 belongs in a granite model: name the layers",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_one_sentence(
