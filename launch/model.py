@@ -25,6 +25,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 
+#: Neither encoders nor causal: they write, but transformers gives their whole input both ways.
+_SEES_ANSWERS = ("cpmant", "xlnet")
+
 
 def load_model_config(args: Arguments) -> PretrainedConfig:
     """The model's configuration, where its weights are there too.
@@ -65,6 +68,11 @@ def read_model_config(args: Arguments) -> PretrainedConfig:
         ) from error
     if config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder model: pass a causal language model.")
+    if config.model_type in _SEES_ANSWERS:
+        raise ValueError(
+            f"{name} is of type {config.model_type}, whose tokens see the answer that they are to "
+            "learn: pass another causal language model."
+        )
     if getattr(config, "quantization_config", None):
         raise ValueError(
             f"{name} is quantized, so its weights cannot hold an update exactly: pass the original."

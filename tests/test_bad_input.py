@@ -203,6 +203,8 @@ def _of_models(shop: Workshop) -> dict[str, Refusal]:
         ),
         "another tokenizer": refuse("model knows 90 tokens", "e", vocab_size=90),
         "quantized": refuse("is quantized", "f", quantization_config={"quant_method": "fp8"}),
+        "xlnet": of_type("is of type xlnet, whose tokens see the answer", "xlnet"),
+        "cpmant": of_type("is of type cpmant, whose tokens see the answer", "cpmant"),
         "encoder-decoder": of_type("is an encoder-decoder model: pass a causal", "t5"),
         "no language model": of_type("vit model, which transformers does not know", "vit"),
         "fused gpt2": of_type("pass --target_modules c_attn", "gpt2", **gpt2),
