@@ -155,7 +155,7 @@ def load_task(
     """
     families = _families()
     if name not in families:
-        raise ValueError(f"There is no task {name!r}: pass one of {', '.join(sorted(families))}.")
+        raise ValueError(f"There is no task {name!r}: pass one of {', '.join(task_names())}.")
     return families[name].load(
         Source(
             data_dir=data_dir,
@@ -165,6 +165,11 @@ def load_task(
             target_field=target_field,
         )
     )
+
+
+def task_names() -> list[str]:
+    """Every task that :func:`load_task` knows, sorted."""
+    return sorted(_families())
 
 
 def hub_dataset(name: str) -> str | None:

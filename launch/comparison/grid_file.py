@@ -30,13 +30,14 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from gem_ds.methods import METHODS
+from gem_ds.tasks import task_names
 from launch.comparison.grid import Comparison, Evaluation, Flags, Method, Task
 
 #: Flags that a comparison sets itself.
@@ -88,11 +89,11 @@ def parse_comparison(content: object) -> Comparison:
         output_dir=Path(_text(top["output_dir"], "output_dir")),
         methods={
             name: _method(value, f"methods.{name}", shared)
-            for name, value in _named(top["methods"], "methods", METHODS).items()
+            for name, value in _named(top["methods"], "methods", "method", METHODS).items()
         },
         tasks={
             name: _task(value, f"tasks.{name}")
-            for name, value in _named(top["tasks"], "tasks").items()
+            for name, value in _named(top["tasks"], "tasks", "task", task_names()).items()
         },
         seeds=_numbers(top["seeds"], "seeds", _seed),
         dev_examples=_count(top["dev_examples"], "dev_examples"),
@@ -165,22 +166,23 @@ def _mapping(value: object, where: str, known: Collection[str]) -> Mapping[str, 
         return {}
     if not isinstance(value, dict):
         raise ValueError(f"{where} must map names to values.")
-    for key in value:
-        if key not in known:
-            raise ValueError(f"{where} has the unknown key {key!r}; known: {', '.join(known)}.")
+    _refuse_unknown(value, where, "key", known)
     return value
 
 
-def _named(value: object, where: str, known: Collection[str] | None = None) -> dict[str, Any]:
-    """A mapping of names that can be those of folders."""
+def _named(value: object, where: str, kind: str, known: Collection[str]) -> Mapping[str, Any]:
+    """A mapping of known methods or tasks to their settings."""
     if not isinstance(value, dict) or not value:
         raise ValueError(f"{where} must map at least one name to its settings.")
-    for name in value:
-        if known is not None and name not in known:
-            raise ValueError(f"{where} has the unknown method {name!r}; known: {', '.join(known)}.")
-        if not isinstance(name, str) or not name or name.startswith(".") or "/" in name:
-            raise ValueError(f"{where} has the name {name!r}, which cannot be that of a folder.")
+    _refuse_unknown(value, where, kind, known)
     return value
+
+
+def _refuse_unknown(names: Iterable[object], where: str, kind: str, known: Collection[str]) -> None:
+    for name in names:
+        if name not in known:
+            listed = ", ".join(sorted(known))
+            raise ValueError(f"{where} has the unknown {kind} {name!r}; known: {listed}.")
 
 
 def _flags(value: object, where: str) -> Flags:
