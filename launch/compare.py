@@ -49,13 +49,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, required=True, help="YAML file of the comparison.")
     parser.add_argument("--output_dir", type=Path, help="Where everything is written instead.")
     parser.add_argument("--data_dir", type=Path, help="Folder that holds the tasks' data_dirs.")
+    parser.add_argument(
+        "--model_name_or_path",
+        help="Instead of the one in the file's common; a task's or a method's own stays.",
+    )
+    parser.add_argument(
+        "--tasks", nargs="+", help="Only these tasks of the file; the tables are of them alone."
+    )
     args = parser.parse_args(argv)
     comparison = read_comparison(args.config)
+    if args.tasks is not None:
+        comparison = narrowed(comparison, args.tasks)
+    if args.model_name_or_path is not None:
+        common = comparison.common | {"model_name_or_path": args.model_name_or_path}
+        comparison = replace(comparison, common=common)
     comparison = moved(comparison, output_dir=args.output_dir, data_dir=args.data_dir)
     with output_dir_of_one_run(comparison.output_dir):
         num_failed = compare(comparison)
     print(f"Wrote table.md, table.csv, cells.csv and pictures to {comparison.output_dir}")
     return 1 if num_failed else 0
+
+
+def narrowed(comparison: Comparison, tasks: Sequence[str]) -> Comparison:
+    """The same comparison of some of its tasks only, in its order.
+
+    Raises:
+        ValueError: the file has no such task.
+    """
+    for name in tasks:
+        if name not in comparison.tasks:
+            raise ValueError(
+                f"--tasks: the file has no task {name!r}; pass some of "
+                f"{', '.join(sorted(comparison.tasks))}."
+            )
+    chosen = {name: task for name, task in comparison.tasks.items() if name in tasks}
+    return replace(comparison, tasks=chosen)
 
 
 def moved(comparison: Comparison, *, output_dir: Path | None, data_dir: Path | None) -> Comparison:

@@ -241,6 +241,35 @@ def test_data_and_output_can_lie_elsewhere(setting: Setting) -> None:
         compare.main(setting.flags[:2])
 
 
+def test_some_tasks_alone_run_in_the_order_of_the_file(setting: Setting) -> None:
+    setting.content["tasks"] = {
+        "rte": {"data_dir": "rte"},
+        "wic": {"data_dir": "nowhere"},  # not asked for, so not missed
+        "cola": {},
+    }
+    setting.content["methods"] = {"gem": {"learning_rates": ["1e-2"]}}
+    setting.content["seeds"] = [42]
+    assert compare.main([*setting.flags, "--tasks", "cola", "rte"]) == 0
+    assert setting.calls() == ["rte gem 0.01 42 test", "cola gem 0.01 42 test"]
+    assert list(setting.table()) == [("rte", "gem"), ("cola", "gem")]
+    with pytest.raises(ValueError, match=r"has no task 'mnli'; pass some of cola, rte, wic\.$"):
+        compare.main([*setting.flags, "--tasks", "rte", "mnli"])
+    assert setting.calls() == []
+
+
+def test_a_model_given_as_a_flag_replaces_that_of_common_only(setting: Setting) -> None:
+    setting.content["common"] = {"model_name_or_path": "of-the-file", "metric": "accuracy"}
+    setting.content["tasks"]["cola"] = {"flags": {"model_name_or_path": "of-the-task"}}
+    setting.content["methods"] = {"gem": {"learning_rates": ["1e-2"]}}
+    setting.content["seeds"] = [42]
+    assert compare.main([*setting.flags, "--model_name_or_path", "/a folder"]) == 0
+    for task, told in (("rte", "'/a folder'"), ("cola", "of-the-task")):
+        commands = json.loads(
+            (setting.out / task / "gem/test/lr1e-02_seed42/cell.json").read_text()
+        )
+        assert f" --model_name_or_path {told} --metric accuracy " in commands["train"]
+
+
 def test_runs_at_once_share_the_machine(setting: Setting) -> None:
     setting.content |= {"num_parallel": 2, "devices": ["3", "5"]}
     assert setting.run() == 0
