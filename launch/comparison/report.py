@@ -24,8 +24,9 @@ def markdown(
         "# Comparison",
         f"Scores on the test split: mean and standard deviation over the seeds {seeds}. Each "
         "learning rate is the best, with the first seed, on "
-        f"{comparison.dev_examples:,} examples that were held out of the training data. Time and "
-        "calibration: means over the seeds, in seconds; peak memory: the largest.",
+        f"{comparison.dev_examples:,} examples that were held out of the training data. Optimizer "
+        "state (the first process's masters and moments), time and calibration: means over the "
+        "seeds, the latter two in seconds; peak memory: the largest.",
     ]
     for task in comparison.tasks:
         own = [row for row in rows if row.task == task]
@@ -80,12 +81,22 @@ def byte_text(count: float) -> str:
 
 def _score_section(task: str, rows: Sequence[Row]) -> list[str]:
     unit = unit_of(rows)
-    header = ("method", unit.label, "learning rate", "trained", "of all", "peak memory")
+    header = (
+        "method",
+        unit.label,
+        "learning rate",
+        "trained",
+        "of all",
+        "optimizer state",
+        "peak memory",
+        "s per step",
+        "calibration s",
+    )
     lines = []
     for row in rows:
         rate = "" if row.choice.rate is None else rate_text(row.choice.rate)
         if not row.results:
-            lines.append((row.method, "failed", rate, "", "", "", "", ""))
+            lines.append((row.method, "failed", rate, *[""] * (len(header) - 3)))
             continue
         num_seeds = len(row.results) + row.num_failed
         failed = f" ({row.num_failed} of {num_seeds} seeds failed)" if row.num_failed else ""
@@ -96,12 +107,13 @@ def _score_section(task: str, rows: Sequence[Row]) -> list[str]:
                 rate + (" ⚠" if row.choice.is_at_edge else ""),
                 f"{row.cost('num_trainable'):,.0f}",
                 _percent(row.cost("num_trainable") / row.cost("num_parameters")),
+                byte_text(row.cost("optimizer_state_bytes")),
                 byte_text(row.peak_memory_bytes),
                 f"{row.cost('seconds_per_step'):.3g}",
                 f"{row.cost('calibration_seconds'):.1f}",
             )
         )
-    parts = [f"## {task}", _table((*header, "s per step", "calibration s"), lines)]
+    parts = [f"## {task}", _table(header, lines)]
     edges = [row.method for row in rows if row.choice.is_at_edge]
     if edges:
         parts.append(
