@@ -40,7 +40,7 @@ from gem_ds.methods import METHODS
 from gem_ds.tasks import task_names
 from launch.comparison.grid import Comparison, Evaluation, Flags, Method, Task
 
-#: Flags that a comparison sets itself.
+#: Flags that a comparison sets itself, or leaves out for all runs alike.
 OWN_FLAGS = (
     "method",
     "task",
@@ -194,7 +194,7 @@ def _flags(value: object, where: str) -> Flags:
         if not isinstance(name, str) or name.startswith("-"):
             raise ValueError(f"{where}: write flag names without dashes, not {name!r}.")
         if name in OWN_FLAGS:
-            raise ValueError(f"{where} cannot set {name}, which the comparison sets itself.")
+            raise ValueError(f"leave {name} out of {where}: it is the comparison's own to set.")
         if isinstance(setting, dict):
             raise ValueError(f"{where}.{name} must be a value or a list of values.")
     return dict(value)

@@ -1,6 +1,7 @@
 """Running cells: several at once, each in its own processes, none twice, nothing finished lost.
 
-A cell that is not finished starts afresh, but for one that lacks its evaluation only.
+A cell that is not finished starts afresh, but for one that lacks its evaluation only. It does not
+go on from a checkpoint: it would not calibrate again, and report neither time nor memory of that.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from launch.comparison.cells import Cell, evaluation_command, folder_of, trainin
 from launch.comparison.grid import Comparison
 from launch.comparison.results import read_result
 
-#: Seconds that a child has after SIGTERM, for its checkpoint.
+#: Seconds that a child has after SIGTERM, which ends training after the present step.
 GRACE = 30.0
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
