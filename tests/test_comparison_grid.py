@@ -89,6 +89,8 @@ def changed(path: str, value: object) -> dict[str, Any]:
         ("tasks.gsm8k.evaluate", {}, "tasks.gsm8k.evaluate.command is missing."),
         ("tasks.gsm8k.evaluate.command", "a 'b", "cannot be split into words: No closing"),
         ("tasks.gsm8k.evaluate.command", "x --w={weights}", "{weights} must stand alone, not in"),
+        ("tasks.gsm8k.evaluate.command", "x {output_dir}", "must write to {output_dir}/eval: that"),
+        ("tasks.gsm8k.evaluate.results", "r", "evaluate has the unknown key 'results'; known: "),
         ("tasks.gsm8k.flags", {}, "give model_name_or_path in common: tasks.gsm8k.evaluate needs"),
         ("common.seed", 3, "leave seed out of common: it is the comparison's own to set."),
         ("common.resume_from_checkpoint", "last", "leave resume_from_checkpoint out of common: it"),

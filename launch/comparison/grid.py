@@ -14,14 +14,12 @@ Flags = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """The second command of a run, and where its result stands."""
+    """The second command of a run, and where its result stands in the files that it writes."""
 
     command: tuple[str, ...]
     score: str
     correct: str
     metric: str
-    results: str = "eval/results.json"
-    verdicts: str = "eval/verdicts.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,11 +17,9 @@
         evaluate:                       # a second command, for what only generation can score
           command: python -m eval.gsm8k --model_name_or_path {model} {weights}
             --data_dir {data_dir} --output_dir {output_dir}/eval   # there is {seed}, too
-          score: exact_match.strict-match.accuracy   # where results.json has it
-          correct: strict_match         # the field of verdicts.jsonl that judges a sample
+          score: exact_match.strict-match.accuracy   # where eval/results.json has it
+          correct: strict_match         # the field of eval/verdicts.jsonl that judges a sample
           metric: strict-match          # its name in the tables (default: score)
-          results: eval/results.json    # (default) below the run's folder
-          verdicts: eval/verdicts.jsonl # (default)
 
 A flag of a task wins over one of ``common``, one of a method over both.
 """
@@ -156,6 +154,8 @@ def _evaluation(value: object, where: str) -> Evaluation:
     for word in command:
         if "{weights}" in word and word != "{weights}":
             raise ValueError(f"{where}.command: {{weights}} must stand alone, not in {word!r}.")
+    if not any("{output_dir}/eval" in word for word in command):
+        raise ValueError(f"{where}.command must write to {{output_dir}}/eval: that is read.")
     texts.pop("command")
     return Evaluation(command=tuple(command), **{"metric": texts["score"], **texts})
 

@@ -46,7 +46,7 @@ def metric_on(predictions: Predictions, name: str, weights: np.ndarray) -> np.nd
 
 def is_loss(name: str) -> bool:
     """Whether less is better."""
-    return name.endswith(("loss", "perplexity"))
+    return name.endswith("loss")
 
 
 def is_correlation(name: str) -> bool:

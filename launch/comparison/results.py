@@ -12,10 +12,14 @@ from typing import Any
 import numpy as np
 
 from launch.comparison.cells import Cell, folder_of
-from launch.comparison.grid import Comparison, Evaluation
+from launch.comparison.grid import Comparison
 
 RESULTS_FILE = "all_results.json"
 PREDICTIONS_FILE = "predictions.jsonl"
+
+#: What the second command leaves, where a task has one.
+EVALUATION_FILE = "eval/results.json"
+VERDICTS_FILE = "eval/verdicts.jsonl"
 
 #: Numbers that all_results.json must hold, beside the score.
 COSTS = (
@@ -102,7 +106,7 @@ def read_result(comparison: Comparison, cell: Cell) -> Result:
     evaluation = comparison.tasks[cell.task].evaluate
     if evaluation is None or cell.split == "dev":
         return result
-    path = folder / evaluation.results
+    path = folder / EVALUATION_FILE
     value: Any = _read_json(path)
     for key in evaluation.score.split("."):
         value = value.get(key) if isinstance(value, dict) else None
@@ -119,7 +123,7 @@ def read_predictions(comparison: Comparison, cell: Cell) -> Predictions:
     """
     folder, evaluation = folder_of(comparison, cell), comparison.tasks[cell.task].evaluate
     if evaluation is not None and cell.split == "test":
-        return _read_verdicts(folder / evaluation.verdicts, evaluation)
+        return _read_verdicts(folder / VERDICTS_FILE, evaluation.correct)
     rows = _read_lines(folder / PREDICTIONS_FILE, ("id", "correct", "prediction", "reference"))
     return Predictions(
         ids=[row["id"] for row in rows],
@@ -129,14 +133,14 @@ def read_predictions(comparison: Comparison, cell: Cell) -> Predictions:
     )
 
 
-def _read_verdicts(path: Path, evaluation: Evaluation) -> Predictions:
-    """The verdicts of an evaluator, averaged over the samples of a problem.
+def _read_verdicts(path: Path, field: str) -> Predictions:
+    """An evaluator's verdicts in ``field``, averaged over the samples of a problem.
 
     A verdict is a truth value, a number, or the word ``passed`` among other words.
     """
     judged: dict[Any, list[float]] = {}
-    for row in _read_lines(path, ("task_id", evaluation.correct)):
-        verdict = row[evaluation.correct]
+    for row in _read_lines(path, ("task_id", field)):
+        verdict = row[field]
         is_right = verdict == "passed" if isinstance(verdict, str) else float(verdict)
         judged.setdefault(row["task_id"], []).append(float(is_right))
     nothing = [None] * len(judged)
