@@ -23,12 +23,12 @@ from pathlib import Path
 
 from gem_ds.files import atomic_write, sentence_of
 from launch.comparison.cells import final_cells, search_cells
+from launch.comparison.csv_files import cells_csv, table_csv
 from launch.comparison.grid import Comparison
 from launch.comparison.grid_file import read_comparison
+from launch.comparison.markdown import markdown
 from launch.comparison.plots import write_plots
 from launch.comparison.rates import choose_rates
-from launch.comparison.records import cells_csv, table_csv
-from launch.comparison.report import markdown
 from launch.comparison.runner import Interrupted, Runner
 from launch.comparison.table import compare_methods, tabulate
 from launch.output_dir import output_dir_of_one_run

@@ -10,8 +10,8 @@ import pytest
 
 from launch.comparison.cells import Cell, folder_of
 from launch.comparison.grid import Comparison, Evaluation, Method, Task
+from launch.comparison.markdown import byte_text, markdown
 from launch.comparison.rates import Choice
-from launch.comparison.report import Unit, byte_text, markdown
 from launch.comparison.results import (
     COSTS,
     Result,
@@ -20,6 +20,7 @@ from launch.comparison.results import (
     read_training,
 )
 from launch.comparison.table import Row, averages, compare_methods, mean_and_std
+from launch.comparison.unit import Unit
 
 NO_CHOICE = Choice(rates=(0.1,), scores=(None,), metric=None, rate=0.1)
 

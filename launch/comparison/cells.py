@@ -14,8 +14,15 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
+from gem_ds.methods import product_of
 from launch.comparison.grid import Comparison
-from launch.comparison.weights import weights_of
+
+#: By what a method leaves, an evaluation's ``{model}`` and ``{weights}``.
+_MODEL_AND_WEIGHTS = {
+    "delta": ("{model}", ("--delta", "{output_dir}/delta.safetensors")),
+    "adapter": ("{model}", ("--adapter", "{output_dir}/adapter")),
+    "model": ("{output_dir}/model", ()),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,17 +112,17 @@ def evaluation_command(comparison: Comparison, cell: Cell) -> list[str] | None:
     task = comparison.tasks[cell.task]
     if task.evaluate is None or cell.split == "dev":
         return None
-    weights = weights_of(cell.method)
+    model, weights = _MODEL_AND_WEIGHTS[product_of(cell.method)]
     flags = comparison.common | task.flags | comparison.methods[cell.method].flags
     outer = {
         "{output_dir}": str(folder_of(comparison, cell)),
         "{data_dir}": task.data_dir or "",
         "{seed}": str(cell.seed),
     }
-    model = _fill(weights.model, outer | {"{model}": str(flags.get("model_name_or_path", ""))})
+    model = _fill(model, outer | {"{model}": str(flags.get("model_name_or_path", ""))})
     words: list[str] = []
     for word in task.evaluate.command:
-        chosen = weights.flags if word == "{weights}" else (word,)
+        chosen = weights if word == "{weights}" else (word,)
         words += [_fill(part, outer | {"{model}": model}) for part in chosen]
     return words
 

@@ -26,8 +26,8 @@ from gem_ds.mask import Mask
 from launch.comparison.budget_plot import TEXT, budget_figure
 from launch.comparison.cells import folder_of
 from launch.comparison.grid import Comparison
-from launch.comparison.report import Unit, unit_of
 from launch.comparison.table import REFERENCE, Row, mean_and_std
+from launch.comparison.unit import Unit, unit_of
 
 #: Colour and marker by method.
 STYLES = {

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 
 from launch.comparison.cells import Cell, folder_of, rate_text
 from launch.comparison.grid import Comparison
-from launch.comparison.metrics import is_correlation, is_loss
-from launch.comparison.table import Differences, Row, averages, mean_and_std
+from launch.comparison.table import Differences, Row, averages
+from launch.comparison.unit import Unit, unit_of
 
 
 def markdown(
@@ -40,34 +39,6 @@ def markdown(
         )
         parts += ["## Failed runs", "\n".join(lines)]
     return "\n\n".join(parts) + "\n"
-
-
-class Unit:
-    """How a metric is written: per cent, a correlation, or a loss."""
-
-    def __init__(self, metric: str) -> None:
-        self.is_share = not (is_correlation(metric) or is_loss(metric))
-        self.factor = 100 if self.is_share else 1
-        self.decimals = 1 if self.is_share else 3
-        name = metric.replace("_", " ")
-        self.label = f"{name} (%)" if self.is_share else name
-
-    def write(self, value: float, *, sign: bool = False) -> str:
-        """A score, or with its sign a difference."""
-        text = f"{value * self.factor:.{self.decimals}f}"
-        if float(text) == 0:
-            text = text.removeprefix("-")
-        return f"+{text}" if sign and float(text) > 0 else text
-
-    def write_all(self, values: Sequence[float]) -> str:
-        """Mean and standard deviation."""
-        mean, std = mean_and_std(values)
-        return self.write(mean) + ("" if math.isnan(std) else f" ± {self.write(std)}")
-
-
-def unit_of(rows: Sequence[Row]) -> Unit:
-    """That of a task."""
-    return Unit(next((row.metric for row in rows if row.metric), "score"))
 
 
 def byte_text(count: float) -> str:
