@@ -24,8 +24,9 @@ import transformers
 from transformers import HfArgumentParser
 
 from eval.arguments import SamplingArguments, check_arguments, exit_for, option
+from eval.metrics import score
 from eval.model import ModelFiles, load_partitioned, load_weights, open_model
-from eval.predictions import PREDICTIONS_FILE, metrics_of, save_predictions
+from eval.predictions import PREDICTIONS_FILE, save_predictions
 from eval.provenance import model_facts, sha256_of_texts, versions
 from eval.ranks import joined_ranks
 from eval.sampling import RESULTS_FILE
@@ -188,7 +189,7 @@ def _report(
     return {
         "task": own.task,
         "n": len(examples),
-        "metrics": metrics_of(own.task, examples, predictions),
+        "metrics": score(own.task, examples, predictions),
         "protocol": HEAD if is_encoder(files.config) else RANKING,
         **model_facts(files.name, files.config, arguments.delta, arguments.adapter),
         "dtype": files.dtype,

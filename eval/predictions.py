@@ -1,4 +1,4 @@
-"""Predictions that are no text (labels, choices, numbers): their file and their metrics.
+"""The file of predictions that are no text: labels, choices, numbers.
 
     predictions.jsonl    {"id": 17, "prediction": 0, "reference": 1, "correct": 0.0}
 
@@ -13,20 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.metrics import main_metric, score
 from gem_ds.files import atomic_write
 from gem_ds.tasks import ChoiceExample, Example, NumberExample
 
 PREDICTIONS_FILE = "predictions.jsonl"
-
-
-def metrics_of(
-    task: str, examples: Sequence[Example], predictions: Sequence[Any]
-) -> dict[str, float]:
-    """The metrics of a task by name, the main one first."""
-    metrics = score(task, examples, predictions)
-    main = main_metric(task)
-    return {main: metrics[main]} | metrics
 
 
 def save_predictions(

@@ -26,7 +26,6 @@ from transformers import HfArgumentParser
 from eval.arguments import SamplingArguments, check_arguments, exit_for
 from eval.completion import GenerationSettings
 from eval.metrics import read_number, score
-from eval.predictions import metrics_of
 from eval.provenance import sha256_of_texts, versions
 from eval.samples import Sample
 from eval.sampling import RESULTS_FILE, VERDICTS_FILE, sample_all
@@ -86,7 +85,7 @@ def _evaluate(arguments: SamplingArguments, own: ShortAnswerArguments) -> dict[s
     results: dict[str, Any] = {
         "task": own.task,
         "n": len(examples),
-        "metrics": metrics_of(own.task, examples, answers),
+        "metrics": score(own.task, examples, answers),
         "protocol": PROTOCOL,
         "sampling": samples[0].settings,
         "data_sha256": {

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
-from eval.predictions import metrics_of, save_predictions
+from eval.metrics import score
+from eval.predictions import save_predictions
 from gem_ds.batches import Batches
 from gem_ds.checkpoint import TrainerState, delete_old_checkpoints
 from gem_ds.comm import Comm
@@ -260,7 +261,7 @@ class Run:
         with self.comm.agreement():
             if self.comm.is_main:
                 save_predictions(plan.output_dir, data.references, predictions)
-            return metrics_of(str(self.args.data.task), data.references, predictions)
+            return score(str(self.args.data.task), data.references, predictions)
 
     def finish(self, reporter: Reporter) -> dict[str, Any]:
         """Write the weights, the state, the results and the model card; returns the results."""
