@@ -55,7 +55,8 @@ def score(
         ValueError: The task has no metric, there is nothing to judge, or a prediction is missing or
             impossible.
     """
-    measures = _measures(task)
+    if task not in METRICS:
+        raise ValueError(f"{task} has no metric here: there are those of {', '.join(METRICS)}.")
     if not examples or len(examples) != len(predictions):
         raise ValueError(
             f"{task} has {len(examples)} examples and {len(predictions)} predictions: there must "
@@ -64,12 +65,7 @@ def score(
     for number, (example, prediction) in enumerate(zip(examples, predictions, strict=True), 1):
         if not _is_possible(example, prediction):
             raise ValueError(f"Example {number} of {task} cannot have the answer {prediction!r}.")
-    return {name: measure(examples, predictions) for name, measure in measures.items()}
-
-
-def main_metric(task: str) -> str:
-    """The name of the metric to compare models by; ValueError if the task has none."""
-    return next(iter(_measures(task)))
+    return {name: measure(examples, predictions) for name, measure in METRICS[task].items()}
 
 
 def read_number(text: str) -> float:
@@ -168,12 +164,6 @@ METRICS: Mapping[str, Mapping[str, Measure]] = MappingProxyType(
         "squad": _TEXT,
     }
 )
-
-
-def _measures(task: str) -> Mapping[str, Measure]:
-    if task not in METRICS:
-        raise ValueError(f"{task} has no metric here: there are those of {', '.join(METRICS)}.")
-    return METRICS[task]
 
 
 def _is_possible(example: Example, prediction: object) -> bool:

@@ -19,7 +19,6 @@ import yaml
 
 from gem_ds.mask import Mask, WeightInfo
 from launch import compare
-from tests import fake_train
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FAKE = str(Path(__file__).with_name("fake_train.py"))
@@ -392,7 +391,3 @@ def test_a_child_that_outlives_a_killed_comparison_is_noticed(setting: Setting) 
     (setting.folder / "hang").unlink()
     assert setting.run() == 0
     assert len(setting.calls()) == 5
-
-
-def test_the_stand_in_knows_every_method_of_these_tests() -> None:
-    assert fake_train.DEV_BEST.keys() == fake_train.ACCURACY.keys()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eval.metrics import METRICS as EVAL_METRICS
-from eval.metrics import Measure, main_metric
+from eval.metrics import Measure
 from gem_ds.tasks import ChoiceExample, NumberExample
 from launch.comparison.bootstrap import (
     Scores,
@@ -23,9 +23,7 @@ from launch.comparison.metrics import METRICS, is_correlation, is_loss, metric_o
 from launch.comparison.results import Predictions
 
 #: By the name of a task's main metric, what eval scores that task with.
-ORACLES: dict[str, Measure] = {
-    main_metric(task): measures[main_metric(task)] for task, measures in EVAL_METRICS.items()
-}
+ORACLES: dict[str, Measure] = dict(next(iter(m.items())) for m in EVAL_METRICS.values())
 
 
 def predictions_of(correct: Any, predictions: Any = None, references: Any = None) -> Predictions:
