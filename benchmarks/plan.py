@@ -22,9 +22,9 @@ from typing import Any
 
 import transformers
 from steps.ranks import Ranks
+from steps.shapes import SHAPES
 from steps.table import markdown
 from steps.training import Training
-from transformers import LlamaConfig
 
 from gem_ds.zero_config import read_config
 from launch.arguments import parse_arguments
@@ -52,13 +52,8 @@ CASES = tuple(
     )
 )
 
-#: Llama shapes: hidden and intermediate size, layers, heads, key-value heads, vocabulary.
-LARGE = {
-    "7B": (4096, 11008, 32, 32, 32, 32000),
-    "13B": (5120, 13824, 40, 40, 40, 32000),
-    "70B": (8192, 28672, 80, 64, 8, 32000),
-    "405B": (16384, 53248, 126, 128, 8, 128256),
-}
+#: By their names in the table.
+LARGE = {"7B": "llama-7b", "13B": "llama-13b", "70B": "llama-70b", "405B": "llama-405b"}
 WORLD_SIZES = (8, 64, 1024)
 
 
@@ -108,15 +103,8 @@ def _compare(told: Forecast, found: dict[str, Any]) -> dict[str, str]:
 
 def large_rows() -> Iterator[dict[str, str]]:
     """What 7B to 405B need on GPUs of 80 GB: ZeRO 3, bf16, activations recomputed."""
-    for name, (hidden, intermediate, layers, heads, groups, vocabulary) in LARGE.items():
-        config = LlamaConfig(
-            hidden_size=hidden,
-            intermediate_size=intermediate,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=groups,
-            vocab_size=vocabulary,
-        )
+    for name, shape in LARGE.items():
+        config = SHAPES[shape](None)
         for method in METHODS:
             flags = f"--model_name_or_path {name} --method {method} --lora_r 16 --max_length 2048"
             flags += " --per_device_train_batch_size 1 --bf16 --gradient_checkpointing"

@@ -30,40 +30,24 @@ def _opt_125m(num_layers: int | None) -> PretrainedConfig:
     return OPTConfig(num_hidden_layers=num_layers or 12, dropout=0.0)
 
 
-def _llama_7b(num_layers: int | None) -> PretrainedConfig:
-    return LlamaConfig(num_hidden_layers=num_layers or 32)
-
-
-def _llama_3_1b(num_layers: int | None) -> PretrainedConfig:
-    return LlamaConfig(
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        num_hidden_layers=num_layers or 16,
-        vocab_size=128_256,
-        tie_word_embeddings=True,
-    )
-
-
-def _llama_3_8b(num_layers: int | None) -> PretrainedConfig:
-    return LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=14_336,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        num_hidden_layers=num_layers or 32,
-        vocab_size=128_256,
-    )
-
-
-def _tiny(num_layers: int | None) -> PretrainedConfig:
-    return LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_attention_heads=4,
-        num_hidden_layers=num_layers or 2,
-        vocab_size=NUM_WORDS + len(_SPECIAL),
+def _llama(
+    hidden_size: int,
+    intermediate_size: int,
+    layers: int,
+    heads: int,
+    key_value_heads: int,
+    vocab_size: int,
+    *,
+    is_tied: bool = False,
+) -> Callable[[int | None], PretrainedConfig]:
+    return lambda num_layers: LlamaConfig(
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=num_layers or layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
+        vocab_size=vocab_size,
+        tie_word_embeddings=is_tied,
     )
 
 
@@ -71,10 +55,13 @@ def _tiny(num_layers: int | None) -> PretrainedConfig:
 SHAPES: Mapping[str, Callable[[int | None], PretrainedConfig]] = MappingProxyType(
     {
         "opt-125m": _opt_125m,
-        "llama-7b": _llama_7b,
-        "llama-3-1b": _llama_3_1b,
-        "llama-3-8b": _llama_3_8b,
-        "tiny": _tiny,
+        "llama-7b": _llama(4096, 11008, 32, 32, 32, 32000),
+        "llama-13b": _llama(5120, 13824, 40, 40, 40, 32000),
+        "llama-70b": _llama(8192, 28672, 80, 64, 8, 32000),
+        "llama-405b": _llama(16384, 53248, 126, 128, 8, 128256),
+        "llama-3-1b": _llama(2048, 8192, 16, 32, 8, 128256, is_tied=True),
+        "llama-3-8b": _llama(4096, 14336, 32, 32, 8, 128256),
+        "tiny": _llama(64, 128, 2, 4, 4, NUM_WORDS + len(_SPECIAL)),
     }
 )
 
