@@ -14,7 +14,9 @@ An encoder with a head, a task of one pair for each example. For each mask, of a
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +29,35 @@ from gem_ds.tasks import load_task
 
 
 class Inputs:
-    """Sums over tokens of a linear layer's inputs and of their squares, [columns] each."""
+    """Sums over tokens of what some linear layers read.
 
-    is_token: Tensor  # [batch, tokens], of the batch that runs
+    Attributes:
+        is_token: bool [batch, tokens], of the batch that the model reads next.
+        num_tokens: read so far.
+        totals: by the name of a weight, [columns].
+        squares: likewise, of the squares.
+    """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.total: Any = 0.0
-        self.squares: Any = 0.0
-        module.register_forward_pre_hook(self._add)
+    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
+        self.is_token = torch.ones(0, dtype=torch.bool)
+        self.num_tokens = 0
+        self.totals: dict[str, Any] = defaultdict(float)
+        self.squares: dict[str, Any] = defaultdict(float)
+        for name in names:
+            module = model.get_submodule(name.removesuffix(".weight"))
+            module.register_forward_pre_hook(partial(self._add, name))
 
-    def _add(self, _: nn.Module, inputs: tuple[Tensor]) -> None:
+    def _add(self, name: str, _: nn.Module, inputs: tuple[Tensor]) -> None:
         tokens = inputs[0].double()[self.is_token]
-        self.total = self.total + tokens.sum(0)
-        self.squares = self.squares + tokens.square().sum(0)
+        self.totals[name] += tokens.sum(0)
+        self.squares[name] += tokens.square().sum(0)
+
+    def read(self, model: Any, batch: Mapping[str, Tensor]) -> None:
+        """Let the model run over a batch."""
+        self.is_token = batch["attention_mask"].bool()
+        self.num_tokens += int(self.is_token.sum())
+        with torch.no_grad():
+            model(**batch)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -59,28 +77,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = sorted({name for mask in masks.values() for name in mask.weights})
     model = AutoModelForSequenceClassification.from_pretrained(args.model_name_or_path).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
-    inputs = {name: Inputs(model.get_submodule(name.removesuffix(".weight"))) for name in names}
+    inputs = Inputs(model, names)
     examples: Sequence[Any] = load_task(args.task, data_dir=args.data_dir).train[: args.examples]
-    num_tokens = 0
     for start in range(0, len(examples), 32):
         firsts, seconds = zip(*(e.pairs[0] for e in examples[start : start + 32]), strict=True)
-        pairs = (list(firsts),) if seconds[0] is None else (list(firsts), list(seconds))
-        batch = tokenizer(*pairs, padding=True, truncation=True, return_tensors="pt")
-        Inputs.is_token = batch["attention_mask"].bool()
-        num_tokens += int(Inputs.is_token.sum())
-        with torch.no_grad():
-            model(**batch)
+        texts = (list(firsts),) if seconds[0] is None else (list(firsts), list(seconds))
+        inputs.read(model, tokenizer(*texts, padding=True, truncation=True, return_tensors="pt"))
     print("input size  constant share  ten columns    mask")
     for path, mask in masks.items():
-        print(f"{_line(mask, inputs, num_tokens)}  {path}")
+        print(f"{_line(mask, inputs)}  {path}")
 
 
-def _line(mask: Mask, inputs: dict[str, Inputs], num_tokens: int) -> str:
+def _line(mask: Mask, inputs: Inputs) -> str:
     sizes, constant, shares = [], [], []
     for name, index in mask.indices.items():
         column = index.long() % mask.weights[name].shape[1]
-        mean = inputs[name].total / num_tokens
-        square = inputs[name].squares / num_tokens
+        mean = inputs.totals[name] / inputs.num_tokens
+        square = inputs.squares[name] / inputs.num_tokens
         sizes.append((square.sqrt() / square.sqrt().median())[column])
         constant.append((mean.square() / square)[column])
         if column.numel() >= 100:

@@ -82,8 +82,28 @@ def rows_of(
     return rows
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Print the table, and write it with all numbers where --output_dir says."""
+def measure(
+    training: Training, args: argparse.Namespace
+) -> tuple[dict[str, np.ndarray], dict[str, dict[str, float]], dict[str, str]]:
+    """Seconds of each round, what `step_worker.py` reports, and profiles where asked for."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        contenders = {}
+        for name, flags in training.flags(args.contenders, folder).items():
+            contenders[name] = Ranks.start(name, flags, args.world_size)
+            stack.callback(contenders[name].close)
+            print(f"{name} is ready", file=sys.stderr, flush=True)
+        actions = {name: stepping(ranks, args.steps) for name, ranks in contenders.items()}
+        seconds = take_turns(actions, args.rounds)
+        reports = {name: ranks.ask("count") for name, ranks in contenders.items()}
+        reports = {name: found | contenders[name].ask("report") for name, found in reports.items()}
+        profiled = contenders if args.profile else {}  # last, since a profile takes memory
+        profiles = {name: ranks.ask("profile") for name, ranks in profiled.items()}
+    return seconds, reports, profiles
+
+
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The flags."""
     parser = argparse.ArgumentParser(
         prog="benchmarks/step.py",
         description=__doc__,
@@ -115,25 +135,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.contenders is None:
         left_out = NEED_WHOLE_WEIGHTS if args.stage == 3 else ()
         args.contenders = [name for name in CONTENDERS if name not in left_out]
+    return args
 
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the table, and write it with all numbers where --output_dir says."""
+    args = parsed(argv)
     training = Training(
         **{field.name: getattr(args, field.name) for field in dataclasses.fields(Training)}
     )
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        contenders = {}
-        for name, flags in training.flags(args.contenders, folder).items():
-            contenders[name] = Ranks.start(name, flags, args.world_size)
-            stack.callback(contenders[name].close)
-            print(f"{name} is ready", file=sys.stderr, flush=True)
-        actions = {name: stepping(ranks, args.steps) for name, ranks in contenders.items()}
-        seconds = take_turns(actions, args.rounds)
-        profiles = {
-            name: ranks.ask("profile") for name, ranks in contenders.items() if args.profile
-        }
-        reports = {name: ranks.ask("count") for name, ranks in contenders.items()}
-        reports = {name: found | contenders[name].ask("report") for name, found in reports.items()}
-
+    seconds, reports, profiles = measure(training, args)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
     table = "\n".join(
         [

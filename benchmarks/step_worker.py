@@ -5,8 +5,8 @@ of JSON on the file descriptor ``--answers``.
 
     step N    take N steps                seconds of each
     count     take one step               bytes handed to collectives
-    profile   take one step               a table of the operations that take most of it
     report    (after the steps)           memory, state, sizes of files
+    profile   take one step               a table of the operations that take most of it
 """
 
 from __future__ import annotations
@@ -85,16 +85,6 @@ class Contender:
             next(self.steps)
         return {"weights": collectives.weights, "others": collectives.others}
 
-    def profile(self) -> str:
-        """The operations of one step, those first that take most time of the device itself."""
-        device = self.comm.device.type
-        activities = [ProfilerActivity.CPU]
-        activities += [ProfilerActivity.CUDA] if device == "cuda" else []
-        with profile(activities=activities) as record:
-            self.step(1)
-        operations = record.key_averages()
-        return operations.table(f"self_{device}_time_total", row_limit=15, max_name_column_width=50)
-
     def report(self) -> dict[str, float]:
         """What the steps needed."""
         return {
@@ -116,6 +106,16 @@ class Contender:
             self.tuning.engine._engine.save_checkpoint(str(folder), exclude_frozen_parameters=True)
         self.comm.any(False)  # every rank has written
         return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+    def profile(self) -> str:
+        """The operations of one step, those first that take most time of the device itself."""
+        device = self.comm.device.type
+        activities = [ProfilerActivity.CPU]
+        activities += [ProfilerActivity.CUDA] if device == "cuda" else []
+        with profile(activities=activities) as record:
+            self.step(1)
+        operations = record.key_averages()
+        return operations.table(f"self_{device}_time_total", row_limit=15, max_name_column_width=50)
 
     def sum(self, value: int) -> int:
         """Over the ranks."""

@@ -46,8 +46,8 @@ def changes(setting: Setting) -> Iterator[tuple[list[str], Setting]]:
     for change in (_checkpoint, _cut_batch, _partition, _offload):
         changed = change(setting)
         if changed is not None:
-            flags |= changed[0]
-            setting = changed[1]
+            changed_flags, setting = changed
+            flags |= changed_flags
             yield _words(flags), setting
     while setting.world_size < _MOST_RANKS:
         setting = replace(setting, world_size=2 * setting.world_size)
@@ -82,14 +82,13 @@ def _cut_batch(setting: Setting) -> _Change | None:
 def _partition(setting: Setting) -> _Change | None:
     if zero_stage(dict(setting.deepspeed)) == 3:
         return None
-    return {"--deepspeed": "ds_configs/zero3.json"}, _on(setting, "zero3.json")
+    return _on(setting, "zero3.json")
 
 
 def _offload(setting: Setting) -> _Change | None:
     if is_offloaded(setting.deepspeed["zero_optimization"], "offload_param"):
         return None
-    config = "zero3_offload.json"
-    return {"--deepspeed": f"ds_configs/{config}"}, _on(setting, config)
+    return _on(setting, "zero3_offload.json")
 
 
 def _with(setting: Setting, **train: object) -> Setting:
@@ -97,5 +96,6 @@ def _with(setting: Setting, **train: object) -> Setting:
     return replace(setting, args=replace(args, train=replace(args.train, **train)))
 
 
-def _on(setting: Setting, config: str) -> Setting:
-    return replace(setting, deepspeed=read_config(_CONFIGS / config))
+def _on(setting: Setting, config: str) -> _Change:
+    changed = replace(setting, deepspeed=read_config(_CONFIGS / config))
+    return {"--deepspeed": f"ds_configs/{config}"}, changed
