@@ -6,10 +6,8 @@ import ctypes
 import re
 from pathlib import Path
 
-# Loaded here, since they are loaded late: the first at ZeRO stages 1 to 3, and with it torch's
-# compiler (45 MB), the other by its methods only.
+# Loaded here, since at ZeRO stages 1 to 3 it is loaded late, and with it torch's compiler (45 MB).
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
-import peft  # noqa: F401
 import torch
 
 
