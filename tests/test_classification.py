@@ -16,6 +16,7 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
@@ -30,7 +31,7 @@ from launch.arguments import parse_arguments
 from launch.prepare import Plan, prepare
 from tests.ranks import run_ranks
 from tests.tiny_model import REPOSITORY, Tiny, joined, make_tiny, one_rank
-from tests.tiny_tasks import NAMES, make_bert, make_task, task_of
+from tests.tiny_tasks import NAMES, make_bert, make_encoder, make_task, task_of
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,9 @@ class Case:
         return f"{self.model} {self.kind} {self.loss} zero{self.stage}"
 
 
+#: What their runs are told of the layers to adapt.
+OTHER_ENCODERS = {"roberta": None, "deberta-v2": None, "modernbert": "Wqkv"}
+
 CASES = [
     *(Case(kind, "bert", stage) for kind in ("labels", "choices", "number") for stage in (0, 3)),
     *(Case(kind, "model", 3, loss) for kind in ("labels", "choices") for loss in ("candidates",)),
@@ -53,6 +57,7 @@ CASES = [
     Case("labels", "model", 3),
     Case("number", "model", 0),
     Case("labels", "bert_without_pooler", 3),
+    *(Case("labels", encoder, 3) for encoder in OTHER_ENCODERS),
 ]
 
 
@@ -61,6 +66,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     tiny = make_tiny(tmp_path_factory.mktemp("tiny"))
     make_bert(tiny.folder / "bert")
     make_bert(tiny.folder / "bert_without_pooler", has_pooler=False)
+    for encoder in OTHER_ENCODERS:
+        make_encoder(tiny.folder / encoder, encoder, AutoModelForMaskedLM)  # as they are published
     return tiny
 
 
@@ -73,6 +80,7 @@ def flags(tiny: Tiny, case: Case, folder: str, world_size: int, *switches: str, 
             "task": NAMES[case.kind],
             "classification_loss": None if case.loss == "tokens" else case.loss,
             "deepspeed": REPOSITORY / "ds_configs" / f"zero{case.stage}.json",
+            "target_modules": OTHER_ENCODERS.get(case.model),
             "max_length": 40 if "bert" in case.model else 128,
             "per_device_train_batch_size": 4 // world_size,
             "per_device_eval_batch_size": 2,

@@ -1,4 +1,4 @@
-"""Small tasks of each kind without a file, and a BERT that learns them.
+"""Small tasks of each kind without a file, and encoders that learn them.
 
 with task_of("labels"):
 main(...)           # whatever --task names, the examples are these
@@ -10,11 +10,17 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertForMaskedLM, BertModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    PreTrainedTokenizerFast,
+)
 
 from gem_ds.tasks import ChoiceExample, Example, Kind, NumberExample, TaskData
 
@@ -26,24 +32,55 @@ LABELS = ("entailment", "not_entailment")
 NAMES: dict[Kind, str] = {"labels": "rte", "choices": "copa", "number": "stsb"}
 
 
+#: What published models of a type have beside the defaults.
+AS_PUBLISHED: dict[str, dict[str, object]] = {
+    "deberta-v2": {
+        "relative_attention": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "share_att_key": True,
+        "position_buckets": 8,
+        "norm_rel_ebd": "layer_norm",
+        "position_biased_input": False,
+        "type_vocab_size": 0,
+    },
+    "modernbert": {"bos_token_id": SPECIAL.index("[CLS]"), "eos_token_id": SPECIAL.index("[SEP]")},
+    "roberta": {"type_vocab_size": 1},
+}
+#: Their tokenizers do not tell the first text from the second.
+WITHOUT_TYPES = ("modernbert", "roberta")
+
+
 def make_bert(folder: Path, *, has_pooler: bool = True, dropout: float = 0.0) -> Path:
-    """Write a BERT of two layers with random weights, and its tokenizer."""
+    """Write a BERT; see :func:`make_encoder`."""
+    auto_class = AutoModel if has_pooler else AutoModelForMaskedLM
+    return make_encoder(folder, "bert", auto_class, dropout)
+
+
+def make_encoder(
+    folder: Path, model_type: str, auto_class: Any = AutoModel, dropout: float = 0.0
+) -> Path:
+    """Write an encoder of two layers with random weights, and its tokenizer."""
     tokenizer = bert_tokenizer()
-    config = BertConfig(
+    if model_type in WITHOUT_TYPES:
+        tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    special = {name: getattr(tokenizer, f"{name}_token_id") for name in ("pad", "cls", "sep")}
+    config = AutoConfig.for_model(
+        model_type,
         vocab_size=len(tokenizer),
         hidden_size=24,
         intermediate_size=32,
         num_hidden_layers=2,
         num_attention_heads=3,
-        max_position_embeddings=40,
+        max_position_embeddings=48,
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
-        pad_token_id=tokenizer.pad_token_id,
         initializer_range=0.2,
+        **{f"{name}_token_id": token for name, token in special.items()},
+        **AS_PUBLISHED.get(model_type, {}),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = BertModel(config) if has_pooler else BertForMaskedLM(config)
+        model = auto_class.from_config(config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
