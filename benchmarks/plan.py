@@ -1,7 +1,7 @@
 """Whether `launch/plan.py` foretells what is measured, and what it foretells of large models.
 
-    python benchmarks/plan.py [--layers 12] [--output plan.md]       # against measurements, here
-    python benchmarks/plan.py --large [--output plan_large.md]      # 7B to 405B, nothing is run
+    python benchmarks/plan.py [--output plan.md]                # against measurements, here
+    python benchmarks/plan.py --large [--output plan_large.md]  # 7B to 405B, nothing is run
 
 Measured is what `benchmarks/step.py` reports of a contender; ranks are processes of this machine.
 Freed memory is given back at once (MALLOC_MMAP_THRESHOLD_), so that the resident set follows what
@@ -16,7 +16,6 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +48,10 @@ CASES = tuple(
         {"world_size": 2, "stage": 2, "dtype": "bf16"},
         {"world_size": 2, "stage": 3},
         {"world_size": 2, "stage": 3, "dtype": "bf16", "gradient_checkpointing": True},
+        {"world_size": 4, "stage": 0, "layers": 4},
+        {"world_size": 4, "stage": 3, "layers": 4},
+        {"world_size": 1, "stage": 0, "dtype": "bf16", "shape": "llama-7b", "layers": 2},
+        {"world_size": 2, "stage": 3, "dtype": "bf16", "shape": "llama-7b", "layers": 2},
     )
 )
 
@@ -57,12 +60,12 @@ LARGE = {"7B": "llama-7b", "13B": "llama-13b", "70B": "llama-70b", "405B": "llam
 WORLD_SIZES = (8, 64, 1024)
 
 
-def measured_rows(layers: int) -> Iterator[dict[str, str]]:
+def measured_rows() -> Iterator[dict[str, str]]:
     """Run every case with every method; the foretold beside the measured."""
     for case in CASES:
-        case = replace(case, layers=layers)
         told = f"{case.world_size} x ZeRO {case.stage}, {case.dtype}"
         told += ", checkpointing" if case.gradient_checkpointing else ""
+        told += f", {case.shape} of {case.layers} layers" if case.layers else ""
         with tempfile.TemporaryDirectory() as folder:
             for method, flags in case.flags(METHODS, Path(folder)).items():
                 found = _measure(method, flags, case.world_size)
@@ -149,13 +152,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--large", action="store_true")
-    parser.add_argument("--layers", type=int, default=12, help="of the OPT-125m shape")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args(argv)
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # of the processes that are measured
     transformers.utils.logging.set_verbosity_error()
     rows = []
-    for row in large_rows() if args.large else measured_rows(args.layers):
+    for row in large_rows() if args.large else measured_rows():
         rows.append(row)
         print(json.dumps(row), file=sys.stderr, flush=True)
     print(table := markdown(rows))
