@@ -15,12 +15,7 @@ from unittest import mock
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForMaskedLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PreTrainedTokenizerFast
 
 from gem_ds.tasks import ChoiceExample, Example, Kind, NumberExample, TaskData
 
@@ -56,9 +51,7 @@ def make_bert(folder: Path, *, has_pooler: bool = True, dropout: float = 0.0) ->
     return make_encoder(folder, "bert", auto_class, dropout)
 
 
-def make_encoder(
-    folder: Path, model_type: str, auto_class: Any = AutoModel, dropout: float = 0.0
-) -> Path:
+def make_encoder(folder: Path, model_type: str, auto_class: Any, dropout: float = 0.0) -> Path:
     """Write an encoder of two layers with random weights, and its tokenizer."""
     tokenizer = bert_tokenizer()
     if model_type in WITHOUT_TYPES:
