@@ -15,10 +15,10 @@ sleep, so that whatever else the machine does meets all alike.
 shira and dense_masked add to whole weights, so at stage 3 they are left out.
 
 Ratios are taken within a round; shown are medians over the rounds and in brackets the 95 % interval
-of the median (bootstrap). Memory on a CPU is the resident set above that of the libraries, its peak
-while stepping; on a GPU the allocator's peak; of the rank that needs most. State is masters and
-moments, summed over the ranks; traffic is the size of all messages of a step, each counted once,
-apart from the gathers of weights.
+of the median (bootstrap). Memory is the peak of one more step, of the rank that needs most: on a
+GPU the allocator's; on a CPU the resident set above that of the libraries, freed memory given back
+at once, so that it is what lives. State is masters and moments, summed over the ranks; traffic is
+the size of all messages of a step, each counted once, apart from the gathers of weights.
 """
 
 from __future__ import annotations
@@ -125,6 +125,9 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batches", type=int, default=1, help="of data, all for calibration")
     parser.add_argument("--density", type=float, default=0.001)
     parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument(
+        "--max_live_parameters", type=int, help="stage3_max_live_parameters (default: DeepSpeed's)"
+    )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=2, help="per contender and round")
     parser.add_argument("--profile", action="store_true", help="of one step each, in --output_dir")

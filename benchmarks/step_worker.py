@@ -4,8 +4,8 @@ Commands come as lines on standard input, the same on every rank; rank 0 answers
 of JSON on the file descriptor ``--answers``.
 
     step N    take N steps                seconds of each
-    count     take one step               bytes handed to collectives
-    report    (after the steps)           memory, state, sizes of files
+    count     take one step               bytes handed to collectives, peak of memory
+    report    (after the steps)           state, sizes of files
     profile   take one step               a table of the operations that take most of it
 """
 
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import transformers
 from steps.baselines import DenseMasked, Floor
-from steps.memory import library_bytes, peak_bytes, start_peak
+from steps.memory import give_freed_memory_back, library_bytes, peak_bytes, start_peak
 from steps.traffic import Collectives
 from torch.profiler import ProfilerActivity, profile
 
@@ -61,7 +61,6 @@ class Contender:
             seed=args.train.seed,
         )
         next(self.steps)  # optimizer states come with the first step
-        start_peak(comm.device)
 
     def step(self, number: int) -> list[float]:
         """Take steps; returns the seconds of each."""
@@ -79,17 +78,19 @@ class Contender:
         return time.perf_counter()
 
     def count(self) -> dict[str, int]:
-        """Bytes of the messages of one step."""
+        """What one step sends and what it holds; time is not to be taken afterwards."""
+        give_freed_memory_back()
+        start_peak(self.comm.device)
         collectives = Collectives()
         with collectives.counted():
             next(self.steps)
-        return {"weights": collectives.weights, "others": collectives.others}
+        peak = self.comm.largest(peak_bytes(self.comm.device, self.libraries))
+        return {"weights": collectives.weights, "others": collectives.others, "peak_bytes": peak}
 
     def report(self) -> dict[str, float]:
         """What the steps needed."""
         return {
             "num_trainable": self.tuning.num_trainable,
-            "peak_bytes": self.comm.largest(peak_bytes(self.comm.device, self.libraries)),
             "calibration_peak_bytes": self.comm.largest(self.calibration_peak),
             "state_bytes": self.sum(self.tuning.engine.optimizer_state_bytes()),
             "checkpoint_bytes": self.checkpoint_bytes(),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from gem_ds.zero_config import read_config
 
 from .shapes import SHAPES, adapter_size, write_data, write_model
 
@@ -28,6 +31,7 @@ class Training:
         batches: of data, all of which serve a calibration.
         density: trained entries, of all of the model's.
         gradient_checkpointing: whether activations are recomputed.
+        max_live_parameters: that ZeRO 3 gathers ahead; None for DeepSpeed's own limit.
     """
 
     shape: str = "opt-125m"
@@ -40,6 +44,7 @@ class Training:
     batches: int = 1
     density: float = 0.001
     gradient_checkpointing: bool = False
+    max_live_parameters: int | None = None
 
     def flags(self, contenders: Sequence[str], folder: Path) -> dict[str, list[str]]:
         """Write model and data into a folder; returns each contender's flags, but its output."""
@@ -58,7 +63,7 @@ class Training:
             "max_steps": 10**6,
             "learning_rate": "1e-5",
             "lr_scheduler_type": "constant",
-            "deepspeed": _CONFIGS / f"zero{self.stage}.json",
+            "deepspeed": self._write_deepspeed(folder / "deepspeed.json"),
         }
         switches = ["--disable_tqdm"]
         switches += ["--bf16"] if self.dtype == "bf16" else []
@@ -74,3 +79,10 @@ class Training:
             ]
             flags[name] += switches
         return flags
+
+    def _write_deepspeed(self, path: Path) -> Path:
+        config = read_config(_CONFIGS / f"zero{self.stage}.json")
+        if self.max_live_parameters is not None:
+            config["zero_optimization"]["stage3_max_live_parameters"] = self.max_live_parameters
+        path.write_text(json.dumps(config))
+        return path
