@@ -22,7 +22,7 @@ from typing import Any
 
 from eval.completion import Completion, Request
 from gem_ds.files import atomic_write
-from gem_ds.tasks.jsonl import Line, parse_jsonl, read_jsonl
+from gem_ds.tasks.lines import Line, parse_jsonl, read_jsonl
 
 SAMPLES_FILE = "samples.jsonl"
 

@@ -9,7 +9,7 @@ import pytest
 
 from gem_ds.config import DataArguments
 from gem_ds.tasks import Example, hub_dataset, load_task, task_names
-from gem_ds.tasks.jsonl import read_jsonl
+from gem_ds.tasks.lines import read_jsonl
 
 NATALIA = (
     "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in "

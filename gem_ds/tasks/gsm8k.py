@@ -11,7 +11,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from gem_ds.tasks import Example, Source, TaskData
-from gem_ds.tasks.jsonl import read_jsonl
+from gem_ds.tasks.hub import read_hub
+from gem_ds.tasks.lines import Line, read_jsonl
 
 HUB_DATASET = "openai/gsm8k"
 
@@ -38,20 +39,12 @@ def load(source: Source) -> TaskData:
     """
     source.refuse_own_fields("gsm8k")
     if source.data_dir is None:
-        from datasets import load_dataset
-
-        splits = load_dataset(HUB_DATASET, "main")
-        return TaskData(
-            train=[_example(row["question"], row["answer"]) for row in splits["train"]],
-            test=[_example(row["question"], row["answer"]) for row in splits["test"]],
-        )
-    folder = Path(source.data_dir)
-    return TaskData(train=_read(folder / "train.jsonl"), test=_read(folder / "test.jsonl"))
+        train, test = (read_hub((HUB_DATASET, "main"), split) for split in ("train", "test"))
+    else:
+        folder = Path(source.data_dir)
+        train, test = (read_jsonl(folder / f"{split}.jsonl") for split in ("train", "test"))
+    return TaskData(train=[*map(_example, train)], test=[*map(_example, test)])
 
 
-def _read(path: Path) -> list[Example]:
-    return [_example(line.text("question"), line.text("answer")) for line in read_jsonl(path)]
-
-
-def _example(question: str, answer: str) -> Example:
-    return Example(prompt=prompt_of(question), target=target_of(answer))
+def _example(line: Line) -> Example:
+    return Example(prompt=prompt_of(line.text("question")), target=target_of(line.text("answer")))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gem_ds.tasks.jsonl import Line
+from gem_ds.tasks.lines import Line
 
 
 def read_hub(names: tuple[str, ...], split: str) -> list[Line]:

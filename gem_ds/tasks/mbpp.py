@@ -26,7 +26,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from gem_ds.tasks import Example, Source, TaskData
-from gem_ds.tasks.jsonl import Line, read_jsonl
+from gem_ds.tasks.lines import Line, read_jsonl
 
 HUB_DATASET = "google-research-datasets/mbpp"
 FULL_FILE = "mbpp.jsonl"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from gem_ds.tasks import AnswerExample, Example, Source, TaskData
 from gem_ds.tasks.hub import read_hub
-from gem_ds.tasks.jsonl import Line
+from gem_ds.tasks.lines import Line
 
 HUB_DATASET = "rajpurkar/squad"
 TRAIN_FILE = "train-v1.1.json"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 from pathlib import Path
 
-from gem_ds.tasks.jsonl import Line
+from gem_ds.tasks.lines import Line
 
 
 def read_tsv(path: Path, header: tuple[str, ...] = (), *, skip_short: bool = False) -> list[Line]:
