@@ -66,9 +66,9 @@ SHAPES: Mapping[str, Callable[[int | None], PretrainedConfig]] = MappingProxyTyp
 )
 
 
-def write_model(folder: Path, config: PretrainedConfig) -> None:
+def write_model(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> None:
     """Save a model with random weights, and a tokenizer that makes a token of each word."""
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
     words = [*_SPECIAL, *(f"w{i}" for i in range(NUM_WORDS))]
     tokenizer = Tokenizer(
         models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[-1])

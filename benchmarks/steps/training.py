@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gem_ds.zero_config import read_config
+from launch.model import DTYPES
 
 from .shapes import SHAPES, adapter_size, write_data, write_model
 
@@ -49,7 +50,7 @@ class Training:
     def flags(self, contenders: Sequence[str], folder: Path) -> dict[str, list[str]]:
         """Write model and data into a folder; returns each contender's flags, but its output."""
         config = SHAPES[self.shape](self.layers)
-        write_model(folder / "model", config)
+        write_model(folder / "model", config, DTYPES[self.dtype])
         num_rows = self.batches * self.world_size * self.batch_size
         write_data(folder / "train.jsonl", num_rows, self.tokens)
         common = {
