@@ -37,6 +37,7 @@ from gem_ds.files import save_json
 from gem_ds.objective import Predictor, objective_of
 from gem_ds.predict import predict_all
 from gem_ds.tasks import TaskData, load_task
+from gem_ds.tokenizer import pad_token_id, refuse_foreign_tokens
 from gem_ds.zero_config import inference_config, read_config
 
 RANKING = (
@@ -51,7 +52,9 @@ class ClassificationArguments:
     """The flags of this evaluator."""
 
     task: str = field(metadata={"help": "What is classified, for instance rte."})
-    max_length: int = option(1024, "Tokens that the model reads; longer texts are cut.")
+    max_length: int = option(
+        1024, "Tokens that the model reads; an encoder's longer texts are cut, others refused."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +65,7 @@ class _Plan:
     task: TaskData
     predictor: Predictor
     questions: Dataset
+    max_length: int  # as asked for, or the model's positions if those are fewer
     pad_token_id: int
 
 
@@ -146,18 +150,14 @@ def _plan(arguments: SamplingArguments, own: ClassificationArguments) -> _Plan:
     max_length = min(own.max_length, limit) if limit else own.max_length
     questions = predictor.encode(task.test, files.tokenizer, max_length)
     vocab_size = files.text_config.vocab_size
-    if questions.largest_token >= vocab_size:
-        raise ValueError(
-            f"The tokenizer makes token {questions.largest_token} and the model knows {vocab_size} "
-            "tokens: save the model's own tokenizer in its folder."
-        )
-    pad: Any = files.tokenizer.pad_token_id
+    refuse_foreign_tokens(questions.largest_token, vocab_size)
     return _Plan(
         files=files,
         task=task,
         predictor=predictor,
         questions=questions,
-        pad_token_id=pad if pad is not None and pad < vocab_size else 0,
+        max_length=max_length,
+        pad_token_id=pad_token_id(files.tokenizer, vocab_size),
     )
 
 
@@ -193,7 +193,7 @@ def _report(
         "protocol": HEAD if is_encoder(files.config) else RANKING,
         **model_facts(files.name, files.config, arguments.delta, arguments.adapter),
         "dtype": files.dtype,
-        "max_length": own.max_length,
+        "max_length": plan.max_length,
         "num_truncated": plan.questions.num_truncated,
         "data_sha256": {
             f"{own.task} test": sha256_of_texts(json.dumps(asdict(e)) for e in examples)

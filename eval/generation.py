@@ -21,6 +21,7 @@ from eval.decoding import decode_batch
 from eval.model import ModelFiles
 from eval.samples import Key, Prompt
 from gem_ds.encode import encode_prompt
+from gem_ds.tokenizer import refuse_foreign_tokens
 
 
 class Backend(Protocol):
@@ -143,9 +144,4 @@ def _check_prompt(task_id: str, ids: list[int], files: ModelFiles) -> None:
             f"The prompt of {task_id} has {len(ids)} tokens, which leaves no room for an answer in "
             f"the model's {num_positions} positions: use a model that reads more, or fewer shots."
         )
-    # Beyond the embedding a GPU would only report a failed kernel.
-    if max(ids) >= config.vocab_size:
-        raise ValueError(
-            f"The tokenizer makes token {max(ids)} and the model knows {config.vocab_size} tokens: "
-            "save the model's own tokenizer in its folder."
-        )
+    refuse_foreign_tokens(max(ids), config.vocab_size)

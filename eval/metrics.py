@@ -4,12 +4,13 @@ Values lie in [0, 1], correlations in [-1, 1]. What a formula leaves undefined c
 correlation with a constant, F1 where a class is neither predicted nor there.
 
     cola                                Matthews' correlation
-    mrpc qqp                            F1 of the label "equivalent" or "duplicate"
+    mrpc qqp                            accuracy; F1 of the label "equivalent" or "duplicate"
     stsb                                Pearson's and Spearman's correlation
-    cb                                  F1 averaged over the labels that occur, unweighted
+    cb                                  accuracy; F1 averaged over the labels that occur, unweighted
     multirc   f1a                       F1 of "this answer is correct" over all answers
               exact_match               share of the questions all of whose answers are judged right
     record squad   f1, exact_match      of normalised words, against the answer that fits best
+    others                              accuracy
 
 `mnli` is the matched validation set and `mnli_mismatched` the other; each is a task of its own.
 Text is normalised as in SQuAD's official script: lower case, no punctuation, no articles, single
@@ -34,6 +35,8 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from eval.numbers import cleaned, find_numbers
 from gem_ds.tasks import AnswerExample, ChoiceExample, Example, NumberExample
 from gem_ds.tasks.classification import SCALE
+
+_OUT_OF_FIVE = re.compile(rf"\s?/\s?{SCALE[1]:g}(?:\.0)?(?!\.?[0-9])")
 
 #: Examples and what was predicted for each -> the value.
 Measure = Callable[[Sequence[Any], Sequence[Any]], float]
@@ -71,11 +74,11 @@ def score(
 def read_number(text: str) -> float:
     """The number that a model wrote for stsb, moved to the nearest end of the scale if outside.
 
-    It is the first number in the text. A text without one counts as the middle, 2.5: a model that
-    does not answer must be given a number, and this one says the least.
+    It is the first number in the text, "4/5" being 4 out of 5. A text without one counts as the
+    middle, 2.5: a model that does not answer must be given a number, and this one says the least.
     """
     low, high = map(Fraction, SCALE)
-    numbers = find_numbers(cleaned(text))
+    numbers = find_numbers(_OUT_OF_FIVE.sub("", cleaned(text)))
     if not numbers or (value := numbers[0].value) is None:
         return float((low + high) / 2)
     return float(min(max(value, low), high))

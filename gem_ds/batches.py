@@ -61,7 +61,13 @@ class Batches:
         """This rank's micro-batches at ``step``, the same number on every rank."""
         for rows in self.schedule.micro_batches(step):
             batch = self.dataset.collate(rows, self._pad_token_id)
-            yield {key: tensor.to(self._device) for key, tensor in batch.items()}
+            yield {key: self._to_device(tensor) for key, tensor in batch.items()}
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        """Move it; a GPU copies from pinned memory while the host goes on."""
+        if self._device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self._device, non_blocking=True)
 
     def weights(self, step: int) -> list[int]:
         """The weight of each of this rank's micro-batches at ``step``; 0 where no row is left."""

@@ -1,6 +1,8 @@
-"""The tokenizer that lies with a model, if one does."""
+"""The tokenizer that lies with a model, if one does, and whether it suits the model."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import has_file
@@ -37,3 +39,22 @@ def load_tokenizer(
     return AutoTokenizer.from_pretrained(
         model, revision=revision, trust_remote_code=trust_remote_code
     )
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
+    """What rows are filled with: any token that the model has, since it is masked."""
+    pad: Any = tokenizer.pad_token_id
+    return pad if pad is not None and pad < vocab_size else 0
+
+
+def refuse_foreign_tokens(largest: int, vocab_size: int) -> None:
+    """Beyond the embedding a GPU would only report a failed kernel.
+
+    Raises:
+        ValueError: the largest token is none of the model's.
+    """
+    if largest >= vocab_size:
+        raise ValueError(
+            f"The tokenizer makes token {largest} and the model knows {vocab_size} tokens: save "
+            "the model's own tokenizer in its folder."
+        )

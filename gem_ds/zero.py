@@ -14,6 +14,7 @@ Facts of DeepSpeed 0.19 that this file rests on, each held by ``tests/test_zero.
   one is uninitialised memory.
 * Parameters below the persistence threshold keep a full copy in ``param.data`` between steps, and a
   forward pass in train mode without gradients can leave copies of any: writing updates them too.
+* ZeRO-3 gathers weights on a stream of its own, which does not wait for what others have written.
 * A stage-0 bf16 engine calls ``optimizer.step()`` once while it is made; :meth:`Engine.set_state`
   afterwards sets masters, moments and step count, so nothing of it remains.
 * Below stage 3 frozen weights are ordinary tensors, whole on every rank.
@@ -27,6 +28,7 @@ import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import dataclass
+from datetime import timedelta
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -63,8 +65,15 @@ def init_distributed() -> Comm:
     if accelerator.device_name() == "cpu" and os.environ["RANK"] == "0":
         _tell_of_locks()
     with redirect_stdout(StringIO()):  # each rank would print that it has built an op
-        deepspeed.init_distributed(accelerator.communication_backend_name(), verbose=False)
+        deepspeed.init_distributed(
+            accelerator.communication_backend_name(), verbose=False, timeout=_patience()
+        )
     return Comm(torch.device(accelerator.current_device_name()))
+
+
+def _patience() -> timedelta:
+    """How long a rank waits for another, which may be writing a large model to a slow disk."""
+    return timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", 120)))
 
 
 def _tell_of_locks() -> None:
@@ -328,6 +337,14 @@ class Engine(BaseEngine):
         shard.view(-1)[shard_index] = values[own].to(shard.device)
         if parameter.ds_status == ZeroParamStatus.AVAILABLE:  # type: ignore[attr-defined]
             parameter.data.view(-1)[flat_index] = values
+        self._let_gathers_wait()
+
+    def _let_gathers_wait(self) -> None:
+        """ZeRO-3 gathers on a stream of its own: it is to read a partition after it was written."""
+        offload = self._engine.optimizer.parameter_offload
+        stream = offload._DeepSpeedZeRoOffload__allgather_stream
+        if stream is not None:  # None where the device has no streams
+            stream.wait_stream(get_accelerator().current_stream())
 
     # The flat vectors: parameter, masters, moments
 
@@ -371,6 +388,7 @@ class Engine(BaseEngine):
         shard.zero_()[: fragment.length] = master[own]
         if values.ds_status == ZeroParamStatus.AVAILABLE:  # type: ignore[attr-defined]
             values.data.copy_(master)
+        self._let_gathers_wait()
 
     def optimizer_state_bytes(self) -> int:
         """Bytes of masters and moments that this rank holds, measured on the tensors."""

@@ -54,6 +54,8 @@ _LOW_PRECISION_MASTERS = (
     "bf16_optimizer_states",
     "fp16_master_weights_and_grads",
 )
+#: DeepSpeed's measure of throughput waits for the device in every forward pass and every step.
+_NO_TIMERS = {"throughput": {"enabled": False}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +149,7 @@ def resolve_config(config: dict[str, Any], shape: RunShape) -> dict[str, Any]:
     config["train_batch_size"] = shape.micro_batch_size * shape.world_size
     config["zero_allow_untested_optimizer"] = True
     config["zero_force_ds_cpu_optimizer"] = False
+    config.setdefault("timers", _NO_TIMERS)
     return config
 
 
@@ -181,6 +184,7 @@ def inference_config(config: dict[str, Any], *, dtype: str, hidden_size: int) ->
         "fp16": {"enabled": dtype == "float16"},
         "train_micro_batch_size_per_gpu": 1,
         "steps_per_print": 2**31 - 1,
+        "timers": _NO_TIMERS,
     }
     _refuse_auto(inference)
     return inference

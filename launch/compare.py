@@ -95,8 +95,13 @@ def moved(comparison: Comparison, *, output_dir: Path | None, data_dir: Path | N
         data_dir: its tasks' folders are below this one.
 
     Raises:
-        ValueError: a task's folder is not there.
+        ValueError: a task's folder is not there, or ``data_dir`` is given and no task has one.
     """
+    if data_dir and not any(task.data_dir for task in comparison.tasks.values()):
+        raise ValueError(
+            "--data_dir replaces where the tasks' folders lie, and no task of the file has one: "
+            "give them data_dir there, or leave --data_dir out."
+        )
     tasks = {}
     for name, task in comparison.tasks.items():
         folder = task.data_dir and str((data_dir or Path()) / task.data_dir)

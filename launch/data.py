@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -15,6 +14,7 @@ from gem_ds.encoders import num_positions
 from gem_ds.objective import Objective
 from gem_ds.tasks import AnswerExample, ChoiceExample, Example, NumberExample, TaskData, load_task
 from gem_ds.texts import EncodedDataset
+from gem_ds.tokenizer import refuse_foreign_tokens
 
 _SPLIT_SEED = 0  # of which examples are the development set; no flag changes it
 
@@ -98,7 +98,8 @@ def _passages(examples: Sequence[Example]) -> list[str]:
     pairs = [e.pairs[0] for e in examples if isinstance(e, ChoiceExample | NumberExample)]
     if pairs:
         firsts, seconds = ([text or "" for text in texts] for texts in zip(*pairs, strict=True))
-        return firsts if sum(map(len, firsts)) >= sum(map(len, seconds)) else seconds
+        longer = firsts if sum(map(len, firsts)) >= sum(map(len, seconds)) else seconds
+        return [text.replace("*", "") for text in longer]  # by which wsc marks words of a text
     return [e.passage if isinstance(e, AnswerExample) else str(e.prompt) for e in examples]
 
 
@@ -128,7 +129,8 @@ def encode_examples(
             test if is_same else objective.predictor.encode(task.test, tokenizer, data.max_length)
         )
     datasets = [train, test, *([] if questions is None else [questions])]
-    _refuse_foreign_tokens(max(dataset.largest_token for dataset in datasets), config)
+    vocab_size = config.get_text_config().vocab_size
+    refuse_foreign_tokens(max(dataset.largest_token for dataset in datasets), vocab_size)
     _refuse_long_sequences(max(dataset.longest for dataset in datasets), config)
     return RunData(train=train, test=test, questions=questions, references=task.test)
 
@@ -138,23 +140,6 @@ def fingerprint(data: DataArguments, train: Dataset) -> str:
     packed = f"packed into {data.max_length}" if data.packing else "one by one"
     told = f"{train.fingerprint()} {packed} {data.train_sampling_strategy}"
     return hashlib.sha256(told.encode()).hexdigest()
-
-
-def pad_token_id(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> int:
-    """What rows are filled with: any token that the model has, since it is masked."""
-    pad: Any = tokenizer.pad_token_id
-    eos: Any = tokenizer.eos_token_id
-    if pad is not None and pad < config.get_text_config().vocab_size:
-        return int(pad)
-    return 0 if eos is None else int(eos)
-
-
-def _refuse_foreign_tokens(largest: int, config: PretrainedConfig) -> None:
-    if largest >= (size := config.get_text_config().vocab_size):
-        raise ValueError(
-            f"The tokenizer makes token {largest} and the model knows {size} tokens: save the "
-            "model's own tokenizer in its folder."
-        )
 
 
 def _refuse_long_sequences(longest: int, config: PretrainedConfig) -> None:

@@ -23,10 +23,10 @@ from gem_ds.objective import Objective, objective_of
 from gem_ds.reporting import summary_writer_class
 from gem_ds.sddmm import check_kernel
 from gem_ds.tasks import TaskData
-from gem_ds.tokenizer import load_tokenizer
+from gem_ds.tokenizer import load_tokenizer, pad_token_id
 from gem_ds.zero_config import RunShape, read_config, resolve_config, zero_stage
 from launch.arguments import Arguments
-from launch.data import RunData, encode_examples, fingerprint, load_examples, pad_token_id
+from launch.data import RunData, encode_examples, fingerprint, load_examples
 from launch.model import DTYPES, load_model_config, one_line
 from launch.optimizer import adam_of_bitsandbytes
 from launch.output_dir import refuse_run
@@ -142,7 +142,7 @@ def prepare(args: Arguments, world_size: int) -> Plan:
         output_dir=output_dir,
         config=config,
         tokenizer=tokenizer,
-        pad_token_id=pad_token_id(tokenizer, config),
+        pad_token_id=pad_token_id(tokenizer, config.get_text_config().vocab_size),
         task=task,
         data=data,
         objective=objective,

@@ -222,13 +222,14 @@ class SparseTuning:
                 selection.names, selection.numels, budgets, selection.layer_scores, strict=True
             )
             method = self.args.method
-            if self.head is not None and method.method in CALIBRATED_METHODS and method.head_steps:
+            is_calibrated = method.method in CALIBRATED_METHODS
+            if self.head is not None and is_calibrated and method.head_steps:
                 reporter.say(
                     f"Calibrated with a head that was trained for {method.head_steps} steps "
                     "(--calibration_head_steps); training starts from its first values"
                 )
             reporter.say(f"Where the budget went:\n{budget_table(rows)}")
-            if buffer_gb := self.args.method.calibration_buffer_gb:
+            if is_calibrated and (buffer_gb := method.calibration_buffer_gb):
                 partitions = [self.engine.partition_size(layer.weight) for layer in self.layers]
                 num_buffered = len(buffered_layers(partitions, self.comm.world_size, buffer_gb))
                 reporter.say(

@@ -136,7 +136,7 @@ def test_tables_hold_the_means_by_hand(setting: Setting) -> None:
     assert float(row["mean"]) == pytest.approx(0.81)  # 80, 81 and 82 of 100
     assert float(row["std"]) == pytest.approx(0.01)
     assert (row["metric"], row["num_seeds"], row["learning_rate"]) == ("accuracy", "3", "0.01")
-    assert float(row["dev_score"]) == 0.9
+    assert (row["dev_metric"], float(row["dev_score"])) == (row["metric"], 0.9)
     assert setting.table()["cola", "random"]["dev_score"] == ""  # a single rate is not searched
     text = (setting.out / "table.md").read_text()
     assert "| gem | 81.0 ± 1.0 | 1e-02 | 1,000 | 0.1 % | 12 KiB | 3.0 GiB | 0.25 | 2.0 |" in text
@@ -240,6 +240,9 @@ def test_data_and_output_can_lie_elsewhere(setting: Setting) -> None:
     assert not setting.out.exists()
     with pytest.raises(ValueError, match=r"There is no folder rte for tasks\.rte: pass --d"):
         compare.main(setting.flags[:2])
+    setting.content["tasks"] = {"cola": {}}
+    with pytest.raises(ValueError, match=r"^--data_dir replaces .* and no task of the file has"):
+        compare.main(setting.flags)
 
 
 def test_some_tasks_alone_run_in_the_order_of_the_file(setting: Setting) -> None:
@@ -279,6 +282,13 @@ def test_runs_at_once_share_the_machine(setting: Setting) -> None:
     assert len(logs) == 12
     assert {log[1] for log in logs} == {threads}
     assert {log[2] for log in logs} == {"3", "5"}
+
+
+def test_a_launcher_shares_the_cores_out_itself(setting: Setting) -> None:
+    setting.content["launcher"] = [sys.executable]
+    assert setting.run() == 0
+    logs = [path.read_text().split() for path in setting.out.glob("rte/*/*/*/log.txt")]
+    assert {log[1] for log in logs} == {"None"}
 
 
 def test_finished_runs_keep_no_checkpoints_and_searches_no_weights(setting: Setting) -> None:

@@ -71,6 +71,11 @@ def changed(path: str, value: object) -> dict[str, Any]:
         ("seeds", [1.5], "seeds must be whole numbers of at least 0, not 1.5."),
         ("seeds", 42, "seeds must be a list of at least one value."),
         ("dev_examples", 0, "dev_examples must be a whole number of at least 1, not 0."),
+        (
+            "tasks.rte.dev_examples",
+            "9",
+            "tasks.rte.dev_examples must be a whole number of at least 1, not '9'.",
+        ),
         ("num_parallel", True, "num_parallel must be a whole number of at least 1, not True."),
         ("methods", {}, "methods must map at least one name to its settings."),
         ("methods", {"gme": None}, "methods has the unknown method 'gme'; known: bitfit, e"),
@@ -138,6 +143,14 @@ def test_commands_are_what_the_file_says() -> None:
     assert " ".join(evaluation_command(comparison, cell) or []) == (
         f"python -m eval.gsm8k --model M --adapter {folder}/adapter --to {folder}/eval"
     )
+
+
+def test_a_small_task_may_hold_out_fewer_examples() -> None:
+    comparison = parse_comparison(changed("tasks.rte.dev_examples", 50))
+    for task, held_out in (("rte", "50"), ("gsm8k", "100")):
+        cell = Cell(task=task, method="gem", learning_rate=1e-3, seed=42, split="dev")
+        words = training_command(comparison, cell)
+        assert words[words.index("--dev_examples") + 1] == held_out
 
 
 def test_a_flag_that_a_method_sets_to_null_is_left_out() -> None:

@@ -169,6 +169,10 @@ def test_verdicts_are_averaged_over_the_samples_of_a_problem(tmp_path: Path) -> 
     found = read_predictions(comparison, cell)
     assert found.ids == ["p/1", "p/0"]
     assert found.correct.tolist() == [0.5, 1.0]
+    (folder / "verdicts.jsonl").write_text(json.dumps({"task_id": "p/0", "ok": None}))
+    with pytest.raises(ValueError, match="has no verdict ok of some samples"):
+        read_predictions(comparison, cell)
+    (folder / "verdicts.jsonl").write_text("\n".join(lines))
     content = dict.fromkeys(COSTS, 1) | {"eval_metrics": {"loss": 3.0}}
     (folder.parent / "all_results.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"results\.json cannot be read"):

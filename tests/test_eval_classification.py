@@ -108,6 +108,10 @@ def test_an_encoder_takes_its_head_from_the_delta(tiny: Tiny, kind: Kind) -> Non
     assert predictions(tiny, f"encoder_{kind}") == pytest.approx(expected, rel=1e-4)
     assert results["n"] == 11
     assert "head" in results["protocol"]
+    assert (
+        results["max_length"]
+        == AutoConfig.from_pretrained(tiny.folder / "bert").max_position_embeddings
+    )  # fewer than the flag's default
     assert results["delta_sha256"]
     on_disk = json.loads((tiny.folder / f"encoder_{kind}" / "results.json").read_text())
     assert on_disk == results

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import BertConfig, LlamaConfig, OPTConfig
+from transformers import BertConfig, FalconConfig, GPTJConfig, LlamaConfig, OPTConfig
 
 from gem_ds.zero_config import read_config
 from launch.arguments import parse_arguments
@@ -330,6 +330,19 @@ def test_every_method_and_kind_of_model_can_be_planned(method: str, config: Any)
 
 
 # Advice
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        FalconConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=100),
+        GPTJConfig(n_embd=64, n_layer=2, n_head=4, rotary_dim=8, vocab_size=100),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_a_model_whose_attention_cannot_be_replaced_keeps_its_own(config: Any) -> None:
+    needed = forecast(setting_of("--target_modules", "all-linear", config=config, stage=1))
+    assert needed.training[LiveBytes.OWN] > 0
 
 
 def test_what_fits_leaves_a_share_to_others() -> None:

@@ -392,6 +392,22 @@ def test_questions_about_a_passage_stay_on_one_side_of_the_development_split(tmp
     assert not passages[0] & passages[1]
 
 
+def test_pronouns_of_a_text_stay_on_one_side_of_the_development_split(tmp_path):
+    rows = []
+    for i in range(8):
+        row = WSC | {"text": f"Ann saw Eve; she waved {i} times."}
+        other = row["target"] | {"span1_index": 0, "span1_text": "Ann"}
+        rows += [row, row | {"target": other, "label": True}]
+    text = "".join(f"{json.dumps(row)}\n" for row in rows)
+    tmp_path.joinpath("train.jsonl").write_text(text)
+    arguments = DataArguments(task="wsc", data_dir=str(tmp_path), dev_examples=6, evaluate_on="dev")
+    data = load_examples(arguments)
+    assert len(data.test) == 6
+    texts = [{e.prompt.split("waved ")[1][0] for e in part} for part in (data.train, data.test)]
+    assert [len(part) for part in texts] == [5, 3]
+    assert not texts[0] & texts[1]
+
+
 def test_a_missing_validation_file_is_told_before_training_where_it_is_needed(tmp_path):
     assert load_examples(boolq_arguments(tmp_path)).test == []
     with pytest.raises(ValueError, match=rf"test: {tmp_path} holds no held-out examples of --task"):

@@ -18,6 +18,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -127,6 +128,22 @@ def write_to_whole_copies(bench: Bench) -> None:
             layer.weight.all_gather()
         assert _whole_copies(bench) == len(bench.layers)
     _write_and_look(bench, seed=24)
+
+
+def gathers_wait_for_writes(bench: Bench) -> None:
+    """The stream of ZeRO-3's gathers, had the device streams, waits for each kind of write."""
+    if bench.setting.stage < 3:
+        return
+    offload = bench.engine._engine.optimizer.parameter_offload
+    assert offload._DeepSpeedZeRoOffload__allgather_stream is None, "a CPU has none"
+    offload._DeepSpeedZeRoOffload__allgather_stream = stream = mock.Mock()
+    try:
+        bench.engine.set_state(some_vectors(25), 0)
+        assert stream.wait_stream.call_count == 1
+        bench.write(torch.randn(K, generator=generator(26)))
+        assert stream.wait_stream.call_count > 1
+    finally:
+        offload._DeepSpeedZeRoOffload__allgather_stream = None
 
 
 def _whole_copies(bench: Bench) -> int:
@@ -278,6 +295,7 @@ CHECKS: list[Callable[[Bench], None]] = [
     state_after_training,
     write_after_training,
     write_to_whole_copies,
+    gathers_wait_for_writes,
     gradient,
     skipped_step,
     state_bytes,

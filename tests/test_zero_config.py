@@ -100,6 +100,7 @@ RESOLVED: dict[str, Any] = {
     },
     "zero_allow_untested_optimizer": True,
     "zero_force_ds_cpu_optimizer": False,
+    "timers": {"throughput": {"enabled": False}},
 }
 
 
@@ -133,6 +134,13 @@ def test_sizes_that_only_the_file_knows_are_kept() -> None:
     assert resolved["zero_optimization"] == {"stage": 3} | section
     assert resolved["steps_per_print"] == 10
     assert resolved["fp16"] == {"loss_scale_window": 7, "enabled": True}
+
+
+def test_deepspeed_times_nothing_unless_the_file_says_so() -> None:
+    """Its timer would wait for the device in every forward pass."""
+    assert resolve_config({}, SHAPE)["timers"] == {"throughput": {"enabled": False}}
+    asked = {"timers": {"throughput": {"enabled": True}}}
+    assert resolve_config(asked, SHAPE)["timers"] == asked["timers"]
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
@@ -338,6 +346,7 @@ def test_what_a_forward_pass_needs_of_a_bundled_file(name: str) -> None:
         "fp16": {"enabled": False},
         "train_micro_batch_size_per_gpu": 1,
         "steps_per_print": 2**31 - 1,
+        "timers": {"throughput": {"enabled": False}},
     }
     assert zero["stage"] == 3
     assert zero["stage3_prefetch_bucket_size"] == int(0.9 * 64**2)

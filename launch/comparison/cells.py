@@ -91,7 +91,7 @@ def training_command(comparison: Comparison, cell: Cell) -> list[str]:
         "data_dir": task.data_dir,
         "seed": cell.seed,
         "learning_rate": rate_text(cell.learning_rate),
-        "dev_examples": comparison.dev_examples,
+        "dev_examples": task.dev_examples or comparison.dev_examples,
         "evaluate_on": cell.split,
         "output_dir": folder_of(comparison, cell),
         "overwrite_output_dir": True,

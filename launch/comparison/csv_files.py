@@ -37,6 +37,7 @@ def _table_record(row: Row) -> dict[str, Any]:
         "num_failed": row.num_failed,
         "learning_rate": choice.rate,
         "is_at_edge": choice.is_at_edge,
+        "dev_metric": choice.metric,
         "dev_score": choice.score,
     }
     costs = {name: row.cost(name) if row.results else math.nan for name in COSTS}

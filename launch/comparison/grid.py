@@ -32,9 +32,10 @@ class Method:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A task with its data."""
+    """A task with its data; ``dev_examples`` where the comparison's number does not suit it."""
 
     data_dir: str | None = None
+    dev_examples: int | None = None
     flags: Flags = field(default_factory=dict)
     evaluate: Evaluation | None = None
 

@@ -12,7 +12,7 @@
     methods:
       gem: {learning_rates: [3e-3, 1e-2], flags: {flag: value}}
     tasks:
-      rte: {data_dir: folder, flags: {flag: value}}
+      rte: {data_dir: folder, flags: {flag: value}, dev_examples: 200}  # all may be left out
       gsm8k:
         evaluate:                       # a second command, for what only generation can score
           command: python -m eval.gsm8k --model_name_or_path {model} {weights}
@@ -134,8 +134,12 @@ def _method(value: object, where: str, shared: object) -> Method:
 def _task(value: object, where: str) -> Task:
     given = _mapping(value, where, Task.__annotations__)
     evaluate, data_dir = given.get("evaluate"), given.get("data_dir")
+    dev_examples = given.get("dev_examples")
     return Task(
         data_dir=None if data_dir is None else _text(data_dir, f"{where}.data_dir"),
+        dev_examples=None
+        if dev_examples is None
+        else _count(dev_examples, f"{where}.dev_examples"),
         flags=_flags(given.get("flags"), f"{where}.flags"),
         evaluate=None if evaluate is None else _evaluation(evaluate, f"{where}.evaluate"),
     )

@@ -21,9 +21,9 @@ def markdown(
     seeds = ", ".join(map(str, comparison.seeds))
     parts = [
         "# Comparison",
-        f"Scores on the test split: mean and standard deviation over the seeds {seeds}. Each "
-        "learning rate is the best, with the first seed, on "
-        f"{comparison.dev_examples:,} examples that were held out of the training data. Optimizer "
+        f"Scores on the test split: mean and standard deviation over the seeds {seeds}. Of several "
+        "learning rates each is the best, with the first seed, on examples that were held out of "
+        f"the training data ({_dev_text(comparison)}). Optimizer "
         "state (the first process's masters and moments), time and calibration: means over the "
         "seeds, the latter two in seconds; peak memory: the largest.",
     ]
@@ -39,6 +39,13 @@ def markdown(
         )
         parts += ["## Failed runs", "\n".join(lines)]
     return "\n\n".join(parts) + "\n"
+
+
+def _dev_text(comparison: Comparison) -> str:
+    """How many examples choose the learning rates: ``500; cb: 50``."""
+    own = {name: task.dev_examples for name, task in comparison.tasks.items() if task.dev_examples}
+    parts = [f"{comparison.dev_examples:,}", *(f"{name}: {own[name]:,}" for name in own)]
+    return "; ".join(parts)
 
 
 def byte_text(count: float) -> str:

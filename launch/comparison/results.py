@@ -141,6 +141,8 @@ def _read_verdicts(path: Path, field: str) -> Predictions:
     judged: dict[Any, list[float]] = {}
     for row in _read_lines(path, ("task_id", field)):
         verdict = row[field]
+        if verdict is None:
+            raise ValueError(f"{path} has no verdict {field} of some samples")
         is_right = verdict == "passed" if isinstance(verdict, str) else float(verdict)
         judged.setdefault(row["task_id"], []).append(float(is_right))
     nothing = [None] * len(judged)

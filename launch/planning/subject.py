@@ -57,9 +57,10 @@ class Subject:
             model: Any = auto_class(config).from_config(
                 config,
                 dtype=DTYPES[args.train.dtype],
-                attn_implementation=_ATTENTION,
                 trust_remote_code=args.model.trust_remote_code,
             )
+            if model._supports_attention_backend:  # others have attention of their own
+                model.set_attn_implementation(_ATTENTION)
             if args.train.gradient_checkpointing:
                 enable_checkpointing(model)
             self.model = self._prepare(model, targets)
