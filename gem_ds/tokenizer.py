@@ -43,8 +43,8 @@ def load_tokenizer(
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
     """What rows are filled with: any token that the model has, since it is masked."""
-    pad: Any = tokenizer.pad_token_id
-    return pad if pad is not None and pad < vocab_size else 0
+    tokens: tuple[Any, ...] = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(token for token in tokens if token is not None and token < vocab_size)
 
 
 def refuse_foreign_tokens(largest: int, vocab_size: int) -> None:
