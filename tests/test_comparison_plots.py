@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,19 @@ def test_all_methods_on_several_tasks_are_readable(num_tasks: int) -> None:
     comparison, rows = comparison_of(num_tasks)
     assert_tidy(score_figure(comparison, rows))
     assert_tidy(rate_figure(comparison, rows))
+
+
+@pytest.mark.parametrize("losses", [(0.007, 0.06, 2.1), (3.6, 5.2, 5.6), (0.68, 0.69, 0.7)])
+def test_losses_are_told_apart_beside_one_that_is_far_off(losses: tuple[float, ...]) -> None:
+    comparison, rows = comparison_of(1)
+    choice = replace(rows[0].choice, scores=losses, metric="eval_loss")
+    figure = rate_figure(comparison, [replace(row, choice=choice) for row in rows])
+    assert_tidy(figure)
+    axes = figure.axes[0]
+    low, high = axes.get_ylim()
+    places = [axes.transLimits.transform(axes.transScale.transform((1, y)))[1] for y in losses]
+    assert min(b - a for a, b in itertools.pairwise(places)) > 0.1
+    assert any(low <= tick <= high for tick in axes.get_yticks())
 
 
 @pytest.mark.parametrize(("num_layers", "num_methods"), [(1, 1), (6, 5), (48, 7)])

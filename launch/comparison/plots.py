@@ -19,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from gem_ds.files import atomic_write
 from gem_ds.mask import Mask
@@ -140,6 +140,9 @@ def rate_figure(comparison: Comparison, rows: Sequence[Row]) -> Figure:
             )
         _finish(axes, f"{task}, development split", "learning rate", unit.label)
         _span(axes, [rate for row in own for rate in row.choice.rates], margin=1.5)
+        seen = [score for row in own for score in row.choice.scores if score is not None]
+        if unit.is_loss and max(seen) > 4 * min(seen) > 0:
+            _scale_by_factors(axes)
     _legend(figure, rows, rings=True)
     return figure
 
@@ -170,6 +173,14 @@ def _finish(axes: Axes, title: str, x_label: str, y_label: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#AAAAAA")
     axes.margins(y=0.12)
+
+
+def _scale_by_factors(axes: Axes) -> None:
+    """A rate that is too large may end at many times the loss of the others."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _span(axes: Axes, values: Sequence[float], *, margin: float) -> None:

@@ -13,7 +13,8 @@ class Unit:
     """How a metric is written: per cent, a correlation, or a loss."""
 
     def __init__(self, metric: str) -> None:
-        self.is_share = not (is_correlation(metric) or is_loss(metric))
+        self.is_loss = is_loss(metric)
+        self.is_share = not (is_correlation(metric) or self.is_loss)
         self.factor = 100 if self.is_share else 1
         self.decimals = 1 if self.is_share else 3
         name = metric.replace("_", " ")
