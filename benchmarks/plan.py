@@ -4,15 +4,13 @@
     python benchmarks/plan.py --large [--output plan_large.md]  # 7B to 405B, nothing is run
 
 Measured is what `benchmarks/step.py` reports of a contender; ranks are processes of this machine.
-Freed memory is given back at once (MALLOC_MMAP_THRESHOLD_), so that the resident set follows what
-lives. Of two numbers the first is foretold, the second measured.
+Of two numbers the first is foretold, the second measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -20,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from steps.ranks import Ranks
+from steps.ranks import needs_of
 from steps.shapes import SHAPES
 from steps.table import markdown
 from steps.training import Training
@@ -68,20 +66,11 @@ def measured_rows() -> Iterator[dict[str, str]]:
         told += f", {case.shape} of {case.layers} layers" if case.layers else ""
         with tempfile.TemporaryDirectory() as folder:
             for method, flags in case.flags(METHODS, Path(folder)).items():
-                found = _measure(method, flags, case.world_size)
+                found = needs_of(method, flags, case.world_size)
                 setting = read_setting(
                     parse_arguments([*flags, "--output_dir", folder]), case.world_size, on_cpu=True
                 )
                 yield {"": told, "method": method} | _compare(forecast(setting), found)
-
-
-def _measure(method: str, flags: Sequence[str], world_size: int) -> dict[str, Any]:
-    ranks = Ranks.start(method, flags, world_size)
-    try:
-        ranks.ask("step 2")
-        return ranks.ask("count") | ranks.ask("report")
-    finally:
-        ranks.close()
 
 
 def _compare(told: Forecast, found: dict[str, Any]) -> dict[str, str]:
@@ -154,7 +143,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--large", action="store_true")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args(argv)
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # of the processes that are measured
     transformers.utils.logging.set_verbosity_error()
     rows = []
     for row in large_rows() if args.large else measured_rows():

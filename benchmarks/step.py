@@ -15,10 +15,11 @@ sleep, so that whatever else the machine does meets all alike.
 shira and dense_masked add to whole weights, so at stage 3 they are left out.
 
 Ratios are taken within a round; shown are medians over the rounds and in brackets the 95 % interval
-of the median (bootstrap). Memory is the peak of one more step, of the rank that needs most: on a
-GPU the allocator's; on a CPU the resident set above that of the libraries, freed memory given back
-at once, so that it is what lives. State is masters and moments, summed over the ranks; traffic is
-the size of all messages of a step, each counted once, apart from the gathers of weights.
+of the median (bootstrap). The rest is found in processes of its own. Memory is the peak of a step,
+of the rank that needs most: on a GPU the allocator's; on a CPU the resident set above that of the
+libraries, freed memory given back at once, so that it is what lives. State is masters and moments,
+summed over the ranks; traffic is the size of all messages of a step, each counted once, apart from
+the gathers of weights.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from steps.ranks import Ranks
+from steps.ranks import Ranks, needs_of
 from steps.shapes import SHAPES
 from steps.table import markdown
 from steps.training import CONTENDERS, NEED_WHOLE_WEIGHTS, Training
@@ -86,19 +87,23 @@ def measure(
     training: Training, args: argparse.Namespace
 ) -> tuple[dict[str, np.ndarray], dict[str, dict[str, float]], dict[str, str]]:
     """Seconds of each round, what `step_worker.py` reports, and profiles where asked for."""
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        contenders = {}
-        for name, flags in training.flags(args.contenders, folder).items():
-            contenders[name] = Ranks.start(name, flags, args.world_size)
-            stack.callback(contenders[name].close)
-            print(f"{name} is ready", file=sys.stderr, flush=True)
-        actions = {name: stepping(ranks, args.steps) for name, ranks in contenders.items()}
-        seconds = take_turns(actions, args.rounds)
-        reports = {name: ranks.ask("count") for name, ranks in contenders.items()}
-        reports = {name: found | contenders[name].ask("report") for name, found in reports.items()}
-        profiled = contenders if args.profile else {}  # last, since a profile takes memory
-        profiles = {name: ranks.ask("profile") for name, ranks in profiled.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        flags = training.flags(args.contenders, Path(folder))
+        with ExitStack() as stack:
+            contenders = {}
+            for name in flags:
+                contenders[name] = Ranks.start(name, flags[name], args.world_size)
+                stack.callback(contenders[name].close)
+                print(f"{name} is ready", file=sys.stderr, flush=True)
+            actions = {name: stepping(ranks, args.steps) for name, ranks in contenders.items()}
+            seconds = take_turns(actions, args.rounds)
+            profiled = contenders if args.profile else {}
+            profiles = {name: ranks.ask("profile") for name, ranks in profiled.items()}
+        reports = {
+            name: needs_of(name, flags[name], args.world_size)
+            | {"start_seconds": ranks.start_seconds}
+            for name, ranks in contenders.items()
+        }
     return seconds, reports, profiles
 
 

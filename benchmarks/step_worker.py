@@ -1,7 +1,7 @@
 """One rank of one contender: builds it through the trainer, then steps when it is told to.
 
 Commands come as lines on standard input, the same on every rank; rank 0 answers each with a line
-of JSON on the file descriptor ``--answers``.
+of JSON on the file descriptor ``--answers``, after a first one with the seconds of calibration.
 
     step N    take N steps                seconds of each
     count     take one step               bytes handed to collectives, peak of memory
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import transformers
 from steps.baselines import DenseMasked, Floor
-from steps.memory import give_freed_memory_back, library_bytes, peak_bytes, start_peak
+from steps.memory import library_bytes, peak_bytes, start_peak
 from steps.traffic import Collectives
 from torch.profiler import ProfilerActivity, profile
 
@@ -78,8 +78,7 @@ class Contender:
         return time.perf_counter()
 
     def count(self) -> dict[str, int]:
-        """What one step sends and what it holds; time is not to be taken afterwards."""
-        give_freed_memory_back()
+        """What one step sends and what it holds."""
         start_peak(self.comm.device)
         collectives = Collectives()
         with collectives.counted():
@@ -94,7 +93,6 @@ class Contender:
             "calibration_peak_bytes": self.comm.largest(self.calibration_peak),
             "state_bytes": self.sum(self.tuning.engine.optimizer_state_bytes()),
             "checkpoint_bytes": self.checkpoint_bytes(),
-            "start_seconds": self.start_seconds,
         }
 
     def checkpoint_bytes(self) -> int:
@@ -142,7 +140,7 @@ def main() -> None:
                 answers.write(json.dumps(value) + "\n")
                 answers.flush()
 
-        answer("ready")
+        answer(contender.start_seconds)
         for line in sys.stdin:
             command, *words = line.split()
             answer(getattr(contender, command)(*map(int, words)))

@@ -10,9 +10,6 @@ from pathlib import Path
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 import torch
 
-_LIBC = ctypes.CDLL("libc.so.6")
-_M_MMAP_THRESHOLD = -3  # malloc.h: allocations of this size and more are mapped by themselves
-
 
 def library_bytes() -> int:
     """What this process holds now, to be called before the model is loaded."""
@@ -24,16 +21,8 @@ def start_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    _LIBC.malloc_trim(0)
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-
-
-def give_freed_memory_back() -> None:
-    """From now on, at once: the resident set is then what lives, and each large tensor costs time.
-
-    As it is, the C library keeps what is freed, and at ZeRO-3 that can be as much as what lives.
-    """
-    _LIBC.mallopt(_M_MMAP_THRESHOLD, 1 << 16)
 
 
 def peak_bytes(device: torch.device, libraries: int) -> int:

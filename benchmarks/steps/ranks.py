@@ -1,4 +1,4 @@
-"""The processes of one contender, and what they are told."""
+"""The processes of one contender, what they are told, and what they need."""
 
 from __future__ import annotations
 
@@ -18,14 +18,31 @@ _WORKER = Path(__file__).resolve().parents[1] / "step_worker.py"
 
 @dataclass(kw_only=True)
 class Ranks:
-    """The processes of one contender."""
+    """The processes of one contender.
+
+    Attributes:
+        processes: one for each rank.
+        answers: of rank 0, a line each.
+        start_seconds: that calibration took, 0 where there is none.
+    """
 
     processes: list[subprocess.Popen[str]]
     answers: Any
+    start_seconds: float = 0.0
 
     @classmethod
-    def start(cls, name: str, flags: Sequence[str], world_size: int) -> Ranks:
-        """Start a contender and wait until it has taken its first step."""
+    def start(
+        cls, name: str, flags: Sequence[str], world_size: int, *, is_weighed: bool = False
+    ) -> Ranks:
+        """Start a contender and wait until it has taken its first step.
+
+        Args:
+            name: of the contender.
+            flags: of the trainer.
+            world_size: ranks.
+            is_weighed: whether freed memory is given back at once, so that what is resident is what
+                lives; else the C library keeps much of it, and takes less time.
+        """
         reading, writing = os.pipe()
         port, cores = free_port(), len(os.sched_getaffinity(0))
         environment = {
@@ -35,6 +52,8 @@ class Ranks:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
+        if is_weighed:
+            environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
         processes = [
             subprocess.Popen(
                 [sys.executable, str(_WORKER), "--name", name, "--answers", str(writing), *flags],
@@ -48,7 +67,7 @@ class Ranks:
         ]
         os.close(writing)
         ranks = cls(processes=processes, answers=os.fdopen(reading))
-        ranks.listen()
+        ranks.start_seconds = ranks.listen()
         return ranks
 
     def ask(self, command: str) -> Any:
@@ -73,3 +92,13 @@ class Ranks:
             process.stdin.close()
         for process in self.processes:
             process.wait(timeout=60)
+
+
+def needs_of(name: str, flags: Sequence[str], world_size: int) -> dict[str, Any]:
+    """What a contender sends, holds and writes, found in processes that are started for it."""
+    ranks = Ranks.start(name, flags, world_size, is_weighed=True)
+    try:
+        ranks.ask("step 2")  # ZeRO-3 gathers ahead once it knows the order
+        return ranks.ask("count") | ranks.ask("report")
+    finally:
+        ranks.close()
