@@ -36,7 +36,9 @@ from eval.numbers import cleaned, find_numbers
 from gem_ds.tasks import AnswerExample, ChoiceExample, Example, NumberExample
 from gem_ds.tasks.classification import SCALE
 
-_OUT_OF_FIVE = re.compile(rf"\s?/\s?{SCALE[1]:g}(?:\.0)?(?!\.?[0-9])")
+_OUT_OF_FIVE = re.compile(  # but for the fifths of a mixed number, 3 4/5
+    rf"(?<![0-9]\s[0-9])\s*/\s*{SCALE[1]:g}(?:\.0+)?(?!\.?[0-9])"
+)
 
 #: Examples and what was predicted for each -> the value.
 Measure = Callable[[Sequence[Any], Sequence[Any]], float]

@@ -72,7 +72,10 @@ def init_distributed() -> Comm:
 
 
 def _patience() -> timedelta:
-    """How long a rank waits for another, which may be writing a large model to a slow disk."""
+    """How long a rank waits for another, which may be writing a large model to a slow disk.
+
+    It holds for the default group, on which all waits for files are.
+    """
     return timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", 120)))
 
 

@@ -99,8 +99,8 @@ def moved(comparison: Comparison, *, output_dir: Path | None, data_dir: Path | N
     """
     if data_dir and not any(task.data_dir for task in comparison.tasks.values()):
         raise ValueError(
-            "--data_dir replaces where the tasks' folders lie, and no task of the file has one: "
-            "give them data_dir there, or leave --data_dir out."
+            "--data_dir replaces where the tasks' folders lie, and none of the tasks has one: give "
+            "them data_dir in the file, or leave --data_dir out."
         )
     tasks = {}
     for name, task in comparison.tasks.items():

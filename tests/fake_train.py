@@ -46,8 +46,7 @@ def main() -> int:
     me = f"{args.method} {args.learning_rate:g} {args.seed} {args.evaluate_on}"
     with open(os.environ["FAKE_CALLS"], "a") as calls:
         calls.write(f"{args.task} {me}\n")
-    devices = os.environ.get("CUDA_VISIBLE_DEVICES")
-    print(f"threads {os.environ.get('OMP_NUM_THREADS')} {devices}")
+    print(f"threads {os.environ['OMP_NUM_THREADS']} {os.environ.get('CUDA_VISIBLE_DEVICES')}")
     if me == args.hang and Path(os.environ["FAKE_HANG"]).exists():
         (args.output_dir / "half.txt").write_text("left half done")
         Path(os.environ["FAKE_HANG"]).write_text(str(os.getpid()))

@@ -241,7 +241,7 @@ def test_data_and_output_can_lie_elsewhere(setting: Setting) -> None:
     with pytest.raises(ValueError, match=r"There is no folder rte for tasks\.rte: pass --d"):
         compare.main(setting.flags[:2])
     setting.content["tasks"] = {"cola": {}}
-    with pytest.raises(ValueError, match=r"^--data_dir replaces .* and no task of the file has"):
+    with pytest.raises(ValueError, match=r"^--data_dir replaces .* and none of the tasks has one"):
         compare.main(setting.flags)
 
 
@@ -282,13 +282,6 @@ def test_runs_at_once_share_the_machine(setting: Setting) -> None:
     assert len(logs) == 12
     assert {log[1] for log in logs} == {threads}
     assert {log[2] for log in logs} == {"3", "5"}
-
-
-def test_a_launcher_shares_the_cores_out_itself(setting: Setting) -> None:
-    setting.content["launcher"] = [sys.executable]
-    assert setting.run() == 0
-    logs = [path.read_text().split() for path in setting.out.glob("rte/*/*/*/log.txt")]
-    assert {log[1] for log in logs} == {"None"}
 
 
 def test_finished_runs_keep_no_checkpoints_and_searches_no_weights(setting: Setting) -> None:

@@ -87,7 +87,10 @@ def test_all_methods_on_several_tasks_are_readable(num_tasks: int) -> None:
     assert_tidy(rate_figure(comparison, rows))
 
 
-@pytest.mark.parametrize("losses", [(0.007, 0.06, 2.1), (3.6, 5.2, 5.6), (0.68, 0.69, 0.7)])
+@pytest.mark.parametrize(
+    "losses",
+    [(0.007, 0.06, 2.1), (3.6, 5.2, 5.6), (0.68, 0.69, 0.7), (0.06, 2.0, 300), (0.007, 1.0, 1e6)],
+)
 def test_losses_are_told_apart_beside_one_that_is_far_off(losses: tuple[float, ...]) -> None:
     comparison, rows = comparison_of(1)
     choice = replace(rows[0].choice, scores=losses, metric="eval_loss")

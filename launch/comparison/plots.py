@@ -178,7 +178,8 @@ def _finish(axes: Axes, title: str, x_label: str, y_label: str) -> None:
 def _scale_by_factors(axes: Axes) -> None:
     """A rate that is too large may end at many times the loss of the others."""
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5) if high < 3e3 * low else (1,)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 

@@ -136,11 +136,10 @@ class Runner:
         }
         if self.comparison.devices is not None:
             environment["CUDA_VISIBLE_DEVICES"] = self.comparison.devices[slot]
-        if command[0] == "python":  # launchers share the cores out among their processes
-            cores = len(os.sched_getaffinity(0))
-            environment.setdefault(
-                "OMP_NUM_THREADS", str(max(1, cores // self.comparison.num_parallel))
-            )
+        cores = len(os.sched_getaffinity(0))
+        environment.setdefault(
+            "OMP_NUM_THREADS", str(max(1, cores // self.comparison.num_parallel))
+        )
         try:
             return subprocess.Popen(
                 words,
