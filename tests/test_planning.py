@@ -328,9 +328,6 @@ def test_every_method_and_kind_of_model_can_be_planned(method: str, config: Any)
     assert found.peak > 0
 
 
-# Advice
-
-
 @pytest.mark.parametrize(
     "config",
     [
@@ -342,6 +339,9 @@ def test_every_method_and_kind_of_model_can_be_planned(method: str, config: Any)
 def test_a_model_whose_attention_cannot_be_replaced_keeps_its_own(config: Any) -> None:
     needed = forecast(setting_of("--target_modules", "all-linear", config=config, stage=1))
     assert needed.training[LiveBytes.OWN] > 0
+
+
+# Advice
 
 
 def test_what_fits_leaves_a_share_to_others() -> None:
