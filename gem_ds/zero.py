@@ -25,8 +25,9 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from io import StringIO
@@ -48,6 +49,8 @@ from gem_ds.optim import STATE_KEYS, SparseAdamW
 from gem_ds.sparse import Gate
 from gem_ds.zero_config import zero_stage
 
+_OLD_LOCK = 600  # seconds; compiling takes one minute
+
 
 def init_distributed() -> Comm:
     """Join the process group that the launcher describes, or form one of a single process."""
@@ -62,8 +65,8 @@ def init_distributed() -> Comm:
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
-    if accelerator.device_name() == "cpu" and os.environ["RANK"] == "0":
-        _tell_of_locks()
+    if accelerator.device_name() == "cpu":
+        _wait_for_locks(is_telling=os.environ.get("LOCAL_RANK", "0") == "0")
     with redirect_stdout(StringIO()):  # each rank would print that it has built an op
         deepspeed.init_distributed(
             accelerator.communication_backend_name(), verbose=False, timeout=_patience()
@@ -79,19 +82,25 @@ def _patience() -> timedelta:
     return timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", 120)))
 
 
-def _tell_of_locks() -> None:
+def _wait_for_locks(*, is_telling: bool) -> None:
     """On a CPU torch compiles an op at the first start, behind a lock that a killed process leaves.
 
-    It would be waited for in silence and for ever.
+    torch would wait for it in silence and for ever. Here it is said, and a lock that is older than
+    any compilation is deleted.
     """
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
     for lock in Path(root).glob("**/deepspeed_shm_comm/lock"):
-        print(
-            f"Waiting for the process that compiles deepspeed_shm_comm; if there is none, delete "
-            f"{lock}",
-            file=sys.stderr,
-            flush=True,
-        )
+        if is_telling:
+            print(
+                f"Waiting for the process that compiles deepspeed_shm_comm; if there is none, "
+                f"delete {lock} (deleted once it is {_OLD_LOCK // 60} minutes old)",
+                file=sys.stderr,
+                flush=True,
+            )
+        with suppress(FileNotFoundError):  # released, or deleted by another rank
+            while time.time() - lock.stat().st_mtime < _OLD_LOCK:
+                time.sleep(1)
+            lock.unlink()
 
 
 def leave_distributed() -> None:

@@ -15,6 +15,8 @@ import copy
 import functools
 import itertools
 import os
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from gem_ds import zero
 from gem_ds.comm import Comm
 from gem_ds.optim import SparseAdamW
 from gem_ds.sddmm import Pattern
@@ -493,3 +496,30 @@ def _without_a_launcher() -> list[tuple[int, int, int]]:
 
 def test_one_process_needs_no_launcher() -> None:
     assert run_ranks(1, _without_a_launcher) == [[(0, 1, 1)] * 2]
+
+
+@pytest.fixture
+def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A lock where torch keeps its ops."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "py3_cpu" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    return lock
+
+
+def test_a_lock_that_a_killed_process_left_is_deleted(
+    lock: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    an_hour_ago = time.time() - 3600
+    os.utime(lock, (an_hour_ago, an_hour_ago))
+    zero._wait_for_locks(is_telling=True)
+    assert not lock.exists()
+    assert str(lock) in capsys.readouterr().err
+
+
+def test_the_lock_of_a_compiling_process_is_waited_for(lock: Path) -> None:
+    compiling = threading.Timer(0.5, lock.unlink)
+    compiling.start()
+    zero._wait_for_locks(is_telling=False)
+    assert not compiling.is_alive()
