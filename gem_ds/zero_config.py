@@ -68,7 +68,7 @@ class RunShape:
     max_grad_norm: float
     dtype: Dtype
     hidden_size: int
-    num_selected: int  # entries to reduce; for methods that train more, of one bucket
+    num_selected: int  # K, or 0 where whole parameters are trained
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -141,7 +141,10 @@ def resolve_config(config: dict[str, Any], shape: RunShape) -> dict[str, Any]:
             "ds_configs/zero1.json or --bf16."
         )
     zero = config.setdefault("zero_optimization", {"stage": 0})
-    _fill(zero, "reduce_bucket_size", shape.num_selected)  # all that there is to reduce
+    _fill(zero, "reduce_bucket_size", shape.num_selected or shape.hidden_size**2)  # one message
+    if shape.num_selected:
+        # In the model's dtype a sum over many ranks would lose what is small beside it.
+        config.setdefault("communication_data_type", "fp32")
     if stage == 3:
         _fill_stage3(zero, shape.hidden_size)
     _refuse_auto(config)

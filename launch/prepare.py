@@ -194,7 +194,7 @@ def resolve_deepspeed(
             max_grad_norm=train.max_grad_norm,
             dtype=train.dtype,
             hidden_size=hidden_size,
-            num_selected=total or hidden_size**2,
+            num_selected=total,
         ),
     )
 

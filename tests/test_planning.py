@@ -297,10 +297,15 @@ def test_a_gpu_adds_a_product_of_16_bits_to_a_buffer() -> None:
     assert not calibration("--bf16", on_cpu=True).get("products")
 
 
-@pytest.mark.parametrize(("stage", "factor"), [(0, 1), (1, 2), (2, 2), (3, 2)])
-def test_a_step_sends_gradients_and_new_values(stage: int, factor: int) -> None:
+@pytest.mark.parametrize(("stage", "has_values"), [(0, 0), (1, 1), (2, 1), (3, 1)])
+def test_a_step_sends_gradients_in_fp32_and_new_values(stage: int, has_values: int) -> None:
     found = forecast(setting_of("--bf16", stage=stage))
-    assert found.step_messages == factor * 2 * found.num_trained
+    assert found.step_messages == (4 + 2 * has_values) * found.num_trained
+
+
+def test_gradients_of_whole_parameters_are_sent_in_the_dtype_of_the_model() -> None:
+    found = forecast(setting_of("--bf16", "--method", "full", stage=3))
+    assert found.step_messages == 2 * found.num_trained
 
 
 def test_recomputing_and_smaller_batches_hold_fewer_activations() -> None:

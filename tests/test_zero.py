@@ -479,6 +479,31 @@ def test_every_case_of_the_ranks_is_reported(
     assert outcomes(world_size).names == set(NAMES[world_size])
 
 
+def _errors_of_sums() -> list[float]:
+    """Per stage the largest relative error of a mean over the ranks that reaches the optimizer."""
+    from gem_ds.zero import init_distributed
+
+    comm = init_distributed()
+    by_rank = [torch.rand(K, generator=generator(rank, 3)) * 0.01 for rank in range(4)]
+    by_rank = [gradient.bfloat16().float() for gradient in by_rank]
+    mean = torch.stack(by_rank).mean(0)
+    errors = []
+    for stage in range(4):
+        bench = Bench(Setting(stage, "bf16", "plain"), comm)
+        bench.step_with(by_rank[comm.rank])
+        found = bench.engine.get_state()["exp_avg"] / (1 - ADAM["betas"][0])
+        errors.append(((found - mean) / mean).abs().max().item())
+    return errors
+
+
+def test_sums_of_bf16_gradients_round_once() -> None:
+    """Added in bf16, four ranks would round three times, and a thousand lose what is smaller."""
+    rounding = 2.0**-8
+    for errors in run_ranks(4, _errors_of_sums):
+        assert max(errors) <= rounding
+        assert min(errors) > rounding / 2, "means are rounded to bf16 at last"
+
+
 def _without_a_launcher() -> list[tuple[int, int, int]]:
     from gem_ds.zero import init_distributed, leave_distributed
 

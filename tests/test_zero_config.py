@@ -100,6 +100,7 @@ RESOLVED: dict[str, Any] = {
     },
     "zero_allow_untested_optimizer": True,
     "zero_force_ds_cpu_optimizer": False,
+    "communication_data_type": "fp32",
     "timers": {"throughput": {"enabled": False}},
 }
 
@@ -134,6 +135,17 @@ def test_sizes_that_only_the_file_knows_are_kept() -> None:
     assert resolved["zero_optimization"] == {"stage": 3} | section
     assert resolved["steps_per_print"] == 10
     assert resolved["fp16"] == {"loss_scale_window": 7, "enabled": True}
+
+
+def test_gradients_of_whole_parameters_are_sent_as_deepspeed_does() -> None:
+    resolved = resolve_config({}, _shape(num_selected=0))
+    assert "communication_data_type" not in resolved
+    assert resolved["zero_optimization"]["reduce_bucket_size"] == SHAPE.hidden_size**2
+
+
+def test_the_file_may_have_gradients_sent_otherwise() -> None:
+    asked = {"communication_data_type": "bf16"}
+    assert resolve_config(asked, SHAPE)["communication_data_type"] == "bf16"
 
 
 def test_deepspeed_times_nothing_unless_the_file_says_so() -> None:

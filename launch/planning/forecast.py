@@ -22,6 +22,7 @@ from gem_ds.sparse import TargetLayer
 from gem_ds.statistics import buffered_layers
 from gem_ds.zero_config import zero_stage
 from launch.arguments import Arguments
+from launch.model import DTYPES
 from launch.planning.gathers import Gathers
 from launch.planning.live import LiveBytes
 from launch.planning.subject import Subject
@@ -127,6 +128,8 @@ class _Rank:
         self.offloads_weights = is_offloaded(zero, "offload_param")
         self.offloads_state = is_offloaded(zero, "offload_optimizer")
         self.is_sparse = setting.args.method.method in SPARSE_METHODS
+        sent_as = deepspeed.get("communication_data_type")
+        self.message_itemsize = DTYPES[sent_as].itemsize if sent_as else self.itemsize
         self.gathers = self.make_gathers()
 
     def part(self, num_entries: int) -> int:
@@ -215,7 +218,7 @@ class _Rank:
         if self.stage >= 1:
             bucket = min(self.zero["reduce_bucket_size"], self.subject.num_trained)
             buckets = 2 if self.zero.get("overlap_comm", self.stage == 3) else 1
-            live.add("messages", self.itemsize * bucket * buckets)
+            live.add("messages", self.message_itemsize * bucket * buckets)
         return stack
 
     def take_step(self, live: LiveBytes) -> None:
@@ -223,7 +226,7 @@ class _Rank:
         total = self.subject.num_trained
         if self.stage == 0:
             if self.world_size > 1:  # gradients are copied into a message
-                live.add("messages", self.itemsize * min(total, _ALLREDUCE_SIZE))
+                live.add("messages", self.message_itemsize * min(total, _ALLREDUCE_SIZE))
             if self.itemsize < _FP32:
                 live.add("gradients", _FP32 * total)
         else:
@@ -277,7 +280,8 @@ class _Rank:
         """Gradients; and at stages 1 and 2, or of sparse values, what each rank has updated."""
         total = self.subject.num_trained
         has_values = self.stage in (1, 2) or (self.stage == 3 and self.is_sparse)
-        return self.itemsize * total * (1 + (has_values and self.world_size > 1))
+        values = self.itemsize * total * (has_values and self.world_size > 1)
+        return self.message_itemsize * total + values
 
     def calibration_messages(self) -> int:
         """Whole products of the layers that are not buffered."""
