@@ -147,10 +147,9 @@ def sum_gradients(
     sinks = make_sinks(engine, layers, reducer, buffer_gb)
     engine.model.eval()  # no dropout: the gradient at the base weights is not a random quantity
     with layers.sinks(sinks), _checkpointing_in_eval_mode(engine.model):
-        for step in range(batches.steps_per_epoch):
-            weighted = zip(batches.micro_batches(step), batches.weights(step), strict=True)
-            for batch, own_weight in weighted:
-                weight = max(1, engine.comm.largest(own_weight))
+        for step, weights in enumerate(_largest_weights(batches, engine.comm)):
+            num_broken = torch.zeros((), device=engine.device)
+            for batch, weight in zip(batches.micro_batches(step), weights, strict=True):
                 for sink in sinks:
                     sink.scale = weight / LOSS_SCALE
 
@@ -159,17 +158,28 @@ def sum_gradients(
 
                 loss = engine.backward(mean_loss, deliver=False, loss_scale=LOSS_SCALE)
                 reducer.finish()
-                if engine.comm.any(not torch.isfinite(loss).item()):
-                    with engine.comm.in_unison():
-                        raise ValueError(
-                            "The loss is not finite during calibration: check the base model and "
-                            "the data, or use --bf16 or fp32 instead of --fp16."
-                        )
+                num_broken += ~loss.isfinite()
+            if engine.comm.all_reduce(num_broken, "max").item():
+                with engine.comm.in_unison():
+                    raise ValueError(
+                        "The loss is not finite during calibration: check the base model and "
+                        "the data, or use --bf16 or fp32 instead of --fp16."
+                    )
             progress()
     shards = [sink.take() for sink in sinks]
     with engine.comm.in_unison():
         _refuse_without_gradient(layers, shards, engine.comm)
     return shards
+
+
+def _largest_weights(batches: Batches, comm: Comm) -> list[list[int]]:
+    """For each step and micro-batch the largest weight of a rank's part, 1 at least.
+
+    The ranks talk about it once, so that no micro-batch has to wait for the device.
+    """
+    own = [batches.weights(step) for step in range(batches.steps_per_epoch)]
+    largest = comm.all_reduce(torch.tensor(own, device=comm.device), "max")
+    return largest.clamp_(min=1).tolist()
 
 
 @contextmanager

@@ -26,6 +26,14 @@ from gem_ds.sddmm import add_product
 
 #: Entries of a chunk's logits: 64 MiB in fp32. Two to three tensors of this size exist at a time.
 CHUNK_SIZE = 2**24
+#: With fewer rows a chunk's products would be bound by reading the weight (a GPU does some 300
+#: operations in the time of a byte); so above 65,536 labels a chunk is larger.
+MIN_ROWS = 256
+
+
+def rows_of_chunk(num_labels: int) -> int:
+    """Rows whose logits exist at a time."""
+    return max(MIN_ROWS, CHUNK_SIZE // num_labels)
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
@@ -42,7 +50,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
             for tensor, wanted in zip(inputs, ctx.needs_input_grad, strict=False)
         ]
         loss = hidden.new_zeros((), dtype=torch.float32)
-        num_rows = max(1, CHUNK_SIZE // weight.shape[0])
+        num_rows = rows_of_chunk(weight.shape[0])
         for start in range(0, len(labels), num_rows):
             rows = slice(start, start + num_rows)
             loss += _add_gradients(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from unittest import mock
 
 import pytest
@@ -44,6 +45,10 @@ def inputs(
     return some(num_rows, width), some(num_labels, width), bias, labels
 
 
+def chunks_of(num_rows: int) -> AbstractContextManager[object]:
+    return mock.patch.object(cross_entropy, "rows_of_chunk", return_value=num_rows)
+
+
 def assert_same(given: Inputs, factor: float, relative: float) -> None:
     """Same loss, same gradients of ``factor`` times the loss."""
     *tensors, labels = given
@@ -82,15 +87,15 @@ def test_any_size_cut_anywhere(data: st.DataObject) -> None:
     for tensor in given[:3]:
         if tensor is not None:
             tensor.requires_grad_(data.draw(st.booleans()))
-    chunk_size = data.draw(st.integers(1, num_labels * (num_rows + 2)))
-    with mock.patch.object(cross_entropy, "CHUNK_SIZE", chunk_size):
+    chunk_rows = data.draw(st.integers(1, num_rows + 2))
+    with chunks_of(chunk_rows):
         assert_same(given, factor=data.draw(st.floats(-100, 100)), relative=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_rounds_logits_as_a_model_does(dtype: torch.dtype) -> None:
     """The losses are equal as if in fp32, since both round the logits; gradients to rounding."""
-    with mock.patch.object(cross_entropy, "CHUNK_SIZE", 7 * 31):
+    with chunks_of(7):
         assert_same(inputs(40, 31, width=16, dtype=dtype), factor=0.3, relative=2e-2)
 
 
@@ -111,7 +116,7 @@ def test_weights_of_half_precision_sum_their_gradient_in_fp32() -> None:
     num_rows = 4096
     hidden = torch.ones(num_rows, 1, dtype=torch.bfloat16)
     weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
-    with mock.patch.object(cross_entropy, "CHUNK_SIZE", 2):
+    with chunks_of(1):
         loss = summed_cross_entropy(hidden, weight, None, torch.zeros(num_rows, dtype=torch.int64))
     (gradient,) = torch.autograd.grad(loss, weight)
     assert gradient.flatten().tolist() == [-num_rows / 2, num_rows / 2]
@@ -148,7 +153,7 @@ def test_nothing_is_larger_than_a_chunk_or_the_weight(is_trained: bool) -> None:
     num_rows, num_labels, width, chunk_rows = 64, 500, 4, 8
     hidden, weight, _, labels = inputs(num_rows, num_labels, width=width, has_bias=False)
     weight.requires_grad_(is_trained)
-    with mock.patch.object(cross_entropy, "CHUNK_SIZE", chunk_rows * num_labels):
+    with chunks_of(chunk_rows):
         with LargestTensor() as largest:
             summed_cross_entropy(hidden, weight, None, labels).backward()
         with LargestTensor() as largest_whole:

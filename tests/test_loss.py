@@ -152,7 +152,7 @@ def assert_same(model: nn.Module, batch: dict[str, Tensor], relative: float = 1e
     whole = gradients(model, expected)
     scales = {name: gradient.abs().max().item() for name, gradient in whole.items()}
     for loss_of in (chunked_answer_loss, summed_answer_loss):
-        with mock.patch.object(cross_entropy, "CHUNK_SIZE", 3 * VOCABULARY):
+        with mock.patch.object(cross_entropy, "rows_of_chunk", return_value=3):
             found = loss_of(model, batch)
         torch.testing.assert_close(found, expected, rtol=relative, atol=0)
         own = gradients(model, found)
@@ -287,7 +287,7 @@ def test_a_step_makes_nothing_of_the_size_of_the_logits(choose: Any) -> None:
     model = make(lambda: LlamaForCausalLM(LlamaConfig(**SIZES | {"vocab_size": vocabulary})))
     choose(model)
     batch = batch_of()
-    with mock.patch.object(cross_entropy, "CHUNK_SIZE", chunk_rows * vocabulary):
+    with mock.patch.object(cross_entropy, "rows_of_chunk", return_value=chunk_rows):
         with LargestTensor() as largest:
             chunked_answer_loss(model, batch).backward()
         with LargestTensor() as largest_whole:
