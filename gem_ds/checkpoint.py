@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from gem_ds.files import atomic_folder, load_tensors, metadata_field, save_json, save_tensors
-from gem_ds.mask import Mask
+from gem_ds.mask import Mask, checksum
 from gem_ds.optim import STATE_KEYS
 
 CHECKPOINT_KIND = "gem_checkpoint"
@@ -39,7 +39,7 @@ class TrainerState:
     """Progress of a run, as ``trainer_state.json`` shows it.
 
     ``unlogged_losses`` are those of the steps since the last log entry, so that a resumed run logs
-    the same means.
+    the same means; ``settings`` are the flags that say how a step is taken.
     """
 
     global_step: int = 0
@@ -47,6 +47,7 @@ class TrainerState:
     epoch: float = 0.0
     log_history: list[dict[str, Any]] = field(default_factory=list)
     unlogged_losses: list[float] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Write ``trainer_state.json`` into a folder, atomically."""
@@ -94,6 +95,12 @@ class Checkpoint:
     def head_size(self) -> int:
         """Entries of the task head."""
         return self.head_vectors["master"].numel() if self.head_vectors else 0
+
+    def digest(self) -> str:
+        """A fingerprint of what a resumed run starts from, the mask left out."""
+        vectors = [checksum(v) for v in (*self.vectors.values(), *self.head_vectors.values())]
+        numbers = self.state.global_step, self.num_updates, self.loss_scale
+        return repr((vectors, numbers))
 
     def save(self, output_dir: Path) -> Path:
         """Write ``checkpoint-N``.

@@ -49,8 +49,12 @@ class StepEngine(Protocol):
         """Apply the gradient; False where it is not finite and nothing has changed."""
 
     @property
-    def grad_norm(self) -> float | None:
+    def grad_norm(self) -> Tensor | float | None:
         """L2 norm of the gradient before clipping, where the ZeRO stage computes it."""
+
+    @property
+    def lowers_loss_scale(self) -> bool:
+        """Whether a gradient that is not finite would lower the loss scale."""
 
 
 class Trained(Protocol):
@@ -95,7 +99,8 @@ class StepResult:
     Attributes:
         loss: mean over the weight of the global batch, before the update.
         learning_rate: of the update.
-        grad_norm: L2 norm of the gradient before clipping, where the ZeRO stage computes it.
+        grad_norm: L2 norm of the gradient before clipping, where the ZeRO stage computes it; may
+            lie on a GPU, which is then waited for where it is read.
         num_tokens: read over all ranks, padding left out.
         seconds: that the step took.
         is_stopping: a rank has received a SIGTERM; this step was the last.
@@ -103,7 +108,7 @@ class StepResult:
 
     loss: float
     learning_rate: float
-    grad_norm: float | None
+    grad_norm: Tensor | float | None
     num_tokens: int
     seconds: float
     is_stopping: bool
@@ -178,10 +183,11 @@ def _step(
         with comm.in_unison():
             raise DivergedError(_diverged("loss", step))
     learning_rate = float(scheduler.get_last_lr()[0])
+    may_skip = engine.lowers_loss_scale
     if engine.step():
         trained.write_back()
         scheduler.step()
-    elif engine.dtype != torch.float16:  # fp16 lowers its loss scale and goes on
+    elif not may_skip:
         with comm.in_unison():
             raise DivergedError(_diverged("gradient", step))
     return StepResult(

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 
 from gem_ds.batches import Batches
@@ -62,7 +61,8 @@ def trained_head(
                 group["lr"] = learning_rate * (1 - step / num_steps)
             seed_noise(seed, step, engine.comm.rank)
             accumulate(engine, batches, summed_loss, step)
-            if not engine.step() and engine.dtype != torch.float16:
+            may_skip = engine.lowers_loss_scale
+            if not engine.step() and not may_skip:
                 with engine.comm.in_unison():
                     raise DivergedError(
                         "The gradient is not finite while the head is trained before the "

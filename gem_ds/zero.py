@@ -49,15 +49,20 @@ from gem_ds.optim import STATE_KEYS, SparseAdamW
 from gem_ds.sparse import Gate
 from gem_ds.zero_config import zero_stage
 
-_OLD_LOCK = 600  # seconds; compiling takes one minute
+#: Where launchers that set no RANK say how many processes they have started.
+_NUM_PROCESSES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+
+#: Seconds. A rank that loads the op has it for less than the one, compiling takes a minute.
+_SHORT_LOCK, _OLD_LOCK = 5, 600
 
 
 def init_distributed() -> Comm:
     """Join the process group that the launcher describes, or form one of a single process."""
     if "RANK" not in os.environ:
-        if any(int(os.environ.get(name, 1)) > 1 for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")):
+        if any(int(os.environ.get(name, 1)) > 1 for name in _NUM_PROCESSES):
             raise ValueError(
-                "Several processes and no RANK: start them with deepspeed or torchrun."
+                "Several processes and no RANK: start them with deepspeed or torchrun, under Slurm "
+                "one torchrun on each node."
             )
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
@@ -90,15 +95,16 @@ def _wait_for_locks(*, is_telling: bool) -> None:
     """
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
     for lock in Path(root).glob("**/deepspeed_shm_comm/lock"):
-        if is_telling:
-            print(
-                f"Waiting for the process that compiles deepspeed_shm_comm; if there is none, "
-                f"delete {lock} (deleted once it is {_OLD_LOCK // 60} minutes old)",
-                file=sys.stderr,
-                flush=True,
-            )
         with suppress(FileNotFoundError):  # released, or deleted by another rank
-            while time.time() - lock.stat().st_mtime < _OLD_LOCK:
+            while (age := time.time() - lock.stat().st_mtime) < _OLD_LOCK:
+                if is_telling and age > _SHORT_LOCK:
+                    is_telling = False
+                    print(
+                        f"Waiting for the process that compiles deepspeed_shm_comm; if there is "
+                        f"none, delete {lock}",
+                        file=sys.stderr,
+                        flush=True,
+                    )
                 time.sleep(1)
             lock.unlink()
 
@@ -187,6 +193,9 @@ class BaseEngine:
         self.stage: int = self._engine.zero_optimization_stage()
         self.device = torch.device(get_accelerator().current_device_name())
         self.dtype: torch.dtype = next(self.model.parameters()).dtype
+        self._scaler = self._engine.optimizer.loss_scaler if self._engine.fp16_enabled() else None
+        if self._scaler is not None and self._scaler.dynamic:
+            self._scaler.raise_error_at_min_scale = False  # the caller sees that it cannot go on
 
     def step(self) -> bool:
         """Apply the delivered gradient, unless an entry of it is not finite on some rank.
@@ -205,10 +214,18 @@ class BaseEngine:
         return self._engine.was_step_applied()
 
     @property
-    def grad_norm(self) -> float | None:
-        """The gradient's L2 norm before clipping in the last step, where the stage computes it."""
-        norm = self._engine.get_global_grad_norm()
-        return None if norm is None else float(norm)
+    def grad_norm(self) -> Tensor | float | None:
+        """The gradient's L2 norm before clipping in the last step, where the stage computes it.
+
+        Whoever turns it into a number waits for the device.
+        """
+        return self._engine.get_global_grad_norm()
+
+    @property
+    def lowers_loss_scale(self) -> bool:
+        """Whether a gradient that is not finite would lower the loss scale: fp16's, if dynamic."""
+        scaler = self._scaler
+        return scaler is not None and scaler.dynamic and scaler.cur_scale > scaler.min_scale
 
     @property
     def loss_scale(self) -> float:
@@ -365,11 +382,14 @@ class Engine(BaseEngine):
         return self.read_whole((gate or self.gate).values)
 
     def get_state(self, gate: Gate | None = None) -> dict[str, Tensor]:
-        """Masters and moments by :data:`gem_ds.optim.STATE_KEYS`, fp32 [K], on every rank."""
+        """Masters and moments by :data:`gem_ds.optim.STATE_KEYS`, fp32 [K] on the CPU, all ranks.
+
+        One of them at a time is whole on the device.
+        """
         fragment = self._fragment(gate or self.gate)
         state = self.optimizer.state[fragment.owner] or self.optimizer.reset_state(fragment.owner)
         return {
-            key: self._gather(fragment, fragment.owner if key == "master" else state[key])
+            key: self._gather(fragment, fragment.owner if key == "master" else state[key]).cpu()
             for key in STATE_KEYS
         }
 

@@ -220,8 +220,11 @@ def _refuse(config: dict[str, Any]) -> None:
             raise ValueError(
                 f"zero_optimization.{key}.device is nvme, which updates do not reach: use cpu."
             )
-        if offload.get("super_offload"):
-            raise ValueError(f"Remove super_offload from zero_optimization.{key}.")
+        if offload.get("super_offload") or offload.get("ratio", 1) != 1:
+            raise ValueError(
+                f"Remove super_offload and ratio from zero_optimization.{key}: they need an "
+                "optimizer of DeepSpeed's."
+            )
     for section, key in (
         (config, "managed_gradient_accumulation"),
         (zero, "compute_grad_norm"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers.utils import (
 from gem_ds.comm import Comm
 from gem_ds.encoders import auto_class, head_names, initialise_head
 from gem_ds.zero import partitioned_loading, whole_weights
+from gem_ds.zero_config import zero_stage
 from launch.arguments import Arguments
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -121,7 +123,9 @@ def load_model(
     if args.model.attn_implementation:
         kwargs["attn_implementation"] = args.model.attn_implementation
     try:
-        with partitioned_loading(deepspeed):
+        # At stage 3 loading is collective itself.
+        together = comm.agreement() if zero_stage(deepspeed) < 3 else nullcontext()
+        with together, partitioned_loading(deepspeed):
             loaded: Any = auto_class(config).from_pretrained(
                 name,
                 config=config,

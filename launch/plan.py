@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import transformers
 
@@ -40,6 +40,7 @@ def read_setting(args: Arguments, world_size: int, *, on_cpu: bool = False) -> S
         ("method", "shira", args.method.method),
         ("optimizer", "adamw_8bit", args.train.optimizer),
         ("classification_loss", "candidates", args.data.classification_loss),
+        ("attn_implementation", "eager", args.model.attn_implementation),
     ):
         if value == given:
             raise ValueError(f"--{flag} {value} cannot be planned: leave it out.")
@@ -64,7 +65,7 @@ def describe(setting: Setting, found: Forecast) -> str:
         f"{train.per_device_train_batch_size} x {found.num_tokens:,} tokens at once"
         + (", activations recomputed" if train.gradient_checkpointing else ""),
         "",
-        *_memory_lines(found.training, found.calibration),
+        *_memory_lines(found),
         "",
         "Messages of all ranks, each counted once     GB",
         f"  weights gathered in a micro-batch   {found.weight_gathers / GB:>10.3f}",
@@ -77,9 +78,14 @@ def describe(setting: Setting, found: Forecast) -> str:
     return "\n".join(lines)
 
 
-def _memory_lines(training: Mapping[str, int], calibration: Mapping[str, int]) -> list[str]:
+def _memory_lines(found: Forecast) -> list[str]:
     """A table of what one rank holds; columns for the phases that there are."""
-    phases = {"training": training} | ({"calibration": calibration} if calibration else {})
+    phases = {
+        "training": found.training,
+        "calibration": found.calibration,
+        "evaluation": found.evaluation,
+    }
+    phases = {phase: held for phase, held in phases.items() if held}
     kinds = list(dict.fromkeys(kind for held in phases.values() for kind in held))
     rows = {kind: [held.get(kind, 0) for held in phases.values()] for kind in kinds}
     rows = {kind: sizes for kind, sizes in rows.items() if any(sizes)}

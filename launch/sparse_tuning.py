@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -75,6 +76,7 @@ class SparseTuning:
         entries: what is trained of the target layers, once it is selected.
         base: [K] on the CPU, the selected weights before training, in the model's dtype.
         mask: the same entries as the file that a later user reads.
+        selection: what was selected, without the indices; None where a mask said it.
         calibration_seconds: what selecting took.
     """
 
@@ -137,8 +139,9 @@ class SparseTuning:
         plan = self.plan
         if plan.mask is None:
             started = time.perf_counter()
-            self.selection = self._select(batches, summed_loss)
-            indices = gather_indices(self.selection.indices, self.comm)
+            selection = self._select(batches, summed_loss)
+            indices = gather_indices(selection.indices, self.comm)
+            self.selection = replace(selection, indices=[])
             self.calibration_seconds = time.perf_counter() - started
         else:
             indices = [plan.mask.indices[layer.name] for layer in self.layers]
@@ -288,6 +291,8 @@ class SparseTuning:
             )
         self.engine.loss_scale = checkpoint.loss_scale
         self.write_back()
+        checkpoint.vectors.clear()  # the plan lasts as long as the run
+        checkpoint.head_vectors.clear()
 
     def save_weights(self) -> None:
         """Write the delta; called on all ranks."""

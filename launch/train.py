@@ -66,7 +66,8 @@ def refuse_other_plans(args: Arguments, plan: Plan, comm: Comm) -> None:
     Raises:
         ValueError: on all ranks alike.
     """
-    digest = f"{plan.digest()} {replace(args.train, local_rank=-1)}"
+    flags = replace(args.train, local_rank=-1), replace(args.method, mask=None)  # a mask's content
+    digest = f"{plan.digest()} {flags}"
     if comm.any(comm.broadcast_object(digest) != digest):
         raise ValueError(
             "The ranks do not see the same run: give all nodes the same flags, data, mask, "

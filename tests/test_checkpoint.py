@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,6 +66,26 @@ def assert_equal(found: Checkpoint, expected: Checkpoint) -> None:
         assert torch.equal(found.mask.indices[name], index)
     rest = {"mask": None, "vectors": None}
     assert replace(found, **rest) == replace(expected, **rest)
+
+
+def test_the_digest_is_of_all_that_a_run_starts_from() -> None:
+    """Two nodes may hold checkpoints of the same step that are not of the same run."""
+
+    def changed(**fields: Any) -> str:
+        return replace(make_checkpoint(7), **fields).digest()
+
+    vectors = make_checkpoint(7).vectors
+    one_bit = vectors | {"exp_avg": torch.nextafter(vectors["exp_avg"], torch.tensor(9.0))}
+    others = [
+        changed(vectors=one_bit),
+        changed(head_vectors=vectors),
+        changed(num_updates=5),
+        changed(loss_scale=1.0),
+        make_checkpoint(8).digest(),
+    ]
+    digest = make_checkpoint(7).digest()
+    assert changed() == digest
+    assert digest not in others
 
 
 @given(

@@ -317,6 +317,21 @@ def test_recomputing_and_smaller_batches_hold_fewer_activations() -> None:
     assert activations("--per_device_train_batch_size", "1") < 0.7 * whole
 
 
+@pytest.mark.parametrize("stage", [0, 3])
+def test_evaluation_is_a_forward_pass_of_its_own_batch(stage: int) -> None:
+    def held(size: int) -> Any:
+        return forecast(setting_of("--per_device_eval_batch_size", f"{size}", stage=stage))
+
+    few, many = held(32), held(64)
+    factor = many.evaluation[LiveBytes.OWN] / few.evaluation[LiveBytes.OWN]
+    assert factor == pytest.approx(2, rel=0.1)
+    assert many.training == few.training
+    assert many.peak == sum(many.evaluation.values()), "a large batch is the peak of a run"
+    alike = held(2)  # as in training, whose backward pass needs more
+    assert alike.peak == max(sum(alike.training.values()), sum(alike.calibration.values()))
+    assert alike.evaluation[LiveBytes.OWN] < 0.5 * alike.training[LiveBytes.OWN]
+
+
 def test_offloaded_weights_and_state_are_not_on_the_device() -> None:
     setting = setting_of("--bf16")
     setting = replace(setting, deepspeed=read_config(CONFIGS / "zero3_offload.json"))
@@ -422,6 +437,7 @@ def test_the_command_needs_a_configuration_only(
         (["--method", "gme"], "There is no method 'gme'"),
         (["--density", "0.9"], "lower --density"),
         (["--method", "shira"], "cannot be planned"),
+        (["--attn_implementation", "eager"], "cannot be planned"),
         (["--method", "bitfit"], "has no biases"),
         (["--fp16"], "fp16 needs ZeRO stage 1"),
     ],

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from gem_ds.checkpoint import list_checkpoints
-from gem_ds.comm import free_port
+from gem_ds.comm import PeerError, free_port
 from gem_ds.delta import Delta, apply_delta
 from gem_ds.mask import Mask
 from gem_ds.reporting import TENSORBOARD_FOLDER, Reporter
@@ -200,6 +201,22 @@ def test_a_mask_made_first_gives_the_same_delta(tiny, whole, tmp_path, capsys):
     assert_same_delta(tmp_path / "run", whole)
     assert Mask.load(tmp_path / "run" / "mask.safetensors").settings == Mask.load(mask).settings
     assert "| density | 0.02 |" in (tmp_path / "run" / "README.md").read_text(), "the mask's own"
+
+
+def test_the_model_card_names_the_method_of_the_entries(tiny, tmp_path):
+    """The mask's and the checkpoint's, whatever --method would choose now."""
+    train.main(tiny.flags(tmp_path / "mask", method="magnitude", max_steps=0))
+    flags = {"max_steps": 1, "density": None, "method": "gem"}
+    mask = tmp_path / "mask" / "mask.safetensors"
+    train.main(tiny.flags(tmp_path / "masked", mask=mask, **flags))
+    checkpoint = tmp_path / "masked" / "checkpoint-1"
+    train.main(tiny.flags(tmp_path / "resumed", resume_from_checkpoint=checkpoint, **flags))
+    for name in ("masked", "resumed"):
+        card = (tmp_path / name / "README.md").read_text()
+        assert "| method | magnitude |" in card
+        assert "with `magnitude`" in card
+        assert "GEM, gradient-to-weight" not in card
+        assert Mask.load(tmp_path / name / "mask.safetensors").method == "magnitude"
 
 
 def test_a_mask_serves_another_dtype(tiny, whole, tmp_path):
@@ -444,6 +461,47 @@ def test_sigterm_on_one_rank_stops_all(tiny, tmp_path):
     flags = tiny.flags(tmp_path, max_steps=9, save_steps=5, deepspeed=ZERO3)
     assert run_ranks(2, _terminated_on_one_rank, flags, 1, 2) == [{}, {}]
     assert list(list_checkpoints(tmp_path)) == [3], "the step after which all ranks knew of it"
+
+
+def _error_of_each(flags_by_rank: list[list[str]], unreadable_on: int = -1) -> str:
+    """What ends this rank's run, where one rank may not find the weights."""
+    rank = int(os.environ["RANK"])
+    read = AutoModelForCausalLM.from_pretrained
+
+    def from_pretrained(*args: Any, **kwargs: Any) -> Any:
+        if rank == unreadable_on:
+            raise OSError("there is no network")
+        return read(*args, **kwargs)
+
+    patched = mock.patch.object(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    with joined(), patched, pytest.raises((ValueError, PeerError)) as caught:
+        train.main(flags_by_rank[rank])
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("flag", [{"method": "ratio"}, {"calibration_examples": 3}, {"seed": 5}])
+def test_ranks_with_other_flags_are_refused(tiny, tmp_path, flag):
+    """They would wait for each other in different collectives."""
+    flags = [tiny.flags(tmp_path), tiny.flags(tmp_path, **flag)]
+    for error in run_ranks(2, _error_of_each, flags):
+        assert error.startswith("The ranks do not see the same run")
+
+
+def test_weights_that_one_rank_cannot_read_stop_all(tiny, tmp_path):
+    flags = [tiny.flags(tmp_path)] * 2
+    told, followed = run_ranks(2, _error_of_each, flags, 1)
+    assert told == "On rank 1: there is no network"
+    assert followed == "Rank 1 stopped: there is no network"
+
+
+def test_a_resumed_run_tells_which_flags_have_changed(tiny, tmp_path, capsys):
+    train.main(tiny.flags(tmp_path, max_steps=2))
+    capsys.readouterr()
+    resume = {"resume_from_checkpoint": "last", "weight_decay": 0.1}
+    train.main(tiny.flags(tmp_path, max_steps=3, **resume))
+    assert "Going on with --weight_decay 0.1 instead of 0.0\n" in capsys.readouterr().out
+    train.main(tiny.flags(tmp_path, max_steps=4, **resume))
+    assert "Going on" not in capsys.readouterr().out
 
 
 def _launch(flags: list[str]) -> subprocess.Popen[str]:

@@ -523,6 +523,37 @@ def test_one_process_needs_no_launcher() -> None:
     assert run_ranks(1, _without_a_launcher) == [[(0, 1, 1)] * 2]
 
 
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
+def test_several_processes_without_ranks_are_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would believe that it is alone."""
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv(name, "2")
+    with pytest.raises(ValueError, match="start them with deepspeed or torchrun"):
+        zero.init_distributed()
+
+
+@pytest.mark.parametrize(
+    ("scale", "is_dynamic", "expected"),
+    [(2.0, True, True), (1.0, True, False), (2.0, False, False)],
+)
+def test_a_loss_scale_is_lowered_where_it_can_be(
+    scale: float, is_dynamic: bool, expected: bool
+) -> None:
+    from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler  # noqa: TID251
+
+    limits = {
+        "scale_window": 1,
+        "min_scale": 1,
+        "delayed_shift": 1,
+        "consecutive_hysteresis": False,
+    }
+    scaler = CreateLossScaler(torch.half, scale, is_dynamic, limits | {"init_scale": scale})
+    engine = mock.Mock(spec=zero.BaseEngine, _scaler=scaler)
+    assert zero.BaseEngine.lowers_loss_scale.fget(engine) == expected
+
+
 @pytest.fixture
 def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A lock where torch keeps its ops."""
@@ -533,18 +564,25 @@ def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return lock
 
 
-def test_a_lock_that_a_killed_process_left_is_deleted(
-    lock: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    an_hour_ago = time.time() - 3600
-    os.utime(lock, (an_hour_ago, an_hour_ago))
+def _set_age(lock: Path, seconds: float) -> None:
+    then = time.time() - seconds
+    os.utime(lock, (then, then))
+
+
+def test_a_lock_that_a_killed_process_left_is_deleted(lock: Path) -> None:
+    _set_age(lock, 3600)
     zero._wait_for_locks(is_telling=True)
     assert not lock.exists()
-    assert str(lock) in capsys.readouterr().err
 
 
-def test_the_lock_of_a_compiling_process_is_waited_for(lock: Path) -> None:
-    compiling = threading.Timer(0.5, lock.unlink)
-    compiling.start()
-    zero._wait_for_locks(is_telling=False)
-    assert not compiling.is_alive()
+@pytest.mark.parametrize("age", [0, 60])
+def test_the_lock_of_another_process_is_waited_for(
+    lock: Path, age: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In silence where it is only loading what has been compiled."""
+    _set_age(lock, age)
+    other = threading.Timer(0.5, lock.unlink)
+    other.start()
+    zero._wait_for_locks(is_telling=True)
+    assert not other.is_alive()
+    assert (str(lock) in capsys.readouterr().err) == (age == 60)

@@ -262,8 +262,9 @@ def test_defaults_that_are_written_out_pass(key: str, value: Any) -> None:
 @pytest.mark.parametrize("key", ["offload_param", "offload_optimizer"])
 def test_offload(key: str) -> None:
     assert f"zero_optimization.{key}.device is nvme" in _refusal(_zero(**{key: {"device": "nvme"}}))
-    section = {"device": "cpu", "super_offload": True}
-    assert f"super_offload from zero_optimization.{key}" in _refusal(_zero(**{key: section}))
+    for setting in ({"super_offload": True}, {"ratio": 0.5}):
+        sentence = _refusal(_zero(**{key: {"device": "cpu"} | setting}))
+        assert f"super_offload and ratio from zero_optimization.{key}" in sentence
     for stage in range(4):
         config = _zero(**{key: {"device": "cpu"}, "stage": stage})
         if stage >= (1 if key == "offload_optimizer" else 3):

@@ -69,14 +69,15 @@ def _checkpoint(setting: Setting) -> _Change | None:
 
 def _cut_batch(setting: Setting) -> _Change | None:
     train = setting.args.train
-    size = train.per_device_train_batch_size
-    if size == 1:
+    cut = {}
+    if (size := train.per_device_train_batch_size) > 1:
+        cut["per_device_train_batch_size"] = 1
+        cut["gradient_accumulation_steps"] = train.gradient_accumulation_steps * size
+    if train.per_device_eval_batch_size > 1:
+        cut["per_device_eval_batch_size"] = 1
+    if not cut:
         return None
-    accumulation = train.gradient_accumulation_steps * size
-    return (
-        {"--per_device_train_batch_size": "1", "--gradient_accumulation_steps": f"{accumulation}"},
-        _with(setting, per_device_train_batch_size=1, gradient_accumulation_steps=accumulation),
-    )
+    return {f"--{name}": f"{value}" for name, value in cut.items()}, _with(setting, **cut)
 
 
 def _partition(setting: Setting) -> _Change | None:

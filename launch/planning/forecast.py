@@ -63,6 +63,7 @@ class Forecast:
         num_tokens: of a sequence.
         training: by kind, at the moment of a step when most is held.
         calibration: the same of calibration; empty where there is none.
+        evaluation: the same of a batch of held-out examples.
         state: masters and moments, summed over the ranks; at stage 0 each has all.
         weight_gathers: messages of a micro-batch that gather weights; each message once, whole.
         step_messages: all others of a step.
@@ -74,6 +75,7 @@ class Forecast:
     num_tokens: int
     training: Mapping[str, int]
     calibration: Mapping[str, int]
+    evaluation: Mapping[str, int]
     state: int
     weight_gathers: int
     step_messages: int
@@ -82,7 +84,8 @@ class Forecast:
     @property
     def peak(self) -> int:
         """The most that is held at once."""
-        return max(sum(self.training.values()), sum(self.calibration.values()))
+        phases = self.training, self.calibration, self.evaluation
+        return max(sum(held.values()) for held in phases)
 
 
 def forecast(setting: Setting) -> Forecast:
@@ -108,6 +111,7 @@ def forecast(setting: Setting) -> Forecast:
         num_tokens=subject.num_tokens,
         training=training,
         calibration=calibration,
+        evaluation=rank.evaluation(),
         state=3 * _FP32 * subject.num_trained * (rank.world_size if rank.stage == 0 else 1),
         weight_gathers=weight_gathers,
         step_messages=rank.step_messages(),
@@ -177,9 +181,15 @@ class _Rank:
     # What comes and goes
 
     def run(
-        self, act: Callable[[LiveBytes], None], lasting: Mapping[str, int]
+        self, act: Callable[[LiveBytes], None], lasting: Mapping[str, int], *, steps: bool = True
     ) -> Mapping[str, int]:
-        """Let the subject run a micro-batch; returns what a rank holds at the peak of it."""
+        """Let the subject run a micro-batch; returns what a rank holds at the peak of it.
+
+        Args:
+            act: runs it.
+            lasting: bytes by kind that are held meanwhile.
+            steps: whether gradients are reduced and a step follows.
+        """
         model = self.subject.model
         knows_order = self.gathers is None or self.gathers.knows_order
         for _ in range(1 if knows_order else 2):
@@ -191,9 +201,11 @@ class _Rank:
             with ExitStack() as stack:
                 if self.gathers is not None:
                     stack.enter_context(self.gathers.step(live))
-                stack.enter_context(self.reduction(live))
+                if steps:
+                    stack.enter_context(self.reduction(live))
                 act(live)
-            self.take_step(live)
+            if steps:
+                self.take_step(live)
         return live.at_peak
 
     def make_gathers(self) -> Gathers | None:
@@ -231,6 +243,11 @@ class _Rank:
                 live.add("gradients", _FP32 * total)
         else:
             live.add("gradients", _FP32 * self.part(total))
+
+    def evaluation(self) -> Mapping[str, int]:
+        """What is held at the peak of a batch of held-out examples."""
+        self.gathers = self.make_gathers()  # the order is that of a forward pass alone
+        return self.run(self.subject.evaluate, self.lasting(), steps=False)
 
     # Calibration
 

@@ -119,9 +119,19 @@ class Subject:
                 stack.enter_context(head.sinks([drop] * len(head)))
             self._run(live)
 
+    @torch.no_grad()
+    def evaluate(self, live: LiveBytes) -> None:
+        """Run a batch of held-out examples, forward."""
+        self.model.eval()
+        self._loss_of(self.args.train.per_device_eval_batch_size, live)
+        self.model.train()
+
     def _run(self, live: LiveBytes) -> None:
-        train = self.args.train
-        shape = (train.per_device_train_batch_size, self.num_tokens)
+        with live:
+            self._loss_of(self.args.train.per_device_train_batch_size, live).backward()
+
+    def _loss_of(self, batch_size: int, live: LiveBytes) -> Tensor:
+        shape = (batch_size, self.num_tokens)
         positions = answer_positions(torch.zeros(shape, dtype=torch.int64))
         with live:
             ids = torch.zeros(shape, dtype=torch.int64, device="meta")
@@ -131,7 +141,7 @@ class Subject:
                 "labels": ids,
                 "answer_positions": positions.to("meta"),
             }
-            self._loss(self.model, batch).backward()
+            return self._loss(self.model, batch)
 
     @property
     def num_tokens(self) -> int:
