@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from gem_ds.methods import SPARSE_METHODS, product_of
+from gem_ds.methods import ADAPTER_METHODS, DENSE_METHODS, product_of
 
 _CARD = """\
 ---
@@ -118,7 +118,7 @@ def model_card(
     Args:
         base_model: Hub name or folder of the base model.
         task: What it was fine-tuned on, for the reader.
-        method: One of `gem_ds.methods.METHODS`.
+        method: One of `gem_ds.methods.METHODS`, or what a mask made elsewhere says of its entries.
         num_trainable: Trained numbers, of a task head too.
         num_parameters: Entries of the base model (N), each stored parameter once.
         dtype: The model's dtype by its torch name, for example ``bfloat16``.
@@ -136,7 +136,7 @@ def model_card(
     facts = {
         "base": f"`{_one_line(base_model)}`" + (f" (revision `{revision}`)" if revision else ""),
         "base_argument": shlex.quote(base_model),
-        "method": _GEM if method == "gem" else f"`{method}`",
+        "method": _GEM if method == "gem" else f"`{_one_line(method)}`",
         "num_trainable": num_trainable,
         "num_parameters": num_parameters,
         "density": num_trainable / num_parameters,
@@ -145,13 +145,12 @@ def model_card(
         "auto_class": auto_class,
         "load_arguments": ", ".join(load_arguments),
     }
-    is_sparse = method in SPARSE_METHODS
     product = product_of(method)
-    files = [product, "mask"] if is_sparse else [product]
+    files = [product, "mask"] if _is_sparse(method) else [product]
     return _CARD.format(
         front_matter=_front_matter(base_model, task, dataset, method),
         title=_one_line(f"{name} fine-tuned on {task} with {'GEM' if method == 'gem' else method}"),
-        what=(_SELECTED if is_sparse else _TRAINED).format(**facts),
+        what=(_SELECTED if _is_sparse(method) else _TRAINED).format(**facts),
         files="\n".join(_FILES[file].format(**facts) for file in files),
         results=_results_table(results, base_results or {}),
         use=_USE[product].format(**facts),
@@ -166,9 +165,13 @@ def _front_matter(base_model: str, task: str, dataset: str | None, method: str) 
         fields |= {"base_model": base_model, "base_model_relation": "finetune"}
     if dataset is not None and _is_hub_name(dataset):
         fields["datasets"] = [dataset]
-    tags = [method, "sparse-fine-tuning"] if method in SPARSE_METHODS else [method]
+    tags = [method, "sparse-fine-tuning"] if _is_sparse(method) else [method]
     fields["tags"] = [*tags, "deepspeed", _one_line(task)]
     return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
+
+
+def _is_sparse(method: str) -> bool:
+    return method not in (*DENSE_METHODS, *ADAPTER_METHODS)
 
 
 def _is_hub_name(name: str) -> bool:

@@ -2,7 +2,8 @@
 
 The ``help`` of a field is its documentation.
 
-Names are those of transformers' ``TrainingArguments`` wherever it has one. The dataclasses become
+Names are those of transformers' ``TrainingArguments`` wherever it has one, but for ``optimizer``,
+which is ``optim`` there and takes other values. The dataclasses become
 flags through ``HfArgumentParser``; a recipe (YAML, flag name to value) gives defaults that flags
 override.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from gem_ds.methods import METHODS, SPARSE_METHODS
+from gem_ds.methods import DENSE_METHODS, METHODS, SPARSE_METHODS
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 SddmmKernel = Literal["auto", "dense", "tiled", "gather", "library", "triton"]
@@ -30,6 +31,8 @@ SCHEDULES = (
 
 DEFAULT_DENSITY = "0.001"
 DEFAULT_HEAD_STEPS = 100
+DEFAULT_LEARNING_RATE = 1e-3
+DEFAULT_LEARNING_RATE_OF_FULL = 5e-5  # that of transformers
 
 OPTIMIZERS = ("adamw", "adamw_8bit")
 
@@ -43,7 +46,7 @@ class ModelArguments:
     """The base model."""
 
     model_name_or_path: str | None = _option(
-        None, "Hub id or folder of the pretrained causal language model."
+        None, "Hub id or folder of the pretrained model: a causal language model or an encoder."
     )
     revision: str | None = _option(None, "Revision of the model on the Hub.")
     trust_remote_code: bool = _option(False, "Run model code that comes with the weights.")
@@ -163,7 +166,7 @@ class TrainArguments:
     deepspeed: str | None = _option(None, "DeepSpeed JSON (default: ZeRO stage 0).")
     local_rank: int = _option(-1, "Set by the deepspeed launcher.")
     per_device_train_batch_size: int = _option(8, "Examples per rank and micro-batch.")
-    per_device_eval_batch_size: int = _option(8, "The same for the held-out loss.")
+    per_device_eval_batch_size: int = _option(8, "The same for the held-out loss and predictions.")
     gradient_accumulation_steps: int = _option(1, "Micro-batches per rank and step.")
     num_train_epochs: float = _option(3.0, "Passes over the training set.")
     max_steps: int = _option(
@@ -172,7 +175,11 @@ class TrainArguments:
     optimizer: str = _option(
         "adamw", "adamw, or with --method full adamw_8bit (needs bitsandbytes and a GPU)."
     )
-    learning_rate: float = _option(1e-3, "Peak learning rate.")
+    learning_rate: float | None = _option(
+        None,
+        f"Peak learning rate (default: {DEFAULT_LEARNING_RATE:g}, with --method full "
+        f"{DEFAULT_LEARNING_RATE_OF_FULL:g}).",
+    )
     head_learning_rate: float = _option(
         1e-3,
         "Peak learning rate of an encoder's head, pooler and classifier, which is trained whole.",
@@ -203,6 +210,11 @@ class TrainArguments:
     def dtype(self) -> Dtype:
         """fp32, bf16 or fp16."""
         return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"
+
+
+def default_learning_rate(method: str) -> float:
+    """The peak learning rate of a run whose flags give none."""
+    return DEFAULT_LEARNING_RATE_OF_FULL if method == "full" else DEFAULT_LEARNING_RATE
 
 
 def check_arguments(
@@ -292,6 +304,8 @@ def _check_method(method: MethodArguments, train: TrainArguments) -> None:
         return
     if method.mask is not None:
         raise ValueError(f"--method {name} selects no entries: leave --mask out.")
+    if name in DENSE_METHODS and method.target_modules:
+        raise ValueError(f"--method {name} has no target layers: leave --target_modules out.")
     if method.sddmm_kernel != "auto":
         raise ValueError(f"--method {name} selects no entries: leave --sddmm_kernel out.")
     if train.max_steps == 0:

@@ -3,7 +3,7 @@
 Writing: everything goes to a temporary name in the same folder, is flushed to the disk and only
 then renamed. Whatever interrupts a write (an exception, a kill, a full disk, a power cut), the real
 name holds either the earlier content or the new content. A process that is killed outright may
-leave a temporary behind; its name starts with a dot and ends with ``.tmp``.
+leave a temporary behind; its name starts with a dot and ends with ``.tmp`` (`leftovers` finds it).
 
 Reading: a GEM file is an ordinary safetensors file whose string metadata has the single key
 ``gem``. Its value is one JSON object, so that numbers, lists and nulls survive; ``kind`` and
@@ -15,6 +15,7 @@ What the tensors mean is the business of `gem_ds.mask`, `gem_ds.delta` and `gem_
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import re
@@ -23,7 +24,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -42,6 +43,9 @@ _REMEDIES = {
     errno.EROFS: "choose a folder that you may write to",
     errno.ENOTDIR: "name a folder that is below no file",
 }
+
+#: What file systems without locks answer.
+_NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL, errno.EBADF)
 
 
 def atomic_write(path: str | Path, write: Callable[[Path], object]) -> None:
@@ -86,6 +90,37 @@ def atomic_folder(path: str | Path, write: Callable[[Path], object]) -> None:
         _flush_folder(temporary)
         _replace_folder(temporary, path)
         _flush_folder(path.parent)
+
+
+def leftovers(path: Path) -> list[Path]:
+    """What killed writes of `path` left beside it, whole or not."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.(tmp|old)")
+    return [entry for entry in path.parent.glob(".*") if name.fullmatch(entry.name)]
+
+
+def delete(path: Path) -> None:
+    """Deletes a file, a folder with what is in it, or a link, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def try_lock(file: int | IO[bytes]) -> bool:
+    """Locks an open file or folder until the last copy of its descriptor is closed.
+
+    Returns:
+        False if another process holds it. True, too, on a network file system without locks, where
+        nobody can be kept out.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    return True
 
 
 def make_folder(path: str | Path) -> None:
@@ -216,10 +251,7 @@ def _temporary(path: Path) -> Iterator[Path]:
         with _explained(path):
             yield temporary
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
+        delete(temporary)
 
 
 @contextmanager

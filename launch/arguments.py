@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,6 +17,7 @@ from gem_ds.config import (
     ModelArguments,
     TrainArguments,
     check_arguments,
+    default_learning_rate,
 )
 
 
@@ -62,6 +63,8 @@ def parse_arguments(
     if missing := [f"--{name}" for name in needed if not values[name]]:
         raise ValueError(f"Pass {' and '.join(missing)} (on the command line or in --config).")
     check_arguments(model, data, method, train)
+    if train.learning_rate is None:
+        train = replace(train, learning_rate=default_learning_rate(method.method))
     return Arguments(model=model, data=data, method=method, train=train)
 
 
@@ -103,6 +106,10 @@ def _convert(path: Path, action: argparse.Action, value: object) -> object:
     try:
         if value is None or isinstance(value, (list, dict)):
             raise ValueError
-        return convert(str(value))
+        converted = convert(str(value))
+        if action.choices is not None and converted not in action.choices:
+            raise ValueError
+        return converted
     except (ValueError, TypeError, argparse.ArgumentTypeError):
-        raise ValueError(f"--config {path}: {action.dest} cannot be {value!r}.") from None
+        choices = f": pass one of {', '.join(action.choices)}" if action.choices else ""
+        raise ValueError(f"--config {path}: {action.dest} cannot be {value!r}{choices}.") from None

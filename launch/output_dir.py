@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from gem_ds.checkpoint import list_checkpoints, remove_leftovers
-from gem_ds.files import make_folder
+from gem_ds.files import delete, leftovers, make_folder, try_lock
 from gem_ds.reporting import TENSORBOARD_FOLDER
 
 #: Files that make a folder the output of a run; ``--overwrite_output_dir`` deletes these.
@@ -24,8 +21,10 @@ RUN_FILES = (
     "predictions.jsonl",
 )
 
-#: The same for folders.
-RUN_FOLDERS = ("model", "adapter")
+#: Folders that a run may write beside them, and after metrics.jsonl; alone they are nobody's.
+RUN_FOLDERS = ("model", "adapter", TENSORBOARD_FOLDER)
+
+_MODEL_CARD = "README.md"
 
 
 def refuse_run(output_dir: Path) -> None:
@@ -34,12 +33,43 @@ def refuse_run(output_dir: Path) -> None:
     Raises:
         ValueError: it does; says how to go on.
     """
-    checkpoints = list_checkpoints(output_dir)
-    if checkpoints or any((output_dir / name).exists() for name in (*RUN_FILES, *RUN_FOLDERS)):
-        go_on = "--resume_from_checkpoint last to go on with it, " if checkpoints else ""
+    if _entries_of_run(output_dir):
+        is_resumable = bool(list_checkpoints(output_dir))
+        go_on = "--resume_from_checkpoint last to go on with it, " if is_resumable else ""
         raise ValueError(
             f"--output_dir {output_dir} holds a run: pass {go_on}--overwrite_output_dir to delete "
             "it, or another folder."
+        )
+
+
+def refuse_losses(
+    output_dir: Path, inputs: Mapping[str, str | None], product: str, *, overwrite: bool
+) -> None:
+    """Refuse a run that would delete its own inputs, or replace what is no run's.
+
+    Args:
+        output_dir: of the run.
+        inputs: flag to what it names: perhaps a file or folder of this machine.
+        product: what the run leaves, as :func:`gem_ds.methods.product_of` calls it.
+        overwrite: whether the run that the folder holds is deleted.
+
+    Raises:
+        ValueError: names the one or the other.
+    """
+    doomed = [entry.resolve() for entry in _doomed(output_dir, overwrite)]
+    for flag, source in inputs.items():
+        if source is None or not Path(source).exists():
+            continue
+        if any(Path(source).resolve().is_relative_to(entry) for entry in doomed):
+            raise ValueError(
+                f"Clearing --output_dir {output_dir} would delete {flag} {source}: name another "
+                "folder."
+            )
+    folder = output_dir / product
+    if product in RUN_FOLDERS and folder.exists() and folder not in _entries_of_run(output_dir):
+        raise ValueError(
+            f"--output_dir {output_dir} holds a folder {product} that is no run's, and this run "
+            "would replace it: name another folder."
         )
 
 
@@ -54,24 +84,14 @@ def output_dir_of_one_run(output_dir: Path) -> Iterator[None]:
     make_folder(output_dir)
     descriptor = os.open(output_dir, os.O_RDONLY)
     try:
-        _lock(descriptor, output_dir)
+        if not try_lock(descriptor):
+            raise ValueError(
+                f"Another run writes to --output_dir {output_dir}: wait for its end, or name "
+                "another folder."
+            )
         yield
     finally:
         os.close(descriptor)  # which also unlocks
-
-
-def _lock(descriptor: int, output_dir: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(
-            f"Another run writes to --output_dir {output_dir}: wait for its end, or name another "
-            "folder."
-        ) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOTSUP, errno.ENOLCK, errno.EINVAL, errno.EBADF):
-            raise
-        # A network file system without locks: nobody can be kept out.
 
 
 def clear_output_dir(output_dir: Path, *, overwrite: bool) -> None:
@@ -85,13 +105,27 @@ def clear_output_dir(output_dir: Path, *, overwrite: bool) -> None:
         OSError: something cannot be deleted.
     """
     remove_leftovers(output_dir)
-    if not overwrite:
-        return
-    if (output_dir / "all_results.json").exists():
-        (output_dir / "README.md").unlink(missing_ok=True)  # the model card, which comes with it
-    for name in RUN_FILES:
-        (output_dir / name).unlink(missing_ok=True)
-    folders = [output_dir / name for name in (*RUN_FOLDERS, TENSORBOARD_FOLDER)]
-    for folder in (*list_checkpoints(output_dir).values(), *folders):
-        if folder.exists():
-            shutil.rmtree(folder)
+    for entry in _doomed(output_dir, overwrite):
+        delete(entry)
+
+
+def _doomed(output_dir: Path, overwrite: bool) -> list[Path]:
+    """What :func:`clear_output_dir` deletes, beside leftovers of checkpoints."""
+    names = (*RUN_FILES, *RUN_FOLDERS, _MODEL_CARD)
+    found = [entry for name in names for entry in leftovers(output_dir / name)]
+    return found + (_entries_of_run(output_dir) if overwrite else [])
+
+
+def _entries_of_run(output_dir: Path) -> list[Path]:
+    """All that a run left; its files are last, by which it is known if clearing is cut short."""
+    files = _existing(output_dir, RUN_FILES)
+    checkpoints = list(list_checkpoints(output_dir).values())
+    if not files and not checkpoints:
+        return []
+    is_finished = output_dir / "all_results.json" in files
+    card = _existing(output_dir, (_MODEL_CARD,)) if is_finished else []  # it comes with the results
+    return [*card, *_existing(output_dir, RUN_FOLDERS), *checkpoints, *files]
+
+
+def _existing(folder: Path, names: Sequence[str]) -> list[Path]:
+    return [folder / name for name in names if (folder / name).exists()]

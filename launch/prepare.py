@@ -19,6 +19,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from gem_ds.checkpoint import Checkpoint, RunIdentity, find_checkpoint, list_checkpoints
 from gem_ds.encoders import is_encoder, set_head
 from gem_ds.mask import Mask, checksum, dtype_name
+from gem_ds.methods import product_of
 from gem_ds.objective import Objective, objective_of
 from gem_ds.reporting import summary_writer_class
 from gem_ds.sddmm import check_kernel
@@ -29,7 +30,7 @@ from launch.arguments import Arguments
 from launch.data import RunData, encode_examples, fingerprint, load_examples
 from launch.model import DTYPES, load_model_config, one_line
 from launch.optimizer import adam_of_bitsandbytes
-from launch.output_dir import refuse_run
+from launch.output_dir import refuse_losses, refuse_run
 from launch.targets import settle_targets
 
 
@@ -76,7 +77,7 @@ class Plan:
     def digest(self) -> str:
         """A fingerprint of what all ranks must agree on before they meet in a collective."""
         indices = [] if self.mask is None else [checksum(i) for i in self.mask.indices.values()]
-        step = None if self.checkpoint is None else self.checkpoint.state.global_step
+        checkpoint = None if self.checkpoint is None else self.checkpoint.digest()
         parts = (
             self.identity,
             self.data.fingerprint(),
@@ -85,7 +86,7 @@ class Plan:
             self.total,
             self.deepspeed,
             indices,
-            step,
+            checkpoint,
         )
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
@@ -203,6 +204,12 @@ def _load_checkpoint(args: Arguments, output_dir: Path) -> Checkpoint | None:
     """The checkpoint to go on from, after a check of what the output folder holds."""
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"--output_dir {output_dir} is a file: name a folder.")
+    refuse_losses(
+        output_dir,
+        {"--model_name_or_path": args.model.model_name_or_path, "--mask": args.method.mask},
+        product_of(args.method.method),
+        overwrite=args.train.overwrite_output_dir,
+    )
     if args.train.resume_from_checkpoint is None:
         if not args.train.overwrite_output_dir:
             refuse_run(output_dir)

@@ -44,6 +44,11 @@ def run_settings(args: Arguments, plan: Plan) -> dict[str, Any]:
     return settings
 
 
+def method_of(args: Arguments, plan: Plan) -> str:
+    """The method that a run's files name: the mask's own, where the run takes one up."""
+    return args.method.method if plan.mask is None else plan.mask.method
+
+
 def make_mask(args: Arguments, plan: Plan, entries: SelectedEntries, base: Tensor) -> Mask:
     """The mask of a run, with what a later user needs to know of it.
 
@@ -69,7 +74,7 @@ def make_mask(args: Arguments, plan: Plan, entries: SelectedEntries, base: Tenso
         },
         base_model=str(args.model.model_name_or_path),
         revision=args.model.revision,
-        method=args.method.method if plan.mask is None else plan.mask.method,
+        method=method_of(args, plan),
         settings=run_settings(args, plan),
     )
 
@@ -101,12 +106,12 @@ def save_results(
         revision=args.model.revision,
         task=str(args.data.task),
         dataset=dataset,
-        method=args.method.method,
+        method=method_of(args, plan),
         num_trainable=int(results["num_trainable"]),
         num_parameters=plan.num_parameters,
         dtype=dtype_name(DTYPES[args.train.dtype]),
         settings={
-            "method": args.method.method,
+            "method": method_of(args, plan),
             **_density(args, plan),
             "learning rate": train.learning_rate,
             "schedule": train.lr_scheduler_type,

@@ -30,6 +30,19 @@ from launch.prepare import Plan, batch_size_of_flags
 from launch.results import save_results
 from launch.sparse_tuning import SparseTuning
 
+#: Flags that say how a step is taken; a resumed run may change them, and says so.
+STEP_SETTINGS = (
+    "learning_rate",
+    "head_learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+)
+
 
 class Run:
     """Model, engine, data and progress of one run.
@@ -121,6 +134,13 @@ class Run:
         """
         train = self.args.train
         state = self.plan.checkpoint.state if self.plan.checkpoint else TrainerState()
+        settings = {name: getattr(train, name) for name in STEP_SETTINGS}
+        self.changes = [
+            f"--{name} {value} instead of {state.settings[name]}"
+            for name, value in settings.items()
+            if state.settings.get(name, value) != value
+        ]
+        state.settings = settings
         state.max_steps = train.max_steps
         if state.max_steps < 0:
             state.max_steps = math.ceil(train.num_train_epochs * self.train_batches.steps_per_epoch)
@@ -161,6 +181,8 @@ class Run:
                 f"{plan.global_batch_size} examples per step, as before"
                 + (f", not the {now} of the flags" if now != plan.global_batch_size else "")
             )
+            if self.changes:
+                reporter.say(f"Going on with {', '.join(self.changes)}")
 
     def train(self, reporter: Reporter) -> dict[str, Any]:
         """Step, log, evaluate, save; then write what a finished run leaves."""
@@ -216,7 +238,7 @@ class Run:
         """What the log tells of the present step beside the averages."""
         numbers = {"learning_rate": step.learning_rate}
         if step.grad_norm is not None and math.isfinite(step.grad_norm):
-            numbers["grad_norm"] = step.grad_norm
+            numbers["grad_norm"] = float(step.grad_norm)
         return numbers | self.tuning.numbers()
 
     def log(self, reporter: Reporter, entry: dict[str, float]) -> None:
@@ -281,11 +303,11 @@ class Run:
             values = [entry[key] for entry in history if key in entry]
             if values:
                 results |= {f"first_{key}": values[0], f"last_{key}": values[-1]}
+        self.tuning.save_weights()  # first: a measurement that fails costs no training
         if metrics := self.measure():
             results["eval_metrics"] = metrics
             told = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
             reporter.say(f"Held-out examples: {told}")
-        self.tuning.save_weights()
         with comm.agreement():
             if comm.is_main:
                 save_results(self.args, self.plan, self.state, results)

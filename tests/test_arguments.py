@@ -78,6 +78,12 @@ OTHER = {
     "disable_tqdm": True,
 }
 
+#: Flags that take no number at all.
+CHOICES = (
+    *("lr_scheduler_type", "report_to", "train_sampling_strategy", "classification_loss"),
+    "sddmm_kernel",
+)
+
 
 def values_of(arguments: Arguments) -> dict[str, object]:
     """All flags by name."""
@@ -124,7 +130,7 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_the_defaults(
         in_flags - {"mask", "fp16", "evaluate_on", "optimizer"}, "1"
     )  # what the flags then put right
     content = needed | {name: OTHER[name] for name in in_recipe}
-    content |= {n: v for n, v in wrong.items() if n not in ("lr_scheduler_type", "report_to")}
+    content |= {n: v for n, v in wrong.items() if n not in CHOICES}
     flags = as_flags({name: OTHER[name] for name in in_flags})
     path = recipe(tmp_path_factory.mktemp("recipe"), content)
     expected = base | {name: OTHER[name] for name in in_recipe | in_flags}
@@ -154,6 +160,14 @@ def test_yaml_numbers_are_read_as_the_flags_read_them(tmp_path):
         ("max_steps: null", "max_steps cannot be None"),
         ("bf16: perhaps", "bf16 cannot be 'perhaps'"),
         ("density: {a: 1}", "density cannot be"),
+        (
+            "train_sampling_strategy: group-by-length",
+            "cannot be 'group-by-length': pass one of random, group_by_length",
+        ),
+        ("train_sampling_strategy: null", "train_sampling_strategy cannot be None"),
+        ("evaluate_on: validation", "evaluate_on cannot be 'validation': pass one of test, dev"),
+        ("classification_loss: candidate", "'candidate': pass one of tokens, candidates"),
+        ("sddmm_kernel: dence", "sddmm_kernel cannot be 'dence': pass one of auto, dense, tiled"),
         ("- density", "must map flag names to values"),
         ("", "must map flag names to values"),
         ("a: [1", "is not valid YAML"),
@@ -192,6 +206,18 @@ def test_a_bad_flag_is_refused_in_one_sentence(flags, message, capsys):
         parse_arguments([*NEEDED, *flags])
     assert "\n" not in str(caught.value)
     assert capsys.readouterr() == ("", ""), "argparse prints nothing of its own"
+
+
+@pytest.mark.parametrize(
+    ("method", "rate"),
+    [("full", 5e-5), *((name, 1e-3) for name in ("gem", "random", "bitfit", "lora", "ia3"))],
+)
+def test_the_learning_rate_of_a_run_that_gives_none_is_the_methods(tmp_path, method, rate):
+    flags = [*NEEDED, "--method", method]
+    assert parse_arguments(flags).train.learning_rate == rate
+    path = recipe(tmp_path, "learning_rate: null")
+    assert parse_arguments([*flags, "--config", path]).train.learning_rate == rate
+    assert parse_arguments([*flags, "--learning_rate", "0"]).train.learning_rate == 0
 
 
 def test_help_names_every_flag(capsys):

@@ -67,6 +67,15 @@ def test_the_tables_show_the_numbers():
     assert "was not evaluated" in model_card(**{**FACTS, "results": {}})
 
 
+@pytest.mark.parametrize("method", ["magnitude", "my own\nmethod"])
+def test_entries_chosen_in_any_way_are_told_as_such(method):
+    card = model_card(**{**FACTS, "method": method})
+    assert "Every other parameter of the base is unchanged" in card
+    assert f"with `{' '.join(method.split())}`." in card
+    assert "| `mask.safetensors` |" in card
+    assert "sparse-fine-tuning" in front_matter(card)["tags"]
+
+
 def test_hostile_text_breaks_neither_the_yaml_nor_the_tables():
     task = "a: b\n---\n# c | {d}"
     card = model_card(**{**FACTS, "task": task, "settings": {"x|y": "p|q\nr"}})

@@ -92,12 +92,19 @@ def test_rates_are_finite_and_not_negative(name):
         ({"mask": "m", "calibration_examples": 2}, "leave --calibration_examples out"),
         ({"mask": "m", "calibration_head_steps": 5}, "leave --calibration_head_steps out"),
         ({"mask": "m", "calibration_buffer_gb": 1.0}, "leave --calibration_buffer_gb out"),
+        ({"method": "full", "target_modules": ["q"]}, "full has no target layers: leave --target_"),
+        ({"method": "bitfit", "target_modules": ["q"]}, "bitfit has no target layers"),
     ],
 )
 def test_other_contradictions_are_refused(values, message):
     with pytest.raises(ValueError, match=message) as caught:
         check(**values)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("method", ["gem", "random", "lora", "ia3", "shira"])
+def test_methods_that_have_target_layers_take_them(method):
+    check(method=method, target_modules=["q_proj"])
 
 
 def test_steps_make_epochs_irrelevant():

@@ -1,6 +1,7 @@
 """Files are whole or absent, and a bad file is refused in one sentence."""
 
 import errno
+import fcntl
 import json
 import os
 import resource
@@ -18,7 +19,18 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from gem_ds import files
-from gem_ds.files import atomic_folder, atomic_write, load_tensors, save_json, save_tensors
+from gem_ds.files import (
+    atomic_folder,
+    atomic_write,
+    delete,
+    leftovers,
+    load_tensors,
+    save_json,
+    save_tensors,
+    try_lock,
+)
+from launch.comparison.cell_folder import lock
+from launch.output_dir import output_dir_of_one_run
 
 KIND = "gem_mask"
 METADATA = {"count": 3, "rate": 0.1, "name": None, "nested": {"shape": [2, 3]}, "text": "ä\n"}
@@ -262,6 +274,76 @@ def test_a_folder_whose_last_rename_fails_is_put_back(tmp_path, monkeypatch):
         atomic_folder(tmp_path / "f", fill)
     assert os.listdir(tmp_path) == ["f"]
     assert (tmp_path / "f" / "old").read_text() == "old"
+
+
+# Leftovers
+
+
+@pytest.mark.parametrize("write", [atomic_write, atomic_folder])
+def test_what_a_killed_write_leaves_is_found_and_deleted(tmp_path, monkeypatch, write):
+    """Nothing cleans up, as after a kill: neither in the midst of a write nor between renames."""
+    monkeypatch.setattr(files, "delete", lambda path: None)
+    path = tmp_path / "all_results.json"
+
+    def fail(temporary: Path) -> None:
+        temporary.mkdir(exist_ok=True)
+        (temporary / "half").touch()
+        raise OSError(errno.EIO, "killed")
+
+    with pytest.raises(OSError, match="cannot be written"):
+        write(path, fail)
+    (tmp_path / ".all_results.json.0a1b2c3d.old").mkdir()
+    others = {"all_results.json", ".all_results.json.tmp", ".results.json.0a1b2c3d.tmp", "x.tmp"}
+    for name in others:
+        (tmp_path / name).touch()
+    found = leftovers(path)
+    assert len(found) == 2
+    for entry in found:
+        delete(entry)
+    assert set(os.listdir(tmp_path)) == others
+
+
+def test_deleting_a_link_spares_what_it_points_to(tmp_path):
+    fill(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "deep")
+    for _ in range(2):
+        delete(tmp_path / "link")
+    assert os.listdir(tmp_path) == ["deep"]
+    assert os.listdir(tmp_path / "deep") == ["new"]
+
+
+# Locks
+
+
+def test_a_lock_keeps_others_out_while_the_file_is_open(tmp_path):
+    with open(tmp_path / "log", "wb") as mine, open(tmp_path / "log", "wb") as other:
+        assert try_lock(mine)
+        assert try_lock(mine), "it is ours"
+        assert not try_lock(other)
+        mine.close()
+        assert try_lock(other.fileno())
+
+
+@pytest.mark.parametrize("name", ["ENOSYS", "ENOLCK", "ENOTSUP", "EINVAL", "EBADF"])
+def test_a_file_system_without_locks_keeps_nobody_out(tmp_path, monkeypatch, name):
+    def flock(*_: object) -> None:
+        raise OSError(getattr(errno, name), name)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with open(tmp_path / "log", "wb") as log:
+        assert try_lock(log)
+        lock(log, tmp_path)  # a comparison's, which died of it
+    with output_dir_of_one_run(tmp_path):
+        pass
+
+
+def test_a_lock_that_fails_otherwise_says_so(tmp_path, monkeypatch):
+    def flock(*_: object) -> None:
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with open(tmp_path / "log", "wb") as log, pytest.raises(OSError, match="broken"):
+        try_lock(log)
 
 
 # Reading refuses what is not a whole file of the kind

@@ -26,6 +26,11 @@ from launch.output_dir import RUN_FILES, clear_output_dir, output_dir_of_one_run
 from launch.prepare import Plan, prepare
 from tests.tiny_model import Tiny, make_tiny, one_rank, write_jsonl
 
+#: What a killed run may leave of the files and folders that it was writing.
+LEFTOVERS = [f".{name}.0a1b2c3d.tmp" for name in (*RUN_FILES, "model", "adapter", "README.md")] + [
+    ".model.0a1b2c3d.old"
+]
+
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
@@ -153,7 +158,9 @@ def test_overwriting_deletes_the_run_and_nothing_else(tiny, run, tmp_path):
     shutil.copytree(run, folder)
     (folder / TENSORBOARD_FOLDER).mkdir()
     (folder / "runs").mkdir()
-    (folder / ".checkpoint-6.0a0a0a0a.tmp").mkdir()
+    for name in (".checkpoint-6.0a0a0a0a.tmp", *LEFTOVERS):
+        (folder / name).mkdir()
+    (folder / ".notes.txt.0a0a0a0a.tmp").touch()
     (folder / "notes.txt").write_text("mine")
     (folder / "checkpoints").mkdir()
     (folder / "predictions.jsonl").touch()  # other tasks and methods leave these
@@ -165,7 +172,8 @@ def test_overwriting_deletes_the_run_and_nothing_else(tiny, run, tmp_path):
     plan = prepare(parse_arguments(flags), world_size=1)
     assert (folder / "delta.safetensors").exists(), "preparing deletes nothing"
     clear_output_dir(plan.output_dir, overwrite=True)
-    assert sorted(path.name for path in folder.iterdir()) == ["checkpoints", "notes.txt", "runs"]
+    kept = [".notes.txt.0a0a0a0a.tmp", "checkpoints", "notes.txt", "runs"]
+    assert sorted(path.name for path in folder.iterdir()) == kept
 
 
 def test_without_overwriting_only_leftovers_go(tiny, run, tmp_path):
@@ -173,8 +181,78 @@ def test_without_overwriting_only_leftovers_go(tiny, run, tmp_path):
     shutil.copytree(run, folder)
     before = sorted(folder.iterdir())
     (folder / ".checkpoint-6.0a0a0a0a.tmp").mkdir()
+    for name in LEFTOVERS:
+        (folder / name).touch()
     clear_output_dir(folder, overwrite=False)
     assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite_output_dir"]])
+@pytest.mark.parametrize("name", ["model", "adapter", TENSORBOARD_FOLDER])
+def test_a_folder_that_no_run_wrote_is_left_alone(tiny, tmp_path, name, overwrite):
+    """Every run has written metrics.jsonl before its model/, adapter/ or tensorboard/."""
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "config.json").touch()
+    (tmp_path / "README.md").touch()
+    plan = prepare(parse_arguments(tiny.flags(tmp_path, *overwrite)), world_size=1)
+    clear_output_dir(plan.output_dir, overwrite=bool(overwrite))
+    assert (tmp_path / name / "config.json").exists()
+    assert (tmp_path / "README.md").exists()
+
+
+@pytest.mark.parametrize("file", RUN_FILES)
+def test_one_file_of_a_killed_run_makes_its_folders_its_own(tiny, tmp_path, file):
+    (tmp_path / "model").mkdir()
+    (tmp_path / file).touch()
+    with pytest.raises(ValueError, match="holds a run: pass --overwrite_output_dir"):
+        prepare(parse_arguments(tiny.flags(tmp_path)), world_size=1)
+    clear_output_dir(tmp_path, overwrite=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite_output_dir"]])
+@pytest.mark.parametrize(("method", "name"), [("full", "model"), ("lora", "adapter")])
+def test_a_folder_that_no_run_wrote_is_not_replaced(tiny, tmp_path, method, name, overwrite):
+    (tmp_path / name).mkdir()
+    flags = tiny.flags(tmp_path, *overwrite, method=method)
+    with pytest.raises(ValueError, match=rf"holds a folder {name} that is no run's.*name another"):
+        prepare(parse_arguments(flags), world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("flag", "source"),
+    [
+        ("model_name_or_path", "model"),
+        ("model_name_or_path", "checkpoint-2/weights"),
+        ("model_name_or_path", "link"),
+        ("mask", "mask.safetensors"),
+        ("mask", "checkpoint-4/mask.safetensors"),
+    ],
+)
+def test_a_run_does_not_delete_what_it_reads(tiny, run, tmp_path, flag, source):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    for name in ("model", "checkpoint-2/weights"):
+        shutil.copytree(tiny.model, folder / name)
+    (tmp_path / "link").symlink_to(folder / "model")
+    path = tmp_path / "link" if source == "link" else folder / source
+    flags = tiny.flags(folder, "--overwrite_output_dir", density=None, **{flag: path})
+    with pytest.raises(ValueError, match=f"would delete --{flag} {path}: name another") as caught:
+        prepare(parse_arguments(flags), world_size=1)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("flag", ["model_name_or_path", "mask"])
+def test_what_lies_beside_a_run_may_be_read_by_the_next(tiny, run, tmp_path, flag):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    shutil.copytree(tiny.model, folder / "base")
+    shutil.copy(run / "mask.safetensors", folder / "my.safetensors")
+    path = folder / {"model_name_or_path": "base", "mask": "my.safetensors"}[flag]
+    flags = tiny.flags(folder, "--overwrite_output_dir", density=None, **{flag: path})
+    plan = prepare(parse_arguments(flags), world_size=1)
+    clear_output_dir(plan.output_dir, overwrite=True)
+    assert sorted(entry.name for entry in folder.iterdir()) == ["base", "my.safetensors"]
 
 
 def test_other_files_in_the_folder_do_not_matter(tiny, tmp_path):

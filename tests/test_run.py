@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import math
@@ -215,6 +216,22 @@ def test_a_bf16_weight_does_not_show_a_small_update(tiny, tmp_path):
         mains(flags)
     results = json.loads((tmp_path / "all_results.json").read_text())
     assert 0 < results["changed_share"] < 0.5, "only weights near zero have places that fine"
+
+
+def test_predictions_that_fail_cost_no_training(tiny, tmp_path, monkeypatch):
+    """Full fine-tuning and adapters have no checkpoints to start again from."""
+
+    def fail(self: Run) -> dict[str, float]:
+        raise OSError(errno.ENOSPC, "no space for predictions.jsonl")
+
+    monkeypatch.setattr(Run, "measure", fail)
+    flags = tiny.flags(tmp_path, method="full", max_steps=1)
+    with pytest.raises(OSError, match="no space for predictions"):
+        mains(flags)
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(p) for p in (tiny.model, tmp_path / "model")
+    )
+    assert not torch.equal(before.model.norm.weight, after.model.norm.weight)
 
 
 def test_calibration_takes_the_first_examples_of_the_shuffled_order(tiny, tmp_path):

@@ -10,16 +10,14 @@ A cell is finished when its results are whole.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shlex
-import shutil
 import time
 from pathlib import Path
 from typing import IO
 
-from gem_ds.files import save_json
+from gem_ds.files import delete, save_json, try_lock
 from launch.comparison.cells import Cell, evaluation_command, folder_of, training_command
 from launch.comparison.grid import Comparison
 from launch.comparison.results import read_result, read_training
@@ -90,15 +88,12 @@ def lock(log: IO[bytes], folder: Path) -> None:
         ValueError: another process holds it.
     """
     deadline = time.monotonic() + PATIENCE
-    while True:
-        try:
-            return fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise ValueError(
-                    f"A process of an earlier comparison is still at work in {folder}: wait for "
-                    "its end, or stop it."
-                ) from None
+    while not try_lock(log):
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"A process of an earlier comparison is still at work in {folder}: wait for its "
+                "end, or stop it."
+            )
         time.sleep(0.05)
 
 
@@ -106,15 +101,15 @@ def clear(folder: Path) -> None:
     """Delete all but the log."""
     for entry in folder.iterdir():
         if entry.name != LOG_FILE:
-            _delete(entry)
+            delete(entry)
 
 
 def discard(folder: Path, *, is_search: bool) -> None:
     """Delete what a finished cell no longer needs: checkpoints, and the weights of a search."""
     for checkpoint in folder.glob("checkpoint-*"):
-        _delete(checkpoint)
+        delete(checkpoint)
     for name in WEIGHTS if is_search else ():
-        _delete(folder / name)
+        delete(folder / name)
 
 
 def last_line(log: Path) -> str:
@@ -144,10 +139,3 @@ def _difference(found: dict[str, str], wanted: dict[str, str]) -> str:
                 flag = old[index - 1] if index and old[index - 1].startswith("--") else name
                 return f"{flag}: {before or 'nothing'}, now {now or 'nothing'}"
     return "its cell.json is damaged"
-
-
-def _delete(entry: Path) -> None:
-    if entry.is_dir() and not entry.is_symlink():
-        shutil.rmtree(entry)
-    else:
-        entry.unlink(missing_ok=True)
