@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import builtins
 import re
+import sys
 import textwrap
 import warnings
 from collections.abc import Iterator
@@ -30,19 +31,20 @@ def extract_program(completion: str, entry_point: str | None = None) -> str:
     The text is what stands between `[BEGIN]` and `[DONE]`, as far as these occur. If it is Python
     and defines the entry point, it is taken as it stands. Else the last fenced block that defines
     it counts (a model that corrects itself does so below), behind the earlier blocks whose names
-    it uses; else the first run of lines which is Python and defines it. Where nothing does, the
-    text is returned as it is.
+    it uses; else the first run of lines which is Python and defines it. Else what stands before
+    `[BEGIN]` is searched in the same way. Where nothing defines it, the text is returned as it is.
 
     Args:
         completion: Any text; none makes this fail.
         entry_point: The function that is wanted; without it any definition will do.
     """
-    text = _between_marks(completion)
-    for candidate in _candidates(text, entry_point):
-        tree = parse(candidate)
-        if tree is not None and _defines(tree, entry_point):
-            return _without_last_word(candidate, tree)
-    return text
+    texts = _between_marks(completion)
+    for text in texts:
+        for candidate in _candidates(text, entry_point):
+            tree = parse(candidate)
+            if tree is not None and _defines(tree, entry_point):
+                return _without_last_word(candidate, tree)
+    return next(filter(str.strip, texts), texts[0])
 
 
 def parse(text: str) -> ast.Module | None:
@@ -51,17 +53,21 @@ def parse(text: str) -> ast.Module | None:
     return None if isinstance(tree, int) else tree
 
 
-def _between_marks(text: str) -> str:
-    """The answer proper, without reasoning before it and without a run-on into another task."""
+def _between_marks(text: str) -> list[str]:
+    """The answer proper, then what stands before its mark.
+
+    Both are without reasoning before them and without a run-on into another task.
+    """
     text = text.rpartition("</think>")[2]
     answer, run_on, _ = text.partition(_RUN_ON)
     if run_on and answer.strip():
         text = answer
     before, begin, after = text.partition("[BEGIN]")
+    texts = [text]
     if begin and "[DONE]" not in before:
-        text = re.sub(r"\A[ \t]*\r?\n", "", after)
-    text, done, _ = text.partition("[DONE]")
-    return text.removesuffix("\n") if done else text
+        texts = [re.sub(r"\A[ \t]*\r?\n", "", after), before]
+    text, done, _ = texts[0].partition("[DONE]")
+    return [text.removesuffix("\n") if done else text, *texts[1:]]
 
 
 def _candidates(text: str, entry_point: str | None) -> Iterator[str]:
@@ -145,19 +151,34 @@ def _parsed(text: str) -> ast.Module | int:
 def _defines(tree: ast.Module, entry_point: str | None) -> bool:
     if entry_point is None:
         return any(isinstance(node, _DEFINITIONS) for node in ast.walk(tree))
-    return entry_point in _globals(tree)
+    return entry_point in _globals(tree, with_foreign=False)
 
 
-def _globals(tree: ast.Module) -> set[str]:
-    """The names that a program leaves behind when it has run."""
+def _globals(tree: ast.Module, *, with_foreign: bool = True) -> set[str]:
+    """The names that a program leaves behind when it has run.
+
+    Foreign ones are imported from outside the standard library, where no program has its answer: a
+    use of one imports it from a file like `solution`.
+    """
     names = set()
     nodes: list[ast.AST] = list(tree.body)
     while nodes:
         node = nodes.pop()
+        if not with_foreign and _is_foreign(node):
+            continue
         names |= _names_given_by(node)
         if not isinstance(node, _DEFINITIONS | ast.Lambda):
             nodes += ast.iter_child_nodes(node)
     return names
+
+
+def _is_foreign(node: ast.AST) -> bool:
+    modules: list[str] = []
+    if isinstance(node, ast.Import):
+        modules = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+        modules = ["." if node.level else str(node.module)]
+    return any(name.partition(".")[0] not in sys.stdlib_module_names for name in modules)
 
 
 def _bound(tree: ast.Module) -> set[str]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from eval.provenance import versions
 from eval.samples import Sample
 from eval.sampling import RESULTS_FILE
 from eval.sandbox import Sandbox
+from eval.sandbox.pool import num_processors
 from eval.verdicts import Limits, judge, results_of, save_verdicts, summary
 from gem_ds.files import save_json
 from gem_ds.tasks.mbpp import Dataset, Problem, load_problems
@@ -42,7 +44,9 @@ class JudgingArguments:
         10.0, "Seconds that a program and its tests may take; the slowest reference takes 3."
     )
     memory_mb: int = option(1024, "MiB of memory that a program may take.")
-    num_workers: int = option(2, "Programs that run at the same time.")
+    num_workers: int = option(
+        2, "Programs that run at the same time; at most one on each processor."
+    )
     allow_weak_sandbox: bool = option(
         False, "Run programs even where the host has no namespaces to lock them into."
     )
@@ -93,6 +97,12 @@ def load(arguments: JudgingArguments, data_dir: str | None, limit: int | None) -
 def open_sandbox(arguments: JudgingArguments) -> Sandbox:
     """The sandbox, to be entered; raises `eval.sandbox.SandboxUnavailableError`."""
     workers, allow_weak = arguments.num_workers, arguments.allow_weak_sandbox
+    if workers > num_processors():
+        print(
+            f"--num_workers {workers} is lowered to {num_processors()}, the number of processors: "
+            "programs that share one would run out of time.",
+            file=sys.stderr,
+        )
     return Sandbox(num_workers=workers, allow_weak=allow_weak)
 
 

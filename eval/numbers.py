@@ -6,6 +6,8 @@ Values are as stated: a percentage is the number before its sign, a unit does no
 is calculated but powers and fractions. Digits glued to a word (x2, H2O) are passed over. What is
 written in digits but is no single number is found without a value: times and ratios (3:30, 2:1),
 versions (1.2.3), the parts of an unfinished calculation, a range or a date (5 + 3, 3-5, 2020-12-5).
+Nor has a comma with one or two digits behind it (2,5) a value: it may be a decimal or a list.
+Behind points that group thousands it can only be a decimal.
 
 Every pattern here runs in time linear in the text: its parts are of bounded length, or cannot be
 divided in more than one way.
@@ -71,6 +73,7 @@ _NUMBER = re.compile(
       | [0-9]++ (?: \.[0-9]++ )?
       | \.[0-9]++
     )
+    (?P<comma> (?: , [0-9]{{1,2}} (?![0-9]) )++ )?                                # 2,5
     (?: \ ?/\ ? (?P<denominator> [0-9]++ ) )?
     (?: [eE] (?P<exponent> [+-]?[0-9]++ ) (?![0-9A-Za-z]) )?
     (?: \ ?[x\xd7*\xb7]\ ?10
@@ -162,7 +165,7 @@ def _plain(character: str) -> str:
 
 def _value(match: re.Match[str]) -> Fraction | None:
     """The exact value of a number; None where it has none that could be an answer."""
-    if match.end() - match.start() > _MAX_DIGITS:
+    if match["comma"] is not None or match.end() - match.start() > _MAX_DIGITS:
         return None
     digits = match["digits"]
     if re.fullmatch(r"[0-9]{1,3}(?:\.[0-9]{3})+,[0-9]{1,2}", digits):

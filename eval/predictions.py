@@ -3,7 +3,8 @@
     predictions.jsonl    {"id": 17, "prediction": 0, "reference": 1, "correct": 0.0}
 
 `prediction` and `reference` are indices of candidates, or numbers; a number is neither right nor
-wrong (`correct` is null). An example that accepts several candidates has one of them as reference.
+wrong (`correct` is null). An example that accepts several texts (record) has one of its candidates
+as reference, and as `correct` the F1 of the words, whose mean is the task's main metric.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from eval.metrics import text_f1
 from gem_ds.files import atomic_write
 from gem_ds.tasks import ChoiceExample, Example, NumberExample
 
@@ -35,6 +37,8 @@ def _judged(example: Example, prediction: float) -> dict[str, Any]:
     if isinstance(example, NumberExample):
         return {"reference": example.value, "correct": None}
     assert isinstance(example, ChoiceExample)
-    written = example.candidates[int(prediction)].strip()
-    is_correct = prediction == example.answer or written in map(str.strip, example.answers)
-    return {"reference": example.answer, "correct": float(is_correct)}
+    if example.answers:
+        correct = text_f1([example], [int(prediction)])
+    else:
+        correct = float(prediction == example.answer)
+    return {"reference": example.answer, "correct": correct}

@@ -15,6 +15,7 @@ from gem_ds.tasks.mbpp import load_problems
 ADD = "def add(a, b):\n    return a + b"
 WRONG = "def add(a, b):\n    return a - b"
 USE = "print(add(1, 2))"
+IMPORTED = "from operator import add"
 PI = "def area(r):\n    return math.pi * r * r"
 
 # what the model wrote, what the program is
@@ -24,6 +25,12 @@ TABLE = {
     "what follows the mark": (f"{ADD}\n[DONE]\n\nYou are an expert\n[BEGIN]\n{WRONG}\n[DONE]", ADD),
     "both marks": (f"Sure!\n[BEGIN]\n{ADD}\n[DONE]\nIt adds.", ADD),
     "the first mark only": (f"Here you are:\n[BEGIN] \r\n{ADD}\n", f"{ADD}\n"),
+    "a mark after it": (f"{ADD}\n[BEGIN]", ADD),
+    "a mark after it and another": (f"{ADD}\n[BEGIN]\n\n[DONE]\n", ADD),
+    "a mark and a use after it": (f"{ADD}\n[BEGIN]\n{USE}\n[DONE]", ADD),
+    "a mark after a fence": (f"So:\n```\n{ADD}\n```\n[BEGIN]\nNow it is your turn.", ADD),
+    "a mark after words only": ("I cannot do that.\n[BEGIN]\n", "I cannot do that."),
+    "words between the marks": ("Sure!\n[BEGIN]\nIt adds.\n[DONE]", "It adds."),
     "a fence between the marks": (f"[BEGIN]\n```python\n{ADD}\n```\n[DONE]", f"{ADD}\n"),
     "a run-on without a mark": (
         f"{ADD}\n\nYou are an expert Python programmer, and here is your task: Sub.\n[BEGIN]\n",
@@ -41,6 +48,18 @@ TABLE = {
         f"{ADD}\n",
     ),
     "a use after it": (f"```python\n{ADD}\n```\nUse it:\n```python\n{USE}\n```", f"{ADD}\n"),
+    "a use that imports it": (
+        f"```python\n{ADD}\n```\nTest:\n```python\nfrom solution import add\n\n{USE}\n```",
+        f"{ADD}\n",
+    ),
+    "a use that imports it by a dot": (
+        f"```\n{ADD}\n```\n```\nfrom .operator import add\n{USE}\n```",
+        f"{ADD}\n",
+    ),
+    "a use that imports its module": (
+        f"```\n{ADD}\n```\n```\nimport solution as add\n{USE}\n```",
+        f"{ADD}\n",
+    ),
     "output after it": (f"```python\n{ADD}\n```\nOutput:\n```\n3\n```", f"{ADD}\n"),
     "a command before it": (f"```bash\npip install x\n```\n```python\n{ADD}\n```", f"{ADD}\n"),
     "a correction": (f"```\n{WRONG}\n```\nNo, sorry:\n```\n{ADD}\n```", f"{ADD}\n"),
@@ -66,6 +85,7 @@ TABLE = {
     ),
     "a definition under a condition": ("if True:\n    def add(a, b):\n        return a", None),
     "an imported function": ("from operator import add", None),
+    "an imported function in a fence": ("Use:\n```\nfrom operator import add\n```", IMPORTED),
     "another function": ("def sub(a, b):\n    return a - b", None),
     "words only": ("I cannot do that.", None),
     "a syntax error": ("def add(a, b)\n    return a + b", None),

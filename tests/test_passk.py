@@ -204,6 +204,16 @@ def test_ranks_other_than_the_first_sample_and_judge_nothing(tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_fewer_workers_than_asked_for_are_said(monkeypatch, capsys):
+    monkeypatch.setattr(judging, "Sandbox", dict)
+    monkeypatch.setattr(judging, "num_processors", lambda: 3)
+    for num_workers in (2, 3, 8):
+        judging.open_sandbox(judging.JudgingArguments(num_workers=num_workers))
+    told = capsys.readouterr().err
+    assert told.startswith("--num_workers 8 is lowered to 3, the number of processors: ")
+    assert told.count("\n") == 1
+
+
 def test_weak_isolation_must_be_asked_for(tmp_path, monkeypatch):
     asked = []
 

@@ -193,6 +193,26 @@ def test_bad_levels() -> None:
         Sandbox(isolation="landlock")
 
 
+def test_no_two_workers_share_a_processor(monkeypatch) -> None:
+    """Programs on one processor would take each other's time, and time out falsely."""
+    processors: list[int] = []
+    monkeypatch.setattr(
+        pool, "Worker", lambda level, fresh, number: processors.append(number) or Closed()
+    )
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 4, 5})
+    with Sandbox(7, "namespaces"):
+        assert processors == [0, 1, 2]
+    with Sandbox(2, "namespaces"):
+        assert processors == [0, 1, 2, 0, 1]
+
+
+class Closed:
+    """A worker that has nothing to close."""
+
+    def close(self) -> None:
+        pass
+
+
 def test_no_level_is_one_sentence_and_weak_ones_must_be_asked_for(monkeypatch) -> None:
     monkeypatch.setattr(
         pool, "problem_of", lambda level, fresh=False: None if level in WEAK_LEVELS else "no"

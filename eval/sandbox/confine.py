@@ -9,7 +9,7 @@ import signal
 from eval.sandbox import kernel
 
 MAX_FILE_BYTES = 32 << 20
-MAX_PROCESSES = 128  # threads count too
+MAX_PROCESSES = 128  # of candidates; threads count too
 MAX_DESCRIPTORS = 64  # each may hold a buffer that nobody counts
 
 _MOST_DESCRIPTORS = 1 << 20  # that a process may have at all (fs.nr_open)
@@ -27,15 +27,19 @@ def keep_only(descriptors: list[int]) -> None:
     os.closerange(start, _MOST_DESCRIPTORS)
 
 
-def prepare() -> None:
+def prepare(num_others: int = 0) -> None:
     """Limits the calling process in what its descendants shall not have and it does not need.
+
+    Args:
+        num_others: Threads that the kernel counts with the candidates' processes and that are none
+            of theirs: those of the same user, where he has no number of his own in there.
 
     Raises:
         OSError: The bounding set is not empty and cannot be emptied.
     """
     for kind, limit in (
         (resource.RLIMIT_FSIZE, MAX_FILE_BYTES),
-        (resource.RLIMIT_NPROC, MAX_PROCESSES),
+        (resource.RLIMIT_NPROC, num_others + MAX_PROCESSES),
         (resource.RLIMIT_NOFILE, MAX_DESCRIPTORS),
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_MEMLOCK, 1 << 16),

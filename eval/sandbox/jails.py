@@ -123,7 +123,7 @@ class BubblewrapJail:
         self._identity, self._judge_identity = lend(list(room.sources()))
         self._processes = processes.ProcessTable()
         processes.adopt_orphans()
-        confine.prepare()
+        confine.prepare(_num_others(self._processes, self._identity))
 
     def start_judge(self, judge: Callable[[], None]) -> int:
         """See `Jail`."""
@@ -188,7 +188,7 @@ class LandlockJail:
         self._processes = processes.ProcessTable()
         self._scratch = ""
         processes.adopt_orphans()
-        confine.prepare()
+        confine.prepare(_num_others(self._processes, self._identity))
 
     def start_judge(self, judge: Callable[[], None]) -> int:
         """See `Jail`."""
@@ -228,6 +228,11 @@ class LandlockJail:
         self._filter.install()
         os.environ.update(HOME=self._scratch, TMPDIR=self._scratch)
         candidate.main(job, channel)
+
+
+def _num_others(table: processes.ProcessTable, identity: int | None) -> int:
+    """The threads that count with those of a candidate who is this user, or has an identity."""
+    return table.threads_of(os.getuid()) if identity is None else 0
 
 
 JAILS: dict[str, Callable[[bool], Jail]] = {

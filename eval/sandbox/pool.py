@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import os
 import select
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -60,7 +61,8 @@ class Sandbox:
     """A pool of workers; a context manager.
 
     Args:
-        num_workers: Programs that run at the same time.
+        num_workers: Programs that run at the same time; at most one on each processor that this
+            process may use, for two on one would take up each other's time.
         isolation: The level to use; by default the best that works here.
         allow_weak: Accept a level without namespaces if there is no better one.
         fresh: Start a fresh interpreter for each program, where the level could also fork one.
@@ -89,7 +91,7 @@ class Sandbox:
         self._fresh = fresh
         self._workers: list[Worker] = []
         try:
-            for number in range(num_workers):
+            for number in range(min(num_workers, num_processors())):
                 self._workers.append(Worker(self.isolation, fresh, number))
         except OSError as error:
             self.close()
@@ -160,6 +162,11 @@ class Sandbox:
             worker.collect()
 
 
+def num_processors() -> int:
+    """How many processors this process may use, and so the most workers of a sandbox."""
+    return len(os.sched_getaffinity(0))
+
+
 @functools.cache
 def problem_of(level: str, fresh: bool = False) -> str | None:
     """Why a level cannot be had here, found by running a program in it; None if it can."""
@@ -177,13 +184,17 @@ def best_level(allow_weak: bool = False) -> str:
     Raises:
         SandboxUnavailableError: There is none, or only a weak one, which was not allowed.
     """
+    reasons = []
     for level in LEVELS:
         if level in WEAK_LEVELS and not allow_weak:
             continue
-        if problem_of(level) is None:
+        problem = problem_of(level)
+        if problem is None:
             return level
+        reasons.append(f"{level}: {problem.rpartition('does not work here: ')[2].rstrip('.')}")
+    weak = "" if allow_weak else ", or pass --allow-weak-sandbox for Landlock, which limits less"
     raise SandboxUnavailableError(
-        "No sandbox with namespaces works here: install bubblewrap (apt-get install bubblewrap), "
-        "allow user namespaces (sysctl user.max_user_namespaces), or pass --allow-weak-sandbox for "
-        "Landlock, which limits less."
+        f"No sandbox{'' if allow_weak else ' with namespaces'} works here ({'; '.join(reasons)}): "
+        "install bubblewrap (apt-get install bubblewrap) or allow user namespaces (sysctl "
+        f"user.max_user_namespaces){weak}."
     )

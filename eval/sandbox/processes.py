@@ -118,6 +118,16 @@ class ProcessTable:
         own = (self._own_memory(str(pid)) for pid in self.descendants())
         return sum(max(0, size - self._inherited) for size in own)
 
+    def threads_of(self, uid: int) -> int:
+        """How many threads a user has, main ones included, as the kernel counts them."""
+        count = 0
+        for name in filter(str.isdigit, os.listdir(self._folder)):
+            lines = (line.partition(":") for line in self._read(f"{name}/status").splitlines())
+            status = {key: value.split() for key, _, value in lines}
+            if status and int(status["Uid"][0]) == uid:
+                count += int(status["Threads"][0])
+        return count
+
     def descendants(self) -> list[int]:
         """The caller's children, theirs and so on, as they are numbered outside."""
         found = self.children()
