@@ -10,8 +10,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import PreTrainedModel
+
+from gem_ds.mask import dtype_name
 
 _CONFIG = "adapter_config.json"
 
@@ -33,11 +37,27 @@ def adapted_names(folder: str) -> set[str]:
     Raises:
         ValueError: Its weights cannot be read.
     """
+    return {name.removeprefix("base_model.model.") for name in _weights(folder)}
+
+
+def half_precision(folder: str) -> str | None:
+    """The torch name of the 16-bit dtype that the adapter was trained and saved in; None for fp32.
+
+    One in fp32 may have been trained beside a model of 16 bits: so peft does it by default.
+
+    Raises:
+        ValueError: Its weights cannot be read.
+    """
+    dtypes = {weight.dtype for weight in _weights(folder).values()}
+    half = dtypes & {torch.bfloat16, torch.float16}
+    return dtype_name(half.pop()) if len(dtypes) == len(half) == 1 else None
+
+
+def _weights(folder: str) -> dict[str, Tensor]:
     try:
-        weights = _import_peft().load_peft_weights(folder, device="cpu")
+        return _import_peft().load_peft_weights(folder, device="cpu")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _unusable(folder, error) from error
-    return {name.removeprefix("base_model.model.") for name in weights}
 
 
 def add_adapter(model: PreTrainedModel, folder: str) -> None:
@@ -47,11 +67,14 @@ def add_adapter(model: PreTrainedModel, folder: str) -> None:
         ValueError: It does not fit the model, or is no part of its layers (a learnt prompt).
     """
     peft = _import_peft()
+    is_raised = half_precision(folder) is None  # to fp32, as in training
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of libraries, to each other
             warnings.filterwarnings("error", "Found missing adapter keys")
-            adapted: Any = peft.PeftModel.from_pretrained(model, folder)
+            adapted: Any = peft.PeftModel.from_pretrained(
+                model, folder, autocast_adapter_dtype=is_raised
+            )
     except (OSError, ValueError, RuntimeError, KeyError, UserWarning, SafetensorError) as error:
         raise _unusable(folder, error) from error
     if adapted.active_peft_config.is_prompt_learning:

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from transformers import HfArgumentParser
 
@@ -33,7 +34,7 @@ from eval.sampling import RESULTS_FILE
 from gem_ds.comm import Comm, PeerError
 from gem_ds.data import Dataset
 from gem_ds.encoders import is_encoder, num_positions
-from gem_ds.files import save_json
+from gem_ds.files import make_folder, save_json
 from gem_ds.objective import Predictor, objective_of
 from gem_ds.predict import predict_all
 from gem_ds.tasks import TaskData, load_task
@@ -96,14 +97,24 @@ def _evaluate(arguments: SamplingArguments, own: ClassificationArguments) -> dic
     with joined_ranks(arguments) as comm:
         with comm.agreement():
             plan = _plan(arguments, own)
-        predictions = predict_all(
-            _load(arguments, plan.files, comm),
-            plan.questions,
-            plan.predictor.predict,
-            comm,
-            batch_size=arguments.batch_size,
-            pad_token_id=plan.pad_token_id,
-        )
+        model = _load(arguments, plan.files, comm)
+        with comm.agreement():
+            if comm.is_main:
+                make_folder(str(arguments.output_dir))
+        try:
+            predictions = predict_all(
+                model,
+                plan.questions,
+                plan.predictor.predict,
+                comm,
+                batch_size=arguments.batch_size,
+                pad_token_id=plan.pad_token_id,
+            )
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"The device's memory does not hold a batch of {arguments.batch_size} examples and "
+                "all their candidates: lower --batch_size."
+            ) from error
         results: dict[str, Any] = {}
         with comm.agreement():
             if comm.is_main:
@@ -183,7 +194,6 @@ def _report(
 ) -> dict[str, Any]:
     """Write the predictions; what results.json holds."""
     folder, files, examples = Path(arguments.output_dir), plan.files, plan.task.test
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / RESULTS_FILE).unlink(missing_ok=True)  # never beside other predictions
     save_predictions(folder, examples, predictions)
     return {

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from eval.adapter import adapted_names, add_adapter, check_adapter
+from eval.adapter import adapted_names, add_adapter, check_adapter, half_precision
 from gem_ds.delta import Delta, apply_delta
 from gem_ds.encoders import auto_class, is_encoder, set_head
 from gem_ds.mask import dtype_name
@@ -84,6 +84,7 @@ def open_model(
     delta = None if delta_path is None else Delta.load(delta_path)
     if adapter is not None:
         check_adapter(adapter)
+        dtype = (half_precision(adapter) or dtype) if dtype == "auto" else dtype
     if delta is not None:
         dtype = _delta_dtype(delta, dtype)
     # A revision is meaningful in the repository that it was recorded for only.

@@ -3,9 +3,8 @@
 The ``help`` of a field is its documentation.
 
 Names are those of transformers' ``TrainingArguments`` wherever it has one, but for ``optimizer``,
-which is ``optim`` there and takes other values. The dataclasses become
-flags through ``HfArgumentParser``; a recipe (YAML, flag name to value) gives defaults that flags
-override.
+which is ``optim`` there and takes other values. The dataclasses become flags through
+``HfArgumentParser``; a recipe (YAML, flag name to value) gives defaults that flags override.
 """
 
 from __future__ import annotations

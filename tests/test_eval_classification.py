@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from eval import classification, gsm8k, squad
 from eval.metrics import text_exact_match, text_f1
+from eval.model import load_weights, open_model
 from gem_ds import zero
 from gem_ds.delta import Delta
 from gem_ds.encoders import head_names, initialise_head, set_head
@@ -175,6 +176,24 @@ def test_an_adapter_generates(tiny: Tiny) -> None:
     ]
     assert len(written[0]) == len(written[1]) == 5
     assert written[0] != written[1]
+
+
+@pytest.mark.parametrize("is_half", [True, False])
+def test_an_adapter_keeps_the_precision_of_its_training(tiny: Tiny, is_half: bool) -> None:
+    """Beside a base in fp32 files, where its training was in 16 bits; an fp32 one stays so."""
+    folder = tiny.folder / f"adapter_{is_half}"
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny.model, dtype=torch.bfloat16 if is_half else torch.float32
+    )
+    config = LoraConfig(task_type=TaskType.CAUSAL_LM, target_modules=["q_proj"])
+    get_peft_model(model, config, autocast_adapter_dtype=False).save_pretrained(folder)
+    files = open_model(str(tiny.model), adapter=str(folder), dtype="auto")
+    found = {p.dtype for p in load_weights(files, torch.device("cpu")).parameters()}
+    assert found == {torch.bfloat16 if is_half else torch.float32}
+    half = open_model(str(tiny.model), adapter=str(folder), dtype="bfloat16")
+    loaded = dict(load_weights(half, torch.device("cpu")).named_parameters())
+    lora = {p.dtype for name, p in loaded.items() if "lora_" in name}
+    assert lora == {torch.bfloat16 if is_half else torch.float32}
 
 
 def test_short_answers_are_the_rest_of_the_line(tiny: Tiny) -> None:

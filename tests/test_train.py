@@ -336,8 +336,8 @@ def test_a_finished_run_can_be_made_longer_or_overwritten(tiny, tmp_path):
     train.main(tiny.flags(tmp_path / "run", **values | {"max_steps": 4}))
     train.main(tiny.flags(tmp_path / "run", **values, resume_from_checkpoint="last"))
     assert_same_delta(tmp_path / "run", tmp_path / "long")
-    own_mask = tmp_path / "run" / "mask.safetensors"
-    train.main(tiny.flags(tmp_path / "run", "--overwrite_output_dir", mask=own_mask, max_steps=2))
+    mask = tmp_path / "long" / "mask.safetensors"  # its own it would delete
+    train.main(tiny.flags(tmp_path / "run", "--overwrite_output_dir", mask=mask, max_steps=2))
     assert list(list_checkpoints(tmp_path / "run")) == [2]
 
 
