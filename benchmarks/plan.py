@@ -99,7 +99,8 @@ def large_rows() -> Iterator[dict[str, str]]:
         config = SHAPES[shape](None)
         for method in METHODS:
             flags = f"--model_name_or_path {name} --method {method} --lora_r 16 --max_length 2048"
-            flags += " --per_device_train_batch_size 1 --bf16 --gradient_checkpointing"
+            flags += " --per_device_train_batch_size 1 --per_device_eval_batch_size 1"
+            flags += " --bf16 --gradient_checkpointing"
             args = parse_arguments(flags.split(), needed=[])
             for world_size in WORLD_SIZES:
                 setting = Setting(
