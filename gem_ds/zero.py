@@ -76,7 +76,20 @@ def init_distributed() -> Comm:
         deepspeed.init_distributed(
             accelerator.communication_backend_name(), verbose=False, timeout=_patience()
         )
-    return Comm(torch.device(accelerator.current_device_name()))
+    comm = Comm(torch.device(accelerator.current_device_name()))
+    if comm.device.type == "cpu":
+        _unlink_buffer(comm)
+    return comm
+
+
+def _unlink_buffer(comm: Comm) -> None:
+    """Take the name of DeepSpeed's shared memory on a CPU away; who has it mapped keeps it.
+
+    It is 66 MiB for each rank, and with its name it would outlive the processes.
+    """
+    comm.any(False)  # every rank has mapped those of all
+    group = f"{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}"
+    Path(f"/dev/shm/deepspeed_allreduce_buffer_{group}_{comm.rank}").unlink(missing_ok=True)
 
 
 def _patience() -> timedelta:
