@@ -48,7 +48,7 @@ def half_precision(folder: str) -> str | None:
     Raises:
         ValueError: Its weights cannot be read.
     """
-    dtypes = {weight.dtype for weight in _weights(folder).values()}
+    dtypes = {weight.dtype for weight in _weights(folder).values() if weight.is_floating_point()}
     half = dtypes & {torch.bfloat16, torch.float16}
     return dtype_name(half.pop()) if len(dtypes) == len(half) == 1 else None
 

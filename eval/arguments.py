@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+import torch
 
 from gem_ds.comm import PeerError
 from gem_ds.files import sentence_of
@@ -32,7 +36,8 @@ class SamplingArguments:
     limit: int | None = option(None, "Evaluate the first so many problems only.")
     batch_size: int = option(32, "Samples per batch and rank; decides memory and speed.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", "Of the weights; auto is the delta's, or without one that of the model's files."
+        "auto",
+        "Of the weights; auto is the delta's or a 16-bit adapter's, else the model's files'.",
     )
     backend: Literal["transformers", "vllm"] = option(
         "transformers",
@@ -81,6 +86,17 @@ def check_arguments(arguments: SamplingArguments) -> None:
                 "--backend vllm spreads over the GPUs by itself: start it with plain python and "
                 "without --deepspeed."
             )
+
+
+@contextmanager
+def sparing_memory(batch: str) -> Iterator[None]:
+    """Turns running out of memory over a batch, which is described, into a ValueError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"The device's memory does not hold a batch of {batch}: lower --batch_size."
+        ) from error
 
 
 def exit_for(program: str, error: Exception) -> SystemExit:

@@ -20,11 +20,16 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from transformers import HfArgumentParser
 
-from eval.arguments import SamplingArguments, check_arguments, exit_for, option
+from eval.arguments import (
+    SamplingArguments,
+    check_arguments,
+    exit_for,
+    option,
+    sparing_memory,
+)
 from eval.metrics import score
 from eval.model import ModelFiles, load_partitioned, load_weights, open_model
 from eval.predictions import PREDICTIONS_FILE, save_predictions
@@ -101,7 +106,7 @@ def _evaluate(arguments: SamplingArguments, own: ClassificationArguments) -> dic
         with comm.agreement():
             if comm.is_main:
                 make_folder(str(arguments.output_dir))
-        try:
+        with sparing_memory(f"{arguments.batch_size} examples and all their candidates"):
             predictions = predict_all(
                 model,
                 plan.questions,
@@ -110,11 +115,6 @@ def _evaluate(arguments: SamplingArguments, own: ClassificationArguments) -> dic
                 batch_size=arguments.batch_size,
                 pad_token_id=plan.pad_token_id,
             )
-        except torch.OutOfMemoryError as error:
-            raise ValueError(
-                f"The device's memory does not hold a batch of {arguments.batch_size} examples and "
-                "all their candidates: lower --batch_size."
-            ) from error
         results: dict[str, Any] = {}
         with comm.agreement():
             if comm.is_main:
@@ -151,7 +151,8 @@ def _plan(arguments: SamplingArguments, own: ClassificationArguments) -> _Plan:
         dtype=arguments.dtype,
         task=task,
     )
-    predictor = objective_of(task.kind, is_encoder=is_encoder(files.config)).predictor
+    has_head = is_encoder(files.config)
+    predictor = objective_of(task.kind, is_encoder=has_head).predictor
     if predictor is None:
         raise ValueError(
             f"The answers of --task {own.task} are written by a causal model and not chosen: use "
@@ -160,6 +161,12 @@ def _plan(arguments: SamplingArguments, own: ClassificationArguments) -> _Plan:
     limit = num_positions(files.config)
     max_length = min(own.max_length, limit) if limit else own.max_length
     questions = predictor.encode(task.test, files.tokenizer, max_length)
+    if questions.num_truncated and not has_head:
+        raise ValueError(
+            f"{questions.num_truncated} of the {len(questions)} examples have candidates that do "
+            f"not fit behind the prompt within the max_length of {max_length}, and a part of one "
+            "has another likelihood: raise --max_length, or shorten or remove these examples."
+        )
     vocab_size = files.text_config.vocab_size
     refuse_foreign_tokens(questions.largest_token, vocab_size)
     return _Plan(

@@ -13,14 +13,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Protocol
 
-import torch
 from transformers import PreTrainedModel
 
+from eval.arguments import sparing_memory
 from eval.completion import Completion, GenerationSettings, Request
 from eval.decoding import decode_batch
 from eval.model import ModelFiles
 from eval.samples import Key, Prompt
 from gem_ds.encode import encode_prompt
+from gem_ds.encoders import num_positions
 from gem_ds.tokenizer import refuse_foreign_tokens
 
 
@@ -73,7 +74,8 @@ class Transformers:
         Raises:
             ValueError: The memory does not suffice, or the logits are not finite.
         """
-        try:
+        longest = max(len(request.prompt_ids) + request.limit for request in requests)
+        with sparing_memory(f"{len(requests)} samples of up to {longest} tokens"):
             return decode_batch(
                 self._model,
                 self._files.tokenizer,
@@ -81,11 +83,6 @@ class Transformers:
                 self._settings,
                 synced_ranks=self.synced_ranks,
             )
-        except torch.OutOfMemoryError as error:
-            raise ValueError(
-                f"The device's memory does not hold a batch of {len(requests)} samples of up to "
-                f"{max(len(r.prompt_ids) + r.limit for r in requests)} tokens: lower --batch_size."
-            ) from error
 
 
 def make_requests(
@@ -106,16 +103,16 @@ def make_requests(
     prompt_ids = {
         task_id: encode_prompt(prompt, files.tokenizer) for task_id, prompt in prompts.items()
     }
+    positions = num_positions(files.config)
     for task_id, ids in prompt_ids.items():
-        _check_prompt(task_id, ids, files)
-    num_positions = getattr(files.text_config, "max_position_embeddings", None)
+        _check_prompt(task_id, ids, positions, files.text_config.vocab_size)
     return [
         Request(
             task_id=task_id,
             sample=sample,
             prompt_ids=prompt_ids[task_id],
-            limit=min(max_new_tokens, num_positions - len(prompt_ids[task_id]))
-            if num_positions is not None
+            limit=min(max_new_tokens, positions - len(prompt_ids[task_id]))
+            if positions is not None
             else max_new_tokens,
         )
         for task_id, sample in keys
@@ -136,12 +133,10 @@ def make_batches(requests: Sequence[Request], batch_size: int) -> list[list[list
     ]
 
 
-def _check_prompt(task_id: str, ids: list[int], files: ModelFiles) -> None:
-    config = files.text_config
-    num_positions = getattr(config, "max_position_embeddings", None)
-    if num_positions is not None and len(ids) >= num_positions:
+def _check_prompt(task_id: str, ids: list[int], positions: int | None, vocab_size: int) -> None:
+    if positions is not None and len(ids) >= positions:
         raise ValueError(
             f"The prompt of {task_id} has {len(ids)} tokens, which leaves no room for an answer in "
-            f"the model's {num_positions} positions: use a model that reads more, or fewer shots."
+            f"the model's {positions} positions: use a model that reads more, or fewer shots."
         )
-    refuse_foreign_tokens(max(ids), config.vocab_size)
+    refuse_foreign_tokens(max(ids), vocab_size)

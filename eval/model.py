@@ -72,8 +72,8 @@ def open_model(
         name: Folder or Hub name of the (base) model.
         delta_path: delta.safetensors of a run on that model.
         adapter: Folder of a peft adapter of that model.
-        dtype: "float32", "bfloat16", "float16", or "auto": that of the delta, without one that of
-            the model's files.
+        dtype: "float32", "bfloat16", "float16", or "auto": that of the delta or of an adapter of 16
+            bits, without one that of the model's files.
         task: What the model classifies; None for a causal model that generates.
 
     Raises:

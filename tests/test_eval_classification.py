@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from peft import LoraConfig, PrefixTuningConfig, TaskType, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, ShiraConfig, TaskType, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from eval import classification, gsm8k, squad
@@ -179,21 +179,25 @@ def test_an_adapter_generates(tiny: Tiny) -> None:
 
 
 @pytest.mark.parametrize("is_half", [True, False])
-def test_an_adapter_keeps_the_precision_of_its_training(tiny: Tiny, is_half: bool) -> None:
+@pytest.mark.parametrize("method", ["lora", "shira"])
+def test_an_adapter_keeps_the_precision_of_its_training(
+    tiny: Tiny, method: str, is_half: bool
+) -> None:
     """Beside a base in fp32 files, where its training was in 16 bits; an fp32 one stays so."""
-    folder = tiny.folder / f"adapter_{is_half}"
+    folder = tiny.folder / f"{method}_{is_half}"
     model = AutoModelForCausalLM.from_pretrained(
         tiny.model, dtype=torch.bfloat16 if is_half else torch.float32
     )
-    config = LoraConfig(task_type=TaskType.CAUSAL_LM, target_modules=["q_proj"])
+    of_method: Any = {"lora": LoraConfig, "shira": ShiraConfig}[method]
+    config = of_method(task_type=TaskType.CAUSAL_LM, target_modules=["q_proj"], r=2)
     get_peft_model(model, config, autocast_adapter_dtype=False).save_pretrained(folder)
     files = open_model(str(tiny.model), adapter=str(folder), dtype="auto")
     found = {p.dtype for p in load_weights(files, torch.device("cpu")).parameters()}
     assert found == {torch.bfloat16 if is_half else torch.float32}
     half = open_model(str(tiny.model), adapter=str(folder), dtype="bfloat16")
     loaded = dict(load_weights(half, torch.device("cpu")).named_parameters())
-    lora = {p.dtype for name, p in loaded.items() if "lora_" in name}
-    assert lora == {torch.bfloat16 if is_half else torch.float32}
+    adapter = {p.dtype for name, p in loaded.items() if f"{method}_" in name}
+    assert adapter == {torch.bfloat16 if is_half else torch.float32}
 
 
 def test_short_answers_are_the_rest_of_the_line(tiny: Tiny) -> None:
@@ -271,10 +275,31 @@ def test_what_does_not_fit_is_refused_in_a_sentence(tiny: Tiny) -> None:
                 *("--output_dir", str(tiny.folder / "refused")),
             ]
         )
+    assert "1 of the 11 examples have candidates that do not" in refusal("--max_length", "58")
+    head = ["--delta", str(save_delta(tiny, "labels"))]
+    assert evaluate(tiny, "labels", "bert", "cut", "--max_length", "8", *head)["num_truncated"] > 0
     evaluate(tiny, "labels", "model", "twice")
     with pytest.raises(SystemExit, match="--overwrite_output_dir"):
         evaluate(tiny, "labels", "model", "twice")
     evaluate(tiny, "labels", "model", "twice", "--overwrite_output_dir")
+
+
+def test_a_batch_beyond_the_memory_says_what_to_lower(tiny: Tiny) -> None:
+    full = torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+    with (
+        mock.patch("eval.classification.predict_all", side_effect=full),
+        pytest.raises(SystemExit, match=r"a batch of 2 examples and .*: lower --batch_size\.$"),
+    ):
+        evaluate(tiny, "labels", "model", "full")
+
+
+def test_the_output_folder_is_tried_before_the_pass(tiny: Tiny) -> None:
+    (tiny.folder / "file").write_text("")
+    with (
+        mock.patch("eval.classification.predict_all", side_effect=AssertionError("it ran")),
+        pytest.raises(SystemExit, match="name a folder that is below no file"),
+    ):
+        evaluate(tiny, "labels", "model", "file/below")
 
 
 def replaced_labels(tiny: Tiny) -> Path:

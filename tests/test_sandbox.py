@@ -227,6 +227,91 @@ def test_no_level_is_one_sentence_and_weak_ones_must_be_asked_for(monkeypatch) -
     assert best_level(allow_weak=True) == "landlock"
 
 
+@pytest.mark.parametrize("allow_weak", [False, True])
+def test_where_no_level_works_each_one_says_why(monkeypatch, allow_weak: bool) -> None:
+    monkeypatch.setattr(
+        pool,
+        "problem_of",
+        lambda level, fresh=False: f"The isolation level 'x' does not work here: no {level} today.",
+    )
+    with pytest.raises(SandboxUnavailableError) as refused:
+        best_level(allow_weak)
+    text = str(refused.value)
+    levels = [level for level in LEVELS if allow_weak or level not in WEAK_LEVELS]
+    assert f"({'; '.join(f'{level}: no {level} today' for level in levels)})" in text
+    assert ("--allow-weak-sandbox" in text) != allow_weak, "what was passed is no advice"
+    assert text.count(". ") == 0
+
+
+def as_ordinary_user(program: str) -> str:
+    """What a program prints that runs as a user with one number, in an interpreter of his own."""
+    become = """
+import os, sys
+from eval.sandbox import Program, Sandbox, room
+from eval.sandbox.identity import lend
+if os.geteuid() == 0:
+    sys.executable = room.interpreter()
+    lend(list(room.sources()))
+    os.setgroups([])
+    os.setresgid(*[54321] * 3)
+    os.setresuid(*[54321] * 3)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", become + program],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_users_own_threads_are_none_of_a_candidates_processes(level: str) -> None:
+    """An ordinary user's candidates count with all that he runs; he may run a lot."""
+    if problem := problem_of(level):
+        pytest.skip(f"{level}: {problem}")
+    program = f"""
+import threading, time
+for _ in range(200):
+    threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+forks = '''
+import os, time
+def f():
+    for n in range(1000):
+        try:
+            if os.fork() == 0: time.sleep(60)
+        except OSError:
+            return n
+'''
+storm = '''
+import os
+def f():
+    while True:
+        try: os.fork()
+        except OSError: pass
+'''
+with Sandbox(1, {level!r}, allow_weak=True) as sandbox:
+    jobs = [Program(forks, ("assert 90 < f() < 140",)), Program(storm, ("f()",), timeout=1.0)] * 2
+    print(*[verdict.status for verdict in sandbox.check_all(jobs)], flush=True)
+os._exit(0)
+"""
+    assert as_ordinary_user(program).split() == ["passed", "timeout"] * 2
+
+
+def test_no_limit_is_raised_above_the_hard_one() -> None:
+    program = """
+import resource
+from eval.sandbox import confine
+resource.setrlimit(resource.RLIMIT_NPROC, (4000, 4000))
+for others in (300, 30_000, 10):
+    confine.prepare(others)
+    print(*resource.getrlimit(resource.RLIMIT_NPROC))
+"""
+    assert as_ordinary_user(program).split() == ["428", "428", "428", "428", "138", "138"]
+
+
 def test_unavailable_levels_say_why() -> None:
     for level in LEVELS:
         problem = problem_of(level)
