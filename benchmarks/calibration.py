@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM
 from gem_ds import calibrate as calibration
 from gem_ds.batches import Batches
 from gem_ds.loss import SummedLoss
-from gem_ds.zero import init_distributed, leave_distributed
+from gem_ds.process_group import init_distributed, leave_distributed
 from launch.arguments import parse_arguments
 from launch.prepare import prepare
 from launch.run import Run

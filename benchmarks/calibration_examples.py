@@ -25,10 +25,10 @@ from torch import Tensor
 
 from gem_ds.calibrate import sum_gradients
 from gem_ds.data import permutation
+from gem_ds.process_group import init_distributed
 from gem_ds.scores import Solo
 from gem_ds.selection import select_shards
 from gem_ds.sparse_methods import TargetShard
-from gem_ds.zero import init_distributed
 from launch.arguments import parse_arguments
 from launch.prepare import prepare
 from launch.run import Run

@@ -29,11 +29,11 @@ import torch
 from torch import Tensor, nn
 
 from gem_ds.comm import Comm
+from gem_ds.process_group import init_distributed
 from gem_ds.selection import select_shards
 from gem_ds.sparse import TargetLayer
 from gem_ds.sparse_methods import TargetShard
 from gem_ds.statistics import BufferedSink, ShardReducer, StatisticsSink
-from gem_ds.zero import init_distributed
 from tests.ranks import run_ranks
 
 TOKENS = 512

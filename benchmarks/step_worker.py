@@ -28,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from gem_ds.comm import Comm
 from gem_ds.fit import fit
-from gem_ds.zero import init_distributed, leave_distributed
+from gem_ds.process_group import init_distributed, leave_distributed
 from launch.arguments import parse_arguments
 from launch.prepare import prepare
 from launch.run import Run

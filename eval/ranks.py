@@ -19,12 +19,13 @@ def joined_ranks(arguments: SamplingArguments) -> Iterator[Comm]:
     if "RANK" not in os.environ and arguments.deepspeed is None:
         yield Comm(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         return
-    from gem_ds import zero  # here, as DeepSpeed takes longer to import than a small evaluation
+    # Here, as DeepSpeed takes longer to import than a small evaluation.
+    from gem_ds import process_group
 
-    comm = zero.init_distributed()
+    comm = process_group.init_distributed()
     try:
         with warnings.catch_warnings():  # DeepSpeed calls what torch has renamed
             warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
             yield comm
     finally:
-        zero.leave_distributed()
+        process_group.leave_distributed()

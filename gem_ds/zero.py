@@ -1,4 +1,4 @@
-"""DeepSpeed around a model: the only door to deepspeed.
+"""DeepSpeed around a model: the door to deepspeed, but for joining the ranks.
 
 An :class:`Engine` holds a frozen model and is given flat vectors to train: ``gate.values`` [K], and
 where a task head is trained whole a second one. What the trainer needs beyond ``forward``,
@@ -22,16 +22,9 @@ Facts of DeepSpeed 0.19 that this file rests on, each held by ``tests/test_zero.
 
 from __future__ import annotations
 
-import logging
-import os
-import sys
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
-from io import StringIO
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -41,91 +34,12 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
-from torch.utils.cpp_extension import get_default_build_root
 from transformers.integrations import HfDeepSpeedConfig
 
-from gem_ds.comm import Comm, free_port
+from gem_ds.comm import Comm
 from gem_ds.optim import STATE_KEYS, SparseAdamW
 from gem_ds.sparse import Gate
 from gem_ds.zero_config import zero_stage
-
-#: Where launchers that set no RANK say how many processes they have started.
-_NUM_PROCESSES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
-
-#: Seconds. A rank that loads the op has it for less than the one, compiling takes a minute.
-_SHORT_LOCK, _OLD_LOCK = 5, 600
-
-
-def init_distributed() -> Comm:
-    """Join the process group that the launcher describes, or form one of a single process."""
-    if "RANK" not in os.environ:
-        if any(int(os.environ.get(name, 1)) > 1 for name in _NUM_PROCESSES):
-            raise ValueError(
-                "Several processes and no RANK: start them with deepspeed or torchrun, under Slurm "
-                "one torchrun on each node."
-            )
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    deepspeed.utils.logger.setLevel(logging.ERROR)  # it warns of our optimizer, on each rank
-    accelerator = get_accelerator()
-    if accelerator.device_name() != "cpu":
-        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
-    if accelerator.device_name() == "cpu":
-        _wait_for_locks(is_telling=os.environ.get("LOCAL_RANK", "0") == "0")
-    with redirect_stdout(StringIO()):  # each rank would print that it has built an op
-        deepspeed.init_distributed(
-            accelerator.communication_backend_name(), verbose=False, timeout=_patience()
-        )
-    comm = Comm(torch.device(accelerator.current_device_name()))
-    if comm.device.type == "cpu":
-        _unlink_buffer(comm)
-    return comm
-
-
-def _unlink_buffer(comm: Comm) -> None:
-    """Take the name of DeepSpeed's shared memory on a CPU away; who has it mapped keeps it.
-
-    It is 66 MiB for each rank, and with its name it would outlive the processes.
-    """
-    comm.any(False)  # every rank has mapped those of all
-    group = f"{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}"
-    Path(f"/dev/shm/deepspeed_allreduce_buffer_{group}_{comm.rank}").unlink(missing_ok=True)
-
-
-def _patience() -> timedelta:
-    """How long a rank waits for another, which may be writing a large model to a slow disk.
-
-    It holds for the default group, on which all waits for files are.
-    """
-    return timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", 120)))
-
-
-def _wait_for_locks(*, is_telling: bool) -> None:
-    """On a CPU torch compiles an op at the first start, behind a lock that a killed process leaves.
-
-    torch would wait for it in silence and for ever. Here it is said, and a lock that is older than
-    any compilation is deleted.
-    """
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
-    for lock in Path(root).glob("**/deepspeed_shm_comm/lock"):
-        with suppress(FileNotFoundError):  # released, or deleted by another rank
-            while (age := time.time() - lock.stat().st_mtime) < _OLD_LOCK:
-                if is_telling and age > _SHORT_LOCK:
-                    is_telling = False
-                    print(
-                        f"Waiting for the process that compiles deepspeed_shm_comm; if there is "
-                        f"none, delete {lock}",
-                        file=sys.stderr,
-                        flush=True,
-                    )
-                time.sleep(1)
-            lock.unlink()
-
-
-def leave_distributed() -> None:
-    """Leave the process group; DeepSpeed forgets it too, so this process may join another."""
-    if deepspeed.comm.is_initialized():
-        deepspeed.comm.destroy_process_group()
 
 
 def partitioned_loading(config: dict[str, Any]) -> AbstractContextManager[Any]:

@@ -23,7 +23,7 @@ import transformers
 
 from gem_ds.comm import Comm, PeerError
 from gem_ds.files import sentence_of
-from gem_ds.zero import init_distributed, leave_distributed
+from gem_ds.process_group import init_distributed, leave_distributed
 from launch.arguments import Arguments, parse_arguments
 from launch.output_dir import clear_output_dir, output_dir_of_one_run
 from launch.prepare import Plan, prepare

@@ -3,7 +3,7 @@
     results = run_ranks(2, function, argument)     # function(argument) in two processes
 
 ``function`` finds RANK, WORLD_SIZE and so on in its environment, as under any launcher, and joins
-the others by :func:`gem_ds.zero.init_distributed`. It has to be importable by name.
+the others by :func:`gem_ds.process_group.init_distributed`. It has to be importable by name.
 
 Many checks on the same ranks, each to be reported under its own name:
 

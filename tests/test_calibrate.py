@@ -16,10 +16,11 @@ from gem_ds.calibrate import calibrate, sum_gradients
 from gem_ds.comm import Comm, PeerError
 from gem_ds.entries import gather_indices
 from gem_ds.loss import summed_answer_loss
+from gem_ds.process_group import init_distributed
 from gem_ds.selection import Selection
 from gem_ds.sparse import TargetLayers
 from gem_ds.targets import find_targets
-from gem_ds.zero import Engine, init_distributed
+from gem_ds.zero import Engine
 from tests import oracle
 from tests.ranks import run_ranks
 from tests.tiny import (

@@ -6,7 +6,6 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,7 +41,7 @@ def _raises(comm: Comm, error: Exception | None) -> Exception | None:
 
 
 def _all_cases(cases: Cases) -> None:
-    from gem_ds.zero import init_distributed
+    from gem_ds.process_group import init_distributed
 
     comm = init_distributed()
     ranks = range(WORLD_SIZE)
@@ -184,7 +183,7 @@ def test_a_free_port_can_be_listened_on() -> None:
 
 
 def _fails_before_a_collective() -> None:
-    from gem_ds.zero import init_distributed
+    from gem_ds.process_group import init_distributed
 
     comm = init_distributed()
     if comm.rank == 1:
@@ -231,16 +230,3 @@ def test_a_failing_case_is_told_from_those_that_did_not_run() -> None:
         outcomes.check("second")
     with pytest.raises(pytest.fail.Exception, match="did not run to its end"):
         outcomes.check("third")
-
-
-def _named_buffers() -> set[str]:
-    from gem_ds.zero import init_distributed
-
-    comm = init_distributed()
-    comm.any(False)  # every rank has come so far
-    port = os.environ["MASTER_PORT"]
-    return {path.name for path in Path("/dev/shm").glob(f"deepspeed_*_{port}_*")}
-
-
-def test_no_shared_memory_outlives_the_ranks() -> None:
-    assert run_ranks(2, _named_buffers) == [set(), set()]

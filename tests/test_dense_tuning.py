@@ -39,8 +39,8 @@ from gem_ds.fit import fit
 from gem_ds.loss import answer_loss_of, chunked_answer_loss
 from gem_ds.methods import ADAPTER_METHODS
 from gem_ds.pairs import summed_pair_loss
+from gem_ds.process_group import init_distributed
 from gem_ds.targets import find_targets
-from gem_ds.zero import init_distributed
 from launch.adapters import add_adapter
 from launch.dense_tuning import DenseTuning
 from tests.ranks import run_ranks

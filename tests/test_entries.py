@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from gem_ds.comm import Comm
 from gem_ds.entries import SelectedEntries, gather_indices
+from gem_ds.process_group import init_distributed
 from gem_ds.sparse import GradientSink
-from gem_ds.zero import init_distributed
 from tests.ranks import Cases, Outcomes, run_cases
 from tests.tiny import Setting, bits, make_engine
 

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from eval import classification, gsm8k, squad
 from eval.metrics import text_exact_match, text_f1
 from eval.model import load_weights, open_model
-from gem_ds import zero
+from gem_ds import process_group
 from gem_ds.delta import Delta
 from gem_ds.encoders import head_names, initialise_head, set_head
 from gem_ds.mask import Mask, WeightInfo, checksum
@@ -120,11 +120,13 @@ def test_an_encoder_takes_its_head_from_the_delta(tiny: Tiny, kind: Kind) -> Non
 
 def _on_ranks(tiny: Tiny, name: str) -> None:
     delta = ["--delta", str(tiny.folder / "number6.safetensors")]
-    with mock.patch.object(zero, "leave_distributed"):  # joining takes longer than these runs
+    with mock.patch.object(
+        process_group, "leave_distributed"
+    ):  # joining takes longer than these runs
         for suffix, flags in (("", []), ("3", ["--deepspeed", ZERO3])):
             evaluate(tiny, "choices", "model", f"{name}_causal{suffix}", *flags)
             evaluate(tiny, "number", "bert", f"{name}_encoder{suffix}", *flags, *delta)
-    zero.leave_distributed()
+    process_group.leave_distributed()
 
 
 def test_any_number_of_ranks_predicts_the_same(tiny: Tiny) -> None:

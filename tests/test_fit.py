@@ -16,7 +16,8 @@ from gem_ds.comm import Comm
 from gem_ds.entries import SelectedEntries
 from gem_ds.fit import DivergedError, StepResult, fit, mean_loss
 from gem_ds.loss import summed_answer_loss
-from gem_ds.zero import Engine, init_distributed
+from gem_ds.process_group import init_distributed
+from gem_ds.zero import Engine
 from tests.ranks import run_ranks
 from tests.tiny import PAD_TOKEN_ID, Setting, make_engine, make_model, random_examples
 

@@ -31,9 +31,9 @@ from gem_ds.encoders import head_names
 from gem_ds.entries import HeadEntries, SelectedEntries
 from gem_ds.fit import fit
 from gem_ds.pairs import summed_pair_loss
+from gem_ds.process_group import init_distributed
 from gem_ds.selection import Selection
 from gem_ds.targets import find_targets
-from gem_ds.zero import init_distributed
 from launch import sparse_tuning
 from launch.sparse_tuning import SparseTuning
 from tests import oracle

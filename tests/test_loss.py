@@ -38,9 +38,9 @@ from gem_ds.loss import (
     summed_answer_loss,
 )
 from gem_ds.packing import PackedDataset
+from gem_ds.process_group import init_distributed
 from gem_ds.sparse import TargetLayers
 from gem_ds.texts import answer_positions
-from gem_ds.zero import init_distributed
 from tests.largest_tensor import LargestTensor
 from tests.ranks import run_ranks
 from tests.tiny import (

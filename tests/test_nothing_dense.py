@@ -30,8 +30,9 @@ from gem_ds.calibrate import calibrate
 from gem_ds.comm import Comm
 from gem_ds.entries import SelectedEntries, gather_indices
 from gem_ds.loss import chunked_answer_loss
+from gem_ds.process_group import init_distributed
 from gem_ds.sparse import Sink, TargetLayers
-from gem_ds.zero import Engine, init_distributed
+from gem_ds.zero import Engine
 from tests.ranks import run_ranks
 from tests.tiny import PAD_TOKEN_ID, Setting, fit_entries, make_engine, random_examples
 

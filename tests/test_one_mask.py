@@ -24,10 +24,10 @@ from gem_ds.entries import gather_indices
 from gem_ds.loss import summed_answer_loss
 from gem_ds.mask import Mask, WeightInfo, index_dtype
 from gem_ds.packing import PackedDataset
+from gem_ds.process_group import init_distributed
 from gem_ds.selection import Selection, select_shards
 from gem_ds.sparse_methods import TargetShard
 from gem_ds.targets import find_targets
-from gem_ds.zero import init_distributed
 from tests import oracle
 from tests.ranks import run_ranks
 from tests.tiny import (

@@ -14,7 +14,7 @@ from eval.arguments import SamplingArguments
 from eval.completion import GenerationSettings
 from eval.generation import Transformers
 from eval.sampling import sample_all
-from gem_ds import zero
+from gem_ds import process_group
 from gem_ds.comm import PeerError
 from gem_ds.delta import Delta
 from gem_ds.mask import Mask, WeightInfo, checksum
@@ -102,7 +102,9 @@ def save_delta(path: Path, model: Path, other_base: bool = False) -> None:
 def checks(cases: Cases, folder: Path) -> None:
     delta = str(folder / "delta.safetensors")
     rank = int(os.environ["RANK"])
-    with mock.patch.object(zero, "leave_distributed"):  # joining takes longer than these runs
+    with mock.patch.object(
+        process_group, "leave_distributed"
+    ):  # joining takes longer than these runs
         with cases("whole models"):
             assert run(folder, "whole") == expected(folder, "drawn")
         with cases("whole models, a delta"):
@@ -129,7 +131,7 @@ def checks(cases: Cases, folder: Path) -> None:
             check_refusal(rank, "base", folder, "other", DRAWN, deepspeed=ZERO3, delta=other)
         with cases("an error on one rank"):
             check_error(folder, rank)
-    zero.leave_distributed()
+    process_group.leave_distributed()
 
 
 def check_interruption(folder: Path) -> None:

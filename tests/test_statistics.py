@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from gem_ds.batches import Batches
 from gem_ds.calibrate import sum_gradients
 from gem_ds.comm import Comm
+from gem_ds.process_group import init_distributed
 from gem_ds.sparse import TargetLayer
 from gem_ds.statistics import BufferedSink, ShardReducer, StatisticsSink, buffered_layers
 from gem_ds.targets import find_targets
-from gem_ds.zero import init_distributed
 from tests import oracle
 from tests.ranks import run_ranks
 from tests.tiny import (

@@ -25,8 +25,9 @@ from gem_ds.data import BatchSchedule
 from gem_ds.entries import SelectedEntries
 from gem_ds.loss import chunked_answer_loss
 from gem_ds.packing import PackedDataset, pack_rows, refuse_leaking_rows
+from gem_ds.process_group import init_distributed
 from gem_ds.targets import find_targets
-from gem_ds.zero import Engine, init_distributed
+from gem_ds.zero import Engine
 from tests import oracle
 from tests.ranks import run_ranks
 from tests.tiny import (

@@ -14,9 +14,6 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-import os
-import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -404,7 +401,7 @@ def _loading(cases: Cases, stage: int, folder: Path, comm: Comm) -> None:
 
 
 def _all_cases(cases: Cases, folder: Path) -> None:
-    from gem_ds.zero import init_distributed
+    from gem_ds.process_group import init_distributed
 
     comm = init_distributed()
     elsewhere: Uninterrupted | None = None
@@ -481,7 +478,7 @@ def test_every_case_of_the_ranks_is_reported(
 
 def _errors_of_sums() -> list[float]:
     """Per stage the largest relative error of a mean over the ranks that reaches the optimizer."""
-    from gem_ds.zero import init_distributed
+    from gem_ds.process_group import init_distributed
 
     comm = init_distributed()
     by_rank = [torch.rand(K, generator=generator(rank, 3)) * 0.01 for rank in range(4)]
@@ -504,36 +501,6 @@ def test_sums_of_bf16_gradients_round_once() -> None:
         assert min(errors) > rounding / 2, "means are rounded to bf16 at last"
 
 
-def _without_a_launcher() -> list[tuple[int, int, int]]:
-    from gem_ds.zero import init_distributed, leave_distributed
-
-    seen = []
-    for _ in range(2):  # a process may leave one group and join another
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-            del os.environ[name]
-        comm = init_distributed()
-        total = comm.all_reduce(torch.ones(1), "sum")
-        seen.append((comm.rank, comm.world_size, int(total)))
-        leave_distributed()
-    leave_distributed()  # nothing to leave
-    return seen
-
-
-def test_one_process_needs_no_launcher() -> None:
-    assert run_ranks(1, _without_a_launcher) == [[(0, 1, 1)] * 2]
-
-
-@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
-def test_several_processes_without_ranks_are_refused(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each would believe that it is alone."""
-    monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setenv(name, "2")
-    with pytest.raises(ValueError, match="start them with deepspeed or torchrun"):
-        zero.init_distributed()
-
-
 @pytest.mark.parametrize(
     ("scale", "is_dynamic", "expected"),
     [(2.0, True, True), (1.0, True, False), (2.0, False, False)],
@@ -552,37 +519,3 @@ def test_a_loss_scale_is_lowered_where_it_can_be(
     scaler = CreateLossScaler(torch.half, scale, is_dynamic, limits | {"init_scale": scale})
     engine = mock.Mock(spec=zero.BaseEngine, _scaler=scaler)
     assert zero.BaseEngine.lowers_loss_scale.fget(engine) == expected
-
-
-@pytest.fixture
-def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A lock where torch keeps its ops."""
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    lock = tmp_path / "py3_cpu" / "deepspeed_shm_comm" / "lock"
-    lock.parent.mkdir(parents=True)
-    lock.touch()
-    return lock
-
-
-def _set_age(lock: Path, seconds: float) -> None:
-    then = time.time() - seconds
-    os.utime(lock, (then, then))
-
-
-def test_a_lock_that_a_killed_process_left_is_deleted(lock: Path) -> None:
-    _set_age(lock, 3600)
-    zero._wait_for_locks(is_telling=True)
-    assert not lock.exists()
-
-
-@pytest.mark.parametrize("age", [0, 60])
-def test_the_lock_of_another_process_is_waited_for(
-    lock: Path, age: int, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """In silence where it is only loading what has been compiled."""
-    _set_age(lock, age)
-    other = threading.Timer(0.5, lock.unlink)
-    other.start()
-    zero._wait_for_locks(is_telling=True)
-    assert not other.is_alive()
-    assert (str(lock) in capsys.readouterr().err) == (age == 60)

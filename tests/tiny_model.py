@@ -24,7 +24,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from gem_ds.zero import leave_distributed
+from gem_ds.process_group import leave_distributed
 from launch import train
 
 REPOSITORY = Path(__file__).resolve().parents[1]
