@@ -19,7 +19,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	DS_ACCELERATOR=cpu $(BIN)/python -c 'from gem_ds import process_group as g; g.init_distributed(); g.leave_distributed()'
+	DS_ACCELERATOR=cpu $(BIN)/python -c 'from gem_ds.distributed import process_group as g; g.init_distributed(); g.leave_distributed()'
 	touch $@
 
 demo: install

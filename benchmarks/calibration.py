@@ -27,13 +27,13 @@ from steps.training import Training
 from steps.turns import interval, take_turns
 from transformers import AutoModelForCausalLM
 
-from gem_ds import calibrate as calibration
-from gem_ds.batches import Batches
-from gem_ds.loss import SummedLoss
-from gem_ds.process_group import init_distributed, leave_distributed
-from launch.arguments import parse_arguments
-from launch.prepare import prepare
-from launch.run import Run
+from gem_ds.data.batches import Batches
+from gem_ds.distributed.process_group import init_distributed, leave_distributed
+from gem_ds.models.loss import SummedLoss
+from gem_ds.sparse.layers import calibrate as calibration
+from gem_ds.train.arguments import parse_arguments
+from gem_ds.train.prepare import prepare
+from gem_ds.train.run import Run
 
 
 def frozen_passes(model: Any, batches: Batches, summed_loss: SummedLoss) -> None:

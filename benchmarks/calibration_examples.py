@@ -23,16 +23,16 @@ import torch
 from matplotlib import pyplot as plt
 from torch import Tensor
 
-from gem_ds.calibrate import sum_gradients
-from gem_ds.data import permutation
-from gem_ds.process_group import init_distributed
-from gem_ds.scores import Solo
-from gem_ds.selection import select_shards
-from gem_ds.sparse_methods import TargetShard
-from launch.arguments import parse_arguments
-from launch.prepare import prepare
-from launch.run import Run
-from launch.sparse_tuning import SparseTuning
+from gem_ds.data.schedule import permutation
+from gem_ds.distributed.process_group import init_distributed
+from gem_ds.select.rules import TargetShard
+from gem_ds.select.scores import Solo
+from gem_ds.select.selection import select_shards
+from gem_ds.sparse.calibrate import sum_gradients
+from gem_ds.train.arguments import parse_arguments
+from gem_ds.train.prepare import prepare
+from gem_ds.train.run import Run
+from gem_ds.train.sparse_tuning import SparseTuning
 
 SMALLEST = 8
 

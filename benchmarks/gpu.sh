@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 out=${1:-runs/gpu}
 mkdir -p "$out"
 
-pytest tests/test_sddmm.py tests/test_sddmm_triton.py | tee "$out/kernels_against_fp64.txt"
+pytest tests/sparse/test_sddmm.py tests/sparse/test_sddmm_triton.py | tee "$out/kernels_against_fp64.txt"
 python benchmarks/sddmm.py | tee "$out/sddmm.txt"
 
 step() {

@@ -23,11 +23,11 @@ from steps.shapes import SHAPES
 from steps.table import markdown
 from steps.training import Training
 
-from gem_ds.zero_config import read_config
-from launch.arguments import parse_arguments
-from launch.plan import read_setting
-from launch.planning.advice import fits, least_change
-from launch.planning.forecast import Forecast, Setting, forecast
+from gem_ds.distributed.zero_config import read_config
+from gem_ds.planning.advice import fits, least_change
+from gem_ds.planning.forecast import Forecast, Setting, forecast
+from gem_ds.planning.main import read_setting
+from gem_ds.train.arguments import parse_arguments
 
 GB = 1e9
 METHODS = ("gem", "lora", "full")

@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from eval.sandbox import Program, Sandbox
+from gem_ds.evaluate.sandbox import Program, Sandbox
 
 _FLOOR = """
 import os, time

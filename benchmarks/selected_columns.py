@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from gem_ds.mask import Mask
-from gem_ds.tasks import load_task
+from gem_ds.data.tasks import load_task
+from gem_ds.files.mask import Mask
 
 
 class Inputs:

@@ -3,13 +3,13 @@
     python -m benchmarks.selection --ranks 1 2 4 --sizes 1024 2048 4096 --matrices 1 4
 
 Each rank has its own micro-batch. *sharded* is the library: each matrix's gradient is formed and
-reduced into the ranks' ranges (:class:`gem_ds.statistics.StatisticsSink`; on one rank
-:class:`gem_ds.statistics.BufferedSink`, as there), and :func:`gem_ds.selection.select_shards` takes
+reduced into the ranks' ranges (:class:`gem_ds.sparse.gradients.StatisticsSink`; on one rank
+:class:`sparse.gradients.BufferedSink`, as there), and :func:`select.selection.select_shards` takes
 1 % of the entries. *gathered* sums the whole gradients on every rank and calls ``torch.topk`` on
 the ratios, with equal budgets and no layer scores, so it does less. Rounds of the two are
 interleaved. *scores + selection* is ``select_shards`` alone and *topk* ``torch.topk`` alone on the
 same scores, whole, on every rank. Bytes are those that a rank hands to collectives, counted at
-:class:`gem_ds.comm.Comm`. Memory is what the peak of a process grows by over its inputs.
+:class:`distributed.comm.Comm`. Memory is what the peak of a process grows by over its inputs.
 
 A cell holds the median and (smallest to largest) of the rounds.
 
@@ -28,12 +28,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from gem_ds.comm import Comm
-from gem_ds.process_group import init_distributed
-from gem_ds.selection import select_shards
-from gem_ds.sparse import TargetLayer
-from gem_ds.sparse_methods import TargetShard
-from gem_ds.statistics import BufferedSink, ShardReducer, StatisticsSink
+from gem_ds.distributed.comm import Comm
+from gem_ds.distributed.process_group import init_distributed
+from gem_ds.select.rules import TargetShard
+from gem_ds.select.selection import select_shards
+from gem_ds.sparse.gradients import BufferedSink, ShardReducer, StatisticsSink
+from gem_ds.sparse.layers import TargetLayer
 from tests.ranks import run_ranks
 
 TOKENS = 512

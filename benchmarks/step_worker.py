@@ -26,12 +26,12 @@ from steps.memory import library_bytes, peak_bytes, start_peak
 from steps.traffic import Collectives
 from torch.profiler import ProfilerActivity, profile
 
-from gem_ds.comm import Comm
-from gem_ds.fit import fit
-from gem_ds.process_group import init_distributed, leave_distributed
-from launch.arguments import parse_arguments
-from launch.prepare import prepare
-from launch.run import Run
+from gem_ds.distributed.comm import Comm
+from gem_ds.distributed.process_group import init_distributed, leave_distributed
+from gem_ds.train.arguments import parse_arguments
+from gem_ds.train.fit import fit
+from gem_ds.train.prepare import prepare
+from gem_ds.train.run import Run
 
 _BASELINES = {"floor": Floor, "dense_masked": DenseMasked}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from eval.sandbox import Sandbox, SandboxUnavailableError
+from gem_ds.evaluate.sandbox import Sandbox, SandboxUnavailableError
 
 # How long an example takes says how busy the machine is.
 settings.register_profile("any_speed", deadline=None)

@@ -3,7 +3,7 @@
     results = run_ranks(2, function, argument)     # function(argument) in two processes
 
 ``function`` finds RANK, WORLD_SIZE and so on in its environment, as under any launcher, and joins
-the others by :func:`gem_ds.process_group.init_distributed`. It has to be importable by name.
+the others by :func:`distributed.process_group.init_distributed`. It has to be importable by name.
 
 Many checks on the same ranks, each to be reported under its own name:
 
@@ -38,10 +38,10 @@ from unittest import mock
 import pytest
 import torch
 
-from gem_ds.comm import free_port
+from gem_ds.distributed.comm import free_port
 
 CPU_ONLY = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-PRELOADED = ["gem_ds.zero", "transformers.models.llama.modeling_llama"]
+PRELOADED = ["gem_ds.distributed.engine", "transformers.models.llama.modeling_llama"]
 GRACE = 2.0  # seconds that the other ranks get to report too, once one has failed
 
 

@@ -23,7 +23,7 @@ class ThreadGroup:
         self._table = table
 
     def all_reduce(self, tensor: Tensor, op: Literal["sum", "max"]) -> Tensor:
-        """Reduce over the threads in place, as gem_ds.scores.Group asks."""
+        """Reduce over the threads in place, as gem_ds.select.scores.Group asks."""
         self._table[self.rank] = tensor.clone()
         self._barrier.wait(timeout=60)
         stacked = torch.stack([entry for entry in self._table if entry is not None])

@@ -25,18 +25,18 @@ from transformers import (
     PreTrainedModel,
 )
 
-from gem_ds.batches import Batches
-from gem_ds.checkpoint import TrainerState
-from gem_ds.comm import Comm
-from gem_ds.entries import SelectedEntries
-from gem_ds.fit import StepResult, fit
-from gem_ds.loss import chunked_answer_loss
-from gem_ds.optim import SparseAdamW
-from gem_ds.sparse import TargetLayers
-from gem_ds.targets import find_targets
-from gem_ds.texts import EncodedDataset
-from gem_ds.zero import Engine
-from gem_ds.zero_config import RunShape, read_config, resolve_config
+from gem_ds.data.batches import Batches
+from gem_ds.data.texts import EncodedDataset
+from gem_ds.distributed.comm import Comm
+from gem_ds.distributed.engine import Engine
+from gem_ds.distributed.optim import SparseAdamW
+from gem_ds.distributed.zero_config import RunShape, read_config, resolve_config
+from gem_ds.files.checkpoint import TrainerState
+from gem_ds.models.loss import chunked_answer_loss
+from gem_ds.models.targets import find_targets
+from gem_ds.sparse.entries import SelectedEntries
+from gem_ds.sparse.layers import TargetLayers
+from gem_ds.train.fit import StepResult, fit
 from tests import oracle
 
 DS_CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertForSequenceClassification
 
-from gem_ds.pairs import PairDataset
+from gem_ds.data.pairs import PairDataset
 
 NUM_EXAMPLES = 17
 

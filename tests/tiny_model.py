@@ -24,8 +24,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from gem_ds.process_group import leave_distributed
-from launch import train
+from gem_ds.distributed.process_group import leave_distributed
+from gem_ds.train import main as train
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CHAT_TEMPLATE = (

@@ -17,7 +17,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PreTrainedTokenizerFast
 
-from gem_ds.tasks import ChoiceExample, Example, Kind, NumberExample, TaskData
+from gem_ds.data.tasks import ChoiceExample, Example, Kind, NumberExample, TaskData
 
 WORDS = ["red", "green", "blue", "warm", "cold", "##er", "##ish", "is", "not", "very"]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -112,7 +112,7 @@ def make_task(kind: Kind, num_train: int = 21, num_test: int = 5) -> TaskData:
 @contextmanager
 def task_of(kind: Kind) -> Iterator[None]:
     """Trainings find these examples, whatever task they name."""
-    with mock.patch("launch.data.load_task", return_value=make_task(kind)):
+    with mock.patch("gem_ds.train.examples.load_task", return_value=make_task(kind)):
         yield
 
 

@@ -1,4 +1,4 @@
-"""What the conformance test of ``gem_ds.zero`` works on: engines of every kind beside dense twins.
+"""What the conformance test of the engine works on: engines of every kind beside dense twins.
 
 A :class:`Setting` says how an engine is made, a :class:`Bench` is a small odd-shaped model in such
 an engine with a dense copy, and :class:`DenseAdamW` is the optimizer as one process would run it.
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from gem_ds.comm import Comm
-from gem_ds.optim import SparseAdamW
-from gem_ds.sddmm import Pattern
-from gem_ds.sparse import GradientSink, TargetLayers
-from gem_ds.zero_config import RunShape, read_config, resolve_config
+from gem_ds.distributed.comm import Comm
+from gem_ds.distributed.optim import SparseAdamW
+from gem_ds.distributed.zero_config import RunShape, read_config, resolve_config
+from gem_ds.sparse.layers import GradientSink, TargetLayers
+from gem_ds.sparse.sddmm import Pattern
 
 DS_CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"
 BATCH = 6
@@ -190,7 +190,7 @@ class Bench:
     """A model in an engine of some setting, beside a dense twin of the same weights."""
 
     def __init__(self, setting: Setting, comm: Comm, num_selected: int = K) -> None:
-        from gem_ds.zero import Engine
+        from gem_ds.distributed.engine import Engine
 
         self.setting, self.comm = setting, comm
         torch.manual_seed(0)

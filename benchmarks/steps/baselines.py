@@ -4,7 +4,7 @@
     dense_masked  the way of the method's published code: a full trainable copy of each target
                   weight beside the frozen one, a mask, dense gradients, dense AdamW
 
-Both fit the training loop (:class:`gem_ds.fit.Trained`).
+Both fit the training loop (:class:`gem_ds.train.fit.Trained`).
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gem_ds.comm import Comm
-from gem_ds.dense import DenseEngine
-from gem_ds.targets import targets_of
-from gem_ds.zero import BaseEngine
-from launch.arguments import Arguments
-from launch.optimizer import make_dense_optimizer
-from launch.prepare import Plan
+from gem_ds.distributed.comm import Comm
+from gem_ds.distributed.dense import DenseEngine
+from gem_ds.distributed.engine import BaseEngine
+from gem_ds.models.targets import targets_of
+from gem_ds.train.arguments import Arguments
+from gem_ds.train.optimizer import make_dense_optimizer
+from gem_ds.train.prepare import Plan
 
 
 class Baseline:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gem_ds.comm import free_port
+from gem_ds.distributed.comm import free_port
 
 _WORKER = Path(__file__).resolve().parents[1] / "step_worker.py"
 

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from gem_ds.targets import find_targets
+from gem_ds.models.targets import find_targets
 
 NUM_WORDS = 1000
 _SPECIAL = ("<s>", "</s>")

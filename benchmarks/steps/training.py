@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gem_ds.zero_config import read_config
-from launch.model import DTYPES
+from gem_ds.distributed.zero_config import read_config
+from gem_ds.models.load import DTYPES
 
 from .shapes import SHAPES, adapter_size, write_data, write_model
 

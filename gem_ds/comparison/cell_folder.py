@@ -1,0 +1,141 @@
+"""The folder of a cell: whether it may be written to, what it holds, what can go.
+
+Beside what its programs write there are
+
+    cell.json   the commands, exactly
+    log.txt     what they printed
+
+A cell is finished when its results are whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import time
+from pathlib import Path
+from typing import IO
+
+from gem_ds.comparison.cells import Cell, evaluation_command, folder_of, training_command
+from gem_ds.comparison.grid import Comparison
+from gem_ds.comparison.results import read_result, read_training
+from gem_ds.files.atomic import delete, save_json, try_lock
+
+CELL_FILE, LOG_FILE = "cell.json", "log.txt"
+
+#: What a cell of the search need not keep: its score is all that is wanted of it.
+WEIGHTS = ("delta.safetensors", "adapter", "model")
+
+#: Seconds that processes just killed have to go.
+PATIENCE = 3.0
+
+
+def is_finished(comparison: Comparison, cell: Cell) -> bool:
+    """Whether a cell's results are whole."""
+    try:
+        read_result(comparison, cell)
+    except ValueError:
+        return False
+    return True
+
+
+def is_trained(comparison: Comparison, cell: Cell) -> bool:
+    """Whether those of its training are."""
+    try:
+        read_training(folder_of(comparison, cell))
+    except ValueError:
+        return False
+    return True
+
+
+def save_commands(comparison: Comparison, cell: Cell) -> None:
+    """Write cell.json; raises OSError."""
+    save_json(folder_of(comparison, cell) / CELL_FILE, _commands(comparison, cell))
+
+
+def refuse_other_commands(comparison: Comparison, cell: Cell) -> None:
+    """Refuse a folder whose run is not the one that the file now asks for.
+
+    Raises:
+        ValueError: says what differs.
+    """
+    folder = folder_of(comparison, cell)
+    path, wanted = folder / CELL_FILE, _commands(comparison, cell)
+    if not path.exists():
+        if folder.is_dir() and set(os.listdir(folder)) - {LOG_FILE}:
+            raise ValueError(
+                f"{folder} holds files of something else: delete it, or choose another output_dir."
+            )
+        return
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = {}
+    if found != wanted:
+        raise ValueError(
+            f"{folder} holds a run of another command ({_difference(found, wanted)}): delete that "
+            "folder, or choose another output_dir."
+        )
+
+
+def lock(log: IO[bytes], folder: Path) -> None:
+    """Hold the log for as long as anyone has it open, the child that inherits it above all.
+
+    So a process that has outlived its comparison is noticed.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while not try_lock(log):
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"A process of an earlier comparison is still at work in {folder}: wait for its "
+                "end, or stop it."
+            )
+        time.sleep(0.05)
+
+
+def clear(folder: Path) -> None:
+    """Delete all but the log."""
+    for entry in folder.iterdir():
+        if entry.name != LOG_FILE:
+            delete(entry)
+
+
+def discard(folder: Path, *, is_search: bool) -> None:
+    """Delete what a finished cell no longer needs: checkpoints, and the weights of a search."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        delete(checkpoint)
+    for name in WEIGHTS if is_search else ():
+        delete(folder / name)
+
+
+def last_line(log: Path) -> str:
+    """The last line that says something; progress bars end theirs with a carriage return."""
+    text = log.read_bytes()[-10_000:].decode(errors="replace").replace("\r", "\n")
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    return lines[-1] if lines else ""
+
+
+def _commands(comparison: Comparison, cell: Cell) -> dict[str, str]:
+    """The commands of a cell as cell.json has them."""
+    train = training_command(comparison, cell)
+    evaluate = evaluation_command(comparison, cell)
+    commands = {"train": shlex.join(train)}
+    return commands if evaluate is None else commands | {"evaluate": shlex.join(evaluate)}
+
+
+def _difference(found: dict[str, str], wanted: dict[str, str]) -> str:
+    """In words, where commands part."""
+    for name in wanted | found:
+        old, new = (shlex.split(commands.get(name, "")) for commands in (found, wanted))
+        if old == new:
+            continue
+        for index in range(max(len(old), len(new))):
+            before, now = (" ".join(words[index : index + 1]) for words in (old, new))
+            if before != now:
+                flag = old[index - 1] if index and old[index - 1].startswith("--") else name
+                return f"{flag}: {before or 'nothing'}, now {now or 'nothing'}"
+    return "its cell.json is damaged"

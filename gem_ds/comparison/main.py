@@ -1,0 +1,154 @@
+"""Compare fine-tuning methods: runs of methods x tasks x seeds, tables, intervals, pictures.
+
+    python launch/compare.py --config launch/recipes/compare_demo.yaml
+
+    search (development split) -> learning rates -> final runs (test split) -> report
+
+The same command goes on where it was stopped. The file is described at the top of
+launch/comparison/grid_file.py. In the comparison's output_dir:
+
+    table.md table.csv cells.csv      the numbers, for reading, by task and method, by run
+    score_vs_parameters.png learning_rates.png budget_<task>.png
+    <task>/<method>/<split>/lr<rate>_seed<seed>/    a run: cell.json, log.txt, what it wrote
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from gem_ds.comparison.cells import final_cells, search_cells
+from gem_ds.comparison.csv_files import cells_csv, table_csv
+from gem_ds.comparison.grid import Comparison
+from gem_ds.comparison.grid_file import read_comparison
+from gem_ds.comparison.markdown import markdown
+from gem_ds.comparison.plots import write_plots
+from gem_ds.comparison.rates import choose_rates
+from gem_ds.comparison.runner import Interrupted, Runner
+from gem_ds.comparison.table import compare_methods, tabulate
+from gem_ds.files.atomic import atomic_write, sentence_of
+from gem_ds.train.output_dir import output_dir_of_one_run
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a comparison; returns 0, or 1 if a run failed.
+
+    Raises:
+        ValueError, OSError: the file, a folder or the launcher is at fault, in one sentence.
+        gem_ds.comparison.runner.Interrupted: by a signal.
+    """
+    parser = argparse.ArgumentParser(
+        prog="launch/compare.py",
+        description="Compare fine-tuning methods over tasks, seeds and learning rates.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", type=Path, required=True, help="YAML file of the comparison.")
+    parser.add_argument("--output_dir", type=Path, help="Where everything is written instead.")
+    parser.add_argument("--data_dir", type=Path, help="Folder that holds the tasks' data_dirs.")
+    parser.add_argument(
+        "--model_name_or_path",
+        help="Instead of the one in the file's common; a task's or a method's own stays.",
+    )
+    parser.add_argument(
+        "--tasks", nargs="+", help="Only these tasks of the file; the tables are of them alone."
+    )
+    args = parser.parse_args(argv)
+    comparison = read_comparison(args.config)
+    if args.tasks is not None:
+        comparison = narrowed(comparison, args.tasks)
+    if args.model_name_or_path is not None:
+        common = comparison.common | {"model_name_or_path": args.model_name_or_path}
+        comparison = replace(comparison, common=common)
+    comparison = moved(comparison, output_dir=args.output_dir, data_dir=args.data_dir)
+    with output_dir_of_one_run(comparison.output_dir):
+        num_failed = compare(comparison)
+    print(f"Wrote table.md, table.csv, cells.csv and pictures to {comparison.output_dir}")
+    return 1 if num_failed else 0
+
+
+def narrowed(comparison: Comparison, tasks: Sequence[str]) -> Comparison:
+    """The same comparison of some of its tasks only, in its order.
+
+    Raises:
+        ValueError: the file has no such task.
+    """
+    for name in tasks:
+        if name not in comparison.tasks:
+            raise ValueError(
+                f"--tasks: the file has no task {name!r}; pass some of "
+                f"{', '.join(sorted(comparison.tasks))}."
+            )
+    chosen = {name: task for name, task in comparison.tasks.items() if name in tasks}
+    return replace(comparison, tasks=chosen)
+
+
+def moved(comparison: Comparison, *, output_dir: Path | None, data_dir: Path | None) -> Comparison:
+    """The same comparison with its data and output elsewhere.
+
+    Args:
+        comparison: the file.
+        output_dir: replaces its own.
+        data_dir: its tasks' folders are below this one.
+
+    Raises:
+        ValueError: a task's folder is not there, or ``data_dir`` is given and no task has one.
+    """
+    if data_dir and not any(task.data_dir for task in comparison.tasks.values()):
+        raise ValueError(
+            "--data_dir replaces where the tasks' folders lie, and none of the tasks has one: give "
+            "them data_dir in the file, or leave --data_dir out."
+        )
+    tasks = {}
+    for name, task in comparison.tasks.items():
+        folder = task.data_dir and str((data_dir or Path()) / task.data_dir)
+        if folder and not Path(folder).is_dir():
+            raise ValueError(
+                f"There is no folder {folder} for tasks.{name}: pass --data_dir, the folder that "
+                f"holds {task.data_dir}."
+            )
+        tasks[name] = replace(task, data_dir=folder)
+    return replace(comparison, tasks=tasks, output_dir=output_dir or comparison.output_dir)
+
+
+def compare(comparison: Comparison) -> int:
+    """Run what is missing and write the report; returns how many runs failed."""
+    runner = Runner(comparison, say=lambda text: print(text, flush=True))
+    search = search_cells(comparison)
+    if search:
+        print("Searching the learning rates, on the development split", flush=True)
+    failures = runner.run(search)
+    choices = choose_rates(comparison)
+    final = final_cells(comparison, {key: choice.rate for key, choice in choices.items()})
+    print("Training with the chosen learning rates; scored on the test split", flush=True)
+    failures |= runner.run(final)
+    rows = tabulate(comparison, choices)
+    differences = {
+        task: compare_methods(comparison, [row for row in rows if row.task == task])
+        for task in comparison.tasks
+    }
+    texts = {
+        "table.md": markdown(comparison, rows, differences, failures),
+        "table.csv": table_csv(rows),
+        "cells.csv": cells_csv(comparison, [*search, *final]),
+    }
+    for name, text in texts.items():
+        write = partial(Path.write_text, data=text, encoding="utf-8")
+        atomic_write(comparison.output_dir / name, write)
+    write_plots(comparison, rows)
+    return len(failures)
+
+
+def run_as_program() -> int:
+    """Run :func:`main` as a command: errors end in one sentence and a non-zero status."""
+    try:
+        return main()
+    except Interrupted:
+        print("Stopped; the same command goes on from here.", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"Error: {sentence_of(error)}", file=sys.stderr)
+        return 1

@@ -1,0 +1,187 @@
+"""What a finished run has left: its score, its costs, and what it said of each example."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import numpy as np
+
+from gem_ds.comparison.cells import Cell, folder_of
+from gem_ds.comparison.grid import Comparison
+
+RESULTS_FILE = "all_results.json"
+PREDICTIONS_FILE = "predictions.jsonl"
+
+#: What the second command leaves, where a task has one.
+EVALUATION_FILE = "eval/results.json"
+VERDICTS_FILE = "eval/verdicts.jsonl"
+
+#: Numbers that all_results.json must hold, beside the score.
+COSTS = (
+    "num_trainable",
+    "num_parameters",
+    "peak_memory_bytes",
+    "seconds_per_step",
+    "calibration_seconds",
+    "optimizer_state_bytes",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """A finished run.
+
+    Attributes:
+        metric: name of the task's main metric.
+        score: its value on the run's split.
+        loss: on the same examples, after training; infinite where there is none.
+        costs: the numbers `COSTS`.
+    """
+
+    metric: str
+    score: float
+    loss: float
+    costs: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Predictions:
+    """What a run said of each example, in the dataset's order.
+
+    Attributes:
+        ids: of the examples.
+        correct: [n] share that is right, NaN where right and wrong mean nothing.
+        predictions: [n] labels, numbers or texts.
+        references: [n] the same of the dataset.
+    """
+
+    ids: list[Any]
+    correct: np.ndarray
+    predictions: list[Any]
+    references: list[Any]
+
+
+def read_training(folder: Path) -> Result:
+    """The result of the training program.
+
+    Its score is the task's main metric, which comes first, or where the answers are generated, so
+    that it has none, the loss on the held-out examples.
+
+    Raises:
+        ValueError: it is absent or not whole.
+    """
+    content = _read_json(folder / RESULTS_FILE)
+    metrics = content.get("eval_metrics") or {}
+    if not metrics and "last_eval_loss" in content:
+        metrics = {"eval_loss": content["last_eval_loss"]}
+    if not isinstance(metrics, dict) or not metrics:
+        raise ValueError(f"{folder / RESULTS_FILE} has neither eval_metrics nor last_eval_loss.")
+    metric, score = next(iter(metrics.items()))
+    for name, value in {**{cost: content.get(cost) for cost in COSTS}, metric: score}.items():
+        if not _is_number(value):
+            raise ValueError(f"{folder / RESULTS_FILE} has no number {name}.")
+    costs = {cost: content[cost] for cost in COSTS}
+    loss = content.get("last_eval_loss")
+    return Result(
+        metric=metric,
+        score=float(score),
+        loss=float(loss) if _is_number(loss) else math.inf,
+        costs=costs,
+    )
+
+
+def read_result(comparison: Comparison, cell: Cell) -> Result:
+    """The result of a run, evaluation included.
+
+    Raises:
+        ValueError: it is absent or not whole.
+    """
+    folder = folder_of(comparison, cell)
+    result = read_training(folder)
+    evaluation = comparison.tasks[cell.task].evaluate
+    if evaluation is None or cell.split == "dev":
+        return result
+    path = folder / EVALUATION_FILE
+    value: Any = _read_json(path)
+    for key in evaluation.score.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    if not _is_number(value):
+        raise ValueError(f"{path} has no number at {evaluation.score}.")
+    return replace(result, metric=evaluation.metric, score=float(value))
+
+
+def read_predictions(comparison: Comparison, cell: Cell) -> Predictions:
+    """What a finished run said of each example of its split.
+
+    Raises:
+        ValueError: the file is absent or not whole.
+    """
+    folder, evaluation = folder_of(comparison, cell), comparison.tasks[cell.task].evaluate
+    if evaluation is not None and cell.split == "test":
+        return _read_verdicts(folder / VERDICTS_FILE, evaluation.correct)
+    rows = _read_lines(folder / PREDICTIONS_FILE, ("id", "correct", "prediction", "reference"))
+    return Predictions(
+        ids=[row["id"] for row in rows],
+        correct=np.array([row["correct"] for row in rows], dtype=np.float64),  # None becomes NaN
+        predictions=[row["prediction"] for row in rows],
+        references=[row["reference"] for row in rows],
+    )
+
+
+def _read_verdicts(path: Path, field: str) -> Predictions:
+    """An evaluator's verdicts in ``field``, averaged over the samples of a problem.
+
+    A verdict is a truth value, a number, or the word ``passed`` among other words.
+    """
+    judged: dict[Any, list[float]] = {}
+    for row in _read_lines(path, ("task_id", field)):
+        verdict = row[field]
+        if verdict is None:
+            raise ValueError(f"{path} has no verdict {field} of some samples")
+        is_right = verdict == "passed" if isinstance(verdict, str) else float(verdict)
+        judged.setdefault(row["task_id"], []).append(float(is_right))
+    nothing = [None] * len(judged)
+    return Predictions(
+        ids=list(judged),
+        correct=np.array([np.mean(values) for values in judged.values()]),
+        predictions=nothing,
+        references=nothing,
+    )
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}.") from None
+    except ValueError:
+        raise ValueError(f"{path} is not whole.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold an object.")
+    return content
+
+
+def _read_lines(path: Path, fields: tuple[str, ...]) -> list[dict[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        rows = [json.loads(line) for line in lines if line]
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}.") from None
+    except ValueError:
+        raise ValueError(f"{path} is not whole.") from None
+    if not rows:
+        raise ValueError(f"{path} is empty.")
+    for number, row in enumerate(rows, start=1):
+        for name in fields:
+            if not isinstance(row, dict) or name not in row:
+                raise ValueError(f"{path} has no {name} in line {number}.")
+    return rows

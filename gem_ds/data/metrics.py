@@ -1,0 +1,235 @@
+"""How answers to a benchmark's examples are measured: the metrics that each benchmark defines.
+
+Values lie in [0, 1], correlations in [-1, 1]. What a formula leaves undefined counts 0.0: the
+correlation with a constant, F1 where a class is neither predicted nor there.
+
+    cola                                Matthews' correlation
+    mrpc qqp                            accuracy; F1 of the label "equivalent" or "duplicate"
+    stsb                                Pearson's and Spearman's correlation
+    cb                                  accuracy; F1 averaged over the labels that occur, unweighted
+    multirc   f1a                       F1 of "this answer is correct" over all answers
+              exact_match               share of the questions all of whose answers are judged right
+    record squad   f1, exact_match      of normalised words, against the answer that fits best
+    others                              accuracy
+
+`mnli` is the matched validation set and `mnli_mismatched` the other; each is a task of its own.
+Text is normalised as in SQuAD's official script: lower case, no punctuation, no articles, single
+spaces. ReCoRD's and SuperGLUE's do the same.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from scipy import stats
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+from gem_ds.data.numbers import cleaned, find_numbers
+from gem_ds.data.tasks import AnswerExample, ChoiceExample, Example, NumberExample
+from gem_ds.data.tasks.classification import SCALE
+
+_OUT_OF_FIVE = re.compile(  # but for the fifths of a mixed number, 3 4/5
+    rf"(?<![0-9]\s[0-9])\s*/\s*{SCALE[1]:g}(?:\.0+)?(?!\.?[0-9])"
+)
+
+#: Examples and what was predicted for each -> the value.
+Measure = Callable[[Sequence[Any], Sequence[Any]], float]
+
+
+def score(
+    task: str,
+    examples: Sequence[Example],
+    predictions: Sequence[int] | Sequence[float] | Sequence[str],
+) -> dict[str, float]:
+    """Every metric of a task by name, the main one first.
+
+    Args:
+        task: A task of `METRICS`.
+        examples: What was asked.
+        predictions: For each the index of a candidate; for stsb a number; for squad a text.
+
+    Raises:
+        ValueError: The task has no metric, there is nothing to judge, or a prediction is missing or
+            impossible.
+    """
+    if task not in METRICS:
+        raise ValueError(f"{task} has no metric here: there are those of {', '.join(METRICS)}.")
+    if not examples or len(examples) != len(predictions):
+        raise ValueError(
+            f"{task} has {len(examples)} examples and {len(predictions)} predictions: there must "
+            f"be one for each, and at least one."
+        )
+    for number, (example, prediction) in enumerate(zip(examples, predictions, strict=True), 1):
+        if not _is_possible(example, prediction):
+            raise ValueError(f"Example {number} of {task} cannot have the answer {prediction!r}.")
+    return {name: measure(examples, predictions) for name, measure in METRICS[task].items()}
+
+
+def read_number(text: str) -> float:
+    """The number that a model wrote for stsb, moved to the nearest end of the scale if outside.
+
+    It is the first number in the text, "4/5" being 4 out of 5. A text without one counts as the
+    middle, 2.5: a model that does not answer must be given a number, and this one says the least.
+    """
+    low, high = map(Fraction, SCALE)
+    numbers = find_numbers(_OUT_OF_FIVE.sub("", cleaned(text)))
+    if not numbers or (value := numbers[0].value) is None:
+        return float((low + high) / 2)
+    return float(min(max(value, low), high))
+
+
+def accuracy(examples: Sequence[ChoiceExample], predictions: Sequence[int]) -> float:
+    """Share of the right answers."""
+    return float(accuracy_score(_answers(examples), predictions))
+
+
+def f1(examples: Sequence[ChoiceExample], predictions: Sequence[int]) -> float:
+    """F1 of label 1."""
+    return float(f1_score(_answers(examples), predictions, zero_division=0.0))
+
+
+def macro_f1(examples: Sequence[ChoiceExample], predictions: Sequence[int]) -> float:
+    """Mean F1 of the labels that are predicted or right somewhere."""
+    return float(f1_score(_answers(examples), predictions, average="macro", zero_division=0.0))
+
+
+def matthews(examples: Sequence[ChoiceExample], predictions: Sequence[int]) -> float:
+    """Matthews' correlation."""
+    answers = _answers(examples)
+    if _is_constant(answers) or _is_constant(predictions):
+        return 0.0
+    return float(matthews_corrcoef(answers, predictions))
+
+
+def pearson(examples: Sequence[NumberExample], predictions: Sequence[float]) -> float:
+    """Pearson's correlation."""
+    return _correlation(stats.pearsonr, examples, predictions)
+
+
+def spearman(examples: Sequence[NumberExample], predictions: Sequence[float]) -> float:
+    """Spearman's rank correlation."""
+    return _correlation(stats.spearmanr, examples, predictions)
+
+
+def group_exact_match(examples: Sequence[ChoiceExample], predictions: Sequence[int]) -> float:
+    """Share of the groups all of whose examples are right."""
+    groups: dict[str, bool] = {}
+    for example, prediction in zip(examples, predictions, strict=True):
+        is_right = prediction == example.answer
+        groups[example.group] = groups.get(example.group, True) and is_right
+    return sum(groups.values()) / len(groups)
+
+
+def text_f1(
+    examples: Sequence[AnswerExample | ChoiceExample], predictions: Sequence[str | int]
+) -> float:
+    """Mean F1 of the words, each against the accepted answer that it fits best."""
+    return _mean_of_best(_word_f1, examples, predictions)
+
+
+def text_exact_match(
+    examples: Sequence[AnswerExample | ChoiceExample], predictions: Sequence[str | int]
+) -> float:
+    """Share of the predictions that are an accepted answer, once both are normalised."""
+    return _mean_of_best(lambda a, b: float(a == b), examples, predictions)
+
+
+_ACCURACY: Mapping[str, Measure] = {"accuracy": accuracy}
+_PAIR: Mapping[str, Measure] = {"accuracy": accuracy, "f1": f1}
+_TEXT: Mapping[str, Measure] = {"f1": text_f1, "exact_match": text_exact_match}
+
+#: By task its metrics, the main one first.
+METRICS: Mapping[str, Mapping[str, Measure]] = MappingProxyType(
+    {
+        "cola": {"matthews_correlation": matthews},
+        "sst2": _ACCURACY,
+        "mrpc": _PAIR,
+        "stsb": {"pearson": pearson, "spearman": spearman},
+        "qqp": _PAIR,
+        "mnli": _ACCURACY,
+        "mnli_mismatched": _ACCURACY,
+        "qnli": _ACCURACY,
+        "rte": _ACCURACY,
+        "wnli": _ACCURACY,
+        "boolq": _ACCURACY,
+        "cb": {"accuracy": accuracy, "macro_f1": macro_f1},
+        "copa": _ACCURACY,
+        "multirc": {"f1a": f1, "exact_match": group_exact_match},
+        "record": _TEXT,
+        "wic": _ACCURACY,
+        "wsc": _ACCURACY,
+        "squad": _TEXT,
+    }
+)
+
+
+def _is_possible(example: Example, prediction: object) -> bool:
+    if isinstance(example, ChoiceExample):
+        is_index = isinstance(prediction, (int, np.integer))
+        return is_index and 0 <= prediction < len(example.candidates)  # type: ignore[operator]
+    if isinstance(example, NumberExample):
+        return isinstance(prediction, (int, float, np.number)) and bool(np.isfinite(prediction))
+    return isinstance(prediction, str)
+
+
+def _answers(examples: Sequence[ChoiceExample]) -> list[int]:
+    return [example.answer for example in examples]
+
+
+def _is_constant(values: Sequence[float]) -> bool:
+    return len(set(values)) < 2
+
+
+def _correlation(
+    correlate: Callable[..., Any], examples: Sequence[NumberExample], predictions: Sequence[float]
+) -> float:
+    values = [example.value for example in examples]
+    if _is_constant(values) or _is_constant(predictions):
+        return 0.0
+    with warnings.catch_warnings():  # of numbers that differ by rounding only
+        warnings.simplefilter("ignore")
+        value = float(correlate(values, np.asarray(predictions, dtype=np.float64)).statistic)
+    return value if np.isfinite(value) else 0.0
+
+
+def _mean_of_best(
+    compare: Callable[[str, str], float],
+    examples: Sequence[AnswerExample | ChoiceExample],
+    predictions: Sequence[str | int],
+) -> float:
+    total = 0.0
+    for example, prediction in zip(examples, predictions, strict=True):
+        text = normalised(_text(example, prediction))
+        total += max(compare(text, normalised(answer)) for answer in example.answers)
+    return total / len(examples)
+
+
+def _text(example: AnswerExample | ChoiceExample, prediction: str | int) -> str:
+    if isinstance(example, AnswerExample):
+        assert isinstance(prediction, str)
+        return prediction
+    assert not isinstance(prediction, str)
+    return example.candidates[prediction]
+
+
+def normalised(text: str) -> str:
+    """The text in lower case without punctuation (ASCII), articles and spare white space."""
+    text = "".join(character for character in text.lower() if character not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def _word_f1(text: str, answer: str) -> float:
+    words, wanted = text.split(), answer.split()
+    num_common = (Counter(words) & Counter(wanted)).total()
+    if not num_common:
+        return 0.0
+    precision, recall = num_common / len(words), num_common / len(wanted)
+    return 2 * precision * recall / (precision + recall)

@@ -1,0 +1,44 @@
+"""The file of predictions that are no text: labels, choices, numbers.
+
+    predictions.jsonl    {"id": 17, "prediction": 0, "reference": 1, "correct": 0.0}
+
+`prediction` and `reference` are indices of candidates, or numbers; a number is neither right nor
+wrong (`correct` is null). An example that accepts several texts (record) has one of its candidates
+as reference, and as `correct` the F1 of the words, whose mean is the task's main metric.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gem_ds.data.metrics import text_f1
+from gem_ds.data.tasks import ChoiceExample, Example, NumberExample
+from gem_ds.files.atomic import atomic_write
+
+PREDICTIONS_FILE = "predictions.jsonl"
+
+
+def save_predictions(
+    folder: Path, examples: Sequence[Example], predictions: Sequence[float]
+) -> None:
+    """Write predictions.jsonl, a line for each example in their order."""
+    lines = [
+        json.dumps({"id": i, "prediction": prediction, **_judged(example, prediction)})
+        for i, (example, prediction) in enumerate(zip(examples, predictions, strict=True))
+    ]
+    payload = "".join(f"{line}\n" for line in lines).encode()
+    atomic_write(folder / PREDICTIONS_FILE, lambda path: path.write_bytes(payload))
+
+
+def _judged(example: Example, prediction: float) -> dict[str, Any]:
+    if isinstance(example, NumberExample):
+        return {"reference": example.value, "correct": None}
+    assert isinstance(example, ChoiceExample)
+    if example.answers:
+        correct = text_f1([example], [int(prediction)])
+    else:
+        correct = float(prediction == example.answer)
+    return {"reference": example.answer, "correct": correct}

@@ -1,0 +1,209 @@
+"""Benchmark tasks whose answer is a label, a choice or a number: from a row to an example.
+
+A task is data (`data.tasks.catalog` is the table). Whatever its source, a row has the Hub's field
+names when a template sees it; a source that differs says how in its `Files`. Then
+
+    row  --unfold-->  rows of the Hub's shape  --derive-->  fields of the templates  -->  example
+
+Texts lose the white space around them, which some data sets have by accident.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from gem_ds.data.tasks import ChoiceExample, Example, Kind, NumberExample, Pair, Source, TaskData
+from gem_ds.data.tasks.hub import read_hub
+from gem_ds.data.tasks.lines import Line, read_jsonl
+from gem_ds.data.tasks.tsv import read_tsv
+
+#: The ends of the scale on which numbers are.
+SCALE = (0.0, 5.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    """How a benchmark's own files differ from the Hub's rows.
+
+    Attributes:
+        train: The training file; its suffix says whether it is TSV or JSONL.
+        test: The validation file.
+        header: Names of the columns, for a TSV that has none.
+        names: By the Hub's name of a field, the file's where it is another.
+        labels: What the file writes for each label; None if it writes their names.
+        unfold: Makes rows of the Hub's shape out of a nested one.
+        skip_short: Whether rows of a TSV that lack cells are left out, as the Hub leaves them out.
+    """
+
+    train: str
+    test: str
+    header: tuple[str, ...] = ()
+    names: Mapping[str, str] = field(default_factory=dict)
+    labels: tuple[object, ...] | None = None
+    unfold: Callable[[Line], list[Line]] | None = None
+    skip_short: bool = False
+
+    def read(self, path: Path, label_names: Sequence[str]) -> Iterator[Line]:
+        """The rows of a file in the Hub's shape."""
+        if path.suffix == ".tsv":
+            lines = read_tsv(path, self.header, skip_short=self.skip_short)
+        else:
+            lines = read_jsonl(path)
+        for line in lines:
+            for row in self.unfold(line) if self.unfold else [self._renamed(line)]:
+                yield _numbered(row, label_names if self.labels is None else self.labels)
+
+    def _renamed(self, line: Line) -> Line:
+        fields = dict(line.fields)
+        for name, own in self.names.items():
+            if own not in fields:
+                raise line.error(f"there is no field {own!r}; the line has {line.field_names()}.")
+            fields[name] = fields.pop(own)
+        return replace(line, fields=fields)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationTask:
+    """One task as data; the templates name fields of a row in braces.
+
+    Attributes:
+        hub: Address and configuration on the Hub.
+        files: The forms in which a folder may hold it.
+        kind: What an answer is.
+        labels: Names of the labels in the Hub's order (of choices: just how many there are; none
+            where `derive` gives the label).
+        prompt: Template of what a causal model reads.
+        answers: Template of what it writes, for each label; of choices one for all, which may name
+            the fields of each of the row's `options`. A number needs none.
+        pair: Templates of what an encoder reads; of choices likewise, once for each.
+        test_split: The Hub's name of the validation set.
+        group: The parts of the row's `idx` that say what is judged together.
+        derive: Further fields for the templates.
+    """
+
+    hub: tuple[str, str]
+    files: tuple[Files, ...]
+    kind: Kind = "labels"
+    labels: tuple[str, ...] = ()
+    prompt: str
+    answers: tuple[str, ...] = ()
+    pair: Pair
+    test_split: str = "validation"
+    group: tuple[str, ...] = ()
+    derive: Callable[[Line], Mapping[str, object]] | None = None
+
+
+def load(name: str, task: ClassificationTask, source: Source) -> TaskData:
+    """Load the training and validation sets; the benchmarks publish no labels of the test sets.
+
+    Args:
+        name: The task's, for messages.
+        task: What it is.
+        source: `data_dir` holds the benchmark's own files, perhaps without the validation file;
+            None loads the task from the Hub.
+
+    Raises:
+        ValueError: An option that does not apply, or a file is missing or at fault.
+    """
+    source.refuse_own_fields(name)
+    if source.data_dir is None:
+        written = range(len(task.labels))
+        train, test = (
+            [_example(task, _numbered(row, written)) for row in read_hub(task.hub, split)]
+            for split in ("train", task.test_split)
+        )
+    else:
+        folder = Path(source.data_dir)
+        files = _present(folder, task.files)
+        train = [_example(task, row) for row in files.read(folder / files.train, task.labels)]
+        test = []
+        if (folder / files.test).is_file():
+            test = [_example(task, row) for row in files.read(folder / files.test, task.labels)]
+    labels = task.labels if task.kind == "labels" else ()
+    return TaskData(train=train, test=test, kind=task.kind, labels=labels)
+
+
+def _present(folder: Path, forms: Sequence[Files]) -> Files:
+    """The form whose training file is in the folder."""
+    for files in forms:
+        if (folder / files.train).is_file():
+            return files
+    wanted = " or ".join(str(folder / files.train) for files in forms)
+    raise ValueError(f"There is no file {wanted}: check the path.")
+
+
+def _numbered(row: Line, written: Sequence[object]) -> Line:
+    """The row with its label as a number from 0, where `written` says what stands for each."""
+    if not written:
+        return row
+    spellings = [json.dumps(label) for label in written]
+    if "label" not in row.fields:
+        raise row.error(f"there is no field 'label'; the line has {row.field_names()}.")
+    label = json.dumps(row.fields["label"])
+    if label not in spellings:
+        raise row.error(f"the label is {label}; it must be one of {', '.join(spellings)}.")
+    return replace(row, fields={**row.fields, "label": spellings.index(label)})
+
+
+def _example(task: ClassificationTask, row: Line) -> Example:
+    if task.derive:
+        row = replace(row, fields={**row.fields, **task.derive(row)})
+    if task.kind == "number":
+        return _number_example(task, row)
+    if task.kind == "choices":
+        options = [
+            replace(row, fields={**row.fields, **o.fields}) for o in row.nested_list("options")
+        ]
+        candidates = tuple(_fill(task.answers[0], option) for option in options)
+        pairs = tuple(_fill_pair(task.pair, option) for option in options)
+    else:
+        candidates, pairs = task.answers, (_fill_pair(task.pair, row),)
+    answer = row.whole_number("label")
+    return ChoiceExample(
+        prompt=_fill(task.prompt, row),
+        target=candidates[answer],
+        candidates=candidates,
+        answer=answer,
+        pairs=pairs,
+        group=".".join(str(row.nested("idx").whole_number(part)) for part in task.group),
+        answers=row.texts("answers") if "answers" in row.fields else (),
+    )
+
+
+def _number_example(task: ClassificationTask, row: Line) -> NumberExample:
+    label = row.fields.get("label")
+    try:
+        value = float(label) if isinstance(label, (str, float)) else None
+    except ValueError:
+        value = None
+    low, high = SCALE
+    if value is None or not low <= value <= high:
+        raise row.error(f"the label is {label!r}; it must be a number from {low} to {high}.")
+    return NumberExample(
+        prompt=_fill(task.prompt, row),
+        target=f" {value:.1f}",
+        pairs=(_fill_pair(task.pair, row),),
+        value=value,
+    )
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """The fields of a row as a template asks for them."""
+
+    row: Line
+
+    def __getitem__(self, name: str) -> str:
+        return self.row.text(name).strip()
+
+
+def _fill(template: str, row: Line) -> str:
+    return template.format_map(_Texts(row))
+
+
+def _fill_pair(pair: Pair, row: Line) -> Pair:
+    first, second = pair
+    return _fill(first, row), None if second is None else _fill(second, row)

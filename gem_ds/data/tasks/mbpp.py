@@ -1,0 +1,203 @@
+r"""MBPP: short Python problems with solutions and tests (Austin et al., arXiv 2108.07732).
+
+    prompt = "You are an expert Python programmer, and here is your task: {text} Your code should
+              pass these tests:\n\n{tests}\n[BEGIN]\n"            target = "{code}\n[DONE]"
+
+The form is that of the dataset's own README, tests one to a line. Evaluation builds its prompts
+with the same functions, so that a model is asked as it was taught.
+
+The full set has 974 problems, whose ids say what they are for (`SPLITS`). The sanitized set has 427
+of them, checked by hand and partly rewritten; it names two fields differently:
+
+    mbpp.jsonl              text     test_setup_code (text)
+    sanitized-mbpp.json     prompt   test_imports (list of lines)
+
+The full set's `challenge_test_list` is not read: no published protocol runs it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from gem_ds.data.tasks import Example, Source, TaskData
+from gem_ds.data.tasks.lines import Line, read_jsonl
+
+HUB_DATASET = "google-research-datasets/mbpp"
+FULL_FILE = "mbpp.jsonl"
+SANITIZED_FILE = "sanitized-mbpp.json"
+
+#: The ids of each split, the same in both sets.
+SPLITS: Mapping[str, range] = MappingProxyType(
+    {
+        "prompt": range(1, 11),
+        "test": range(11, 511),
+        "validation": range(511, 601),
+        "train": range(601, 975),
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    r"""One problem.
+
+    Attributes:
+        task_id: Its number, which also says its split.
+        text: What is asked for.
+        code: The reference solution, as the dataset has it (many with `\r\n` line ends).
+        tests: Assert statements.
+        setup: Code that the tests need, often none; it may use what the solution defines.
+    """
+
+    task_id: int
+    text: str
+    code: str
+    tests: tuple[str, ...]
+    setup: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """The problems by id, in the order of their source, and what tells this source from another.
+
+    Attributes:
+        problems: By `task_id`.
+        source: The file's name, or the Hub's name and configuration.
+        sha256: Of the file's bytes; from the Hub, of its rows as sorted JSON, one to a line.
+    """
+
+    problems: dict[int, Problem]
+    source: str
+    sha256: str
+
+    def split(self, name: str) -> list[Problem]:
+        """The problems of a split of `SPLITS`, by id.
+
+        Raises:
+            ValueError: There are none.
+        """
+        ids = SPLITS[name]
+        if not (found := sorted(self.problems.keys() & set(ids))):
+            raise ValueError(
+                f"{self.source} has no problem of the {name} split (ids {ids.start} to "
+                f"{ids.stop - 1}): check that the file is whole."
+            )
+        return [self.problems[task_id] for task_id in found]
+
+
+def prompt_of(text: str, tests: Iterable[str]) -> str:
+    """The prompt for one problem, without any worked example before it."""
+    listed = "\n".join(tests)
+    return (
+        f"You are an expert Python programmer, and here is your task: {text} "
+        f"Your code should pass these tests:\n\n{listed}\n[BEGIN]\n"
+    )
+
+
+def target_of(code: str) -> str:
+    """What the model should write after the prompt."""
+    return f"{code}\n[DONE]"
+
+
+def load(source: Source) -> TaskData:
+    r"""Load the full set for training: the train split (374), and validation (90) as held-out.
+
+    The test split stays unseen, for `eval.passk`. Line ends of the solutions are made `\n`: a
+    carriage return is an accident of the file and not worth a token to learn.
+
+    Args:
+        source: `data_dir` holds `mbpp.jsonl`; None loads the Hub's dataset through `datasets`.
+
+    Raises:
+        ValueError: An option that does not apply, or a missing or malformed file.
+    """
+    source.refuse_own_fields("mbpp")
+    dataset = load_problems(source.data_dir)
+    return TaskData(
+        train=[_example(problem) for problem in dataset.split("train")],
+        test=[_example(problem) for problem in dataset.split("validation")],
+    )
+
+
+def load_problems(data_dir: str | Path | None, *, sanitized: bool = False) -> Dataset:
+    """Load all problems of the full or the sanitized set.
+
+    Args:
+        data_dir: Folder with `mbpp.jsonl` or `sanitized-mbpp.json`; None loads from the Hub.
+        sanitized: Which of the two.
+
+    Raises:
+        ValueError: The file is missing or malformed, a problem lacks a field or has no tests, or an
+            id occurs twice or belongs to no split; the sentence names the place.
+    """
+    if data_dir is None:
+        return _from_hub(sanitized)
+    path = Path(data_dir) / (SANITIZED_FILE if sanitized else FULL_FILE)
+    rows = _read_list(path) if sanitized else read_jsonl(path)
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Dataset(problems=_problems(rows, sanitized), source=path.name, sha256=sha256)
+
+
+def _from_hub(sanitized: bool) -> Dataset:
+    from datasets import load_dataset
+
+    name = "sanitized" if sanitized else "full"
+    splits = load_dataset(HUB_DATASET, name)
+    fields = [dict(row) for split in splits.values() for row in split]
+    rows = [Line(Path(HUB_DATASET), i, row, "row") for i, row in enumerate(fields, start=1)]
+    canonical = "".join(json.dumps(row, sort_keys=True) + "\n" for row in fields)
+    return Dataset(
+        problems=_problems(rows, sanitized),
+        source=f"{HUB_DATASET} ({name})",
+        sha256=hashlib.sha256(canonical.encode()).hexdigest(),
+    )
+
+
+def _read_list(path: Path) -> list[Line]:
+    """The objects of a file that is one JSON list."""
+    if not path.is_file():
+        raise ValueError(f"There is no file {path}: check the path.")
+    try:
+        values = json.loads(path.read_bytes())
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise ValueError(f"{path} is not JSON ({error}): download it again.") from None
+    if not (isinstance(values, list) and all(isinstance(value, dict) for value in values)):
+        raise ValueError(f"{path} must be one JSON list of objects: download it again.")
+    return [Line(path, i, fields, "entry") for i, fields in enumerate(values, start=1)]
+
+
+def _problems(rows: list[Line], sanitized: bool) -> dict[int, Problem]:
+    problems: dict[int, Problem] = {}
+    for row in rows:
+        task_id = _task_id(row)
+        if task_id in problems:
+            raise row.error(f"there is another problem with task_id {task_id}: remove one of them.")
+        text, setup = ("prompt", "test_imports") if sanitized else ("text", "test_setup_code")
+        problems[task_id] = Problem(
+            task_id=task_id,
+            text=row.text(text),
+            code=row.text("code"),
+            tests=row.texts("test_list"),
+            setup="\n".join(row.texts(setup)) if sanitized else row.text(setup),
+        )
+        if not problems[task_id].tests:
+            raise row.error(f"problem {task_id} has no tests, so that any program would pass.")
+    return problems
+
+
+def _task_id(row: Line) -> int:
+    value = row.fields.get("task_id")
+    if type(value) is int and any(value in ids for ids in SPLITS.values()):
+        return value
+    raise row.error(f"the field 'task_id' must be a whole number from 1 to 974, not {value!r}.")
+
+
+def _example(problem: Problem) -> Example:
+    code = re.sub(r"\r\n?", "\n", problem.code)
+    return Example(prompt=prompt_of(problem.text, problem.tests), target=target_of(code))

@@ -1,0 +1,99 @@
+r"""SQuAD 1.1: questions on Wikipedia passages, answered in the passage's words (Rajpurkar et al.).
+
+    prompt = "Title: {title}\n\n{context}\n\nQuestion: {question}\nAnswer:"
+    target = " " + the first accepted answer
+
+Every question has an answer (arXiv 1606.05250); SQuAD 2, where some have none, is not read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from gem_ds.data.tasks import AnswerExample, Example, Source, TaskData
+from gem_ds.data.tasks.hub import read_hub
+from gem_ds.data.tasks.lines import Line
+
+HUB_DATASET = "rajpurkar/squad"
+TRAIN_FILE = "train-v1.1.json"
+TEST_FILE = "dev-v1.1.json"
+
+
+def prompt_of(title: str, context: str, question: str) -> str:
+    """The prompt for one question, without any worked example before it."""
+    return f"Title: {title.replace('_', ' ')}\n\n{context}\n\nQuestion: {question}\nAnswer:"
+
+
+def load(source: Source) -> TaskData:
+    """Load train (87599 questions), and dev (10570) as held-out: the test set is not public.
+
+    Args:
+        source: `data_dir` holds `train-v1.1.json` and perhaps `dev-v1.1.json`, the official files;
+            None loads `rajpurkar/squad` through `datasets`.
+
+    Raises:
+        ValueError: An option that does not apply, or a missing or malformed file.
+    """
+    source.refuse_own_fields("squad")
+    if source.data_dir is None:
+        return TaskData(train=_from_hub("train"), test=_from_hub("validation"))
+    train, test = (Path(source.data_dir) / name for name in (TRAIN_FILE, TEST_FILE))
+    return TaskData(train=_from_file(train), test=_from_file(test) if test.is_file() else [])
+
+
+def _from_hub(split: str) -> list[Example]:
+    return [
+        _example(row.text("title"), row.text("context"), row, row.nested("answers").texts("text"))
+        for row in read_hub((HUB_DATASET,), split)
+    ]
+
+
+def _from_file(path: Path) -> list[Example]:
+    return [
+        _example(
+            article.text("title"),
+            paragraph.text("context"),
+            question,
+            [answer.text("text") for answer in question.nested_list("answers")],
+        )
+        for article in _articles(path)
+        for paragraph in article.nested_list("paragraphs")
+        for question in paragraph.nested_list("qas")
+    ]
+
+
+def _articles(path: Path) -> list[Line]:
+    """The articles of an official file, which is one JSON object."""
+    if not path.is_file():
+        raise ValueError(f"There is no file {path}: check the path.")
+    try:
+        document = json.loads(path.read_bytes())
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8: download it again.") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}, line {error.lineno}: this is not JSON ({error.msg}, column {error.colno}); "
+            f"download the file again."
+        ) from None
+    articles = document.get("data") if isinstance(document, dict) else None
+    if not articles or not isinstance(articles, list):
+        raise ValueError(f"{path} must hold an object with a list of articles, 'data'.")
+    if wrong := [i for i, article in enumerate(articles, 1) if not isinstance(article, dict)]:
+        raise ValueError(f"{path}, article {wrong[0]}: an article must be an object.")
+    return [Line(path, number, fields, "article") for number, fields in enumerate(articles, 1)]
+
+
+def _example(title: str, context: str, question: Line, answers: Iterable[str]) -> AnswerExample:
+    accepted = tuple(dict.fromkeys(answers))
+    if not accepted:
+        raise question.error(
+            f"the question {question.text('question')!r} has no answer: SQuAD 1.1 has one to each."
+        )
+    return AnswerExample(
+        prompt=prompt_of(title, context, question.text("question")),
+        target=f" {accepted[0]}",
+        answers=accepted,
+        passage=context,
+    )

@@ -1,0 +1,1 @@
+"""The doors to DeepSpeed and torch.distributed."""

@@ -1,0 +1,167 @@
+"""The ranks of a run and what they say to each other: the only door to torch.distributed.
+
+One class serves one rank or a thousand. With nobody to talk to, every call returns at once, so the
+code above holds no branch on the world size. All collectives run on the default process group, in
+the same order on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gem_ds.files.atomic import sentence_of
+
+_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+
+
+class Comm:
+    """This process's place among the ranks; satisfies :class:`gem_ds.select.scores.Group`.
+
+    Attributes:
+        rank: this process, from 0.
+        world_size: the number of processes.
+        device: where tensors that cross the network must lie (NCCL wants the GPU, gloo the CPU).
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        initialized = dist.is_initialized()
+        self.rank = dist.get_rank() if initialized else 0
+        self.world_size = dist.get_world_size() if initialized else 1
+        self.device = device
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that prints and writes files."""
+        return self.rank == 0
+
+    def all_reduce(self, tensor: Tensor, op: Literal["sum", "max"]) -> Tensor:
+        """Reduce ``tensor`` over the ranks in place and return it."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor, op=_OPS[op])
+        return tensor
+
+    def reduce_scatter(self, tensor: Tensor) -> Tensor:
+        """Sum ``tensor`` [world_size * n] over the ranks; return this rank's n entries of it."""
+        return self.start_reduce_scatter(tensor)()
+
+    def start_reduce_scatter(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """Begin what :meth:`reduce_scatter` does; what it returns waits for the n entries.
+
+        Until then ``tensor`` belongs to the network.
+        """
+        if self.world_size == 1:
+            return lambda: tensor
+        length, rest = divmod(tensor.numel(), self.world_size)
+        assert rest == 0, f"{tensor.numel()} entries do not divide over {self.world_size} ranks"
+        shard = tensor.new_empty(length)
+        work = dist.reduce_scatter_tensor(shard, tensor, async_op=True)
+
+        def wait() -> Tensor:
+            nonlocal tensor
+            work.wait()
+            tensor = shard  # until here the network read it
+            return shard
+
+        return wait
+
+    def gather_shards(self, shard: Tensor) -> Tensor:
+        """Put ranges of n entries, one on each rank, together: [world_size * n] on every rank.
+
+        What :meth:`reduce_scatter` does, undone; unlike :meth:`all_gather` it asks nobody for
+        lengths, so a GPU does not wait for it.
+        """
+        if self.world_size == 1:
+            return shard
+        whole = shard.new_empty(self.world_size * shard.numel())
+        dist.all_gather_into_tensor(whole, shard)
+        return whole
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        """Collect 1-D tensors, whose lengths may differ between ranks, in rank order."""
+        if self.world_size == 1:
+            return [tensor]
+        lengths = torch.zeros(self.world_size, dtype=torch.int64, device=tensor.device)
+        lengths[self.rank] = tensor.numel()
+        sizes = self.all_reduce(lengths, "sum").tolist()
+        padded = tensor.new_zeros(max(sizes))
+        padded[: tensor.numel()] = tensor
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+        return [part[:size] for part, size in zip(parts, sizes, strict=True)]
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's ``value`` (picklable) on every rank."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's ``value`` (picklable), in rank order, on every rank."""
+        values: list[Any] = [value]
+        if self.world_size > 1:
+            values = [None] * self.world_size
+            dist.all_gather_object(values, value)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank when ``flag`` is true on at least one."""
+        return bool(self.all_reduce(torch.tensor([float(flag)], device=self.device), "max").item())
+
+    def largest(self, value: int) -> int:
+        """The largest of the ranks' values."""
+        return int(self.all_reduce(torch.tensor([value], device=self.device), "max").item())
+
+    @contextmanager
+    def agreement(self) -> Iterator[None]:
+        """Leave the block together: when one rank fails in it, all ranks raise.
+
+        Rank 0 raises what went wrong, whichever rank it went wrong on; the others raise
+        :class:`PeerError`, unless their own error is not one that a user can mend. Without this
+        the others would wait for ever in their next collective. The block itself must hold no
+        collective that a failed rank would have skipped.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        if not self.any(error is not None):
+            return
+        sentences = self.gather_objects(None if error is None else sentence_of(error))
+        if error is not None and (self.is_main or not isinstance(error, (ValueError, OSError))):
+            raise error
+        rank, sentence = next((r, s) for r, s in enumerate(sentences) if s is not None)
+        if self.is_main:
+            raise ValueError(f"On rank {rank}: {sentence}")
+        raise PeerError(f"Rank {rank} stopped: {sentence}") from error
+
+    @contextmanager
+    def in_unison(self) -> Iterator[None]:
+        """A ``ValueError`` of the block comes on all ranks alike: rank 0 alone tells it.
+
+        For errors that follow from what the ranks have already exchanged; it communicates nothing.
+        """
+        try:
+            yield
+        except ValueError as error:
+            if self.is_main:
+                raise
+            raise PeerError(str(error)) from error
+
+
+class PeerError(RuntimeError):
+    """Rank 0 tells the user what went wrong; this rank only stops."""
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    return store.port

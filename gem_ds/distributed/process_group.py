@@ -1,0 +1,101 @@
+"""Joining the process group and leaving it, through DeepSpeed.
+
+On a CPU DeepSpeed compiles an op for the ranks of one machine and gives each shared memory; what it
+leaves behind, a lock and named buffers, is cleared away here.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from contextlib import redirect_stdout, suppress
+from datetime import timedelta
+from io import StringIO
+from pathlib import Path
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch.utils.cpp_extension import get_default_build_root
+
+from gem_ds.distributed.comm import Comm, free_port
+
+#: Where launchers that set no RANK say how many processes they have started.
+_NUM_PROCESSES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+
+#: Seconds. A rank that loads the op has it for less than the one, compiling takes a minute.
+_SHORT_LOCK, _OLD_LOCK = 5, 600
+
+
+def init_distributed() -> Comm:
+    """Join the process group that the launcher describes, or form one of a single process."""
+    if "RANK" not in os.environ:
+        if any(int(os.environ.get(name, 1)) > 1 for name in _NUM_PROCESSES):
+            raise ValueError(
+                "Several processes and no RANK: start them with deepspeed or torchrun, under Slurm "
+                "one torchrun on each node."
+            )
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    deepspeed.utils.logger.setLevel(logging.ERROR)  # it warns of our optimizer, on each rank
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        _wait_for_locks(is_telling=os.environ.get("LOCAL_RANK", "0") == "0")
+    else:
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    with redirect_stdout(StringIO()):  # each rank would print that it has built an op
+        deepspeed.init_distributed(
+            accelerator.communication_backend_name(), verbose=False, timeout=_patience()
+        )
+    comm = Comm(torch.device(accelerator.current_device_name()))
+    if comm.device.type == "cpu":
+        _unlink_buffer(comm)
+    return comm
+
+
+def _unlink_buffer(comm: Comm) -> None:
+    """Take the name of DeepSpeed's shared memory on a CPU away; who has it mapped keeps it.
+
+    It is 66 MiB for each rank, and with its name it would outlive the processes.
+    """
+    comm.any(False)  # every rank has mapped those of all
+    group = f"{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}"
+    Path(f"/dev/shm/deepspeed_allreduce_buffer_{group}_{comm.rank}").unlink(missing_ok=True)
+
+
+def _patience() -> timedelta:
+    """How long a rank waits for another, which may be writing a large model to a slow disk.
+
+    It holds for the default group, on which all waits for files are.
+    """
+    return timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", 120)))
+
+
+def _wait_for_locks(*, is_telling: bool) -> None:
+    """On a CPU torch compiles an op at the first start, behind a lock that a killed process leaves.
+
+    torch would wait for it in silence and for ever. Here it is said, and a lock that is older than
+    any compilation is deleted.
+    """
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
+    for lock in Path(root).glob("**/deepspeed_shm_comm/lock"):
+        with suppress(FileNotFoundError):  # released, or deleted by another rank
+            while (age := time.time() - lock.stat().st_mtime) < _OLD_LOCK:
+                if is_telling and age > _SHORT_LOCK:
+                    is_telling = False
+                    print(
+                        f"Waiting for the process that compiles deepspeed_shm_comm; if there is "
+                        f"none, delete {lock}",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                time.sleep(1)
+            lock.unlink()
+
+
+def leave_distributed() -> None:
+    """Leave the process group; DeepSpeed forgets it too, so this process may join another."""
+    if deepspeed.comm.is_initialized():
+        deepspeed.comm.destroy_process_group()

@@ -1,0 +1,1 @@
+"""Evaluation: what a fine-tuned model is worth, protocol-exact."""

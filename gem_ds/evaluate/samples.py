@@ -1,0 +1,254 @@
+"""The file that joins sampling and scoring: one line per sample, read with errors that name it.
+
+    samples.jsonl    {"task_id": "gsm8k/test/17", "sample": 0, "prompt": ..., "completion": ...,
+                      "finish_reason": "stop", "num_tokens": 93, "settings": {...}}
+
+`settings` is all that decides a sample beside its prompt and its number (model, delta, seed,
+temperature, ...; `evaluate.sampling` writes it). It is in every line, so a line tells by itself
+what it is, and a run knows by it whether it may go on with a file that another left: `SampleLog`.
+
+While a run is at work lines are appended in the order in which samples are finished; a killed run
+leaves whole lines and perhaps a part of one. When all samples are there, the file is put into the
+order of tasks and sample numbers, in one step, so that it does not tell how it came about.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gem_ds.data.tasks.lines import Line, parse_jsonl, read_jsonl
+from gem_ds.evaluate.completion import Completion, Request
+from gem_ds.files.atomic import atomic_write
+
+SAMPLES_FILE = "samples.jsonl"
+
+Prompt = str | list[dict[str, str]]
+"""Text, or chat messages for the tokenizer's chat template."""
+
+Key = tuple[str, int]
+"""Which sample: the task id and the sample's number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One completion of one prompt.
+
+    Attributes:
+        task_id: Which problem, for example "gsm8k/test/17" or "mbpp/11".
+        sample: Which of the problem's samples, from 0.
+        prompt: What the model read.
+        completion: What it wrote, raw, up to the stop string or eos; it continues the prompt.
+        finish_reason: "eos", "stop" (a stop string) or "length".
+        num_tokens: Tokens that were generated.
+        settings: What the sample depends on besides, JSON values by name.
+    """
+
+    task_id: str
+    sample: int
+    prompt: Prompt
+    completion: str
+    finish_reason: str
+    num_tokens: int
+    settings: dict[str, Any]
+
+    @property
+    def key(self) -> Key:
+        """The task id and the sample's number."""
+        return self.task_id, self.sample
+
+
+def read_samples(
+    path: str | Path,
+    *,
+    task_ids: Collection[str] | None = None,
+    allow_missing: bool = False,
+) -> list[Sample]:
+    """Read a file of samples to score it.
+
+    Args:
+        path: The file.
+        task_ids: The problems that it must be about, in order; None takes any.
+        allow_missing: Accept a problem without samples, or with fewer than another one.
+
+    Returns:
+        The samples in the order of `task_ids` (None: of the file) and of their numbers.
+
+    Raises:
+        ValueError: No such file, a line that is cut off or malformed (it is named), two lines for
+            one sample, a foreign id, or samples missing.
+    """
+    path = Path(path)
+    samples = _unique([(line, _sample(line)) for line in read_jsonl(path)])
+    place: dict[str, int] = {}
+    for task_id in (sample.task_id for sample in samples) if task_ids is None else task_ids:
+        place.setdefault(task_id, len(place))
+    for sample in samples:
+        if sample.task_id not in place:
+            raise ValueError(
+                f"{path} holds samples of {sample.task_id!r}, which is no problem of this task: "
+                "pass the samples of this task and split."
+            )
+    if not allow_missing:
+        _refuse_missing(path, samples, list(place))
+    return sorted(samples, key=lambda sample: (place[sample.task_id], sample.sample))
+
+
+class SampleLog:
+    """The samples file of a run: what an earlier part of it left, and what is added now.
+
+    Args:
+        path: The file, whose folder must exist before the first `append`; None on a rank that
+            does not write, and knows the keys only.
+        prompts: Task id to prompt, in the order of the finished file.
+        num_samples: Samples of each prompt.
+        settings: What the samples depend on besides, as it is to stand in each line.
+        overwrite: Begin anew; the file is deleted with the first `append`.
+
+    Raises:
+        ValueError: The file holds other samples than this run would make; says what differs.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        prompts: Mapping[str, Prompt],
+        num_samples: int,
+        settings: Mapping[str, Any],
+        *,
+        overwrite: bool = False,
+    ) -> None:
+        self._path = path
+        self._settings = json.loads(json.dumps(settings))  # as it comes back from the file
+        self._prompts = prompts
+        self.keys: list[Key] = [(task, i) for task in prompts for i in range(num_samples)]
+        self.samples: dict[Key, Sample] = {}
+        self._length = 0  # bytes of whole lines
+        if path is not None and path.exists() and not overwrite:
+            self._take_up(path, path.read_bytes())
+
+    def append(self, answers: Iterable[tuple[Request, Completion]]) -> None:
+        """Add finished samples, passing over those that are there.
+
+        When this returns, a process that is killed does not lose them.
+        """
+        assert self._path is not None, "this rank does not write"
+        lines = []
+        for request, completion in answers:
+            if request.key not in self.samples:
+                self.samples[request.key] = sample = self._made(request, completion)
+                lines.append(_line(sample))
+        with self._path.open("ab") as file:
+            file.truncate(self._length)  # drops the part of a line that a killed run left
+            file.write(b"".join(lines))
+        self._length += sum(map(len, lines))
+
+    def finish(self) -> list[Sample]:
+        """Put the file into order; returns the samples in this order."""
+        assert self._path is not None, "this rank does not write"
+        assert len(self.samples) == len(self.keys), "samples are missing"
+        samples = [self.samples[key] for key in self.keys]
+        payload = b"".join(map(_line, samples))
+        if not self._path.exists() or self._path.read_bytes() != payload:
+            atomic_write(self._path, lambda path: path.write_bytes(payload))
+        return samples
+
+    def _made(self, request: Request, completion: Completion) -> Sample:
+        return Sample(
+            task_id=request.task_id,
+            sample=request.sample,
+            prompt=self._prompts[request.task_id],
+            completion=completion.text,
+            finish_reason=completion.finish_reason,
+            num_tokens=completion.num_tokens,
+            settings=self._settings,
+        )
+
+    def _take_up(self, path: Path, content: bytes) -> None:
+        """Keep the samples that an earlier part of this run left."""
+        self._length = content.rfind(b"\n") + 1
+        lines = parse_jsonl(path, content[: self._length])
+        read = [(line, _sample(line)) for line in lines]
+        wanted = set(self.keys)
+        for line, sample in read:
+            if differing := _differing(sample.settings, self._settings):
+                raise self._foreign(line, differing)
+            if sample.key not in wanted:
+                raise self._foreign(line, f"sample {sample.sample} of {sample.task_id!r}")
+            if sample.prompt != self._prompts[sample.task_id]:
+                raise self._foreign(line, f"another prompt for {sample.task_id!r}")
+        self.samples = {sample.key: sample for sample in _unique(read)}
+
+    def _foreign(self, line: Line, what: str) -> ValueError:
+        return line.error(
+            f"the folder holds another run, with {what}: pass the flags of that run to continue "
+            "it, --overwrite_output_dir to delete it, or another --output_dir."
+        )
+
+
+def _line(sample: Sample) -> bytes:
+    return (json.dumps(asdict(sample)) + "\n").encode()
+
+
+def _sample(line: Line) -> Sample:
+    """The sample in a line, with each field of its type."""
+    fields = line.fields
+    prompt = fields.get("prompt")
+    if not isinstance(prompt, list):
+        prompt = line.text("prompt")
+    settings = fields.get("settings")
+    if not isinstance(settings, dict):
+        raise line.error("the field 'settings' must be there and be an object.")
+    return Sample(
+        task_id=line.text("task_id"),
+        sample=_count(line, "sample"),
+        prompt=prompt,
+        completion=line.text("completion"),
+        finish_reason=line.text("finish_reason"),
+        num_tokens=_count(line, "num_tokens"),
+        settings=settings,
+    )
+
+
+def _count(line: Line, field: str) -> int:
+    value = line.fields.get(field)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise line.error(f"the field {field!r} must be there and be a whole number from 0.")
+    return value
+
+
+def _unique(read: list[tuple[Line, Sample]]) -> list[Sample]:
+    """The samples, of which no two may be the same one."""
+    first: dict[Key, int] = {}
+    for line, sample in read:
+        if sample.key in first:
+            raise line.error(
+                f"sample {sample.sample} of {sample.task_id!r} stands in line "
+                f"{first[sample.key]} already: remove one of the two lines."
+            )
+        first[sample.key] = line.number
+    return [sample for _, sample in read]
+
+
+def _refuse_missing(path: Path, samples: list[Sample], ids: list[str]) -> None:
+    num_samples = 1 + max(sample.sample for sample in samples)
+    there = {sample.key for sample in samples}
+    wanted = ((task_id, i) for task_id in ids for i in range(num_samples))
+    first = next((key for key in wanted if key not in there), None)
+    if first is not None:
+        raise ValueError(
+            f"{path} lacks {len(ids) * num_samples - len(there)} of {len(ids) * num_samples} "
+            f"samples, for example sample {first[1]} of {first[0]!r}: sample again with the same "
+            "flags to complete it."
+        )
+
+
+def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """The first setting that differs, for the reader; empty if none does."""
+    for name in [*wanted, *found]:
+        if found.get(name) != wanted.get(name):
+            return f"{name} {json.dumps(found.get(name))} and not {json.dumps(wanted.get(name))}"
+    return ""

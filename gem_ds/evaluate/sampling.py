@@ -1,0 +1,211 @@
+"""Sampling: prompts -> samples.jsonl, which scoring reads.
+
+    samples = sample_all(arguments, prompts, settings, num_samples=n)
+
+A run that was interrupted continues when it is started again with the same flags, and the file is
+the same, byte for byte, as if it had not been. Under `torchrun` or `deepspeed` the
+ranks share the batches, and rank 0 writes the file, again the same one. (All of this where the
+device's kernels are deterministic, at one batch size; `evaluate.noise` says what rounding can
+change.)
+
+    round:   rank 0   rank 1   rank 2        after each round the completions are gathered,
+             batch 0  batch 1  batch 2       rank 0 appends them to the file,
+             batch 3  batch 4  (batch 3)     and no rank goes on before the others
+
+With `--deepspeed` (ZeRO-3, for a model larger than one GPU) all ranks must take part in every
+forward pass: one that has no batch left repeats another's, and its answers are dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from gem_ds.distributed.comm import Comm
+from gem_ds.distributed.zero_config import inference_config, read_config
+from gem_ds.evaluate.arguments import SamplingArguments, check_arguments
+from gem_ds.evaluate.completion import Completion, GenerationSettings, Request
+from gem_ds.evaluate.generation import Backend, Transformers, make_requests
+from gem_ds.evaluate.model import ModelFiles, load_partitioned, load_weights, open_model
+from gem_ds.evaluate.provenance import model_facts
+from gem_ds.evaluate.ranks import joined_ranks
+from gem_ds.evaluate.samples import SAMPLES_FILE, Key, Prompt, Sample, SampleLog
+
+RESULTS_FILE = "results.json"
+VERDICTS_FILE = "verdicts.jsonl"
+
+
+def sample_all(
+    arguments: SamplingArguments,
+    prompts: Mapping[str, Prompt],
+    settings: GenerationSettings,
+    *,
+    num_samples: int = 1,
+) -> list[Sample] | None:
+    """Sample every prompt `num_samples` times; write or continue output_dir/samples.jsonl.
+
+    Earlier results and verdicts are deleted before the file changes, so that none lie beside
+    samples that they were not counted on.
+
+    Args:
+        arguments: The shared flags; `limit` is the caller's to apply.
+        prompts: Task id to prompt.
+        settings: How completions are made.
+        num_samples: Samples of each prompt.
+
+    Returns:
+        The samples, by task in the order of `prompts` and then by number; None on every rank but
+        the first, which has nothing left to do.
+
+    Raises:
+        ValueError: Flags, the model, the delta, a prompt, or the samples that output_dir holds are
+            at fault.
+        OSError: A file cannot be read or written.
+        PeerError: Another rank tells what went wrong.
+    """
+    check_arguments(arguments)
+    with joined_ranks(arguments) as comm:
+        with comm.agreement():
+            plan = _plan(arguments, prompts, settings, num_samples, is_main=comm.is_main)
+        done = comm.broadcast_object(set(plan.log.samples))
+        if len(done) < len(plan.requests):
+            backend = _load(arguments, plan, settings, comm)
+            pending = _pending(backend.batches(plan.requests), done)
+            if comm.is_main:
+                for name in (RESULTS_FILE, VERDICTS_FILE):
+                    (Path(arguments.output_dir) / name).unlink(missing_ok=True)
+            with tqdm(
+                desc="Sampling",
+                unit="sample",
+                total=len(plan.requests),
+                initial=len(done),
+                disable=arguments.disable_tqdm or not comm.is_main,
+            ) as bar:
+                for batches in _rounds(pending, comm.world_size):
+                    finished = _answer(batches, backend, comm)
+                    with comm.agreement():
+                        if comm.is_main:
+                            plan.log.append(finished)
+                    bar.update(sum(request.key not in done for request, _ in finished))
+        return plan.log.finish() if comm.is_main else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What is known before any weight is loaded."""
+
+    files: ModelFiles
+    requests: list[Request]
+    log: SampleLog
+    deepspeed: dict[str, Any] | None
+
+
+def _plan(
+    arguments: SamplingArguments,
+    prompts: Mapping[str, Prompt],
+    settings: GenerationSettings,
+    num_samples: int,
+    *,
+    is_main: bool,
+) -> _Plan:
+    """Reads all but the weights; refuses what can be refused by then. Only rank 0 has a file."""
+    files = open_model(
+        arguments.model_name_or_path,
+        delta_path=arguments.delta,
+        adapter=arguments.adapter,
+        dtype=arguments.dtype,
+    )
+    deepspeed = None
+    if arguments.deepspeed is not None:
+        deepspeed = inference_config(
+            read_config(arguments.deepspeed),
+            dtype=files.dtype,
+            hidden_size=files.text_config.hidden_size,
+        )
+    output_dir = Path(arguments.output_dir)
+    log = SampleLog(
+        output_dir / SAMPLES_FILE if is_main else None,
+        prompts,
+        num_samples,
+        _described(arguments, files, settings),
+        overwrite=arguments.overwrite_output_dir,
+    )
+    requests = make_requests(files, prompts, log.keys, settings.max_new_tokens)
+    if is_main:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    return _Plan(files=files, requests=requests, log=log, deepspeed=deepspeed)
+
+
+def _described(
+    arguments: SamplingArguments, files: ModelFiles, settings: GenerationSettings
+) -> dict[str, Any]:
+    """All that decides a sample beside its prompt and its number."""
+    return {
+        **model_facts(files.name, files.config, arguments.delta, arguments.adapter),
+        "dtype": files.dtype,
+        "backend": arguments.backend,
+        **asdict(settings),
+    }
+
+
+def _load(
+    arguments: SamplingArguments, plan: _Plan, settings: GenerationSettings, comm: Comm
+) -> Backend:
+    if arguments.backend == "vllm":
+        from gem_ds.evaluate.vllm_backend import Vllm
+
+        return Vllm(plan.files, settings)
+    if plan.deepspeed is not None:
+        with comm.in_unison():
+            model = load_partitioned(plan.files, plan.deepspeed)
+    else:
+        with comm.agreement():
+            model = load_weights(plan.files, comm.device)
+    return Transformers(
+        plan.files,
+        model,
+        settings,
+        batch_size=arguments.batch_size,
+        synced_ranks=plan.deepspeed is not None,
+    )
+
+
+def _pending(groups: list[list[list[Request]]], done: set[Key]) -> list[list[list[Request]]]:
+    """The batches that are not done as a whole.
+
+    One that is done in part is run as a whole again: its samples might round otherwise alone.
+    """
+    return [
+        [batch for batch in group if any(request.key not in done for request in batch)]
+        for group in groups
+    ]
+
+
+def _rounds(groups: list[list[list[Request]]], world_size: int) -> Iterator[list[list[Request]]]:
+    """Batches that are run at the same time, one per rank; the last of a group may be fewer."""
+    for group in groups:
+        for first in range(0, len(group), world_size):
+            yield group[first : first + world_size]
+
+
+def _answer(
+    batches: list[list[Request]], backend: Backend, comm: Comm
+) -> list[tuple[Request, Completion]]:
+    """One round; every rank receives what all have made."""
+    completions: list[Completion] = []
+    if backend.synced_ranks:  # a failing rank cannot be waited for: the others are in its passes
+        completions = backend.complete(batches[comm.rank % len(batches)])
+    else:
+        with comm.agreement():
+            if comm.rank < len(batches):
+                completions = backend.complete(batches[comm.rank])
+    gathered = comm.gather_objects(completions)[: len(batches)]
+    return [
+        pair
+        for batch, answers in zip(batches, gathered, strict=True)
+        for pair in zip(batch, answers, strict=True)
+    ]

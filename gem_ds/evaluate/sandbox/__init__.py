@@ -1,0 +1,40 @@
+"""Runs generated programs against tests: nothing escapes, and nothing is fooled.
+
+    >>> check_program("def double(x): return 2 * x", ["assert double(4) == 8"]).status
+    'passed'
+
+The program runs alone in a jail; the tests run in a process of their own, and ask it for results
+as plain data (`evaluate.sandbox.judge`). What the jail is made of, `evaluate.sandbox.room` says;
+how processes descend from each other, `gem_ds.evaluate.sandbox.server`.
+
+Memory is counted per process and together, but for what /tmp and /dev/shm hold (64 MiB each) and
+what lies in the buffers of pipes and sockets.
+
+Not protected against: flaws of the kernel; what can be learned from timing or from the load on
+shared processors, caches and memory; a program that knows its task's answers by heart, or that
+tells tests from their arguments; tests or setups that are themselves hostile. Where the tests
+use the candidate's own classes beyond plain data, its code has a say, and the verdict tells so
+(`Verdict.in_jail`). The standard library can be imported, installed packages cannot.
+
+A result of more than 16 MiB, or nested more than 400 deep, fails. The tests do not see what a
+program prints, nor the program what a test's own function does to its arguments. Whether they see
+each other's files depends on the level.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from gem_ds.evaluate.sandbox.pool import Sandbox, check_program
+    from gem_ds.evaluate.sandbox.verdict import Program, SandboxUnavailableError, Verdict
+
+__all__ = ["Program", "Sandbox", "SandboxUnavailableError", "Verdict", "check_program"]
+
+
+def __getattr__(name: str) -> object:
+    # Late, because the server and the candidate import this package too and must stay lean.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from gem_ds.evaluate.sandbox import pool, verdict
+
+    return getattr(pool if hasattr(pool, name) else verdict, name)

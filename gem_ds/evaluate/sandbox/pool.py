@@ -1,0 +1,201 @@
+"""The caller's side: workers, and the order of jobs and verdicts.
+
+The calling process may hold torch and a model: it never forks, it only starts one server per worker
+(`evaluate.sandbox.server`) and passes it files. Each worker is given its next job while it is at
+one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import os
+import select
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from types import TracebackType
+
+from gem_ds.evaluate.sandbox.verdict import Program, SandboxUnavailableError, Verdict
+from gem_ds.evaluate.sandbox.worker import GRACE, Job, Worker
+
+LEVELS = ("bubblewrap", "namespaces", "landlock")  # the best first
+WEAK_LEVELS = ("landlock",)
+_PROBE = Program("def double(x): return 2 * x", ("assert double(4) == 8",), timeout=30.0)
+_MAX_OPEN = 256  # jobs between the one to yield next and the last one read
+
+
+def check_program(
+    program: str,
+    tests: Sequence[str],
+    *,
+    setup: str = "",
+    entry_point: str | None = None,
+    timeout: float = 3.0,
+    memory_mb: int = 1024,
+) -> Verdict:
+    """Runs one program against its tests.
+
+    Args:
+        program: The candidate's source.
+        tests: The source of each test, usually one `assert`. It never enters the jail.
+        setup: Runs before the tests, and before the program too as far as the program needs it.
+        entry_point: The function that the tests call; by default all names that setup and tests
+            use and neither they nor Python define.
+        timeout: Seconds of wall-clock time for all of it.
+        memory_mb: Memory of each process of the program in MiB, and of all of them together.
+
+    Raises:
+        SandboxUnavailableError: No level with namespaces can be had here.
+    """
+    job = Program(program, tuple(tests), setup, entry_point, timeout, memory_mb)
+    return next(_shared().check_all([job]))
+
+
+@functools.cache
+def _shared() -> Sandbox:
+    sandbox = Sandbox(num_workers=1)
+    atexit.register(sandbox.close)
+    return sandbox
+
+
+class Sandbox:
+    """A pool of workers; a context manager.
+
+    Args:
+        num_workers: Programs that run at the same time; at most one on each processor that this
+            process may use, for two on one would take up each other's time.
+        isolation: The level to use; by default the best that works here.
+        allow_weak: Accept a level without namespaces if there is no better one.
+        fresh: Start a fresh interpreter for each program, where the level could also fork one.
+
+    Raises:
+        SandboxUnavailableError: No level, or not the one asked for, works here.
+    """
+
+    def __init__(
+        self,
+        num_workers: int = 2,
+        isolation: str | None = None,
+        *,
+        allow_weak: bool = False,
+        fresh: bool = False,
+    ) -> None:
+        if num_workers < 1:
+            raise ValueError(f"num_workers must be at least 1, not {num_workers}.")
+        if isolation is not None and isolation not in LEVELS:
+            raise ValueError(f"isolation must be one of {', '.join(LEVELS)}, not {isolation!r}.")
+        if isolation in WEAK_LEVELS and not allow_weak:
+            raise SandboxUnavailableError(
+                f"The isolation level {isolation!r} is weak: accept it by --allow-weak-sandbox."
+            )
+        self.isolation = isolation or best_level(allow_weak)
+        self._fresh = fresh
+        self._workers: list[Worker] = []
+        try:
+            for number in range(min(num_workers, num_processors())):
+                self._workers.append(Worker(self.isolation, fresh, number))
+        except OSError as error:
+            self.close()
+            raise SandboxUnavailableError(
+                f"The isolation level {self.isolation!r} does not work here: {error}."
+            ) from error
+
+    def __enter__(self) -> Sandbox:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the workers and all that runs in them."""
+        for worker in self._workers:
+            worker.close()
+        self._workers.clear()
+
+    def processes(self) -> list[int]:
+        """The process of each worker's server."""
+        return [worker.pid for worker in self._workers]
+
+    def check_all(self, programs: Iterable[Program]) -> Iterator[Verdict]:
+        """The verdicts on programs, in their order, each as soon as it and those before are there.
+
+        `programs` is read as workers become free. One thread at a time may use a sandbox.
+        """
+        source = iter(programs)
+        open_jobs: deque[Job] = deque()
+        is_exhausted = False
+        while True:
+            while not is_exhausted and len(open_jobs) < _MAX_OPEN and self._idlest().has_room:
+                program = next(source, None)
+                if program is None:
+                    is_exhausted = True
+                else:
+                    open_jobs.append(Job(program, self.isolation))
+                    if open_jobs[-1].verdict is None:
+                        self._idlest().submit(open_jobs[-1])
+            while open_jobs and (verdict := open_jobs[0].verdict) is not None:
+                open_jobs.popleft()
+                yield verdict
+            if not open_jobs and is_exhausted:
+                return
+            if open_jobs or not self._idlest().has_room:  # for what an earlier call has left
+                self._collect()
+
+    def _idlest(self) -> Worker:
+        return min(self._workers, key=lambda worker: len(worker.jobs))
+
+    def _collect(self) -> None:
+        """Waits until a server answers, and settles what it answered."""
+        busy = {worker.control.fileno(): worker for worker in self._workers if worker.jobs}
+        poller = select.poll()
+        for descriptor in busy:
+            poller.register(descriptor, select.POLLIN)
+        patience = GRACE + max(worker.jobs[0].program.timeout for worker in busy.values())
+        ready = [busy[descriptor] for descriptor, _ in poller.poll(1000 * patience)]
+        for worker in ready or busy.values():
+            if not ready:
+                worker.kill()
+            worker.collect()
+
+
+def num_processors() -> int:
+    """How many processors this process may use, and so the most workers of a sandbox."""
+    return len(os.sched_getaffinity(0))
+
+
+@functools.cache
+def problem_of(level: str, fresh: bool = False) -> str | None:
+    """Why a level cannot be had here, found by running a program in it; None if it can."""
+    try:
+        with Sandbox(1, level, allow_weak=True, fresh=fresh) as sandbox:
+            (verdict,) = sandbox.check_all([_PROBE])
+    except ValueError as error:
+        return str(error)
+    return None if verdict.status == "passed" else f"{verdict.status}: {verdict.detail}"
+
+
+def best_level(allow_weak: bool = False) -> str:
+    """The best level that works here.
+
+    Raises:
+        SandboxUnavailableError: There is none, or only a weak one, which was not allowed.
+    """
+    reasons = []
+    for level in LEVELS:
+        if level in WEAK_LEVELS and not allow_weak:
+            continue
+        problem = problem_of(level)
+        if problem is None:
+            return level
+        reasons.append(f"{level}: {problem.rpartition('does not work here: ')[2].rstrip('.')}")
+    weak = "" if allow_weak else ", or pass --allow-weak-sandbox for Landlock, which limits less"
+    raise SandboxUnavailableError(
+        f"No sandbox{'' if allow_weak else ' with namespaces'} works here ({'; '.join(reasons)}): "
+        "install bubblewrap (apt-get install bubblewrap) or allow user namespaces (sysctl "
+        f"user.max_user_namespaces){weak}."
+    )

@@ -1,0 +1,205 @@
+"""The room in which a worker's candidates run: namespaces of their own, and next to no files.
+
+`enter` is called once by each worker's server, which lives in the room from then on:
+
+    user     the server has every capability here, and none outside
+    pid      the server is its first process: when it ends, all within is killed
+    mount    a read-only root: the interpreter, the system's libraries, five devices
+    network  no interface but the loopback one, and that is down
+    ipc, uts of its own
+
+`enter_cell` is called for each candidate: a cell adds a pid, a mount and an ipc namespace, in which
+/tmp and /dev/shm are empty and of limited size. The server starts a judge in it and leaves it.
+
+Root lends its candidates a second, unprivileged identity, because the kernel does not count
+root's processes. The interpreter may lie under root's own home: the way to it is built anew in
+the room, open to all. An ordinary user has one identity only, so the candidate has it too, in a
+room that holds nothing of the user's.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import NamedTuple
+
+from gem_ds.evaluate.sandbox import kernel
+from gem_ds.evaluate.sandbox.identity import make_target
+from gem_ds.evaluate.sandbox.processes import ProcessTable
+
+SCRATCH = ("/tmp", "/dev/shm")  # all that a candidate may write to
+SCRATCH_MB = 64  # in each of them
+CODE = "/sandbox"  # the room's folder with the package `gem_ds.evaluate.sandbox`
+
+_OF_A_CELL = {
+    "pid": kernel.CLONE_NEWPID,
+    "mnt": kernel.CLONE_NEWNS,
+    "ipc": kernel.CLONE_NEWIPC,
+}
+_LENT = 65534  # the number, outside, of the identity that root lends
+_STAGE = "/proc"  # where the room is built: there on every system, and no library lies in it
+_LIBRARIES = ("/lib", "/lib32", "/lib64", "/usr/lib", "/usr/lib32", "/usr/lib64")
+_FILES = ("/etc/ld.so.cache", "/etc/localtime")
+DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
+
+
+class Room(NamedTuple):
+    """What the server keeps of the way into the room; no child may keep any of it."""
+
+    #: user and group for candidates to take, or None if there is only the present one
+    identity: int | None
+    #: open files: the server's own namespaces, by their kinds, to come back to from a cell
+    namespaces: dict[int, int]
+    #: the processes as they are seen outside
+    processes: ProcessTable
+
+
+def enter() -> Room:
+    """Moves the calling process into a new room, as a child of itself that this returns in.
+
+    The calling process waits for it and then ends too.
+
+    Raises:
+        OSError: The kernel, or what confines this process already, does not allow it.
+    """
+    uid, gid = os.geteuid(), os.getegid()
+    new = kernel.CLONE_NEWUSER | kernel.CLONE_NEWNS | kernel.CLONE_NEWNET
+    new |= kernel.CLONE_NEWIPC | kernel.CLONE_NEWUTS | kernel.CLONE_NEWPID
+    if uid == 0:
+        _unshare_with_lent_identity(new)
+    else:
+        kernel.unshare(new)
+        _write("/proc/self/setgroups", "deny")
+        _write("/proc/self/uid_map", f"0 {uid} 1")
+        _write("/proc/self/gid_map", f"0 {gid} 1")
+    kernel.mount("", "/", flags=kernel.MS_REC | kernel.MS_PRIVATE)
+    _become_child()
+    processes = ProcessTable()
+    namespaces = {
+        kind: os.open(f"/proc/self/ns/{name}", os.O_RDONLY) for name, kind in _OF_A_CELL.items()
+    }
+    _build()
+    kernel.pivot_root(_STAGE)
+    kernel.restrict_mount("/", kernel.MOUNT_ATTR_RDONLY, recursive=False)
+    return Room(1 if uid == 0 else None, namespaces, processes)
+
+
+def enter_cell() -> None:
+    """Moves the caller into a new cell, whose first process will be the caller's next child."""
+    kernel.unshare(sum(_OF_A_CELL.values()))
+    flags = kernel.MS_NOSUID | kernel.MS_NODEV
+    options = f"size={SCRATCH_MB}m,nr_inodes=16384,mode=1777"
+    for folder in SCRATCH:
+        kernel.mount("tmpfs", folder, "tmpfs", flags, options)
+
+
+def leave_cell(room: Room) -> None:
+    """Moves the caller back; the cell lasts as long as its first process."""
+    for kind, namespace in room.namespaces.items():
+        kernel.setns(namespace, kind)
+
+
+def code_folder() -> str:
+    """The folder that holds the package `gem_ds`."""
+    folder = os.path.abspath(__file__)
+    for _ in __name__.split("."):
+        folder = os.path.dirname(folder)
+    return folder
+
+
+def sources() -> dict[str, str]:
+    """What a room shows, and where: an interpreter, libraries, the candidate's side of us."""
+    shown = {folder: folder for folder in _library_folders()}
+    shown |= {file: file for file in (*_FILES, interpreter()) if os.path.exists(file)}
+    package = os.path.join("gem_ds", "evaluate", "sandbox")
+    shown[os.path.join(code_folder(), package)] = os.path.join(CODE, package)
+    return shown
+
+
+def _library_folders() -> list[str]:
+    """What an interpreter needs to start and to import the standard library."""
+    folders = [folder for folder in _LIBRARIES if os.path.isdir(folder)]
+    prefixes = {sys.base_prefix, sys.base_exec_prefix}
+    return folders + [
+        folder
+        for folder in (
+            os.path.join(prefix, name) for prefix in prefixes for name in ("lib", "lib64")
+        )
+        if os.path.isdir(folder) and os.path.realpath(folder) not in map(os.path.realpath, folders)
+    ]
+
+
+def interpreter() -> str:
+    """The program file of this Python, without the virtual environment around it."""
+    return os.path.realpath(sys.executable)
+
+
+def _unshare_with_lent_identity(flags: int) -> None:
+    """Unshares; a second process, which stays outside, then maps two identities into it."""
+    asked, ask = os.pipe()
+    server = os.getpid()
+    mapper = os.fork()
+    if mapper == 0:
+        status = 1
+        try:
+            os.close(ask)
+            if os.read(asked, 1):
+                for name in ("uid_map", "gid_map"):
+                    _write(f"/proc/{server}/{name}", f"0 0 1\n1 {_LENT} 1")
+                status = 0
+        finally:
+            os._exit(status)
+    try:
+        kernel.unshare(flags)
+        os.write(ask, b"!")
+    finally:
+        os.close(asked)
+        os.close(ask)
+        _, status = os.waitpid(mapper, 0)
+    if status:
+        raise PermissionError("user numbers cannot be mapped into a namespace")
+
+
+def _become_child() -> None:
+    """Forks, returns in the child, and makes the parent a shadow that ends when the child does."""
+    child = os.fork()
+    if child:
+        os.closerange(0, 1 << 16)
+        _, status = os.waitpid(child, 0)
+        os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
+    kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _build() -> None:
+    """Mounts the room's root at the stage and fills it."""
+    kernel.mount("tmpfs", _STAGE, "tmpfs", kernel.MS_NOSUID, "size=1m,nr_inodes=4096,mode=755")
+    protect = kernel.MOUNT_ATTR_RDONLY | kernel.MOUNT_ATTR_NOSUID
+    for source, target in sources().items():
+        if os.path.islink(source) and os.path.isdir(source):
+            _make_folder(os.path.dirname(target))
+            os.symlink(os.readlink(source), _STAGE + target)
+        else:
+            _bind(source, _STAGE + target, protect | kernel.MOUNT_ATTR_NODEV)
+    for device in DEVICES:
+        _bind(device, _STAGE + device, protect)
+    for folder in SCRATCH:
+        _make_folder(folder)
+
+
+def _bind(source: str, target: str, attributes: int) -> None:
+    make_target(target, is_folder=os.path.isdir(source))
+    kernel.mount(source, target, flags=kernel.MS_BIND | kernel.MS_REC)
+    kernel.restrict_mount(target, attributes, recursive=True)
+
+
+def _make_folder(folder: str) -> None:
+    os.makedirs(_STAGE + folder, 0o755, exist_ok=True)
+
+
+def _write(path: str, text: str) -> None:
+    descriptor = os.open(path, os.O_WRONLY)
+    try:
+        os.write(descriptor, text.encode())
+    finally:
+        os.close(descriptor)

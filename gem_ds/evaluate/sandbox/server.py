@@ -1,0 +1,137 @@
+"""A worker's server: a lean process that starts a judge for each program.
+
+It is started by `exec`, so it holds nothing of its parent but three standard streams and the
+control socket. It never reads a job: parent and children share those as files in memory. A judge
+starts the candidate before it reads the tests, so a candidate has never passed through any memory
+that held a test, an expected value or another solution.
+
+    parent (torch, the model)
+      └─ server                receives (limits, files) on the control socket, enforces the limits
+           └─ judge            starts the candidate, then reads the tests; reports to the parent
+                └─ candidate   reads the program, answers the judge
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import select
+import signal
+import socket
+import struct
+import time
+
+from gem_ds.evaluate.sandbox import confine, jails, processes
+from gem_ds.evaluate.sandbox.judge import judge
+from gem_ds.evaluate.sandbox.warm_up import warm_up
+from gem_ds.evaluate.sandbox.wire import Channel, Decoder, Encoder
+
+NUM_FILES = 3  # of a job: what the candidate reads, what the judge reads, where it reports
+_PERIOD = 0.05  # seconds between two looks at the memory in use
+_PATIENCE = struct.pack("ll", 0, 5000)  # struct timeval: until a judge looks what has ended
+_LAST_GRACE = 0.1  # seconds that a candidate whose channel has closed gets to end by itself
+_JUDGE_MB = 2048
+_DEATHS = {128 + int(number): number.name for number in signal.Signals}  # by exit status
+_PRELOADED = (  # what programs import most, as far as it is small: each page makes a fork dearer
+    *("array", "bisect", "cmath", "collections", "copy", "functools", "heapq", "itertools"),
+    *("math", "operator", "re", "string", "typing"),
+)
+
+
+def serve(control: socket.socket, level: str, fresh: bool, processor: int) -> None:
+    """Serves until the parent closes the control socket.
+
+    A message, in the encoding of `evaluate.sandbox.wire`, is (timeout in seconds, memory_mb), with
+    NUM_FILES open files; its answer is why the job ended. One answer comes unasked, at first: the
+    reason why the level cannot be had here, or an empty one.
+    """
+    # What follows hands work to and fro, and never does two things at once: on one processor the
+    # hand-over costs a third less.
+    os.sched_setaffinity(0, {processor})
+    os.setsid()  # a Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no handler: see `processes.Reaper`
+    try:
+        jail = jails.JAILS[level](fresh)
+    except OSError as error:
+        control.send(Encoder().encode(str(error)))
+        return
+    for name in _PRELOADED:
+        __import__(name)
+    warm_up()
+    control.send(Encoder().encode(""))
+    gc.collect()
+    gc.freeze()  # no child's collection shall copy these pages
+    while True:
+        message, files, _, _ = socket.recv_fds(control, 4096, NUM_FILES)
+        if not message:
+            return
+        timeout, memory_mb = Decoder().decode(message)
+        end = _run(jail, control, files, timeout, memory_mb)
+        control.send(Encoder().encode(end))
+
+
+def _run(
+    jail: jails.Jail, control: socket.socket, files: list[int], timeout: float, memory_mb: int
+) -> str:
+    """Starts one judge, and returns when no process of the job is left."""
+    deadline = time.monotonic() + timeout
+    ours, theirs = socket.socketpair()
+    for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+        ours.setsockopt(socket.SOL_SOCKET, option, _PATIENCE)
+    judge_pid = jail.start_judge(lambda: _judge(jail, files, ours, theirs, memory_mb))
+    ours.close()
+    theirs.close()
+    for file in files:
+        os.close(file)
+    try:
+        return _watch(jail, control, judge_pid, deadline, memory_mb << 20)
+    finally:
+        os.kill(judge_pid, signal.SIGKILL)  # not waited for yet, so the number is still its own
+        os.waitpid(judge_pid, 0)
+        jail.clear()
+
+
+def _watch(
+    jail: jails.Jail, control: socket.socket, judge_pid: int, deadline: float, max_memory: int
+) -> str:
+    """Waits for the judge's end, or a reason to make one."""
+    judge_end = os.pidfd_open(judge_pid)
+    poller = select.poll()
+    poller.register(judge_end, select.POLLIN)
+    poller.register(control, select.POLLRDHUP)  # and not POLLIN: the next job may wait there
+    try:
+        while (remaining := deadline - time.monotonic()) > 0:
+            events = dict(poller.poll(1000 * min(_PERIOD, remaining)))
+            if control.fileno() in events:
+                return "abandoned"  # by the parent, which has ended
+            if judge_end in events:
+                return "judged"
+            if jail.memory_in_use() > max_memory:
+                return "memory"
+        return "timeout"
+    finally:
+        os.close(judge_end)
+
+
+def _judge(
+    jail: jails.Jail,
+    files: list[int],
+    ours: socket.socket,
+    theirs: socket.socket,
+    memory_mb: int,
+) -> None:
+    """The judge's process."""
+    job, tests, report = files
+    confine.keep_only([*files, ours.fileno(), theirs.fileno()])
+    candidate = jail.start_candidate(job, theirs.fileno(), memory_mb)
+    os.close(job)
+    os.close(theirs.fileno())
+    confine.limit_memory(_JUDGE_MB)
+    # What a candidate leaves behind may hold the channel open: it does not answer in its name.
+    reaper = processes.Reaper(candidate, lambda: ours.shutdown(socket.SHUT_RDWR))
+    channel = Channel(ours.fileno(), reaper.reap)
+    arguments = Decoder().decode(os.pread(tests, os.fstat(tests).st_size, 0))
+    status, detail, had_a_say = judge(channel, *arguments)
+    if status == "crashed" and (exit_status := reaper.wait(_LAST_GRACE)) in _DEATHS:
+        detail += f", by {_DEATHS[exit_status]}"
+    os.write(report, Encoder().encode((status, detail, had_a_say)))

@@ -1,0 +1,1 @@
+"""What is written: masks, deltas, checkpoints, atomically."""

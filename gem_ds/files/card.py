@@ -1,0 +1,204 @@
+"""The model card: the README.md of a run's folder, in the form that the Hugging Face Hub reads.
+
+Plain values in, Markdown out. It says what the folder holds, how the weights were chosen, what was
+measured, and how to load the delta; writing the file is the caller's.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import yaml
+
+from gem_ds.select.methods import ADAPTER_METHODS, DENSE_METHODS, product_of
+
+_CARD = """\
+---
+{front_matter}---
+
+# {title}
+
+{what}
+
+| File | What it holds |
+|---|---|
+{files}
+| `metrics.jsonl`, `trainer_state.json` | the course of the run |
+| `all_results.json` | its results |
+
+## Results
+
+{results}
+
+## Use
+
+{use}
+## Settings
+
+{settings}
+"""
+
+_SELECTED = """\
+The weights of {base} at {num_trainable:,} of its {num_parameters:,} parameters ({density:.4%}),
+fine-tuned on {task} with {method}. Every other parameter of the base is unchanged, bit for bit; a
+task head that it lacks was trained whole."""
+
+_GEM = """\
+GEM, gradient-to-weight ratio and entropy-guided masking
+([arXiv 2508.16191](https://arxiv.org/abs/2508.16191))"""
+
+_TRAINED = """\
+{base} fine-tuned on {task} with {method}: {num_trainable:,} trained parameters beside a base of
+{num_parameters:,} ({density:.4%})."""
+
+_FILES = {
+    "delta": "| `delta.safetensors` | the trained values, in {dtype} |",
+    "mask": "| `mask.safetensors` | which entries of which weights were selected |",
+    "model": "| `model/` | the fine-tuned model, a Hugging Face folder |",
+    "adapter": "| `adapter/` | the adapter, as the library peft writes it |",
+}
+
+_USE = {
+    "model": '`{auto_class}.from_pretrained("model")` loads it.\n',
+    "adapter": """\
+```python
+from peft import PeftModel
+from transformers import {auto_class}
+
+base = {auto_class}.from_pretrained({load_arguments})
+model = PeftModel.from_pretrained(base, "adapter")
+```
+""",
+    "delta": """\
+The delta goes onto the base model in memory, and comes off again:
+
+```python
+import torch
+from transformers import {auto_class}
+
+from gem_ds.files.delta import Delta, apply_delta
+
+model = {auto_class}.from_pretrained({load_arguments}, dtype=torch.{dtype})
+applied = apply_delta(model, Delta.load("delta.safetensors"))
+# `model` is the fine-tuned model now; applied.revert() gives the base model back exactly.
+```
+
+An ordinary Hugging Face folder, which needs nothing of GEM to load, is made from a checkout of
+gem_ds with:
+
+```shell
+python launch/export.py --model_name_or_path {base_argument} --delta delta.safetensors \\
+    --output_dir exported
+```
+""",
+}
+
+
+def model_card(
+    *,
+    base_model: str,
+    task: str,
+    method: str,
+    num_trainable: int,
+    num_parameters: int,
+    dtype: str,
+    settings: Mapping[str, object],
+    results: Mapping[str, float],
+    base_results: Mapping[str, float] | None = None,
+    revision: str | None = None,
+    dataset: str | None = None,
+    auto_class: str = "AutoModelForCausalLM",
+    num_labels: int | None = None,
+) -> str:
+    """Writes the model card of a run as Markdown with YAML front matter.
+
+    Args:
+        base_model: Hub name or folder of the base model.
+        task: What it was fine-tuned on, for the reader.
+        method: One of `select.methods.METHODS`, or what a mask made elsewhere says of its entries.
+        num_trainable: Trained numbers, of a task head too.
+        num_parameters: Entries of the base model (N), each stored parameter once.
+        dtype: The model's dtype by its torch name, for example ``bfloat16``.
+        settings: Settings of the run worth showing, name to value.
+        results: Metric name to value after training.
+        base_results: The same metrics of the base model, where they were measured.
+        revision: Revision of the base model.
+        dataset: Hub name of the dataset, where it has one.
+        auto_class: The transformers class that loads the base model as it was trained.
+        num_labels: Outputs of the classification head that this class adds, if it adds one.
+    """
+    name = Path(base_model).name
+    load_arguments = [repr(base_model)] + ([f"revision={revision!r}"] if revision else [])
+    load_arguments += [f"num_labels={num_labels}"] if num_labels else []
+    facts = {
+        "base": f"`{_one_line(base_model)}`" + (f" (revision `{revision}`)" if revision else ""),
+        "base_argument": shlex.quote(base_model),
+        "method": _GEM if method == "gem" else f"`{_one_line(method)}`",
+        "num_trainable": num_trainable,
+        "num_parameters": num_parameters,
+        "density": num_trainable / num_parameters,
+        "task": _one_line(task),
+        "dtype": dtype,
+        "auto_class": auto_class,
+        "load_arguments": ", ".join(load_arguments),
+    }
+    product = product_of(method)
+    files = [product, "mask"] if _is_sparse(method) else [product]
+    return _CARD.format(
+        front_matter=_front_matter(base_model, task, dataset, method),
+        title=_one_line(f"{name} fine-tuned on {task} with {'GEM' if method == 'gem' else method}"),
+        what=(_SELECTED if _is_sparse(method) else _TRAINED).format(**facts),
+        files="\n".join(_FILES[file].format(**facts) for file in files),
+        results=_results_table(results, base_results or {}),
+        use=_USE[product].format(**facts),
+        settings=_table(("Setting", "Value"), settings.items()),
+    )
+
+
+def _front_matter(base_model: str, task: str, dataset: str | None, method: str) -> str:
+    """The YAML block; the Hub refuses a base model or dataset that is no Hub name."""
+    fields: dict[str, object] = {"library_name": "gem_ds"}
+    if _is_hub_name(base_model):
+        fields |= {"base_model": base_model, "base_model_relation": "finetune"}
+    if dataset is not None and _is_hub_name(dataset):
+        fields["datasets"] = [dataset]
+    tags = [method, "sparse-fine-tuning"] if _is_sparse(method) else [method]
+    fields["tags"] = [*tags, "deepspeed", _one_line(task)]
+    return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
+
+
+def _is_sparse(method: str) -> bool:
+    return method not in (*DENSE_METHODS, *ADAPTER_METHODS)
+
+
+def _is_hub_name(name: str) -> bool:
+    """Whether `name` is ``repository`` or ``owner/repository`` and no folder on this machine."""
+    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None and not Path(name).is_dir()
+
+
+def _results_table(results: Mapping[str, float], base_results: Mapping[str, float]) -> str:
+    """Metric by metric, the base model's value (if there is one) beside the trained model's."""
+    if not results:
+        return "This run was not evaluated."
+    if not base_results:
+        return _table(("Metric", "Fine-tuned"), results.items())
+    rows = [(name, base_results.get(name, "not measured"), results[name]) for name in results]
+    return _table(("Metric", "Base model", "Fine-tuned"), rows)
+
+
+def _table(header: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> str:
+    """A Markdown table."""
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+
+
+def _cell(value: object) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return _one_line(text).replace("|", "\\|")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

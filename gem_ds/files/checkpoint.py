@@ -1,0 +1,201 @@
+"""Checkpoints that know no topology: whole vectors in mask order, and the step.
+
+    checkpoint-N/
+      mask.safetensors        which entries
+      optimizer.safetensors   master, exp_avg, exp_avg_sq: fp32 [K], and where a head is trained
+                              head.master and so on: fp32 [its size]; metadata: updates, loss
+                              scale, and what the run must still agree with to go on
+      trainer_state.json      step, epoch and log history, with the names of transformers
+
+There is no position in the data, no state of a random generator and none of the learning-rate
+schedule: they are functions of the seed, the step (:class:`gem_ds.data.schedule.BatchSchedule`,
+:func:`train.fit.seed_noise`) and the number of updates. A folder has its name only while it is
+whole, so a killed run leaves none that is half.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gem_ds.distributed.optim import STATE_KEYS
+from gem_ds.files.atomic import atomic_folder, load_tensors, metadata_field, save_json, save_tensors
+from gem_ds.files.mask import Mask, checksum
+
+CHECKPOINT_KIND = "gem_checkpoint"
+_HEAD = "head."
+_FOLDER = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass(kw_only=True)
+class TrainerState:
+    """Progress of a run, as ``trainer_state.json`` shows it.
+
+    ``unlogged_losses`` are those of the steps since the last log entry, so that a resumed run logs
+    the same means; ``settings`` are the flags that say how a step is taken.
+    """
+
+    global_step: int = 0
+    max_steps: int = 0
+    epoch: float = 0.0
+    log_history: list[dict[str, Any]] = field(default_factory=list)
+    unlogged_losses: list[float] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, folder: Path) -> None:
+        """Write ``trainer_state.json`` into a folder, atomically."""
+        save_json(folder / "trainer_state.json", asdict(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunIdentity:
+    """What a run must keep from one session to the next; the world size is not in it.
+
+    Attributes:
+        global_batch_size: examples per step, over all ranks.
+        seed: of the order of the data.
+        data: fingerprint of the encoded training examples, their rows and the kind of their order.
+    """
+
+    global_batch_size: int
+    seed: int
+    data: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """Everything that a run needs to go on.
+
+    Attributes:
+        mask: the entries; vectors below are in its order.
+        vectors: ``master``, ``exp_avg``, ``exp_avg_sq``: fp32 [K].
+        head_vectors: the same of a task head, all of its entries; empty if there is none.
+        num_updates: optimizer updates applied (fewer than steps where fp16 skipped some).
+        loss_scale: of fp16.
+        identity: see :class:`RunIdentity`.
+        state: progress.
+    """
+
+    mask: Mask
+    vectors: dict[str, Tensor]
+    num_updates: int
+    loss_scale: float
+    identity: RunIdentity
+    state: TrainerState
+    head_vectors: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def head_size(self) -> int:
+        """Entries of the task head."""
+        return self.head_vectors["master"].numel() if self.head_vectors else 0
+
+    def digest(self) -> str:
+        """A fingerprint of what a resumed run starts from, the mask left out."""
+        vectors = [checksum(v) for v in (*self.vectors.values(), *self.head_vectors.values())]
+        numbers = self.state.global_step, self.num_updates, self.loss_scale
+        return repr((vectors, numbers))
+
+    def save(self, output_dir: Path) -> Path:
+        """Write ``checkpoint-N``.
+
+        Raises:
+            OSError: for example a full disk; earlier checkpoints are untouched.
+        """
+        folder = output_dir / f"checkpoint-{self.state.global_step}"
+        atomic_folder(folder, self._write)
+        return folder
+
+    def _write(self, folder: Path) -> None:
+        self.mask.save(folder / "mask.safetensors")
+        metadata = {
+            "num_updates": self.num_updates,
+            "loss_scale": self.loss_scale,
+            "identity": asdict(self.identity),
+        }
+        head = {f"{_HEAD}{key}": vector for key, vector in self.head_vectors.items()}
+        tensors = self.vectors | head
+        save_tensors(folder / "optimizer.safetensors", tensors, metadata, kind=CHECKPOINT_KIND)
+        self.state.save(folder)
+
+    @classmethod
+    def load(cls, folder: Path) -> Checkpoint:
+        """Read a checkpoint folder.
+
+        Raises:
+            ValueError: it is not one, or a file in it is damaged.
+        """
+        if not (folder / "optimizer.safetensors").is_file():
+            raise ValueError(
+                f"{folder} is not a checkpoint of gem_ds: pass a checkpoint-N folder, or last."
+            )
+        tensors, metadata = load_tensors(folder / "optimizer.safetensors", CHECKPOINT_KIND)
+        mask = Mask.load(folder / "mask.safetensors")
+        head = {k.removeprefix(_HEAD): v for k, v in tensors.items() if k.startswith(_HEAD)}
+        vectors = {key: v for key, v in tensors.items() if not key.startswith(_HEAD)}
+        is_head_whole = not head or _is_state(head, len(next(iter(head.values()))))
+        if not (_is_state(vectors, mask.num_selected) and is_head_whole):
+            raise ValueError(
+                f"{folder} is damaged (its optimizer state does not fit its mask): resume an "
+                "earlier one."
+            )
+        try:
+            state = json.loads((folder / "trainer_state.json").read_text())
+            return cls(
+                mask=mask,
+                vectors=vectors,
+                head_vectors=head,
+                num_updates=metadata_field(metadata, "num_updates", int),
+                loss_scale=metadata_field(metadata, "loss_scale", float),
+                identity=RunIdentity(**metadata_field(metadata, "identity", dict)),
+                state=TrainerState(**state),
+            )
+        except (OSError, TypeError, ValueError) as error:
+            raise ValueError(f"{folder} is damaged ({error}): resume an earlier one.") from error
+
+
+def _is_state(vectors: dict[str, Tensor], size: int) -> bool:
+    """Whether these are masters and moments of so many entries."""
+    found = {name: (tuple(vector.shape), vector.dtype) for name, vector in vectors.items()}
+    return found == dict.fromkeys(STATE_KEYS, ((size,), torch.float32))
+
+
+def list_checkpoints(output_dir: Path) -> dict[int, Path]:
+    """The checkpoint folders of a run by their step, ascending."""
+    found = {int(m[1]): p for p in output_dir.glob("*") if (m := _FOLDER.fullmatch(p.name))}
+    return dict(sorted(found.items()))
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Delete what a killed run left of a checkpoint that it was writing or deleting."""
+    for leftover in output_dir.glob(".checkpoint-*"):
+        shutil.rmtree(leftover)
+
+
+def delete_old_checkpoints(output_dir: Path, limit: int) -> None:
+    """Delete all but the newest ``limit``; each loses its name before its files."""
+    for old in list(list_checkpoints(output_dir).values())[:-limit]:
+        nameless = old.with_name(f".{old.name}.old")
+        old.rename(nameless)
+        shutil.rmtree(nameless)
+
+
+def find_checkpoint(output_dir: Path, resume_from: str) -> Path:
+    """The checkpoint that ``--resume_from_checkpoint`` means.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if resume_from != "last":
+        return Path(resume_from)
+    if checkpoints := list_checkpoints(output_dir):
+        return checkpoints[max(checkpoints)]
+    raise ValueError(
+        f"{output_dir} holds no checkpoint to resume: leave --resume_from_checkpoint out."
+    )

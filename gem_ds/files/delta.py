@@ -1,0 +1,231 @@
+"""The delta: the trained values at a mask's entries; applied to a base model and taken back.
+
+    delta.safetensors    <weight name>.indices    as in mask.safetensors
+                         <weight name>.values     the weights themselves, in the model's dtype
+                         head.<name>              a dense parameter trained beside the mask, if any
+                         metadata                 that of the mask, and the names of the head
+
+Values are absolute, not differences: base + delta is an overwrite, with no rounding, and gives the
+trained model bit for bit. Applying works on a whole model in one process, on any device; the
+weights are written in place and the values that they replace are kept, so that
+`AppliedDelta.revert` gives the base back bit for bit. ZeRO partitions are written by
+`distributed.engine`, not here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gem_ds.files.atomic import explaining, load_tensors, metadata_field, save_tensors
+from gem_ds.files.mask import (
+    Mask,
+    dtype_name,
+    other_base,
+    pack_mask,
+    refuse_leftover,
+    take_tensors,
+    unpack_mask,
+)
+
+DELTA_KIND = "gem_delta"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Delta:
+    """The trained values at the entries of a mask.
+
+    Attributes:
+        mask: The entries, the weights that they belong to, and the base model.
+        values: Weight name to trained values (k_l,), in the weight's dtype, finite.
+        head: Parameter name to dense trained parameter; for a task head that the base lacks.
+
+    Raises:
+        ValueError: Values and mask disagree, or a value is not finite; the weight is named.
+    """
+
+    mask: Mask
+    values: dict[str, Tensor]
+    head: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in self.mask.weights:
+            if name not in self.values:
+                raise ValueError(f"weight {name!r} has indices but no values")
+        for name, values in self.values.items():
+            if name not in self.mask.weights:
+                raise ValueError(f"weight {name!r} has values but no indices")
+            _check_values(name, values, self.mask)
+        if both := self.head.keys() & self.values.keys():
+            raise ValueError(f"weight {min(both)!r} is in the mask and in the head")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of all weights; a ValueError if they have more than one."""
+        return getattr(torch, self.mask.dtype)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the delta file, atomically; raises OSError as `files.atomic.atomic_write`."""
+        indices, metadata = pack_mask(self.mask)
+        values = {f"{name}.values": values for name, values in self.values.items()}
+        head = {f"head.{name}": parameter for name, parameter in self.head.items()}
+        tensors = indices | values | head
+        assert len(tensors) == len(indices) + len(values) + len(head), "names collide"
+        save_tensors(path, tensors, {**metadata, "head": list(self.head)}, kind=DELTA_KIND)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Delta:
+        """Reads a delta file.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It is no delta file, or what it holds is invalid; says which weight.
+        """
+        tensors, metadata = load_tensors(path, DELTA_KIND)
+        with explaining(path, "pass the delta.safetensors that launch/train.py wrote"):
+            mask = unpack_mask(tensors, metadata)
+            values = take_tensors(tensors, mask.weights, "values")
+            head = _take_head(tensors, metadata_field(metadata, "head", list))
+            refuse_leftover(tensors)
+            return cls(mask=mask, values=values, head=head)
+
+
+class AppliedDelta:
+    """A delta that stands in a model; keeps the base values and can put them back.
+
+    As a context manager it reverts on leaving:
+
+        with apply_delta(model, delta):
+            ...  # the trained model
+        ...  # the base model again, bit for bit
+    """
+
+    def __init__(self, replaced: list[tuple[nn.Parameter, Tensor | None, Tensor]]) -> None:
+        self._replaced = replaced
+
+    def revert(self) -> None:
+        """Puts the base values back, bit for bit; a second call does nothing.
+
+        The model may have moved to another device since, but must have kept its dtype.
+        """
+        while self._replaced:
+            _write(*self._replaced[-1])
+            self._replaced.pop()
+
+    def __enter__(self) -> AppliedDelta:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.revert()
+
+
+def apply_delta(model: nn.Module, delta: Delta) -> AppliedDelta:
+    """Overwrites the selected entries of `model`, in place, with the delta's values.
+
+    Everything is checked before the first entry is written. Parameters stay the same objects, so
+    tied weights remain tied and a wrapped or compiled model sees the new values.
+
+    Args:
+        model: The base model, whole in this process, on any device, in the delta's dtype.
+        delta: What to apply.
+
+    Returns:
+        The handle that reverts it.
+
+    Raises:
+        ValueError: The model lacks a weight, has it in another shape or dtype, or holds other base
+            values at the entries (another model, or the delta is applied already).
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    delta.mask.check_model(shapes, type(model).__name__)
+    _check_head(parameters, delta.head)
+    _check_dtypes(parameters, {**delta.values, **delta.head})
+    base = {name: _read(parameters[name], delta.mask.indices[name]) for name in delta.values}
+    _check_base(delta, base)
+    replaced = [(parameters[name], delta.mask.indices[name], base[name]) for name in base]
+    dense = [(parameters[name], None, parameters[name].detach().clone()) for name in delta.head]
+    for name, values in delta.values.items():
+        _write(parameters[name], delta.mask.indices[name], values)
+    for name, values in delta.head.items():
+        _write(parameters[name], None, values)
+    return AppliedDelta([*replaced, *dense])
+
+
+def _check_values(name: str, values: Tensor, mask: Mask) -> None:
+    """Refuses values that do not fit the mask's weight `name` or are not finite."""
+    info, count = mask.weights[name], mask.indices[name].numel()
+    if values.shape != (count,):
+        raise ValueError(
+            f"the values of {name!r} have shape {tuple(values.shape)} for {count} indices"
+        )
+    if dtype_name(values.dtype) != info.dtype:
+        raise ValueError(
+            f"the values of {name!r} are {dtype_name(values.dtype)} for a {info.dtype} weight"
+        )
+    if not values.isfinite().all():
+        raise ValueError(f"the values of {name!r} hold NaN or infinity")
+
+
+def _take_head(tensors: dict[str, Tensor], names: list[Any]) -> dict[str, Tensor]:
+    """Takes the head's parameters out of `tensors`."""
+    for name in names:
+        if f"head.{name}" not in tensors:
+            raise ValueError(f"the head's parameter {name!r} is missing")
+    return {name: tensors.pop(f"head.{name}") for name in names}
+
+
+def _check_head(parameters: Mapping[str, nn.Parameter], head: Mapping[str, Tensor]) -> None:
+    """Refuses a model without the head's parameters."""
+    for name, values in head.items():
+        if name not in parameters or parameters[name].shape != values.shape:
+            raise ValueError(
+                f"the delta has a task head with {name!r} of shape {tuple(values.shape)}, which "
+                "the model does not have: load it with the class that was trained"
+            )
+
+
+def _check_dtypes(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+    """Refuses a model in another dtype: base values could not be compared, nor be exact."""
+    for name, expected in values.items():
+        if parameters[name].dtype != expected.dtype:
+            raise ValueError(
+                f"the delta is {dtype_name(expected.dtype)} and the model has {name!r} in "
+                f"{dtype_name(parameters[name].dtype)}: load the model with dtype={expected.dtype}"
+            )
+
+
+def _check_base(delta: Delta, base: Mapping[str, Tensor]) -> None:
+    """Refuses base values other than the recorded ones; `base` are the model's at the entries."""
+    differing = delta.mask.differing_weights(base)
+    if not differing:
+        return
+    if all(torch.equal(base[name], delta.values[name].to(base[name].device)) for name in base):
+        raise ValueError(
+            "the delta seems to be applied already, the model holds its values: revert it first"
+        )
+    raise ValueError(other_base("delta", delta.mask, differing))
+
+
+def _read(parameter: nn.Parameter, flat_indices: Tensor) -> Tensor:
+    """The entries of `parameter` at row-major flat indices, as a new tensor (k,), any strides."""
+    return parameter.detach()[_coordinates(parameter, flat_indices)]
+
+
+@torch.no_grad()
+def _write(parameter: nn.Parameter, flat_indices: Tensor | None, values: Tensor) -> None:
+    """Overwrites entries of `parameter` in place; all of them where `flat_indices` is None."""
+    if flat_indices is None:
+        parameter.copy_(values)
+    else:
+        parameter[_coordinates(parameter, flat_indices)] = values.to(parameter.device)
+
+
+def _coordinates(parameter: nn.Parameter, flat_indices: Tensor) -> tuple[Tensor, ...]:
+    """One index tensor per dimension; unlike a flat view these reach non-contiguous parameters."""
+    return torch.unravel_index(flat_indices.to(parameter.device, torch.int64), parameter.shape)

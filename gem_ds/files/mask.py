@@ -1,0 +1,278 @@
+"""The mask: which entries of which weights are fine-tuned, and the file that keeps it.
+
+    mask.safetensors    <weight name>.indices    flat (row-major) indices, strictly ascending;
+                                                 int32, or int64 from 2^31 entries of the weight on
+                        metadata                 base model and revision, method and settings, and
+                                                 per weight its shape, dtype and base checksum
+
+The checksum covers the base model's values at the indices, in the model's dtype. It decides whether
+a mask or a delta meets the weights that it was made for; the name of the model is only for the
+reader.
+A `Mask` that exists is valid: it checks itself when it is made, from a file or otherwise.
+
+How entries are chosen is the business of `gem_ds.sparse.calibrate`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gem_ds.files.atomic import explaining, load_tensors, metadata_field, save_tensors
+
+MASK_KIND = "gem_mask"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightInfo:
+    """What a mask knows about one weight matrix of the base model.
+
+    Attributes:
+        shape: Its full shape, whatever the ranks hold of it.
+        dtype: The model's dtype by its torch name, for example ``bfloat16``.
+        checksum: `checksum` of the base values at the mask's indices, in that dtype.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    checksum: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Mask:
+    """The selected entries of a model.
+
+    Attributes:
+        indices: Weight name to flat indices (k_l,), strictly ascending, of dtype `index_dtype`.
+        weights: Weight name to what is known about it; the same names.
+        base_model: Name or folder of the base model, for the reader.
+        revision: Its revision, where it has one.
+        method: How the entries were chosen; ``gem``.
+        settings: Settings of the method as JSON values (density, seed, targets, task, ...).
+
+    Raises:
+        ValueError: Indices and weights disagree, or indices are invalid; the weight is named.
+    """
+
+    indices: dict[str, Tensor]
+    weights: dict[str, WeightInfo]
+    base_model: str
+    revision: str | None = None
+    method: str = "gem"
+    settings: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if not self.weights:
+            raise ValueError("the mask has no weights")
+        for name in self.weights:
+            if name not in self.indices:
+                raise ValueError(f"weight {name!r} is described but has no indices")
+        for name, indices in self.indices.items():
+            if name not in self.weights:
+                raise ValueError(f"weight {name!r} has indices but is not described")
+            _check_weight(name, self.weights[name])
+            _check_indices(name, indices, self.weights[name].shape)
+
+    @property
+    def num_selected(self) -> int:
+        """Selected entries of all weights together (K)."""
+        return sum(indices.numel() for indices in self.indices.values())
+
+    @property
+    def dtype(self) -> str:
+        """The torch name of the dtype of all weights; a ValueError if they have more than one."""
+        dtypes = {info.dtype for info in self.weights.values()}
+        if len(dtypes) > 1:
+            raise ValueError(f"the weights have several dtypes ({', '.join(sorted(dtypes))})")
+        return dtypes.pop()
+
+    def save(self, path: str | Path) -> None:
+        """Writes the mask file, atomically; raises OSError as `files.atomic.atomic_write`."""
+        save_tensors(path, *pack_mask(self), kind=MASK_KIND)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Mask:
+        """Reads a mask file.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It is no mask file, or what it holds is invalid; says which weight.
+        """
+        tensors, metadata = load_tensors(path, MASK_KIND)
+        with explaining(path, "make the mask again with launch/train.py --max_steps 0"):
+            mask = unpack_mask(tensors, metadata)
+            refuse_leftover(tensors)
+        return mask
+
+    def check_model(self, shapes: Mapping[str, tuple[int, ...]], model: str) -> None:
+        """Refuses a model that lacks a weight of the mask or has it in another shape.
+
+        Args:
+            shapes: Parameter name to full shape, of the model at hand.
+            model: How to call that model in the message.
+
+        Raises:
+            ValueError: Names the first weight that does not fit.
+        """
+        remedy = f"use the base model that it was made for, {self.base_model}"
+        for name, info in self.weights.items():
+            if name not in shapes:
+                raise ValueError(
+                    f"the mask selects entries of {name!r}, which {model} does not have: {remedy}"
+                )
+            if tuple(shapes[name]) != info.shape:
+                raise ValueError(
+                    f"the mask was made for {name!r} of shape {info.shape}, and {model} has it in "
+                    f"shape {tuple(shapes[name])}: {remedy}"
+                )
+
+    def differing_weights(self, values: Mapping[str, Tensor]) -> list[str]:
+        """Names of the weights whose base values, in the mask's dtype, are not the recorded ones.
+
+        Args:
+            values: For each weight of the mask, the model's values (k_l,) at its indices. A weight
+                in another dtype than the mask's is left out.
+        """
+        return [
+            name
+            for name, info in self.weights.items()
+            if dtype_name(values[name].dtype) == info.dtype
+            and checksum(values[name]) != info.checksum
+        ]
+
+    def check_base(self, values: Mapping[str, Tensor]) -> None:
+        """Refuses base weights other than those that the mask was made for.
+
+        Args:
+            values: For each weight of the mask, the model's values (k_l,) at its indices. A weight
+                in another dtype than the mask's cannot be compared and is left out.
+
+        Raises:
+            ValueError: A weight in the mask's dtype has other values.
+        """
+        if differing := self.differing_weights(values):
+            raise ValueError(other_base("mask", self, differing))
+
+
+def other_base(noun: str, mask: Mask, differing: list[str]) -> str:
+    """The sentence for a mask or delta (`noun`) that meets other base weights."""
+    revision = f" at revision {mask.revision}" if mask.revision else ""
+    return (
+        f"this {noun} was made for other base weights ({len(differing)} of {len(mask.weights)} "
+        f"weights differ, the first is {differing[0]!r}): use {mask.base_model}{revision}"
+    )
+
+
+def index_dtype(numel: int) -> torch.dtype:
+    """The dtype of flat indices into a weight of `numel` entries: int32, from 2^31 on int64."""
+    return torch.int32 if numel < 2**31 else torch.int64
+
+
+def checksum(values: Tensor) -> str:
+    """SHA-256, in hex, of the bytes of `values` in their own dtype (little-endian machines).
+
+    Bytes are compared, not numbers: 0.0 and -0.0 differ, and a NaN equals itself.
+    """
+    # A clone, as a single element of any stride already counts as contiguous but has no byte view.
+    packed = values.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return hashlib.sha256(packed.view(torch.uint8).numpy().data).hexdigest()
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The torch name of a dtype without the module: torch.bfloat16 -> ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def pack_mask(mask: Mask) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the metadata of a mask, as they stand in its file."""
+    tensors = {f"{name}.indices": indices for name, indices in mask.indices.items()}
+    metadata = {
+        "base_model": mask.base_model,
+        "revision": mask.revision,
+        "method": mask.method,
+        "settings": mask.settings,
+        "weights": {name: asdict(info) for name, info in mask.weights.items()},
+    }
+    return tensors, metadata
+
+
+def unpack_mask(tensors: dict[str, Tensor], metadata: Mapping[str, Any]) -> Mask:
+    """The inverse of `pack_mask`.
+
+    Args:
+        tensors: Tensors of the file by name; those of the mask are taken out.
+        metadata: Metadata of the file; fields of others are ignored.
+
+    Raises:
+        ValueError: A field or tensor is missing, mistyped or invalid.
+    """
+    described = metadata_field(metadata, "weights", dict)
+    weights = {name: _unpack_weight(metadata_field(described, name, dict)) for name in described}
+    return Mask(
+        indices=take_tensors(tensors, weights, "indices"),
+        weights=weights,
+        base_model=metadata_field(metadata, "base_model", str),
+        revision=metadata_field(metadata, "revision", (str, NoneType)),
+        method=metadata_field(metadata, "method", str),
+        settings=metadata_field(metadata, "settings", dict),
+    )
+
+
+def take_tensors(
+    tensors: dict[str, Tensor], weights: Mapping[str, WeightInfo], part: str
+) -> dict[str, Tensor]:
+    """Takes ``<name>.<part>`` of each weight out of `tensors`; a ValueError names a missing one."""
+    for name in weights:
+        if f"{name}.{part}" not in tensors:
+            raise ValueError(f"weight {name!r} has no {part}")
+    return {name: tensors.pop(f"{name}.{part}") for name in weights}
+
+
+def refuse_leftover(tensors: Mapping[str, Tensor]) -> None:
+    """Raises a ValueError if a file holds tensors that nothing in its metadata accounts for."""
+    if tensors:
+        raise ValueError(f"it holds tensor {min(tensors)!r}, which its metadata does not describe")
+
+
+def _unpack_weight(entry: Mapping[str, Any]) -> WeightInfo:
+    return WeightInfo(
+        shape=tuple(metadata_field(entry, "shape", list)),
+        dtype=metadata_field(entry, "dtype", str),
+        checksum=metadata_field(entry, "checksum", str),
+    )
+
+
+def _check_weight(name: str, info: WeightInfo) -> None:
+    """Refuses a description that no weight can have."""
+    if not info.shape or not all(type(size) is int and size > 0 for size in info.shape):
+        raise ValueError(f"weight {name!r} has the impossible shape {info.shape}")
+    dtype = getattr(torch, info.dtype, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"weight {name!r} has the dtype {info.dtype!r}, which no weight can have")
+
+
+def _check_indices(name: str, indices: Tensor, shape: tuple[int, ...]) -> None:
+    """Refuses indices that are not flat, strictly ascending and inside a weight of `shape`."""
+    numel = prod(shape)
+    if indices.dtype != index_dtype(numel) or indices.dim() != 1:
+        raise ValueError(
+            f"the indices of {name!r} are {indices.dim()}-dimensional {dtype_name(indices.dtype)} "
+            f"instead of 1-dimensional {dtype_name(index_dtype(numel))}"
+        )
+    if not indices.numel():
+        return
+    if not (indices[1:] > indices[:-1]).all():
+        raise ValueError(f"the indices of {name!r} hold duplicates or are not in ascending order")
+    low, high = int(indices[0]), int(indices[-1])
+    if low < 0 or high >= numel:
+        raise ValueError(
+            f"index {low if low < 0 else high} of {name!r} is out of range for its shape {shape}"
+        )

@@ -1,0 +1,153 @@
+"""Writes an ordinary Hugging Face folder from a base model and a delta.
+
+    python launch/export.py --model_name_or_path M --delta F --output_dir E
+
+The base is loaded by the class that its config.json names, or by the one for sequence
+classification if the delta has a task head, in the delta's dtype; the delta is applied, and model
+and tokenizer are saved. The folder appears under its name when it is whole, not
+before. Processors of images or sound are not copied.
+One process, no accelerator: the model must fit into this machine's memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import transformers
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+
+from gem_ds.files.atomic import atomic_folder, sentence_of
+from gem_ds.files.delta import Delta, apply_delta
+from gem_ds.models.encoders import set_labels
+from gem_ds.models.tokenizer import load_tokenizer
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exports; returns the exit status and prints one sentence if the input is refused."""
+    arguments = _parser().parse_args(argv)
+    try:
+        export(
+            arguments.model_name_or_path,
+            arguments.delta,
+            arguments.output_dir,
+            overwrite=arguments.overwrite_output_dir,
+        )
+    except (ValueError, OSError, SafetensorError) as error:
+        print(f"Error: {sentence_of(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def export(base: str, delta_path: Path, output_dir: Path, *, overwrite: bool = False) -> None:
+    """Applies a delta to its base model and saves the result as a Hugging Face folder.
+
+    Args:
+        base: Folder or Hub name of the base model.
+        delta_path: The delta file.
+        output_dir: The folder to create; its parents are created too.
+        overwrite: Whether a model folder that stands there is replaced.
+
+    Raises:
+        ValueError: `output_dir` may not be written, or the delta does not fit the base.
+        OSError: A file cannot be read or written.
+    """
+    output_dir = output_dir.resolve()
+    _check_output_dir(output_dir, base, delta_path, overwrite)
+    delta = Delta.load(delta_path)
+    # A revision is meaningful in the repository that it was recorded for only.
+    revision = (delta.mask.revision if base == delta.mask.base_model else None) or "main"
+    model = _load_base(base, revision, delta)
+    apply_delta(model, delta)
+    tokenizer = load_tokenizer(base, revision)
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    atomic_folder(output_dir, write)
+    print(
+        f"{output_dir}: {base} with {delta.mask.num_selected:,} trained values in "
+        f"{len(delta.values)} weights" + ("" if tokenizer else "; the base has no tokenizer")
+    )
+
+
+def _check_output_dir(output_dir: Path, base: str, delta_path: Path, overwrite: bool) -> None:
+    """Refuses a folder whose writing would destroy something, before anything is loaded."""
+    for source in (Path(base), delta_path):
+        if source.exists() and source.resolve().is_relative_to(output_dir):
+            raise ValueError(f"output_dir {output_dir} is or holds {source}: choose another folder")
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"output_dir {output_dir} is a file: choose another name")
+    if output_dir.is_dir() and any(output_dir.iterdir()):
+        if not overwrite:
+            raise ValueError(
+                f"output_dir {output_dir} is not empty: choose another folder or pass "
+                "--overwrite_output_dir"
+            )
+        if not (output_dir / "config.json").is_file():
+            raise ValueError(
+                f"output_dir {output_dir} is not empty and holds no model (no config.json), so it "
+                "is not overwritten: choose another folder"
+            )
+
+
+def _load_base(base: str, revision: str, delta: Delta) -> PreTrainedModel:
+    """The base model in the delta's dtype, with every weight read from its files."""
+    config = AutoConfig.from_pretrained(base, revision=revision)
+    names = config.architectures or []
+    model_class: Any = getattr(transformers, names[0], None) if names else None
+    if delta.head:
+        model_class = AutoModelForSequenceClassification
+        names = [model_class.__name__]
+        set_labels(config, _labels_of(delta))
+    if model_class is None:
+        raise ValueError(
+            f"the config.json of {base} names no class of transformers under 'architectures' "
+            f"(found {names}): name there the class that the model was trained as"
+        )
+    model, report = model_class.from_pretrained(
+        base, config=config, revision=revision, dtype=delta.dtype, output_loading_info=True
+    )
+    if missing := set(report["missing_keys"]) - delta.head.keys():
+        raise ValueError(
+            f"{base} lacks {len(missing)} weights of {names[0]}, for example {min(missing)!r}: "
+            "pass a complete model"
+        )
+    return model
+
+
+def _labels_of(delta: Delta) -> list[str]:
+    labels = delta.mask.settings.get("labels")
+    if not isinstance(labels, list) or not labels:
+        raise ValueError(
+            "the delta has a task head and does not say for which labels: make it again with "
+            "launch/train.py"
+        )
+    return labels
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="launch/export.py",
+        description="Write an ordinary Hugging Face folder from a base model and a delta.",
+    )
+    parser.add_argument(
+        "--model_name_or_path",
+        required=True,
+        help="base model of the delta: a folder or a name on the Hugging Face Hub",
+    )
+    parser.add_argument("--delta", type=Path, required=True, help="delta.safetensors of a run")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder to create")
+    parser.add_argument(
+        "--overwrite_output_dir",
+        action="store_true",
+        help="replace output_dir as a whole if a model is in it",
+    )
+    return parser

@@ -1,0 +1,82 @@
+"""What is learnt of a task and how its answers are predicted, by kind of task and of model.
+
+    kind      causal model                                 encoder
+    text      write the answer                             -
+    labels    write the right one, or rank the candidates  classify the pair
+    choices   the same                                     score each candidate's pair
+    number    write the number                             regression
+
+A causal model predicts a label or a choice by the likeliest candidate, however it was trained. What
+is written (text; numbers of causal models) is predicted by generation, which is `eval`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from gem_ds.data.choices import ChoiceDataset, predict_candidates, summed_candidate_loss
+from gem_ds.data.pairs import PairDataset, predict_pairs, summed_pair_loss
+from gem_ds.data.schedule import Dataset
+from gem_ds.data.tasks import Example, Kind
+from gem_ds.data.texts import EncodedDataset
+from gem_ds.models.loss import SummedLoss, summed_answer_loss
+
+Encode = Callable[[Sequence[Example], PreTrainedTokenizerBase, int], Dataset]
+"""Examples, tokenizer and max_length to a dataset."""
+
+Predict = Callable[[nn.Module, dict[str, Tensor]], Tensor]
+"""Takes a model and a batch of n examples; index of the answer int64 [n] (-1 if a score is NaN), or
+the number fp32 [n]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictor:
+    """How answers are predicted without writing them."""
+
+    encode: Encode
+    predict: Predict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What is learnt, and how answers are predicted (None: by generation)."""
+
+    encode: Encode
+    summed_loss: SummedLoss
+    predictor: Predictor | None
+
+
+_WRITING = (EncodedDataset.encode, summed_answer_loss)
+_RANKING = Predictor(encode=ChoiceDataset.encode, predict=predict_candidates)
+_HEAD = Predictor(encode=PairDataset.encode, predict=predict_pairs)
+
+
+def objective_of(
+    kind: Kind, *, is_encoder: bool, classification_loss: Literal["tokens", "candidates"] = "tokens"
+) -> Objective:
+    """The objective of a task of some kind.
+
+    Raises:
+        ValueError: the loss needs candidates and there are none, or an encoder's head has its own.
+    """
+    has_candidates = kind in ("labels", "choices") and not is_encoder
+    if classification_loss == "candidates" and not has_candidates:
+        raise ValueError(
+            "--classification_loss candidates is for causal models on tasks with candidates: leave "
+            "it out."
+        )
+    if is_encoder:
+        assert kind != "text", "gem_ds.models.encoders.set_head refuses it"
+        return Objective(encode=PairDataset.encode, summed_loss=summed_pair_loss, predictor=_HEAD)
+    encode, summed_loss = (
+        (ChoiceDataset.encode, summed_candidate_loss)
+        if classification_loss == "candidates"
+        else _WRITING
+    )
+    predictor = _RANKING if has_candidates else None
+    return Objective(encode=encode, summed_loss=summed_loss, predictor=predictor)

@@ -1,0 +1,150 @@
+"""Which weights ZeRO-3 has gathered when, as DeepSpeed 0.19 was seen to do it.
+
+A module's weights are gathered when it runs, forward or backward, and let go when it has run. When
+any module starts, those that come next are gathered ahead, ``stage3_prefetch_bucket_size`` entries
+or a little more each time, until ``stage3_max_live_parameters`` are there. A weight that several
+modules share stays between their forward passes, and between their backward passes. Weights of at
+most ``stage3_param_persistence_threshold`` entries are never let go. A trained weight whose block
+is recomputed in the backward pass stays until that has used it.
+
+What comes next is a queue of the uses of weights, known from the step before; so a first pass
+records their order and a second one counts. A use whose weight is there when its turn comes leaves
+the queue, and is not gathered ahead though the weight may be let go before.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from gem_ds.planning.live import LiveBytes
+
+
+class Gathers:
+    """The gathered weights of a model, as its modules run.
+
+    Args:
+        model: whole, on the meta device.
+        persistence_threshold: entries of the largest weight that stays.
+        prefetch_size: entries that are gathered ahead when a module starts.
+        max_live: entries up to which weights are gathered ahead.
+        copies: whether a message is received into a copy, as gloo does it.
+
+    Attributes:
+        num_bytes: gathered in the last step, each weight as often as it was.
+    """
+
+    KIND = "gathered weights"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        persistence_threshold: int,
+        prefetch_size: int,
+        max_live: int,
+        copies: bool,
+    ) -> None:
+        self.prefetch_size, self.max_live = prefetch_size, max_live
+        self.copies = copies
+        self.num_bytes = 0
+        self._weights = {
+            module: [
+                parameter
+                for parameter in module.parameters(recurse=False)
+                if parameter.numel() > persistence_threshold
+            ]
+            for module in model.modules()
+        }
+        self._runs: list[nn.Module] = []  # of this step, forward and backward
+        self._queue: deque[tuple[int, Tensor]] = deque()  # uses to come, by number of the run
+        self._forwards: Counter[Tensor] = Counter()  # passes to come that will use a weight
+        self._backwards: Counter[Tensor] = Counter()
+        self._held: set[Tensor] = set()
+        self._live = LiveBytes()
+
+    @property
+    def knows_order(self) -> bool:
+        """Whether a step has run, so that the next one gathers ahead."""
+        return bool(self._runs)
+
+    @contextmanager
+    def step(self, live: LiveBytes) -> Iterator[None]:
+        """Within the block, one forward and backward pass, whose gathers ``live`` counts."""
+        uses = ((i, weight) for i, run in enumerate(self._runs) for weight in self._weights[run])
+        self._queue = deque(uses)
+        self._live, self._runs, self.num_bytes = live, [], 0
+        handles = []
+        for module, weights in self._weights.items():
+            self._forwards.update(weights)
+            handles.append(module.register_forward_pre_hook(lambda m, _: self._start(m)))
+            handles.append(module.register_forward_hook(self._after_forward))
+        yield
+        for handle in handles:
+            handle.remove()
+        for weight in list(self._held):
+            self._release(weight)
+        self._forwards.clear()
+        self._backwards.clear()
+
+    def _after_forward(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
+        """Let the weights go, and be there again when the gradient of the output arrives."""
+        is_recomputed = torch._C._current_graph_task_id() != -1  # within a backward pass
+        self._end(module, self._forwards, keeps_trained=is_recomputed)
+        if is_recomputed:
+            return  # gradients pass through what the first forward made
+        output, read = _first_with_gradient(outputs), _first_with_gradient(inputs)
+        if output is not None and output.grad_fn is not None:
+            self._backwards.update(self._weights[module])
+            # A node's hook runs after those of the tensor, so the module above has ended.
+            output.grad_fn.register_prehook(lambda _: self._start(module))
+        if read is not None:
+            read.register_hook(lambda _: self._end(module, self._backwards))
+
+    def _start(self, module: nn.Module) -> None:
+        number = len(self._runs)
+        self._runs.append(module)
+        for weight in self._weights[module]:
+            self._gather(weight)
+        while self._queue and self._queue[0][0] <= number:
+            self._queue.popleft()
+        left = min(self.prefetch_size, self.max_live - sum(w.numel() for w in self._held))
+        while self._queue and left > 0:
+            _, weight = self._queue.popleft()
+            if weight not in self._held:
+                left -= weight.numel()
+                self._gather(weight)
+
+    def _end(
+        self, module: nn.Module, to_come: Counter[Tensor], *, keeps_trained: bool = False
+    ) -> None:
+        """A pass of the module has ended; of the same direction others may be to come."""
+        to_come.subtract(self._weights[module])
+        for weight in self._weights[module]:
+            is_kept = to_come[weight] > 0 or (keeps_trained and weight.requires_grad)
+            if weight in self._held and not is_kept:
+                self._release(weight)
+
+    def _gather(self, weight: Tensor) -> None:
+        if weight not in self._held:
+            self._held.add(weight)
+            self.num_bytes += weight.nbytes
+            self._live.add(self.KIND, weight.nbytes)
+            with self._live.held("messages", weight.nbytes * self.copies):
+                pass
+
+    def _release(self, weight: Tensor) -> None:
+        self._held.remove(weight)
+        self._live.add(self.KIND, -weight.nbytes)
+
+
+def _first_with_gradient(values: Any) -> Tensor | None:
+    """The first tensor, of arguments or results, that a gradient will arrive at."""
+    tensors = (value for value in tree_leaves(values) if isinstance(value, Tensor))
+    return next((tensor for tensor in tensors if tensor.requires_grad), None)

@@ -1,0 +1,148 @@
+"""What a training will need of each GPU and of the network, from the model's configuration alone.
+
+    python launch/plan.py --model_name_or_path M --deepspeed ds_configs/zero3.json \
+        --world_size 64 --gpu_memory_gb 80
+
+Takes the flags of launch/train.py beside its own; the task, its data and --output_dir may be left
+out. No weights are read: the model is laid out on the meta device, and a micro-batch runs there.
+Every sequence is taken to be --max_length long and to carry loss everywhere, so shorter data needs
+less. A GB is 10^9 bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+
+import transformers
+
+from gem_ds.distributed.zero_config import read_config, zero_stage
+from gem_ds.files.atomic import sentence_of
+from gem_ds.models.load import read_model_config
+from gem_ds.planning.advice import HEADROOM, fits, least_change
+from gem_ds.planning.forecast import Forecast, Setting, forecast
+from gem_ds.train.arguments import Arguments, parse_arguments
+
+GB = 1e9
+
+
+def read_setting(args: Arguments, world_size: int, *, on_cpu: bool = False) -> Setting:
+    """The setting that the flags describe.
+
+    Raises:
+        ValueError: in one sentence, what cannot be planned.
+    """
+    if args.method.mask:
+        raise ValueError("A plan needs no mask: leave --mask out and pass its --density.")
+    for flag, value, given in (
+        ("method", "shira", args.method.method),
+        ("optimizer", "adamw_8bit", args.train.optimizer),
+        ("classification_loss", "candidates", args.data.classification_loss),
+        ("attn_implementation", "eager", args.model.attn_implementation),
+    ):
+        if value == given:
+            raise ValueError(f"--{flag} {value} cannot be planned: leave it out.")
+    stage_0 = {"zero_optimization": {"stage": 0}}
+    return Setting(
+        args=args,
+        config=read_model_config(args),
+        deepspeed=read_config(args.train.deepspeed) if args.train.deepspeed else stage_0,
+        world_size=world_size,
+        on_cpu=on_cpu,
+    )
+
+
+def describe(setting: Setting, found: Forecast) -> str:
+    """What is planned, and what a rank and the network will bear."""
+    train, method = setting.args.train, setting.args.method.method
+    stage = zero_stage(dict(setting.deepspeed))
+    lines = [
+        f"{method} on {setting.args.model.model_name_or_path}: {found.num_trained:,} of "
+        f"{found.num_parameters:,} parameters",
+        f"{setting.world_size} ranks, ZeRO stage {stage}, {train.dtype}; each rank runs "
+        f"{train.per_device_train_batch_size} x {found.num_tokens:,} tokens at once"
+        + (", activations recomputed" if train.gradient_checkpointing else ""),
+        "",
+        *_memory_lines(found),
+        "",
+        "Messages of all ranks, each counted once     GB",
+        f"  weights gathered in a micro-batch   {found.weight_gathers / GB:>10.3f}",
+        f"  all else of a step                  {found.step_messages / GB:>10.3f}",
+    ]
+    if found.calibration:
+        told = found.calibration_messages / GB
+        lines.append(f"  statistics, in a micro-batch        {told:>10.3f}")
+    lines.append(f"Masters and moments of all ranks      {found.state / GB:>10.3f} GB")
+    return "\n".join(lines)
+
+
+def _memory_lines(found: Forecast) -> list[str]:
+    """A table of what one rank holds; columns for the phases that there are."""
+    phases = {
+        "training": found.training,
+        "calibration": found.calibration,
+        "evaluation": found.evaluation,
+    }
+    phases = {phase: held for phase, held in phases.items() if held}
+    kinds = list(dict.fromkeys(kind for held in phases.values() for kind in held))
+    rows = {kind: [held.get(kind, 0) for held in phases.values()] for kind in kinds}
+    rows = {kind: sizes for kind, sizes in rows.items() if any(sizes)}
+    rows["in all"] = [sum(held.values()) for held in phases.values()]
+    heads = "".join(f"{phase:>13}" for phase in phases)
+    return [f"At the peak of one rank, GB  {heads}"] + [
+        f"  {kind:<27}" + "".join(f"{size / GB:>13.3f}" for size in sizes)
+        for kind, sizes in rows.items()
+    ]
+
+
+def judge(setting: Setting, found: Forecast, memory_gb: float) -> str:
+    """Whether it fits, and what makes it fit."""
+    usable = f"{(1 - HEADROOM) * memory_gb:g} GB (a tenth of {memory_gb:g} GB is left to libraries)"
+    if fits(found, memory_gb * GB):
+        return f"It fits: {found.peak / GB:.3g} of {usable}."
+    change = least_change(setting, memory_gb * GB)
+    told = f"It does not fit: {found.peak / GB:.3g} of {usable}."
+    if change is None:
+        return f"{told} Nothing that this program knows makes it fit: a smaller model would."
+    words, after = change
+    return f"{told} It does with {', '.join(words)}: {after.peak / GB:.3g} GB."
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the plan.
+
+    Raises:
+        ValueError: bad input, in one sentence.
+    """
+    parser = argparse.ArgumentParser(
+        prog="launch/plan.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--world_size", type=int, default=1, help="ranks, one GPU each")
+    parser.add_argument("--gpu_memory_gb", type=float, help="of one GPU: is it enough?")
+    own, flags = parser.parse_known_args(argv)
+    if own.world_size < 1:
+        raise ValueError(f"--world_size must be at least 1, not {own.world_size}.")
+    if own.gpu_memory_gb is not None and not 0 < own.gpu_memory_gb < float("inf"):
+        raise ValueError(f"--gpu_memory_gb must be above 0, not {own.gpu_memory_gb}.")
+    transformers.utils.logging.set_verbosity_error()
+    setting = read_setting(parse_arguments(flags, needed=["model_name_or_path"]), own.world_size)
+    found = forecast(setting)
+    print(describe(setting, found))
+    if own.gpu_memory_gb is not None:
+        print(f"\n{judge(setting, found, own.gpu_memory_gb)}")
+
+
+def run_as_program() -> int:
+    """Run :func:`main` as a command: errors end in one sentence and a non-zero status."""
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, to each other
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"Error: {sentence_of(error)}", file=sys.stderr)
+        return 1
+    return 0

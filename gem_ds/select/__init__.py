@@ -1,0 +1,1 @@
+"""Which entries to train: scores, budgets, the exact top k. Pure and rank-blind."""

@@ -1,0 +1,196 @@
+"""The exact k largest scores of matrices that no rank holds whole.
+
+Non-negative fp32 numbers are ordered as their bits are when read as integers. So the k-th largest
+score of a layer is found digit by digit, from the top: all ranks count how many of their entries
+have each value of the digit, the counts are summed, and the digit of the k-th score can be read
+off. Three digits of 11, 10 and 10 bits settle it, for all layers at once. The scores are read
+twice: to count their first digits, and to copy out the few entries whose first digit is that of the
+k-th or higher, the *candidates*, which all else is about. What crosses the network is three
+histograms and one small table of ties, whatever the size of the model and the number of layers.
+
+Equal scores go to the lowest flat index of the whole matrix, so that the choice is the same for
+any number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gem_ds.select.scores import Group, chunks
+
+#: The digits of a 31-bit score, highest first: (how far to shift it down, bits in the digit).
+_DIGITS = ((20, 11), (10, 10), (0, 10))
+
+#: All bits but the sign: reads -0.0 as 0.
+_MAGNITUDE = 0x7FFF_FFFF
+
+
+def top_k_indices(
+    scores: Sequence[Tensor], starts: Sequence[int], budgets: Sequence[int], group: Group
+) -> list[Tensor]:
+    """The entries of each layer with the k_l largest scores, ties to the lowest flat index.
+
+    On one rank this is ``sorted(range(n), key=lambda i: (-scores[i], i))[:k]``, sorted again.
+
+    Args:
+        scores: per layer this rank's range, fp32 [m], non-negative and finite; m may be 0. All on
+            one device, the one on which ``group`` reduces.
+        starts: per layer the flat index of the range's first entry in the whole matrix. Ranges
+            ascend with the rank.
+        budgets: per layer k_l, the same on every rank, at most the layer's size.
+        group: the ranks that hold the other ranges.
+
+    Returns:
+        Per layer the flat indices chosen in this rank's range, int64 [.], ascending. Over the
+        ranks they are k_l.
+    """
+    assert len(scores) == len(starts) == len(budgets), "one shard, start and budget per layer"
+    assert all(shard.dtype == torch.float32 for shard in scores), "the digits are those of fp32"
+    left = torch.tensor(budgets, dtype=torch.int64, device=scores[0].device)
+    shift, width = _DIGITS[0]
+    histograms = torch.stack(
+        [_histogram(shard.view(torch.int32), shift, width) for shard in scores]
+    )
+    digit, left = _digit_of_kth(group.all_reduce(histograms, "sum"), left)
+    lowest = (digit << shift).int().view(torch.float32)
+    candidates = [_reaching(shard, bound) for shard, bound in zip(scores, lowest, strict=True)]
+    thresholds, ties = _kth_largest(candidates, digit, left, group)
+    return [
+        found.at_least(threshold, tie).add_(start)
+        for found, threshold, tie, start in zip(candidates, thresholds, ties, starts, strict=True)
+    ]
+
+
+def count_among_largest(scores: Sequence[Tensor], total: int, group: Group) -> list[int]:
+    """How many entries of each layer are among the ``total`` largest of all layers together.
+
+    Equal scores go to the earlier layer.
+
+    Args:
+        scores: as :func:`top_k_indices`.
+        total: at most the entries of all layers.
+        group: the ranks that hold the other ranges.
+
+    Returns:
+        Per layer a count, the same on every rank, ``total`` in all.
+    """
+    candidates = [shard.view(torch.int32) for shard in scores]
+    above = torch.zeros(len(scores), dtype=torch.int64, device=scores[0].device)
+    left = above.new_tensor([total])
+    for shift, width in _DIGITS:
+        histograms = torch.stack([_histogram(bits, shift, width) for bits in candidates])
+        group.all_reduce(histograms, "sum")
+        digit, left = _digit_of_kth(histograms.sum(dim=0, keepdim=True), left)
+        value = int(digit)
+        above += histograms[:, value + 1 :].sum(dim=1)
+        candidates = [_with_digit(bits, shift, width, value) for bits in candidates]
+        tied = histograms[:, value]
+    before = tied.cumsum(0) - tied  # ties of earlier layers
+    return (above + (left - before).clamp(min=0).minimum(tied)).tolist()
+
+
+@dataclass(frozen=True)
+class _Candidates:
+    """Entries of one layer's shard.
+
+    Attributes:
+        positions: int64 [c], ascending, in the shard.
+        bits: int32 [c], of their scores, without the sign.
+    """
+
+    positions: Tensor
+    bits: Tensor
+
+    def at_least(self, threshold: int, ties: int) -> Tensor:
+        """The positions of all bits above ``threshold`` and of the first ``ties`` equal to it."""
+        tied = self.bits == threshold
+        return self.positions[(self.bits > threshold) | tied & (tied.cumsum(0) <= ties)]
+
+
+def _reaching(scores: Tensor, bound: Tensor) -> _Candidates:
+    """The entries of ``scores`` that are at least ``bound`` (fp32 []; none where that is a NaN)."""
+    positions = [torch.empty(0, dtype=torch.int64, device=scores.device)]
+    bits = [torch.empty(0, dtype=torch.int32, device=scores.device)]
+    offset = 0
+    for chunk in chunks(scores):
+        found = (chunk >= bound).nonzero().squeeze(1)
+        bits.append(chunk[found].view(torch.int32) & _MAGNITUDE)
+        positions.append(found.add_(offset))
+        offset += chunk.numel()
+    return _Candidates(torch.cat(positions), torch.cat(bits))
+
+
+def _kth_largest(
+    candidates: Sequence[_Candidates], digit: Tensor, left: Tensor, group: Group
+) -> tuple[list[int], list[int]]:
+    """Per layer the bits of the k-th largest score, and how many entries equal to it to take here.
+
+    Entries above it are all taken, wherever they are.
+
+    Args:
+        candidates: all entries with at least the first digit of the k-th.
+        digit: int64 [layers], that digit.
+        left: int64 [layers], how many of the entries with that digit to take.
+        group: the ranks that hold the other candidates.
+    """
+    (shift, width), *lower_digits = _DIGITS
+    threshold = digit << shift
+    pools = [
+        _with_digit(layer.bits, shift, width, value)
+        for layer, value in zip(candidates, digit.tolist(), strict=True)
+    ]
+    for shift, width in lower_digits:
+        histograms = torch.stack([_histogram(bits, shift, width) for bits in pools])
+        digit, left = _digit_of_kth(group.all_reduce(histograms, "sum"), left)
+        pools = [
+            _with_digit(bits, shift, width, value)
+            for bits, value in zip(pools, digit.tolist(), strict=True)
+        ]
+        threshold += digit << shift
+    # What is left of the budget goes to the ties, the lower ranks' (lower indices) first.
+    tied = left.new_zeros(group.world_size, len(pools))
+    tied[group.rank] = left.new_tensor([bits.numel() for bits in pools])
+    group.all_reduce(tied, "sum")
+    before = tied[: group.rank].sum(dim=0)
+    taken = (left - before).clamp(min=0).minimum(tied[group.rank])
+    return threshold.tolist(), taken.tolist()
+
+
+def _histogram(bits: Tensor, shift: int, width: int) -> Tensor:
+    """How often each value of the digit occurs in ``bits`` (int32 [m]): int64 [2^width]."""
+    counts = torch.zeros(2**width, dtype=torch.int64, device=bits.device)
+    for chunk in chunks(bits):
+        counts += torch.bincount(_digit(chunk, shift, width), minlength=2**width)
+    return counts
+
+
+def _with_digit(bits: Tensor, shift: int, width: int, value: int) -> Tensor:
+    """The entries of ``bits`` whose digit is ``value``."""
+    kept = [c.masked_select(_digit(c, shift, width) == value) for c in chunks(bits)]
+    return torch.cat(kept) if kept else bits
+
+
+def _digit(bits: Tensor, shift: int, width: int) -> Tensor:
+    return (bits >> shift) & (2**width - 1)
+
+
+def _digit_of_kth(histograms: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """The digit of each layer's k-th largest entry, and how many of its equals are in the top k.
+
+    Args:
+        histograms: int64 [layers, bins].
+        k: int64 [layers]. For k = 0 the answer is the highest digit, which no finite score has.
+
+    Returns:
+        The digit and what is left of k inside its bin, both int64 [layers].
+    """
+    from_top = histograms.flip(1)
+    reached = from_top.cumsum(dim=1)  # entries in the highest 1, 2, ... bins
+    assert bool((reached[:, -1] >= k).all()), "no layer holds fewer entries than its budget"
+    position = (reached < k[:, None]).sum(dim=1)
+    above = (reached - from_top).gather(1, position[:, None]).squeeze(1)
+    return histograms.shape[1] - 1 - position, k - above

@@ -1,0 +1,1 @@
+"""Training selected entries inside a frozen model."""

@@ -1,0 +1,213 @@
+"""Calibration: batches -> gradient statistics in shards -> the selected entries.
+
+In each backward, every target layer forms its dense gradient ``dy^T x`` of one micro-batch, sums it
+over the ranks into the ranks' own ranges (:mod:`sparse.gradients`), and drops it. A rank keeps
+fp32 statistics of its own ranges only; two dense matrices exist at a time, the product of a layer
+and that of the layer before it, which is on its way. More are kept where a buffer is allowed.
+
+The engine, its hooks and its partitions are those of training; no optimizer step is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from gem_ds.data.batches import Batches
+from gem_ds.distributed.comm import Comm
+from gem_ds.distributed.engine import Engine
+from gem_ds.models.loss import SummedLoss
+from gem_ds.select.methods import CALIBRATED_METHODS
+from gem_ds.select.rules import TargetShard
+from gem_ds.select.selection import Selection, select_shards
+from gem_ds.sparse.gradients import ShardReducer, make_sinks
+from gem_ds.sparse.layers import TargetLayers
+
+#: The backward runs on the mean loss of a micro-batch times this, so that half-precision gradients
+#: stay in range; a power of two, so that taking it out again does not round.
+LOSS_SCALE = 2.0**10
+
+
+def calibrate(
+    engine: Engine,
+    layers: TargetLayers,
+    batches: Batches,
+    summed_loss: SummedLoss,
+    total: int,
+    progress: Callable[[], None] = lambda: None,
+    *,
+    method: str = "gem",
+    seed: int = 0,
+    buffer_gb: float = 0.0,
+) -> Selection:
+    """Score every target entry over one epoch of ``batches`` and select ``total`` of them.
+
+    A method that looks at no gradient reads no batch.
+
+    Args:
+        engine: holds the model; its weights are read, none is changed.
+        layers: the target layers.
+        batches: the calibration examples.
+        summed_loss: the loss of one micro-batch, summed over what its weight counts.
+        total: K.
+        progress: called after each step.
+        method: one of :data:`gem_ds.select.methods.SPARSE_METHODS`.
+        seed: of methods that choose by chance.
+        buffer_gb: as :func:`sum_gradients`.
+
+    Returns:
+        This rank's part of the selection (its own ranges of the layers).
+
+    Raises:
+        ValueError: the loss or a score is not finite, or no gradient reaches a target.
+    """
+    gradients: Sequence[Tensor | None] = [None] * len(layers)
+    if method in CALIBRATED_METHODS:
+        gradients = sum_gradients(
+            engine, layers, batches, summed_loss, progress, buffer_gb=buffer_gb
+        )
+    return select(engine, layers, gradients, total, method=method, seed=seed)
+
+
+def select(
+    engine: Engine,
+    layers: TargetLayers,
+    gradients: Sequence[Tensor | None],
+    total: int,
+    *,
+    method: str = "gem",
+    seed: int = 0,
+) -> Selection:
+    """Score and select by gradients that are there: the second half of :func:`calibrate`.
+
+    Args:
+        engine: holds the model, whose weights are read.
+        layers: the target layers.
+        gradients: of :func:`sum_gradients`, consumed; None each for a method that looks at none.
+        total: K.
+        method: one of :data:`gem_ds.select.methods.SPARSE_METHODS`.
+        seed: of methods that choose by chance.
+
+    Returns:
+        This rank's part of the selection.
+
+    Raises:
+        ValueError: a score is not finite.
+    """
+    shards = []
+    for layer, gradient in zip(layers, gradients, strict=True):
+        start, _ = engine.shard_range(layer.weight)
+        shards.append(
+            TargetShard(
+                name=layer.name,
+                numel=layer.numel,
+                start=start,
+                gradient=gradient,
+                weight=engine.read_shard(layer.weight),
+                device=engine.device,
+            )
+        )
+    with engine.comm.in_unison():
+        return select_shards(shards, total, engine.comm, method=method, seed=seed)
+
+
+def sum_gradients(
+    engine: Engine,
+    layers: TargetLayers,
+    batches: Batches,
+    summed_loss: SummedLoss,
+    progress: Callable[[], None] = lambda: None,
+    *,
+    buffer_gb: float = 0.0,
+) -> list[Tensor]:
+    """The gradient of the loss summed over one epoch, in shards: :func:`calibrate`'s first half.
+
+    Args:
+        engine: holds the model.
+        layers: the target layers.
+        batches: the calibration examples.
+        summed_loss: the loss of one micro-batch, summed over what its weight counts.
+        progress: called after each step.
+        buffer_gb: 10^9 bytes that each rank may keep of whole gradients, which then cross the
+            network once (:func:`gem_ds.sparse.gradients.buffered_layers`).
+
+    Returns:
+        Per layer, this rank's range (:meth:`Engine.shard_range`) of the flat gradient, fp32.
+
+    Raises:
+        ValueError: the loss is not finite, or no gradient reaches a target.
+    """
+    reducer = ShardReducer(engine.comm)
+    sinks = make_sinks(engine, layers, reducer, buffer_gb)
+    engine.model.eval()  # no dropout: the gradient at the base weights is not a random quantity
+    with layers.sinks(sinks), _checkpointing_in_eval_mode(engine.model):
+        for step, weights in enumerate(_largest_weights(batches, engine.comm)):
+            num_broken = torch.zeros((), device=engine.device)
+            for batch, weight in zip(batches.micro_batches(step), weights, strict=True):
+                for sink in sinks:
+                    sink.scale = weight / LOSS_SCALE
+
+                def mean_loss(model: nn.Module, batch: dict = batch, n: int = weight) -> Tensor:
+                    return summed_loss(model, batch) / n
+
+                loss = engine.backward(mean_loss, deliver=False, loss_scale=LOSS_SCALE)
+                reducer.finish()
+                num_broken += ~loss.isfinite()
+            if engine.comm.all_reduce(num_broken, "max").item():
+                with engine.comm.in_unison():
+                    raise ValueError(
+                        "The loss is not finite during calibration: check the base model and "
+                        "the data, or use --bf16 or fp32 instead of --fp16."
+                    )
+            progress()
+    shards = [sink.take() for sink in sinks]
+    with engine.comm.in_unison():
+        _refuse_without_gradient(layers, shards, engine.comm)
+    return shards
+
+
+def _largest_weights(batches: Batches, comm: Comm) -> list[list[int]]:
+    """For each step and micro-batch the largest weight of a rank's part, 1 at least.
+
+    The ranks talk about it once, so that no micro-batch has to wait for the device.
+    """
+    own = [batches.weights(step) for step in range(batches.steps_per_epoch)]
+    largest = comm.all_reduce(torch.tensor(own, device=comm.device), "max")
+    return largest.clamp_(min=1).tolist()
+
+
+@contextmanager
+def _checkpointing_in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Checkpoint the blocks that training checkpoints; transformers itself does in train mode only.
+
+    Without it calibration would need more memory than the training that it prepares.
+    """
+    blocks: list[Any] = [
+        module
+        for module in model.modules()
+        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
+    ]
+    for block in blocks:
+        block.forward = partial(block._gradient_checkpointing_func, block.forward)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+def _refuse_without_gradient(layers: TargetLayers, shards: list[Tensor], comm: Comm) -> None:
+    reached = torch.tensor([float(shard.any()) for shard in shards], device=comm.device)
+    comm.all_reduce(reached, "max")
+    flags = zip(layers, reached.tolist(), strict=True)
+    if unreached := [layer.name for layer, flag in flags if not flag]:
+        raise ValueError(
+            f"No gradient reaches {', '.join(unreached)}: leave such layers out of "
+            "--target_modules, or check that the model uses them for this task."
+        )

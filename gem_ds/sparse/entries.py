@@ -1,0 +1,234 @@
+"""Trained entries at work: which slice of the flat vector is whose, and writing them back.
+
+``values`` [K] is the parameters' trained entries one after another, each parameter's in the order
+of their flat indices:
+
+    values = cat(weight_1.flatten()[flat_index_1], weight_2.flatten()[flat_index_2], ...)
+
+The selected entries of the target layers are one such vector; a task head, which is trained whole,
+is another.
+
+Every rank holds all K indices (4 bytes each), since each computes the gradient of all of them over
+its own tokens; it writes those that lie in its own part of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+
+from gem_ds.distributed.comm import Comm
+from gem_ds.distributed.engine import Engine, numel
+from gem_ds.files.mask import index_dtype
+from gem_ds.sparse.layers import DenseGradientSink, Gate, GradientSink, TargetLayers
+from gem_ds.sparse.sddmm import Pattern, choose_kernel
+
+
+class TrainedEntries:
+    """Entries of some parameters that are trained as one flat vector.
+
+    Args:
+        engine: holds the model.
+        gate: holds the flat vector.
+        parameters: the parameters, by name.
+        flat_indices: per parameter all trained flat indices, int [k_l], ascending.
+
+    Attributes:
+        flat_indices: the same, on the engine's device, in the smallest dtype that fits.
+        starts: per parameter where its slice of the flat vector begins.
+        total: K.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        gate: Gate,
+        parameters: Mapping[str, nn.Parameter],
+        flat_indices: Sequence[Tensor],
+    ) -> None:
+        self.engine = engine
+        self.gate = gate
+        self.parameters = dict(parameters)
+        self.flat_indices = [
+            index.to(engine.device, index_dtype(numel(parameter)))
+            for parameter, index in zip(parameters.values(), flat_indices, strict=True)
+        ]
+        *self.starts, self.total = accumulate((i.numel() for i in flat_indices), initial=0)
+        assert self.total == gate.num_entries, "the gate was made for another K"
+        self._writable = [
+            _part(index, engine.writable_range(parameter))
+            for parameter, index in zip(parameters.values(), self.flat_indices, strict=True)
+        ]
+
+    @property
+    def names(self) -> list[str]:
+        """The parameters' names."""
+        return list(self.parameters)
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """The whole parameters' shapes."""
+        return [tuple(getattr(p, "ds_shape", p.shape)) for p in self.parameters.values()]
+
+    def split(self, vector: Tensor) -> dict[str, Tensor]:
+        """Cut a flat vector [K] into the parameters' slices, by name."""
+        sizes = [index.numel() for index in self.flat_indices]
+        return dict(zip(self.names, vector.split(sizes), strict=True))
+
+    def read(self) -> Tensor:
+        """The parameters' present values at the entries: [K] in the model's dtype, on every rank.
+
+        Each rank contributes the bits of its own range; the others' are zero, so an integer sum
+        over the ranks keeps every bit, the sign of zero included.
+        """
+        engine = self.engine
+        values = torch.zeros(self.total, dtype=engine.dtype, device=engine.device)
+        for parameter, start, index in zip(
+            self.parameters.values(), self.starts, self.flat_indices, strict=True
+        ):
+            bounds = engine.shard_range(parameter)
+            own = _part(index, bounds)
+            shard = engine.read_shard(parameter)
+            shard_index = (index[own] - bounds[0]).to(shard.device)
+            values[start + own.start : start + own.stop] = shard[shard_index]
+        bits = values.view(torch.int16 if values.element_size() == 2 else torch.int32)
+        summed = engine.comm.all_reduce(bits.to(torch.int32), "sum")
+        return summed.to(bits.dtype).view(engine.dtype)
+
+    def write_back(self) -> None:
+        """Bring the parameters up to date with ``values``; call it after every applied step."""
+        slices = self.split(self.values())
+        for (name, parameter), index, own in zip(
+            self.parameters.items(), self.flat_indices, self._writable, strict=True
+        ):
+            self.engine.write_entries(parameter, index, slices[name], own)
+
+    def values(self) -> Tensor:
+        """The flat vector [K] in the model's dtype, whole, on every rank."""
+        return self.engine.gather_values(self.gate)
+
+    def start_from_weights(self) -> Tensor:
+        """Set the masters to the entries as they are, with fresh moments; returns ``read()``."""
+        values = self.read()
+        self.start_from(values)
+        return values
+
+    def start_from(self, values: Tensor) -> None:
+        """Set the masters to ``values`` [K], with fresh moments; the weights are as they were."""
+        zeros = torch.zeros(self.total, dtype=torch.float32, device=values.device)
+        state = {"master": values.float(), "exp_avg": zeros, "exp_avg_sq": zeros}
+        self.engine.set_state(state, num_updates=0, gate=self.gate)
+
+
+class SelectedEntries(TrainedEntries):
+    """The selected entries of the target layers.
+
+    Args:
+        engine: holds the model.
+        layers: the target layers.
+        flat_indices: per layer all selected flat indices, int [k_l], ascending.
+        kernel: of :mod:`gem_ds.sparse.sddmm`, for all layers; auto chooses for each.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        layers: TargetLayers,
+        flat_indices: Sequence[Tensor],
+        kernel: str = "auto",
+    ) -> None:
+        self.layers = layers
+        self.kernel = kernel
+        weights = {layer.name: layer.weight for layer in layers}
+        super().__init__(engine, layers.gate, weights, flat_indices)
+        self._patterns = [
+            Pattern.of(index, layer.shape)
+            for layer, index in zip(layers, self.flat_indices, strict=True)
+        ]
+
+    def training(self) -> AbstractContextManager[None]:
+        """While the block lasts, backward passes collect the entries' gradient."""
+        return self.layers.sinks(self.sinks())
+
+    def sinks(self) -> list[GradientSink]:
+        """Per layer, what collects the gradient of its entries."""
+        return [
+            GradientSink(self.gate, start, pattern, self.kernel)
+            for start, pattern in zip(self.starts, self._patterns, strict=True)
+        ]
+
+    def kernels(self) -> list[str]:
+        """Per layer, the kernel that computes its sampled gradient."""
+        if self.kernel != "auto":
+            return [self.kernel] * len(self.layers)
+        device, dtype = self.engine.device.type, self.engine.dtype
+        return [choose_kernel(device, dtype, p.shape, p.num_entries) for p in self._patterns]
+
+
+class HeadEntries(TrainedEntries):
+    """All entries of a task head: the weights and biases of some linear layers.
+
+    Args:
+        engine: holds the model.
+        layers: the head's layers.
+    """
+
+    def __init__(self, engine: Engine, layers: TargetLayers) -> None:
+        self.layers = layers
+        parameters = head_parameters(layers.modules())
+        indices = [torch.arange(numel(parameter)) for parameter in parameters.values()]
+        super().__init__(engine, layers.gate, parameters, indices)
+
+    def training(self) -> AbstractContextManager[None]:
+        """While the block lasts, backward passes collect the entries' gradient."""
+        return self.layers.sinks(self.sinks())
+
+    def sinks(self) -> list[DenseGradientSink]:
+        """Per layer, what collects the gradient of its weight and bias."""
+        starts = dict(zip(self.names, self.starts, strict=True))
+        return [
+            DenseGradientSink(self.gate, starts[layer.name], starts.get(_bias_name(layer.name)))
+            for layer in self.layers
+        ]
+
+
+def head_parameters(layers: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """Weights and biases by name, of linear layers by the names of their weights."""
+    parameters = {}
+    for name, module in layers.items():
+        parameters[name] = module.get_parameter("weight")
+        if module.bias is not None:
+            parameters[_bias_name(name)] = module.get_parameter("bias")
+    return parameters
+
+
+def _bias_name(weight_name: str) -> str:
+    return f"{weight_name.removesuffix('weight')}bias"
+
+
+def _part(index: Tensor, bounds: tuple[int, int]) -> slice:
+    """The positions of an ascending ``index`` whose values lie in [start, stop)."""
+    low, high = torch.searchsorted(index, torch.tensor(bounds, device=index.device)).tolist()
+    return slice(low, high)
+
+
+def gather_indices(own: Sequence[Tensor], comm: Comm) -> list[Tensor]:
+    """Put the ranks' parts of a selection together.
+
+    Args:
+        own: per layer this rank's flat indices, int64, ascending; the ranks' ranges ascend.
+        comm: the ranks.
+
+    Returns:
+        Per layer all selected flat indices, int64, ascending, on every rank.
+    """
+    counts = torch.zeros(comm.world_size, len(own), dtype=torch.int64, device=own[0].device)
+    counts[comm.rank] = torch.tensor([index.numel() for index in own])
+    sizes = comm.all_reduce(counts, "sum").tolist()
+    gathered = comm.all_gather(torch.cat(list(own)))
+    parts = [part.split(size) for part, size in zip(gathered, sizes, strict=True)]
+    return [torch.cat(pieces) for pieces in zip(*parts, strict=True)]

@@ -1,0 +1,179 @@
+"""The kernels that torch alone can express; what they compute is told in :mod:`sparse.sddmm`.
+
+Beside its result a kernel makes what its docstring names, and drops it when it returns. What lasts
+from step to step is the :class:`Pattern`: the flat indices, which the caller holds anyway, and the
+bounds of the rows among them. Column indices are ``flat_index % columns`` and are made anew by each
+call: 0.1 ms for 84,000 entries (two CPU cores), a hundredth of the product over 1,000 tokens; kept,
+they would double what the indices cost.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+#: What a tile of the dense product may take. On a CPU about a cache, with enough rows for an
+#: efficient product; on a GPU enough blocks of rows and columns to keep it busy.
+CPU_TILE_BYTES, GPU_TILE_BYTES = 8 << 20, 32 << 20
+#: Tokens at once where copies in fp32 are made. On a CPU such a block of 4,096 columns (2 MiB)
+#: stays in a core's cache while the entries read it in any order.
+CPU_LIBRARY_TOKENS, GPU_LIBRARY_TOKENS = 128, 2048
+DENSE_TOKENS = 512
+#: Entries and tokens at once whose factors are gathered: two times 4 MiB in fp32.
+GATHER_ENTRIES, GATHER_TOKENS = 4096, 256
+
+
+@dataclass(frozen=True, eq=False)
+class Pattern:
+    """Some entries of a matrix, in the order of their flat indices.
+
+    Attributes:
+        flat_index: int [k], ascending, each ``row * columns + column``; shared, not copied.
+        shape: [rows, columns].
+        row_bounds: [rows + 1] on the CPU, of the same dtype: the entries of row i are those from
+            ``row_bounds[i]`` to ``row_bounds[i + 1]``.
+    """
+
+    flat_index: Tensor
+    shape: tuple[int, int]
+    row_bounds: Tensor
+
+    @classmethod
+    def of(cls, flat_index: Tensor, shape: tuple[int, int]) -> Pattern:
+        """Find the rows' bounds."""
+        rows, columns = shape
+        starts = torch.arange(rows, device=flat_index.device) * columns
+        bounds = torch.searchsorted(flat_index, starts.to(flat_index.dtype))
+        row_bounds = torch.empty(rows + 1, dtype=flat_index.dtype)
+        row_bounds[:-1], row_bounds[-1] = bounds, flat_index.numel()
+        return cls(flat_index, shape, row_bounds)
+
+    @property
+    def num_entries(self) -> int:
+        """The number k."""
+        return self.flat_index.numel()
+
+
+def _blocks(total: int, size: int) -> Iterator[slice]:
+    for start in range(0, total, size):
+        yield slice(start, min(start + size, total))
+
+
+# The whole product
+
+
+def product(dy: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
+    """``dy^T x`` in fp32.
+
+    On a CPU low precision is converted :data:`DENSE_TOKENS` at a time.
+
+    Args:
+        dy: [tokens, rows].
+        x: [tokens, columns], of dy's dtype and device.
+        out: fp32 [rows, columns] to overwrite, if given.
+
+    Returns:
+        fp32 [rows, columns].
+    """
+    if dy.dtype == torch.float32:
+        return torch.mm(dy.t(), x, out=out)
+    if dy.is_cuda:
+        return torch.mm(dy.t(), x, out_dtype=torch.float32, out=out)  # accumulated and kept in fp32
+    if out is None:
+        out = dy.new_empty(dy.shape[1], x.shape[1], dtype=torch.float32)
+    add_product(out.zero_(), dy, x)
+    return out
+
+
+def add_product(out: Tensor, dy: Tensor, x: Tensor, scale: float = 1.0) -> None:
+    """Add ``scale * dy^T x`` to ``out``, fp32 [rows, columns].
+
+    A GPU holds a whole product besides where dy is of low precision.
+    """
+    if dy.dtype == torch.float32:
+        out.addmm_(dy.t(), x, alpha=scale)
+    elif dy.is_cuda:
+        out.add_(product(dy, x), alpha=scale)
+    else:
+        for tokens in _blocks(dy.shape[0], DENSE_TOKENS):
+            out.addmm_(dy[tokens].float().t(), x[tokens].float(), alpha=scale)
+
+
+# The kernels
+
+
+def add_dense(out: Tensor, dy: Tensor, x: Tensor, pattern: Pattern) -> None:
+    """Makes the whole product: 4 bytes for each entry of the matrix."""
+    out += product(dy, x).view(-1).index_select(0, pattern.flat_index)
+
+
+def add_tiled(out: Tensor, dy: Tensor, x: Tensor, pattern: Pattern) -> None:
+    """Makes one tile, of :data:`CPU_TILE_BYTES`; tiles without entries are left out."""
+    rows, columns = pattern.shape
+    tile_bytes = CPU_TILE_BYTES if dy.device.type == "cpu" else GPU_TILE_BYTES
+    rows_per_tile = min(rows, max(1, tile_bytes // (4 * columns)))
+    buffer = out.new_empty(rows_per_tile, columns)
+    for tile in _blocks(rows, rows_per_tile):
+        start, stop = pattern.row_bounds[tile.start].item(), pattern.row_bounds[tile.stop].item()
+        if start < stop:
+            dense = product(dy[:, tile], x, buffer[: tile.stop - tile.start])
+            index = pattern.flat_index[start:stop] - tile.start * columns
+            out[start:stop] += dense.view(-1).index_select(0, index)
+
+
+def add_gathered(out: Tensor, dy: Tensor, x: Tensor, pattern: Pattern) -> None:
+    """Makes both factors of :data:`GATHER_ENTRIES` x :data:`GATHER_TOKENS`; reads nothing else."""
+    columns = pattern.shape[1]
+    for entries in _blocks(pattern.num_entries, GATHER_ENTRIES):
+        flat_index = pattern.flat_index[entries]
+        row, column = flat_index // columns, flat_index % columns
+        for tokens in _blocks(dy.shape[0], GATHER_TOKENS):
+            a = dy[tokens].t().index_select(0, row).float()  # [entries, tokens]
+            b = x[tokens].t().index_select(0, column).float()
+            out[entries] += torch.linalg.vecdot(a, b)
+
+
+def add_library(out: Tensor, dy: Tensor, x: Tensor, pattern: Pattern) -> None:
+    """Makes fp32 copies, transposed, of so many tokens of dy and x, and column indices.
+
+    The library takes fp32 and fp64 only and reads both factors along the tokens. It transposes for
+    itself too, but whole, which costs more than the product where few entries are selected.
+    """
+    _swallow_csr_notice()
+    rows, columns = pattern.shape
+    sampled = torch.sparse_csr_tensor(
+        pattern.row_bounds.to(out.device),  # ascending flat indices are in CSR order
+        pattern.flat_index % columns,
+        out,
+        size=pattern.shape,
+        check_invariants=False,
+    )
+    assert sampled.values().data_ptr() == out.data_ptr(), "the library adds to a copy"
+    on_cpu = dy.device.type == "cpu"
+    length = min(dy.shape[0], CPU_LIBRARY_TOKENS if on_cpu else GPU_LIBRARY_TOKENS)
+    buffers = out.new_empty(rows * length), out.new_empty(columns * length)
+    for tokens in _blocks(dy.shape[0], length):
+        a = _transpose(dy[tokens], buffers[0])
+        b = _transpose(x[tokens], buffers[1])
+        torch.sparse.sampled_addmm(sampled, a, b.t(), beta=1.0, out=sampled)
+
+
+def _transpose(part: Tensor, buffer: Tensor) -> Tensor:
+    """``part`` [tokens, features] as fp32 [features, tokens], at the front of ``buffer``."""
+    tokens, features = part.shape
+    out = buffer[: part.numel()].view(features, tokens)
+    out[None].copy_(part.t()[None])  # of two dimensions it would be left to a single thread
+    return out
+
+
+@functools.cache
+def _swallow_csr_notice() -> None:
+    """Take torch's once-per-process notice that CSR tensors are in beta, so that users do not."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        torch.zeros(1, 1).to_sparse_csr()

@@ -1,0 +1,52 @@
+"""What the kernels make beside their results, from shapes alone: for forecasts."""
+
+from __future__ import annotations
+
+from gem_ds.sparse.sddmm import kernels
+
+_FP32 = 4  # bytes
+
+
+def temporary_bytes(
+    kernel: str,
+    *,
+    tokens: int,
+    shape: tuple[int, int],
+    num_entries: int,
+    itemsize: int,
+    on_cpu: bool,
+) -> int:
+    """The most that a kernel holds at once.
+
+    Args:
+        kernel: its name.
+        tokens: of dy and x.
+        shape: of the weight, [rows, columns].
+        num_entries: k of this weight.
+        itemsize: bytes of a number of dy and x.
+        on_cpu: where they lie.
+    """
+    if num_entries == 0:
+        return 0
+    rows, columns = shape
+    # On a CPU a product of low precision copies its factors, some tokens at a time.
+    copied = min(tokens, kernels.DENSE_TOKENS) * _FP32 if on_cpu and itemsize < _FP32 else 0
+    if kernel == "dense":
+        picked = _FP32 * num_entries
+        return _FP32 * rows * columns + max(copied * (rows + columns), picked)
+    if kernel == "tiled":
+        tile_bytes = kernels.CPU_TILE_BYTES if on_cpu else kernels.GPU_TILE_BYTES
+        tile_rows = min(rows, max(1, tile_bytes // (_FP32 * columns)))
+        picked = 2 * _FP32 * num_entries * tile_rows // rows  # and where they lie
+        return _FP32 * tile_rows * columns + max(copied * (tile_rows + columns), picked)
+    if kernel == "gather":
+        entries = min(num_entries, kernels.GATHER_ENTRIES)
+        length = min(tokens, kernels.GATHER_TOKENS)
+        has_several = num_entries > entries or tokens > length
+        factors = 3 * _FP32 + itemsize * (itemsize < _FP32 and has_several)  # and their product
+        return factors * entries * length
+    if kernel == "library":
+        length = kernels.CPU_LIBRARY_TOKENS if on_cpu else kernels.GPU_LIBRARY_TOKENS
+        return _FP32 * (min(tokens, length) * (rows + columns) + num_entries)
+    assert kernel == "triton", f"there is no kernel {kernel}"
+    return itemsize * tokens * (rows + columns)

@@ -1,0 +1,1 @@
+"""A training run, from the flags to the results."""

@@ -1,0 +1,158 @@
+"""The examples of a run, as the model reads them, and everything that can be refused in them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from gem_ds.data.schedule import Dataset, permutation
+from gem_ds.data.tasks import (
+    AnswerExample,
+    ChoiceExample,
+    Example,
+    NumberExample,
+    TaskData,
+    load_task,
+)
+from gem_ds.data.texts import EncodedDataset
+from gem_ds.models.encoders import num_positions
+from gem_ds.models.objective import Objective
+from gem_ds.models.tokenizer import refuse_foreign_tokens
+from gem_ds.train.config import DataArguments
+
+_SPLIT_SEED = 0  # of which examples are the development set; no flag changes it
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunData:
+    """What a run reads.
+
+    Attributes:
+        train: encoded training examples.
+        test: encoded held-out examples, for the loss; may be empty.
+        questions: the same as predictions are made from; None where answers are generated.
+        references: the same as text.
+    """
+
+    train: Dataset
+    test: Dataset
+    questions: Dataset | None
+    references: list[Example]
+
+    def fingerprint(self) -> str:
+        """A hash of what a run is measured on."""
+        return self.test.fingerprint() + (self.questions.fingerprint() if self.questions else "")
+
+
+def load_examples(data: DataArguments) -> TaskData:
+    """The examples that the flags name; ``test`` is what the run is measured on.
+
+    Raises:
+        ValueError: a file is at fault, or too few examples are left.
+    """
+    task = load_task(
+        str(data.task),
+        data_dir=data.data_dir,
+        train_file=data.train_file,
+        test_file=data.test_file,
+        prompt_field=data.prompt_field,
+        target_field=data.target_field,
+    )
+    if data.evaluate_on == "test" and not task.test:
+        raise ValueError(
+            f"--evaluate_on test: {data.data_dir or data.train_file} holds no held-out examples of "
+            f"--task {data.task}: add its validation file, or pass --evaluate_on dev."
+        )
+    order, num_left = _split(task.train, data.dev_examples)
+    if data.dev_examples and num_left < 1:
+        raise ValueError(
+            f"--dev_examples {data.dev_examples} leaves none of the {len(task.train)} training "
+            "examples to train on: lower it."
+        )
+    train = sorted(order[:num_left][: data.train_examples])
+    dev = sorted(order[num_left:])
+    return replace(
+        task,
+        train=[task.train[i] for i in train],
+        test=[task.train[i] for i in dev] if data.evaluate_on == "dev" else task.test,
+    )
+
+
+def _split(examples: Sequence[Example], num_dev: int) -> tuple[list[int], int]:
+    """A fixed random order of the examples, and how many of them are not of the development set.
+
+    Examples on the same passage stay together, so that none is half learnt; the development set may
+    thereby be a little larger than asked for.
+    """
+    passages = _passages(examples)
+    texts: dict[str, list[int]] = {}
+    for i in permutation(len(examples), _SPLIT_SEED, epoch=0).tolist():
+        texts.setdefault(passages[i], []).append(i)
+    order: list[int] = []
+    num_left = len(examples)
+    for group in reversed(texts.values()):
+        if len(order) < num_dev:
+            num_left -= len(group)
+        order += reversed(group)
+    return order[::-1], num_left
+
+
+def _passages(examples: Sequence[Example]) -> list[str]:
+    """What each example is about: of a pair of texts that which is the longer one on the whole."""
+    pairs = [e.pairs[0] for e in examples if isinstance(e, ChoiceExample | NumberExample)]
+    if pairs:
+        firsts, seconds = ([text or "" for text in texts] for texts in zip(*pairs, strict=True))
+        longer = firsts if sum(map(len, firsts)) >= sum(map(len, seconds)) else seconds
+        return [text.replace("*", "") for text in longer]  # by which wsc marks words of a text
+    return [e.passage if isinstance(e, AnswerExample) else str(e.prompt) for e in examples]
+
+
+def encode_examples(
+    data: DataArguments,
+    task: TaskData,
+    objective: Objective,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+) -> RunData:
+    """The examples as datasets.
+
+    Raises:
+        ValueError: an example cannot be encoded, the model cannot read what the tokenizer makes, or
+            --packing is passed for examples that cannot share a sequence.
+    """
+    train = objective.encode(task.train, tokenizer, data.max_length)
+    test = objective.encode(task.test, tokenizer, data.max_length)
+    if data.packing and not isinstance(train, EncodedDataset):
+        raise ValueError(
+            "--packing is for examples whose answers are written, one sequence each: leave it out."
+        )
+    questions = None
+    if objective.predictor is not None:
+        is_same = objective.predictor.encode == objective.encode
+        questions = (
+            test if is_same else objective.predictor.encode(task.test, tokenizer, data.max_length)
+        )
+    datasets = [train, test, *([] if questions is None else [questions])]
+    vocab_size = config.get_text_config().vocab_size
+    refuse_foreign_tokens(max(dataset.largest_token for dataset in datasets), vocab_size)
+    _refuse_long_sequences(max(dataset.longest for dataset in datasets), config)
+    return RunData(train=train, test=test, questions=questions, references=task.test)
+
+
+def fingerprint(data: DataArguments, train: Dataset) -> str:
+    """What tells the rows of a training set, and the order they come in, from others."""
+    packed = f"packed into {data.max_length}" if data.packing else "one by one"
+    told = f"{train.fingerprint()} {packed} {data.train_sampling_strategy}"
+    return hashlib.sha256(told.encode()).hexdigest()
+
+
+def _refuse_long_sequences(longest: int, config: PretrainedConfig) -> None:
+    limit = num_positions(config)
+    if limit and longest > limit:
+        raise ValueError(
+            f"The longest example has {longest} tokens and the model reads {limit}: pass "
+            f"--max_length {limit} or less."
+        )

@@ -1,0 +1,232 @@
+"""The training loop: one optimizer step after another, and the held-out loss between them.
+
+One step, for a global batch of weight ``n`` (its answer tokens, or its examples) over all ranks and
+micro-batches:
+
+    for each micro-batch of this rank:  backward of  summed loss * world_size / n
+    engine.step()                       averages over the ranks, clips, updates the masters
+    trained.write_back()                the weights show the new values
+
+DeepSpeed's own division by the world size is made up for by the factor, so the gradient is that of
+the mean loss over the global batch however it is cut. What is logged, evaluated and saved between
+steps is the caller's business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from gem_ds.data.batches import Batches
+from gem_ds.distributed.comm import Comm
+from gem_ds.files.checkpoint import TrainerState
+from gem_ds.models.loss import SummedLoss
+
+
+class StepEngine(Protocol):
+    """What a step asks of an engine; those of :mod:`gem_ds.distributed.engine` have it."""
+
+    comm: Comm
+    model: nn.Module
+    device: torch.device
+    dtype: torch.dtype
+
+    def backward(self, compute_loss: Callable[[nn.Module], Tensor], *, deliver: bool) -> Tensor:
+        """Run one micro-batch; ``deliver`` with the last one of a step. Returns the loss."""
+
+    def step(self) -> bool:
+        """Apply the gradient; False where it is not finite and nothing has changed."""
+
+    @property
+    def grad_norm(self) -> Tensor | float | None:
+        """L2 norm of the gradient before clipping, where the ZeRO stage computes it."""
+
+    @property
+    def lowers_loss_scale(self) -> bool:
+        """Whether a gradient that is not finite would lower the loss scale."""
+
+
+class Trained(Protocol):
+    """What is trained: entries of frozen weights, or parameters of the model themselves."""
+
+    @property
+    def engine(self) -> StepEngine:
+        """Holds the model."""
+
+    def training(self) -> AbstractContextManager[None]:
+        """While the block lasts, backward passes collect gradients."""
+
+    def write_back(self) -> None:
+        """Show an applied step in the model's weights."""
+
+
+class StopSignal:
+    """Remembers a SIGTERM (a scheduler's notice) until the loop reaches the end of its step.
+
+    Only within its block; before and after it there is nothing to save, and SIGTERM ends the
+    process as ever.
+    """
+
+    def __init__(self) -> None:
+        self.received = False
+
+    def __enter__(self) -> StopSignal:
+        self._before = signal.signal(signal.SIGTERM, self._receive)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+    def _receive(self, signum: int, frame: FrameType | None) -> None:
+        self.received = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one step has found, the same on every rank.
+
+    Attributes:
+        loss: mean over the weight of the global batch, before the update.
+        learning_rate: of the update.
+        grad_norm: L2 norm of the gradient before clipping, where the ZeRO stage computes it; may
+            lie on a GPU, which is then waited for where it is read.
+        num_tokens: read over all ranks, padding left out.
+        seconds: that the step took.
+        is_stopping: a rank has received a SIGTERM; this step was the last.
+    """
+
+    loss: float
+    learning_rate: float
+    grad_norm: Tensor | float | None
+    num_tokens: int
+    seconds: float
+    is_stopping: bool
+
+
+class DivergedError(ValueError):
+    """The loss or the gradient is no longer finite."""
+
+
+def seed_noise(seed: int, step: int, rank: int) -> None:
+    """Key dropout's noise by (seed, step, rank), so that a resumed run draws the same."""
+    digest = hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def fit(
+    trained: Trained,
+    train: Batches,
+    summed_loss: SummedLoss,
+    scheduler: LRScheduler,
+    state: TrainerState,
+    *,
+    seed: int,
+) -> Iterator[StepResult]:
+    """Train from ``state.global_step`` to ``state.max_steps``, one step for each item asked for.
+
+    Between two steps, masters and weights agree: the caller may evaluate or save. All ranks iterate
+    together.
+
+    Args:
+        trained: what is trained; masters and weights must agree.
+        train: the training data.
+        summed_loss: the loss of one micro-batch, summed over what its weight counts.
+        scheduler: of the learning rate of the engine's optimizer; stepped after each applied step.
+        state: progress; step and epoch are kept up to date.
+        seed: of dropout.
+
+    Yields:
+        What each step has found; fewer than asked for if a SIGTERM ends the run early.
+
+    Raises:
+        DivergedError: the loss or gradient of a step is not finite; masters are as before it.
+    """
+    with StopSignal() as stop, trained.training():
+        while state.global_step < state.max_steps:
+            result = _step(trained, train, summed_loss, scheduler, state.global_step, seed, stop)
+            state.global_step += 1
+            state.epoch = state.global_step / train.steps_per_epoch
+            yield result
+            if result.is_stopping:
+                return
+
+
+def _step(
+    trained: Trained,
+    train: Batches,
+    summed_loss: SummedLoss,
+    scheduler: LRScheduler,
+    step: int,
+    seed: int,
+    stop: StopSignal,
+) -> StepResult:
+    """One global batch: gradient, update, write-back."""
+    engine, comm = trained.engine, trained.engine.comm
+    started = time.perf_counter()
+    engine.model.train()
+    seed_noise(seed, step, comm.rank)
+    own = accumulate(engine, train, summed_loss, step).double() / comm.world_size
+    local = torch.stack([own, own.new_full((), float(stop.received))])
+    loss, num_stopping = comm.all_reduce(local, "sum").tolist()  # waits for the device
+    if not math.isfinite(loss):
+        with comm.in_unison():
+            raise DivergedError(_diverged("loss", step))
+    learning_rate = float(scheduler.get_last_lr()[0])
+    may_skip = engine.lowers_loss_scale
+    if engine.step():
+        trained.write_back()
+        scheduler.step()
+    elif not may_skip:
+        with comm.in_unison():
+            raise DivergedError(_diverged("gradient", step))
+    return StepResult(
+        loss=loss,
+        learning_rate=learning_rate,
+        grad_norm=engine.grad_norm,
+        num_tokens=train.num_tokens(step),
+        seconds=time.perf_counter() - started,
+        is_stopping=num_stopping > 0,
+    )
+
+
+def accumulate(engine: StepEngine, train: Batches, summed_loss: SummedLoss, step: int) -> Tensor:
+    """Run the backward of a global batch; this rank's part of its mean loss, times the ranks."""
+    weight = 1.0 / train.weight(step)
+    total = torch.zeros((), device=engine.device)
+    for i, batch in enumerate(train.micro_batches(step)):
+
+        def scaled_loss(model: nn.Module, batch: dict[str, Tensor] = batch) -> Tensor:
+            return summed_loss(model, batch) * (weight * engine.comm.world_size)
+
+        total += engine.backward(scaled_loss, deliver=i == train.num_micro_batches - 1)
+    return total
+
+
+def mean_loss(engine: StepEngine, batches: Batches, summed_loss: SummedLoss) -> float:
+    """Mean loss over one epoch of ``batches``, without gradients; the same on all ranks."""
+    engine.model.eval()
+    total = torch.zeros((), dtype=torch.float64, device=engine.device)
+    with torch.no_grad():
+        for step in range(batches.steps_per_epoch):
+            for batch in batches.micro_batches(step):
+                total += summed_loss(engine.model, batch)
+    engine.comm.all_reduce(total, "sum")
+    return total.item() / batches.total_weight
+
+
+def _diverged(what: str, step: int) -> str:
+    return (
+        f"The {what} is not finite at step {step + 1}: lower --learning_rate, or use --bf16 "
+        f"instead of --fp16; checkpoints before checkpoint-{step} are good."
+    )

@@ -1,0 +1,88 @@
+"""The optimizer and the learning-rate schedule that the flags ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_scheduler
+
+from gem_ds.distributed.optim import SparseAdamW
+from gem_ds.train.config import TrainArguments
+
+
+def make_sparse_optimizer(train: TrainArguments) -> Callable[[list[nn.Parameter]], SparseAdamW]:
+    """What makes the optimizer of the selected values and, second if there is one, the head."""
+    rates = (train.learning_rate, train.head_learning_rate)
+
+    def make(parameters: list[nn.Parameter]) -> SparseAdamW:
+        groups = [
+            {"params": [parameter], "lr": rate}
+            for parameter, rate in zip(parameters, rates, strict=False)
+        ]
+        return SparseAdamW(groups, lr=train.learning_rate, **_adam(train))
+
+    return make
+
+
+def make_dense_optimizer(
+    train: TrainArguments, parameters: list[nn.Parameter], head: list[nn.Parameter]
+) -> Optimizer:
+    """AdamW of whole parameters, in eight bits if ``--optimizer`` says so.
+
+    Raises:
+        ValueError: bitsandbytes is asked for and not there, or no GPU for it.
+    """
+    groups: list[dict[str, Any]] = [{"params": parameters, "lr": train.learning_rate}]
+    if head:
+        groups.append({"params": head, "lr": train.head_learning_rate})
+    # One pass over the parameters instead of a dozen: the baselines are as fast as torch can do it.
+    adam: Any = partial(AdamW, fused=True)
+    if train.optimizer == "adamw_8bit":
+        adam = adam_of_bitsandbytes()
+    return adam(groups, lr=train.learning_rate, **_adam(train))
+
+
+def _adam(train: TrainArguments) -> dict[str, Any]:
+    return {
+        "betas": (train.adam_beta1, train.adam_beta2),
+        "eps": train.adam_epsilon,
+        "weight_decay": train.weight_decay,
+    }
+
+
+def adam_of_bitsandbytes() -> Any:
+    """AdamW with moments in eight bits.
+
+    Raises:
+        ValueError: bitsandbytes or a GPU is not there.
+    """
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise ValueError(
+            "--optimizer adamw_8bit needs bitsandbytes: pip install bitsandbytes."
+        ) from None
+    if not torch.cuda.is_available():
+        raise ValueError("--optimizer adamw_8bit needs a GPU: pass --optimizer adamw.")
+    return AdamW8bit
+
+
+def make_scheduler(
+    train: TrainArguments, optimizer: Optimizer, max_steps: int, num_updates: int
+) -> LambdaLR:
+    """The learning-rate schedule of transformers that the flags name, after ``num_updates``."""
+    warmup = train.warmup_steps
+    schedule = get_scheduler(
+        train.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=round(warmup * max_steps if warmup < 1 else warmup),
+        num_training_steps=max_steps,
+    )
+    # One function for each parameter group.
+    return LambdaLR(optimizer, schedule.lr_lambdas, last_epoch=num_updates - 1)

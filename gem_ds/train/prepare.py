@@ -1,0 +1,269 @@
+"""What is decided before any weight is loaded, and everything that can be refused by then.
+
+Each rank prepares for itself, from the same files, and meets the others only afterwards; nothing
+here communicates. The model is laid out on the meta device, where it costs nothing, to find the
+target layers, to count the parameters and to settle K.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from gem_ds.data.tasks import TaskData
+from gem_ds.distributed.zero_config import RunShape, read_config, resolve_config, zero_stage
+from gem_ds.files.checkpoint import Checkpoint, RunIdentity, find_checkpoint, list_checkpoints
+from gem_ds.files.mask import Mask, checksum, dtype_name
+from gem_ds.models.encoders import is_encoder, set_head
+from gem_ds.models.load import DTYPES, load_model_config, one_line
+from gem_ds.models.objective import Objective, objective_of
+from gem_ds.models.tokenizer import load_tokenizer, pad_token_id
+from gem_ds.select.methods import product_of
+from gem_ds.sparse.sddmm import check_kernel
+from gem_ds.train.arguments import Arguments
+from gem_ds.train.examples import RunData, encode_examples, fingerprint, load_examples
+from gem_ds.train.optimizer import adam_of_bitsandbytes
+from gem_ds.train.output_dir import refuse_losses, refuse_run
+from gem_ds.train.reporting import summary_writer_class
+from gem_ds.train.targets import settle_targets
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A run that nothing stands against any more.
+
+    Attributes:
+        output_dir: exists or will.
+        config: the model's configuration.
+        tokenizer: the model's.
+        pad_token_id: what rows are padded with.
+        task: the examples as text.
+        data: the same as the model reads them.
+        objective: what is learnt of them.
+        targets: names of the target weights; empty where the method has none.
+        num_parameters: N.
+        total: K; 0 for methods that train whole parameters.
+        shira_rank: with ``--method shira`` its rank, else 0.
+        deepspeed: the resolved configuration of the engine.
+        global_batch_size: rows per step; the checkpoint's, whatever the flags make it now.
+        mask: the entries, where they are not to be calibrated.
+        checkpoint: what to go on from.
+        identity: what a later resume must agree with.
+    """
+
+    output_dir: Path
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    pad_token_id: int
+    task: TaskData
+    data: RunData
+    objective: Objective
+    targets: list[str]
+    num_parameters: int
+    total: int
+    shira_rank: int
+    deepspeed: dict[str, Any]
+    global_batch_size: int
+    mask: Mask | None
+    checkpoint: Checkpoint | None
+    identity: RunIdentity
+
+    def digest(self) -> str:
+        """A fingerprint of what all ranks must agree on before they meet in a collective."""
+        indices = [] if self.mask is None else [checksum(i) for i in self.mask.indices.values()]
+        checkpoint = None if self.checkpoint is None else self.checkpoint.digest()
+        parts = (
+            self.identity,
+            self.data.fingerprint(),
+            self.targets,
+            self.num_parameters,
+            self.total,
+            self.deepspeed,
+            indices,
+            checkpoint,
+        )
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def prepare(args: Arguments, world_size: int) -> Plan:
+    """Decide and check everything that needs no weights.
+
+    Raises:
+        ValueError, OSError: one sentence that says what to change.
+    """
+    output_dir = Path(str(args.train.output_dir))
+    if args.train.report_to == "tensorboard":
+        summary_writer_class()
+    if args.train.optimizer == "adamw_8bit":
+        adam_of_bitsandbytes()
+    if args.train.fp16 and not torch.cuda.is_available():
+        raise ValueError("--fp16 needs a GPU: pass --bf16, or neither for fp32.")
+    check_kernel(args.method.sddmm_kernel, "cuda" if torch.cuda.is_available() else "cpu")
+    checkpoint = _load_checkpoint(args, output_dir)
+    mask = (
+        checkpoint.mask if checkpoint else Mask.load(args.method.mask) if args.method.mask else None
+    )
+    config = load_model_config(args)
+    task = load_examples(args.data)
+    set_head(config, str(args.model.model_name_or_path), task)
+    objective = objective_of(
+        task.kind,
+        is_encoder=is_encoder(config),
+        classification_loss=args.data.classification_loss,
+    )
+    if args.method.calibration_head_steps and not is_encoder(config):
+        raise ValueError(
+            f"--calibration_head_steps trains an encoder's head, and {config.model_type} has none: "
+            "leave it out."
+        )
+    targets = settle_targets(args, config, mask)
+    written = read_config(args.train.deepspeed) if args.train.deepspeed else {}
+    deepspeed = resolve_deepspeed(written, args, config, targets.total, world_size)
+    if args.method.method == "shira" and zero_stage(deepspeed) == 3:
+        raise ValueError(
+            "--method shira adds to whole weights, and ZeRO stage 3 cuts them: use "
+            "ds_configs/zero2.json."
+        )
+    tokenizer = _load_tokenizer(args)
+    data = encode_examples(args.data, task, objective, tokenizer, config)
+    identity = RunIdentity(
+        global_batch_size=batch_size_of_flags(args, world_size),
+        seed=args.train.seed,
+        data=fingerprint(args.data, data.train),
+    )
+    if checkpoint:
+        identity = _resumed_identity(checkpoint.identity, identity)
+    return Plan(
+        output_dir=output_dir,
+        config=config,
+        tokenizer=tokenizer,
+        pad_token_id=pad_token_id(tokenizer, config.get_text_config().vocab_size),
+        task=task,
+        data=data,
+        objective=objective,
+        targets=targets.names,
+        num_parameters=targets.num_parameters,
+        total=targets.total,
+        shira_rank=targets.shira_rank,
+        deepspeed=deepspeed,
+        global_batch_size=identity.global_batch_size,
+        mask=mask,
+        checkpoint=checkpoint,
+        identity=identity,
+    )
+
+
+def batch_size_of_flags(args: Arguments, world_size: int) -> int:
+    """Examples per step of a run that resumes nothing."""
+    train = args.train
+    return train.per_device_train_batch_size * train.gradient_accumulation_steps * world_size
+
+
+def resolve_deepspeed(
+    written: Mapping[str, Any],
+    args: Arguments,
+    config: PretrainedConfig,
+    total: int,
+    world_size: int,
+) -> dict[str, Any]:
+    """The engine's configuration.
+
+    Args:
+        written: the DeepSpeed JSON as read; empty for stage 0.
+        args: the flags.
+        config: the model's.
+        total: K, or 0.
+        world_size: the ranks.
+
+    Raises:
+        ValueError: the JSON contradicts a flag, or asks for what cannot be done.
+    """
+    train, text_config = args.train, config.get_text_config()
+    hidden_size: int = text_config.hidden_size  # type: ignore[attr-defined]
+    return resolve_config(
+        dict(written),
+        RunShape(
+            world_size=world_size,
+            micro_batch_size=train.per_device_train_batch_size,
+            gradient_accumulation_steps=train.gradient_accumulation_steps,
+            max_grad_norm=train.max_grad_norm,
+            dtype=train.dtype,
+            hidden_size=hidden_size,
+            num_selected=total,
+        ),
+    )
+
+
+def _load_checkpoint(args: Arguments, output_dir: Path) -> Checkpoint | None:
+    """The checkpoint to go on from, after a check of what the output folder holds."""
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"--output_dir {output_dir} is a file: name a folder.")
+    refuse_losses(
+        output_dir,
+        {"--model_name_or_path": args.model.model_name_or_path, "--mask": args.method.mask},
+        product_of(args.method.method),
+        overwrite=args.train.overwrite_output_dir,
+    )
+    if args.train.resume_from_checkpoint is None:
+        if not args.train.overwrite_output_dir:
+            refuse_run(output_dir)
+        return None
+    if args.train.overwrite_output_dir:
+        raise ValueError("--overwrite_output_dir would delete what --resume_from_checkpoint needs.")
+    folder = find_checkpoint(output_dir, args.train.resume_from_checkpoint)
+    checkpoint = Checkpoint.load(folder)
+    if args.method.mask and not _same_entries(Mask.load(args.method.mask), checkpoint.mask):
+        raise ValueError("The checkpoint trains other entries than --mask: leave --mask out.")
+    if folder.resolve().parent != output_dir.resolve():
+        refuse_run(output_dir)
+    elif (newest := max(list_checkpoints(output_dir), default=0)) > checkpoint.state.global_step:
+        raise ValueError(
+            f"{output_dir} holds checkpoint-{newest}, which is later than {folder.name}: delete "
+            "what is later, or name another --output_dir."
+        )
+    dtype = dtype_name(DTYPES[args.train.dtype])
+    if (before := checkpoint.mask.dtype) != dtype:
+        raise ValueError(
+            f"The checkpoint was trained in {before} and the flags say {dtype}: pass --bf16, "
+            "--fp16 or neither as before."
+        )
+    return checkpoint
+
+
+def _same_entries(mask: Mask, other: Mask) -> bool:
+    return mask.indices.keys() == other.indices.keys() and all(
+        torch.equal(indices, other.indices[name]) for name, indices in mask.indices.items()
+    )
+
+
+def _load_tokenizer(args: Arguments) -> PreTrainedTokenizerBase:
+    name = str(args.model.model_name_or_path)
+    try:
+        tokenizer = load_tokenizer(
+            name, args.model.revision or "main", trust_remote_code=args.model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"The tokenizer of {name} cannot be loaded: {one_line(error)}") from error
+    if tokenizer is None:
+        raise ValueError(
+            f"--model_name_or_path {name} holds no tokenizer: save the model's tokenizer there."
+        )
+    return tokenizer
+
+
+def _resumed_identity(before: RunIdentity, now: RunIdentity) -> RunIdentity:
+    """The identity of a resumed run: the checkpoint's, once the flags agree with it."""
+    if now.data != before.data:
+        raise ValueError(
+            "The checkpoint was trained on other examples or in another order: pass the same data, "
+            "--max_length, --packing and --train_sampling_strategy as before."
+        )
+    if now.seed != before.seed:
+        raise ValueError(f"The checkpoint was trained with --seed {before.seed}: pass it again.")
+    return before

@@ -1,0 +1,319 @@
+"""One training run, from the plan to the results: what is made for it, and in which order."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import closing
+from typing import Any
+
+from gem_ds.data.batches import Batches
+from gem_ds.data.metrics import score
+from gem_ds.data.packing import PackedDataset, refuse_leaking_rows
+from gem_ds.data.predictions import save_predictions
+from gem_ds.data.schedule import Dataset, permutation
+from gem_ds.data.texts import EncodedDataset
+from gem_ds.distributed.comm import Comm
+from gem_ds.files.checkpoint import TrainerState, delete_old_checkpoints
+from gem_ds.models.load import load_model
+from gem_ds.models.loss import SummedLoss, answer_loss_of, summed_answer_loss
+from gem_ds.models.predict import predict_all
+from gem_ds.select.methods import SPARSE_METHODS, product_of
+from gem_ds.train.arguments import Arguments
+from gem_ds.train.dense_tuning import DenseTuning
+from gem_ds.train.fit import StepResult, fit, mean_loss
+from gem_ds.train.optimizer import make_scheduler
+from gem_ds.train.prepare import Plan, batch_size_of_flags
+from gem_ds.train.reporting import Reporter, peak_memory_bytes
+from gem_ds.train.results import save_results
+from gem_ds.train.sparse_tuning import SparseTuning
+
+#: Flags that say how a step is taken; a resumed run may change them, and says so.
+STEP_SETTINGS = (
+    "learning_rate",
+    "head_learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+)
+
+
+class Run:
+    """Model, engine, data and progress of one run.
+
+    Args:
+        args: the flags.
+        plan: of the run.
+        comm: the ranks.
+        kind: what is trained of the model (default: what ``--method`` says).
+    """
+
+    def __init__(
+        self, args: Arguments, plan: Plan, comm: Comm, kind: Callable[..., Any] | None = None
+    ) -> None:
+        self.args, self.plan, self.comm = args, plan, comm
+        self.started = time.perf_counter()
+        self.train_batches = self.batches(
+            plan.data.train, plan.global_batch_size, args.train.per_device_train_batch_size
+        )
+        with comm.in_unison():
+            self.state = self.initial_state()
+        model, head = load_model(args, plan.config, plan.deepspeed, comm)
+        if kind is None:
+            kind = SparseTuning if args.method.method in SPARSE_METHODS else DenseTuning
+        with comm.in_unison():
+            self.tuning: SparseTuning | DenseTuning = kind(args, plan, model, head, comm)
+        self.engine = self.tuning.engine
+        self.scheduler = make_scheduler(
+            args.train,
+            self.engine.optimizer,
+            self.state.max_steps,
+            plan.checkpoint.num_updates if plan.checkpoint else 0,
+        )
+        self.has_unproven_checkpoint = False
+        self.step_seconds: list[float] = []
+
+    def run(self) -> dict[str, Any]:
+        """Select what is trained, train it, write the results."""
+        train = self.args.train
+        if self.args.data.packing:
+            for size in {train.per_device_train_batch_size, train.per_device_eval_batch_size}:
+                vocab_size = self.plan.config.get_text_config().vocab_size
+                with self.comm.in_unison():
+                    refuse_leaking_rows(self.engine.model, self.comm.device, vocab_size, size)
+        self.summed_loss = self.settled_loss()
+        self.tuning.start(self.calibration_batches(), self.summed_loss)
+        with self.comm.agreement():
+            reporter = Reporter(
+                self.plan.output_dir,
+                self.state,
+                is_main=self.comm.is_main,
+                tensorboard=train.report_to == "tensorboard",
+                show_bar=not train.disable_tqdm,
+            )
+        with closing(reporter):
+            self.describe(reporter)
+            if self.state.max_steps == 0:
+                reporter.say(f"Wrote the mask to {self.plan.output_dir}; --max_steps 0 stops here")
+                return {}
+            return self.train(reporter)
+
+    def settled_loss(self) -> SummedLoss:
+        """The objective's loss; that of written answers without whole logits, where this can be."""
+        summed_loss = self.plan.objective.summed_loss
+        if summed_loss is not summed_answer_loss:
+            return summed_loss
+        return answer_loss_of(self.engine.model, self.comm)
+
+    def batches(self, dataset: Dataset, global_batch_size: int, micro_batch_size: int) -> Batches:
+        """A dataset as this rank's batches."""
+        if self.args.data.packing:
+            assert isinstance(dataset, EncodedDataset), (
+                "gem_ds.train.examples refuses to pack others"
+            )
+            dataset = PackedDataset.pack(dataset, self.args.data.max_length)
+        return Batches(
+            dataset,
+            self.comm,
+            global_batch_size=global_batch_size,
+            micro_batch_size=micro_batch_size,
+            seed=self.args.train.seed,
+            pad_token_id=self.plan.pad_token_id,
+            group_by_length=self.args.data.train_sampling_strategy == "group_by_length",
+        )
+
+    def initial_state(self) -> TrainerState:
+        """Progress at the start: none, or the checkpoint's.
+
+        Raises:
+            ValueError: the checkpoint is further than the run should go.
+        """
+        train = self.args.train
+        state = self.plan.checkpoint.state if self.plan.checkpoint else TrainerState()
+        settings = {name: getattr(train, name) for name in STEP_SETTINGS}
+        self.changes = [
+            f"--{name} {value} instead of {state.settings[name]}"
+            for name, value in settings.items()
+            if state.settings.get(name, value) != value
+        ]
+        state.settings = settings
+        state.max_steps = train.max_steps
+        if state.max_steps < 0:
+            state.max_steps = math.ceil(train.num_train_epochs * self.train_batches.steps_per_epoch)
+        if state.global_step > state.max_steps:
+            raise ValueError(
+                f"The checkpoint stands at step {state.global_step} and the flags end the run at "
+                f"step {state.max_steps}: raise --max_steps or --num_train_epochs."
+            )
+        return state
+
+    def calibration_batches(self) -> Batches:
+        """The first examples of the shuffled order."""
+        examples, size = self.plan.data.train, self.args.train.per_device_train_batch_size
+        order = permutation(len(examples), self.args.train.seed, epoch=0)
+        chosen = examples.select(order[: self.args.method.calibration_examples].tolist())
+        return self.batches(chosen, self.plan.global_batch_size, size)
+
+    def describe(self, reporter: Reporter) -> None:
+        """Say what will be trained and on what, and where the run begins."""
+        plan = self.plan
+        numbers = self.tuning.describe(reporter)
+        if self.summed_loss is summed_answer_loss:
+            reporter.say(
+                "This model's logits are more than a product of its output layer, so those of many "
+                "tokens of a micro-batch stand in memory at once"
+            )
+        if cut := plan.data.train.num_truncated:
+            reporter.say(
+                f"{cut:,} of {len(plan.data.train):,} training examples are cut at --max_length "
+                f"{self.args.data.max_length}"
+            )
+        if plan.checkpoint is None:
+            self.log(reporter, numbers)
+        else:
+            now = batch_size_of_flags(self.args, self.comm.world_size)
+            reporter.say(
+                f"Resuming at step {self.state.global_step} of {self.state.max_steps} with "
+                f"{plan.global_batch_size} examples per step, as before"
+                + (f", not the {now} of the flags" if now != plan.global_batch_size else "")
+            )
+            if self.changes:
+                reporter.say(f"Going on with {', '.join(self.changes)}")
+
+    def train(self, reporter: Reporter) -> dict[str, Any]:
+        """Step, log, evaluate, save; then write what a finished run leaves."""
+        train, state = self.args.train, self.state
+        epoch = self.train_batches.steps_per_epoch
+        size = train.per_device_eval_batch_size
+        test = (
+            self.batches(self.plan.data.test, size * self.comm.world_size, size)
+            if len(self.plan.data.test)
+            else None
+        )
+
+        def evaluate() -> None:
+            if test is not None:
+                loss = mean_loss(self.engine, test, self.summed_loss)
+                self.log(reporter, {"eval_loss": loss})
+
+        if state.global_step == 0:
+            evaluate()
+        reporter.start()
+        for step in fit(
+            self.tuning,
+            self.train_batches,
+            self.summed_loss,
+            self.scheduler,
+            state,
+            seed=train.seed,
+        ):
+            self.delete_old_checkpoints()
+            reporter.advance(step.loss, step.num_tokens, step.seconds)
+            self.step_seconds.append(step.seconds)
+            if self.is_due(train.logging_steps):
+                self.log(reporter, reporter.averages() | self.numbers_of(step))
+            if self.is_due(train.eval_steps or epoch) and not step.is_stopping:
+                evaluate()
+            if step.is_stopping or self.is_due(train.save_steps or epoch):
+                self.save_checkpoint()
+        if state.global_step < state.max_steps:
+            is_saved = self.args.method.method in SPARSE_METHODS
+            reporter.say(
+                f"Stopped by SIGTERM after step {state.global_step}; "
+                + ("go on with --resume_from_checkpoint last" if is_saved else "start it anew")
+            )
+            return {}
+        return self.finish(reporter)
+
+    def is_due(self, interval: int) -> bool:
+        """Whether what happens every ``interval`` steps, and at the end, happens now."""
+        step = self.state.global_step
+        return step % interval == 0 or step == self.state.max_steps
+
+    def numbers_of(self, step: StepResult) -> dict[str, float]:
+        """What the log tells of the present step beside the averages."""
+        numbers = {"learning_rate": step.learning_rate}
+        if step.grad_norm is not None and math.isfinite(step.grad_norm):
+            numbers["grad_norm"] = float(step.grad_norm)
+        return numbers | self.tuning.numbers()
+
+    def log(self, reporter: Reporter, entry: dict[str, float]) -> None:
+        """Log on all ranks; where the file cannot be written, all of them stop."""
+        with self.comm.agreement():
+            reporter.log(entry)
+
+    def save_checkpoint(self) -> None:
+        """Write a checkpoint of the present state; called on all ranks."""
+        self.tuning.save_checkpoint(self.state)
+        self.has_unproven_checkpoint = True
+
+    def delete_old_checkpoints(self) -> None:
+        """Keep to ``--save_total_limit``, once the newest checkpoint's weights have borne a step.
+
+        Until its loss and gradient were finite, the one before may be the last good one.
+        """
+        limit = self.args.train.save_total_limit
+        if limit is None or not self.has_unproven_checkpoint:
+            return
+        with self.comm.agreement():
+            if self.comm.is_main:
+                delete_old_checkpoints(self.plan.output_dir, limit)
+        self.has_unproven_checkpoint = False
+
+    def measure(self) -> dict[str, float]:
+        """The task's metrics of the trained model; writes each prediction. None for written ones.
+
+        All ranks call this together.
+        """
+        plan, data = self.plan, self.plan.data
+        if plan.objective.predictor is None or not data.questions:
+            return {}
+        predictions = predict_all(
+            self.engine.model,
+            data.questions,
+            plan.objective.predictor.predict,
+            self.comm,
+            batch_size=self.args.train.per_device_eval_batch_size,
+            pad_token_id=plan.pad_token_id,
+        )
+        with self.comm.agreement():
+            if self.comm.is_main:
+                save_predictions(plan.output_dir, data.references, predictions)
+            return score(str(self.args.data.task), data.references, predictions)
+
+    def finish(self, reporter: Reporter) -> dict[str, Any]:
+        """Write the weights, the state, the results and the model card; returns the results."""
+        comm = self.comm
+        results: dict[str, Any] = {
+            "num_trainable": self.tuning.num_trainable,
+            "num_parameters": self.plan.num_parameters,
+            "global_step": self.state.global_step,
+            "calibration_seconds": round(self.tuning.calibration_seconds, 3),
+            "seconds_per_step": round(statistics.median(self.step_seconds or [0.0]), 4),
+            "optimizer_state_bytes": self.engine.optimizer_state_bytes(),
+            "peak_memory_bytes": comm.largest(peak_memory_bytes(self.engine.device)),
+            "runtime_seconds": round(time.perf_counter() - self.started, 1),
+        } | self.tuning.numbers()
+        history = self.state.log_history
+        for key in ("loss", "eval_loss"):
+            values = [entry[key] for entry in history if key in entry]
+            if values:
+                results |= {f"first_{key}": values[0], f"last_{key}": values[-1]}
+        self.tuning.save_weights()  # first: a measurement that fails costs no training
+        if metrics := self.measure():
+            results["eval_metrics"] = metrics
+            told = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+            reporter.say(f"Held-out examples: {told}")
+        with comm.agreement():
+            if comm.is_main:
+                save_results(self.args, self.plan, self.state, results)
+        self.delete_old_checkpoints()
+        product = product_of(self.args.method.method)
+        reporter.say(f"Wrote the {product} and the results to {self.plan.output_dir}")
+        return results

@@ -1,0 +1,310 @@
+"""Fine-tuning selected entries: calibrate or take up a mask, keep checkpoints, write the delta."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from gem_ds.data.batches import Batches
+from gem_ds.distributed.comm import Comm
+from gem_ds.distributed.engine import Engine, numel
+from gem_ds.files.checkpoint import Checkpoint, TrainerState
+from gem_ds.files.delta import Delta
+from gem_ds.files.mask import Mask, dtype_name
+from gem_ds.models.loss import SummedLoss
+from gem_ds.models.targets import head_layers as layers_of_head
+from gem_ds.models.targets import targets_of
+from gem_ds.select.methods import CALIBRATED_METHODS
+from gem_ds.select.selection import Selection
+from gem_ds.sparse.calibrate import calibrate
+from gem_ds.sparse.entries import HeadEntries, SelectedEntries, TrainedEntries, gather_indices
+from gem_ds.sparse.gradients import buffered_layers
+from gem_ds.sparse.layers import TargetLayers, drop
+from gem_ds.train.arguments import Arguments
+from gem_ds.train.head_first import trained_head
+from gem_ds.train.optimizer import make_sparse_optimizer
+from gem_ds.train.prepare import Plan
+from gem_ds.train.reporting import Reporter
+from gem_ds.train.results import make_mask
+from gem_ds.train.summary import (
+    NEARLY_ZERO,
+    budget_table,
+    changed_share,
+    kernel_counts,
+    selection_shape,
+)
+
+
+def sparse_layers(
+    model: nn.Module, targets: Sequence[str], total: int, head: Sequence[str]
+) -> tuple[TargetLayers, TargetLayers | None]:
+    """The layers that entries are selected from, and those of the head if there is one.
+
+    Args:
+        model: gets their gates; all of it is frozen.
+        targets: names of the target weights.
+        total: the number K of entries to be selected.
+        head: names of the parameters of the head.
+
+    Returns:
+        Both; None where ``head`` is empty.
+    """
+    layers = TargetLayers(model, targets_of(model, targets), total)
+    if not head:
+        return layers, None
+    size = sum(numel(model.get_parameter(name)) for name in head)
+    return layers, TargetLayers(model, layers_of_head(model, head), size, "gem_head_gate")
+
+
+class SparseTuning:
+    """The selected entries of a frozen model, and all entries of its head if it has one.
+
+    Args:
+        args: the flags.
+        plan: of the run.
+        model: the base model.
+        head: names of the parameters of the head; they are trained whole.
+        comm: the ranks.
+
+    Attributes:
+        entries: what is trained of the target layers, once it is selected.
+        base: [K] on the CPU, the selected weights before training, in the model's dtype.
+        mask: the same entries as the file that a later user reads.
+        selection: what was selected, without the indices; None where a mask said it.
+        calibration_seconds: what selecting took.
+    """
+
+    entries: SelectedEntries
+    base: Tensor
+    mask: Mask
+
+    def __init__(
+        self, args: Arguments, plan: Plan, model: PreTrainedModel, head: list[str], comm: Comm
+    ) -> None:
+        self.args, self.plan, self.comm = args, plan, comm
+        self.layers, head_layers = sparse_layers(model, plan.targets, plan.total, head)
+        gates = [self.layers.gate]
+        if head_layers is not None:
+            gates.append(head_layers.gate)
+        optimizer = make_sparse_optimizer(args.train)
+        self.engine = Engine(model, gates, optimizer, plan.deepspeed, comm)
+        self.head = HeadEntries(self.engine, head_layers) if head_layers is not None else None
+        self.calibration_seconds = 0.0
+        self.selection: Selection | None = None
+
+    @property
+    def parts(self) -> list[TrainedEntries]:
+        """The flat vectors that are trained."""
+        return [self.entries, self.head] if self.head is not None else [self.entries]
+
+    @property
+    def num_trainable(self) -> int:
+        """Trained numbers, the head's included."""
+        return sum(part.total for part in self.parts)
+
+    # What the loop asks
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """While the block lasts, backward passes collect gradients."""
+        with ExitStack() as stack:
+            for part in self.parts:
+                stack.enter_context(part.training())
+            yield
+
+    def write_back(self) -> None:
+        """Show an applied step in the model's weights."""
+        for part in self.parts:
+            part.write_back()
+
+    def numbers(self) -> dict[str, float]:
+        """What the log tells of the present step: how many selected weights have changed so far."""
+        return {"changed_share": changed_share(self.entries.values().cpu(), self.base)}
+
+    # Before the first step
+
+    def start(self, batches: Batches, summed_loss: SummedLoss) -> None:
+        """Select the entries, or take up the mask's; then go to where the checkpoint stopped.
+
+        Args:
+            batches: the calibration examples.
+            summed_loss: of one micro-batch.
+        """
+        plan = self.plan
+        if plan.mask is None:
+            started = time.perf_counter()
+            selection = self._select(batches, summed_loss)
+            indices = gather_indices(selection.indices, self.comm)
+            self.selection = replace(selection, indices=[])
+            self.calibration_seconds = time.perf_counter() - started
+        else:
+            indices = [plan.mask.indices[layer.name] for layer in self.layers]
+        self.entries = SelectedEntries(
+            self.engine, self.layers, indices, self.args.method.sddmm_kernel
+        )
+        self.base = self.entries.start_from_weights().cpu()
+        if self.head is not None:
+            self.head.start_from_weights()
+        if plan.mask is not None:
+            with self.comm.in_unison():
+                plan.mask.check_base(self.entries.split(self.base))
+        self.mask = make_mask(self.args, plan, self.entries, self.base)
+        if plan.checkpoint is not None:
+            self._resume(plan.checkpoint)
+        with self.comm.agreement():
+            if self.comm.is_main:
+                self.mask.save(plan.output_dir / "mask.safetensors")
+
+    def _select(self, batches: Batches, summed_loss: SummedLoss) -> Selection:
+        """Score and select."""
+        method = self.args.method.method
+        with ExitStack() as stack:
+            if method in CALIBRATED_METHODS:
+                stack.enter_context(self.calibrating(batches, summed_loss))
+            bar = stack.enter_context(
+                tqdm(
+                    total=batches.steps_per_epoch,
+                    desc="Calibrating",
+                    unit="batch",
+                    disable=self.args.train.disable_tqdm
+                    or not self.comm.is_main
+                    or method not in CALIBRATED_METHODS,
+                    dynamic_ncols=True,
+                )
+            )
+            return calibrate(
+                self.engine,
+                self.layers,
+                batches,
+                summed_loss,
+                self.plan.total,
+                progress=bar.update,
+                method=method,
+                seed=self.args.train.seed,
+                buffer_gb=self.args.method.calibration_buffer_gb,
+            )
+
+    @contextmanager
+    def calibrating(self, batches: Batches, summed_loss: SummedLoss) -> Iterator[None]:
+        """While the block lasts, a head is one that was trained, and its gradient is dropped.
+
+        Args:
+            batches: that the head is trained on for ``--calibration_head_steps``.
+            summed_loss: of one micro-batch.
+        """
+        with ExitStack() as stack:
+            if self.head is not None:
+                if num_steps := self.args.method.head_steps:
+                    trained = trained_head(
+                        self.engine,
+                        self.layers,
+                        self.head,
+                        batches,
+                        summed_loss,
+                        num_steps=num_steps,
+                        learning_rate=self.args.train.head_learning_rate,
+                        seed=self.args.train.seed,
+                    )
+                    stack.enter_context(trained)
+                stack.enter_context(self.head.layers.sinks([drop] * len(self.head.layers)))
+            yield
+
+    def describe(self, reporter: Reporter) -> dict[str, float]:
+        """Say what will be trained; returns how the selection lies, for the log."""
+        plan = self.plan
+        budgets = [index.numel() for index in self.entries.flat_indices]
+        shape = selection_shape(budgets, self.base) | {"num_trainable": self.num_trainable}
+        if (selection := self.selection) is not None:
+            rows = zip(
+                selection.names, selection.numels, budgets, selection.layer_scores, strict=True
+            )
+            method = self.args.method
+            is_calibrated = method.method in CALIBRATED_METHODS
+            if self.head is not None and is_calibrated and method.head_steps:
+                reporter.say(
+                    f"Calibrated with a head that was trained for {method.head_steps} steps "
+                    "(--calibration_head_steps); training starts from its first values"
+                )
+            reporter.say(f"Where the budget went:\n{budget_table(rows)}")
+            if is_calibrated and (buffer_gb := method.calibration_buffer_gb):
+                partitions = [self.engine.partition_size(layer.weight) for layer in self.layers]
+                num_buffered = len(buffered_layers(partitions, self.comm.world_size, buffer_gb))
+                reporter.say(
+                    f"{num_buffered} of {len(budgets)} target layers were buffered in calibration "
+                    f"(--calibration_buffer_gb {buffer_gb:g})"
+                )
+        if plan.mask is not None and (other := plan.mask.dtype) != dtype_name(self.engine.dtype):
+            reporter.say(
+                f"The mask was made in {other} and this run is in {dtype_name(self.engine.dtype)}, "
+                "so it could not be checked that the base values are the same"
+            )
+        reporter.say(
+            f"Training {plan.total:,} of {plan.num_parameters:,} parameters "
+            f"(density {plan.total / plan.num_parameters:.4%})"
+            + (f" and a head of {self.head.total:,}" if self.head is not None else "")
+            + f"; optimizer state on this rank: {self.engine.optimizer_state_bytes():,} bytes"
+        )
+        reporter.say(f"Kernels of the sampled gradient: {kernel_counts(self.entries.kernels())}")
+        reporter.say(
+            f"The budget is as concentrated as if {shape['effective_layers']:.1f} of the "
+            f"{len(budgets)} layers shared it equally; {shape['selected_near_zero']:,} selected "
+            f"weights are nearly zero (below {NEARLY_ZERO:g})"
+        )
+        return shape
+
+    # Files
+
+    def save_checkpoint(self, state: TrainerState) -> None:
+        """Write a checkpoint of the present state; called on all ranks."""
+        vectors = self.engine.get_state()
+        head = {} if self.head is None else self.engine.get_state(self.head.gate)
+        with self.comm.agreement():
+            if self.comm.is_main:
+                Checkpoint(
+                    mask=self.mask,
+                    vectors=vectors,
+                    head_vectors=head,
+                    num_updates=self.engine.num_updates,
+                    loss_scale=self.engine.loss_scale,
+                    identity=self.plan.identity,
+                    state=state,
+                ).save(self.plan.output_dir)
+
+    def _resume(self, checkpoint: Checkpoint) -> None:
+        """Go to where a checkpoint stopped."""
+        self.engine.set_state(checkpoint.vectors, checkpoint.num_updates)
+        if self.head is not None:
+            with self.comm.in_unison():
+                if checkpoint.head_size != self.head.total:
+                    raise ValueError(
+                        f"The checkpoint has a head of {checkpoint.head_size:,} numbers and the "
+                        f"model one of {self.head.total:,}: pass the task that it was trained on."
+                    )
+            self.engine.set_state(
+                checkpoint.head_vectors, checkpoint.num_updates, gate=self.head.gate
+            )
+        self.engine.loss_scale = checkpoint.loss_scale
+        self.write_back()
+        checkpoint.vectors.clear()  # the plan lasts as long as the run
+        checkpoint.head_vectors.clear()
+
+    def save_weights(self) -> None:
+        """Write the delta; called on all ranks."""
+        values = self.entries.split(self.entries.values().cpu())
+        head = {}
+        if self.head is not None:
+            parts = self.head.split(self.head.values().cpu())
+            head = {
+                name: part.view(shape)
+                for (name, part), shape in zip(parts.items(), self.head.shapes, strict=True)
+            }
+        with self.comm.agreement():
+            if self.comm.is_main:
+                delta = Delta(mask=self.mask, values=values, head=head)
+                delta.save(self.plan.output_dir / "delta.safetensors")

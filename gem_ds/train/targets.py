@@ -1,0 +1,139 @@
+"""Which layers a run changes, how many entries of them, and whether that can be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from gem_ds.distributed.engine import num_parameters
+from gem_ds.files.mask import Mask
+from gem_ds.models.encoders import auto_class, head_names, is_encoder, without_head
+from gem_ds.models.targets import find_targets, targets_of
+from gem_ds.select.budget import total_budget
+from gem_ds.select.methods import DENSE_METHODS
+from gem_ds.train.arguments import Arguments
+from gem_ds.train.config import DEFAULT_DENSITY
+
+
+@dataclass(frozen=True, kw_only=True)
+class Targets:
+    """What of a model a run changes.
+
+    Attributes:
+        names: of the target weights; empty where the method has none.
+        num_parameters: N.
+        total: K; 0 for methods that train whole parameters.
+        shira_rank: with ``--method shira`` its rank.
+    """
+
+    names: list[str]
+    num_parameters: int
+    total: int = 0
+    shira_rank: int = 0
+
+
+def settle_targets(args: Arguments, config: PretrainedConfig, mask: Mask | None) -> Targets:
+    """What of a model a run changes, found on a model without weights.
+
+    Args:
+        args: the flags.
+        config: the model's.
+        mask: where the entries are settled already.
+
+    Raises:
+        ValueError: in one sentence, what does not fit.
+    """
+    try:
+        with torch.device("meta"):
+            model = auto_class(config).from_config(
+                config, trust_remote_code=args.model.trust_remote_code
+            )
+    except ValueError as error:
+        what = "sequence classification" if is_encoder(config) else "causal language"
+        raise ValueError(
+            f"{args.model.model_name_or_path} is a {config.model_type} model, which transformers "
+            f"does not know as a {what} model: pass one that is."
+        ) from error
+    num_entries = num_parameters(without_head(model))
+    if mask is not None:
+        named = args.method.target_modules
+        if named and _find_targets(model, named).keys() != mask.indices.keys():
+            raise ValueError(
+                "The mask is for other layers than --target_modules names: leave the flag out."
+            )
+        _refuse_other_density(args.method.density, num_entries, mask)
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        mask.check_model(shapes, str(args.model.model_name_or_path))
+        return Targets(
+            names=list(targets_of(model, mask.indices)),
+            num_parameters=num_entries,
+            total=mask.num_selected,
+        )
+    method = args.method.method
+    if method in DENSE_METHODS or (method == "ia3" and not args.method.target_modules):
+        return Targets(names=[], num_parameters=num_entries)
+    targets = _find_targets(model, args.method.target_modules)
+    if method == "lora":
+        _refuse_large_rank(args.method.lora_r, model, targets)
+    if method in ("lora", "ia3"):
+        return Targets(names=list(targets), num_parameters=num_entries)
+    density = DEFAULT_DENSITY if args.method.density is None else args.method.density
+    total = total_budget(density, num_entries)
+    available = sum(model.get_parameter(name).numel() for name in targets)
+    if total > available:
+        raise ValueError(
+            f"--density {density} of {num_entries:,} parameters is {total:,} entries, but "
+            f"the {len(targets)} target layers hold {available:,}: lower --density or widen "
+            "--target_modules."
+        )
+    rank = _shira_rank(model, targets, total) if method == "shira" else 0
+    return Targets(names=list(targets), num_parameters=num_entries, total=total, shira_rank=rank)
+
+
+def _find_targets(model: Any, named: list[str] | None) -> dict[str, nn.Module]:
+    """The target layers; a head is none of them."""
+    head = head_names(model)
+    targets = {name: m for name, m in find_targets(model, named).items() if name not in head}
+    if not targets:
+        raise ValueError(
+            "--target_modules matches layers of the classification head only, which is trained as "
+            "a whole: name others."
+        )
+    return targets
+
+
+def _refuse_other_density(density: str | None, num_entries: int, mask: Mask) -> None:
+    """The mask decides; a flag that says something else must not be passed over in silence."""
+    if density is None:
+        return
+    if (total := total_budget(density, num_entries)) != mask.num_selected:
+        raise ValueError(
+            f"--density {density} is {total:,} of {num_entries:,} parameters and the mask has "
+            f"{mask.num_selected:,}: leave --density out."
+        )
+
+
+def _refuse_large_rank(rank: int, model: Any, targets: Iterable[str]) -> None:
+    smallest = min(min(model.get_parameter(name).shape) for name in targets)
+    if rank > smallest:
+        raise ValueError(
+            f"--lora_r {rank} is more than the rank of the smallest target layer, {smallest}: "
+            "lower it."
+        )
+
+
+def _shira_rank(model: Any, targets: Iterable[str], total: int) -> int:
+    """The rank that trains K entries; of a layer peft trains rank x (rows + columns)."""
+    sides = sum(sum(model.get_parameter(name).shape) for name in targets)
+    rank = max(1, round(total / sides))
+    if abs(rank * sides - total) > 0.1 * total:
+        raise ValueError(
+            f"--method shira trains a multiple of {sides:,} entries here, and --density asks for "
+            f"{total:,}: pass a density of which that is true within a tenth."
+        )
+    return rank

@@ -1,0 +1,203 @@
+"""Metrics on resamples against those of eval, and the paired bootstrap against a plain loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gem_ds.comparison.bootstrap import (
+    Scores,
+    difference,
+    refuse_other_examples,
+    resample_scores,
+    resamples,
+)
+from gem_ds.comparison.metrics import METRICS, is_correlation, is_loss, metric_on
+from gem_ds.comparison.results import Predictions
+from gem_ds.data.metrics import METRICS as EVAL_METRICS
+from gem_ds.data.metrics import Measure
+from gem_ds.data.tasks import ChoiceExample, NumberExample
+
+#: By the name of a task's main metric, what eval scores that task with.
+ORACLES: dict[str, Measure] = dict(next(iter(m.items())) for m in EVAL_METRICS.values())
+
+
+def predictions_of(correct: Any, predictions: Any = None, references: Any = None) -> Predictions:
+    nothing = [None] * len(correct)
+    return Predictions(
+        ids=list(range(len(correct))),
+        correct=np.asarray(correct, dtype=np.float64),
+        predictions=list(predictions if predictions is not None else nothing),
+        references=list(references if references is not None else nothing),
+    )
+
+
+def examples_of(name: str, truth: Any) -> list[ChoiceExample] | list[NumberExample]:
+    """Examples with these references, of the kind that the metric is for."""
+    if name == "pearson":
+        return [
+            NumberExample(prompt="", target="", pairs=(), value=float(value)) for value in truth
+        ]
+    return [
+        ChoiceExample(prompt="", target="", pairs=(), candidates=tuple("0123"), answer=int(label))
+        for label in truth
+    ]
+
+
+@st.composite
+def labelled(draw: st.DrawFn, values: st.SearchStrategy[Any]) -> tuple[list, list, list[int]]:
+    size = draw(st.integers(2, 20))
+    sides = [draw(st.lists(values, min_size=size, max_size=size)) for _ in range(2)]
+    counts = draw(st.lists(st.integers(0, 3), min_size=size, max_size=size).filter(any))
+    return sides[0], sides[1], counts
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("matthews_correlation", st.integers(0, 3)),
+        ("f1a", st.integers(0, 1)),
+        ("pearson", st.integers(-5, 5)),
+    ],
+)
+@given(data=st.data())
+def test_a_weighted_metric_is_that_of_the_repeated_examples(
+    name: str, values: st.SearchStrategy[int], data: st.DataObject
+) -> None:
+    truth, guess, counts = data.draw(labelled(values))
+    weights = np.array([counts, [1] * len(counts)], dtype=np.float64)
+    found = metric_on(predictions_of([0] * len(truth), guess, truth), name, weights)
+    for value, times in zip(found, (counts, [1] * len(counts)), strict=True):
+        examples = examples_of(name, np.repeat(truth, times))
+        expected = ORACLES[name](examples, np.repeat(guess, times).tolist())
+        assert value == pytest.approx(expected, abs=1e-9)
+
+
+def test_every_main_metric_that_is_no_mean_over_examples_is_known() -> None:
+    # Under another name a correlation would silently be compared as the share of right answers.
+    assert METRICS.keys() == ORACLES.keys() - {"accuracy", "f1"}
+
+
+def test_any_other_metric_is_the_share_of_right_answers() -> None:
+    run = predictions_of([1, 0, 0.5])
+    assert metric_on(run, "exact_match", np.array([[1.0, 1, 2]]))[0] == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="neither right nor wrong"):
+        metric_on(predictions_of([1, np.nan]), "exact_match", np.ones((1, 2)))
+
+
+def test_names_tell_how_a_metric_is_read() -> None:
+    assert is_loss("eval_loss")
+    assert not is_loss("accuracy")
+    assert is_correlation("matthews_correlation")
+    assert is_correlation("pearson")
+    assert not is_correlation("f1a")
+
+
+def test_resamples_draw_as_many_seeds_and_examples_as_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def drawn() -> list[np.ndarray]:
+        return [np.concatenate(part) for part in zip(*resamples(3, 50, 400), strict=True)]
+
+    whole = drawn()
+    for counts, size in zip(whole, (3, 50), strict=True):
+        assert counts.shape == (400, size)
+        assert (counts.sum(axis=1) == size).all()
+        assert abs(counts.mean(axis=0) - 1).max() < 0.25
+    monkeypatch.setattr("gem_ds.comparison.bootstrap._CHUNK", 50 * 30)
+    for counts, again in zip(whole, drawn(), strict=True):
+        assert np.array_equal(counts, again)  # memory changes nothing
+
+
+def test_identical_methods_do_not_differ() -> None:
+    runs = [predictions_of(np.random.default_rng(s).random(80) < 0.6) for s in range(3)]
+    found = difference(resample_scores(runs, "accuracy"), resample_scores(runs, "accuracy"))
+    assert (found.value, found.low, found.high) == (0, 0, 0)
+    assert not found.is_real
+
+
+def test_a_large_gap_is_real_and_a_small_one_is_not() -> None:
+    base = np.arange(200) < 100
+    better, alike = base.copy(), base.copy()
+    better[100:150] = True
+    alike[[0, 100, 101]] = [False, True, True]  # one right answer more, of two that differ
+    scores = {
+        name: resample_scores([predictions_of(correct)], "accuracy")
+        for name, correct in (("base", base), ("better", better), ("alike", alike))
+    }
+    found = difference(scores["better"], scores["base"])
+    assert found.value == pytest.approx(0.25)
+    assert found.is_real
+    assert not difference(scores["alike"], scores["base"]).is_real
+    assert difference(scores["base"], scores["better"]).is_real
+
+
+@pytest.mark.parametrize("num_seeds", [1, 3])
+def test_the_interval_is_that_of_a_direct_simulation(num_seeds: int) -> None:
+    # Right answers by [seed, example]; what a seed does to both methods alike must cancel out.
+    rng = np.random.default_rng(5)
+    luck = np.array([-0.15, 0.0, 0.15])[:num_seeds, None]
+    own = np.array([0.0, 0.1, -0.1])[:num_seeds, None]
+    first = rng.random((num_seeds, 150)) < 0.7 + luck + own
+    second = rng.random((num_seeds, 150)) < 0.6 + luck
+    found = difference(
+        *(
+            resample_scores([predictions_of(c) for c in runs], "accuracy")
+            for runs in (first, second)
+        )
+    )
+    simulated = []
+    for _ in range(5000):
+        seeds, examples = rng.integers(num_seeds, size=num_seeds), rng.integers(150, size=150)
+        drawn = np.ix_(seeds, examples)
+        simulated.append(first[drawn].mean() - second[drawn].mean())
+    low, high = np.quantile(simulated, [0.025, 0.975])
+    assert found.value == pytest.approx(first.mean() - second.mean())
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.01)
+
+
+def test_a_gain_of_one_seed_in_three_is_not_real() -> None:
+    # On the same examples it is seen always; with other seeds it may well not be.
+    base = np.arange(200) < 100
+    better = np.arange(200) < 160
+    runs = [[predictions_of(base)] * 3, [predictions_of(c) for c in (better, base, base)]]
+    reference, scores = (resample_scores(each, "accuracy") for each in runs)
+    found = difference(scores, reference)
+    assert found.value == pytest.approx(0.1)
+    assert found.low == 0
+    assert not found.is_real
+
+
+def test_the_interval_of_a_correlation_is_that_of_a_direct_simulation() -> None:
+    rng = np.random.default_rng(6)
+    truth = rng.integers(2, size=120)
+    runs = [np.where(rng.random(120) < right, truth, 1 - truth) for right in (0.85, 0.65)]
+    found = difference(
+        *(
+            resample_scores([predictions_of([0] * 120, guess, truth)], "matthews_correlation")
+            for guess in runs
+        )
+    )
+    simulated = []
+    for _ in range(1500):
+        drawn = rng.integers(120, size=120)
+        first, second = (np.corrcoef(truth[drawn], guess[drawn])[0, 1] for guess in runs)
+        simulated.append(first - second)  # of two labels, Matthews' correlation is Pearson's
+    low, high = np.quantile(simulated, [0.025, 0.975])
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.03)
+
+
+def test_other_examples_are_refused() -> None:
+    with pytest.raises(ValueError, match="not scored on the same examples"):
+        refuse_other_examples([predictions_of([1, 0]), predictions_of([1, 0, 1])])
+
+
+def test_a_difference_is_real_when_zero_lies_outside() -> None:
+    below = Scores(value=0.0, resampled=np.array([-2.0, -1.0]))
+    zero = Scores(value=0.0, resampled=np.zeros(2))
+    assert difference(below, zero).is_real
+    assert not difference(Scores(value=0.0, resampled=np.array([-1.0, 1.0])), zero).is_real

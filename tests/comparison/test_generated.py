@@ -1,0 +1,66 @@
+"""Comparisons whose answers are generated: chosen by the held-out loss, scored by a second command.
+
+The real programs run once, on the embedded model; else a stand-in trains.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gem_ds.comparison import main as compare
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+RECIPE = REPOSITORY / "launch" / "recipes" / "compare_demo.yaml"
+
+
+def compare_in(folder: Path, content: dict) -> int:
+    path = folder / "compare.yaml"
+    path.write_text(yaml.safe_dump(content | {"output_dir": str(folder / "out")}, sort_keys=False))
+    return compare.main(["--config", str(path)])
+
+
+def test_the_rate_with_the_least_held_out_loss_is_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_CALLS", str(tmp_path / "calls.txt"))
+    content = {
+        "program": str(Path(__file__).with_name("fake_train.py")),
+        "seeds": [42],
+        "dev_examples": 7,
+        "methods": {
+            "gem": {"learning_rates": ["1e-3", "1e-2", "1e-1"]},
+            "full": {"learning_rates": ["1e-4", "1e-3", "1e-2"]},
+        },
+        "tasks": {"gsm8k": None},
+    }
+    assert compare_in(tmp_path, content) == 0
+    text = (tmp_path / "out/table.md").read_text()
+    assert "### Learning rates: eval loss on the development split" in text
+    assert "| gem | 1e-03: 0.200 | **1e-02: 0.100** | 1e-01: 0.200 |" in text
+    assert "| gem | 0.200 | 1e-02 |" in text
+    with open(tmp_path / "out/table.csv") as file:
+        rates = {row["method"]: float(row["learning_rate"]) for row in csv.DictReader(file)}
+    assert rates == {"gem": 0.01, "full": 0.001}
+
+
+def test_the_real_programs_fill_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    content = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
+    content["seeds"] = [42]
+    content["methods"] = {method: {"learning_rates": ["1e-2"]} for method in ("gem", "lora")}
+    content["common"] |= {"max_steps": 2, "calibration_examples": 8, "train_examples": 64}
+    content["tasks"]["gsm8k"]["evaluate"]["command"] += " --limit 8"
+    assert compare_in(tmp_path, content) == 0, (tmp_path / "out/table.md").read_text()
+    text = (tmp_path / "out/table.md").read_text()
+    assert "| method | strict-match (%) |" in text
+    for method in ("gem", "lora"):
+        trained = r"\d+\.\d \| 1e-02 \| [\d,]+ \| [\d.]+ %"
+        costs = r"\d+ [KM]iB \| [\d.]+ [MG]iB \| [\d.]+ \| [\d.]+"
+        assert re.search(rf"^\| {method} \| {trained} \| {costs} \|$", text, re.MULTILINE), text
+    assert re.search(r"^\| lora \| [+-]?\d+\.\d \| \S+ to \S+ \|", text, re.MULTILINE), text

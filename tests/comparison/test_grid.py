@@ -1,0 +1,212 @@
+"""The file of a comparison: every mistake is one sentence, and commands are what it says."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gem_ds.comparison.cells import (
+    Cell,
+    evaluation_command,
+    final_cells,
+    folder_of,
+    rate_text,
+    search_cells,
+    training_command,
+)
+from gem_ds.comparison.grid_file import parse_comparison, read_comparison
+from gem_ds.comparison.rates import Choice, best_rate
+from gem_ds.comparison.results import Result
+
+CONTENT: dict[str, Any] = {
+    "output_dir": "out",
+    "launcher": ["deepspeed", "--num_gpus", 8],
+    "common": {"density": 0.001, "bf16": True, "target_modules": ["q", "v"], "revision": None},
+    "seeds": [42, 43],
+    "dev_examples": 100,
+    "learning_rates": ["1e-3", 0.01],
+    "methods": {"gem": None, "lora": {"learning_rates": [2e-4], "flags": {"density": 1}}},
+    "tasks": {
+        "rte": {"data_dir": "glue/RTE", "flags": {"density": 0.5, "max_length": 128}},
+        "gsm8k": {
+            "flags": {"model_name_or_path": "M"},
+            "evaluate": {
+                "command": "python -m eval.gsm8k --model {model} {weights} --to {output_dir}/eval",
+                "score": "exact_match.strict-match.accuracy",
+                "correct": "strict_match",
+            },
+        },
+    },
+}
+
+
+def changed(path: str, value: object) -> dict[str, Any]:
+    """The content with one key set."""
+    content = copy.deepcopy(CONTENT)
+    *outer, last = path.split(".")
+    inner = content
+    for key in outer:
+        inner = inner[key]
+    inner[last] = value
+    return content
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "sentence"),
+    [
+        (
+            "methdos",
+            {},
+            "the file has the unknown key 'methdos'; known: common, dev_examples, devices, "
+            "launcher, learning_rates, methods, num_parallel, output_dir, program, seeds, tasks.",
+        ),
+        ("seeds", [], "seeds must be a list of at least one value."),
+        ("seeds", [1, 2, 1], "seeds has 1 more than once."),
+        ("seeds", [1.5], "seeds must be whole numbers of at least 0, not 1.5."),
+        ("seeds", 42, "seeds must be a list of at least one value."),
+        ("dev_examples", 0, "dev_examples must be a whole number of at least 1, not 0."),
+        (
+            "tasks.rte.dev_examples",
+            "9",
+            "tasks.rte.dev_examples must be a whole number of at least 1, not '9'.",
+        ),
+        ("num_parallel", True, "num_parallel must be a whole number of at least 1, not True."),
+        ("methods", {}, "methods must map at least one name to its settings."),
+        ("methods", {"gme": None}, "methods has the unknown method 'gme'; known: bitfit, e"),
+        ("methods.gem", {"rates": [1]}, "methods.gem has the unknown key 'rates'; known: flags,"),
+        ("methods.gem", {"learning_rates": []}, "learning_rates of methods.gem must be a list"),
+        ("methods.gem", {"learning_rates": [0.001, "1e-3"]}, "has 0.001 more than once."),
+        ("learning_rates", [-1], "learning_rates of methods.gem must be numbers above 0, not -1."),
+        ("learning_rates", ["fast"], "must be numbers above 0, not 'fast'."),
+        ("learning_rates", None, "methods.gem has no learning_rates: give them there or at the"),
+        ("tasks", [], "tasks must map at least one name to its settings."),
+        ("tasks", {"rtee": {}}, "tasks has the unknown task 'rtee'; known: boolq, cb, cola, "),
+        ("tasks", {"../rte": {}}, "tasks has the unknown task '../rte'; known: boolq, cb, cola, "),
+        ("tasks", {None: {}}, "tasks has the unknown task None; known: boolq, cb, cola, "),
+        ("tasks.rte.data_dir", 3, "tasks.rte.data_dir must be a text, not 3."),
+        ("tasks.gsm8k.evaluate.score", None, "tasks.gsm8k.evaluate.score must be a text"),
+        ("tasks.gsm8k.evaluate", {}, "tasks.gsm8k.evaluate.command is missing."),
+        ("tasks.gsm8k.evaluate.command", "a 'b", "cannot be split into words: No closing"),
+        ("tasks.gsm8k.evaluate.command", "x --w={weights}", "{weights} must stand alone, not in"),
+        ("tasks.gsm8k.evaluate.command", "x {output_dir}", "must write to {output_dir}/eval: that"),
+        ("tasks.gsm8k.evaluate.results", "r", "evaluate has the unknown key 'results'; known: "),
+        ("tasks.gsm8k.flags", {}, "give model_name_or_path in common: tasks.gsm8k.evaluate needs"),
+        ("common.seed", 3, "leave seed out of common: it is the comparison's own to set."),
+        ("common.resume_from_checkpoint", "last", "leave resume_from_checkpoint out of common: it"),
+        ("common", {"--bf16": True}, "common: write flag names without dashes, not '--bf16'."),
+        ("tasks.rte.flags", [], "tasks.rte.flags must map flag names to values."),
+        ("common.density", {}, "common.density must be a value or a list of values."),
+        ("launcher", [], "launcher must be a list of at least one word."),
+        ("launcher", "deepspeed", "launcher must be a list of at least one word."),
+        ("output_dir", "", "output_dir must be a text, not ''."),
+    ],
+)
+def test_a_mistake_is_one_sentence(path: str, value: object, sentence: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(sentence)) as caught:
+        parse_comparison(changed(path, value))
+    assert "\n" not in str(caught.value)
+
+
+def test_too_few_devices_are_refused() -> None:
+    with pytest.raises(ValueError, match="each of the 2 runs that num_parallel starts at once"):
+        parse_comparison(CONTENT | {"num_parallel": 2, "devices": [0]})
+
+
+def test_missing_keys_and_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="seeds is missing"):
+        parse_comparison({key: value for key, value in CONTENT.items() if key != "seeds"})
+    with pytest.raises(ValueError, match="cannot be read: No such file"):
+        read_comparison(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("seeds: [")
+    with pytest.raises(ValueError, match="is not valid YAML"):
+        read_comparison(tmp_path / "bad.yaml")
+
+
+def test_commands_are_what_the_file_says() -> None:
+    comparison = parse_comparison(CONTENT)
+    cell = Cell(task="rte", method="lora", learning_rate=2e-4, seed=42, split="test")
+    assert " ".join(training_command(comparison, cell)) == (
+        "deepspeed --num_gpus 8 launch/train.py --density 1 --bf16 true --target_modules q v "
+        "--max_length 128 --method lora --task rte --data_dir glue/RTE --seed 42 "
+        "--learning_rate 2e-04 --dev_examples 100 --evaluate_on test "
+        "--output_dir out/rte/lora/test/lr2e-04_seed42 --overwrite_output_dir true"
+    )
+    assert evaluation_command(comparison, cell) is None
+    cell = Cell(task="gsm8k", method="lora", learning_rate=2e-4, seed=42, split="test")
+    folder = folder_of(comparison, cell)
+    assert " ".join(evaluation_command(comparison, cell) or []) == (
+        f"python -m eval.gsm8k --model M --adapter {folder}/adapter --to {folder}/eval"
+    )
+
+
+def test_a_small_task_may_hold_out_fewer_examples() -> None:
+    comparison = parse_comparison(changed("tasks.rte.dev_examples", 50))
+    for task, held_out in (("rte", "50"), ("gsm8k", "100")):
+        cell = Cell(task=task, method="gem", learning_rate=1e-3, seed=42, split="dev")
+        words = training_command(comparison, cell)
+        assert words[words.index("--dev_examples") + 1] == held_out
+
+
+def test_a_flag_that_a_method_sets_to_null_is_left_out() -> None:
+    comparison = parse_comparison(changed("methods.lora.flags", {"target_modules": None}))
+    for method, is_there in (("gem", True), ("lora", False)):
+        cell = Cell(task="rte", method=method, learning_rate=2e-4, seed=42, split="test")
+        assert ("--target_modules" in training_command(comparison, cell)) == is_there
+
+
+def test_cells_of_the_search_have_the_first_seed_and_the_development_split() -> None:
+    comparison = parse_comparison(CONTENT)
+    search = search_cells(comparison)
+    assert {(c.seed, c.split, c.method) for c in search} == {(42, "dev", "gem")}  # lora: one rate
+    assert len(search) == 4
+    final = final_cells(comparison, {("rte", "gem"): 0.01, ("rte", "lora"): None})
+    assert [(c.method, c.seed, c.split) for c in final] == [
+        ("gem", 42, "test"),
+        ("gem", 43, "test"),
+    ]
+
+
+@given(st.floats(1e-12, 1e6), st.floats(1e-12, 1e6))
+def test_a_rate_is_its_text_and_no_two_share_a_folder(first: float, second: float) -> None:
+    assert float(rate_text(first)) == first
+    assert (rate_text(first) == rate_text(second)) == (first == second)
+
+
+def test_rates_are_readable() -> None:
+    assert [rate_text(x) for x in (0.01, 1.5e-3, 3.0, 20.0)] == [
+        "1e-02", "1.5e-03", "3e+00", "2e+01",
+    ]  # fmt: skip
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), max_size=6))
+def test_the_best_rate_has_the_best_score_then_the_least_loss_and_is_the_smallest(
+    found: list[tuple[int, int]],
+) -> None:
+    for metric, best in (("accuracy", max), ("eval_loss", min)):
+        results = {
+            10.0**k: Result(metric=metric, score=score, loss=loss, costs={})
+            for k, (score, loss) in enumerate(found)
+        }
+        rates = list(results)
+        if found:
+            score = best(score for score, _ in found)
+            rates = [r for r in rates if results[r].score == score]
+            loss = min(results[r].loss for r in rates)
+            rates = [r for r in rates if results[r].loss == loss]
+        assert best_rate(results) == (rates[0] if rates else None)
+
+
+def test_an_edge_is_the_end_of_a_grid_of_several_rates() -> None:
+    def is_at_edge(rate: float, *rates: float) -> bool:
+        return Choice(rates=rates, scores=(1.0,) * len(rates), metric="f1", rate=rate).is_at_edge
+
+    assert is_at_edge(1, 1, 2, 3)
+    assert is_at_edge(3, 1, 2, 3)
+    assert not is_at_edge(2, 1, 2, 3)
+    assert not is_at_edge(1, 1)

@@ -1,0 +1,250 @@
+"""Metrics: by hand, against plain formulas written out here, and where a formula has no value."""
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gem_ds.data.metrics import METRICS, normalised, read_number, score
+from gem_ds.data.tasks import AnswerExample, ChoiceExample, NumberExample
+from gem_ds.data.tasks.catalog import TASKS
+
+
+def choices(answers, num_labels=3, groups=None):
+    candidates = tuple(f" {i}" for i in range(num_labels))
+    return [
+        ChoiceExample(
+            prompt="p",
+            target=candidates[answer],
+            candidates=candidates,
+            answer=answer,
+            pairs=(("p", None),),
+            group="" if groups is None else groups[i],
+        )
+        for i, answer in enumerate(answers)
+    ]
+
+
+def numbers(values):
+    return [
+        NumberExample(prompt="p", target=f" {v:.1f}", pairs=(("p", "q"),), value=v) for v in values
+    ]
+
+
+def squad(*answers):
+    return [AnswerExample(prompt="p", target=f" {a[0]}", answers=a, passage="p") for a in answers]
+
+
+def test_every_benchmark_task_has_metrics():
+    assert set(METRICS) == {*TASKS, "squad"}
+    first = {task: next(iter(measures)) for task, measures in METRICS.items()}
+    assert {task: metric for task, metric in first.items() if metric != "accuracy"} == {
+        "cola": "matthews_correlation",
+        "stsb": "pearson",
+        "multirc": "f1a",
+        "record": "f1",
+        "squad": "f1",
+    }
+
+
+#: 3 true positives, 1 true negative, 2 false positives, 1 false negative.
+TRUTH = [1, 1, 1, 1, 0, 0, 0]
+GUESS = [1, 1, 1, 0, 1, 1, 0]
+
+
+def test_two_labels_by_hand():
+    examples = choices(TRUTH, num_labels=2)
+    assert score("rte", examples, GUESS) == {"accuracy": pytest.approx(4 / 7)}
+    expected = {"accuracy": pytest.approx(4 / 7), "f1": pytest.approx(6 / 9)}
+    assert score("mrpc", examples, GUESS) == expected
+    assert score("qqp", examples, GUESS) == expected
+    matthews = (3 * 1 - 2 * 1) / math.sqrt(5 * 4 * 3 * 2)
+    assert score("cola", examples, GUESS) == {"matthews_correlation": pytest.approx(matthews)}
+
+
+def test_cb_averages_the_f1_of_its_labels():
+    """The rare label counts as much as the others: F1 of 4/5, 2/3 and 0."""
+    result = score("cb", choices([0, 0, 1, 1, 2]), [0, 0, 1, 0, 1])
+    assert result["accuracy"] == pytest.approx(3 / 5)
+    assert result["macro_f1"] == pytest.approx((4 / 5 + 1 / 2 + 0) / 3)
+    assert list(result) == ["accuracy", "macro_f1"]
+
+
+def test_multirc_counts_answers_and_whole_questions():
+    """Question a has one of two answers wrong, b and c are right; groups need not be adjacent."""
+    examples = choices([1, 1, 0, 1, 0], num_labels=2, groups=["a", "b", "a", "b", "c"])
+    result = score("multirc", examples, [1, 1, 1, 1, 0])
+    assert result == {"f1a": pytest.approx(6 / 7), "exact_match": pytest.approx(2 / 3)}
+
+
+def test_stsb_by_hand():
+    """Ranks 1 2 3 4 against 1 3 2 4: Spearman 1 - 6 * 2 / (4 * 15) = 0.8."""
+    truth, guess = [0.0, 1.0, 2.0, 5.0], [1.0, 3.0, 2.0, 4.0]
+    result = score("stsb", numbers(truth), guess)
+    assert result == {
+        "pearson": pytest.approx(np.corrcoef(truth, guess)[0, 1]),
+        "spearman": pytest.approx(0.8),
+    }
+
+
+@pytest.mark.parametrize("guess", [0, 1])
+def test_a_constant_guess_is_worth_nothing(guess):
+    """Without a warning, which would be an error here, and never NaN."""
+    assert score("cola", choices(TRUTH), [guess] * 7) == {"matthews_correlation": 0.0}
+    assert score("cola", choices([guess] * 7), [guess] * 7) == {"matthews_correlation": 0.0}
+    assert score("stsb", numbers([1.0, 2.0]), [2.5, 2.5]) == {"pearson": 0.0, "spearman": 0.0}
+    assert score("stsb", numbers([2.0, 2.0]), [1.0, 2.5]) == {"pearson": 0.0, "spearman": 0.0}
+    assert score("stsb", numbers([2.0]), [2.0]) == {"pearson": 0.0, "spearman": 0.0}
+
+
+def test_f1_without_positives_is_zero():
+    assert score("mrpc", choices([0, 0]), [0, 0]) == {"accuracy": 1.0, "f1": 0.0}
+    assert score("multirc", choices([0, 0]), [0, 0]) == {"f1a": 0.0, "exact_match": 1.0}
+
+
+def test_squad_takes_the_answer_that_fits_best():
+    examples = squad(("the Denver Broncos", "Broncos"), ("1,000 men",), ("cat",))
+    result = score("squad", examples, ["Denver  Broncos!", "about 1000 men", ""])
+    assert result["exact_match"] == pytest.approx(1 / 3)
+    assert result["f1"] == pytest.approx((1 + 2 * (2 / 3) * 1 / (2 / 3 + 1) + 0) / 3)
+    assert list(result) == ["f1", "exact_match"]
+
+
+def test_record_takes_the_name_that_fits_best():
+    example = ChoiceExample(
+        prompt="p",
+        target=" Darius Henderson",
+        candidates=(" Darius Henderson", " Lee", " Henderson", " Henderson Road"),
+        answer=0,
+        pairs=(("p", "q"),) * 4,
+        answers=("Darius Henderson", "Henderson"),
+    )
+
+    def judged(prediction):
+        return tuple(score("record", [example], [prediction]).values())
+
+    assert judged(0) == judged(2) == (1.0, 1.0)
+    assert judged(1) == (0.0, 0.0)
+    assert judged(3) == (pytest.approx(2 / 3), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The Cat.", "cat"),
+        ("  an  apple\na day ", "apple day"),
+        ("theatre", "theatre"),
+        ("U.S.", "us"),
+        ("well-known", "wellknown"),
+        ("Ana\u2019s", "ana\u2019s"),
+        ("The", ""),
+    ],
+)
+def test_text_is_normalised_as_the_official_script_does(text, expected):
+    assert normalised(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (" 3.8", 3.8),
+        (" 3.8.", 3.8),
+        ("It is 4 out of 5", 4.0),
+        (" 4/5", 4.0),
+        (" 3.6 / 5.", 3.6),
+        (" 1/2", 0.5),
+        (" 4/50", 0.08),
+        ("4 / 5.00", 4.0),
+        ("3 4/5", 3.8),
+        ("3\u2158", 3.8),
+        ("2.0\nSentence 1: 5", 2.0),
+        ("7", 5.0),
+        ("-1", 0.0),
+        ("9" * 400, 5.0),
+        ("very similar", 2.5),
+        ("", 2.5),
+    ],
+)
+def test_a_number_is_read_from_what_a_model_wrote(text, expected):
+    assert read_number(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("task", "examples", "predictions", "message"),
+    [
+        ("gsm8k", choices([0]), [0], r"gsm8k has no metric here: there are those of cola"),
+        ("rte", choices([0, 1]), [0], r"2 examples and 1 predictions"),
+        ("rte", [], [], r"at least one"),
+        ("rte", choices([0, 1]), [0, 3], r"Example 2 of rte cannot have the answer 3"),
+        ("rte", choices([0]), [-1], r"Example 1 of rte cannot have the answer -1"),
+        ("stsb", numbers([1.0]), [math.nan], r"Example 1 of stsb cannot have the answer nan"),
+        ("squad", squad(("a",)), [1], r"Example 1 of squad cannot have the answer 1"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused(task, examples, predictions, message):
+    with pytest.raises(ValueError, match=message):
+        score(task, examples, predictions)
+
+
+def test_arrays_are_predictions_too():
+    assert score("rte", choices([0, 1]), np.array([0, 1])) == {"accuracy": 1.0}
+    result = score("stsb", numbers([0.0, 5.0]), np.array([1, 2], dtype=np.float32))
+    assert result == {"pearson": pytest.approx(1.0), "spearman": pytest.approx(1.0)}
+
+
+PAIRS_OF_LABELS = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=30)
+
+
+def f1_of(label, pairs):
+    hits = sum(a == b == label for a, b in pairs)
+    wrong = sum((a == label) + (b == label) for a, b in pairs) - 2 * hits
+    return Fraction(2 * hits, 2 * hits + wrong) if hits else Fraction(0)
+
+
+@given(PAIRS_OF_LABELS)
+def test_labels_agree_with_the_formulas(pairs):
+    truth, guess = zip(*pairs, strict=True)
+    right = sum(a == b for a, b in pairs) / len(pairs)
+    occurring = {*truth, *guess}
+    macro = sum(f1_of(label, pairs) for label in occurring) / len(occurring)
+    result = score("cb", choices(truth), guess)
+    assert result == {"accuracy": pytest.approx(right), "macro_f1": pytest.approx(float(macro))}
+
+
+@given(PAIRS_OF_LABELS)
+def test_two_labels_agree_with_the_formulas(pairs):
+    pairs = [(min(a, 1), min(b, 1)) for a, b in pairs]
+    truth, guess = zip(*pairs, strict=True)
+    assert score("mrpc", choices(truth), guess)["f1"] == pytest.approx(float(f1_of(1, pairs)))
+    counts = [pairs.count(pair) for pair in [(1, 1), (0, 0), (0, 1), (1, 0)]]
+    tp, tn, fp, fn = counts
+    product = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
+    expected = (tp * tn - fp * fn) / math.sqrt(product) if product else 0.0
+    result = score("cola", choices(truth), guess)
+    assert result["matthews_correlation"] == pytest.approx(expected)
+
+
+@given(
+    st.lists(
+        st.tuples(st.floats(0, 5), st.floats(-1e300, 1e300, allow_subnormal=False)), min_size=1
+    )
+)
+def test_correlations_have_a_value_whatever_is_predicted(pairs):
+    truth, guess = zip(*pairs, strict=True)
+    for value in score("stsb", numbers(truth), guess).values():
+        assert -1.0 - 1e-9 <= value <= 1.0 + 1e-9
+
+
+@given(st.text(), st.text(min_size=1))
+def test_a_text_against_itself_and_another(text, answer):
+    result = score("squad", squad((answer,)), [text])
+    assert 0.0 <= result["exact_match"] <= 1.0
+    assert 0.0 <= result["f1"] <= 1.0
+    itself = score("squad", squad(("x", answer)), [answer])
+    assert itself["exact_match"] == 1.0
+    assert itself["f1"] == pytest.approx(1.0 if normalised(answer) else 0.0)
+    if result["exact_match"] and normalised(answer):
+        assert result["f1"] == pytest.approx(1.0)

@@ -1,0 +1,88 @@
+"""Joining the process group and leaving it, and what DeepSpeed leaves behind on a CPU."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from gem_ds.distributed import process_group
+from gem_ds.distributed.process_group import init_distributed, leave_distributed
+from tests.ranks import run_ranks
+
+
+def _without_a_launcher() -> list[tuple[int, int, int]]:
+    seen = []
+    for _ in range(2):  # a process may leave one group and join another
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            del os.environ[name]
+        comm = init_distributed()
+        total = comm.all_reduce(torch.ones(1), "sum")
+        seen.append((comm.rank, comm.world_size, int(total)))
+        leave_distributed()
+    leave_distributed()  # nothing to leave
+    return seen
+
+
+def test_one_process_needs_no_launcher() -> None:
+    assert run_ranks(1, _without_a_launcher) == [[(0, 1, 1)] * 2]
+
+
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
+def test_several_processes_without_ranks_are_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would believe that it is alone."""
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv(name, "2")
+    with pytest.raises(ValueError, match="start them with deepspeed or torchrun"):
+        process_group.init_distributed()
+
+
+def _named_buffers() -> set[str]:
+    comm = init_distributed()
+    comm.any(False)  # every rank has come so far
+    port = os.environ["MASTER_PORT"]
+    return {path.name for path in Path("/dev/shm").glob(f"deepspeed_*_{port}_*")}
+
+
+def test_no_shared_memory_outlives_the_ranks() -> None:
+    assert run_ranks(2, _named_buffers) == [set(), set()]
+
+
+@pytest.fixture
+def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A lock where torch keeps its ops."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "py3_cpu" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    return lock
+
+
+def _set_age(lock: Path, seconds: float) -> None:
+    then = time.time() - seconds
+    os.utime(lock, (then, then))
+
+
+def test_a_lock_that_a_killed_process_left_is_deleted(lock: Path) -> None:
+    _set_age(lock, 3600)
+    process_group._wait_for_locks(is_telling=True)
+    assert not lock.exists()
+
+
+@pytest.mark.parametrize("age", [0, 60])
+def test_the_lock_of_another_process_is_waited_for(
+    lock: Path, age: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In silence where it is only loading what has been compiled."""
+    _set_age(lock, age)
+    other = threading.Timer(0.5, lock.unlink)
+    other.start()
+    process_group._wait_for_locks(is_telling=True)
+    assert not other.is_alive()
+    assert (str(lock) in capsys.readouterr().err) == (age == 60)

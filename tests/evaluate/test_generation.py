@@ -1,0 +1,447 @@
+"""Batched generation against one prompt at a time without a cache, and against scripted models."""
+
+import io
+import math
+
+import pytest
+import sentencepiece
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaTokenizer,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from gem_ds.data.encode import encode_prompt
+from gem_ds.evaluate.completion import GenerationSettings
+from gem_ds.evaluate.generation import Transformers, make_batches, make_requests
+from gem_ds.evaluate.model import ModelFiles, load_weights, open_model
+from gem_ds.evaluate.noise import uniform
+from gem_ds.files.delta import Delta
+from gem_ds.files.mask import Mask, WeightInfo, checksum, dtype_name
+
+CPU = torch.device("cpu")
+PROMPTS = ["a", "Question: why?", "bc", "How many clips are in 12 boxes?", "", "é €", "a", "zz top"]
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def byte_level(*added: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of bytes, with bos 0, eos 1, and further whole strings as tokens."""
+    vocabulary = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.add_tokens(list(added))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", model_max_length=10_000
+    )
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_tokenizer(tmp_path_factory) -> LlamaTokenizer:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["Question: How many clips?", "Answer: 48", "ab ba"] * 20),
+        model_writer=model,
+        vocab_size=300,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    return LlamaTokenizer.from_pretrained(folder)
+
+
+def tiny_model(architecture: str, **options):
+    """A random fp32 model whose logits are far enough apart for an argmax to be no matter of luck.
+
+    Many tokens end an answer, so that the rows of a batch end at different times.
+    """
+    torch.manual_seed(3)
+    if architecture == "opt":
+        config = OPTConfig(
+            vocab_size=258, ffn_dim=16, word_embed_proj_dim=16, init_std=0.5, **SIZES, **options
+        )
+        model = OPTForCausalLM(config)
+    else:
+        config = LlamaConfig(
+            vocab_size=258, intermediate_size=32, initializer_range=0.5, **SIZES, **options
+        )
+        model = LlamaForCausalLM(config)
+    model.generation_config.eos_token_id = list(range(1, 258, 10))
+    return model.eval()
+
+
+DRAWN = {"temperature": 1.3, "top_p": 0.8, "seed": 4}
+
+
+def drawn_by_hand(logits, task_id: str, position: int) -> int:
+    """The definition of `gem_ds.evaluate.noise` word for word, in plain Python."""
+    shares = [math.exp(logit / DRAWN["temperature"]) for logit in logits.tolist()]
+    total, kept = sum(shares), set()
+    for token in sorted(range(len(shares)), key=lambda token: -shares[token]):
+        if sum(shares[other] for other in kept) >= DRAWN["top_p"] * total:
+            break
+        kept.add(token)
+    goal = uniform(DRAWN["seed"], task_id, 0, position) * sum(shares[token] for token in kept)
+    reached = 0.0
+    for token in sorted(kept):
+        reached += shares[token]
+        if reached >= goal:
+            return token
+    raise AssertionError("the shares add up to more than the goal")
+
+
+@torch.no_grad()
+def one_at_a_time(model, tokenizer, prompt: str, limit: int, num_positions: int, task_id=None):
+    """The oracle: no batch, no padding, no cache. Returns the text, the tokens' number, the end.
+
+    Greedy, or with a task id drawn by hand.
+    """
+    start = encode_prompt(prompt, tokenizer)
+    ids = list(start)
+
+    def text_of(new_ids):
+        return tokenizer.decode(new_ids, skip_special_tokens=True)
+
+    eos = {tokenizer.eos_token_id, *model.generation_config.eos_token_id}
+    while len(ids) - len(start) < limit and len(ids) < num_positions:
+        logits = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
+        if task_id is None:
+            ids.append(int(logits.argmax()))
+        else:
+            ids.append(drawn_by_hand(logits, task_id, len(ids) - len(start)))
+        if ids[-1] in eos:
+            return text_of(ids[len(start) : -1]), len(ids) - len(start), "eos"
+    return text_of(ids[len(start) :]), len(ids) - len(start), "length"
+
+
+def complete(model, tokenizer, prompts, *, max_new_tokens=12, stop=(), batch_size=3, **drawn):
+    wanted = GenerationSettings(max_new_tokens=max_new_tokens, stop_strings=tuple(stop), **drawn)
+    files = ModelFiles(
+        name="model",
+        revision="main",
+        dtype="float32",
+        config=model.config,
+        tokenizer=tokenizer,
+        delta=None,
+    )
+    named = {f"number {i}": prompt for i, prompt in enumerate(prompts)}
+    requests = make_requests(files, named, [(name, 0) for name in named], max_new_tokens)
+    backend = Transformers(files, model, wanted, batch_size=batch_size)
+    found = {}
+    for group in make_batches(requests, batch_size):
+        for batch in group:
+            assert len(batch) <= batch_size
+            found |= zip([r.task_id for r in batch], backend.complete(batch), strict=True)
+    return [found[name] for name in named]
+
+
+def load_model(name, *, delta_path=None, dtype="auto"):
+    files = open_model(name, delta_path=delta_path, dtype=dtype)
+    return load_weights(files, CPU), files.tokenizer
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_a_batch_writes_what_each_prompt_gets_alone(architecture, batch_size):
+    """Wrong padding, masks, positions or order would change a completion."""
+    model, tokenizer = tiny_model(architecture), byte_level()
+    expected = [one_at_a_time(model, tokenizer, prompt, 12, 1000) for prompt in PROMPTS]
+    assert {end for _, _, end in expected} == {"eos", "length"}
+    assert len({length for _, length, _ in expected}) > 2
+    found = complete(model, tokenizer, PROMPTS, batch_size=batch_size)
+    assert [(c.text, c.num_tokens, c.finish_reason) for c in found] == expected
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+def test_a_completion_ends_with_the_positions_of_the_model_whatever_shares_its_batch(architecture):
+    """OPT has no embedding for a later position and would fail."""
+    model, tokenizer = tiny_model(architecture, max_position_embeddings=16), byte_level()
+    model.generation_config.eos_token_id = [200]
+    prompts = ["a" * length for length in (1, 15, 3, 10, 10, 14, 4, 12)]
+    expected = [one_at_a_time(model, tokenizer, prompt, 12, 16) for prompt in prompts]
+    assert [length for _, length, end in expected if end == "length"]
+    found = complete(model, tokenizer, prompts, batch_size=8)
+    assert [(c.text, c.num_tokens, c.finish_reason) for c in found] == expected
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_a_drawn_sample_is_what_its_noise_gives_alone(architecture, batch_size):
+    """Noise of another row or position, or a wrong order of its steps, would change a sample."""
+    model, tokenizer = tiny_model(architecture), byte_level()
+    expected = [
+        one_at_a_time(model, tokenizer, prompt, 12, 1000, task_id=f"number {i}")
+        for i, prompt in enumerate(PROMPTS)
+    ]
+    assert expected[0][0] != expected[6][0], "the same prompt under another name"
+    found = complete(model, tokenizer, PROMPTS, batch_size=batch_size, **DRAWN)
+    assert [(c.text, c.num_tokens, c.finish_reason) for c in found] == expected
+
+
+def test_sampling_settings_of_the_model_are_ignored_and_kept():
+    """A published model often carries a temperature and penalties; the protocol is greedy."""
+    model, tokenizer = tiny_model("llama"), byte_level()
+    expected = complete(model, tokenizer, PROMPTS)
+    own = GenerationConfig(
+        do_sample=True,
+        temperature=3.0,
+        repetition_penalty=4.0,
+        min_new_tokens=9,
+        max_length=2,
+        num_return_sequences=2,
+        eos_token_id=model.generation_config.eos_token_id,
+    )
+    model.generation_config = own
+    assert complete(model, tokenizer, PROMPTS) == expected
+    assert model.generation_config is own
+
+
+def test_no_prompts_no_completions():
+    assert complete(tiny_model("llama"), byte_level(), []) == []
+
+
+class Scripted(LlamaForCausalLM):
+    """Writes after a prompt what is laid down for the prompt's last token, then the token `rest`.
+
+    `num_steps` counts the tokens that the last batch took.
+    """
+
+    scripts: dict[int, list[int]]
+    rest = 5
+    num_steps = 0
+
+    def forward(self, input_ids=None, past_key_values=None, **inputs):
+        """One step of the scripts."""
+        if past_key_values.get_seq_length() == 0:
+            self.keys, self.num_steps = input_ids[:, -1].tolist(), 0
+        output = super().forward(input_ids=input_ids, past_key_values=past_key_values, **inputs)
+        output.logits.zero_()
+        for row, key in enumerate(self.keys):
+            script = self.scripts[key]
+            token = script[self.num_steps] if self.num_steps < len(script) else self.rest
+            output.logits[row, -1, token] = 1.0
+        self.num_steps += 1
+        return output
+
+
+def scripted(tokenizer, continuations: dict[str, list[int]]) -> Scripted:
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=4,
+        intermediate_size=4,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+    )
+    model = Scripted(config).eval()
+    model.generation_config.eos_token_id = None
+    model.scripts = {
+        encode_prompt(prompt, tokenizer)[-1]: ids for prompt, ids in continuations.items()
+    }
+    assert len(model.scripts) == len(continuations), "prompts end in the same token"
+    return model
+
+
+def ids_of(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+SCRIPT_PROMPTS = ["Question: x?y", "b", "Hello 7"]
+
+
+@pytest.mark.parametrize("family", ["byte-level", "sentencepiece"])
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_a_completion_is_the_text_before_the_first_stop_string(
+    sentencepiece_tokenizer, family, data
+):
+    """Each row stops at once, neither a token too early nor one too late, and cuts exactly."""
+    tokenizer = byte_level() if family == "byte-level" else sentencepiece_tokenizer
+    texts = data.draw(st.lists(st.text("ab é€\n: 4", max_size=12), min_size=3, max_size=3))
+    stops = data.draw(st.lists(st.text("ab é\n: 4", min_size=1, max_size=4), max_size=2))
+    _check_stops(tokenizer, texts, stops)
+
+
+@pytest.mark.parametrize("family", ["byte-level", "sentencepiece"])
+def test_a_stop_string_may_follow_a_character_of_several_tokens(sentencepiece_tokenizer, family):
+    tokenizer = byte_level() if family == "byte-level" else sentencepiece_tokenizer
+    _check_stops(tokenizer, ["", "", "é\n4"], ["\n"])
+    _check_stops(tokenizer, ["a€\nb", "€é\n\n", "€€:€"], ["\n", ":"])
+
+
+def _check_stops(tokenizer, texts: list[str], stops: list[str]) -> None:
+    scripts = [ids_of(tokenizer, text) for text in texts]
+    continuations = dict(zip(SCRIPT_PROMPTS, scripts, strict=True))
+    model = scripted(tokenizer, continuations)
+    limit = max(map(len, scripts)) or 1
+    found = complete(
+        model, tokenizer, SCRIPT_PROMPTS, max_new_tokens=limit, stop=stops, batch_size=3
+    )
+
+    for prompt, script, completion in zip(SCRIPT_PROMPTS, scripts, found, strict=True):
+        prompt_ids = encode_prompt(prompt, tokenizer)
+        written = (script + [model.rest] * limit)[:limit]
+
+        def text_after(num_tokens, prompt_ids=prompt_ids, written=written):
+            whole = tokenizer.decode([*prompt_ids, *written[:num_tokens]], skip_special_tokens=True)
+            return whole.removeprefix(tokenizer.decode(prompt_ids, skip_special_tokens=True))
+
+        lengths = range(1, limit + 1)
+        hits = [n for n in lengths if any(stop in text_after(n) for stop in stops)]
+        assert completion.num_tokens == (hits[0] if hits else limit)
+        assert completion.finish_reason == ("stop" if hits else "length")
+        whole = text_after(completion.num_tokens)
+        cut = min((whole.index(stop) for stop in stops if stop in whole), default=len(whole))
+        assert completion.text == whole[:cut]
+    assert model.num_steps == max(completion.num_tokens for completion in found)
+
+
+@pytest.mark.parametrize("family", ["byte-level", "sentencepiece"])
+@pytest.mark.parametrize(
+    ("stops", "text", "num_written"), [([" 4"], "", 2), (["4", " 4"], "", 2), (["44"], " ", 3)]
+)
+def test_stop_strings_at_the_start_and_within_each_other(
+    sentencepiece_tokenizer, family, stops, text, num_written
+):
+    """The first one in the text counts, not the first in the list; a leading space is seen too."""
+    tokenizer = byte_level() if family == "byte-level" else sentencepiece_tokenizer
+    written = [ids_of(tokenizer, piece)[-1] for piece in (" ", "a4", "a4", "ab", "ab")]
+    model = scripted(tokenizer, {"b": written})
+    (completion,) = complete(model, tokenizer, ["b"], stop=stops)
+    assert (completion.text, completion.num_tokens) == (text, num_written)
+
+
+def test_leading_spaces_survive_a_decoder_that_strips_them(sentencepiece_tokenizer):
+    """Indentation is part of a program."""
+    tokenizer = sentencepiece_tokenizer
+    model = scripted(tokenizer, {"b": ids_of(tokenizer, "   ab")})
+    (completion,) = complete(model, tokenizer, ["b"], max_new_tokens=6, stop=["ab"])
+    assert completion.text == "   "
+    assert completion.finish_reason == "stop"
+
+
+def test_a_stop_string_may_be_a_special_token_or_end_within_a_token():
+    tokenizer = byte_level("Q: more")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    special, wide = tokenizer.convert_tokens_to_ids(["<|im_end|>", "Q: more"])
+    scripts = {
+        "a": [*ids_of(tokenizer, "12"), special, *ids_of(tokenizer, "3")],
+        "b": [*ids_of(tokenizer, "7"), wide, *ids_of(tokenizer, "3")],
+        "c": [*ids_of(tokenizer, "89"), tokenizer.eos_token_id, *ids_of(tokenizer, "3")],
+        "d": ids_of(tokenizer, "5<|im_en 6"),
+    }
+    found = complete(
+        scripted(tokenizer, scripts), tokenizer, list(scripts), stop=["Q:", "<|im_end|>"]
+    )
+    texts = [(c.text[:9], c.num_tokens, c.finish_reason) for c in found]
+    assert texts[:3] == [("12", 3, "stop"), ("7", 2, "stop"), ("89", 3, "eos")]
+    assert texts[3] == ("5<|im_en ", 12, "length")
+
+
+def test_prompts_that_the_model_cannot_read_are_refused():
+    tokenizer = byte_level("wide")
+    model = tiny_model("llama", max_position_embeddings=16)
+    with pytest.raises(ValueError, match=r"prompt of number 1 has 16 tokens.*16 positions"):
+        complete(model, tokenizer, ["a", "b" * 16])
+    with pytest.raises(ValueError, match="token 258 and the model knows 258 tokens"):
+        complete(model, tokenizer, ["a wide b"])
+
+
+def save_base(folder, dtype=torch.float32):
+    model = tiny_model("llama").to(dtype)
+    model.save_pretrained(folder)
+    byte_level().save_pretrained(folder)
+    return model
+
+
+def save_delta(path, model, base_model: str) -> Delta:
+    name = "model.layers.1.self_attn.q_proj.weight"
+    weight = model.get_parameter(name).detach()
+    indices = torch.tensor([3, 200], dtype=torch.int32)
+    info = WeightInfo(
+        shape=tuple(weight.shape),
+        dtype=dtype_name(weight.dtype),
+        checksum=checksum(weight.view(-1)[indices.long()]),
+    )
+    mask = Mask(indices={name: indices}, weights={name: info}, base_model=base_model, settings={})
+    delta = Delta(mask=mask, values={name: torch.tensor([7.0, -0.1], dtype=weight.dtype)})
+    delta.save(path)
+    return delta
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_loaded_model_is_base_plus_delta_in_the_dtype_of_the_delta(tmp_path, dtype):
+    """The files stay fp32: a delta that was trained in bf16 must bring its dtype along."""
+    base = save_base(tmp_path / "base").to(getattr(torch, dtype))
+    delta = save_delta(tmp_path / "delta.safetensors", base, "base")
+    expected = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    for name, values in delta.values.items():
+        expected[name].view(-1)[delta.mask.indices[name].long()] = values
+    model, tokenizer = load_model(str(tmp_path / "base"), delta_path=tmp_path / "delta.safetensors")
+    assert not model.training
+    assert len(tokenizer) == 258
+    assert model.state_dict().keys() == expected.keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+        assert tensor.dtype == expected[name].dtype
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [("auto", torch.bfloat16), ("float32", torch.float32)]
+)
+def test_without_a_delta_the_dtype_is_that_of_the_files_or_as_told(tmp_path, dtype, expected):
+    save_base(tmp_path / "base", torch.bfloat16)
+    model, _ = load_model(str(tmp_path / "base"), dtype=dtype)
+    assert model.dtype == expected
+
+
+def test_what_cannot_be_loaded_is_refused_in_one_sentence(tmp_path):
+    base = save_base(tmp_path / "base")
+    delta = tmp_path / "delta.safetensors"
+    save_delta(delta, base, "base")
+    name = str(tmp_path / "base")
+
+    def refusal(name, **options):
+        with pytest.raises((ValueError, FileNotFoundError)) as caught:
+            load_model(name, **options)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "leave --dtype out" in refusal(name, delta_path=delta, dtype="bfloat16")
+    assert "no delta file at" in refusal(name, delta_path=tmp_path / "none")
+    assert "nowhere cannot be loaded" in refusal(str(tmp_path / "nowhere"))
+
+    (tmp_path / "empty").mkdir()
+    assert "cannot be loaded" in refusal(str(tmp_path / "empty"))
+    base.save_pretrained(tmp_path / "bare")
+    assert "holds no tokenizer" in refusal(str(tmp_path / "bare"))
+
+    other = tiny_model("llama")
+    with torch.no_grad():
+        other.model.layers[1].self_attn.q_proj.weight.add_(1.0)
+    other.save_pretrained(tmp_path / "other")
+    byte_level().save_pretrained(tmp_path / "other")
+    assert "base" in refusal(str(tmp_path / "other"), delta_path=delta)
+
+    state = base.state_dict()
+    del state["model.layers.0.mlp.up_proj.weight"]
+    base.save_pretrained(tmp_path / "torn", state_dict=state)
+    byte_level().save_pretrained(tmp_path / "torn")
+    assert "lacks 1 weights" in refusal(str(tmp_path / "torn"))
+
+    content = (tmp_path / "base" / "model.safetensors").read_bytes()
+    (tmp_path / "base" / "model.safetensors").write_bytes(content[:1000])
+    assert "cannot be loaded" in refusal(name)

@@ -1,0 +1,231 @@
+"""The whole of pass@k on the embedded model and the bundled tasks, and what is refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gem_ds.data.tasks.mbpp import load_problems
+from gem_ds.evaluate import judging, passk, score
+from gem_ds.evaluate.sandbox import SandboxUnavailableError
+from launch.demo import programs
+
+DEMO = Path(programs.__file__).parent
+HEADER = ("--prompt_template", "{header}")
+
+
+def flags(output_dir: Path, *more: str) -> list[str]:
+    """A run of a few seconds; later flags win."""
+    return [
+        *("--model_name_or_path", str(DEMO / "model")),
+        *("--data_dir", str(DEMO / "programs")),
+        *("--output_dir", str(output_dir)),
+        *("--dtype", "float32", "--max_new_tokens", "32", "--disable_tqdm"),
+        *more,
+    ]
+
+
+def by_hand(program: str, tests: tuple[str, ...]) -> str:
+    """Whether a program passes, by running it in a Python of its own."""
+    text = "\n".join([program, *tests])
+    done = subprocess.run([sys.executable, "-I", "-c", text], capture_output=True, timeout=60)
+    return "failed" if done.returncode else "passed"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """More are no faster on so small a model, and wait for each other on a busy machine."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, sandbox):
+    """The folder of a run, what its `main` returned, and what it printed."""
+    folder = tmp_path_factory.mktemp("passk") / "out"
+    more = ("--n", "3", "--k", "1", "3", "--limit", "22", *HEADER)
+    return folder, passk.main(flags(folder, *more))
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_programs_are_sampled_judged_and_scored(finished):
+    folder, results = finished
+    problems = load_problems(DEMO / "programs").problems
+    samples, verdicts = rows_of(folder / "samples.jsonl"), rows_of(folder / "verdicts.jsonl")
+    keys = [(f"mbpp/{i}", number) for i in range(11, 33) for number in range(3)]
+    for rows in (samples, verdicts):
+        assert [(row["task_id"], row["sample"]) for row in rows] == keys
+    statuses = {}
+    for sample, verdict in zip(samples, verdicts, strict=True):
+        problem = problems[int(sample["task_id"].removeprefix("mbpp/"))]
+        assert verdict["program"].startswith(sample["prompt"])
+        program = verdict["program"]
+        if program not in statuses:
+            statuses[program] = by_hand(program, problem.tests)
+        assert verdict["status"] == statuses[program], program
+    assert set(statuses.values()) == {"passed", "failed"}
+    right = [sum(v["status"] == "passed" for v in verdicts[i : i + 3]) for i in range(0, 66, 3)]
+    assert results["scores"]["pass@1"]["score"] == pytest.approx(sum(right) / 66)
+    assert results["scores"]["pass@3"]["score"] == pytest.approx(sum(map(bool, right)) / 22)
+
+
+def test_results_say_what_they_rest_on(finished):
+    folder, results = finished
+    assert json.loads((folder / "results.json").read_text()) == results
+    assert (results["task"], results["n"], results["k"]) == ("mbpp", 3, [1, 3])
+    assert results["num_problems"] == 22
+    assert results["without_samples"] == []
+    assert results["isolation"]
+    assert results["protocol"]["prompt_template"] == "{header}"
+    assert (results["protocol"]["split"], results["protocol"]["num_fewshot"]) == ("test", 0)
+    assert results["sampling"]["temperature"] == 0.8
+    dataset = load_problems(DEMO / "programs")
+    assert results["data_sha256"] == {"mbpp.jsonl": dataset.sha256}
+    assert {"python", "torch", "transformers"} <= results["versions"].keys()
+
+
+def test_scoring_again_gives_the_same_files(finished, tmp_path):
+    """Byte for byte: else results would depend on which program wrote them."""
+    folder, results = finished
+    again = [
+        *("--task", "mbpp", "--data_dir", str(DEMO / "programs"), "--limit", "22"),
+        *("--k", "1", "3", "--output_dir", str(tmp_path), "--disable_tqdm", *HEADER),
+    ]
+    assert score.main([*again, str(folder / "samples.jsonl")]) == results
+    for name in ("results.json", "verdicts.jsonl"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_a_run_that_was_stopped_goes_on_and_gives_the_same_files(finished, tmp_path):
+    folder, _ = finished
+    whole = (folder / "samples.jsonl").read_bytes()
+    (tmp_path / "samples.jsonl").write_bytes(whole[: len(whole) // 2])
+    more = ("--n", "3", "--k", "1", "3", "--limit", "22", *HEADER)
+    passk.main(flags(tmp_path, *more))
+    for name in ("samples.jsonl", "results.json", "verdicts.jsonl"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_old_verdicts_do_not_outlive_their_samples(tmp_path, monkeypatch, sandbox):
+    """A run that is stopped now must not leave the results of another one beside its samples."""
+    for name in ("verdicts.jsonl", "results.json"):
+        (tmp_path / name).write_text("old")
+
+    def stopped(*_, **__):
+        raise OSError("stopped")
+
+    monkeypatch.setattr(passk, "report", stopped)
+    more = ("--n", "1", "--temperature", "0", "--limit", "1", *HEADER)
+    with pytest.raises(SystemExit, match="stopped"):
+        passk.main(flags(tmp_path, *more))
+    assert [path.name for path in tmp_path.iterdir()] == ["samples.jsonl"]
+
+
+def test_without_k_it_is_what_the_samples_allow(tmp_path, capsys, sandbox):
+    more = ("--n", "1", "--temperature", "0", "--limit", "3", *HEADER)
+    results = passk.main(flags(tmp_path, *more))
+    assert results is not None
+    assert list(results["scores"]) == ["pass@1"]
+    assert results["scores"]["pass@1"] == {"score": 1.0, "confidence_interval": [1.0, 1.0]}
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "pass@1 = 100.0 % (100.0 to 100.0) on 3 problems, n = 1"
+    assert printed[1].startswith("programs: 3 passed, 0 failed, 0 timeout, 0 crashed; isolation: ")
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Sampling, and so loading a model, is a failure."""
+
+    def sample_all(*_, **__):
+        raise AssertionError("refused too late")
+
+    monkeypatch.setattr(passk, "sample_all", sample_all)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--n", "9", "--k", "10"), "pass@10 needs at least 10 samples .* and --n is 9"),
+        (("--n", "2", "--k", "1", "3"), "pass@3 needs at least 3 samples .* and --n is 2"),
+        (("--n", "0"), "--n must be at least 1, not 0"),
+        (("--k", "0"), "--k must be at least 1, not 0"),
+        (("--temperature", "0"), "--temperature 0 is greedy, and 10 samples would be the same one"),
+        (("--temperature", "-1"), "--temperature must be"),
+        (("--top_p", "0"), "--top_p must be"),
+        (("--max_new_tokens", "0"), "--max_new_tokens must be at least 1, not 0"),
+        (("--limit", "0"), "--limit must be at least 1, not 0"),
+        (("--timeout", "0"), "--timeout must be a positive number of seconds, not 0.0"),
+        (("--memory_mb", "0"), "--memory_mb must be at least 64, not 0"),
+        (("--num_workers", "0"), "--num_workers must be at least 1, not 0"),
+        (("--num_fewshot", "2"), "--num_fewshot must be 0 or 3, not 2"),
+        (("--num_fewshot", "0", *HEADER), "--num_fewshot has no meaning with --prompt_template"),
+        (("--prompt_template", "x"), "--prompt_template names none of {text}, {tests} and"),
+        ((), "mbpp.jsonl lacks problem 2, .* or --num_fewshot 0"),
+        (("--split", "train"), r"no problem of the train split \(ids 601 to 974\)"),
+        (("--sanitized",), r"There is no file .*sanitized-mbpp\.json"),
+        (("--data_dir", "nowhere"), "There is no file nowhere/mbpp.jsonl"),
+    ],
+)
+def test_bad_flags_are_refused_in_one_sentence_before_a_model_is_loaded(
+    no_model, tmp_path, more, message
+):
+    with pytest.raises(SystemExit, match=message) as caught:
+        passk.main(flags(tmp_path / "out", *more))
+    assert str(caught.value).startswith("eval.passk: ")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_host_without_a_sandbox_is_told_before_a_model_is_loaded(no_model, tmp_path, monkeypatch):
+    def unavailable(**_):
+        raise SandboxUnavailableError("This host has no namespaces: install bubblewrap.")
+
+    monkeypatch.setattr(judging, "Sandbox", unavailable)
+    with pytest.raises(SystemExit, match=r"eval\.passk: This host has no namespaces"):
+        passk.main(flags(tmp_path, *HEADER))
+
+
+def test_ranks_other_than_the_first_sample_and_judge_nothing(tmp_path, monkeypatch):
+    def unavailable(**_):
+        raise AssertionError("a sandbox per rank")
+
+    monkeypatch.setattr(judging, "Sandbox", unavailable)
+    monkeypatch.setattr(passk, "sample_all", lambda *_, **__: None)
+    monkeypatch.setenv("RANK", "1")
+    assert passk.main(flags(tmp_path, *HEADER)) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fewer_workers_than_asked_for_are_said(monkeypatch, capsys):
+    monkeypatch.setattr(judging, "Sandbox", dict)
+    monkeypatch.setattr(judging, "num_processors", lambda: 3)
+    for num_workers in (2, 3, 8):
+        judging.open_sandbox(judging.JudgingArguments(num_workers=num_workers))
+    told = capsys.readouterr().err
+    assert told.startswith("--num_workers 8 is lowered to 3, the number of processors: ")
+    assert told.count("\n") == 1
+
+
+def test_weak_isolation_must_be_asked_for(tmp_path, monkeypatch):
+    asked = []
+
+    def sandbox(**options):
+        asked.append(options)
+        raise SandboxUnavailableError("no.")
+
+    monkeypatch.setattr(judging, "Sandbox", sandbox)
+    for more in ((), ("--allow-weak-sandbox", "--num_workers", "3")):
+        with pytest.raises(SystemExit):
+            passk.main(flags(tmp_path, *HEADER, *more))
+    assert asked == [
+        {"num_workers": 2, "allow_weak": False},
+        {"num_workers": 3, "allow_weak": True},
+    ]

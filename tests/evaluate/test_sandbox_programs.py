@@ -1,0 +1,227 @@
+"""The suite of honest, hostile and awkward programs: right verdicts, and nothing got out or stayed.
+
+The programs lie in tests/sandbox_programs, a file for each family. Each has the statuses that are
+right for it, its family's if it names none. A program that tries to escape says what came of it, so
+that its tests pass where it was held. A name between two @ signs is replaced:
+
+    @canary@     a file outside, which must stay as it is
+    @listener@   the port of a socket that the parent listens on
+    @parent@     the parent's process id
+    @marker@     a name that nothing else on this machine has
+    @attempt@    a function that says 'held' if each of some calls is refused
+"""
+
+import os
+import secrets
+import socket
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from gem_ds.evaluate.sandbox import Program, Sandbox, Verdict
+from gem_ds.evaluate.sandbox.pool import LEVELS, WEAK_LEVELS, problem_of
+
+FOLDER = Path(__file__).with_name("sandbox_programs")
+EXPECTED = {
+    "honest": ["passed"],
+    "forged": ["failed"],
+    "escape": ["passed"],
+    "time": ["timeout"],
+    "awkward": ["failed"],
+}
+TIMEOUT = {"time": 0.7}
+MEMORY_MB = 512
+ATTEMPT = """
+def attempt(*calls):
+    for call in calls:
+        try:
+            found = call()
+        except (OSError, ImportError):
+            continue
+        return repr(found)
+    return 'held'
+"""
+#: a level, and whether each program gets a fresh interpreter
+WAYS = [("bubblewrap", True), ("namespaces", False), ("namespaces", True), ("landlock", False)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A program, and the statuses that are right for it."""
+
+    family: str
+    name: str
+    job: Program
+    expected: list[str]
+    not_at: list[str]  # levels that do not promise the verdict
+
+
+class World:
+    """What lies around the sandbox and must not be reached from within."""
+
+    def __init__(self, folder: Path) -> None:
+        self.marker = f"marker{secrets.token_hex(8)}"
+        self.folder = folder
+        self.canary = folder / "canary"
+        self.canary.write_text(self.marker)
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.unix_listeners = [socket.socket(socket.AF_UNIX) for _ in range(2)]
+        for listener, name in zip(
+            self.unix_listeners, (f"\0{self.marker}", f"{self.canary}.socket"), strict=True
+        ):
+            listener.bind(name)
+            listener.listen()
+        self.tensor = torch.ones(1000)  # the parent has torch loaded, and holds something in it
+
+    def close(self) -> None:
+        for listener in (self.listener, *self.unix_listeners):
+            listener.close()
+
+    def prepare(self, text: str) -> str:
+        """Replaces the names between @ signs."""
+        values = {
+            "canary": str(self.canary),
+            "listener": str(self.listener.getsockname()[1]),
+            "parent": str(os.getpid()),
+            "marker": self.marker,
+            "attempt": ATTEMPT,
+            "surrogate": "\ud800",
+            "nested": "(" * 500 + "1" + ")" * 500,
+        }
+        for name, value in values.items():
+            text = text.replace(f"@{name}@", value)
+        return text
+
+    def cases(self) -> list[Case]:
+        """All programs of the suite."""
+        cases = []
+        for family, expected in EXPECTED.items():
+            programs = tomllib.loads((FOLDER / f"{family}.toml").read_text())
+            for name, options in programs.items():
+                job = Program(
+                    self.prepare(options["program"]),
+                    tuple(map(self.prepare, options["tests"])),
+                    setup=options.get("setup", ""),
+                    timeout=options.get("timeout", TIMEOUT.get(family, 20.0)),
+                    memory_mb=MEMORY_MB,
+                )
+                right = options.get("expected", expected)
+                cases.append(Case(family, name, job, right, options.get("not_at", [])))
+        return cases
+
+
+NAMES = [
+    (family, name)
+    for family in EXPECTED
+    for name in tomllib.loads((FOLDER / f"{family}.toml").read_text())
+]
+
+
+class Run:
+    """The suite's verdicts in one way of running it, and what was seen from outside."""
+
+    def __init__(self, world: World, level: str, fresh: bool) -> None:
+        self.level, self.world = level, world
+        cases = world.cases()
+        other = Program("def f(): return 'other_solution'", ("assert f() == 'other_solution'",))
+        os.environ["A_SECRET"] = "SECRET"
+        before = _surroundings(world.marker)
+        with Sandbox(2, level, allow_weak=True, fresh=fresh) as sandbox:
+            assert all(v.status == "passed" for v in sandbox.check_all([other] * 6))
+            servers, first = _descendants(), sandbox.processes()
+            results = sandbox.check_all([case.job for case in cases])
+            self.verdicts: dict[str, tuple[Case, Verdict]] = {
+                case.name: (case, verdict) for case, verdict in zip(cases, results, strict=True)
+            }
+            self.survivors = _descendants() - servers
+            self.num_replaced = sum(a != b for a, b in zip(first, sandbox.processes(), strict=True))
+        del os.environ["A_SECRET"]
+        after = _surroundings(world.marker)
+        self.changes = {k: (before[k], after[k]) for k in before if before[k] != after[k]}
+
+
+def _surroundings(marker: str) -> dict[str, object]:
+    """What a program could leave behind on this machine."""
+    return {
+        "processes": _descendants(),
+        "mounts": Path("/proc/self/mounts").read_text(),
+        "marked files": [
+            n for d in ("/dev/shm", "/tmp", "/") for n in os.listdir(d) if marker in n
+        ],
+        "queues": [Path(f"/proc/sysvipc/{kind}").read_text() for kind in ("shm", "msg", "sem")],
+        "descriptors": sorted(os.listdir("/proc/self/fd")),
+        "limits": Path("/proc/self/limits").read_text(),
+        "tracer": [s for s in Path("/proc/self/status").read_text().splitlines() if "Tracer" in s],
+    }
+
+
+def _descendants() -> set[int]:
+    """The processes that this one has started, and those that they have."""
+    found: set[int] = set()
+    pids = [os.getpid()]
+    while pids:
+        for children in Path(f"/proc/{pids.pop()}/task").glob("*/children"):
+            pids += map(int, children.read_text().split())
+        found.update(pids)
+    return found
+
+
+@pytest.fixture(
+    scope="module", params=WAYS, ids=lambda way: f"{way[0]}-{'fresh' if way[1] else 'forked'}"
+)
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """The whole suite at one level, or a skip that names the level and says why."""
+    level, fresh = request.param
+    if problem := problem_of(level, fresh):
+        pytest.skip(f"{level}: {problem}")
+    world = World(tmp_path_factory.mktemp("world"))
+    yield Run(world, level, fresh)
+    world.close()
+
+
+@pytest.mark.parametrize(("family", "name"), NAMES, ids=lambda text: text)
+def test_the_verdict_is_right(run: Run, family: str, name: str) -> None:
+    case, verdict = run.verdicts[name]
+    if run.level in case.not_at:
+        pytest.skip(f"{run.level} does not promise this")
+    assert verdict.status in case.expected, verdict
+    assert verdict.isolation == run.level
+    assert verdict.detail.isprintable()
+    assert len(verdict.detail) < 400
+    if family == "forged":
+        assert verdict.status != "passed"
+
+
+def test_nothing_outside_was_changed_or_reached(run: Run) -> None:
+    world = run.world
+    assert world.canary.read_text() == world.marker
+    assert sorted(path.name for path in world.folder.iterdir()) == ["canary", "canary.socket"]
+    assert world.tensor.sum() == 1000
+    for listener in (world.listener, *world.unix_listeners):
+        listener.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+
+
+def test_no_server_was_killed(run: Run) -> None:
+    """A server that dies is replaced and its job tried again, so no verdict would tell."""
+    assert run.num_replaced == 0
+
+
+def test_no_process_survived(run: Run) -> None:
+    assert not run.survivors
+    names = {path.read_text().strip() for path in Path("/proc").glob("[0-9]*/comm")}
+    assert run.world.marker[:15] not in names
+
+
+def test_nothing_was_left_behind(run: Run) -> None:
+    assert not run.changes
+
+
+def test_a_namespaced_level_runs_here() -> None:
+    """Otherwise all of the above would be skipped, and nobody would see it."""
+    assert any(problem_of(level) is None for level in LEVELS if level not in WEAK_LEVELS)

@@ -1,0 +1,266 @@
+"""The encoding between judge and candidate: what is plain survives exactly, all else is refused."""
+
+import contextlib
+import datetime
+import enum
+import math
+import os
+import socket
+from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
+from decimal import Decimal
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gem_ds.evaluate.sandbox.wire import (
+    MAX_BYTES,
+    MAX_DEPTH,
+    Channel,
+    Decoder,
+    Encoder,
+    WireError,
+    contents,
+    refill,
+)
+
+Point = namedtuple("Point", "x y")
+
+
+def is_no_builtin(value: object) -> bool:
+    """A field that holds one could be called like a method, and is refused."""
+    return value not in (int, len, ValueError, dict)
+
+
+any_text = st.text(st.characters(codec=None, categories=None))  # surrogates too
+hashables = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.complex_numbers(allow_nan=False)
+    | any_text
+    | st.binary()
+    | st.fractions()
+    | st.decimals(allow_nan=False)
+    | st.dates()
+    | st.datetimes().map(lambda moment: moment.replace(fold=0))
+    | st.timedeltas()
+    | st.builds(range, st.integers(-9, 9), st.integers(-9, 9), st.integers(1, 3))
+    | st.sampled_from([..., NotImplemented, int, len, ValueError, dict]),
+    lambda inner: (
+        st.lists(inner, max_size=4).map(tuple)
+        | st.frozensets(inner, max_size=4)
+        | st.builds(Point, inner.filter(is_no_builtin), inner.filter(is_no_builtin))
+    ),
+    max_leaves=10,
+)
+values = st.recursive(
+    hashables | st.binary().map(bytearray),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(hashables, inner, max_size=4)
+        | st.dictionaries(hashables, inner, max_size=4).map(OrderedDict)
+        | st.dictionaries(hashables, inner, max_size=4).map(lambda d: defaultdict(list, d))
+        | st.lists(hashables, max_size=4).map(Counter)
+        | st.sets(hashables, max_size=4)
+        | st.builds(deque, st.lists(inner, max_size=4), st.none() | st.integers(4, 9))
+    ),
+    max_leaves=20,
+)
+
+
+@pytest.mark.parametrize("value", [bool, len, ValueError])
+def test_a_field_of_a_named_tuple_may_not_pose_as_a_method(value) -> None:
+    with pytest.raises(WireError, match="may not pose as a method"):
+        there_and_back(Point(1, value))
+
+
+def there_and_back(value):
+    return Decoder().decode(Encoder().encode(value))
+
+
+def same(a, b) -> bool:
+    """Equal, and of the same types all the way down; named tuples by their names."""
+    if isinstance(a, Point):
+        return type(b).__name__ == "Point" and b._fields == a._fields and same(tuple(a), tuple(b))
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, dict):
+        return same(list(a.items()), list(b.items()))
+    if isinstance(a, list | tuple | deque):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, set | frozenset):
+        return a == b and Counter(type(x).__name__ for x in a) == Counter(
+            type(x).__name__ for x in b
+        )
+    return a == b and repr(a) == repr(b)
+
+
+@given(values)
+@settings(max_examples=100, deadline=None)
+def test_plain_data_survives_exactly(value) -> None:
+    assert same(value, there_and_back(value))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        -0.0,
+        math.inf,
+        -(2**63),
+        True,
+        1,
+        "\ud83d\ude00",
+        "\U0001f600",
+        slice(1, None, 2),
+        Decimal("NaN"),
+        Decimal("1E+999999"),
+        Fraction(-1, 3),
+        datetime.time(1, 2, 3, 4),
+        {1: 2}.keys(),
+        {1: 2}.items(),
+        deque([1, 2], maxlen=2),
+        defaultdict(int, a=1),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_awkward_values_survive(value) -> None:
+    found = there_and_back(value)
+    assert type(found) is type(value)
+    assert repr(found) == repr(value)
+
+
+def test_integers_too_long_to_print_survive() -> None:
+    assert there_and_back(-(10**50000)) == -(10**50000)
+
+
+def test_not_a_number_survives() -> None:
+    assert math.isnan(there_and_back(math.nan))
+
+
+def test_subclasses_become_what_they_inherit_from() -> None:
+    class Liar(int):
+        def __eq__(self, other):
+            return True
+
+        __hash__ = int.__hash__
+
+        def bit_length(self):
+            return 1
+
+        def to_bytes(self, *args, **kwargs):
+            return b"\1"
+
+    class LyingList(list):
+        def __iter__(self):
+            return iter([1, 2, 3])
+
+        def __getitem__(self, at):
+            return 9
+
+    class Color(enum.IntEnum):
+        RED = 3
+
+    assert same(there_and_back([Liar(77), LyingList([5]), Color.RED]), [77, [5], 3])
+
+
+def test_shared_and_cyclic_structure_survives() -> None:
+    shared: list = [1]
+    value: list = [shared, {"again": shared}]
+    value.append(value)
+    found = there_and_back(value)
+    assert found[0] is found[1]["again"]
+    assert found[2] is found
+
+
+def test_a_reply_can_speak_of_the_requests_containers() -> None:
+    """Otherwise a test would not see its arguments change, or the same object come back."""
+    inner: list = [2]
+    argument = {"a": inner, "b": set()}
+    request = Encoder()
+    received = Decoder()
+    theirs = received.decode(request.encode((argument,)))[0]
+    theirs["a"].append(theirs["b"])
+    states = tuple(map(contents, received.objects))
+    message = Encoder(known=received.objects).encode((theirs["a"], states))
+    result, states = Decoder(known=request.objects).decode(message)
+    for container, items in zip(request.objects, states, strict=True):
+        refill(container, items)
+    assert result is inner
+    assert inner == [2, set()]
+    assert inner[1] is argument["b"]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [object(), lambda: None, math, Exception("x"), iter([])],
+    ids=["object", "function", "module", "exception", "iterator"],
+)
+def test_what_is_not_plain_needs_a_reference(value) -> None:
+    with pytest.raises(WireError, match="not plain data"):
+        Encoder().encode([value])
+    message = Encoder(lambda found: ("thing", 7)).encode([value])
+    assert Decoder(lambda kind, name: (kind, name)).decode(message) == [("thing", 7)]
+    with pytest.raises(WireError, match="means nothing"):
+        Decoder().decode(message)
+
+
+def test_limits() -> None:
+    nested: list = []
+    for _ in range(MAX_DEPTH + 1):
+        nested = [nested]
+    with pytest.raises(WireError, match="nested"):
+        Encoder().encode(nested)
+    with pytest.raises(WireError, match="MiB"):
+        Encoder().encode(bytes(MAX_BYTES + 1))
+    with pytest.raises(WireError, match="MiB"):
+        Encoder().encode([bytes(MAX_BYTES // 2)] * 4)
+
+
+@given(st.binary(max_size=60))
+@settings(max_examples=200, deadline=None)
+def test_any_bytes_are_a_value_or_refused(data: bytes) -> None:
+    """A candidate can send any bytes; nothing but `WireError` may come of it."""
+    with contextlib.suppress(WireError):
+        Decoder().decode(data)
+
+
+@given(values, st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_damaged_message_is_a_value_or_refused(value, data) -> None:
+    message = bytearray(Encoder().encode(value))
+    at = data.draw(st.integers(0, len(message) - 1))
+    message[at] = data.draw(st.integers(0, 255))
+    del message[data.draw(st.integers(at, len(message))) :]
+    with contextlib.suppress(WireError):
+        Decoder().decode(bytes(message))
+
+
+def test_a_length_is_not_believed() -> None:
+    with pytest.raises(WireError, match="cut off"):
+        Decoder().decode(b"(\xff\xff\xff\xff")
+    with pytest.raises(WireError, match="cut off"):
+        Decoder().decode(b"s\xff\xff\xff\x7f")
+
+
+def test_no_other_class_can_be_named() -> None:
+    message = Encoder().encode(Decimal(1)).replace(b"decimal.Decimal", b"os.system______")
+    with pytest.raises(WireError, match="not plain data"):
+        Decoder().decode(message)
+
+
+def test_channel() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        sender, receiver = Channel(ours.fileno()), Channel(theirs.fileno())
+        sender.send(b"one")
+        sender.send(b"")
+        assert (receiver.receive(), receiver.receive()) == (b"one", b"")
+        os.write(ours.fileno(), b"\xff\xff\xff\xff")
+        with pytest.raises(WireError, match="MiB"):
+            receiver.receive()
+        ours.close()
+        with pytest.raises(EOFError):
+            receiver.receive()

@@ -1,0 +1,342 @@
+"""Base + delta is the trained model, revert the base, bit for bit; a misfit touches nothing."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
+
+from gem_ds.files.atomic import load_tensors, save_tensors
+from gem_ds.files.delta import DELTA_KIND, Delta, apply_delta
+from gem_ds.files.mask import Mask, WeightInfo, checksum, dtype_name, index_dtype
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def make_delta(model: nn.Module, chosen: dict[str, list[int]]) -> Delta:
+    """A delta of `model` at the chosen flat indices, found with plain Python over a flat copy."""
+    indices, weights, trained = {}, {}, {}
+    for name, positions in chosen.items():
+        weight = model.get_parameter(name).detach()
+        base = weight.contiguous().flatten()[positions]
+        indices[name] = torch.tensor(positions, dtype=index_dtype(weight.numel()))
+        weights[name] = WeightInfo(
+            shape=tuple(weight.shape), dtype=dtype_name(weight.dtype), checksum=checksum(base)
+        )
+        trained[name] = (base.float().nan_to_num().clamp(-9, 9) * 1.5 + 1).to(weight.dtype)
+    mask = Mask(indices=indices, weights=weights, base_model="base", settings={"density": 0.1})
+    return Delta(mask=mask, values=trained)
+
+
+def bits(model: nn.Module) -> dict[str, bytes]:
+    """The bytes of every parameter, in row-major order."""
+    return {
+        name: bytes_of(parameter.detach())
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+
+
+def bytes_of(tensor: Tensor) -> bytes:
+    return bytes(tensor.clone(memory_format=torch.contiguous_format).untyped_storage())
+
+
+def naive_overwrite(model: nn.Module, delta: Delta) -> dict[str, bytes]:
+    """The bytes of every parameter after a dense, entry by entry overwrite of a copy."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, values in delta.values.items():
+            weight = model.get_parameter(name)
+            rows = weight.tolist()  # only to walk it in row-major order, by the lengths
+            width = len(rows[0])
+            for flat_index, value in zip(delta.mask.indices[name].tolist(), values, strict=True):
+                weight[flat_index // width, flat_index % width] = value
+    return bits(model)
+
+
+def tiny_llama(*, tied: bool = True) -> PreTrainedModel:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=24,
+            hidden_size=8,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            tie_word_embeddings=tied,
+        )
+    )
+
+
+def tiny_opt() -> PreTrainedModel:
+    return OPTForCausalLM(
+        OPTConfig(
+            vocab_size=24,
+            hidden_size=8,
+            word_embed_proj_dim=8,
+            ffn_dim=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+        )
+    )
+
+
+Q0 = "model.layers.0.self_attn.q_proj.weight"
+V1 = "model.layers.1.self_attn.v_proj.weight"
+CHOSEN = {Q0: [0, 9, 63], V1: [3], "model.layers.0.self_attn.v_proj.weight": []}
+
+
+# Files
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_delta_comes_back_from_its_file(tmp_path, dtype):
+    delta = make_delta(tiny_llama().to(dtype), CHOSEN)
+    delta = replace(delta, head={"score.weight": torch.randn(3, 8), "mask.indices": int32(1)})
+    delta.save(tmp_path / "delta.safetensors")
+    loaded = Delta.load(tmp_path / "delta.safetensors")
+    assert loaded.mask.weights == delta.mask.weights
+    assert loaded.mask.settings == delta.mask.settings
+    assert loaded.dtype == dtype
+    for part in ("values", "head"):
+        assert list(getattr(loaded, part)) == list(getattr(delta, part))
+        for name, tensor in getattr(delta, part).items():
+            assert torch.equal(getattr(loaded, part)[name], tensor)
+            assert getattr(loaded, part)[name].dtype == tensor.dtype
+    for name, indices in delta.mask.indices.items():
+        assert torch.equal(loaded.mask.indices[name], indices)
+
+
+def int32(*indices: int) -> Tensor:
+    return torch.tensor(indices, dtype=torch.int32)
+
+
+DAMAGES = {
+    f"'{Q0}' has no indices": {f"{Q0}.indices": None},
+    f"'{Q0}' has no values": {f"{Q0}.values": None},
+    "hold duplicates": {f"{Q0}.indices": int32(0, 9, 9)},
+    f"index 64 of '{Q0}' is out of range": {f"{Q0}.indices": int32(0, 9, 64)},
+    rf"'{Q0}' have shape \(2,\) for 3 indices": {f"{Q0}.values": torch.zeros(2)},
+    rf"'{Q0}' have shape \(3, 1\) for 3 indices": {f"{Q0}.values": torch.zeros(3, 1)},
+    f"'{Q0}' are bfloat16 for a float32 weight": {f"{Q0}.values": torch.zeros(3).bfloat16()},
+    f"'{Q0}' hold NaN or infinity": {f"{Q0}.values": torch.tensor([0.0, torch.nan, 1.0])},
+    "'score.weight' is missing": {"head.score.weight": None},
+    "'score.bias', which its metadata does not describe": {"score.bias": torch.zeros(2)},
+}
+
+
+@pytest.mark.parametrize("message", DAMAGES)
+def test_a_file_with_bad_tensors_is_refused(tmp_path, message):
+    path = tmp_path / "delta.safetensors"
+    delta = make_delta(tiny_llama(), CHOSEN)
+    replace(delta, head={"score.weight": torch.zeros(2, 8)}).save(path)
+    tensors, metadata = load_tensors(path, DELTA_KIND)
+    changed = {**tensors, **DAMAGES[message]}
+    tensors = {name: tensor for name, tensor in changed.items() if tensor is not None}
+    save_tensors(path, tensors, metadata, kind=DELTA_KIND)
+    with pytest.raises(ValueError, match=message) as caught:
+        Delta.load(path)
+    assert str(caught.value).startswith(f"{path} cannot be used: ")
+
+
+def test_a_mask_file_is_no_delta(tmp_path):
+    make_delta(tiny_llama(), CHOSEN).mask.save(tmp_path / "f")
+    with pytest.raises(ValueError, match="pass a delta file"):
+        Delta.load(tmp_path / "f")
+
+
+def test_values_without_a_mask_and_a_head_within_it_are_refused():
+    delta = make_delta(tiny_llama(), CHOSEN)
+    with pytest.raises(ValueError, match="'x' has values but no indices"):
+        replace(delta, values={**delta.values, "x": torch.zeros(1)})
+    with pytest.raises(ValueError, match=f"'{Q0}' is in the mask and in the head"):
+        replace(delta, head={Q0: torch.zeros(8, 8)})
+
+
+# Apply and revert
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("make_model", [tiny_llama, tiny_opt])
+def test_apply_changes_the_entries_and_nothing_else_and_revert_restores_all(make_model, dtype):
+    model = make_model().to(dtype)
+    name = next(name for name, _ in model.named_parameters() if name.endswith("q_proj.weight"))
+    embedding = next(iter(dict(model.named_parameters())))  # tied to the output layer
+    delta = make_delta(model, {name: [1, 8, 62], embedding: [0, 17]})
+    base, trained = bits(model), naive_overwrite(model, delta)
+    assert trained != base
+    parameters = dict(model.named_parameters())
+    applied = apply_delta(model, delta)
+    assert bits(model) == trained
+    assert all(model.get_parameter(name) is parameters[name] for name in parameters)
+    assert all(parameter.grad_fn is None for parameter in parameters.values())
+    applied.revert()
+    assert bits(model) == base
+
+
+def test_a_tied_weight_is_reached_by_either_name_and_stays_tied():
+    model = tiny_llama(tied=True)
+    base = bits(model)
+    with apply_delta(model, make_delta(model, {"lm_head.weight": [5]})):
+        assert model.lm_head.weight is model.get_input_embeddings().weight
+        assert bits(model)["model.embed_tokens.weight"] != base["model.embed_tokens.weight"]
+    assert bits(model) == base
+
+
+class Matrix(nn.Module):
+    """One weight of given content and layout."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_any_bits_survive_in_any_layout(data):
+    """NaN payloads, -0.0, subnormals: a copy through arithmetic would lose them."""
+    dtype = data.draw(st.sampled_from(DTYPES))
+    rows, columns = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 6))
+    count = rows * columns * dtype.itemsize
+    content = data.draw(st.binary(min_size=count, max_size=count))
+    weight = torch.tensor(list(content), dtype=torch.uint8).view(dtype).reshape(rows, columns)
+    if data.draw(st.booleans()):
+        weight = weight.t()
+    if data.draw(st.booleans()):
+        weight = torch.stack([weight, weight], dim=2)[:, :, 1]  # every second element of storage
+    model = Matrix(weight)
+    chosen = sorted(data.draw(st.sets(st.integers(0, weight.numel() - 1), min_size=1)))
+    delta = make_delta(model, {"weight": chosen})
+    base, trained = bits(model), naive_overwrite(model, delta)
+    with apply_delta(model, delta):
+        assert bits(model) == trained
+    assert bits(model) == base
+
+
+def test_special_values_are_restored_to_the_bit():
+    patterns = [0x7F800001, 0x7FC12345, -(2**31), 0x00000001, -(2**31) + 0x7F812345]
+    weight = torch.tensor(patterns, dtype=torch.int32).view(torch.float32).reshape(5, 1)
+    model = Matrix(weight.clone())
+    delta = make_delta(model, {"weight": [0, 1, 2, 3, 4]})
+    applied = apply_delta(model, delta)
+    assert model.weight.isfinite().all()
+    applied.revert()
+    assert model.weight.view(torch.int32).flatten().tolist() == patterns
+
+
+def test_the_context_manager_reverts_after_an_error_and_only_once():
+    model = tiny_llama()
+    base = bits(model)
+    with pytest.raises(RuntimeError, match="inside"), apply_delta(model, make_delta(model, CHOSEN)):
+        raise RuntimeError("inside")
+    assert bits(model) == base
+    applied = apply_delta(model, make_delta(model, CHOSEN))
+    applied.revert()
+    with torch.no_grad():
+        model.get_parameter(Q0).fill_(3.0)
+    applied.revert()  # must not write over what was done since
+    assert (model.get_parameter(Q0) == 3.0).all()
+
+
+def test_a_head_is_replaced_as_a_whole_and_restored():
+    model = tiny_llama(tied=False)
+    head = {"lm_head.weight": torch.randn(24, 8)}
+    delta = replace(make_delta(model, CHOSEN), head=head)
+    base = bits(model)
+    with apply_delta(model, delta):
+        assert torch.equal(model.lm_head.weight, head["lm_head.weight"])
+        assert bits(model) != base
+    assert bits(model) == base
+    for misfit in ({"score": torch.zeros(2)}, {"lm_head.weight": torch.zeros(8, 24)}):
+        with pytest.raises(ValueError, match="load it with the class that was trained"):
+            apply_delta(model, replace(delta, head=misfit))
+    assert bits(model) == base
+
+
+def test_the_applied_model_computes_with_the_new_values():
+    model, tokens = tiny_llama().eval(), torch.arange(6).reshape(1, 6)
+    delta = make_delta(model, CHOSEN)
+    with torch.no_grad():
+        before = model(tokens).logits
+        with apply_delta(model, delta):
+            during = model(tokens).logits
+        after = model(tokens).logits
+    assert not torch.equal(before, during)
+    assert torch.equal(before, after)
+
+
+# A misfit is refused before anything is written
+
+
+def test_a_delta_that_is_applied_already_is_refused():
+    model = tiny_llama()
+    delta = make_delta(model, CHOSEN)
+    applied = apply_delta(model, delta)
+    trained = bits(model)
+    with pytest.raises(ValueError, match=r"applied already.* revert it first"):
+        apply_delta(model, delta)
+    assert bits(model) == trained
+    applied.revert()
+    apply_delta(model, delta)
+    assert bits(model) == trained
+
+
+def test_two_deltas_stand_together_where_they_do_not_overlap():
+    model = tiny_llama()
+    base = bits(model)
+    first, second = make_delta(model, {Q0: [0, 9]}), make_delta(model, {Q0: [1, 10]})
+    overlapping = make_delta(model, {Q0: [9, 10]})
+    with apply_delta(model, first):
+        with apply_delta(model, second):
+            assert model.get_parameter(Q0).flatten()[0] == first.values[Q0][0]
+            assert model.get_parameter(Q0).flatten()[10] == second.values[Q0][1]
+        with pytest.raises(ValueError, match="other base weights"):
+            apply_delta(model, overlapping)
+    assert bits(model) == base
+
+
+def change_one_base_value(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        model.get_parameter(V1).view(-1)[3].neg_()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make_other", "message"),
+    [
+        (change_one_base_value, f"1 of 3 weights .* '{V1}'.: use base"),
+        (lambda model: tiny_llama(), "made for other base weights"),
+        (lambda model: tiny_opt(), "which OPTForCausalLM does not have: use the base model"),
+        (lambda model: model.bfloat16(), r"load the model with dtype=torch\.float32"),
+        (lambda model: nn.Sequential(model), "which Sequential does not have"),
+    ],
+)
+def test_another_model_is_refused_untouched(make_other, message):
+    torch.manual_seed(0)
+    model = tiny_llama()
+    delta = make_delta(model, CHOSEN)
+    other = make_other(model)
+    before = bits(other)
+    with pytest.raises(ValueError, match=message):
+        apply_delta(other, delta)
+    assert bits(other) == before
+
+
+def test_another_shape_is_refused():
+    delta = make_delta(Matrix(torch.randn(3, 4)), {"weight": [2, 5]})
+    with pytest.raises(ValueError, match=r"of shape \(3, 4\), and Matrix has it in shape \(4, 3\)"):
+        apply_delta(Matrix(torch.randn(4, 3)), delta)
+
+
+def test_several_dtypes_have_no_common_one():
+    model = tiny_llama()
+    model.model.layers[1].bfloat16()
+    delta = make_delta(model, CHOSEN)
+    with pytest.raises(ValueError, match=r"several dtypes \(bfloat16, float32\)"):
+        _ = delta.dtype
+    with apply_delta(model, delta):
+        assert model.get_parameter(V1).flatten()[3] == delta.values[V1][0]

@@ -1,0 +1,248 @@
+"""The embedded default: generators that reproduce what is committed, and a model that loads."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gem_ds.data.tasks.mbpp import load_problems
+from launch.demo import compare, corpus, pretrain, programs, task
+
+DEMO = Path(task.__file__).parent
+MODEL = DEMO / "model"
+PARTS = ("train.jsonl", "test.jsonl")
+GSM8K_LIKE = (
+    "Question: Weng earns $12 an hour; yesterday she did 50 minutes. How much?\nAnswer: Weng earns "
+    "12/60 = $<<12/60=0.2>>0.2 per minute.\nWorking 50 minutes, she earned 0.2 x 50 = "
+    "$<<0.2*50=10>>10.\n#### 10"
+)
+
+
+def committed(part: str) -> list[dict[str, str]]:
+    lines = (DEMO / "task" / part).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(MODEL, local_files_only=True)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModelForCausalLM.from_pretrained(MODEL, local_files_only=True)
+
+
+def test_corpus_depends_on_the_seed_alone():
+    """A corpus that drifts makes the recorded pretraining command a fiction."""
+    first = list(corpus.generate_documents(5, 200))
+    assert first == list(corpus.generate_documents(5, 200))
+    assert first[:50] == list(corpus.generate_documents(5, 50))
+    assert first != list(corpus.generate_documents(6, 200))
+
+
+def test_corpus_refuses_a_negative_count():
+    with pytest.raises(ValueError, match="pass 0 or more"):
+        next(corpus.generate_documents(0, -1))
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=30, deadline=None)
+def test_corpus_equations_hold(seed):
+    """Wrong sums in the text would teach wrong sums."""
+    for document in corpus.generate_documents(seed, 20):
+        if document.startswith("def "):
+            continue
+        for left, right in re.findall(r"([\d+*-]+)=(\d+)", document):
+            assert eval(left) == int(right)
+        if document.startswith("Question:"):
+            *_, step, result = document.split("\n")
+            assert result == f"The answer is {step.rpartition('=')[2]}."
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=30, deadline=None)
+def test_corpus_functions_return_what_their_comments_say(seed):
+    for document in corpus.generate_documents(seed, 20):
+        if not document.startswith("def "):
+            continue
+        source, _, calls = document.partition("\n\n")
+        namespace: dict[str, object] = {}
+        exec(source, namespace)
+        for call, result in re.findall(r"print\((.*)\)  # (\d+)", calls):
+            assert eval(call, namespace) == int(result)
+
+
+def test_corpus_shows_neither_the_comparison_nor_the_ending_of_the_task():
+    """The demo measures learning only if pretraining did not already teach the task."""
+    for document in corpus.generate_documents(17, 5000):
+        assert not re.search(r"\bthan\b|fewer|times as|#### \d", document)
+
+
+def test_committed_task_is_reproduced_byte_for_byte(tmp_path):
+    task.main(["--output_dir", str(tmp_path)])
+    for part in PARTS:
+        assert (tmp_path / part).read_bytes() == (DEMO / "task" / part).read_bytes()
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_task_answers_are_right(part):
+    """Recomputed from the words of the question, not from the answer's own equations."""
+    for example in committed(part):
+        first, by = map(int, re.findall(r"\d+", example["question"]))
+        (relation,) = re.findall(r"more than|fewer than|times as many as", example["question"])
+        sign, second = {
+            "more than": ("+", first + by),
+            "fewer than": ("-", first - by),
+            "times as many as": ("*", first * by),
+        }[relation]
+        total = first + second
+        assert second > 0
+        steps = f"{first}{sign}{by}={second}\n{first}+{second}={total}"
+        assert example["answer"] == f"{steps}\n#### {total}"
+
+
+def test_task_parts_share_no_problem():
+    """A problem in both parts would count memory as skill."""
+
+    def problem(example):
+        return (*re.findall(r"\d+|more|fewer|times", example["question"]),)
+
+    train, test = ({problem(example) for example in committed(part)} for part in PARTS)
+    assert len(train) == 2000
+    assert len(test) == 200
+    assert not train & test
+
+
+def test_task_refuses_more_problems_than_there_are():
+    with pytest.raises(ValueError, match="lower --train_examples"):
+        task.generate_examples(0, 10**6)
+
+
+def test_committed_programs_are_reproduced_byte_for_byte(tmp_path):
+    programs.main(["--output_dir", str(tmp_path)])
+    assert (tmp_path / "mbpp.jsonl").read_bytes() == (DEMO / "programs/mbpp.jsonl").read_bytes()
+
+
+def asked_for(text: str, x: int) -> int:
+    """What a function must return, from the words of its task."""
+    numbers = [int(number) for number in re.findall(r"\d+", text)]
+    if "larger" in text:
+        return min(x, numbers[0])
+    factor = numbers.pop(0) if "multiplies" in text else 1
+    return factor * x + (numbers.pop() if "adds" in text else 0)
+
+
+def test_programs_and_their_tests_do_what_their_text_asks_for():
+    """A task whose tests are wrong would count right programs as wrong ones."""
+    problems = load_problems(DEMO / "programs").split("test")
+    assert len(problems) == 40
+    assert len({problem.text for problem in problems}) == 40
+    for problem in problems:
+        namespace: dict[str, object] = {}
+        exec(problem.code, namespace)
+        for test in problem.tests:
+            exec(test, namespace)
+            argument, result = map(int, re.findall(r"\((\d+)\) == (\d+)", test)[0])
+            assert result == asked_for(problem.text, argument)
+
+
+def test_programs_are_partly_beyond_the_text_of_the_pretraining():
+    """Else the score would only say that the model remembers."""
+    corpus_names = {
+        document.partition("(")[0].removeprefix("def ")
+        for document in corpus.generate_documents(17, 20_000)
+        if document.startswith("def ")
+    }
+    names = [
+        re.findall(r"def (\w+)", p.code)[0] for p in load_problems(DEMO / "programs").split("test")
+    ]
+    new = [name for name in names if name not in corpus_names]
+    assert new == [
+        *(f"times_{word}" for word in ("six", "seven", "eight", "nine")),
+        *(f"at_most_{limit}" for limit in range(38, 59, 4)),
+    ]
+
+
+def test_model_folder_is_small():
+    """Committed to the repository: at most 12 MB."""
+    assert sum(file.stat().st_size for file in MODEL.iterdir()) <= 12_000_000
+
+
+def test_model_fits_its_tokenizer(model, tokenizer):
+    """Every token has an embedding, and fp32 holds the stored weights exactly."""
+    assert len(tokenizer) == model.config.vocab_size == model.get_input_embeddings().num_embeddings
+    assert model.dtype == torch.bfloat16
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert model.generation_config.pad_token_id == tokenizer.pad_token_id
+
+
+def test_pretraining_command_makes_this_kind_of_folder(tmp_path, model, tokenizer):
+    """The recorded command must still run, and give this tokenizer and this shape of model."""
+    threads = torch.get_num_threads()
+    flags = ["--output_dir", str(tmp_path), "--steps", "1", "--rows", "1"]
+    pretrain.main([*flags, "--threads", str(threads)])
+    assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == tokenizer.get_vocab()
+    made = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert {k: (v.shape, v.dtype) for k, v in made.state_dict().items()} == {
+        k: (v.shape, v.dtype) for k, v in model.state_dict().items()
+    }
+    assert "--steps 1 --rows 1" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+def test_pretraining_refuses_to_take_no_step(tmp_path):
+    with pytest.raises(ValueError, match="pass 1 or more"):
+        pretrain.main(["--output_dir", str(tmp_path), "--steps", "0"])
+
+
+def test_packed_rows_hold_whole_documents(tokenizer):
+    """A document cut at a row's end would be learned without its beginning."""
+    rows = [row for _, row in zip(range(5), pretrain.packed_rows(tokenizer, 17), strict=False)]
+    text = tokenizer.decode([token for row in rows for token in row]).split("</s>")
+    assert all(row[-1] == tokenizer.eos_token_id for row in rows)
+    assert max(map(len, rows)) <= pretrain.ROW_LENGTH
+    assert text[:-1] == list(corpus.generate_documents(18, len(text) - 1))
+
+
+def test_model_has_learned_its_text(model, tokenizer):
+    """Far below the uniform guess (6.6 nats) on text it was not trained on."""
+    losses = []
+    for document in corpus.generate_documents(10**9, 20):
+        input_ids = torch.tensor([[*tokenizer.encode(document), tokenizer.eos_token_id]])
+        with torch.no_grad():
+            losses.append(model(input_ids=input_ids, labels=input_ids).loss.item())
+    assert sum(losses) / len(losses) < 1.0
+
+
+@given(st.text(st.characters(codec="utf-8", exclude_characters="▁"), max_size=60))
+@settings(max_examples=300, deadline=None)
+def test_tokenizer_round_trips_any_text(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+
+
+def test_tokenizer_round_trips_gsm8k_and_code(tokenizer):
+    for text in (GSM8K_LIKE, "def f(x):\n    return {x: 1}\n\n\n\t# 2  spaces ", " lead", "trail "):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_tokenizer_splits_digits_and_adds_no_special_token(tokenizer):
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer.encode("#### 1234"))
+    assert tokens == ["####", "▁", "1", "2", "3", "4"]
+    prompt, target = "Question: 1?\nAnswer:", " 2+3=5\n#### 5"
+    assert tokenizer.encode(prompt) + tokenizer.encode(target) == tokenizer.encode(prompt + target)
+
+
+@pytest.mark.parametrize(("after", "status"), [(0.93, 0), (0.31, 0), (0.28, 1), (0.0, 1)])
+def test_the_demo_fails_where_exact_match_does_not_rise(tmp_path, capsys, after, status):
+    for name, accuracy in (("before", 0.005), ("after", after)):
+        (tmp_path / name).mkdir()
+        results = {"exact_match": {"strict-match": {"accuracy": accuracy}}}
+        (tmp_path / name / "results.json").write_text(json.dumps(results))
+    assert compare.main([str(tmp_path / "before"), str(tmp_path / "after")]) == status
+    assert f"by {100 * after - 0.5:.1f} points" in capsys.readouterr().out

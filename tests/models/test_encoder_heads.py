@@ -1,0 +1,136 @@
+"""Which models are encoders, what they read, and what of them is trained as their head.
+
+The head is the same layers whether or not the files hold them.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForSequenceClassification
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from gem_ds.data.tasks import Kind
+from gem_ds.distributed.comm import Comm
+from gem_ds.models.encoders import ENCODERS, head_names, is_encoder, num_positions, set_head
+from gem_ds.models.load import load_model
+from gem_ds.models.targets import head_layers
+from gem_ds.train.arguments import parse_arguments
+from tests.tiny_tasks import LABELS, make_task
+
+SMALL = {"vocab_size": 50, "hidden_size": 12, "intermediate_size": 20, "num_attention_heads": 2}
+SPECIAL = {f"{name}_token_id": 0 for name in ("pad", "bos", "eos", "cls", "sep")}
+
+#: The layers that a classification reads and nothing else does, as transformers builds them.
+HEADS: dict[str, tuple[str, ...]] = {
+    "bert": ("bert.pooler.dense", "classifier"),
+    "big_bird": ("classifier.dense", "classifier.out_proj"),  # it reads no pooler
+    "deberta-v2": ("pooler.dense", "classifier"),
+    "distilbert": ("pre_classifier", "classifier"),
+    "electra": ("classifier.dense", "classifier.out_proj"),
+    "megatron-bert": ("bert.pooler.dense", "classifier"),
+    "modernbert": ("head.dense", "classifier"),
+    "roberta": ("classifier.dense", "classifier.out_proj"),
+    "xlm": ("sequence_summary.summary",),
+}
+
+
+def make_encoder(model_type: str, **more: object) -> Any:
+    """A model of one layer with a classifier of two outputs."""
+    sizes = {"dim": 12, "hidden_dim": 20, "n_heads": 2, "n_layers": 1, "vocab_size": 50}
+    if model_type != "distilbert":
+        sizes = SMALL | {"num_hidden_layers": 1} | SPECIAL
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **sizes, **more)
+    return AutoModelForSequenceClassification.from_config(config)
+
+
+def load(folder: Path) -> tuple[Any, list[str]]:
+    """The model of a folder as a run loads it, and the names of its head."""
+    config = AutoConfig.from_pretrained(folder)
+    set_head(config, "saved", make_task("labels"))
+    flags = ["--model_name_or_path", str(folder), "--task", "rte", "--output_dir", "unused"]
+    return load_model(parse_arguments(flags), config, {}, Comm(torch.device("cpu")))
+
+
+def test_no_encoder_that_transformers_loads_as_a_causal_model_is_missing() -> None:
+    """One would be trained on answers that it sees."""
+    causal, masked = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    both = {name for name in causal.keys() & masked if not CONFIG_MAPPING[name].is_encoder_decoder}
+    without_masked = {"bert-generation"}  # transformers has no masked language model of it
+    assert set(ENCODERS) & causal.keys() == both | without_masked
+    assert not {name for name in ENCODERS if not is_encoder(CONFIG_MAPPING[name]())}
+
+
+@pytest.mark.parametrize(("model_type", "flag"), [("bert", "is_decoder"), ("xlm", "causal")])
+def test_an_encoder_that_is_told_to_look_back_only_is_none(model_type: str, flag: str) -> None:
+    assert not is_encoder(AutoConfig.for_model(model_type, **{flag: True}))
+
+
+#: Of these no positions are known: one has no classifier, the other is of another build.
+UNREAD = ("bert-generation", "reformer")
+
+
+@pytest.mark.parametrize("model_type", sorted(set(ENCODERS).difference(UNREAD)))
+def test_an_encoder_reads_as_many_tokens_as_it_tells(model_type: str) -> None:
+    more = {"default_language": "en_XX"} if model_type == "xmod" else {}
+    model = make_encoder(model_type, max_position_embeddings=16, **more)
+    limit = num_positions(model.config)
+    model(input_ids=torch.full((1, limit), 5))
+    if model_type != "modernbert":  # it turns by angles, of which there is no last
+        with pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=torch.full((1, limit + 1), 5))
+
+
+@pytest.mark.parametrize("model_type", HEADS)
+def test_a_saved_classifier_is_trained_from_where_it_is(tmp_path: Path, model_type: str) -> None:
+    saved = make_encoder(model_type)
+    saved.save_pretrained(tmp_path)
+    model, head = load(tmp_path)
+    layers = head_layers(model, head)
+    assert sorted(layers) == sorted(f"{owner}.weight" for owner in HEADS[model_type])
+    for name in head:
+        torch.testing.assert_close(model.get_parameter(name), saved.get_parameter(name))
+
+
+@pytest.mark.parametrize("model_type", sorted(HEADS.keys() - {"modernbert"}))
+def test_the_head_of_a_base_model_is_the_same(tmp_path: Path, model_type: str) -> None:
+    model = make_encoder(model_type)
+    model.base_model.save_pretrained(tmp_path)
+    bare, head = load(tmp_path)
+    assert set(head) == head_names(bare) == head_names(model)
+
+
+def test_a_modernbert_without_the_norm_of_its_head_is_refused(tmp_path: Path) -> None:
+    make_encoder("modernbert").base_model.save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"for example head\.norm\.weight: pass a complete model\.$"
+    ):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "saved", "words"),
+    [
+        ("labels", ("a", "b", "c"), "3 outputs and this task needs 2"),
+        ("number", ("a", "b"), "2 outputs and this task needs 1"),
+        ("labels", (LABELS[1].upper(), LABELS[0].upper()), "its outputs in another order (not_"),
+    ],
+)
+def test_a_saved_head_with_other_outputs_is_refused(
+    tmp_path: Path, kind: Kind, saved: tuple[str, ...], words: str
+) -> None:
+    config = make_encoder("bert").config
+    config.id2label = dict(enumerate(saved))
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    told = f"m has a classification head with {words}"
+    with pytest.raises(ValueError, match=rf"^{re.escape(told)}.*\.$"):
+        set_head(config, "m", make_task(kind))

@@ -1,0 +1,268 @@
+"""The exported folder is base + delta to the bit, and a refused or killed export leaves nothing."""
+
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+)
+
+from gem_ds.files.delta import Delta
+from gem_ds.files.mask import Mask, WeightInfo, checksum, dtype_name
+from gem_ds.models import export
+
+SCRIPT = Path(export.__file__)
+
+
+def tiny_model(architecture: str) -> PreTrainedModel:
+    torch.manual_seed(1)
+    if architecture == "opt":  # the output layer is tied to the embedding
+        sizes = {"ffn_dim": 16, "word_embed_proj_dim": 8, "max_position_embeddings": 16}
+        return OPTForCausalLM(
+            OPTConfig(
+                vocab_size=24, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, **sizes
+            )
+        )
+    config = LlamaConfig if architecture == "llama" else BertConfig
+    model = LlamaForCausalLM if architecture == "llama" else BertForSequenceClassification
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2}
+    return model(config(vocab_size=24, num_attention_heads=2, **sizes))
+
+
+def state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def save_run(folder: Path, model: PreTrainedModel) -> Delta:
+    """Writes the base and a delta of three query entries per layer; returns the delta."""
+    model.save_pretrained(folder / "base")
+    names = [
+        n for n, _ in model.named_parameters() if n.endswith(("q_proj.weight", "query.weight"))
+    ]
+    indices = torch.tensor([1, 30, 63], dtype=torch.int32)
+    weights, values = {}, {}
+    for number, name in enumerate(names):
+        weight = model.get_parameter(name).detach()
+        base = weight.view(-1)[indices.long()]
+        dtype = dtype_name(weight.dtype)
+        weights[name] = WeightInfo(shape=(8, 8), dtype=dtype, checksum=checksum(base))
+        values[name] = torch.tensor([-0.0, 0.1, number + 1.0], dtype=weight.dtype)
+    mask = Mask(
+        indices=dict.fromkeys(names, indices), weights=weights, base_model="base", settings={}
+    )
+    delta = Delta(mask=mask, values=values)
+    delta.save(folder / "delta.safetensors")
+    return delta
+
+
+def arguments(folder: Path, *more: str) -> list[str]:
+    return [
+        *("--model_name_or_path", str(folder / "base")),
+        *("--delta", str(folder / "delta.safetensors")),
+        *("--output_dir", str(folder / "out")),
+        *more,
+    ]
+
+
+def refusal(capfd, argv: list[str]) -> str:
+    """Runs an export that must fail; returns the one sentence that it prints."""
+    assert export.main(argv) == 1
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("Error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("architecture", ["llama", "opt", "bert"])
+def test_the_folder_is_base_plus_delta_to_the_bit(tmp_path, architecture, dtype):
+    model = tiny_model(architecture).to(dtype)
+    delta = save_run(tmp_path, model)
+    expected = state(model)
+    for name, values in delta.values.items():
+        for flat_index, value in zip(delta.mask.indices[name].tolist(), values, strict=True):
+            expected[name][flat_index // 8, flat_index % 8] = value
+    assert export.main(arguments(tmp_path)) == 0
+    exported = type(model).from_pretrained(tmp_path / "out", dtype="auto")
+    assert exported.dtype == dtype
+    assert exported.state_dict().keys() == expected.keys()
+    bits = torch.int32 if dtype == torch.float32 else torch.int16
+    for name, tensor in exported.state_dict().items():
+        assert torch.equal(tensor.view(bits), expected[name].view(bits)), name
+    assert sorted(os.listdir(tmp_path)) == ["base", "delta.safetensors", "out"]
+    assert not any("token" in name for name in os.listdir(tmp_path / "out"))  # the base has none
+
+
+def test_a_base_in_another_dtype_is_loaded_in_that_of_the_delta(tmp_path):
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "fp32")
+    delta = save_run(tmp_path, model.bfloat16())
+    shutil.rmtree(tmp_path / "base")
+    os.rename(tmp_path / "fp32", tmp_path / "base")
+    assert export.main(arguments(tmp_path)) == 0
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert exported.dtype == torch.bfloat16
+    for name, values in delta.values.items():
+        assert torch.equal(exported.get_parameter(name).view(-1)[[1, 30, 63]], values)
+
+
+def test_the_tokenizer_goes_along(tmp_path):
+    save_run(tmp_path, tiny_model("bert"))
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "one", "two"]
+    tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(words)})
+    tokenizer.save_pretrained(tmp_path / "base")
+    assert export.main(arguments(tmp_path)) == 0
+    exported = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert exported("two one three")["input_ids"] == [2, 6, 5, 1, 3]
+
+
+# Refusals
+
+
+def test_an_output_folder_in_use_is_kept_unless_told(tmp_path, capfd):
+    save_run(tmp_path, tiny_model("llama"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    assert "--overwrite_output_dir" in refusal(capfd, arguments(tmp_path))
+    overwrite = arguments(tmp_path, "--overwrite_output_dir")
+    assert "holds no model" in refusal(capfd, overwrite)
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+    (tmp_path / "out" / "config.json").write_text("{}")
+    assert export.main(overwrite) == 0
+    assert not (tmp_path / "out" / "notes.txt").exists()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_an_empty_output_folder_is_filled_and_missing_parents_are_made(tmp_path):
+    save_run(tmp_path, tiny_model("llama"))
+    (tmp_path / "out").mkdir()
+    assert export.main(arguments(tmp_path)) == 0
+    deeper = [*arguments(tmp_path)[:-1], str(tmp_path / "a" / "b")]
+    assert export.main(deeper) == 0
+    assert (tmp_path / "a" / "b" / "config.json").exists()
+
+
+@pytest.mark.parametrize("output_dir", ["base", "base/../base", ".", "link", "delta.safetensors"])
+def test_the_sources_are_never_overwritten(tmp_path, capfd, output_dir):
+    save_run(tmp_path, tiny_model("llama"))
+    (tmp_path / "link").symlink_to(tmp_path / "base")
+    (tmp_path / "config.json").write_text("{}")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    argv = [*arguments(tmp_path)[:-1], str(tmp_path / output_dir), "--overwrite_output_dir"]
+    assert "is or holds" in refusal(capfd, argv)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_an_output_that_is_a_file_is_refused(tmp_path, capfd):
+    save_run(tmp_path, tiny_model("llama"))
+    (tmp_path / "out").write_text("mine")
+    assert "is a file" in refusal(capfd, arguments(tmp_path))
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def other_base(folder: Path) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_parameter("model.layers.1.self_attn.q_proj.weight")[7, 7] += 1
+    model.save_pretrained(folder / "base")
+
+
+def other_architecture(folder: Path) -> None:
+    shutil.rmtree(folder / "base")
+    tiny_model("opt").save_pretrained(folder / "base")
+
+
+def truncated_delta(folder: Path) -> None:
+    content = (folder / "delta.safetensors").read_bytes()
+    (folder / "delta.safetensors").write_bytes(content[:-1])
+
+
+def mask_as_delta(folder: Path) -> None:
+    Delta.load(folder / "delta.safetensors").mask.save(folder / "delta.safetensors")
+
+
+def incomplete_base(folder: Path) -> None:
+    model = tiny_model("llama")
+    weights = state(model)
+    del weights["model.norm.weight"]
+    model.save_pretrained(folder / "base", state_dict=weights)
+
+
+def nameless_base(folder: Path) -> None:
+    config = (folder / "base" / "config.json").read_text()
+    (folder / "base" / "config.json").write_text(config.replace("LlamaForCausalLM", "NoSuchModel"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (other_base, "made for other base weights"),
+        (other_architecture, "which OPTForCausalLM does not have"),
+        (truncated_delta, "truncated"),
+        (mask_as_delta, "pass a delta file"),
+        (lambda folder: (folder / "delta.safetensors").unlink(), "no delta file at"),
+        (incomplete_base, "lacks 1 weights of LlamaForCausalLM, for example 'model.norm.weight'"),
+        (nameless_base, "names no class of transformers"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_leaves_nothing(tmp_path, capfd, spoil, message):
+    save_run(tmp_path, tiny_model("llama"))
+    spoil(tmp_path)
+    before = sorted(os.listdir(tmp_path))
+    assert message in refusal(capfd, arguments(tmp_path))
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, capfd, monkeypatch):
+    save_run(tmp_path, tiny_model("llama"))
+
+    def full(self, folder, **_):
+        (Path(folder) / "model.safetensors").symlink_to("/dev/full")
+        (Path(folder) / "model.safetensors").write_bytes(b"weights")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    assert "free space on that disk" in refusal(capfd, arguments(tmp_path))
+    assert sorted(os.listdir(tmp_path)) == ["base", "delta.safetensors"]
+
+
+def test_a_killed_export_leaves_nothing_under_the_name(tmp_path):
+    save_run(tmp_path, tiny_model("llama"))
+    program = f"""
+import os, signal, sys
+from transformers import PreTrainedModel
+from gem_ds.models import export
+save = PreTrainedModel.save_pretrained
+def killed(self, folder, **options):
+    save(self, folder, **options)
+    os.kill(os.getpid(), signal.SIGKILL)
+PreTrainedModel.save_pretrained = killed
+export.main({arguments(tmp_path)!r})
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, cwd=SCRIPT.parents[1]
+    )
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_script_exits_with_the_status(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments(tmp_path)])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert caught.value.code == 1
+    assert "no delta file at" in capfd.readouterr().err

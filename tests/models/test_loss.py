@@ -1,0 +1,379 @@
+"""The answer loss in chunks against the one of whole logits, on models of many kinds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
+from transformers.modeling_outputs import CausalLMOutput
+
+from gem_ds.data.packing import PackedDataset
+from gem_ds.data.texts import answer_positions
+from gem_ds.distributed.comm import Comm
+from gem_ds.distributed.process_group import init_distributed
+from gem_ds.models import cross_entropy
+from gem_ds.models.loss import (
+    answer_logits,
+    answer_loss_of,
+    chunked_answer_loss,
+    summed_answer_loss,
+)
+from gem_ds.sparse.layers import TargetLayers
+from tests.largest_tensor import LargestTensor
+from tests.ranks import run_ranks
+from tests.tiny import (
+    MAX_LENGTH,
+    PAD_TOKEN_ID,
+    Setting,
+    checkpointed,
+    make_engine,
+    naive_examples,
+    naive_loss,
+    random_examples,
+)
+
+pytestmark = pytest.mark.filterwarnings(  # of peft's calls
+    "ignore:`is_gradient_checkpointing`:FutureWarning"
+)
+
+VOCABULARY = 40
+EXAMPLES = random_examples(5)
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "initializer_range": 0.2,
+    "pad_token_id": None,
+}
+GPT_SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "n_embd": 16,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_positions": MAX_LENGTH,
+    "initializer_range": 0.2,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+OPT_SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "word_embed_proj_dim": 8,
+    "ffn_dim": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": MAX_LENGTH,
+    "init_std": 0.2,
+}
+MAKERS: dict[str, Callable[[], nn.Module]] = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+    "tied llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT_SIZES)),
+    "untied gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT_SIZES, tie_word_embeddings=False)),
+    "opt": lambda: OPTForCausalLM(OPTConfig(**OPT_SIZES)),
+    "untied opt": lambda: OPTForCausalLM(OPTConfig(**OPT_SIZES, tie_word_embeddings=False)),
+    "gptj, with a bias": lambda: GPTJForCausalLM(GPTJConfig(**GPT_SIZES, rotary_dim=4)),
+    "gemma2 without a softcap": lambda: Gemma2ForCausalLM(
+        Gemma2Config(**SIZES, final_logit_softcapping=None)
+    ),
+}
+CHANGING: dict[str, Callable[[], nn.Module]] = {
+    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES)),
+    "cohere": lambda: CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.5)),
+    "granite": lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=2.0)),
+}
+
+
+@pytest.fixture(scope="module")
+def comm() -> Comm:
+    """Of a rank that is alone and needs no process group."""
+    alone = mock.create_autospec(Comm, instance=True, device=torch.device("cpu"))
+    alone.any.side_effect = lambda flag: flag
+    return alone
+
+
+def make(maker: Callable[[], nn.Module]) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return maker().eval()
+
+
+def batch_of(*, packed: bool = False) -> dict[str, Tensor]:
+    dataset = PackedDataset.pack(EXAMPLES, MAX_LENGTH) if packed else EXAMPLES
+    return dataset.collate(range(len(dataset)), PAD_TOKEN_ID)
+
+
+def whole_logits_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The loss as a model of transformers is commonly asked for it."""
+    inputs = {k: v for k, v in batch.items() if k not in ("labels", "answer_positions")}
+    logits = model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1)
+    return F.cross_entropy(logits.float(), batch["labels"][:, 1:].flatten(), reduction="sum")
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+    return {n: g for n, g in zip(trained, found, strict=True) if g is not None}
+
+
+def assert_same(model: nn.Module, batch: dict[str, Tensor], relative: float = 1e-5) -> None:
+    """The same loss and the same gradient of every trained parameter.
+
+    Gradients are known to an error that is relative to their largest entry; some (of the biases of
+    keys) are nothing but such errors of others.
+    """
+    expected = whole_logits_loss(model, batch)
+    whole = gradients(model, expected)
+    scales = {name: gradient.abs().max().item() for name, gradient in whole.items()}
+    for loss_of in (chunked_answer_loss, summed_answer_loss):
+        with mock.patch.object(cross_entropy, "rows_of_chunk", return_value=3):
+            found = loss_of(model, batch)
+        torch.testing.assert_close(found, expected, rtol=relative, atol=0)
+        own = gradients(model, found)
+        assert own.keys() == whole.keys()
+        for name, gradient in own.items():
+            error = (gradient - whole[name]).abs().max().item()
+            assert error <= relative * max(scales[name], 0.01 * max(scales.values())), name
+
+
+@pytest.mark.parametrize("name", MAKERS)
+class TestSame:
+    """What is computed in chunks is what whole logits give."""
+
+    def test_loss_and_gradients(self, name: str, comm: Comm) -> None:
+        model = make(MAKERS[name])
+        assert answer_loss_of(model, comm) is chunked_answer_loss
+        assert_same(model, batch_of())
+
+    def test_in_bf16(self, name: str, comm: Comm) -> None:
+        """Both round the logits; a model that returns them in fp32 changes none of them."""
+        model = make(MAKERS[name]).bfloat16()
+        assert answer_loss_of(model, comm) is chunked_answer_loss
+        assert_same(model, batch_of(), relative=0.03)
+
+
+@pytest.mark.parametrize("loss_of", [summed_answer_loss, chunked_answer_loss])
+def test_the_loss_is_that_of_examples_alone(loss_of: Any) -> None:
+    model = make(MAKERS["llama"])
+    alone = sum(naive_loss(model, e) for e in naive_examples(EXAMPLES, range(len(EXAMPLES))))
+    torch.testing.assert_close(loss_of(model, batch_of()), alone, rtol=1e-5, atol=0)
+    torch.testing.assert_close(loss_of(model, batch_of(packed=True)), alone, rtol=1e-5, atol=0)
+
+
+def test_packed_rows() -> None:
+    assert_same(make(MAKERS["llama"]), batch_of(packed=True))
+
+
+def test_a_frozen_output_layer() -> None:
+    """As where entries are selected from other layers: the gradient goes through it."""
+    model = make(MAKERS["llama"])
+    model.lm_head.weight.requires_grad_(False)
+    assert_same(model, batch_of())
+
+
+def test_checkpointed_blocks() -> None:
+    assert_same(checkpointed(make(MAKERS["llama"])).train(), batch_of())  # type: ignore[arg-type]
+
+
+def test_an_adapter() -> None:
+    model = get_peft_model(make(MAKERS["llama"]), LoraConfig(r=2, target_modules=["q_proj"]))
+    assert_same(model, batch_of())
+
+
+def test_no_rows_are_a_batch_of_weight_zero() -> None:
+    """A rank without examples runs its backward all the same, and adds nothing."""
+    model = make(MAKERS["tied llama"])
+    loss = chunked_answer_loss(model, EXAMPLES.collate([], PAD_TOKEN_ID))
+    assert loss.item() == 0
+    for gradient in gradients(model, loss).values():
+        assert gradient.abs().max() == 0
+
+
+@pytest.mark.parametrize("name", CHANGING)
+def test_models_that_change_their_logits_get_those_of_the_answers(name: str, comm: Comm) -> None:
+    model = make(CHANGING[name])
+    assert answer_loss_of(model, comm) is summed_answer_loss
+    alone = sum(naive_loss(model, e) for e in naive_examples(EXAMPLES, range(len(EXAMPLES))))
+    torch.testing.assert_close(summed_answer_loss(model, batch_of()), alone, rtol=1e-5, atol=0)
+    with pytest.raises(AssertionError, match="changed its logits"):
+        chunked_answer_loss(model, batch_of())
+
+
+def test_a_model_that_changes_its_logits_in_place_keeps_them_whole(comm: Comm) -> None:
+    class Doubling(LlamaForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().forward(*args, **kwargs)
+            output.logits.mul_(2)
+            return output
+
+    model = make(lambda: Doubling(LlamaConfig(**SIZES)))
+    assert answer_loss_of(model, comm) is summed_answer_loss
+
+
+def test_output_layers_that_are_more_than_a_product_keep_them_whole(comm: Comm) -> None:
+    """Adapted by peft in two ways, selected from, and of a class of its own."""
+    own = make(MAKERS["llama"])
+    own.lm_head = type("Linear4bit", (nn.Linear,), {})(16, VOCABULARY, bias=False)
+    selected = make(MAKERS["llama"])
+    TargetLayers(selected, {"lm_head.weight": selected.lm_head}, 3)  # type: ignore[dict-item]
+    adapted = [
+        get_peft_model(make(MAKERS["llama"]), LoraConfig(r=2, **target))
+        for target in (
+            {"target_modules": ["lm_head"]},
+            {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        )
+    ]
+    for model in (own, selected, *adapted):
+        assert answer_loss_of(model, comm) is summed_answer_loss
+        assert summed_answer_loss(model, batch_of()) > 0
+
+
+def test_the_output_layer_is_itself_again_after_an_error() -> None:
+    model = make(MAKERS["llama"])
+    tokens = torch.full((1, 3), VOCABULARY)  # no such token
+    with pytest.raises(IndexError):
+        chunked_answer_loss(
+            model,
+            {
+                "input_ids": tokens,
+                "labels": tokens,
+                "answer_positions": answer_positions(tokens),
+            },
+        )
+    assert "forward" not in vars(model.lm_head)
+    assert model(input_ids=tokens - 1).logits.shape == (1, 3, VOCABULARY)
+
+
+def trains_all(model: nn.Module) -> None:
+    """As full fine-tuning."""
+
+
+def trains_queries(model: nn.Module) -> None:
+    """As an adapter would: only inner layers."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("q_proj" in name)
+
+
+@pytest.mark.parametrize("choose", [trains_all, trains_queries])
+def test_a_step_makes_nothing_of_the_size_of_the_logits(choose: Any) -> None:
+    """The largest is a chunk, or the gradient of a trained weight."""
+    vocabulary, chunk_rows = 3000, 4
+    model = make(lambda: LlamaForCausalLM(LlamaConfig(**SIZES | {"vocab_size": vocabulary})))
+    choose(model)
+    batch = batch_of()
+    with mock.patch.object(cross_entropy, "rows_of_chunk", return_value=chunk_rows):
+        with LargestTensor() as largest:
+            chunked_answer_loss(model, batch).backward()
+        with LargestTensor() as largest_whole:
+            whole_logits_loss(model, batch).backward()
+    assert largest_whole.num_entries == batch["labels"].numel() * vocabulary
+    rows = SIZES["hidden_size"] if choose is trains_all else chunk_rows
+    assert largest.num_entries == rows * vocabulary
+
+
+# Logits of answers only
+
+
+def lora_on_the_output() -> nn.Module:
+    adapted = LoraConfig(r=2, target_modules=["lm_head"])
+    return get_peft_model(make(MAKERS["llama"]), adapted)  # type: ignore[arg-type]
+
+
+class NotCalling(LlamaForCausalLM):
+    """Reads the weight of its output layer without calling the layer."""
+
+    def forward(self, input_ids: Any, attention_mask: Any = None, **_: Any) -> Any:  # type: ignore[override]
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return CausalLMOutput(logits=hidden @ self.lm_head.weight.t())
+
+
+def not_calling() -> nn.Module:
+    return NotCalling(LlamaConfig(**SIZES))
+
+
+def test_a_model_that_does_not_call_its_output_layer_keeps_its_logits(comm: Comm) -> None:
+    model = make(not_calling)
+    assert answer_loss_of(model, comm) is summed_answer_loss
+    alone = sum(naive_loss(model, e) for e in naive_examples(EXAMPLES, range(len(EXAMPLES))))
+    torch.testing.assert_close(summed_answer_loss(model, batch_of()), alone, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", [*MAKERS, *CHANGING, "lora"])
+def test_answer_logits_are_the_models_own(name: str) -> None:
+    """Where it changes what its output layer returns, too."""
+    model = make((MAKERS | CHANGING | {"lora": lora_on_the_output})[name])
+    batch = batch_of()
+    whole = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    expected = whole.flatten(0, 1)[batch["answer_positions"]]
+    torch.testing.assert_close(answer_logits(model, batch), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_answer_logits_are_no_more_than_the_answers() -> None:
+    vocabulary = 3000
+    model = make(lambda: LlamaForCausalLM(LlamaConfig(**SIZES | {"vocab_size": vocabulary})))
+    batch = batch_of()
+    with LargestTensor() as largest:
+        answer_logits(model, batch)
+    assert largest.num_entries == len(batch["answer_positions"]) * vocabulary
+
+
+def test_answer_logits_of_no_rows() -> None:
+    model = make(MAKERS["tied llama"])
+    logits = answer_logits(model, EXAMPLES.collate([], PAD_TOKEN_ID))
+    assert logits.shape == (0, VOCABULARY)
+    assert gradients(model, logits.sum())
+
+
+# On ranks
+
+
+def _losses_at_stage_3() -> dict[str, tuple[bool, float]]:
+    """By model: whether the loss is chunked, and what it is; no weight stays gathered."""
+    comm = init_distributed()
+    found = {}
+    for name in ("llama", "tied llama", "gemma2"):
+        model = make((MAKERS | CHANGING)[name])
+        engine, _ = make_engine(Setting(3, variant="gathered"), comm, model, 3)
+        loss_of = answer_loss_of(engine.model, comm)
+        with torch.no_grad():
+            loss = loss_of(engine.model, batch_of())
+        weight = model.get_output_embeddings().weight
+        assert weight.numel() == 0, "released after the forward"
+        found[name] = loss_of is chunked_answer_loss, loss.item()
+    return found
+
+
+def test_partitioned_weights_on_two_ranks() -> None:
+    """The swapped layer is the one whose weight ZeRO-3 gathers, and for its call only."""
+    for found in run_ranks(2, _losses_at_stage_3):
+        for name, (is_chunked, loss) in found.items():
+            model = make((MAKERS | CHANGING)[name])
+            assert is_chunked == (name in MAKERS)
+            expected = summed_answer_loss(model, batch_of()).item()
+            assert loss == pytest.approx(expected, rel=1e-5)

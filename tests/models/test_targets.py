@@ -1,0 +1,211 @@
+"""Which layers are targets: by architecture, by name, by expression, and what is refused."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+
+from gem_ds.models.targets import find_targets, targets_of
+
+Q_PROJ_MODELS = """
+    cohere cohere2 exaone4 gemma gemma2 gemma3_text gpt_neo gptj granite helium llama
+    ministral mistral mixtral nemotron olmo olmo2 olmo3 opt phi qwen2 qwen2_moe qwen3 qwen3_moe
+    smollm3 stablelm starcoder2
+"""
+QUERY_MODELS = ("bert", "camembert", "electra", "ernie", "roberta", "xlm-roberta")
+QUERY_VALUE = {
+    **dict.fromkeys(Q_PROJ_MODELS.split(), ("q_proj", "v_proj")),
+    **dict.fromkeys(QUERY_MODELS, ("query", "value")),
+    "deberta-v2": ("query_proj", "value_proj"),
+    "distilbert": ("q_lin", "v_lin"),
+}
+FUSED = {
+    "gpt2": "c_attn",
+    "gpt_bigcode": "c_attn",
+    "gpt_neox": "query_key_value",
+    "bloom": "query_key_value",
+    "falcon": "query_key_value",
+    "phi3": "qkv_proj",
+    "codegen": "qkv_proj",
+    "mpt": "Wqkv",
+    "modernbert": "Wqkv",
+}
+
+NUM_LAYERS = 2
+DEPTH_KEYS = {"gpt2": "n_layer", "gptj": "n_layer", "gpt_bigcode": "n_layer", "mpt": "n_layers",
+              "bloom": "n_layer", "distilbert": "n_layers", "gpt_neo": "num_layers"}  # fmt: skip
+OTHER_KEYS = {
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "nemotron": {"num_key_value_heads": 48},
+    "ministral": {"head_dim": 128},
+}
+
+
+def _model(model_type: str) -> PreTrainedModel:
+    """A model of this architecture with two layers and no memory behind its weights."""
+    depth = {DEPTH_KEYS.get(model_type, "num_hidden_layers"): NUM_LAYERS}
+    config = AutoConfig.for_model(model_type, **depth, **OTHER_KEYS.get(model_type, {}))
+    family = (
+        AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
+    )
+    with torch.device("meta"):
+        return family.from_config(config)
+
+
+@pytest.fixture(scope="module")
+def llama() -> PreTrainedModel:
+    return _model("llama")
+
+
+def _layers_of(names: list[str]) -> list[str]:
+    """Module names without their layer numbers, each once."""
+    return sorted({re.sub(r"\.\d+\.", ".N.", name.removesuffix(".weight")) for name in names})
+
+
+@pytest.mark.parametrize("model_type", QUERY_VALUE)
+def test_the_default_is_query_and_value_of_every_layer(model_type: str) -> None:
+    model = _model(model_type)
+    targets = find_targets(model)
+    assert len(targets) == 2 * NUM_LAYERS
+    suffixes = [name.removesuffix(".weight").rpartition(".")[2] for name in targets]
+    assert tuple(sorted(set(suffixes))) == QUERY_VALUE[model_type]
+    assert all(model.get_parameter(name) is module.weight for name, module in targets.items())
+
+
+@pytest.mark.parametrize("model_type", FUSED)
+def test_fused_projections_are_refused_with_a_name_that_works(model_type: str) -> None:
+    model = _model(model_type)
+    with pytest.raises(ValueError, match=f"{model_type} computes query, key and value in one") as e:
+        find_targets(model)
+    assert re.findall(r"--target_modules (\S+)", str(e.value)) == [FUSED[model_type]]
+    assert len(find_targets(model, [FUSED[model_type]])) == NUM_LAYERS
+
+
+def test_an_unknown_architecture_asks_for_names() -> None:
+    with pytest.raises(ValueError, match=r"of mamba are not known.*--target_modules, of dt_proj, "):
+        find_targets(_model("mamba"))
+    with pytest.raises(ValueError, match=r"projections of Linear are not known"):
+        find_targets(nn.Linear(2, 2))
+
+
+def test_suffixes(llama: PreTrainedModel) -> None:
+    assert _layers_of(list(find_targets(llama, ["o_proj", "mlp.up_proj"]))) == [
+        "model.layers.N.mlp.up_proj",
+        "model.layers.N.self_attn.o_proj",
+    ]
+    one = find_targets(llama, ["model.layers.1.self_attn.q_proj"])
+    assert list(one) == ["model.layers.1.self_attn.q_proj.weight"]
+
+
+def test_a_suffix_ends_at_a_dot(llama: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match="--target_modules proj matches no module"):
+        find_targets(llama, ["proj"])
+
+
+def test_one_regular_expression_matches_whole_names(llama: PreTrainedModel) -> None:
+    targets = find_targets(llama, [r"model\.layers\.1\..*\.[qk]_proj"])
+    assert list(targets) == [f"model.layers.1.self_attn.{x}_proj.weight" for x in "qk"]
+    with pytest.raises(ValueError, match="matches no module"):
+        find_targets(llama, [r"layers\.1\..*\.[qk]_proj"])  # not the whole name
+
+
+def test_all_linear_leaves_out_the_output_layer(llama: PreTrainedModel) -> None:
+    targets = find_targets(llama, ["all-linear"])
+    linear = {f"{n}.weight" for n, m in llama.named_modules() if isinstance(m, nn.Linear)}
+    assert linear - set(targets) == {"lm_head.weight"}
+    assert len(targets) == 7 * NUM_LAYERS
+
+
+def test_all_linear_counts_transposed_layers() -> None:
+    targets = find_targets(_model("gpt2"), ["all-linear"])
+    assert len(targets) == 4 * NUM_LAYERS
+    assert {type(module).__name__ for module in targets.values()} == {"Conv1D"}
+
+
+@pytest.mark.parametrize("names", [None, ["v_proj", "q_proj"], ["all-linear"], [".*proj"]])
+def test_targets_come_in_the_order_of_the_parameters(
+    llama: PreTrainedModel, names: list[str] | None
+) -> None:
+    order = [name for name, _ in llama.named_parameters()]
+    targets = list(find_targets(llama, names))
+    assert targets == sorted(targets, key=order.index)
+
+
+def test_layers_by_the_names_of_their_weights(llama: PreTrainedModel) -> None:
+    targets = find_targets(llama, ["all-linear"])
+    assert targets_of(llama, list(targets)[::-1]) == targets
+    assert list(targets_of(llama, list(targets)[::-1])) == list(targets)
+    with pytest.raises(ValueError, match=r"q_proj\) matches no module"):
+        targets_of(llama, ["model.layers.9.self_attn.q_proj.weight"])
+
+
+# Refused, each time in one sentence that names what to change.
+
+
+def test_a_name_that_matches_nothing_is_told_the_names_there_are(llama: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match=r"query matches no module.*down_proj, gate_proj, k_proj"):
+        find_targets(llama, ["query"])
+
+
+def test_one_wrong_name_among_right_ones_is_refused(llama: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match="--target_modules v_prj matches no module"):
+        find_targets(llama, ["q_proj", "v_prj"])
+
+
+def test_a_match_that_is_not_linear(llama: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match=r"matches model\.layers\.0\.mlp, a LlamaMLP: only linear"):
+        find_targets(llama, ["mlp"])
+    with pytest.raises(ValueError, match="a LlamaRMSNorm: only linear"):
+        find_targets(llama, [r".*layers.*(q_proj|layernorm)"])
+
+
+def test_an_expression_that_does_not_compile(llama: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match=r"\(q_proj is neither a module name nor a regular"):
+        find_targets(llama, ["(q_proj"])
+
+
+class Tied(nn.Module):
+    """An output layer with the embedding's weight, a matrix used by two layers, one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(5, 3)
+        self.first = nn.Linear(3, 3)
+        self.second = nn.Linear(3, 3)
+        self.own = nn.Linear(3, 3)
+        self.out = nn.Linear(3, 5, bias=False)
+        self.second.weight = self.first.weight
+        self.out.weight = self.embedding.weight
+
+
+@pytest.mark.parametrize(
+    ("name", "others"),
+    [
+        ("out", "out shares its weight with embedding.weight"),
+        ("first", "first shares its weight with second.weight"),
+        ("second", "second shares its weight with first.weight"),
+    ],
+)
+def test_a_tied_weight(name: str, others: str) -> None:
+    with pytest.raises(ValueError, match=f"{others}: leave it out"):
+        find_targets(Tied(), [name])
+    assert list(find_targets(Tied(), ["own"])) == ["own.weight"]
+
+
+def test_a_module_that_is_used_under_two_names() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+    model["c"] = model["a"]
+    with pytest.raises(ValueError, match=r"a shares its weight with c\.weight"):
+        find_targets(model, ["all-linear"])
+
+
+def test_a_tied_output_layer_of_a_real_model_is_refused_by_name() -> None:
+    model = _model("opt")
+    model.tie_weights()
+    with pytest.raises(ValueError, match=r"lm_head shares its weight with model\.decoder\.embed"):
+        find_targets(model, ["lm_head"])
+    assert len(find_targets(model, ["all-linear"])) == 6 * NUM_LAYERS

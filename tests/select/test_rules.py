@@ -1,0 +1,281 @@
+"""Each method's choice of entries: against a naive one, over any cut; and chance that is fair."""
+
+from itertools import pairwise
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gem_ds.select import scores as scores_module
+from gem_ds.select.methods import CALIBRATED_METHODS, SPARSE_METHODS
+from gem_ds.select.rules import TargetShard
+from gem_ds.select.scores import Solo, _splitmix64, random_scores
+from gem_ds.select.selection import Selection, select_shards
+from gem_ds.select.topk import count_among_largest
+from tests import oracle
+from tests.thread_group import ThreadGroup, cut, run_threads
+
+Tensors = dict[str, Tensor]
+WORLD_SIZES = (1, 2, 3, 7)
+CPU = torch.device("cpu")
+
+
+def _random() -> tuple[Tensors, Tensors]:
+    """Weights of different spread, one in bf16, whose rounding ties them; a matrix of one entry."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"q": (20, 31), "v": (17, 8), "wide": (30, 30), "one": (1, 1), "dead": (4, 5)}
+    spread = {"q": 0.02, "v": 0.3, "wide": 0.05, "one": 1.0, "dead": 0.001}
+    weights = {n: spread[n] * torch.randn(s, generator=generator) for n, s in shapes.items()}
+    weights["q"], weights["v"] = weights["q"].bfloat16(), weights["v"].bfloat16()
+    weights["wide"][3] = 0
+    gradients = {n: torch.randn(s, generator=generator) for n, s in shapes.items()}
+    gradients["wide"] = torch.exp(4 * gradients["wide"])
+    gradients["dead"] = torch.zeros(shapes["dead"])
+    return gradients, weights
+
+
+def _tied() -> tuple[Tensors, Tensors]:
+    """Very few different numbers, of both signs, and two equal layers."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = {"a": (11, 13), "b": (11, 13), "c": (2, 2), "d": (21, 20)}
+    gradients = {n: torch.randint(-2, 3, s, generator=generator).float() for n, s in shapes.items()}
+    weights = {n: torch.randint(-2, 3, s, generator=generator).float() for n, s in shapes.items()}
+    gradients["b"], weights["b"] = gradients["a"].clone(), -weights["a"]
+    return gradients, weights
+
+
+def _zero() -> tuple[Tensors, Tensors]:
+    zeros = {"a": torch.zeros(5, 6), "b": torch.zeros(3, 4)}
+    return zeros, zeros
+
+
+CASES = {"random": _random(), "tied": _tied(), "zero": _zero()}
+
+
+def _select(
+    method: str, gradients: Tensors, weights: Tensors, total: int, world_size: int, seed: int = 0
+) -> list[Selection]:
+    def work(group: ThreadGroup) -> Selection:
+        shards = []
+        for name, weight in weights.items():
+            start, part = cut(weight, group.rank, world_size)
+            shards.append(
+                TargetShard(
+                    name=name,
+                    numel=weight.numel(),
+                    start=start,
+                    weight=part,
+                    gradient=(
+                        cut(gradients[name], group.rank, world_size)[1]
+                        if method in CALIBRATED_METHODS
+                        else None  # the others must not look at it
+                    ),
+                    device=CPU,
+                )
+            )
+        return select_shards(shards, total, group, method=method, seed=seed)
+
+    return run_threads(world_size, work)
+
+
+def _indices(ranks: list[Selection]) -> dict[str, list[int]]:
+    return {
+        name: torch.cat([rank.indices[i] for rank in ranks]).tolist()
+        for i, name in enumerate(ranks[0].names)
+    }
+
+
+def _totals(weights: Tensors) -> list[int]:
+    """One; few; so many that small layers fill up; all but one; all."""
+    size = sum(weight.numel() for weight in weights.values())
+    return [1, 2 + size // 50, size // 2, 4 * size // 5, size - 1, size]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("method", SPARSE_METHODS)
+def test_the_choice_is_the_naive_one_on_any_number_of_ranks(method: str, case: str) -> None:
+    gradients, weights = CASES[case]
+    for total in _totals(weights):
+        masks = oracle.select_by(method, gradients, weights, total, seed=5)
+        expected = {n: m.flatten().nonzero().flatten().tolist() for n, m in masks.items()}
+        assert sum(map(len, expected.values())) == total
+        for world_size in WORLD_SIZES:
+            ranks = _select(method, gradients, weights, total, world_size, seed=5)
+            assert _indices(ranks) == expected, f"{total} on {world_size} ranks"
+            for rank in ranks:
+                assert rank.budgets == [len(index) for index in expected.values()]
+                assert rank.layer_scores == ranks[0].layer_scores
+
+
+@pytest.mark.parametrize("method", SPARSE_METHODS)
+def test_weights_are_left_as_they_are(method: str) -> None:
+    gradients, weights = _random()
+    kept = {name: weight.clone() for name, weight in weights.items()}
+    shards = [
+        TargetShard(
+            name=name,
+            numel=weight.numel(),
+            start=0,
+            weight=weight.view(-1),
+            gradient=gradients[name].flatten() if method in CALIBRATED_METHODS else None,
+            device=CPU,
+        )
+        for name, weight in weights.items()
+    ]
+    select_shards(shards, 40, Solo(), method=method)
+    assert all(torch.equal(weights[name], weight) for name, weight in kept.items())
+
+
+def test_the_rules_differ_in_what_the_table_says() -> None:
+    """The idea of each in two layers of three entries."""
+    weights = {"a": torch.tensor([[4.0, -1.0, 0.1]]), "b": torch.tensor([[-3.0, 2.0, 0.5]])}
+    gradients = {"a": torch.tensor([[-2.0, 1.0, 0.2]]), "b": torch.tensor([[0.3, 0.4, -0.5]])}
+
+    def chosen(method: str, total: int = 2) -> dict[str, list[int]]:
+        return _indices(_select(method, gradients, weights, total, 1))
+
+    assert chosen("ratio") == {"a": [2], "b": [2]}  # 0.5 1 2, 0.1 0.2 1
+    assert chosen("gradient") == {"a": [0], "b": [2]}
+    assert chosen("magnitude") == {"a": [0], "b": [0]}
+    assert chosen("supertuning", 3) == {"a": [0], "b": [0, 1]}
+    # ||g|| H: 2.24 * 0.8 and 0.71 * 1.08: shares of four are 2.8 and 1.2
+    assert chosen("entropy_gradient", 4) == {"a": [0, 1, 2], "b": [2]}
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.parametrize("method", [m for m in SPARSE_METHODS if m != "random"])
+def test_what_is_not_finite_is_refused_by_name(method: str, bad: float, world_size: int) -> None:
+    """In what the method looks at. The random one looks at nothing."""
+    gradients, weights = ({n: t.clone() for n, t in part.items()} for part in _random())
+    (gradients if method in CALIBRATED_METHODS else weights)["v"][-1, -1] = bad
+    with pytest.raises(ValueError, match="of v are not finite"):
+        _select(method, gradients, weights, 5, world_size)
+
+
+# The largest of all layers together
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    layers=st.lists(
+        st.one_of(
+            st.lists(st.sampled_from([0.0, -0.0, 2.0**-149, 1.0, 1 + 2.0**-23, 1.5]), min_size=1),
+            st.lists(st.floats(min_value=0, width=32, allow_nan=False, allow_infinity=False)),
+        ),
+        min_size=1,
+        max_size=4,
+    ).filter(lambda layers: any(layers)),
+    share=st.fractions(0, 1),
+    world_size=st.sampled_from(WORLD_SIZES),
+    chunk=st.sampled_from([3, 2**18]),
+)
+def test_the_count_among_the_largest_is_that_of_a_sort(layers, share, world_size, chunk) -> None:
+    total = max(1, round(share * sum(map(len, layers))))
+    pool = sorted((-value, layer) for layer, values in enumerate(layers) for value in values)
+    expected = [0] * len(layers)
+    for _, layer in pool[:total]:
+        expected[layer] += 1
+    tensors = [torch.tensor(values, dtype=torch.float32) for values in layers]
+
+    def work(group: ThreadGroup) -> list[int]:
+        shards = [cut(layer, group.rank, world_size)[1] for layer in tensors]
+        return count_among_largest(shards, total, group)
+
+    with mock.patch.object(scores_module, "CHUNK", chunk):
+        assert run_threads(world_size, work) == [expected] * world_size
+
+
+# Chance
+
+
+def test_splitmix64_gives_the_published_sequence() -> None:
+    """Its first outputs from the seed 1234567, as published with the algorithm (Rosetta Code)."""
+    published = [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
+    found = _splitmix64(torch.arange(1, 6), 1234567)
+    assert [word % 2**64 for word in found.tolist()] == published
+    start = 1234567
+    assert [oracle.splitmix64(start + i * 0x9E3779B97F4A7C15) for i in range(1, 6)] == published, (
+        "the oracle's own"
+    )
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    keys=st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=3),
+    first=st.integers(0, 2**40),
+)
+def test_splitmix64_wraps_as_unsigned_words_do(keys: list[int], first: int) -> None:
+    index = torch.arange(first, first + 5)
+    for key in keys:
+        found = [word % 2**64 for word in _splitmix64(index, key).tolist()]
+        states = [key + i * 0x9E3779B97F4A7C15 for i in index.tolist()]
+        assert found == [oracle.splitmix64(state) for state in states]
+
+
+@pytest.mark.parametrize("chunk", [7, 2**18])
+def test_chances_do_not_depend_on_the_cut(chunk: int) -> None:
+    expected = oracle.chances("layer.weight", 3, 1000)
+    with mock.patch.object(scores_module, "CHUNK", chunk):
+        for bounds in ([0, 1000], [0, 400, 400, 1000], [0, 1, 999, 1000]):
+            parts = [
+                random_scores(start, stop, "layer.weight", 3, CPU)
+                for start, stop in pairwise(bounds)
+            ]
+            found = torch.cat(parts)
+            assert found.view(torch.int32).tolist() == expected
+            assert found.isfinite().all()
+    far = random_scores(2**33, 2**33 + 4, "w", 0, CPU)
+    assert len(set(far.tolist())) == 4, "indices beyond 32 bits count whole"
+
+
+def _chosen(name: str, seed: int, size: int, count: int) -> set[int]:
+    shard = TargetShard(
+        name=name, numel=size, start=0, weight=torch.ones(size), gradient=None, device=CPU
+    )
+    selection = select_shards([shard], count, Solo(), method="random", seed=seed)
+    return set(selection.indices[0].tolist())
+
+
+def test_chance_differs_by_seed_and_by_name() -> None:
+    """Two choices of 500 of 5000 share about 50; alike ones would share all 500."""
+    choices = [_chosen(name, seed, 5000, 500) for name in ("a", "b") for seed in (0, 1, 2)]
+    for i, choice in enumerate(choices):
+        for other in choices[:i]:
+            assert 20 <= len(choice & other) <= 85
+
+
+def test_chance_is_fair() -> None:
+    """Chi-square over 20 bins of positions, and how often each entry comes up over many seeds."""
+    size, count = 20_000, 4000
+    expected = count / 20
+    statistics = []
+    for seed in range(10):
+        bins = [0] * 20
+        for index in _chosen("w", seed, size, count):
+            bins[index * 20 // size] += 1
+        statistics.append(sum((found - expected) ** 2 / expected for found in bins))
+    # 19 degrees of freedom, less what drawing without replacement takes (4 in 5): mean 15.2.
+    assert all(3 < statistic < 45 for statistic in statistics)
+    assert 9 < sum(statistics) / len(statistics) < 22
+    often = torch.zeros(50)
+    for seed in range(400):
+        often[list(_chosen("w", seed, 50, 10))] += 1
+    assert 80 - 36 < often.min() <= often.max() < 80 + 36, "4.5 standard deviations of 8"
+
+
+def test_neighbours_are_chosen_independently() -> None:
+    chosen = torch.zeros(20_000)
+    chosen[list(_chosen("w", 0, 20_000, 2000))] = 1
+    for distance in (1, 2, 64, 1000):
+        both = float((chosen[distance:] * chosen[:-distance]).sum())
+        assert 200 - 65 < both < 200 + 65, distance  # Poisson, 200

@@ -1,0 +1,249 @@
+"""The selected entries on real ranks: reading, cutting and writing them, to the bit."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gem_ds.distributed.comm import Comm
+from gem_ds.distributed.process_group import init_distributed
+from gem_ds.sparse.entries import SelectedEntries, gather_indices
+from gem_ds.sparse.layers import GradientSink
+from tests.ranks import Cases, Outcomes, run_cases
+from tests.tiny import Setting, bits, make_engine
+
+WORLD_SIZES = (1, 2, 3)
+SETTINGS = [
+    *(Setting(stage, dtype) for dtype in ("fp32", "bf16") for stage in range(4)),
+    Setting(3, variant="offload"),
+    Setting(3, variant="gathered"),
+    Setting(3, "bf16", variant="persistent"),
+]
+SHAPES = {"point": (1, 1), "pair": (1, 2), "odd": (7, 11), "skipped": (3, 5), "wide": (9, 31)}
+NUM_SELECTED = {"point": 1, "pair": 2, "odd": 23, "skipped": 0, "wide": 60}
+K = sum(NUM_SELECTED.values())
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _special_values(dtype: torch.dtype) -> Tensor:
+    """Values whose bits are lost where numbers are added or cast."""
+    information = torch.finfo(dtype)
+    return torch.tensor(
+        [-0.0, 0.0, information.tiny / 2, -information.max, information.max, 1 / 3, -1 / 3],
+        dtype=dtype,
+    )
+
+
+def _weight(name: str, dtype: torch.dtype) -> Tensor:
+    """Half special values, half random ones."""
+    rows, columns = SHAPES[name]
+    generator = _generator(rows * columns)
+    special = _special_values(dtype)
+    chosen = special[torch.randint(0, len(special), (rows, columns), generator=generator)]
+    weight = torch.randn(rows, columns, generator=generator).to(dtype)
+    weight = torch.where(torch.rand(rows, columns, generator=generator) < 0.5, chosen, weight)
+    if name == "point":
+        weight[0, 0] = -0.0
+    return weight
+
+
+def _indices(name: str) -> Tensor:
+    """Random entries, the first and the last among them."""
+    numel, count = SHAPES[name][0] * SHAPES[name][1], NUM_SELECTED[name]
+    inner = torch.randperm(numel, generator=_generator(count))
+    ends = torch.tensor([0, numel - 1])
+    order = torch.cat([ends[:count], inner[(inner != 0) & (inner != numel - 1)]])
+    return order[:count].sort().values
+
+
+class Matrices(nn.Module):
+    """The weights, each a linear layer."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        for name, (rows, columns) in SHAPES.items():
+            layer = nn.Linear(columns, rows, bias=False, dtype=dtype)
+            layer.weight.data.copy_(_weight(name, dtype))
+            self.add_module(name, layer)
+
+
+@dataclass
+class Bench:
+    """Entries of matrices in an engine, and the dense matrices as they should be."""
+
+    setting: Setting
+    comm: Comm
+    dense: dict[str, Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.dtype = self.setting.torch_dtype
+        model = Matrices(self.dtype)
+        targets = {f"{name}.weight": getattr(model, name) for name in SHAPES}
+        self.engine, self.layers = make_engine(self.setting, self.comm, model, K, targets=targets)
+        self.entries = SelectedEntries(
+            self.engine, self.layers, [_indices(name) for name in SHAPES]
+        )
+        self.dense = {name: _weight(name, self.dtype) for name in SHAPES}
+
+    def selected(self) -> Tensor:
+        """What ``read`` should give."""
+        return torch.cat([self.dense[name].flatten()[_indices(name)] for name in SHAPES])
+
+    def assert_weights(self) -> None:
+        """This rank's ranges, and the whole copies that it keeps, are the dense weights."""
+        for layer, weight in zip(self.layers, self.dense.values(), strict=True):
+            start, stop = self.engine.shard_range(layer.weight)
+            shard = self.engine.read_shard(layer.weight)
+            assert torch.equal(bits(shard), bits(weight.flatten()[start:stop])), layer.name
+            if layer.weight.data.numel() == layer.numel:
+                whole = layer.weight.data.flatten()
+                assert torch.equal(bits(whole), bits(weight.flatten())), layer.name
+
+
+# The checks. Each begins where the one before has left the bench.
+
+
+def attributes(bench: Bench) -> None:
+    """The layout of the flat vector."""
+    entries = bench.entries
+    assert entries.names == [f"{name}.weight" for name in SHAPES]
+    assert entries.total == K
+    assert entries.starts == [0, 1, 3, 26, 26]
+    for index, name in zip(entries.flat_indices, SHAPES, strict=True):
+        assert index.dtype == torch.int32
+        assert torch.equal(index.long(), _indices(name))
+
+
+def read(bench: Bench) -> None:
+    """The same bits on every rank, of signed zeros and subnormal numbers too."""
+    values = bench.entries.read()
+    assert values.dtype == bench.dtype
+    assert torch.equal(bits(values), bits(bench.selected()))
+
+
+def split(bench: Bench) -> None:
+    """The slices are views of the vector, by name and in order."""
+    vector = torch.randn(K, generator=_generator(2))
+    slices = bench.entries.split(vector)
+    assert [part.numel() for part in slices.values()] == list(NUM_SELECTED.values())
+    assert list(slices) == bench.entries.names
+    assert torch.equal(torch.cat(list(slices.values())), vector)
+
+
+def sinks(bench: Bench) -> None:
+    """Each layer's sink adds to the layer's own slice."""
+    made = bench.entries.sinks()
+    assert all(isinstance(sink, GradientSink) for sink in made)
+    expected = []
+    for number, (sink, name) in enumerate(zip(made, SHAPES, strict=True)):
+        rows, columns = SHAPES[name]
+        dy = torch.randn(6, rows, generator=_generator(number))
+        x = torch.randn(6, columns, generator=_generator(number + 50))
+        sink(dy, x)
+        expected.append((dy.double().t() @ x.double()).flatten()[_indices(name)])
+    gradient = bench.engine.gate.take_gradient()
+    torch.testing.assert_close(gradient, torch.cat(expected).float(), rtol=1e-5, atol=1e-5)
+
+
+def start(bench: Bench) -> None:
+    """The start changes no bit of a weight but fills masters and clears moments."""
+    engine = bench.engine
+    engine.set_state({key: torch.ones(K) for key in ("master", "exp_avg", "exp_avg_sq")}, 5)
+    values = bench.entries.start_from_weights()
+    assert torch.equal(bits(values), bits(bench.selected()))
+    bench.assert_weights()
+    state = engine.get_state()
+    assert torch.equal(state["master"], bench.selected().float())
+    assert not state["exp_avg"].any()
+    assert not state["exp_avg_sq"].any()
+    assert engine.num_updates == 0
+    assert torch.equal(engine.gather_values(), bench.selected())
+
+
+def write_back_of_the_start(bench: Bench) -> None:
+    """Values that were not updated are the weights, signs of zeros included."""
+    bench.entries.write_back()
+    bench.assert_weights()
+
+
+def write_back(bench: Bench) -> None:
+    """New masters show in the weights, rounded, at the selected entries and nowhere else."""
+    for seed in (5, 6):
+        master = torch.randn(K, generator=_generator(seed))
+        moments = {key: torch.zeros(K) for key in ("exp_avg", "exp_avg_sq")}
+        bench.engine.set_state({"master": master, **moments}, 0)
+        bench.entries.write_back()
+        parts = master.to(bench.dtype).split(list(NUM_SELECTED.values()))
+        for name, part in zip(SHAPES, parts, strict=True):
+            bench.dense[name].view(-1)[_indices(name)] = part
+        bench.assert_weights()
+        read(bench)
+
+
+CHECKS = [attributes, read, split, sinks, start, write_back_of_the_start, write_back]
+
+
+# Putting a selection together
+
+
+def _cut_at_random(comm: Comm, seed: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Layers of ascending indices, and the part of them that one rank holds; some are empty."""
+    generator = _generator(seed)
+    whole, own = [], []
+    for _ in range(4):
+        count = int(torch.randint(0, 7, (), generator=generator))
+        index = torch.randperm(100, generator=generator)[:count].sort().values
+        borders = torch.randint(0, 101, (comm.world_size - 1,), generator=generator).sort().values
+        bounds = [0, *borders.tolist(), 100]
+        low, high = bounds[comm.rank], bounds[comm.rank + 1]
+        whole.append(index)
+        own.append(index[(index >= low) & (index < high)])
+    return whole, own
+
+
+def _gather(comm: Comm) -> None:
+    for seed in range(40):
+        whole, own = _cut_at_random(comm, seed)
+        gathered = gather_indices(own, comm)
+        assert all(torch.equal(a, b) for a, b in zip(gathered, whole, strict=True))
+        assert all(index.dtype == torch.int64 for index in gathered)
+    for holder in range(comm.world_size):  # one rank holds everything, beyond int32
+        index = torch.tensor([3, 2**31 + 5]) if comm.rank == holder else torch.empty(0).long()
+        (together,) = gather_indices([index], comm)
+        assert together.tolist() == [3, 2**31 + 5]
+    nothing = gather_indices([torch.empty(0).long()] * 2, comm)
+    assert [index.tolist() for index in nothing] == [[], []]
+
+
+def _all_cases(cases: Cases) -> None:
+    comm = init_distributed()
+    with cases("gather_indices"):
+        _gather(comm)
+    for setting in SETTINGS:
+        bench = Bench(setting, comm)
+        for check in CHECKS:
+            with cases(f"{setting}: {check.__name__}"):
+                check(bench)
+
+
+NAMES = ["gather_indices", *(f"{s}: {check.__name__}" for s in SETTINGS for check in CHECKS)]
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> Callable[[int], Outcomes]:
+    """World size -> what its ranks found."""
+    return functools.cache(lambda size: run_cases(size, _all_cases))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_on_ranks(outcomes: Callable[[int], Outcomes], world_size: int, name: str) -> None:
+    outcomes(world_size).check(name)

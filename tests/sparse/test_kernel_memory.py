@@ -1,0 +1,43 @@
+"""What a kernel is said to hold beside its result: against the storages that it makes.
+
+The library's kernel has sparse tensors, whose storages cannot be told.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gem_ds.planning.live import LiveBytes
+from gem_ds.sparse.sddmm import Pattern, add_sampled_product
+from gem_ds.sparse.sddmm.memory import temporary_bytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("num_entries", [0, 900, 20_000])
+@pytest.mark.parametrize(("tokens", "shape"), [(100, (600, 700)), (1100, (3000, 1000))])
+@pytest.mark.parametrize("kernel", ["dense", "tiled", "gather"])
+def test_a_kernel_holds_what_is_foretold(
+    kernel: str, tokens: int, shape: tuple[int, int], num_entries: int, dtype: torch.dtype
+) -> None:
+    rows, columns = shape
+    torch.manual_seed(0)
+    chosen = torch.randperm(rows * columns)[:num_entries].sort().values.to(torch.int32)
+    pattern = Pattern.of(chosen, shape)
+    dy, x = torch.randn(tokens, rows).to(dtype), torch.randn(tokens, columns).to(dtype)
+    out = torch.zeros(num_entries)
+    add_sampled_product(out, dy, x, pattern, kernel)  # what is made once is made now
+    known = [dy, x, out, pattern.flat_index, pattern.row_bounds]
+    live = LiveBytes()
+    live.know(torch.nn.ParameterList(torch.nn.Parameter(t, False) for t in known))
+    with live:
+        add_sampled_product(out, dy, x, pattern, kernel)
+    foretold = temporary_bytes(
+        kernel,
+        tokens=tokens,
+        shape=shape,
+        num_entries=num_entries,
+        itemsize=dy.element_size(),
+        on_cpu=True,
+    )
+    assert foretold == pytest.approx(live.peak, rel=0.02)

@@ -1,0 +1,255 @@
+"""Gradients of a weight at selected entries, by every kernel, against the product in fp64.
+
+The Triton kernel takes part where it can run: on CUDA, or under Triton's interpreter, which
+`tests/sparse/test_sddmm_triton.py` starts.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gem_ds.sparse.sddmm import Pattern, add_product, add_sampled_product, kernels, product
+from tests.largest_tensor import LargestTensor
+
+IS_INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KERNELS = ["auto", "dense", "tiled", "gather", "library"]
+if HAS_TRITON and (IS_INTERPRETING or DEVICE == "cuda"):
+    KERNELS.append("triton")
+NUM_EXAMPLES = 25 if IS_INTERPRETING else 100
+
+Problem = tuple[Tensor, Tensor, Tensor]
+"""dy, x and flat indices."""
+
+
+def _dense(dy: Tensor, x: Tensor) -> Tensor:
+    """The whole product, in fp64."""
+    return dy.double().t() @ x.double()
+
+
+def _sampled(dy: Tensor, x: Tensor, flat_index: Tensor, kernel: str) -> Tensor:
+    out = torch.zeros(flat_index.numel(), device=dy.device)
+    pattern = Pattern.of(flat_index, (dy.shape[1], x.shape[1]))
+    add_sampled_product(out, dy, x, pattern, kernel)
+    return out
+
+
+def _assert_right(dy: Tensor, x: Tensor, flat_index: Tensor, kernel: str) -> None:
+    dy, x, flat_index = dy.to(DEVICE), x.to(DEVICE), flat_index.to(DEVICE)
+    expected = _dense(dy, x).flatten()[flat_index.long()]
+    scale = _dense(dy.abs(), x.abs()).flatten()[flat_index.long()]  # bounds every partial sum
+    found = _sampled(dy, x, flat_index, kernel)
+    assert ((found - expected).abs() <= 1e-5 * scale).all()
+
+
+@contextmanager
+def _small_blocks() -> Iterator[None]:
+    """Within the block the kernels cut even small problems into many pieces."""
+    sizes = {
+        "CPU_TILE_BYTES": 300,
+        "GPU_TILE_BYTES": 300,
+        "CPU_LIBRARY_TOKENS": 7,
+        "GPU_LIBRARY_TOKENS": 7,
+        "DENSE_TOKENS": 5,
+        "GATHER_ENTRIES": 11,
+        "GATHER_TOKENS": 6,
+    }
+    with mock.patch.multiple(kernels, **sizes):
+        yield
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    tokens, rows, columns = (draw(st.integers(1, n)) for n in (40, 20, 20))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    dy = torch.randn(tokens, rows, generator=generator).to(dtype)
+    x = torch.randn(tokens, columns, generator=generator).to(dtype)
+    k = draw(st.integers(0, rows * columns))
+    flat_index = torch.randperm(rows * columns, generator=generator)[:k].sort().values
+    return dy, x, flat_index.to(draw(st.sampled_from([torch.int32, torch.int64])))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@settings(max_examples=NUM_EXAMPLES, deadline=None)
+@given(problem=problems(), is_cut=st.booleans())
+def test_random_shapes_and_dtypes(kernel: str, problem: Problem, is_cut: bool) -> None:
+    if is_cut:
+        with _small_blocks():
+            _assert_right(*problem, kernel)
+    else:
+        _assert_right(*problem, kernel)
+
+
+@settings(max_examples=30, deadline=None)
+@given(problem=problems())
+def test_the_whole_product(problem: Problem) -> None:
+    dy, x, _ = (tensor.to(DEVICE) for tensor in problem)
+    scale = _dense(dy.abs(), x.abs())
+    whole = product(dy, x)
+    assert whole.dtype == torch.float32
+    assert ((whole - _dense(dy, x)).abs() <= 1e-5 * scale).all()
+    out = torch.full_like(whole, float("nan"))
+    assert product(dy, x, out) is out
+    assert torch.equal(out, whole)
+    with _small_blocks():
+        added = torch.ones_like(whole)
+        add_product(added, dy, x, scale=-2.5)
+    assert ((added - 1 + 2.5 * _dense(dy, x)).abs() <= 1e-5 * (scale + 1)).all()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+class TestEntries:
+    """Which entries are selected."""
+
+    def test_none(self, kernel: str) -> None:
+        none = torch.zeros(0, dtype=torch.int32, device=DEVICE)
+        dy, x = torch.ones(3, 2, device=DEVICE), torch.ones(3, 4, device=DEVICE)
+        assert _sampled(dy, x, none, kernel).shape == (0,)
+
+    @pytest.mark.parametrize("entry", [0, 5, 24, 29])
+    def test_a_single_one(self, kernel: str, entry: int) -> None:
+        dy, x = torch.randn(9, 5), torch.randn(9, 6)
+        _assert_right(dy, x, torch.tensor([entry], dtype=torch.int32), kernel)
+
+    def test_the_corners(self, kernel: str) -> None:
+        dy, x = torch.randn(9, 5), torch.randn(9, 6)
+        _assert_right(dy, x, torch.tensor([0, 5, 24, 29], dtype=torch.int32), kernel)
+
+    def test_all_of_one_row_and_none_of_the_others(self, kernel: str) -> None:
+        dy, x = torch.randn(9, 5), torch.randn(9, 6)
+        _assert_right(dy, x, torch.arange(12, 18, dtype=torch.int32), kernel)
+
+    def test_one_column(self, kernel: str) -> None:
+        dy, x = torch.randn(9, 5), torch.randn(9, 6)
+        _assert_right(dy, x, torch.arange(2, 30, 6, dtype=torch.int32), kernel)
+
+    def test_all(self, kernel: str) -> None:
+        dy, x = torch.randn(9, 5), torch.randn(9, 6)
+        _assert_right(dy, x, torch.arange(30), kernel)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+class TestNumbers:
+    """What is multiplied and summed."""
+
+    def test_the_result_is_added(self, kernel: str) -> None:
+        """Twice on the slice of a longer vector, of which nothing else is touched."""
+        out = torch.ones(9, device=DEVICE)
+        dy, x = torch.ones(5, 2, device=DEVICE), torch.ones(5, 3, device=DEVICE)
+        pattern = Pattern.of(torch.tensor([0, 2, 4], dtype=torch.int32, device=DEVICE), (2, 3))
+        for _ in range(2):
+            add_sampled_product(out[4:7], dy, x, pattern, kernel)
+        assert out.tolist() == [1.0] * 4 + [11.0] * 3 + [1.0] * 2
+
+    def test_no_tokens(self, kernel: str) -> None:
+        index = torch.tensor([0, 5], dtype=torch.int32, device=DEVICE)
+        dy, x = torch.ones(0, 2, device=DEVICE), torch.ones(0, 4, device=DEVICE)
+        assert _sampled(dy, x, index, kernel).tolist() == [0.0, 0.0]
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("tokens", [1, 127, 129, 300, 1031])
+    def test_numbers_of_tokens_around_the_blocks(
+        self, kernel: str, tokens: int, dtype: torch.dtype
+    ) -> None:
+        dy, x = torch.randn(tokens, 13).to(dtype), torch.randn(tokens, 29).to(dtype)
+        _assert_right(dy, x, torch.arange(3, 13 * 29, 5, dtype=torch.int32), kernel)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_inputs_that_are_not_contiguous(self, kernel: str, dtype: torch.dtype) -> None:
+        dy = torch.randn(5, 18, device=DEVICE).to(dtype).t()[::2]
+        x = torch.randn(18, 12, device=DEVICE).to(dtype)[::2, ::2]
+        assert not dy.is_contiguous()
+        assert not x.is_contiguous()
+        _assert_right(dy, x, torch.arange(0, 30, 3), kernel)
+        _assert_right(dy[:, ::2], x.flip(1), torch.arange(0, 18, 2), kernel)
+        broadcast = torch.randn(1, 5, device=DEVICE).to(dtype).expand(9, 5)
+        _assert_right(broadcast, x, torch.arange(0, 30, 3), kernel)
+
+    def test_low_precision_is_summed_in_fp32(self, kernel: str) -> None:
+        """300 ones: bf16 cannot count past 256."""
+        ones = torch.ones(300, 1, dtype=torch.bfloat16, device=DEVICE)
+        entry = torch.tensor([0], device=DEVICE)
+        assert _sampled(ones, ones, entry, kernel).tolist() == [300.0]
+        assert product(ones, ones).tolist() == [[300.0]]
+
+    def test_what_is_not_finite_shows_in_its_entry_only(self, kernel: str) -> None:
+        dy, x = torch.ones(3, 2, device=DEVICE), torch.ones(3, 2, device=DEVICE)
+        dy[1, 1] = float("inf")
+        index = torch.tensor([0, 2], device=DEVICE)
+        assert _sampled(dy, x, index, kernel).tolist() == [3.0, float("inf")]
+        x[0, 0] = float("nan")
+        index = torch.tensor([0, 1], device=DEVICE)
+        assert _sampled(dy, x, index, kernel).isnan().tolist() == [True, False]
+
+
+class TestMemory:
+    """What a kernel makes."""
+
+    TOKENS, ROWS, COLUMNS = 60, 40, 30
+
+    def _largest(self, kernel: str, dtype: torch.dtype) -> int:
+        dy = torch.randn(self.TOKENS, self.ROWS, device=DEVICE).to(dtype)
+        x = torch.randn(self.TOKENS, self.COLUMNS, device=DEVICE).to(dtype)
+        index = torch.arange(0, self.ROWS * self.COLUMNS, 17, dtype=torch.int32, device=DEVICE)
+        pattern, out = Pattern.of(index, (self.ROWS, self.COLUMNS)), torch.zeros(len(index))
+        with _small_blocks(), LargestTensor() as largest:
+            add_sampled_product(out.to(DEVICE), dy, x, pattern, kernel)
+        return largest.num_entries
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize(
+        ("kernel", "bound"),
+        [
+            ("tiled", max(300 // 4, 5 * COLUMNS)),
+            ("gather", 11 * 6),
+            ("library", 7 * ROWS),
+        ],
+    )
+    def test_is_bounded_by_the_blocks(self, kernel: str, bound: int, dtype: torch.dtype) -> None:
+        num_entries = -(-self.ROWS * self.COLUMNS // 17)
+        assert self._largest(kernel, dtype) <= max(bound, num_entries)
+        assert max(bound, num_entries) < self.ROWS * self.COLUMNS
+
+    def test_the_recorder_sees_the_whole_product(self) -> None:
+        assert self._largest("dense", torch.float32) == self.ROWS * self.COLUMNS
+
+
+class TestPattern:
+    """What lasts from step to step."""
+
+    @settings(max_examples=50, deadline=None)
+    @given(problem=problems())
+    def test_the_bounds_are_those_of_the_rows(self, problem: Problem) -> None:
+        dy, x, flat_index = problem
+        rows, columns = dy.shape[1], x.shape[1]
+        pattern = Pattern.of(flat_index, (rows, columns))
+        assert pattern.num_entries == flat_index.numel()
+        row_of_entry = [index // columns for index in flat_index.tolist()]
+        assert pattern.row_bounds[0] == 0
+        assert pattern.row_bounds.diff().tolist() == [
+            row_of_entry.count(row) for row in range(rows)
+        ]
+
+    def test_the_indices_are_shared(self) -> None:
+        flat_index = torch.arange(0, 600, 7, dtype=torch.int32)
+        pattern = Pattern.of(flat_index, (20, 30))
+        assert pattern.flat_index is flat_index
+        assert pattern.row_bounds.nbytes == 4 * 21
+
+    def test_entries_beyond_int32(self) -> None:
+        flat_index = torch.tensor([3, 2**31 + 5, 2**32 - 1])
+        pattern = Pattern.of(flat_index, (2**17, 2**15))
+        rows = [0, 1, 2**16, 2**16 + 1, 2**17 - 1, 2**17]
+        assert pattern.row_bounds[rows].tolist() == [0, 1, 1, 2, 2, 3]

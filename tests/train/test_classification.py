@@ -1,0 +1,238 @@
+"""Training on tasks that are no text, from flags to metrics: on any ranks, at any ZeRO stage."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+
+from gem_ds.data.choices import ChoiceDataset, predict_candidates
+from gem_ds.data.pairs import PairDataset, summed_pair_loss
+from gem_ds.data.tasks import Kind
+from gem_ds.files.delta import Delta, apply_delta
+from gem_ds.models.encoders import head_names, initialise_head, set_head
+from gem_ds.train import main as train
+from gem_ds.train.arguments import parse_arguments
+from gem_ds.train.prepare import Plan, prepare
+from tests.ranks import run_ranks
+from tests.tiny_model import REPOSITORY, Tiny, joined, make_tiny, one_rank
+from tests.tiny_tasks import NAMES, make_bert, make_encoder, make_task, task_of
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training; the last batch of an epoch, and of the held-out examples, has one example."""
+
+    kind: Kind
+    model: str
+    stage: int
+    loss: str = "tokens"
+
+    def __str__(self) -> str:
+        return f"{self.model} {self.kind} {self.loss} zero{self.stage}"
+
+
+#: What their runs are told of the layers to adapt.
+OTHER_ENCODERS = {"roberta": None, "deberta-v2": None, "modernbert": "Wqkv"}
+
+CASES = [
+    *(Case(kind, "bert", stage) for kind in ("labels", "choices", "number") for stage in (0, 3)),
+    *(Case(kind, "model", 3, loss) for kind in ("labels", "choices") for loss in ("candidates",)),
+    Case("choices", "model", 0, "candidates"),
+    Case("labels", "model", 3),
+    Case("number", "model", 0),
+    Case("labels", "bert_without_pooler", 3),
+    *(Case("labels", encoder, 3) for encoder in OTHER_ENCODERS),
+]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    tiny = make_tiny(tmp_path_factory.mktemp("tiny"))
+    make_bert(tiny.folder / "bert")
+    make_bert(tiny.folder / "bert_without_pooler", has_pooler=False)
+    for encoder in OTHER_ENCODERS:
+        make_encoder(tiny.folder / encoder, encoder, AutoModelForMaskedLM)  # as they are published
+    return tiny
+
+
+def flags(tiny: Tiny, case: Case, folder: str, world_size: int, *switches: str, **more: object):
+    return tiny.flags(
+        tiny.folder / f"{folder}_{world_size}_{case}".replace(" ", "_"),
+        *switches,
+        **{
+            "model_name_or_path": tiny.folder / case.model,
+            "task": NAMES[case.kind],
+            "classification_loss": None if case.loss == "tokens" else case.loss,
+            "deepspeed": REPOSITORY / "ds_configs" / f"zero{case.stage}.json",
+            "target_modules": OTHER_ENCODERS.get(case.model),
+            "max_length": 40 if "bert" in case.model else 128,
+            "per_device_train_batch_size": 4 // world_size,
+            "per_device_eval_batch_size": 2,
+            "max_steps": 12,
+            "logging_steps": 1,
+        }
+        | more,
+    )
+
+
+def _train_all(tiny: Tiny, world_size: int) -> dict[Case, dict[str, Any]]:
+    results = {}
+    with joined(), redirect_stdout(StringIO()):
+        for case in CASES:
+            with task_of(case.kind):
+                command = flags(tiny, case, "out", world_size)
+                results[case] = train.main(command)
+            history = Path(command[command.index("--output_dir") + 1], "metrics.jsonl")
+            results[case]["history"] = history.read_text()
+    return results
+
+
+Trained = Callable[[int, Case], dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def trained(tiny: Tiny) -> Trained:
+    """World size and case to results, with the log."""
+    run = functools.cache(lambda size: run_ranks(size, _train_all, tiny, size)[0])
+    return lambda size, case: run(size)[case]
+
+
+def losses(results: dict[str, Any]) -> list[float]:
+    lines = [json.loads(line) for line in results["history"].splitlines()]
+    return [line[key] for line in lines for key in ("loss", "eval_loss") if key in line]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_two_ranks_train_as_one_does(trained: Trained, case: Case) -> None:
+    """A mean over ranks or micro-batches, or a rank without rows that adds something, would show.
+
+    With 21 training and 5 held-out examples in batches of 4 a rank has none in some batches.
+    """
+    alone, together = losses(trained(1, case)), losses(trained(2, case))
+    assert len(alone) > 12
+    assert together == pytest.approx(alone, rel=2e-4)
+    metrics = [trained(size, case).get("eval_metrics", {}) for size in (1, 2)]
+    assert metrics[0] == pytest.approx(metrics[1], rel=1e-3)
+    assert ("eval_metrics" in trained(1, case)) == (case.kind != "number" or "bert" in case.model)
+
+
+@pytest.mark.parametrize("kind", ["labels", "choices", "number"])
+def test_stages_train_alike(trained: Trained, kind: Kind) -> None:
+    """The head's first values are the same whether weights are partitioned or not."""
+    whole, partitioned = (losses(trained(2, Case(kind, "bert", stage))) for stage in (0, 3))
+    assert partitioned == pytest.approx(whole, rel=2e-4)
+
+
+@pytest.mark.parametrize("kind", ["labels", "choices", "number"])
+def test_an_encoder_starts_with_the_head_of_its_seed(
+    tiny: Tiny, trained: Trained, kind: Kind
+) -> None:
+    task, folder = make_task(kind), tiny.folder / "bert"
+    config = AutoConfig.from_pretrained(folder)
+    set_head(config, "bert", task)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, config=config).eval()
+    new = [name for name in head_names(model) if "classifier" in name]
+    initialise_head(model, new, config.initializer_range, seed=42)
+    dataset = PairDataset.encode(task.test, AutoTokenizer.from_pretrained(folder), 40)
+    with torch.no_grad():
+        loss = summed_pair_loss(model, dataset.collate(range(5), 0)) / 5
+    found = trained(1, Case(kind, "bert", 0))["first_eval_loss"]
+    assert found == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_predictions_are_those_of_the_trained_model(tiny: Tiny, trained: Trained) -> None:
+    """Of base plus delta; right or wrong by example, and their mean is the accuracy."""
+    case = Case("choices", "model", 3, "candidates")
+    results = trained(2, case)
+    command = flags(tiny, case, "out", 2)
+    folder = Path(command[command.index("--output_dir") + 1])
+    model = AutoModelForCausalLM.from_pretrained(tiny.model, dtype=torch.float32).eval()
+    apply_delta(model, Delta.load(folder / "delta.safetensors"))
+    examples = make_task("choices").test
+    dataset = ChoiceDataset.encode(examples, AutoTokenizer.from_pretrained(tiny.model), 128)
+    with torch.no_grad():
+        expected = predict_candidates(model, dataset.collate(range(5), 0)).tolist()
+    lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert [line["prediction"] for line in lines] == expected
+    assert [line["id"] for line in lines] == [0, 1, 2, 3, 4]
+    assert [line["reference"] for line in lines] == [e.answer for e in examples]  # type: ignore[attr-defined]
+    mean = sum(line["correct"] for line in lines) / 5
+    assert next(iter(results["eval_metrics"].values())) == pytest.approx(mean)
+    assert "eval_metrics" in json.loads((folder / "all_results.json").read_text())
+
+
+# What is settled before
+
+
+def plan_of(tiny: Tiny, case: Case, *switches: str, **more: object) -> Plan:
+    with one_rank(), task_of(case.kind):
+        return prepare(parse_arguments(flags(tiny, case, "new", 1, *switches, **more)), 1)
+
+
+def test_the_head_is_no_target_and_does_not_count(tiny: Tiny) -> None:
+    case = Case("labels", "bert", 0)
+    plan = plan_of(tiny, case, "--target_modules", "all-linear")
+    model = AutoModelForSequenceClassification.from_pretrained(tiny.folder / "bert")
+    assert plan.num_parameters == sum(p.numel() for p in model.bert.parameters())
+    assert plan.targets
+    assert not [name for name in plan.targets if "classifier" in name or "pooler" in name]
+    assert plan.config.id2label == {0: "entailment", 1: "not_entailment"}
+    with pytest.raises(ValueError, match="matches layers of the classification head only"):
+        plan_of(tiny, case, "--target_modules", "classifier")
+
+
+def test_a_development_set_is_the_same_for_every_seed(tiny: Tiny) -> None:
+    case = Case("labels", "bert", 0)
+    whole = make_task("labels").train
+    plans = [
+        plan_of(tiny, case, dev_examples=6, evaluate_on="dev", seed=seed, train_examples=count)
+        for seed, count in ((1, None), (2, None), (1, 9))
+    ]
+    dev = plans[0].task.test
+    assert len(dev) == len(plans[0].data.test) == 6
+    assert all(plan.task.test == dev for plan in plans)
+    assert [e for e in whole if e not in dev] == plans[0].task.train == plans[1].task.train
+    assert len(plans[2].data.train) == 9
+    assert all(example in plans[0].task.train for example in plans[2].task.train)
+    assert plan_of(tiny, case, dev_examples=6).task.test == make_task("labels").test
+    with pytest.raises(ValueError, match="leaves none of the 21 training examples"):
+        plan_of(tiny, case, dev_examples=21)
+
+
+@pytest.mark.parametrize(
+    ("case", "switches", "sentence"),
+    [
+        (Case("number", "model", 0, "candidates"), [], "for causal models on tasks with candid"),
+        (Case("labels", "bert", 0, "candidates"), [], "for causal models on tasks with candid"),
+        (Case("labels", "bert", 0), ["--packing"], "answers are written"),
+        (Case("labels", "bert", 0), ["--max_length", "3"], "special tokens around a pair"),
+        (Case("labels", "bert", 0), ["--evaluate_on", "dev"], "pass --dev_examples"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    tiny: Tiny, case: Case, switches: list[str], sentence: str
+) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        plan_of(tiny, case, *switches)
+
+
+def test_an_encoder_that_should_write_is_refused(tiny: Tiny) -> None:
+    case = Case("labels", "bert", 0)
+    with one_rank(), pytest.raises(ValueError, match=r"bert is an encoder \(bert\), whose tokens"):
+        prepare(parse_arguments(flags(tiny, case, "new", 1, task="gsm8k")), 1)

@@ -1,0 +1,140 @@
+"""The loop's own decisions: a skipped step, a loss that diverges, dropout's noise."""
+
+from __future__ import annotations
+
+import itertools
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from gem_ds.data.batches import Batches
+from gem_ds.distributed.comm import Comm
+from gem_ds.distributed.engine import Engine
+from gem_ds.distributed.process_group import init_distributed
+from gem_ds.files.checkpoint import TrainerState
+from gem_ds.models.loss import summed_answer_loss
+from gem_ds.sparse.entries import SelectedEntries
+from gem_ds.train.fit import DivergedError, StepResult, fit, mean_loss
+from tests.ranks import run_ranks
+from tests.tiny import PAD_TOKEN_ID, Setting, make_engine, make_model, random_examples
+
+K = 40
+SKIPPED = 2  # the step, from 0, whose gradient is not finite
+NUM_STEPS = 5
+
+
+def _entries(comm: Comm, architecture: str = "llama") -> SelectedEntries:
+    engine, layers = make_engine(Setting(3), comm, make_model(architecture), K)
+    per_layer = K // len(layers)
+    indices = [torch.arange(per_layer) * 2 for _ in layers]
+    entries = SelectedEntries(engine, layers, indices)
+    entries.start_from_weights()
+    return entries
+
+
+def _batches(comm: Comm) -> Batches:
+    return Batches(
+        random_examples(6),
+        comm,
+        global_batch_size=4,
+        micro_batch_size=2,
+        seed=0,
+        pad_token_id=PAD_TOKEN_ID,
+    )
+
+
+class SkippingEngine:
+    """Stands in for an fp16 engine: one step finds a gradient that is not finite, and skips."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.num_calls = 0
+
+    def step(self) -> bool:
+        """A step as the engine takes it, but for one."""
+        self.num_calls += 1
+        if self.num_calls != SKIPPED + 1:
+            return Engine.step(self.engine)
+        self.engine.gate.values.grad = None
+        return False
+
+
+def _train_with_a_skipped_step() -> tuple[list[StepResult], list[Tensor], int]:
+    """What the steps found, the entries before and after each, and the number of updates."""
+    comm = init_distributed()
+    entries = _entries(comm)
+    engine = entries.engine
+    state = TrainerState(max_steps=NUM_STEPS)
+    scheduler = LambdaLR(engine.optimizer, lambda num_updates: 1 / (1 + num_updates))
+    results, values = [], [entries.read()]
+    skipping = SkippingEngine(engine)
+    with (
+        mock.patch.object(engine, "step", skipping.step),
+        mock.patch.object(Engine, "lowers_loss_scale", True),
+    ):
+        for result in fit(entries, _batches(comm), summed_answer_loss, scheduler, state, seed=0):
+            results.append(result)
+            values.append(entries.read())
+    assert state.global_step == NUM_STEPS
+    return results, values, engine.num_updates
+
+
+def test_a_skipped_step_of_fp16_changes_nothing_but_the_step_count() -> None:
+    ((results, values, num_updates),) = run_ranks(1, _train_with_a_skipped_step)
+    moved = [not torch.equal(before, after) for before, after in itertools.pairwise(values)]
+    assert moved == [step != SKIPPED for step in range(NUM_STEPS)]
+    assert num_updates == NUM_STEPS - 1
+    assert [result.learning_rate for result in results] == pytest.approx(
+        [0.01, 0.01 / 2, 0.01 / 3, 0.01 / 3, 0.01 / 4]
+    ), "the schedule waits"
+
+
+def _diverges() -> tuple[str, str, bool]:
+    comm = init_distributed()
+    errors = []
+    entries = _entries(comm)
+    before = entries.engine.get_state()
+
+    def broken_loss(model: object, batch: dict[str, Tensor]) -> Tensor:
+        loss = summed_answer_loss(model, batch)  # type: ignore[arg-type]
+        return loss * (float("nan") if comm.rank == comm.world_size - 1 else 1.0)
+
+    def broken_gradient(model: object, batch: dict[str, Tensor]) -> Tensor:
+        loss = summed_answer_loss(model, batch)  # type: ignore[arg-type]
+        loss.register_hook(lambda gradient: gradient * float("inf"))
+        return loss
+
+    for loss in (broken_loss, broken_gradient):
+        state = TrainerState(max_steps=3)
+        scheduler = LambdaLR(entries.engine.optimizer, lambda _: 1.0)
+        try:
+            for _ in fit(entries, _batches(comm), loss, scheduler, state, seed=0):
+                pass
+        except Exception as error:
+            errors.append(f"{type(error).__name__}: {error}")
+    after = entries.engine.get_state()
+    return *errors, all(torch.equal(after[key], before[key]) for key in before)  # type: ignore[return-value]
+
+
+def test_a_loss_or_gradient_that_is_not_finite_ends_the_run_on_every_rank() -> None:
+    first, second = run_ranks(2, _diverges)
+    for what, told, followed in zip(("loss", "gradient"), first, second, strict=False):
+        assert told.startswith(f"{DivergedError.__name__}: The {what} is not finite at step 1")
+        assert followed.startswith("PeerError: ")
+    assert first[-1], "masters and moments are as before"
+    assert second[-1]
+
+
+def _evaluated_twice() -> list[float]:
+    comm = init_distributed()
+    entries = _entries(comm, "opt")  # it drops out 30 % in train mode
+    entries.engine.model.train()
+    return [mean_loss(entries.engine, _batches(comm), summed_answer_loss) for _ in range(2)]
+
+
+def test_the_held_out_loss_knows_no_dropout() -> None:
+    ((first, second),) = run_ranks(1, _evaluated_twice)
+    assert first == second

