@@ -1,7 +1,27 @@
 """GEM sparse fine-tuning (arXiv 2508.16191) on DeepSpeed ZeRO."""
 
-from gem_ds.files.delta import AppliedDelta, Delta, apply_delta
-from gem_ds.files.mask import Mask
-from gem_ds.select.selection import select_entries
+from __future__ import annotations
+
+from importlib import import_module
+
+TYPE_CHECKING = False  # not from typing: the sandbox's processes import this too and stay lean
+if TYPE_CHECKING:
+    from gem_ds.files.delta import AppliedDelta, Delta, apply_delta
+    from gem_ds.files.mask import Mask
+    from gem_ds.select.selection import select_entries
 
 __all__ = ["AppliedDelta", "Delta", "Mask", "apply_delta", "select_entries"]
+
+_MODULES = {
+    "AppliedDelta": "gem_ds.files.delta",
+    "Delta": "gem_ds.files.delta",
+    "Mask": "gem_ds.files.mask",
+    "apply_delta": "gem_ds.files.delta",
+    "select_entries": "gem_ds.select.selection",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)

@@ -320,15 +320,20 @@ def test_unavailable_levels_say_why() -> None:
 
 def test_the_package_stays_lean() -> None:
     """Server and candidate import it; what it loads makes each fork and each start dearer."""
-    script = "import sys, gem_ds.evaluate.sandbox.candidate; print(*sys.modules)"
-    output = subprocess.run(
-        [sys.executable, "-S", "-c", script],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=Path(__file__).parents[2],
-    ).stdout.split()
-    assert not {"typing", "socket", "re", "dataclasses", "torch", "ctypes"} & set(output)
+    heavy = {"torch", "numpy", "importlib.metadata", "dataclasses", "inspect"}
+    for module, dear in (
+        ("candidate", heavy | {"typing", "socket", "re", "ctypes"}),
+        ("server", heavy),
+    ):
+        script = f"import sys, gem_ds.evaluate.sandbox.{module}; print(*sys.modules)"
+        output = subprocess.run(
+            [sys.executable, "-S", "-c", script],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=Path(__file__).parents[2],
+        ).stdout.split()
+        assert not dear & set(output), module
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         sandbox.nothing  # noqa: B018
 

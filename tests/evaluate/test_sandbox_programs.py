@@ -4,6 +4,7 @@ The programs lie in tests/sandbox_programs, a file for each family. Each has the
 right for it, its family's if it names none. A program that tries to escape says what came of it, so
 that its tests pass where it was held. A name between two @ signs is replaced:
 
+    @code@       the folder that the package is imported from
     @canary@     a file outside, which must stay as it is
     @listener@   the port of a socket that the parent listens on
     @parent@     the parent's process id
@@ -24,6 +25,7 @@ import torch
 
 from gem_ds.evaluate.sandbox import Program, Sandbox, Verdict
 from gem_ds.evaluate.sandbox.pool import LEVELS, WEAK_LEVELS, problem_of
+from gem_ds.evaluate.sandbox.room import code_folder
 
 FOLDER = Path(__file__).with_name("sandbox_programs")
 EXPECTED = {
@@ -84,6 +86,7 @@ class World:
     def prepare(self, text: str) -> str:
         """Replaces the names between @ signs."""
         values = {
+            "code": code_folder(),
             "canary": str(self.canary),
             "listener": str(self.listener.getsockname()[1]),
             "parent": str(os.getpid()),

@@ -103,7 +103,8 @@ class NamespaceJail:
 def fresh_command(job: int, channel: int) -> list[str]:
     """The command line of a fresh interpreter that becomes the candidate in a room."""
     source = f"import sys; sys.path.append({room.CODE!r}); "
-    source += f"from gem_ds.evaluate.sandbox.candidate import main; main({job}, {channel})"
+    source += "from gem_ds.evaluate.sandbox.candidate import main; sys.path.pop(); "
+    source += f"main({job}, {channel})"
     return [room.interpreter(), *PYTHON_FLAGS, "-c", source]
 
 

@@ -89,7 +89,7 @@ class Worker:
     def _start(self) -> None:
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         source = f"import socket, sys; sys.path.append({code_folder()!r}); "
-        source += "from gem_ds.evaluate.sandbox.server import serve; "
+        source += "from gem_ds.evaluate.sandbox.server import serve; sys.path.pop(); "
         source += f"serve(socket.socket(fileno={theirs.fileno()}), *{self._arguments})"
         self._process = subprocess.Popen(
             [interpreter(), *PYTHON_FLAGS, "-c", source],
