@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from transformers import OPTConfig, OPTForCausalLM
 
-from gem_ds.data.texts import IGNORED_LABEL, answer_positions
+from gem_ds.data.dataset import IGNORED_LABEL, answer_positions
 from gem_ds.models.loss import chunked_answer_loss, summed_answer_loss
 
 LOSSES = {"logits": summed_answer_loss, "chunked": chunked_answer_loss}

@@ -23,7 +23,7 @@ import torch
 from matplotlib import pyplot as plt
 from torch import Tensor
 
-from gem_ds.data.schedule import permutation
+from gem_ds.data.batches import permutation
 from gem_ds.distributed.process_group import init_distributed
 from gem_ds.select.rules import TargetShard
 from gem_ds.select.scores import Solo

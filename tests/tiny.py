@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from gem_ds.data.batches import Batches
-from gem_ds.data.texts import EncodedDataset
+from gem_ds.data.dataset import Dataset
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.engine import Engine
 from gem_ds.distributed.optim import SparseAdamW
@@ -112,16 +112,17 @@ def checkpointed(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def random_examples(count: int, seed: int = 0) -> EncodedDataset:
+def random_examples(count: int, seed: int = 0) -> Dataset:
     """Examples of 2 to 13 random tokens; prompt and answer have at least one each."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(2, 14, (count,), generator=generator)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     prompts = (torch.rand(count, generator=generator) * (lengths - 1)).floor().int() + 1
     tokens = torch.randint(1, _VOCABULARY, (int(offsets[-1]),), generator=generator)
-    return EncodedDataset(
+    return Dataset(
         tokens=tokens.int(),
         offsets=offsets,
+        groups=torch.arange(count + 1),
         prompt_lengths=prompts,
         truncated=torch.zeros(count, dtype=torch.bool),
     )
@@ -146,9 +147,11 @@ Example = tuple[Tensor, int]
 """The token ids of an example and how many of them are the prompt's."""
 
 
-def naive_examples(dataset: EncodedDataset, indices: Sequence[int]) -> list[Example]:
+def naive_examples(dataset: Dataset, indices: Sequence[int]) -> list[Example]:
     """Examples one by one, without batch, padding or mask."""
-    return [(dataset.input_ids(i).long(), dataset.prompt_length(i)) for i in indices]
+    assert dataset.prompt_lengths is not None
+    tokens = dataset.tokens.long().split(dataset.lengths.tolist())
+    return [(tokens[i], int(dataset.prompt_lengths[i])) for i in indices]
 
 
 def naive_loss(model: nn.Module, example: Example) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertForSequenceClassification
 
-from gem_ds.data.pairs import PairDataset
+from gem_ds.data.dataset import Dataset
 
 NUM_EXAMPLES = 17
 
@@ -31,13 +31,13 @@ def make_classifier(dtype: torch.dtype = torch.float32) -> BertForSequenceClassi
         return BertForSequenceClassification(config).to(dtype)
 
 
-def random_pairs() -> PairDataset:
+def random_pairs() -> Dataset:
     """Random pairs of 3 to 13 tokens with one of three labels."""
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(3, 14, (NUM_EXAMPLES,), generator=generator)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     total = int(offsets[-1])
-    return PairDataset(
+    return Dataset(
         tokens=torch.randint(1, 30, (total,), generator=generator).int(),
         types=torch.randint(0, 2, (total,), generator=generator).int(),
         offsets=offsets,
@@ -52,6 +52,7 @@ def naive_pair_loss(model: nn.Module, i: int) -> Tensor:
     data = random_pairs()
     own = slice(int(data.offsets[i]), int(data.offsets[i + 1]))
     assert data.types is not None
+    assert data.answers is not None
     logits = model(
         input_ids=data.tokens[None, own].long(), token_type_ids=data.types[None, own].long()
     ).logits

@@ -25,7 +25,7 @@ LABELS = ("entailment", "not_entailment")
 
 #: A task of each kind that has metrics.
 NAMES: dict[Kind, str] = {"labels": "rte", "choices": "copa", "number": "stsb"}
-
+KINDS = tuple(NAMES)
 
 #: What published models of a type have beside the defaults.
 AS_PUBLISHED: dict[str, dict[str, object]] = {

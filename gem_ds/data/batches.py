@@ -1,13 +1,25 @@
-"""A dataset as this rank's stream of micro-batches on its device."""
+"""A dataset as this rank's stream of micro-batches, in an order that depends on the step alone.
+
+    Dataset -> BatchSchedule -> Dataset.collate -> a model's inputs, on its device
+
+Nothing here holds a position in the data. Step s reads the global batch s, whatever the world size,
+so a run resumes exactly on any number of ranks.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
 
+import torch
 from torch import Tensor
 
-from gem_ds.data.schedule import BatchSchedule, Dataset
+from gem_ds.data.dataset import Dataset
 from gem_ds.distributed.comm import Comm
+
+_WINDOW = 50  # batches that are sorted together, as the transformers Trainer does it
 
 
 class Batches:
@@ -69,19 +81,106 @@ class Batches:
             tensor = tensor.pin_memory()
         return tensor.to(self._device, non_blocking=True)
 
-    def weights(self, step: int) -> list[int]:
-        """The weight of each of this rank's micro-batches at ``step``; 0 where no row is left."""
-        return [self.dataset.weight(rows) for rows in self.schedule.micro_batches(step)]
-
-    def weight(self, step: int) -> int:
+    def num_items(self, step: int) -> int:
         """What divides the loss of ``step``, summed over all ranks and micro-batches."""
-        return self.dataset.weight(self.schedule.global_batch(step))
+        return self.dataset.num_items(self.schedule.global_batch(step))
+
+    def num_items_by_micro_batch(self, step: int) -> list[int]:
+        """The same of each of this rank's micro-batches alone; 0 where no row is left."""
+        return [self.dataset.num_items(rows) for rows in self.schedule.micro_batches(step)]
 
     @property
-    def total_weight(self) -> int:
+    def num_items_of_epoch(self) -> int:
         """The same over an epoch."""
-        return self.dataset.weight(range(len(self.dataset)))
+        return self.dataset.num_items(range(len(self.dataset)))
 
     def num_tokens(self, step: int) -> int:
         """Tokens read at ``step`` over all ranks and micro-batches, padding left out."""
         return int(self.dataset.lengths[self.schedule.global_batch(step)].sum())
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BatchSchedule:
+    """Which rows each rank reads at each step: a pure function of the step.
+
+    An epoch is a permutation of the rows drawn from (seed, epoch), cut into global batches; the
+    last batch of an epoch may be smaller. `rank` and `world_size` decide only which part of a
+    global batch is read here, never what is in it. With `lengths` (int64 [num_rows]) the rows of a
+    global batch are of about one length (`group_by_length`).
+    """
+
+    num_rows: int
+    global_batch_size: int
+    micro_batch_size: int
+    rank: int
+    world_size: int
+    seed: int
+    lengths: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_rows < 1:
+            raise ValueError("There are no training examples: check the training file.")
+        for name in ("global_batch_size", "micro_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1.")
+        assert 0 <= self.rank < self.world_size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Global batches in an epoch, the uneven last one included."""
+        return -(-self.num_rows // self.global_batch_size)
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches per step and rank: the same number everywhere, some perhaps empty."""
+        return -(-self.global_batch_size // (self.micro_batch_size * self.world_size))
+
+    def global_batch(self, step: int) -> list[int]:
+        """The row ids that all ranks together read at the optimizer step `step`, from 0."""
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        start = batch * self.global_batch_size
+        order = permutation(self.num_rows, self.seed, epoch)
+        if self.lengths is not None:
+            batches = permutation(self.num_rows // self.global_batch_size, self.seed, epoch)
+            order = group_by_length(order, self.lengths, batches, self.global_batch_size)
+        return order[start : start + self.global_batch_size].tolist()
+
+    def micro_batches(self, step: int) -> list[list[int]]:
+        """This rank's row ids at `step`: `num_micro_batches` lists, [] where no row is left.
+
+        Over all ranks each row of the global batch comes exactly once. Rows are dealt out in turn,
+        so that ranks differ by at most one row in an uneven batch too.
+        """
+        mine = self.global_batch(step)[self.rank :: self.world_size]
+        size = self.micro_batch_size
+        return [mine[k * size : (k + 1) * size] for k in range(self.num_micro_batches)]
+
+
+@lru_cache(maxsize=8)
+def permutation(num_rows: int, seed: int, epoch: int) -> Tensor:
+    """The order in which `epoch` (from 0) reads rows: int64 [num_rows], not to be changed."""
+    digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+    return torch.randperm(num_rows, generator=generator)
+
+
+@lru_cache(maxsize=2)
+def group_by_length(order: Tensor, lengths: Tensor, batches: Tensor, batch_size: int) -> Tensor:
+    """Reorder rows so that those of a batch are of about one length, which saves padding.
+
+    Rows are sorted within windows of 50 batches of the given order, so that the company of a row
+    changes from epoch to epoch, and the batches come in an order of their own.
+
+    Args:
+        order: int64 [n], the shuffled rows.
+        lengths: int64 [n] of all rows.
+        batches: int64 [n // batch_size], the order of the whole batches; a smaller one stays last.
+        batch_size: rows of a batch.
+
+    Returns:
+        int64 [n], not to be changed.
+    """
+    windows = order.split(_WINDOW * batch_size)
+    rows = torch.cat([window[lengths[window].argsort(stable=True)] for window in windows])
+    whole = rows[: len(batches) * batch_size].view(-1, batch_size)
+    return torch.cat([whole[batches].flatten(), rows[len(batches) * batch_size :]])

@@ -4,7 +4,7 @@
                                   [--data_dir D] --output_dir O [--limit N] [--max_length 1024]
 
 A causal model predicts the candidate whose tokens have the highest mean log-likelihood after the
-prompt (`gem_ds.data.choices`), an encoder what its classification head says (`gem_ds.data.pairs`).
+prompt (`gem_ds.models.choices`), an encoder what its classification head says.
 
     output_dir/
       predictions.jsonl   what was predicted for each example (`gem_ds.data.predictions`)
@@ -23,9 +23,9 @@ from typing import Any
 import transformers
 from transformers import HfArgumentParser
 
+from gem_ds.data.dataset import Dataset
 from gem_ds.data.metrics import score
 from gem_ds.data.predictions import PREDICTIONS_FILE, save_predictions
-from gem_ds.data.schedule import Dataset
 from gem_ds.data.tasks import TaskData, load_task
 from gem_ds.distributed.comm import Comm, PeerError
 from gem_ds.distributed.zero_config import inference_config, read_config

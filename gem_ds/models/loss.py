@@ -1,7 +1,7 @@
 """The loss of answers that are text: cross-entropy summed over their tokens.
 
-Everything in GEM uses the *sum*; whoever needs a mean divides by the weight of the whole global
-batch (here its number of answer tokens), so that no result depends on how a batch is cut into ranks
+Everything in GEM uses the *sum*; whoever needs a mean divides by the number of items of the whole
+global batch (here its answer tokens), so that no result depends on how a batch is cut into ranks
 and micro-batches.
 
 The same loss in two ways: :func:`summed_answer_loss` reads the logits of the answer tokens from any
@@ -26,7 +26,7 @@ from gem_ds.models.cross_entropy import summed_cross_entropy
 _OF_THE_LOSS = ("labels", "answer_positions")  # of a batch, what the model does not read
 
 SummedLoss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
-"""Takes a model and a micro-batch; the loss summed over what the micro-batch's weight counts."""
+"""Takes a model and a micro-batch; the loss summed over the micro-batch's items."""
 
 
 def summed_answer_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -34,7 +34,7 @@ def summed_answer_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
     Args:
         model: a causal language model of transformers, or an engine around one.
-        batch: as :func:`gem_ds.data.texts.collate` lays it out.
+        batch: as :func:`gem_ds.data.dataset.Dataset.collate` lays it out.
 
     Returns:
         fp32 scalar; 0 where nothing is labelled.
@@ -165,3 +165,34 @@ def _forward_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None
         yield
     finally:
         del module.forward
+
+
+@torch.no_grad()
+def refuse_leaking_rows(
+    model: nn.Module, device: torch.device, vocab_size: int, micro_batch_size: int
+) -> None:
+    """Refuse packing for a model that lets the examples of a row see each other.
+
+    Two sequences share each row of a micro-batch, laid out as `Dataset.collate` does it; the first
+    one's tokens are changed, and the logits of the second must not move. (Flash attention reads the
+    borders in a micro-batch of one row only, so the size matters.) All ranks call this together.
+
+    Raises:
+        ValueError: they moved.
+    """
+    length = 4
+    ids = torch.arange(2 * length, device=device) % vocab_size
+    changed = torch.cat([ids[length:], ids[length:]])
+    position_ids = torch.arange(length, device=device).repeat(micro_batch_size, 2)
+    model.eval()
+    plain, other = (
+        model(
+            input_ids=row.expand(micro_batch_size, -1), position_ids=position_ids, use_cache=False
+        ).logits[:, length:]
+        for row in (ids, changed)
+    )
+    if (plain - other).abs().max() > 1e-3 * plain.abs().max():
+        raise ValueError(
+            "This model lets packed examples see each other: leave --packing out, or with flash "
+            "attention pass --per_device_train_batch_size 1 and --per_device_eval_batch_size 1."
+        )

@@ -19,11 +19,15 @@ from typing import Literal
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from gem_ds.data.choices import ChoiceDataset, predict_candidates, summed_candidate_loss
-from gem_ds.data.pairs import PairDataset, predict_pairs, summed_pair_loss
-from gem_ds.data.schedule import Dataset
+from gem_ds.data.dataset import Dataset
+from gem_ds.data.encode import encode_candidates, encode_pairs, encode_texts
 from gem_ds.data.tasks import Example, Kind
-from gem_ds.data.texts import EncodedDataset
+from gem_ds.models.choices import (
+    predict_candidates,
+    predict_pairs,
+    summed_candidate_loss,
+    summed_pair_loss,
+)
 from gem_ds.models.loss import SummedLoss, summed_answer_loss
 
 Encode = Callable[[Sequence[Example], PreTrainedTokenizerBase, int], Dataset]
@@ -51,9 +55,9 @@ class Objective:
     predictor: Predictor | None
 
 
-_WRITING = (EncodedDataset.encode, summed_answer_loss)
-_RANKING = Predictor(encode=ChoiceDataset.encode, predict=predict_candidates)
-_HEAD = Predictor(encode=PairDataset.encode, predict=predict_pairs)
+_WRITING = (encode_texts, summed_answer_loss)
+_RANKING = Predictor(encode=encode_candidates, predict=predict_candidates)
+_HEAD = Predictor(encode=encode_pairs, predict=predict_pairs)
 
 
 def objective_of(
@@ -72,9 +76,9 @@ def objective_of(
         )
     if is_encoder:
         assert kind != "text", "gem_ds.models.encoders.set_head refuses it"
-        return Objective(encode=PairDataset.encode, summed_loss=summed_pair_loss, predictor=_HEAD)
+        return Objective(encode=encode_pairs, summed_loss=summed_pair_loss, predictor=_HEAD)
     encode, summed_loss = (
-        (ChoiceDataset.encode, summed_candidate_loss)
+        (encode_candidates, summed_candidate_loss)
         if classification_loss == "candidates"
         else _WRITING
     )

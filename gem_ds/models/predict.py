@@ -12,7 +12,7 @@ import math
 import torch
 from torch import nn
 
-from gem_ds.data.schedule import Dataset
+from gem_ds.data.dataset import Dataset
 from gem_ds.distributed.comm import Comm
 from gem_ds.models.objective import Predict
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 
-from gem_ds.data.texts import answer_positions
+from gem_ds.data.dataset import answer_positions
 from gem_ds.models.encoders import auto_class, head_names, is_encoder, num_positions
 from gem_ds.models.load import DTYPES, enable_checkpointing
 from gem_ds.models.loss import chunked_answer_loss, plain_output_layer, summed_answer_loss

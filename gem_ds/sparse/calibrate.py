@@ -54,7 +54,7 @@ def calibrate(
         engine: holds the model; its weights are read, none is changed.
         layers: the target layers.
         batches: the calibration examples.
-        summed_loss: the loss of one micro-batch, summed over what its weight counts.
+        summed_loss: the loss of one micro-batch, summed over its items.
         total: K.
         progress: called after each step.
         method: one of :data:`gem_ds.select.methods.SPARSE_METHODS`.
@@ -132,7 +132,7 @@ def sum_gradients(
         engine: holds the model.
         layers: the target layers.
         batches: the calibration examples.
-        summed_loss: the loss of one micro-batch, summed over what its weight counts.
+        summed_loss: the loss of one micro-batch, summed over its items.
         progress: called after each step.
         buffer_gb: 10^9 bytes that each rank may keep of whole gradients, which then cross the
             network once (:func:`gem_ds.sparse.gradients.buffered_layers`).
@@ -147,13 +147,13 @@ def sum_gradients(
     sinks = make_sinks(engine, layers, reducer, buffer_gb)
     engine.model.eval()  # no dropout: the gradient at the base weights is not a random quantity
     with layers.sinks(sinks), _checkpointing_in_eval_mode(engine.model):
-        for step, weights in enumerate(_largest_weights(batches, engine.comm)):
+        for step, counts in enumerate(_largest_num_items(batches, engine.comm)):
             num_broken = torch.zeros((), device=engine.device)
-            for batch, weight in zip(batches.micro_batches(step), weights, strict=True):
+            for batch, num_items in zip(batches.micro_batches(step), counts, strict=True):
                 for sink in sinks:
-                    sink.scale = weight / LOSS_SCALE
+                    sink.scale = num_items / LOSS_SCALE
 
-                def mean_loss(model: nn.Module, batch: dict = batch, n: int = weight) -> Tensor:
+                def mean_loss(model: nn.Module, batch: dict = batch, n: int = num_items) -> Tensor:
                     return summed_loss(model, batch) / n
 
                 loss = engine.backward(mean_loss, deliver=False, loss_scale=LOSS_SCALE)
@@ -172,12 +172,12 @@ def sum_gradients(
     return shards
 
 
-def _largest_weights(batches: Batches, comm: Comm) -> list[list[int]]:
-    """For each step and micro-batch the largest weight of a rank's part, 1 at least.
+def _largest_num_items(batches: Batches, comm: Comm) -> list[list[int]]:
+    """For each step and micro-batch the most items of a rank's part, 1 at least.
 
     The ranks talk about it once, so that no micro-batch has to wait for the device.
     """
-    own = [batches.weights(step) for step in range(batches.steps_per_epoch)]
+    own = [batches.num_items_by_micro_batch(step) for step in range(batches.steps_per_epoch)]
     largest = comm.all_reduce(torch.tensor(own, device=comm.device), "max")
     return largest.clamp_(min=1).tolist()
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from gem_ds.data.schedule import Dataset, permutation
+from gem_ds.data.batches import permutation
+from gem_ds.data.dataset import Dataset
 from gem_ds.data.tasks import (
     AnswerExample,
     ChoiceExample,
@@ -17,7 +18,6 @@ from gem_ds.data.tasks import (
     TaskData,
     load_task,
 )
-from gem_ds.data.texts import EncodedDataset
 from gem_ds.models.encoders import num_positions
 from gem_ds.models.objective import Objective
 from gem_ds.models.tokenizer import refuse_foreign_tokens
@@ -125,7 +125,7 @@ def encode_examples(
     """
     train = objective.encode(task.train, tokenizer, data.max_length)
     test = objective.encode(task.test, tokenizer, data.max_length)
-    if data.packing and not isinstance(train, EncodedDataset):
+    if data.packing and train.answers is not None:
         raise ValueError(
             "--packing is for examples whose answers are written, one sequence each: leave it out."
         )

@@ -1,6 +1,6 @@
 """The training loop: one optimizer step after another, and the held-out loss between them.
 
-One step, for a global batch of weight ``n`` (its answer tokens, or its examples) over all ranks and
+One step, for a global batch of ``n`` items (answer tokens, or examples) over all ranks and
 micro-batches:
 
     for each micro-batch of this rank:  backward of  summed loss * world_size / n
@@ -97,7 +97,7 @@ class StepResult:
     """What one step has found, the same on every rank.
 
     Attributes:
-        loss: mean over the weight of the global batch, before the update.
+        loss: mean over the items of the global batch, before the update.
         learning_rate: of the update.
         grad_norm: L2 norm of the gradient before clipping, where the ZeRO stage computes it; may
             lie on a GPU, which is then waited for where it is read.
@@ -141,7 +141,7 @@ def fit(
     Args:
         trained: what is trained; masters and weights must agree.
         train: the training data.
-        summed_loss: the loss of one micro-batch, summed over what its weight counts.
+        summed_loss: the loss of one micro-batch, summed over its items.
         scheduler: of the learning rate of the engine's optimizer; stepped after each applied step.
         state: progress; step and epoch are kept up to date.
         seed: of dropout.
@@ -202,12 +202,12 @@ def _step(
 
 def accumulate(engine: StepEngine, train: Batches, summed_loss: SummedLoss, step: int) -> Tensor:
     """Run the backward of a global batch; this rank's part of its mean loss, times the ranks."""
-    weight = 1.0 / train.weight(step)
+    share = 1.0 / train.num_items(step)
     total = torch.zeros((), device=engine.device)
     for i, batch in enumerate(train.micro_batches(step)):
 
         def scaled_loss(model: nn.Module, batch: dict[str, Tensor] = batch) -> Tensor:
-            return summed_loss(model, batch) * (weight * engine.comm.world_size)
+            return summed_loss(model, batch) * (share * engine.comm.world_size)
 
         total += engine.backward(scaled_loss, deliver=i == train.num_micro_batches - 1)
     return total
@@ -222,7 +222,7 @@ def mean_loss(engine: StepEngine, batches: Batches, summed_loss: SummedLoss) -> 
             for batch in batches.micro_batches(step):
                 total += summed_loss(engine.model, batch)
     engine.comm.all_reduce(total, "sum")
-    return total.item() / batches.total_weight
+    return total.item() / batches.num_items_of_epoch
 
 
 def _diverged(what: str, step: int) -> str:

@@ -42,7 +42,7 @@ def trained_head(
         layers: the target layers, none of whose entries changes.
         head: what is trained.
         batches: for as many epochs as the steps need.
-        summed_loss: the loss of one micro-batch, summed over what its weight counts.
+        summed_loss: the loss of one micro-batch, summed over its items.
         num_steps: of the optimizer.
         learning_rate: of the head in the first step.
         seed: of dropout.

@@ -9,16 +9,20 @@ from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
-from gem_ds.data.batches import Batches
+from gem_ds.data.batches import Batches, permutation
+from gem_ds.data.dataset import Dataset
 from gem_ds.data.metrics import score
-from gem_ds.data.packing import PackedDataset, refuse_leaking_rows
+from gem_ds.data.packing import pack
 from gem_ds.data.predictions import save_predictions
-from gem_ds.data.schedule import Dataset, permutation
-from gem_ds.data.texts import EncodedDataset
 from gem_ds.distributed.comm import Comm
 from gem_ds.files.checkpoint import TrainerState, delete_old_checkpoints
 from gem_ds.models.load import load_model
-from gem_ds.models.loss import SummedLoss, answer_loss_of, summed_answer_loss
+from gem_ds.models.loss import (
+    SummedLoss,
+    answer_loss_of,
+    refuse_leaking_rows,
+    summed_answer_loss,
+)
 from gem_ds.models.predict import predict_all
 from gem_ds.select.methods import SPARSE_METHODS, product_of
 from gem_ds.train.arguments import Arguments
@@ -114,10 +118,7 @@ class Run:
     def batches(self, dataset: Dataset, global_batch_size: int, micro_batch_size: int) -> Batches:
         """A dataset as this rank's batches."""
         if self.args.data.packing:
-            assert isinstance(dataset, EncodedDataset), (
-                "gem_ds.train.examples refuses to pack others"
-            )
-            dataset = PackedDataset.pack(dataset, self.args.data.max_length)
+            dataset = pack(dataset, self.args.data.max_length)
         return Batches(
             dataset,
             self.comm,

@@ -14,14 +14,15 @@ import torch
 from peft import LoraConfig, PrefixTuningConfig, ShiraConfig, TaskType, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from gem_ds.data.encode import encode_pairs
 from gem_ds.data.metrics import text_exact_match, text_f1
-from gem_ds.data.pairs import PairDataset, predict_pairs
 from gem_ds.data.tasks import AnswerExample, Example, Kind, TaskData, load_task
 from gem_ds.distributed import process_group
 from gem_ds.evaluate import classification, gsm8k, squad
 from gem_ds.evaluate.model import load_weights, open_model
 from gem_ds.files.delta import Delta
 from gem_ds.files.mask import Mask, WeightInfo, checksum
+from gem_ds.models.choices import predict_pairs
 from gem_ds.models.encoders import head_names, initialise_head, set_head
 from tests.ranks import run_ranks
 from tests.tiny_model import REPOSITORY, Tiny, make_tiny
@@ -104,7 +105,7 @@ def test_an_encoder_takes_its_head_from_the_delta(tiny: Tiny, kind: Kind) -> Non
         for name, value in values.items():
             model.get_parameter(name).view(-1)[torch.arange(0, 40, 2)] = value
         task = make_task(kind, num_test=11)
-        dataset = PairDataset.encode(task.test, bert_tokenizer(), 40)
+        dataset = encode_pairs(task.test, bert_tokenizer(), 40)
         expected = predict_pairs(model, dataset.collate(range(11), 0)).tolist()
     assert predictions(tiny, f"encoder_{kind}") == pytest.approx(expected, rel=1e-4)
     assert results["n"] == 11
@@ -157,7 +158,7 @@ def test_an_adapter_brings_its_layers_and_its_head(tiny: Tiny) -> None:
     folder = tiny.folder / "bert_adapter"
     adapted = save_adapter(headed(tiny, "labels", 6), folder, TaskType.SEQ_CLS, ["query", "value"])
     results = evaluate(tiny, "labels", "bert", "adapted", "--adapter", str(folder))
-    dataset = PairDataset.encode(make_task("labels", num_test=11).test, bert_tokenizer(), 40)
+    dataset = encode_pairs(make_task("labels", num_test=11).test, bert_tokenizer(), 40)
     with torch.no_grad():
         expected = predict_pairs(adapted, dataset.collate(range(11), 0)).tolist()
     assert predictions(tiny, "adapted") == expected

@@ -29,8 +29,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutput
 
-from gem_ds.data.packing import PackedDataset
-from gem_ds.data.texts import answer_positions
+from gem_ds.data.dataset import answer_positions
+from gem_ds.data.packing import pack
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.process_group import init_distributed
 from gem_ds.models import cross_entropy
@@ -125,7 +125,7 @@ def make(maker: Callable[[], nn.Module]) -> nn.Module:
 
 
 def batch_of(*, packed: bool = False) -> dict[str, Tensor]:
-    dataset = PackedDataset.pack(EXAMPLES, MAX_LENGTH) if packed else EXAMPLES
+    dataset = pack(EXAMPLES, MAX_LENGTH) if packed else EXAMPLES
     return dataset.collate(range(len(dataset)), PAD_TOKEN_ID)
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gem_ds.data.batches import Batches
-from gem_ds.data.packing import PackedDataset
+from gem_ds.data.packing import pack
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.process_group import init_distributed
 from gem_ds.files.mask import Mask, WeightInfo, index_dtype
@@ -243,7 +243,7 @@ def _calibrated(comm: Comm, cut: Cut) -> Tensors:
     engine, layers = make_engine(Setting(cut.stage), comm, make_model("llama"), K)
     examples = random_examples(NUM_EXAMPLES)
     batches = Batches(
-        PackedDataset.pack(examples, MAX_LENGTH) if cut.packed else examples,
+        pack(examples, MAX_LENGTH) if cut.packed else examples,
         comm,
         global_batch_size=cut.micro_batch_size * comm.world_size,
         micro_batch_size=cut.micro_batch_size,

@@ -21,10 +21,10 @@ from transformers import (
     AutoTokenizer,
 )
 
-from gem_ds.data.choices import ChoiceDataset, predict_candidates
-from gem_ds.data.pairs import PairDataset, summed_pair_loss
+from gem_ds.data.encode import encode_candidates, encode_pairs
 from gem_ds.data.tasks import Kind
 from gem_ds.files.delta import Delta, apply_delta
+from gem_ds.models.choices import predict_candidates, summed_pair_loss
 from gem_ds.models.encoders import head_names, initialise_head, set_head
 from gem_ds.train import main as train
 from gem_ds.train.arguments import parse_arguments
@@ -149,7 +149,7 @@ def test_an_encoder_starts_with_the_head_of_its_seed(
     model = AutoModelForSequenceClassification.from_pretrained(folder, config=config).eval()
     new = [name for name in head_names(model) if "classifier" in name]
     initialise_head(model, new, config.initializer_range, seed=42)
-    dataset = PairDataset.encode(task.test, AutoTokenizer.from_pretrained(folder), 40)
+    dataset = encode_pairs(task.test, AutoTokenizer.from_pretrained(folder), 40)
     with torch.no_grad():
         loss = summed_pair_loss(model, dataset.collate(range(5), 0)) / 5
     found = trained(1, Case(kind, "bert", 0))["first_eval_loss"]
@@ -165,7 +165,7 @@ def test_predictions_are_those_of_the_trained_model(tiny: Tiny, trained: Trained
     model = AutoModelForCausalLM.from_pretrained(tiny.model, dtype=torch.float32).eval()
     apply_delta(model, Delta.load(folder / "delta.safetensors"))
     examples = make_task("choices").test
-    dataset = ChoiceDataset.encode(examples, AutoTokenizer.from_pretrained(tiny.model), 128)
+    dataset = encode_candidates(examples, AutoTokenizer.from_pretrained(tiny.model), 128)
     with torch.no_grad():
         expected = predict_candidates(model, dataset.collate(range(5), 0)).tolist()
     lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]

@@ -21,12 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from gem_ds.data.batches import Batches
-from gem_ds.data.pairs import summed_pair_loss
-from gem_ds.data.schedule import BatchSchedule
+from gem_ds.data.batches import Batches, BatchSchedule
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.process_group import init_distributed
 from gem_ds.files.checkpoint import TrainerState
+from gem_ds.models.choices import summed_pair_loss
 from gem_ds.models.encoders import head_names
 from gem_ds.models.targets import find_targets
 from gem_ds.select.selection import Selection

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from gem_ds.data.schedule import permutation
+from gem_ds.data.batches import permutation
 from gem_ds.files.delta import Delta
 from gem_ds.files.mask import Mask
 from gem_ds.models import export

@@ -18,13 +18,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gem_ds.data.batches import Batches
-from gem_ds.data.packing import PackedDataset, pack_rows, refuse_leaking_rows
-from gem_ds.data.schedule import BatchSchedule
+from gem_ds.data.batches import Batches, BatchSchedule
+from gem_ds.data.packing import pack, pack_rows
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.engine import Engine
 from gem_ds.distributed.process_group import init_distributed
-from gem_ds.models.loss import chunked_answer_loss
+from gem_ds.models.loss import chunked_answer_loss, refuse_leaking_rows
 from gem_ds.models.targets import find_targets
 from gem_ds.sparse.calibrate import sum_gradients
 from gem_ds.sparse.entries import SelectedEntries
@@ -210,7 +209,7 @@ def _train(comm: Comm, plan: Plan) -> Outcome:
 def _batches(comm: Comm, plan: Plan) -> Batches:
     examples = random_examples(NUM_EXAMPLES)
     return Batches(
-        PackedDataset.pack(examples, MAX_LENGTH) if plan.packed else examples,
+        pack(examples, MAX_LENGTH) if plan.packed else examples,
         comm,
         global_batch_size=GLOBAL_BATCH_SIZE // (2 if plan.packed else 1),
         micro_batch_size=plan.micro_batch_size,
@@ -276,7 +275,7 @@ def _dense(packed: bool) -> Dense:
 def _global_batches(packed: bool) -> list[list[int]]:
     """The examples of each step."""
     dataset = random_examples(NUM_EXAMPLES)
-    rows = pack_rows(dataset, MAX_LENGTH) if packed else [[i] for i in range(NUM_EXAMPLES)]
+    rows = pack_rows(dataset.lengths, MAX_LENGTH) if packed else [[i] for i in range(NUM_EXAMPLES)]
     schedule = BatchSchedule(
         num_rows=len(rows),
         global_batch_size=GLOBAL_BATCH_SIZE // (2 if packed else 1),

@@ -1,0 +1,92 @@
+"""Answers that are chosen: what is learnt of candidates, labels and numbers, and their predictions.
+
+A causal model compares candidates by what it would write, an encoder by its head:
+
+    score(c) = 1/|c| * sum_t log p(c_t | prompt, c_<t)       c_t: the |c| tokens of a candidate
+    prediction = argmax over c of score(c), ties to the first
+    loss       = -log softmax(score)[right candidate]        (--classification_loss candidates)
+
+    head, labels     one pair; a score for each label        cross-entropy
+    head, choices    a pair for each candidate, each scored  cross-entropy over candidates
+    head, number     one pair; the number                    squared error
+
+Losses are summed over examples. All candidates of an example stand in the same micro-batch, each in
+a sequence of its own, so B examples are a forward pass of B times the number of candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gem_ds.data.dataset import IGNORED_LABEL
+from gem_ds.models.loss import answer_labels, answer_logits
+
+
+def summed_candidate_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """The loss of a batch of `encode_candidates`, summed over its examples; fp32 scalar."""
+    return _summed_choice_loss(_candidate_scores(model, batch), batch["answers"])
+
+
+def predict_candidates(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """The likeliest candidate of each example: int64 [n], as `best_choice`."""
+    return best_choice(_candidate_scores(model, batch))
+
+
+def summed_pair_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """The loss of a batch of `encode_pairs`, summed over its examples; fp32 scalar."""
+    outputs, answers = _head_outputs(model, batch), batch["answers"]
+    if answers.is_floating_point():
+        return (outputs[:, 0] - answers).square().sum()
+    return _summed_choice_loss(outputs, answers)
+
+
+def predict_pairs(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """The best label or candidate of each example (int64 [n], as `best_choice`), or the number."""
+    outputs = _head_outputs(model, batch)
+    return outputs[:, 0] if batch["answers"].is_floating_point() else best_choice(outputs)
+
+
+def best_choice(scores: Tensor) -> Tensor:
+    """Index of the largest of each row's scores [n, C], the first of several: int64 [n].
+
+    -1 where a score is NaN, so that nothing is best.
+    """
+    return scores.argmax(dim=1).masked_fill(scores.isnan().any(dim=1), -1)
+
+
+def mean_log_likelihoods(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Mean log-likelihood of each sequence's labelled tokens: fp32 [S]; 0 where there are none."""
+    positions, labels = batch["answer_positions"], batch["labels"]
+    texts = {key: batch[key] for key in ("input_ids", "attention_mask", "answer_positions")}
+    logits = answer_logits(model, texts).float()
+    losses = F.cross_entropy(logits, answer_labels(batch), reduction="none")
+    by_token = losses.new_zeros(labels.numel()).index_copy(0, positions, losses).view(labels.shape)
+    return -by_token.sum(dim=1) / (labels != IGNORED_LABEL).sum(dim=1).clamp(min=1)
+
+
+def _candidate_scores(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    return _in_groups(mean_log_likelihoods(model, batch), batch["candidates"])
+
+
+def _head_outputs(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """fp32 [n, labels], [n, candidates], or [n, 1] the number."""
+    inputs = {key: value for key, value in batch.items() if key not in ("candidates", "answers")}
+    logits: Tensor = model(**inputs).logits.float()
+    candidates = batch["candidates"]
+    if logits.shape[1] > 1:  # the head scores labels, of one pair each
+        return logits[candidates[:, 0]]
+    return _in_groups(logits[:, 0], candidates)
+
+
+def _in_groups(scores: Tensor, candidates: Tensor) -> Tensor:
+    """Scores [S] of rows as [n, C] of groups (`rows_of_groups`), -inf where there is no row."""
+    return scores[candidates.clamp(min=0)].masked_fill(candidates < 0, -torch.inf)
+
+
+def _summed_choice_loss(scores: Tensor, answers: Tensor) -> Tensor:
+    """Cross-entropy of scores [n, C] (fp32, -inf where there is no candidate), summed over n."""
+    return F.cross_entropy(scores, answers, reduction="sum")

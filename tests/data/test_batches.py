@@ -1,0 +1,121 @@
+"""The order of the batches: a function of the step, the same on any number of ranks."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gem_ds.data.batches import BatchSchedule, permutation
+
+
+def schedules(num_rows, global_batch_size, micro_batch_size, world_size, seed=0, lengths=None):
+    return [
+        BatchSchedule(
+            num_rows=num_rows,
+            global_batch_size=global_batch_size,
+            micro_batch_size=micro_batch_size,
+            rank=rank,
+            world_size=world_size,
+            seed=seed,
+            lengths=lengths,
+        )
+        for rank in range(world_size)
+    ]
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    num_rows=st.integers(1, 50),
+    global_batch_size=st.integers(1, 60),
+    micro_batch_size=st.integers(1, 8),
+    world_size=st.integers(1, 7),
+    seed=st.integers(-(2**40), 2**70),
+    is_grouped=st.booleans(),
+)
+def test_every_epoch_reads_every_row_once_on_any_world(
+    num_rows, global_batch_size, micro_batch_size, world_size, seed, is_grouped
+):
+    lengths = torch.arange(num_rows) % 7 if is_grouped else None
+    ranks = schedules(num_rows, global_batch_size, micro_batch_size, world_size, seed, lengths)
+    (alone,) = schedules(num_rows, global_batch_size, 1, 1, seed, lengths)
+    steps = alone.steps_per_epoch
+    assert (steps - 1) * global_batch_size < num_rows <= steps * global_batch_size
+    for epoch in (0, 1):
+        read = []
+        for step in range(epoch * steps, (epoch + 1) * steps):
+            batch = alone.global_batch(step)
+            parts = [rank.micro_batches(step) for rank in ranks]
+            assert all(rank.global_batch(step) == batch for rank in ranks)
+            assert {len(part) for part in parts} == {ranks[0].num_micro_batches}
+            assert max(len(micro) for part in parts for micro in part) <= micro_batch_size
+            assert sorted(i for part in parts for micro in part for i in micro) == sorted(batch)
+            shares = [sum(map(len, part)) for part in parts]
+            assert max(shares) - min(shares) <= 1
+            assert step == epoch * steps + steps - 1 or len(batch) == global_batch_size
+            read += batch
+        assert is_grouped or read == permutation(num_rows, seed, epoch).tolist()
+        assert sorted(read) == list(range(num_rows))
+
+
+def test_rows_of_a_batch_are_of_about_one_length():
+    """And every epoch has other batches, in an order that does not go by length."""
+    lengths = torch.randint(5, 100, (1000,), generator=torch.Generator().manual_seed(0))
+    (grouped,) = schedules(1000, 8, 8, 1, lengths=lengths)
+    (shuffled,) = schedules(1000, 8, 8, 1)
+
+    def padding(schedule, steps):
+        batches = [lengths[schedule.global_batch(step)] for step in steps]
+        return sum(int(batch.max()) * len(batch) - int(batch.sum()) for batch in batches)
+
+    whole = range(124)  # the smaller batch is step 124
+    assert padding(grouped, range(125)) < 0.1 * padding(shuffled, range(125))
+    first, second = (
+        {tuple(sorted(grouped.global_batch(125 * epoch + step))) for step in whole}
+        for epoch in (0, 1)
+    )
+    assert not first & second
+    means = torch.stack([lengths[grouped.global_batch(step)].float().mean() for step in whole])
+    following = torch.corrcoef(torch.stack([means[:-1], means[1:]]))[0, 1]
+    assert abs(following) < 0.3
+
+
+def test_no_micro_batch_is_run_in_vain():
+    """One micro-batch more than the largest share needs would be a wasted forward pass."""
+    for world_size, micro, expected in [(1, 4, 3), (2, 4, 2), (2, 5, 1), (3, 2, 2), (7, 8, 1)]:
+        ranks = schedules(100, 10, micro, world_size)
+        assert ranks[0].num_micro_batches == expected
+        assert any(rank.micro_batches(0)[-1] for rank in ranks)
+
+
+def test_order_depends_on_seed_and_epoch_apart():
+    """A generator seeded with seed + epoch would give run 1 the second epoch of run 0."""
+    orders = {
+        tuple(permutation(30, seed, epoch).tolist()) for seed in range(5) for epoch in range(5)
+    }
+    assert len(orders) == 25
+    assert list(range(30)) not in map(list, orders)
+
+
+def test_an_order_is_the_same_in_whatever_sequence_it_is_asked_for():
+    (schedule,) = schedules(1000, 8, 1, 1)
+    steps = [400, 3, 126, 124, 125, 3, 400]
+    batches = [schedule.global_batch(step) for step in steps]
+    batches[0].reverse()
+    assert batches[1] == batches[5]
+    assert batches[0][::-1] == batches[6]
+    state = torch.get_rng_state()
+    schedule.global_batch(999)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((0, 1, 1, 1), "no training examples"),
+        ((1, 0, 1, 1), "global_batch_size is 0"),
+        ((1, 1, -2, 1), "micro_batch_size is -2"),
+    ],
+)
+def test_impossible_sizes_are_refused(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        schedules(*sizes)

@@ -1,0 +1,219 @@
+"""Batches of a dataset by hand, and packed rows that keep their examples apart."""
+
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import log_softmax
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from gem_ds.data.dataset import Dataset, offsets_of, rows_of_groups
+from gem_ds.data.packing import pack, pack_rows
+
+
+def make_dataset(shape, seed=0):
+    """Random tokens 1..49 for a list of (prompt length, answer length)."""
+    offsets = offsets_of([prompt + answer for prompt, answer in shape])
+    generator = torch.Generator().manual_seed(seed)
+    return Dataset(
+        tokens=torch.randint(1, 50, (int(offsets[-1]),), generator=generator).int(),
+        offsets=offsets,
+        groups=torch.arange(len(shape) + 1),
+        prompt_lengths=torch.tensor([prompt for prompt, _ in shape], dtype=torch.int32),
+        truncated=torch.zeros(len(shape), dtype=torch.bool),
+    )
+
+
+def test_a_fingerprint_sees_every_part_and_nothing_else():
+    base = make_dataset([(2, 3), (1, 4), (3, 2)])
+    same = make_dataset([(2, 3), (1, 4), (3, 2)])
+    assert base.fingerprint() == same.fingerprint()
+    changed = same.tokens.clone()
+    changed[4] += 1
+    others = [
+        make_dataset([(2, 3), (2, 3), (3, 2)]),
+        make_dataset([(2, 2), (1, 5), (3, 2)]),
+        base.select([0, 2, 1]),
+        base.select([0, 1]),
+        replace(base, tokens=changed),
+        pack(base, 10),
+    ]
+    assert len({d.fingerprint() for d in [base, *others]}) == 7
+
+
+THREE = Dataset(
+    tokens=torch.tensor([11, 12, 13, 21, 22, 23, 24, 31, 32], dtype=torch.int32),
+    offsets=torch.tensor([0, 3, 7, 9]),
+    groups=torch.arange(4),
+    prompt_lengths=torch.tensor([1, 3, 1], dtype=torch.int32),
+    truncated=torch.zeros(3, dtype=torch.bool),
+)
+
+
+def lists_of(batch):
+    assert all(value.dtype == torch.int64 for value in batch.values())
+    return {key: value.tolist() for key, value in batch.items()}
+
+
+def test_fingerprints_stand_in_checkpoints():
+    """One that changes with the code would refuse to resume every run of before."""
+    choices = replace(THREE, groups=torch.tensor([0, 2, 3]), answers=torch.tensor([1, 0]))
+    pairs = replace(choices, prompt_lengths=None, types=torch.arange(9).int() % 2)
+    found = [d.fingerprint() for d in (THREE, choices, pairs, replace(pairs, types=None))]
+    assert found[1].startswith(found[0])
+    assert [text[-8:] for text in found] == ["3bba6804", "e7723369", "54c27a05", "b7909bef"]
+
+
+def test_texts_by_hand():
+    assert lists_of(THREE.collate([1, 2], pad_token_id=9)) == {
+        "input_ids": [[21, 22, 23, 24], [31, 32, 9, 9]],
+        "labels": [[-100, -100, -100, 24], [-100, 32, -100, -100]],
+        "answer_positions": [2, 4],
+        "attention_mask": [[1, 1, 1, 1], [1, 1, 0, 0]],
+    }
+
+
+def test_packed_rows_by_hand():
+    packed = replace(THREE, groups=torch.tensor([0, 2, 3]), is_packed=True)
+    assert lists_of(packed.collate([0, 1], pad_token_id=9)) == {
+        "input_ids": [[11, 12, 13, 21, 22, 23, 24], [31, 32, 9, 9, 9, 9, 9]],
+        "labels": [
+            [-100, 12, 13, -100, -100, -100, 24],
+            [-100, 32, -100, -100, -100, -100, -100],
+        ],
+        "answer_positions": [0, 1, 5, 7],
+        "position_ids": [[0, 1, 2, 0, 1, 2, 3], [0, 1, 0, 1, 2, 3, 4]],
+    }
+    assert packed.lengths.tolist() == [7, 2]
+    assert (packed.longest, packed.num_items([0]), len(packed)) == (7, 3, 2)
+
+
+def test_candidates_and_pairs_by_hand():
+    """Two candidates of one example and one of another; the same with types and without labels."""
+    answers, groups = torch.tensor([1, 0]), torch.tensor([0, 2, 3])
+    choices = replace(THREE, groups=groups, answers=answers)
+    rows = {"candidates": [[0, -1], [1, 2]], "answers": [0, 1]}
+    texts = {
+        "input_ids": [[31, 32, 9, 9], [11, 12, 13, 9], [21, 22, 23, 24]],
+        "attention_mask": [[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]],
+    }
+    labels = {
+        "labels": [[-100, 32, -100, -100], [-100, 12, 13, -100], [-100, -100, -100, 24]],
+        "answer_positions": [0, 4, 5, 10],
+    }
+    assert lists_of(choices.collate([1, 0], pad_token_id=9)) == {**texts, **labels, **rows}
+    pairs = replace(choices, prompt_lengths=None, types=torch.arange(9).int() % 2)
+    types = {"token_type_ids": [[1, 0, 0, 0], [0, 1, 0, 0], [1, 0, 1, 0]]}
+    assert lists_of(pairs.collate([1, 0], pad_token_id=9)) == {**texts, **types, **rows}
+    for dataset in (choices, pairs):
+        assert dataset.lengths.tolist() == [7, 2]
+        assert (dataset.longest, dataset.num_items([0]), len(dataset)) == (4, 1, 2)
+
+
+def test_rows_of_groups_by_hand():
+    assert rows_of_groups(torch.tensor([2, 3, 1])).tolist() == [[0, 1, -1], [2, 3, 4], [5, -1, -1]]
+    assert rows_of_groups(torch.tensor([], dtype=torch.int64)).shape == (0, 1)
+
+
+@pytest.fixture(scope="module", params=["eager", "sdpa"])
+def llama(request):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attn_implementation=request.param,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def summed_loss(model, batch):
+    """The sum of answer-token losses, from the model's logits and the batch's labels."""
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    with torch.no_grad():
+        logits = model(**inputs, use_cache=False).logits
+    labels = batch["labels"][:, 1:]
+    losses = -log_softmax(logits[:, :-1], -1).gather(2, labels.clamp(min=0)[..., None])[..., 0]
+    return losses[labels != -100].sum().item()
+
+
+def loss_alone(model, dataset, i):
+    """The same for one example alone: no padding, no mask, no labels, position by position."""
+    ids = dataset.tokens[dataset.offsets[i] : dataset.offsets[i + 1]].long()
+    with torch.no_grad():
+        log_probabilities = log_softmax(model(ids[None], use_cache=False).logits[0], -1)
+    answer = range(int(dataset.prompt_lengths[i]), len(ids))
+    return -sum(log_probabilities[t - 1, ids[t]].item() for t in answer)
+
+
+SHAPES = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=12)
+
+
+@settings(max_examples=12, deadline=None)
+@given(shapes=SHAPES, seed=st.integers(0, 99), room=st.integers(12, 40))
+def test_packed_and_padded_rows_lose_what_their_examples_lose_alone(llama, shapes, seed, room):
+    """An example that sees its neighbour in a packed row would have another loss."""
+    dataset = make_dataset(shapes, seed)
+    alone = sum(loss_alone(llama, dataset, i) for i in range(len(dataset)))
+    for rows in (pack(dataset, room), dataset):
+        batch = rows.collate(range(len(rows)), pad_token_id=0)
+        assert summed_loss(llama, batch) == pytest.approx(alone, rel=1e-5)
+        assert rows.num_items(range(len(rows))) == sum(answer for _, answer in shapes)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_no_rows_are_a_batch_without_items_with_finite_logits(llama, packed):
+    """A rank that has no rows left still runs the model, and a NaN would reach the others."""
+    dataset = pack(THREE, 9) if packed else THREE
+    batch = dataset.collate([], pad_token_id=7)
+    assert dataset.num_items([]) == 0
+    assert lists_of(batch) == {
+        "input_ids": [[7, 7]],
+        "labels": [[-100, -100]],
+        "answer_positions": [],
+    } | ({"position_ids": [[0, 1]]} if packed else {"attention_mask": [[1, 1]]})
+    inputs = {key: batch[key] for key in batch.keys() - {"labels", "answer_positions"}}
+    assert llama(**inputs).logits.isfinite().all()
+
+
+def naive_best_fit_decreasing(lengths, max_length):
+    """The rows' fill levels, by looking at every open row for every example."""
+    fills = []
+    for length in sorted(lengths, reverse=True):
+        open_rows = [r for r, fill in enumerate(fills) if fill + length <= max_length]
+        if open_rows:
+            fills[max(open_rows, key=lambda r: fills[r])] += length
+        else:
+            fills.append(length)
+    return sorted(fills)
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=st.lists(st.integers(2, 18), max_size=40), data=st.data())
+def test_packing_is_best_fit_decreasing_and_complete(lengths, data):
+    max_length = data.draw(st.integers(max(lengths, default=1), 40))
+    rows = pack_rows(torch.tensor(lengths, dtype=torch.int64), max_length)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    fills = sorted(sum(lengths[i] for i in row) for row in rows)
+    assert fills == naive_best_fit_decreasing(lengths, max_length)
+    assert max(fills, default=0) <= max_length
+
+
+def test_packing_scales_and_fills():
+    """A quadratic search over 1e5 examples would take minutes."""
+    lengths = torch.randint(20, 300, (100_000,), generator=torch.Generator().manual_seed(1))
+    start = time.perf_counter()
+    rows = pack_rows(lengths, 1024)
+    assert time.perf_counter() - start < 10
+    assert int(lengths.sum()) / (len(rows) * 1024) > 0.99
+
+
+def test_packing_refuses_an_example_longer_than_a_row():
+    with pytest.raises(ValueError, match="Example 2 has 5 tokens and a row holds 4"):
+        pack(make_dataset([(1, 1), (2, 3)]), 4)

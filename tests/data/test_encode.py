@@ -1,0 +1,316 @@
+"""Tokens of each kind of answer: their borders, what is cut, and what is refused."""
+
+import io
+from dataclasses import replace
+
+import pytest
+import sentencepiece
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaTokenizer, PreTrainedTokenizerFast
+
+from gem_ds.data.encode import encode_candidates, encode_pairs, encode_prompt, encode_texts
+from gem_ds.data.tasks import ChoiceExample, Example, load_task
+from tests.tiny_tasks import KINDS, bert_tokenizer, make_task
+
+CORPUS = ["Question: How many clips?\nAnswer: She sold 48 clips.\n#### 72", "xyz xyz xyz"] * 20
+TEMPLATE = (
+    "{% for m in messages %}"
+    "{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "<s>{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+CHAT = [{"role": "user", "content": "How many?"}]
+WIDE = 10_000
+
+
+def sequences(dataset):
+    """Token ids of each sequence."""
+    return [ids.tolist() for ids in dataset.tokens.split(dataset.offsets.diff().tolist())]
+
+
+def encode(example, tokenizer, max_length=WIDE):
+    """Token ids of one example, and how many of them are the prompt's."""
+    dataset = encode_texts([example], tokenizer, max_length)
+    return *sequences(dataset), int(dataset.prompt_lengths)
+
+
+def byte_level(*, add_bos=False, add_eos=False, **names):
+    """A small byte-level BPE tokenizer; `names` replaces its special tokens (None removes one)."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    if add_bos or add_eos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{'<s> ' * add_bos}$A{' </s>' * add_eos}",
+            special_tokens=[("<s>", 0), ("</s>", 1)],
+        )
+    special = {"bos_token": "<s>", "eos_token": "</s>"} | names
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_folder(tmp_path_factory):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(line for text in CORPUS for line in text.split("\n")),
+        model_writer=model,
+        vocab_size=340,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizers(sentencepiece_folder):
+    """Both families, with each habit of adding special tokens."""
+    habits = [(False, False), (True, False), (False, True), (True, True)]
+    return {
+        (family, bos, eos): byte_level(add_bos=bos, add_eos=eos)
+        if family == "byte-level"
+        else LlamaTokenizer.from_pretrained(
+            sentencepiece_folder, add_bos_token=bos, add_eos_token=eos
+        )
+        for family in ("byte-level", "sentencepiece")
+        for bos, eos in habits
+    }
+
+
+@pytest.mark.parametrize("family", ["byte-level", "sentencepiece"])
+@pytest.mark.parametrize("add_bos", [False, True])
+@pytest.mark.parametrize("add_eos", [False, True])
+def test_encode_is_what_the_tokenizer_does_with_the_whole_text(
+    tokenizers, family, add_bos, add_eos
+):
+    """An eos after the prompt would teach the model to answer an ended text."""
+    tokenizer = tokenizers[family, add_bos, add_eos]
+    example = Example(prompt="Question: How many clips?\nAnswer:", target=" She sold\n#### 72")
+    input_ids, prompt_length = encode(example, tokenizer)
+
+    whole = tokenizer(example.prompt + example.target)["input_ids"]
+    assert input_ids == (whole if add_eos else [*whole, tokenizer.eos_token_id])
+    prompt = tokenizer(example.prompt)["input_ids"]
+    assert input_ids[:prompt_length] == (prompt[:-1] if add_eos else prompt)
+    assert encode_prompt(example.prompt, tokenizer) == input_ids[:prompt_length]
+    assert (input_ids[0] == tokenizer.bos_token_id) == add_bos
+    text = tokenizer.decode(input_ids, skip_special_tokens=True)
+    assert text.removeprefix(" ") == example.prompt + example.target
+
+
+def test_a_token_across_the_border_is_not_used():
+    """Generation starts from the prompt's own tokens, so training must too."""
+    tokenizer = byte_level()
+    assert len(tokenizer("xyz")["input_ids"]) == 1
+    input_ids, prompt_length = encode(Example(prompt="x", target="yz xyz"), tokenizer)
+    assert input_ids[:prompt_length] == tokenizer("x")["input_ids"]
+    assert input_ids[prompt_length:-1] == tokenizer("yz xyz")["input_ids"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(prompt=st.text(max_size=12), target=st.text(max_size=12))
+def test_any_text_survives_in_two_parts(tokenizers, prompt, target):
+    """Byte-level tokens decode to their text exactly, on both sides of the border."""
+    tokenizer = tokenizers["byte-level", True, False]
+    input_ids, prompt_length = encode(Example(prompt=prompt, target=target), tokenizer)
+    assert input_ids[0] == tokenizer.bos_token_id
+    assert input_ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(input_ids[1:prompt_length]) == prompt
+    assert tokenizer.decode(input_ids[prompt_length:-1]) == target
+
+
+def test_an_empty_prompt_is_the_bos_token():
+    example = Example(prompt="", target="xyz")
+    tokenizer = byte_level()
+    assert encode(example, tokenizer) == ([0, *tokenizer("xyz")["input_ids"], 1], 1)
+    assert encode(example, byte_level(add_bos=True, add_eos=True))[1] == 1
+    assert encode_prompt("", tokenizer) == [0]
+    with pytest.raises(ValueError, match="empty prompt and the tokenizer has no bos"):
+        encode(example, byte_level(bos_token=None))
+
+
+def test_a_tokenizer_without_eos_is_refused():
+    with pytest.raises(ValueError, match="no end-of-sequence token"):
+        encode(Example(prompt="x", target="y"), byte_level(eos_token=None))
+
+
+@pytest.mark.parametrize("family", ["byte-level", "sentencepiece"])
+def test_chat_messages_go_through_the_template(tokenizers, family, monkeypatch):
+    """The template writes its own bos: a second one from the tokenizer would be wrong."""
+    tokenizer = tokenizers[family, True, True]
+    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
+    input_ids, prompt_length = encode(Example(prompt=CHAT, target=" 72"), tokenizer)
+    ids = tokenizer("<s>user: How many?\nassistant:", add_special_tokens=False)["input_ids"]
+    rendered = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=True)
+    assert input_ids[:prompt_length] == ids == rendered["input_ids"]
+    assert input_ids.count(tokenizer.bos_token_id) == 1
+    assert tokenizer.decode(input_ids[prompt_length:-1]).strip() == "72"
+    assert encode_prompt(CHAT, tokenizer) == ids
+
+
+def test_chat_messages_that_cannot_be_rendered_are_refused():
+    tokenizer = byte_level()
+    examples = [Example(prompt="x", target="y"), Example(prompt=CHAT, target="72")]
+    with pytest.raises(ValueError, match=r"Example 2 holds chat .* no chat template"):
+        encode_texts(examples, tokenizer, WIDE)
+    tokenizer.chat_template = TEMPLATE
+    system = Example(prompt=[{"role": "system", "content": "s"}], target="y")
+    with pytest.raises(ValueError, match=r"messages of example 3 \(no system role\)"):
+        encode_texts([*examples, system], tokenizer, WIDE)
+
+
+def test_a_long_answer_is_cut_and_a_long_prompt_refused():
+    tokenizer = byte_level()
+    example = Example(prompt="abcd", target="efgh")
+    full, prompt_length = encode(example, tokenizer)
+    for max_length in range(prompt_length + 1, len(full) + 2):
+        assert encode(example, tokenizer, max_length) == (full[:max_length], prompt_length)
+    short = Example(prompt="a", target="b")
+    cut = encode_texts([example, short, example], tokenizer, len(full) - 1)
+    assert cut.truncated.tolist() == [True, False, True]
+    assert cut.num_truncated == 2
+    assert encode_texts([example], tokenizer, len(full)).num_truncated == 0
+    with pytest.raises(ValueError, match=r"Example 2 has a prompt of 4 .* max_length of 4: raise"):
+        encode_texts([short, example], tokenizer, prompt_length)
+
+
+def test_errors_count_examples_across_chunks():
+    examples = [Example(prompt="a", target="b")] * 2500 + [Example(prompt="a" * 99, target="b")]
+    with pytest.raises(ValueError, match="Example 2501 has a prompt of 99 tokens"):
+        encode_texts(examples, byte_level(), 9)
+
+
+def test_a_dataset_is_its_examples_encoded_one_by_one(tokenizers):
+    tokenizer = tokenizers["sentencepiece", True, False]
+    examples = [Example(prompt=f"How many {i}?", target=f" {i}" * (i % 5)) for i in range(1100)]
+    dataset = encode_texts(examples, tokenizer, 12)
+    indices = [*range(0, 990, 45), *range(990, 1100)]  # across chunks
+    single = [encode(examples[i], tokenizer, 12) for i in indices]
+    texts = sequences(dataset)
+    assert [(texts[i], int(dataset.prompt_lengths[i])) for i in indices] == single
+    assert dataset.num_items(indices) == sum(len(ids) - length for ids, length in single)
+    assert dataset.tokens.dtype == dataset.prompt_lengths.dtype == torch.int32
+
+
+def test_real_gsm8k_decodes_to_its_text(gem_data_dir):
+    examples = load_task("gsm8k", data_dir=str(gem_data_dir / "gsm8k")).test[:200]
+    tokenizer = byte_level(add_bos=True)
+    dataset = encode_texts(examples, tokenizer, 4096)
+    assert dataset.num_truncated == 0
+    for example, ids, length in zip(
+        examples, sequences(dataset), dataset.prompt_lengths, strict=True
+    ):
+        assert tokenizer.decode(ids[1:length]) == example.prompt
+        assert tokenizer.decode(ids[length:-1]) == example.target
+
+
+# Candidates
+
+
+def test_candidates_are_encoded_without_eos():
+    """A candidate's likelihood would count the end of the text, which is no part of it."""
+    tokenizer, examples = byte_level(add_bos=True), make_task("choices").train
+    dataset = encode_candidates(examples, tokenizer, WIDE)
+    texts = [f"{e.prompt}{candidate}" for e in examples for candidate in e.candidates]
+    assert sequences(dataset) == [tokenizer(text)["input_ids"] for text in texts]
+    assert dataset.groups.diff().tolist() == [len(e.candidates) for e in examples]
+    assert {len(e.candidates) for e in examples} == {2, 3}
+    assert dataset.answers.tolist() == [e.answer for e in examples]
+    assert len(dataset) == len(examples) == dataset.num_items(range(len(dataset)))
+    assert dataset.lengths[2] == sum(
+        len(tokenizer(f"{examples[2].prompt}{candidate}")["input_ids"])
+        for candidate in examples[2].candidates
+    )
+
+
+def test_candidates_that_are_too_long_are_counted_by_example_and_named():
+    tokenizer = byte_level()
+    short = ChoiceExample(
+        prompt="ab", target="c", candidates=("c", "d"), answer=0, pairs=(("ab", None),)
+    )
+    long = replace(short, candidates=("cdef", "ghij"))
+    dataset = encode_candidates([short, long, long], tokenizer, 4)
+    assert (dataset.num_truncated, dataset.longest) == (2, 4)
+    with pytest.raises(ValueError, match=r"Example 3 has a prompt of 9 tokens"):
+        encode_candidates([short, long, replace(short, prompt="a" * 9)], tokenizer, 4)
+    with pytest.raises(ValueError, match="Example 2 has the candidate '', which"):
+        encode_candidates([short, replace(short, candidates=("c", ""))], tokenizer, 4)
+
+
+# Pairs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pairs_are_encoded_as_the_tokenizer_does(kind):
+    task, tokenizer = make_task(kind), bert_tokenizer()
+    dataset = encode_pairs(task.train, tokenizer, 40)
+    rows = [tokenizer(*pair) for example in task.train for pair in example.pairs]
+    assert sequences(dataset) == [row["input_ids"] for row in rows]
+    types = [ids.tolist() for ids in dataset.types.split(dataset.offsets.diff().tolist())]
+    assert types == [row["token_type_ids"] for row in rows]
+    assert dataset.num_items(range(len(dataset))) == len(task.train) == len(dataset)
+    assert dataset.num_truncated == 0
+    assert dataset.lengths.sum() == len(dataset.tokens)
+    assert dataset.groups.diff().tolist() == [len(example.pairs) for example in task.train]
+    values = [e.value if kind == "number" else e.answer for e in task.train]
+    assert dataset.answers.tolist() == pytest.approx(values)
+
+
+def test_the_longer_text_of_a_pair_is_cut():
+    (example, *_), tokenizer = make_task("labels").train, bert_tokenizer()
+    long, short = (replace(example, pairs=((text, "blue"),)) for text in ("red " * 10, "red"))
+    dataset = encode_pairs([long, short], tokenizer, 8)
+    assert sequences(dataset)[0] == tokenizer("red " * 4, "blue")["input_ids"]
+    assert (dataset.num_truncated, dataset.longest) == (1, 8)
+    with pytest.raises(ValueError, match=r"3 special tokens .* raise --max_length"):
+        encode_pairs([long], tokenizer, 3)
+
+
+def test_single_sentences_and_tokenizers_without_types():
+    single = replace(make_task("labels").train[0], pairs=(("red blue", None),))
+    tokenizer = bert_tokenizer()
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    dataset = encode_pairs([single], tokenizer, 40)
+    assert sequences(dataset) == [tokenizer("red blue")["input_ids"]]
+    assert "token_type_ids" not in dataset.collate([0], 0)
+
+
+@pytest.mark.parametrize(
+    ("encode_all", "tokenizer", "examples"),
+    [
+        (encode_texts, byte_level(), make_task("labels").train),
+        (encode_candidates, byte_level(), make_task("choices").train),
+        (encode_pairs, bert_tokenizer(), make_task("choices").train),
+        (encode_pairs, bert_tokenizer(), make_task("number").train),
+    ],
+)
+def test_a_selection_is_its_examples_encoded_alone(encode_all, tokenizer, examples):
+    """And what is learnt is part of the fingerprint: tokens, answers, the order of the rows."""
+    dataset = encode_all(examples, tokenizer, 60)
+    indices = [3, 0, 3]
+    selected, same = (
+        dataset.select(indices),
+        encode_all([examples[i] for i in indices], tokenizer, 60),
+    )
+    assert selected.fingerprint() == same.fingerprint()
+    assert selected.truncated.tolist() == same.truncated.tolist()
+    assert len(dataset.select([])) == len(encode_all([], tokenizer, 60)) == 0
+    others = [dataset.select([0, 3, 3]), dataset.select([3, 0])]
+    if dataset.answers is not None:
+        others.append(replace(selected, answers=1 - selected.answers))
+    assert len({d.fingerprint() for d in [selected, *others]}) == len(others) + 1

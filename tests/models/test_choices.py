@@ -1,0 +1,221 @@
+"""Losses and predictions of candidates and heads, against a loop over one of them at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+
+from gem_ds.data.dataset import Dataset
+from gem_ds.data.encode import encode_candidates, encode_pairs
+from gem_ds.data.tasks import ChoiceExample, TaskData
+from gem_ds.models.choices import (
+    best_choice,
+    mean_log_likelihoods,
+    predict_candidates,
+    predict_pairs,
+    summed_candidate_loss,
+    summed_pair_loss,
+)
+from gem_ds.models.encoders import head_names, initialise_head, set_head
+from tests.tiny_model import make_tiny
+from tests.tiny_tasks import KINDS, bert_tokenizer, make_bert, make_task
+
+# Candidates of a causal model
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """A causal model and its tokenizer."""
+    folder = make_tiny(tmp_path_factory.mktemp("tiny")).model
+    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(
+        folder
+    )
+
+
+@pytest.fixture(scope="module")
+def examples() -> list[Any]:
+    """With two or three candidates, of different lengths."""
+    return make_task("choices").train
+
+
+def naive_scores(model: Any, tokenizer: Any, example: ChoiceExample) -> Tensor:
+    """One candidate alone, token by token."""
+    scores = []
+    for candidate in example.candidates:
+        prompt = tokenizer(example.prompt)["input_ids"]
+        ids = tokenizer(f"{example.prompt}{candidate}")["input_ids"]
+        log_probabilities = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        answer = range(len(prompt), len(ids))
+        scores.append(sum(log_probabilities[t - 1, ids[t]] for t in answer) / len(answer))
+    return torch.stack(scores)
+
+
+def naive_loss(model: Any, tokenizer: Any, examples: list[Any]) -> Tensor:
+    losses = [
+        F.cross_entropy(naive_scores(model, tokenizer, e), torch.tensor(e.answer)) for e in examples
+    ]
+    return torch.stack(losses).sum()
+
+
+def batch_of(examples: list[Any], tokenizer: Any) -> dict[str, Tensor]:
+    dataset = encode_candidates(examples, tokenizer, 128)
+    return dataset.collate(range(len(dataset)), pad_token_id=0)
+
+
+def test_scores_are_those_of_each_candidate_alone(tiny, examples):
+    """Padding, neighbours or the order of rows would change a likelihood."""
+    model, tokenizer = tiny
+    with torch.no_grad():
+        found = mean_log_likelihoods(model, batch_of(examples, tokenizer))
+        expected = torch.cat([naive_scores(model, tokenizer, e) for e in examples])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_loss_and_its_gradient_are_those_of_naive_code(tiny, examples):
+    model, tokenizer = tiny
+    parameters = list(model.parameters())
+    loss = summed_candidate_loss(model, batch_of(examples, tokenizer))
+    expected = naive_loss(model, tokenizer, examples)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    found = torch.autograd.grad(loss, parameters)
+    for gradient, naive in zip(found, torch.autograd.grad(expected, parameters), strict=True):
+        torch.testing.assert_close(gradient, naive, rtol=1e-4, atol=1e-6)
+
+
+def test_the_likeliest_candidate_is_predicted_however_batches_are_cut(tiny, examples):
+    model, tokenizer = tiny
+    with torch.no_grad():
+        expected = [int(naive_scores(model, tokenizer, e).argmax()) for e in examples]
+    assert len(set(expected)) > 1
+    dataset = encode_candidates(examples, tokenizer, 128)
+    for size in (1, 4, len(examples)):
+        found: list[int] = []
+        for first in range(0, len(dataset), size):
+            rows = range(first, min(first + size, len(dataset)))
+            with torch.no_grad():
+                found += predict_candidates(model, dataset.collate(rows, 0)).tolist()
+        assert found == expected
+
+
+def test_ties_go_to_the_first_candidate(tiny):
+    model, tokenizer = tiny
+    twins = ChoiceExample(
+        prompt="red so",
+        target=" blue",
+        candidates=(" blue", " blue", " blue"),
+        answer=2,
+        pairs=(),
+    )
+    with torch.no_grad():
+        assert predict_candidates(model, batch_of([twins], tokenizer)).tolist() == [0]
+    scores = torch.tensor([[1.0, 3.0, 3.0], [2.0, 2.0, -torch.inf], [1.0, torch.nan, 2.0]])
+    assert best_choice(scores).tolist() == [1, 0, -1]
+
+
+# An encoder's head
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_bert(tmp_path_factory.mktemp("bert"))
+
+
+def load(folder: Path, task: TaskData, seed: int = 0) -> Any:
+    """The model with the head of a task."""
+    config = AutoConfig.from_pretrained(folder)
+    set_head(config, "bert", task)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, config=config).eval()
+    initialise_head(model, head_names(model), 0.5, seed)
+    return model
+
+
+def dataset_of(task: TaskData) -> Dataset:
+    return encode_pairs(task.train, bert_tokenizer(), 40)
+
+
+def inputs_of(pairs: Any) -> Any:
+    firsts, seconds = zip(*pairs, strict=True)
+    return bert_tokenizer()(list(firsts), list(seconds), padding=True, return_tensors="pt")
+
+
+def naive_head_loss(model: Any, task: TaskData) -> Any:
+    """Transformers' own loss, one example at a time."""
+    losses = []
+    for example in task.train:
+        assert hasattr(example, "pairs")
+        inputs = inputs_of(example.pairs)
+        if task.kind == "choices":
+            scores = model(**inputs).logits[:, 0]
+            losses.append(F.cross_entropy(scores, torch.tensor(example.answer)))
+        else:
+            answer = example.answer if task.kind == "labels" else example.value
+            losses.append(model(**inputs, labels=torch.tensor([answer])).loss)
+    return torch.stack(losses).sum()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_heads_loss_and_its_gradient_are_those_of_transformers(folder, kind):
+    task = make_task(kind)
+    model = load(folder, task)
+    dataset = dataset_of(task)
+    loss = summed_pair_loss(model, dataset.collate(range(len(dataset)), 0))
+    expected = naive_head_loss(model, task)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    parameters = list(model.parameters())
+    found = torch.autograd.grad(loss, parameters)
+    for gradient, naive in zip(found, torch.autograd.grad(expected, parameters), strict=True):
+        torch.testing.assert_close(gradient, naive, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_predictions_do_not_depend_on_the_batch(folder, kind):
+    task = make_task(kind)
+    model, dataset = load(folder, task, seed=6), dataset_of(task)
+    with torch.no_grad():
+        expected = []
+        for example in task.train:
+            logits = model(**inputs_of(example.pairs)).logits
+            scores = logits[:, 0] if kind == "choices" else logits[0]
+            expected.append(float(scores[0] if kind == "number" else scores.argmax()))
+        found = predict_pairs(model, dataset.collate(range(len(dataset)), 0)).tolist()
+    assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    assert len(set(expected)) > 1
+
+
+@pytest.mark.parametrize("kind", ["candidates", *KINDS])
+def test_no_examples_are_a_batch_without_items(tiny, folder, kind):
+    """A rank without rows runs forward and backward too, and must add nothing."""
+    if kind == "candidates":
+        model, tokenizer = tiny
+        dataset = encode_candidates(make_task("choices").train, tokenizer, 128)
+        loss_of, predict = summed_candidate_loss, predict_candidates
+    else:
+        model, dataset = load(folder, make_task(kind)), dataset_of(make_task(kind))
+        loss_of, predict = summed_pair_loss, predict_pairs
+    batch = dataset.collate([], pad_token_id=0)
+    assert dataset.num_items([]) == 0
+    loss = loss_of(model, batch)
+    assert loss.item() == 0
+    for gradient in torch.autograd.grad(loss, list(model.parameters())):
+        assert gradient.abs().max() == 0
+    assert predict(model, batch).tolist() == []
+
+
+def test_a_head_depends_on_the_seed_and_its_names(folder):
+    task = make_task("labels")
+    one, same, other = (load(folder, task, seed).classifier for seed in (0, 0, 1))
+    assert torch.equal(one.weight, same.weight)
+    assert not torch.equal(one.weight, other.weight)
+    assert one.weight.std().item() == pytest.approx(0.5, rel=0.3)
+    assert one.bias.detach().abs().max() == 0
