@@ -23,7 +23,7 @@ from gem_ds.evaluate.pass_at_k import CONFIDENCE, Counts, mean_pass_at_k, withou
 from gem_ds.evaluate.samples import Sample
 from gem_ds.evaluate.sampling import VERDICTS_FILE
 from gem_ds.evaluate.sandbox import Program, Verdict
-from gem_ds.evaluate.sandbox.verdict import MIN_MEMORY_MB
+from gem_ds.evaluate.sandbox.program import MIN_MEMORY_MB
 from gem_ds.files.atomic import atomic_write
 
 STATUSES = ("passed", "failed", "timeout", "crashed")

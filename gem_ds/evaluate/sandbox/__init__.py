@@ -4,8 +4,14 @@
     'passed'
 
 The program runs alone in a jail; the tests run in a process of their own, and ask it for results
-as plain data (`evaluate.sandbox.judge`). What the jail is made of, `evaluate.sandbox.room` says;
-how processes descend from each other, `gem_ds.evaluate.sandbox.server`.
+as plain data (`judge`). The files, from the caller to the kernel:
+
+    program, pool            what is asked, by whom it is run, in what order, and the verdict
+    server, judge            processes of ours: one for each worker, one for each program
+    wire                     plain data between judge and candidate
+    candidate                the program's process
+    jails, room, confine     what it is kept in, what it sees there, what it has given up
+    processes, kernel
 
 Memory is counted per process and together, but for what /tmp and /dev/shm hold (64 MiB each) and
 what lies in the buffers of pipes and sockets.
@@ -26,7 +32,7 @@ from __future__ import annotations
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from gem_ds.evaluate.sandbox.pool import Sandbox, check_program
-    from gem_ds.evaluate.sandbox.verdict import Program, SandboxUnavailableError, Verdict
+    from gem_ds.evaluate.sandbox.program import Program, SandboxUnavailableError, Verdict
 
 __all__ = ["Program", "Sandbox", "SandboxUnavailableError", "Verdict", "check_program"]
 
@@ -35,6 +41,6 @@ def __getattr__(name: str) -> object:
     # Late, because the server and the candidate import this package too and must stay lean.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from gem_ds.evaluate.sandbox import pool, verdict
+    from gem_ds.evaluate.sandbox import pool
 
-    return getattr(pool if hasattr(pool, name) else verdict, name)
+    return getattr(pool, name)

@@ -20,7 +20,7 @@ import sys
 from gem_ds.evaluate.sandbox.wire import TYPE_CHECKING, Channel, Decoder, Encoder, contents
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
     from typing import Any
 
     from gem_ds.evaluate.sandbox.wire import Reference
@@ -33,6 +33,7 @@ SYMMETRIC = (
     *("pow", "matmul", "and_", "or_", "xor"),
 )
 UNARY = ("neg", "pos", "abs", "invert")
+ITEMS = ("getitem", "setitem", "delitem")
 
 
 def main(job: int, channel: int) -> None:
@@ -46,12 +47,7 @@ def main(job: int, channel: int) -> None:
 
 
 def run(sources: Sequence[str], channel: Channel) -> None:
-    """Runs a program and answers until the judge has no more questions.
-
-    Args:
-        sources: The setup, the program, and whatever else is to be run in the same namespace.
-        channel: The way to the judge.
-    """
+    """Runs sources in one namespace, and answers until the judge has no more questions."""
     module = type(sys)(MODULE)
     sys.modules[MODULE] = module
     service = _Service(module.__dict__, channel)
@@ -77,13 +73,10 @@ class _Service:
         self._lent: list[Any] = []
         self._operations: dict[str, Callable[..., Any]] = {
             "call": lambda function, /, *args, **kwargs: function(*args, **kwargs),
-            "getitem": operator.getitem,
-            "setitem": operator.setitem,
-            "delitem": operator.delitem,
-            "take": _take,
+            "take": lambda items, count: list(itertools.islice(items, count)),  # less at the end
             **{f.__name__: f for f in (getattr, setattr, isinstance, iter, len, hash)},
             **{f.__name__: f for f in (bool, int, float, str, repr)},
-            **{name: getattr(operator, name) for name in (*SYMMETRIC, *UNARY)},
+            **{name: getattr(operator, name) for name in (*SYMMETRIC, *UNARY, *ITEMS)},
         }
 
     def answer(self) -> bool:
@@ -150,8 +143,3 @@ class _Borrowed:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._service.call_judge(self.number, args, kwargs)
-
-
-def _take(iterator: Iterator[Any], count: int) -> list[Any]:
-    """The next items, fewer than `count` only at the end."""
-    return list(itertools.islice(iterator, count))

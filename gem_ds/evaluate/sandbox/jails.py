@@ -9,19 +9,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
-from gem_ds.evaluate.sandbox import (
-    candidate,
-    confine,
-    kernel,
-    landlock,
-    processes,
-    room,
-    seccomp,
-)
-from gem_ds.evaluate.sandbox.identity import lend
+from gem_ds.evaluate.sandbox import candidate, confine, kernel, room
+from gem_ds.evaluate.sandbox.processes import ProcessTable, adopt_orphans, fork
 
 ENVIRONMENT = {
     "HOME": "/tmp",
@@ -30,11 +22,23 @@ ENVIRONMENT = {
     "PATH": "/usr/bin:/bin",
     "PYTHONHASHSEED": "0",  # the same sample gets the same verdict
 }
-PYTHON_FLAGS = ("-s", "-S", "-P")
+
+
+def command(folder: str, module: str, function: str, *arguments: object) -> list[str]:
+    """A fresh interpreter that calls a function of ours, found in `folder` and nothing else there.
+
+    The folder may be that of all installed packages, from which programs are not to import.
+    """
+    source = f"import sys; sys.path.append({folder!r}); "
+    source += f"from gem_ds.evaluate.sandbox.{module} import {function}; sys.path.pop(); "
+    source += f"{function}(*{arguments})"
+    return [room.interpreter(), "-s", "-S", "-P", "-c", source]
 
 
 class Jail(Protocol):
     """What `gem_ds.evaluate.sandbox.server` asks of a level."""
+
+    processes: ProcessTable
 
     def start_judge(self, judge: Callable[[], None]) -> int:
         """Runs `judge` in a new process of the returned number."""
@@ -44,9 +48,6 @@ class Jail(Protocol):
 
         Of the judge's open files the candidate keeps these two. Returns its process's number.
         """
-
-    def memory_in_use(self) -> int:
-        """Bytes that the server's descendants hold for themselves."""
 
     def clear(self) -> None:
         """Ends what is left when the judge's process has ended."""
@@ -62,15 +63,16 @@ class NamespaceJail:
 
     def __init__(self, fresh: bool) -> None:
         self._fresh = fresh
-        self._filter = seccomp.Filter()
+        self._filter = confine.SystemCallFilter()
         self._room = room.enter()
+        self.processes = self._room.processes
         sys.path[:] = [folder for folder in sys.path if not folder.startswith(room.SCRATCH)]
-        confine.prepare()
+        confine.limit()
 
     def start_judge(self, judge: Callable[[], None]) -> int:
         """See `Jail`."""
         room.enter_cell()
-        pid = processes.fork(judge)
+        pid = fork(judge)
         room.leave_cell(self._room)
         return pid
 
@@ -79,11 +81,7 @@ class NamespaceJail:
         os.setpgid(0, 0)  # signals to one's own group would leave the pid namespace
         confine.drop_privileges(self._room.identity)
         self._filter.install()
-        return processes.fork(lambda: self._become_candidate(job, channel, memory_mb))
-
-    def memory_in_use(self) -> int:
-        """See `Jail`."""
-        return self._room.processes.memory_of_descendants()
+        return fork(lambda: self._become_candidate(job, channel, memory_mb))
 
     def clear(self) -> None:
         """See `Jail`; the kernel has done it."""
@@ -93,19 +91,8 @@ class NamespaceJail:
         confine.limit_memory(memory_mb)
         os.chdir(room.SCRATCH[0])
         if self._fresh:
-            for descriptor in (job, channel):
-                os.set_inheritable(descriptor, True)
-            command = fresh_command(job, channel)
-            os.execve(command[0], command, ENVIRONMENT)
+            _become_fresh(job, channel, ENVIRONMENT)
         candidate.main(job, channel)
-
-
-def fresh_command(job: int, channel: int) -> list[str]:
-    """The command line of a fresh interpreter that becomes the candidate in a room."""
-    source = f"import sys; sys.path.append({room.CODE!r}); "
-    source += "from gem_ds.evaluate.sandbox.candidate import main; sys.path.pop(); "
-    source += f"main({job}, {channel})"
-    return [room.interpreter(), *PYTHON_FLAGS, "-c", source]
 
 
 class BubblewrapJail:
@@ -116,61 +103,52 @@ class BubblewrapJail:
     """
 
     def __init__(self, fresh: bool) -> None:
-        self._filter = seccomp.Filter()
+        self._filter = confine.SystemCallFilter()
         programs = [f"{folder}/bwrap" for folder in os.defpath.split(":")]
-        self._program = next((path for path in programs if os.access(path, os.X_OK)), None)
-        if self._program is None:
+        program = next((path for path in programs if os.access(path, os.X_OK)), None)
+        if program is None:
             raise FileNotFoundError("bubblewrap is not installed (apt-get install bubblewrap)")
-        self._identity, self._judge_identity = lend(list(room.sources()))
-        self._processes = processes.ProcessTable()
-        processes.adopt_orphans()
-        confine.prepare(_num_others(self._processes, self._identity))
+        self._program = program
+        self._identity, self._judge_identity, self.processes = _settle(room.sources())
 
     def start_judge(self, judge: Callable[[], None]) -> int:
         """See `Jail`."""
-        return processes.fork(judge)
+        return fork(judge)
 
     def start_candidate(self, job: int, channel: int, memory_mb: int) -> int:
         """See `Jail`."""
-        pid = processes.fork(lambda: self._become_bubblewrap(job, channel, memory_mb))
+        pid = fork(lambda: self._become_bubblewrap(job, channel, memory_mb))
         confine.drop_privileges(self._judge_identity)
         self._filter.install()
         return pid
 
-    def memory_in_use(self) -> int:
-        """See `Jail`."""
-        return self._processes.memory_of_descendants()
-
     def clear(self) -> None:
         """See `Jail`."""
-        processes.end_descendants(self._identity)
+        self.processes.end_descendants(self._identity)
 
     def _become_bubblewrap(self, job: int, channel: int, memory_mb: int) -> None:
         confine.keep_only([job, channel])
         confine.limit_memory(memory_mb)
         confine.drop_privileges(self._identity)
         rules = self._filter.as_file()
-        for descriptor in (job, channel, rules):
-            os.set_inheritable(descriptor, True)
-        command = [*self._command(rules), "--", *fresh_command(job, channel)]
-        os.execve(command[0], command, {})  # no environment: its first process keeps it in sight
+        os.set_inheritable(rules, True)
+        # No environment: its first process keeps it in sight.
+        _become_fresh(job, channel, {}, [*self._command(rules), "--"])
 
     def _command(self, rules: int) -> list[str]:
-        assert self._program is not None
-        scratch = str(room.SCRATCH_MB << 20)
-        command = [self._program, "--unshare-all", "--new-session", "--die-with-parent"]
+        words = [self._program, "--unshare-all", "--new-session", "--die-with-parent"]
         for source, target in room.sources().items():
             if os.path.islink(source) and os.path.isdir(source):
-                command += ["--symlink", os.readlink(source), target]
+                words += ["--symlink", os.readlink(source), target]
             else:
-                command += ["--ro-bind", source, target]
+                words += ["--ro-bind", source, target]
         for device in room.DEVICES:
-            command += ["--dev-bind", device, device]
+            words += ["--dev-bind", device, device]
         for folder in room.SCRATCH:
-            command += ["--size", scratch, "--tmpfs", folder]
+            words += ["--size", str(room.SCRATCH_MB << 20), "--tmpfs", folder]
         for name, value in ENVIRONMENT.items():
-            command += ["--setenv", name, value]
-        return [*command, "--remount-ro", "/", "--chdir", room.SCRATCH[0], "--seccomp", str(rules)]
+            words += ["--setenv", name, value]
+        return [*words, "--remount-ro", "/", "--chdir", room.SCRATCH[0], "--seccomp", str(rules)]
 
 
 class LandlockJail:
@@ -182,14 +160,11 @@ class LandlockJail:
     """
 
     def __init__(self, fresh: bool) -> None:
-        self._filter = seccomp.Filter()
-        landlock.version()
+        self._filter = confine.SystemCallFilter()
+        confine.landlock_version()
         self._readable = list(room.sources())
-        self._identity, self._judge_identity = lend(self._readable)
-        self._processes = processes.ProcessTable()
+        self._identity, self._judge_identity, self.processes = _settle(self._readable)
         self._scratch = ""
-        processes.adopt_orphans()
-        confine.prepare(_num_others(self._processes, self._identity))
 
     def start_judge(self, judge: Callable[[], None]) -> int:
         """See `Jail`."""
@@ -197,23 +172,19 @@ class LandlockJail:
         os.mkdir(self._scratch, 0o700)
         if self._identity is not None:
             os.chown(self._scratch, self._identity, self._identity)
-        return processes.fork(judge)
+        return fork(judge)
 
     def start_candidate(self, job: int, channel: int, memory_mb: int) -> int:
         """See `Jail`."""
-        processes.adopt_orphans()
-        pid = processes.fork(lambda: self._become_candidate(job, channel, memory_mb))
+        adopt_orphans()
+        pid = fork(lambda: self._become_candidate(job, channel, memory_mb))
         confine.drop_privileges(self._judge_identity)
         self._filter.install()
         return pid
 
-    def memory_in_use(self) -> int:
-        """See `Jail`."""
-        return self._processes.memory_of_descendants()
-
     def clear(self) -> None:
         """See `Jail`."""
-        processes.end_descendants(self._identity)
+        self.processes.end_descendants(self._identity)
         import shutil  # here, because its libraries would make each fork dearer at every level
 
         shutil.rmtree(self._scratch, ignore_errors=True)  # the candidate may have been before us
@@ -222,7 +193,7 @@ class LandlockJail:
         os.setsid()
         os.chdir(self._scratch)
         kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
-        landlock.restrict(self._readable, [self._scratch, *room.DEVICES])
+        confine.keep_files(self._readable, [self._scratch, *room.DEVICES])
         confine.keep_only([job, channel])
         confine.limit_memory(memory_mb)
         confine.drop_privileges(self._identity)
@@ -231,9 +202,24 @@ class LandlockJail:
         candidate.main(job, channel)
 
 
-def _num_others(table: processes.ProcessTable, identity: int | None) -> int:
-    """The threads that count with those of a candidate who is this user, or has an identity."""
-    return table.threads_of(os.getuid()) if identity is None else 0
+def _become_fresh(
+    job: int, channel: int, environment: dict[str, str], prefix: Iterable[str] = ()
+) -> None:
+    """Becomes a fresh interpreter in a room, started by another program if there is a prefix."""
+    for descriptor in (job, channel):
+        os.set_inheritable(descriptor, True)
+    words = [*prefix, *command(room.CODE, "candidate", "main", job, channel)]
+    os.execve(words[0], words, environment)
+
+
+def _settle(paths: Iterable[str]) -> tuple[int | None, int | None, ProcessTable]:
+    """Prepares a server that has no room of ours; identities of candidate and judge come back."""
+    identity, judge_identity = room.lend(list(paths))
+    table = ProcessTable()
+    adopt_orphans()
+    # Where the candidate is this user, his other threads count with its own.
+    confine.limit(table.threads_of(os.getuid()) if identity is None else 0)
+    return identity, judge_identity, table
 
 
 JAILS: dict[str, Callable[[bool], Jail]] = {

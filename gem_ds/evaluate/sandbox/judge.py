@@ -21,13 +21,13 @@ import importlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gem_ds.evaluate.sandbox.candidate import SYMMETRIC, UNARY
+from gem_ds.evaluate.sandbox.candidate import ITEMS, SYMMETRIC, UNARY
 from gem_ds.evaluate.sandbox.wire import Channel, Decoder, Encoder, WireError, refill
 
 if TYPE_CHECKING:
     from gem_ds.evaluate.sandbox.wire import Reference
 
-MAX_DETAIL = 300  # characters
+_MAX_DETAIL = 300  # characters
 _MAX_TAKEN = 1024  # items of an iterator at once
 
 
@@ -64,7 +64,7 @@ def judge(
     Returns:
         The status, a line that explains it, and whether the candidate's own code had a say.
     """
-    jail = _Jail(channel, had_a_say or len(names) > 1)
+    jail = _Conversation(channel, had_a_say or len(names) > 1)
     where = "the program"
     try:
         jail.wait_until_ready()
@@ -84,25 +84,23 @@ def judge(
         return "in_jail", "", True
     except BaseException as error:
         status = "crashed" if isinstance(error, MemoryError) and error is jail.raised else "failed"
-        return status, one_line(f"{where}: {_describe(error, jail)}"), jail.had_a_say
+        return status, _describe(where, error, jail), jail.had_a_say
     return "passed", "", jail.had_a_say
 
 
-def one_line(text: str) -> str:
-    """Text of unknown origin, made fit for a report."""
-    text = " ".join(text.split())[:MAX_DETAIL]
-    return "".join(character if character.isprintable() else "?" for character in text)
+def _describe(where: str, error: BaseException, jail: _Conversation) -> str:
+    """One line of printable characters, made of text of unknown origin."""
+    if error is jail.raised:  # whose arguments may be the candidate's: they are not asked
+        text = f"the program raised {jail.raised_text}"
+    elif isinstance(error, AssertionError) and not error.args:
+        text = "the assertion is false"
+    else:
+        text = f"{type(error).__name__}: {error}"
+    line = " ".join(f"{where}: {text}".split())[:_MAX_DETAIL]
+    return "".join(character if character.isprintable() else "?" for character in line)
 
 
-def _describe(error: BaseException, jail: _Jail) -> str:
-    if error is jail.raised:
-        return f"the program raised {jail.raised_text}"
-    if isinstance(error, AssertionError) and not error.args:
-        return "the assertion is false"
-    return f"{type(error).__name__}: {error}"
-
-
-class _Jail:
+class _Conversation:
     """The conversation with the candidate."""
 
     def __init__(self, channel: Channel, had_a_say: bool) -> None:
@@ -223,10 +221,10 @@ def _update(objects: Sequence[Any], states: Any) -> None:
 class Remote:
     """A name or an object of the candidate's; see the module's description."""
 
-    _jail: _Jail
+    _jail: _Conversation
     _reference: Reference
 
-    def __init__(self, jail: _Jail, reference: Reference) -> None:
+    def __init__(self, jail: _Conversation, reference: Reference) -> None:
         vars(self).update(_jail=jail, _reference=reference)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -239,18 +237,6 @@ class Remote:
         if name.startswith("__"):
             raise AttributeError(name)
         return self._jail.ask("getattr", self, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self._jail.ask("setattr", self, name, value)
-
-    def __getitem__(self, key: Any) -> Any:
-        return self._jail.ask("getitem", self, key)
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self._jail.ask("setitem", self, key, value)
-
-    def __delitem__(self, key: Any) -> None:
-        self._jail.ask("delitem", self, key)
 
     def __iter__(self) -> Iterator[Any]:
         iterator = self._jail.ask("iter", self)
@@ -282,35 +268,25 @@ class Remote:
         return int(self._jail.ask("hash", self))
 
 
-def _asking(operation: str) -> Callable[[Remote], Any]:
-    def method(self: Remote) -> Any:
-        return self._jail.ask(operation, self)
-
-    return method
-
-
 def _asking_about_two(operation: str) -> Callable[[Remote, object], Any]:
     def method(self: Remote, other: object) -> Any:
-        if type(other) is not Remote:
-            if not _is_plain(other):
-                raise NeedsJailError
-            return NotImplemented
-        self._jail.had_a_say = True
-        return self._jail.ask(operation, self, other)
+        if type(other) is Remote:
+            self._jail.had_a_say = True
+            return self._jail.ask(operation, self, other)
+        try:
+            Encoder().encode(other)
+        except WireError as error:  # what could not be sent is compared by its own code
+            raise NeedsJailError from error
+        return NotImplemented
 
     return method
 
 
-def _is_plain(value: object) -> bool:
-    """Whether the tests' own value could be sent; what could not is compared by its own code."""
-    try:
-        Encoder().encode(value)
-    except WireError:
-        return False
-    return True
+def _asking(operation: str) -> Callable[..., Any]:
+    return lambda self, *args: self._jail.ask(operation, self, *args)
 
 
-for _name in ("len", "bool", "int", "float", "str", "repr", *UNARY):
+for _name in (*UNARY, *("len", "bool", "int", "float", "str", "repr", "setattr"), *ITEMS):
     setattr(Remote, f"__{_name}__", _asking(_name))
 for _name in SYMMETRIC:
     setattr(Remote, f"__{_name.rstrip('_')}__", _asking_about_two(_name))

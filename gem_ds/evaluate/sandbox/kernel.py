@@ -1,9 +1,13 @@
-"""The Linux system calls of the sandbox that Python 3.11 has no function for, through ctypes."""
+"""The Linux system calls of the sandbox that Python 3.11 has no function for, through ctypes.
+
+Each raises `OSError` where it fails.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import struct
 
 CLONE_NEWNS = 0x00020000
 CLONE_NEWUTS = 0x04000000
@@ -24,81 +28,71 @@ PR_CAPBSET_DROP = 24
 PR_SET_CHILD_SUBREAPER = 36
 PR_SET_NO_NEW_PRIVS = 38
 
+AT_FDCWD = -100
+AT_RECURSIVE = 0x8000
+
 MACHINE = os.uname().machine
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
-_MOUNT_SETATTR = 442  # one number on all architectures, as all later ones
-_AT_RECURSIVE = 0x8000
-_AT_FDCWD = -100
+_OPEN_TREE, _MOVE_MOUNT, _MOUNT_SETATTR = 428, 429, 442  # on all architectures, as all later ones
+_OPEN_TREE_CLONE, _MOVE_MOUNT_F_EMPTY_PATH = 1, 4
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _capset = _libc.capset
 
 
-class _MountAttr(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_uint64) for name in ("set", "clear", "propagation", "userns_fd")]
-
-
-class _CapHeader(ctypes.Structure):
-    _fields_ = [("version", ctypes.c_uint32), ("pid", ctypes.c_int)]
-
-
-class _CapData(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_uint32) for name in ("effective", "permitted", "inheritable")]
-
-
-_CAP_HEADER = _CapHeader(version=0x20080522)
-_NO_CAPABILITIES = (_CapData * 2)()
+_CAP_HEADER = struct.pack("=Ii", 0x20080522, 0)  # version 3, of the calling process
+_NO_CAPABILITIES = bytes(2 * 12)
 
 
 def syscall(number: int, *arguments: object) -> int:
-    """A system call by number.
-
-    Raises:
-        OSError: It failed.
-    """
+    """A system call by number."""
     return _checked(_libc.syscall(number, *arguments), f"system call {number}")
 
 
 def unshare(flags: int) -> None:
-    """Gives the calling process new namespaces; raises `OSError`."""
+    """Gives the calling process new namespaces."""
     _checked(_libc.unshare(flags), "unshare")
 
 
 def setns(descriptor: int, kind: int) -> None:
-    """Joins the namespace that an open file stands for; raises `OSError`."""
+    """Joins the namespace that an open file stands for."""
     _checked(_libc.setns(descriptor, kind), "setns")
 
 
 def mount(source: str, target: str, kind: str = "", flags: int = 0, options: str = "") -> None:
-    """Mounts; raises `OSError`."""
+    """Mounts."""
     arguments = [os.fsencode(text) or None for text in (source, target, kind)]
     result = _libc.mount(*arguments, ctypes.c_ulong(flags), options.encode() or None)
     _checked(result, f"mount {target}")
 
 
-def unmount(target: str) -> None:
-    """Takes a mount, with all below it, out of sight; raises `OSError`."""
-    _checked(_libc.umount2(os.fsencode(target), MNT_DETACH), f"umount {target}")
-
-
 def restrict_mount(target: str, attributes: int, *, recursive: bool) -> None:
-    """Sets MOUNT_ATTR_* on a mount, and on those below it; raises `OSError`."""
-    attr = _MountAttr(set=attributes)
-    flags = _AT_RECURSIVE if recursive else 0
-    path = os.fsencode(target)
-    syscall(_MOUNT_SETATTR, _AT_FDCWD, path, flags, ctypes.byref(attr), ctypes.sizeof(attr))
+    """Sets MOUNT_ATTR_* on a mount, and on those below it."""
+    attr = struct.pack("=4Q", attributes, 0, 0, 0)  # struct mount_attr: what is to be set
+    flags = AT_RECURSIVE if recursive else 0
+    syscall(_MOUNT_SETATTR, AT_FDCWD, os.fsencode(target), flags, attr, len(attr))
+
+
+def open_tree(path: str) -> int:
+    """An open file that stands for a copy of what is mounted at and below a path."""
+    return syscall(_OPEN_TREE, AT_FDCWD, path.encode(), AT_RECURSIVE | _OPEN_TREE_CLONE)
+
+
+def move_mount(tree: int, path: str) -> None:
+    """Mounts what `open_tree` returned."""
+    syscall(_MOVE_MOUNT, tree, b"", AT_FDCWD, path.encode(), _MOVE_MOUNT_F_EMPTY_PATH)
 
 
 def pivot_root(new_root: str) -> None:
-    """Makes the mount `new_root` the root, and drops the old one; raises `OSError`."""
+    """Makes the mount `new_root` the root, and drops the old one."""
     os.chdir(new_root)
     syscall(_PIVOT_ROOT[MACHINE], b".", b".")
-    unmount(".")
+    _checked(_libc.umount2(b".", MNT_DETACH), "umount the old root")
     os.chdir("/")
 
 
 def prctl(option: int, argument: int = 0, pointer: object = None) -> None:
-    """Sets an attribute of the calling process; raises `OSError`."""
+    """Sets an attribute of the calling process."""
     zero = ctypes.c_ulong(0)
     result = _libc.prctl(option, ctypes.c_ulong(argument), pointer or zero, zero, zero)
     _checked(result, f"prctl {option}")
@@ -119,8 +113,8 @@ def drop_bounding_set() -> None:
 
 
 def drop_capabilities() -> None:
-    """Gives up every capability; raises `OSError`."""
-    _checked(_capset(ctypes.byref(_CAP_HEADER), _NO_CAPABILITIES), "capset")
+    """Gives up every capability."""
+    _checked(_capset(_CAP_HEADER, _NO_CAPABILITIES), "capset")
 
 
 def _checked(result: int, what: str) -> int:

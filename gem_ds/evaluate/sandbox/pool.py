@@ -1,26 +1,32 @@
 """The caller's side: workers, and the order of jobs and verdicts.
 
 The calling process may hold torch and a model: it never forks, it only starts one server per worker
-(`evaluate.sandbox.server`) and passes it files. Each worker is given its next job while it is at
-one.
+(`gem_ds.evaluate.sandbox.server`) and passes it files. Each worker is given its next job while it
+is at one.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import os
 import select
+import socket
+import subprocess
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from types import TracebackType
 
-from gem_ds.evaluate.sandbox.verdict import Program, SandboxUnavailableError, Verdict
-from gem_ds.evaluate.sandbox.worker import GRACE, Job, Worker
+from gem_ds.evaluate.sandbox.jails import ENVIRONMENT, command
+from gem_ds.evaluate.sandbox.program import Job, Program, SandboxUnavailableError, Verdict
+from gem_ds.evaluate.sandbox.room import code_folder
+from gem_ds.evaluate.sandbox.wire import Decoder, Encoder
 
 LEVELS = ("bubblewrap", "namespaces", "landlock")  # the best first
 WEAK_LEVELS = ("landlock",)
 _PROBE = Program("def double(x): return 2 * x", ("assert double(4) == 8",), timeout=30.0)
+_GRACE = 60.0  # seconds after a job's time in which its server must have answered
+_AHEAD = 2  # jobs that a worker has at once
 _MAX_OPEN = 256  # jobs between the one to yield next and the last one read
 
 
@@ -89,11 +95,10 @@ class Sandbox:
                 f"The isolation level {isolation!r} is weak: accept it by --allow-weak-sandbox."
             )
         self.isolation = isolation or best_level(allow_weak)
-        self._fresh = fresh
-        self._workers: list[Worker] = []
+        self._workers: list[_Worker] = []
         try:
             for number in range(min(num_workers, num_processors())):
-                self._workers.append(Worker(self.isolation, fresh, number))
+                self._workers.append(_Worker(self.isolation, fresh, number))
         except OSError as error:
             self.close()
             raise SandboxUnavailableError(
@@ -103,12 +108,7 @@ class Sandbox:
     def __enter__(self) -> Sandbox:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -119,7 +119,7 @@ class Sandbox:
 
     def processes(self) -> list[int]:
         """The process of each worker's server."""
-        return [worker.pid for worker in self._workers]
+        return [worker.process.pid for worker in self._workers]
 
     def check_all(self, programs: Iterable[Program]) -> Iterator[Verdict]:
         """The verdicts on programs, in their order, each as soon as it and those before are there.
@@ -146,7 +146,7 @@ class Sandbox:
             if open_jobs or not self._idlest().has_room:  # for what an earlier call has left
                 self._collect()
 
-    def _idlest(self) -> Worker:
+    def _idlest(self) -> _Worker:
         return min(self._workers, key=lambda worker: len(worker.jobs))
 
     def _collect(self) -> None:
@@ -155,12 +155,103 @@ class Sandbox:
         poller = select.poll()
         for descriptor in busy:
             poller.register(descriptor, select.POLLIN)
-        patience = GRACE + max(worker.jobs[0].program.timeout for worker in busy.values())
+        patience = _GRACE + max(worker.jobs[0].program.timeout for worker in busy.values())
         ready = [busy[descriptor] for descriptor, _ in poller.poll(1000 * patience)]
         for worker in ready or busy.values():
             if not ready:
-                worker.kill()
+                worker.process.kill()
             worker.collect()
+
+
+class _Worker:
+    """A server's process, and the jobs that it has."""
+
+    def __init__(self, level: str, fresh: bool, number: int) -> None:
+        processors = sorted(os.sched_getaffinity(0))  # another run beside this begins elsewhere
+        self._arguments = (level, fresh, processors[(os.getpid() + number) % len(processors)])
+        self.jobs: deque[Job] = deque()
+        self._reports: deque[int] = deque()
+        self._start()
+
+    @property
+    def has_room(self) -> bool:
+        """Whether it can be given another job now."""
+        return len(self.jobs) < _AHEAD
+
+    def _start(self) -> None:
+        self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self.process = subprocess.Popen(
+                command(code_folder(), "server", "serve", theirs.fileno(), *self._arguments),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=ENVIRONMENT,
+                cwd="/",
+                pass_fds=[theirs.fileno()],
+            )
+        hello = self.control.recv(4096)
+        problem = Decoder().decode(hello) if hello else "its server ended"
+        if problem:
+            self.close()
+            raise OSError(problem)
+
+    def submit(self, job: Job) -> None:
+        """Gives the server a job, which it may start on later."""
+        files = [_file_of(message) for message in job.messages()]
+        report, written = os.pipe()
+        limits = Encoder().encode((job.program.timeout, job.program.memory_mb))
+        with contextlib.suppress(OSError):  # if the server has ended, `collect` will see it
+            socket.send_fds(self.control, [limits], [*files, written])
+        for file in (*files, written):
+            os.close(file)
+        self.jobs.append(job)
+        self._reports.append(report)
+
+    def collect(self) -> None:
+        """Settles the oldest job by the server's answer, or starts anew where there is none."""
+        try:
+            answer = self.control.recv(4096)
+        except OSError:
+            answer = b""
+        if not answer:
+            self._recover()
+            return
+        job = self.jobs.popleft()
+        with os.fdopen(self._reports.popleft(), "rb") as report:
+            job.settle(Decoder().decode(answer), report.read())
+        if job.verdict is None:
+            self.submit(job)
+
+    def _recover(self) -> None:
+        """Replaces a server that ended; the job that it was at gets one more try."""
+        self.close()
+        jobs, self.jobs = self.jobs, deque()
+        jobs[0].num_lost += 1
+        self._start()
+        for job in jobs:
+            if job.num_lost > 1:
+                job.settle("judged", b"")
+            else:
+                self.submit(job)
+
+    def close(self) -> None:
+        """Ends the server, and with it all that it started."""
+        self.control.close()
+        while self._reports:
+            os.close(self._reports.popleft())
+        try:
+            self.process.wait(timeout=_GRACE)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def _file_of(message: bytes) -> int:
+    """An open file in memory that holds a message."""
+    file = os.memfd_create("job", os.MFD_CLOEXEC)
+    os.write(file, message)
+    return file
 
 
 def num_processors() -> int:

@@ -32,35 +32,6 @@ def adopt_orphans() -> None:
     kernel.prctl(kernel.PR_SET_CHILD_SUBREAPER, 1)
 
 
-def end_descendants(identity: int | None) -> None:
-    """Kills all that descends from the caller, an adopter of orphans.
-
-    Processes may start others faster than one can list them. If all of them, and nothing else,
-    have an identity of their own, they are killed at one stroke; else each is first forbidden to
-    start more.
-    """
-    table = ProcessTable()
-    try:
-        while doomed := table.descendants():
-            if identity is not None:
-                os.waitpid(fork(lambda: _kill_all_of(identity)), 0)
-            for pid in doomed:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    resource.prlimit(pid, resource.RLIMIT_NPROC, (0, 0))
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            for pid in set(doomed) & set(table.children()):
-                os.waitpid(pid, 0)
-    finally:
-        table.close()
-
-
-def _kill_all_of(identity: int) -> None:
-    os.setresuid(identity, identity, identity)
-    with contextlib.suppress(ProcessLookupError):  # if there is none
-        os.kill(-1, signal.SIGKILL)
-
-
 class Reaper:
     """Waits for what ends below the caller, so that it does not go on counting as a process.
 
@@ -106,16 +77,12 @@ class ProcessTable:
         self._folder = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
         self._inherited = self._own_memory("self")
 
-    def close(self) -> None:
-        """Closes the folder."""
-        os.close(self._folder)
-
     def memory_of_descendants(self) -> int:
         """Bytes that the caller's descendants hold, beyond what they inherited and files.
 
         Memory that some of them share counts for each.
         """
-        own = (self._own_memory(str(pid)) for pid in self.descendants())
+        own = (self._own_memory(str(pid)) for pid in self._descendants())
         return sum(max(0, size - self._inherited) for size in own)
 
     def threads_of(self, uid: int) -> int:
@@ -128,15 +95,33 @@ class ProcessTable:
                 count += int(status["Threads"][0])
         return count
 
-    def descendants(self) -> list[int]:
+    def end_descendants(self, identity: int | None) -> None:
+        """Kills all that descends from the caller, an adopter of orphans.
+
+        Processes may start others faster than one can list them. If all of them, and nothing else,
+        have an identity of their own, they are killed at one stroke; else each is first forbidden
+        to start more.
+        """
+        while doomed := self._descendants():
+            if identity is not None:
+                os.waitpid(fork(lambda: _kill_all_of(identity)), 0)
+            for pid in doomed:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    resource.prlimit(pid, resource.RLIMIT_NPROC, (0, 0))
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            for pid in set(doomed) & set(self._children()):
+                os.waitpid(pid, 0)
+
+    def _descendants(self) -> list[int]:
         """The caller's children, theirs and so on, as they are numbered outside."""
-        found = self.children()
+        found = self._children()
         for pid in found:  # which grows meanwhile
-            found += self.children(pid)
+            found += self._children(pid)
         return found
 
-    def children(self, pid: int | None = None) -> list[int]:
-        """The children of a process, by default of the caller, as they are numbered outside."""
+    def _children(self, pid: int | None = None) -> list[int]:
+        """The children of a process, by default of the caller."""
         name = os.readlink("self", dir_fd=self._folder) if pid is None else str(pid)
         try:
             tasks = os.open(f"{name}/task", os.O_RDONLY, dir_fd=self._folder)
@@ -166,3 +151,9 @@ class ProcessTable:
             return ""
         finally:
             os.close(descriptor)
+
+
+def _kill_all_of(identity: int) -> None:
+    os.setresuid(identity, identity, identity)
+    with contextlib.suppress(ProcessLookupError):  # if there is none
+        os.kill(-1, signal.SIGKILL)

@@ -19,11 +19,14 @@ import select
 import signal
 import socket
 import struct
+import sys
 import time
+from collections.abc import Callable
 
-from gem_ds.evaluate.sandbox import confine, jails, processes
+from gem_ds.evaluate.sandbox import candidate, confine
+from gem_ds.evaluate.sandbox.jails import JAILS, Jail
 from gem_ds.evaluate.sandbox.judge import judge
-from gem_ds.evaluate.sandbox.warm_up import warm_up
+from gem_ds.evaluate.sandbox.processes import Reaper, fork
 from gem_ds.evaluate.sandbox.wire import Channel, Decoder, Encoder
 
 NUM_FILES = 3  # of a job: what the candidate reads, what the judge reads, where it reports
@@ -38,20 +41,21 @@ _PRELOADED = (  # what programs import most, as far as it is small: each page ma
 )
 
 
-def serve(control: socket.socket, level: str, fresh: bool, processor: int) -> None:
-    """Serves until the parent closes the control socket.
+def serve(descriptor: int, level: str, fresh: bool, processor: int) -> None:
+    """Serves until the parent closes the control socket, which is the open file `descriptor`.
 
-    A message, in the encoding of `evaluate.sandbox.wire`, is (timeout in seconds, memory_mb), with
-    NUM_FILES open files; its answer is why the job ended. One answer comes unasked, at first: the
-    reason why the level cannot be had here, or an empty one.
+    A message is (timeout in seconds, memory_mb), with NUM_FILES open files; its answer is why the
+    job ended. One answer comes unasked, at first: the reason why the level cannot be had here, or
+    an empty one.
     """
+    control = socket.socket(fileno=descriptor)
     # What follows hands work to and fro, and never does two things at once: on one processor the
     # hand-over costs a third less.
     os.sched_setaffinity(0, {processor})
     os.setsid()  # a Ctrl-C is the parent's to handle
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no handler: see `processes.Reaper`
     try:
-        jail = jails.JAILS[level](fresh)
+        jail = JAILS[level](fresh)
     except OSError as error:
         control.send(Encoder().encode(str(error)))
         return
@@ -66,12 +70,11 @@ def serve(control: socket.socket, level: str, fresh: bool, processor: int) -> No
         if not message:
             return
         timeout, memory_mb = Decoder().decode(message)
-        end = _run(jail, control, files, timeout, memory_mb)
-        control.send(Encoder().encode(end))
+        control.send(Encoder().encode(_run(jail, control, files, timeout, memory_mb)))
 
 
 def _run(
-    jail: jails.Jail, control: socket.socket, files: list[int], timeout: float, memory_mb: int
+    jail: Jail, control: socket.socket, files: list[int], timeout: float, memory_mb: int
 ) -> str:
     """Starts one judge, and returns when no process of the job is left."""
     deadline = time.monotonic() + timeout
@@ -92,7 +95,7 @@ def _run(
 
 
 def _watch(
-    jail: jails.Jail, control: socket.socket, judge_pid: int, deadline: float, max_memory: int
+    jail: Jail, control: socket.socket, judge_pid: int, deadline: float, max_memory: int
 ) -> str:
     """Waits for the judge's end, or a reason to make one."""
     judge_end = os.pidfd_open(judge_pid)
@@ -106,7 +109,7 @@ def _watch(
                 return "abandoned"  # by the parent, which has ended
             if judge_end in events:
                 return "judged"
-            if jail.memory_in_use() > max_memory:
+            if jail.processes.memory_of_descendants() > max_memory:
                 return "memory"
         return "timeout"
     finally:
@@ -114,24 +117,58 @@ def _watch(
 
 
 def _judge(
-    jail: jails.Jail,
-    files: list[int],
-    ours: socket.socket,
-    theirs: socket.socket,
-    memory_mb: int,
+    jail: Jail, files: list[int], ours: socket.socket, theirs: socket.socket, memory_mb: int
 ) -> None:
     """The judge's process."""
     job, tests, report = files
     confine.keep_only([*files, ours.fileno(), theirs.fileno()])
-    candidate = jail.start_candidate(job, theirs.fileno(), memory_mb)
+    candidate_pid = jail.start_candidate(job, theirs.fileno(), memory_mb)
     os.close(job)
     os.close(theirs.fileno())
     confine.limit_memory(_JUDGE_MB)
     # What a candidate leaves behind may hold the channel open: it does not answer in its name.
-    reaper = processes.Reaper(candidate, lambda: ours.shutdown(socket.SHUT_RDWR))
+    reaper = Reaper(candidate_pid, lambda: ours.shutdown(socket.SHUT_RDWR))
     channel = Channel(ours.fileno(), reaper.reap)
     arguments = Decoder().decode(os.pread(tests, os.fstat(tests).st_size, 0))
     status, detail, had_a_say = judge(channel, *arguments)
     if status == "crashed" and (exit_status := reaper.wait(_LAST_GRACE)) in _DEATHS:
         detail += f", by {_DEATHS[exit_status]}"
     os.write(report, Encoder().encode((status, detail, had_a_say)))
+
+
+# Warming up
+
+
+def warm_up() -> None:
+    """Plays judge and then candidate in this process, with the other side in a fork of it.
+
+    Python specializes code as it runs and remembers where it found attributes, and the linker
+    binds a function when it is first called. A fork that does so for itself copies the pages that
+    hold it; what the server has done, its forks do faster.
+    """
+
+    def as_judge(channel: Channel) -> None:
+        tests = ("assert f([1, (2.5, 'a')]) == [1, (2.5, 'a')]",) * 16
+        verdict = judge(channel, "", tests, ("f",), (), False)
+        assert verdict == ("passed", "", False), verdict
+
+    def as_candidate(channel: Channel) -> None:
+        candidate.run(("", "def f(x): return x"), channel)
+
+    _converse(as_judge, as_candidate)
+    _converse(as_candidate, as_judge)
+    del sys.modules[candidate.MODULE]
+
+
+def _converse(here: Callable[[Channel], None], there: Callable[[Channel], None]) -> None:
+    ours, theirs = socket.socketpair()
+
+    def other_side() -> None:
+        ours.close()
+        there(Channel(theirs.fileno()))
+
+    pid = fork(other_side)
+    theirs.close()
+    with ours:
+        here(Channel(ours.fileno()))
+    os.waitpid(pid, 0)

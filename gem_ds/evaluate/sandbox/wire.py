@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 16 << 20  # of one message
 MAX_DEPTH = 400  # of nesting; comparing deeper values would exhaust the stack anyway
-_FRAMES = 6 * MAX_DEPTH  # that reading or writing it takes
+_FRAMES = 8 * MAX_DEPTH  # that reading or writing it takes
 _MAX_LIMIT = (1 << 31) - 1  # of recursion, which programs like to set to the most there is
 
 
@@ -46,20 +46,9 @@ class WireError(ValueError):
 
 _SINGLES = {b"N": None, b"1": True, b"0": False, b"E": Ellipsis, b"I": NotImplemented}
 _SINGLE_TAGS = {id(value): tag for tag, value in _SINGLES.items()}
-_FUNCTIONS = {
-    "abs",
-    "all",
-    "any",
-    "chr",
-    "len",
-    "max",
-    "min",
-    "ord",
-    "pow",
-    "repr",
-    "sorted",
-    "sum",
-}
+_TEXT = ("utf-8", "surrogatepass")
+_CALLABLE = (abs, all, any, chr, len, max, min, ord, pow, repr, sorted, sum)
+_FUNCTIONS = {function.__name__ for function in _CALLABLE}
 _BUILTINS = {
     name: value
     for name, value in vars(builtins).items()
@@ -118,13 +107,12 @@ def _refuse(value: object) -> Reference:
     raise WireError(f"a value of type {type(value).__name__} is not plain data")
 
 
-class Encoder:
-    """Writes one message.
+def _meaningless(kind: str, name: Any) -> Any:
+    raise WireError(f"a reference of kind {kind!r} means nothing here")
 
-    Args:
-        refer: Gives the reference of a foreign value, or raises.
-        known: The containers that both sides have numbered already, in order.
-    """
+
+class Encoder:
+    """Writes one message; `known` are the containers that both sides have numbered already."""
 
     def __init__(
         self, refer: Callable[[Any], Reference] = _refuse, known: Iterable[Any] = ()
@@ -135,11 +123,7 @@ class Encoder:
         self._out = bytearray()
 
     def encode(self, value: object) -> bytes:
-        """The message for `value`.
-
-        Raises:
-            WireError: It is nested too deeply, is too large, or holds what has no reference.
-        """
+        """The message for `value`; raises `WireError` if it is too large or too deep."""
         limit = sys.getrecursionlimit()
         sys.setrecursionlimit(min(limit + _FRAMES, _MAX_LIMIT))
         try:
@@ -153,20 +137,17 @@ class Encoder:
             raise WireError(f"a value is nested more than {MAX_DEPTH} deep")
         if len(self._out) > MAX_BYTES:
             raise WireError(f"a value takes more than {MAX_BYTES >> 20} MiB")
-        tag = _SINGLE_TAGS.get(id(value))
-        if tag is not None:
-            self._out += tag
-            return
         kind = type(value)
-        writer = _WRITERS.get(kind)
-        if writer is not None:
+        if (tag := _SINGLE_TAGS.get(id(value))) is not None:
+            self._out += tag
+        elif (writer := _WRITERS.get(kind)) is not None:
             writer(self, value, depth)
         else:
             self._write_rare(value, kind, depth)
 
     def _write_rare(self, value: Any, kind: type, depth: int) -> None:
         name = f"{kind.__module__}.{kind.__qualname__}"
-        if _listed(name) is kind and not _has_zone_or_fold(value):
+        if _is_constructed(value, name):
             self._write_bytes(b"X", name.encode())
             self._write(_CONSTRUCTED[name](value), depth + 1)
         elif kind in _VIEWS:
@@ -174,49 +155,39 @@ class Encoder:
         elif id(value) in _BUILTIN_NAMES:
             self._write_bytes(b"t", _BUILTIN_NAMES[id(value)].encode())
         elif issubclass(kind, tuple) and isinstance(getattr(kind, "_fields", None), tuple):
-            self._put(b"U")
+            self._out += b"U"
             self._write((kind.__name__, kind._fields), depth + 1)  # type: ignore[attr-defined]
             self._write_items(b"(", tuple.__iter__(value), depth)
+        elif base := next((base for base in _WRITERS if issubclass(kind, base)), None):
+            _WRITERS[base](self, value, depth)
         else:
-            base = next((base for base in _WRITERS if issubclass(kind, base)), None)
-            if base is not None:
-                _WRITERS[base](self, value, depth)
-            else:
-                self._put(b"R")
-                self._write(self._refer(value), depth + 1)
-
-    def _put(self, tag: bytes, data: bytes = b"") -> None:
-        self._out += tag
-        self._out += data
-
-    def _write_int(self, value: int, depth: int) -> None:
-        size = int.bit_length(value) // 8 + 1
-        self._write_bytes(b"i", int.to_bytes(value, size, "little", signed=True))
+            self._out += b"R"
+            self._write(self._refer(value), depth + 1)
 
     def _write_bytes(self, tag: bytes, data: bytes) -> None:
         if len(data) > MAX_BYTES:
             raise WireError(f"a value takes more than {MAX_BYTES >> 20} MiB")
-        self._put(tag, _packed(len(data)))
+        self._out += tag + _packed(len(data))
         self._out += data
 
     def _write_items(self, tag: bytes, items: Iterable[Any], depth: int) -> None:
         items = tuple(items)
-        self._put(tag, _packed(len(items)))
+        self._out += tag + _packed(len(items))
         for item in items:
             self._write(item, depth + 1)
 
     def _write_mutable(self, value: Any, depth: int) -> None:
         number = self._numbers.get(id(value))
         if number is not None:
-            self._put(b"r", _packed(number))
+            self._out += b"r" + _packed(number)
             return
         self._numbers[id(value)] = len(self.objects)
         self.objects.append(value)
         counter = getattr(sys.modules.get("collections"), "Counter", None)
         if counter is not None and isinstance(value, counter):
-            self._put(_COUNTER)
+            self._out += _COUNTER
         else:
-            self._put(next(tag for kind, tag in _MUTABLE.items() if isinstance(value, kind)))
+            self._out += next(tag for kind, tag in _MUTABLE.items() if isinstance(value, kind))
         if isinstance(value, deque):
             self._write(value.maxlen, depth + 1)
         elif isinstance(value, defaultdict):
@@ -228,43 +199,35 @@ def _packed(length: int) -> bytes:
     return length.to_bytes(4, "little")
 
 
+def _int_bytes(value: int) -> bytes:
+    return int.to_bytes(value, int.bit_length(value) // 8 + 1, "little", signed=True)
+
+
+def _is_constructed(value: Any, name: str) -> bool:
+    """Whether it is of the class of that name in `_CONSTRUCTED`, and no moment in a time zone."""
+    module, _, attribute = name.rpartition(".")
+    return (
+        name in _CONSTRUCTED
+        and getattr(sys.modules.get(module), attribute, None) is type(value)
+        and getattr(value, "tzinfo", None) is None
+        and not getattr(value, "fold", 0)
+    )
+
+
 _ALL = slice(None)
 _WRITERS: dict[type, Callable[[Encoder, Any, int], None]] = {
-    int: Encoder._write_int,
-    float: lambda self, value, depth: self._write_bytes(b"f", float.hex(value).encode()),
-    str: lambda self, value, depth: self._write_bytes(
-        b"s", str.encode(value, "utf-8", "surrogatepass")
-    ),
-    bytes: lambda self, value, depth: self._write_bytes(b"b", bytes.__getitem__(value, _ALL)),
-    tuple: lambda self, value, depth: self._write_items(b"(", tuple.__iter__(value), depth),
-    frozenset: lambda self, value, depth: self._write_items(b"Z", frozenset.__iter__(value), depth),
+    int: lambda to, value, depth: to._write_bytes(b"i", _int_bytes(value)),
+    float: lambda to, value, depth: to._write_bytes(b"f", float.hex(value).encode()),
+    str: lambda to, value, depth: to._write_bytes(b"s", str.encode(value, *_TEXT)),
+    bytes: lambda to, value, depth: to._write_bytes(b"b", bytes.__getitem__(value, _ALL)),
+    tuple: lambda to, value, depth: to._write_items(b"(", tuple.__iter__(value), depth),
+    frozenset: lambda to, value, depth: to._write_items(b"Z", frozenset.__iter__(value), depth),
     **dict.fromkeys(_MUTABLE, Encoder._write_mutable),
 }
 
 
-def _has_zone_or_fold(moment: Any) -> bool:
-    return getattr(moment, "tzinfo", None) is not None or getattr(moment, "fold", 0) != 0
-
-
-def _listed(name: str) -> type | None:
-    """The class of that name in `_CONSTRUCTED`, if its module was imported."""
-    module, _, attribute = name.rpartition(".")
-    if name not in _CONSTRUCTED:
-        return None
-    return getattr(sys.modules.get(module), attribute, None)
-
-
-def _meaningless(kind: str, name: Any) -> Any:
-    raise WireError(f"a reference of kind {kind!r} means nothing here")
-
-
 class Decoder:
-    """Reads one message.
-
-    Args:
-        resolve: Makes something of a reference (kind, name), or raises.
-        known: The containers that both sides have numbered already, in order.
-    """
+    """Reads one message; `known` are the containers that both sides have numbered already."""
 
     def __init__(
         self, resolve: Callable[[str, Any], Any] = _meaningless, known: Iterable[Any] = ()
@@ -275,11 +238,7 @@ class Decoder:
         self._at = 0
 
     def decode(self, data: bytes) -> Any:
-        """The value of a message.
-
-        Raises:
-            WireError: The bytes are not a message, whatever they are.
-        """
+        """The value of a message; raises `WireError` if the bytes are none, whatever they are."""
         self._data, self._at = data, 0
         limit = sys.getrecursionlimit()
         sys.setrecursionlimit(min(limit + _FRAMES, _MAX_LIMIT))
@@ -312,21 +271,11 @@ class Decoder:
         tag = self._take(1)
         if tag in _SINGLES:
             return _SINGLES[tag]
-        if tag == b"i":
-            return int.from_bytes(self._take_sized(), "little", signed=True)
-        if tag == b"f":
-            return float.fromhex(self._take_sized().decode())
-        if tag == b"s":
-            return self._take_sized().decode("utf-8", "surrogatepass")
-        if tag == b"b":
-            return self._take_sized()
-        if tag == b"(":
-            return tuple(self._read_items(depth))
         if tag in _MUTABLE_KINDS:
             return self._read_mutable(_MUTABLE_KINDS[tag], depth)
-        if tag == _COUNTER:
-            return self._read_mutable(__import__("collections").Counter, depth)
-        return self._read_rare(tag, depth)
+        if tag not in _READERS:
+            raise WireError(f"the tag {tag!r} is unknown")
+        return _READERS[tag](self, depth)
 
     def _read_items(self, depth: int) -> list[Any]:
         count = self._take_length()
@@ -341,32 +290,15 @@ class Decoder:
         refill(container, self._read(depth))
         return container
 
-    def _read_rare(self, tag: bytes, depth: int) -> Any:
-        if tag == b"r":
-            return self.objects[self._take_length()]
-        if tag == b"Z":
-            return frozenset(self._read_items(depth))
-        if tag == b"k":
-            return dict.fromkeys(self._read_items(depth)).keys()
-        if tag == b"v":
-            return dict(enumerate(self._read_items(depth))).values()
-        if tag == b"m":
-            return dict(self._read_items(depth)).items()
-        if tag == b"t":
-            return _BUILTINS[self._take_sized().decode()]
-        if tag == b"U":
-            named = __import__("collections").namedtuple(*self._read(depth + 1))
-            values = self._read(depth)
-            if any(id(value) in _BUILTIN_NAMES for value in values):
-                raise WireError("a field of a named tuple may not pose as a method")
-            return named._make(values)
-        if tag == b"R":
-            return self._resolve(*self._read(depth + 1))
-        if tag == b"X":
-            return self._read_constructed(self._take_sized().decode(), depth)
-        raise WireError(f"the tag {tag!r} is unknown")
+    def _read_named_tuple(self, depth: int) -> Any:
+        named = __import__("collections").namedtuple(*self._read(depth + 1))
+        values = self._read(depth)
+        if any(id(value) in _BUILTIN_NAMES for value in values):
+            raise WireError("a field of a named tuple may not pose as a method")
+        return named._make(values)
 
-    def _read_constructed(self, name: str, depth: int) -> Any:
+    def _read_constructed(self, depth: int) -> Any:
+        name = self._take_sized().decode()
         if name not in _CONSTRUCTED:
             raise WireError(f"{name!r} is not plain data")
         module, _, attribute = name.rpartition(".")
@@ -376,12 +308,29 @@ class Decoder:
         return getattr(__import__(module), attribute)(*arguments)
 
 
+_READERS: dict[bytes, Callable[[Decoder, int], Any]] = {
+    b"i": lambda of, depth: int.from_bytes(of._take_sized(), "little", signed=True),
+    b"f": lambda of, depth: float.fromhex(of._take_sized().decode()),
+    b"s": lambda of, depth: of._take_sized().decode(*_TEXT),
+    b"b": lambda of, depth: of._take_sized(),
+    b"(": lambda of, depth: tuple(of._read_items(depth)),
+    b"Z": lambda of, depth: frozenset(of._read_items(depth)),
+    b"k": lambda of, depth: dict.fromkeys(of._read_items(depth)).keys(),
+    b"v": lambda of, depth: dict(enumerate(of._read_items(depth))).values(),
+    b"m": lambda of, depth: dict(of._read_items(depth)).items(),
+    b"t": lambda of, depth: _BUILTINS[of._take_sized().decode()],
+    b"r": lambda of, depth: of.objects[of._take_length()],
+    b"R": lambda of, depth: of._resolve(*of._read(depth + 1)),
+    b"U": Decoder._read_named_tuple,
+    b"X": Decoder._read_constructed,
+    _COUNTER: lambda of, depth: of._read_mutable(__import__("collections").Counter, depth),
+}
+
+
 class Channel:
     """Messages over an open stream socket, each after its length.
 
-    Args:
-        descriptor: The socket.
-        while_waiting: Called again and again while it waits, if the socket has timeouts.
+    Where the socket has timeouts, `while_waiting` is called at each.
     """
 
     def __init__(self, descriptor: int, while_waiting: Callable[[], None] = lambda: None) -> None:
@@ -398,12 +347,7 @@ class Channel:
                 self._while_waiting()
 
     def receive(self) -> bytes:
-        """The next message.
-
-        Raises:
-            EOFError: The other side has closed, perhaps within a message.
-            WireError: The length is beyond what a message may have.
-        """
+        """The next message; raises `EOFError` where none is to come, `WireError` for a huge one."""
         size = int.from_bytes(self._receive(4), "little")
         if size > MAX_BYTES + (1 << 20):
             raise WireError(f"a message takes more than {MAX_BYTES >> 20} MiB")

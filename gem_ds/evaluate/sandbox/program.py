@@ -1,20 +1,116 @@
-"""Who defines the names that tests use: the candidate, the tests themselves, or Python.
+"""A program on its way: what goes into the sandbox, who defines which names, and the verdict.
 
-Only the tests and their setup decide what is taken from the candidate. A program that defines its
-own `abs`, `math` or `isclose` changes nothing about the one that the tests call.
+Names that the tests use are the candidate's, the tests' own, or Python's. Only the tests and their
+setup decide what is taken from the candidate: a program that defines its own `abs`, `math` or
+`isclose` changes nothing about the one that the tests call.
 """
 
 from __future__ import annotations
 
 import ast
 import builtins
+import math
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeGuard
+from typing import Literal
 
+from gem_ds.evaluate.sandbox.wire import Decoder, Encoder
+
+Status = Literal["passed", "failed", "timeout", "crashed"]
+
+MIN_MEMORY_MB = 64
+_MAX_SOURCE = 3 << 20  # characters of a job: fewer bytes than a message may have
+_IMPORT = (ast.Import, ast.ImportFrom)
 _MAX_PARSED = 1 << 20  # characters of a program; no task needs more, and a tree takes much memory
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program and the tests that it is to pass; fields as the arguments of `check_program`."""
+
+    program: str
+    tests: tuple[str, ...]
+    setup: str = ""
+    entry_point: str | None = None
+    timeout: float = 3.0
+    memory_mb: int = 1024
+
+    def __post_init__(self) -> None:
+        if not 0 < self.timeout < math.inf:
+            raise ValueError(f"timeout must be a positive number of seconds, not {self.timeout}.")
+        if self.memory_mb < MIN_MEMORY_MB:
+            raise ValueError(
+                f"memory_mb must be at least {MIN_MEMORY_MB} (the interpreter takes a part of it), "
+                f"not {self.memory_mb}."
+            )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a program."""
+
+    #: "passed"; "failed": an exception, or an assertion that is false; "timeout"; "crashed": the
+    #: process was killed, ended itself or ran out of memory before it had answered
+    status: Status
+    #: the level at which the program was confined
+    isolation: str
+    #: one line for the reader
+    detail: str = ""
+    #: the candidate's own code had a say in the tests, so that a forged pass cannot be excluded
+    in_jail: bool = False
+
+
+class SandboxUnavailableError(ValueError):
+    """No level that is strong enough can be had here; the message says what to do."""
+
+
+class Job:
+    """One program on its way."""
+
+    def __init__(self, program: Program, isolation: str) -> None:
+        self.program = program
+        self.isolation = isolation
+        self.verdict: Verdict | None = None
+        self.num_lost = 0  # servers that ended over it
+        self.roles = assign_roles(
+            program.program, program.tests, setup=program.setup, entry_point=program.entry_point
+        )
+        self.in_jail = self.roles.in_jail
+        if sum(map(len, (program.program, program.setup, *program.tests))) > _MAX_SOURCE:
+            self._decide("failed", "program and tests together are larger than 3 MiB")
+
+    def messages(self) -> tuple[bytes, bytes]:
+        """What the jail reads and what the judge reads."""
+        program, roles, tests = self.program, self.roles, self.program.tests
+        if not self.in_jail:
+            for_jail: tuple[str, ...] = (roles.program_setup, program.program)
+            for_judge = (program.setup, tests, roles.candidate, roles.modules, roles.shares_setup)
+        else:
+            sources = (program.setup, program.program)
+            for_jail = (*(sources[::-1] if roles.setup_is_last else sources), *tests)
+            for_judge = ("", (), (), (), True)
+        return Encoder().encode(for_jail), Encoder().encode(for_judge)
+
+    def settle(self, end: str, report: bytes) -> None:
+        """Makes a verdict of the server's answer and the judge's report, if there can be one."""
+        program = self.program
+        if end == "timeout":
+            self._decide("timeout", f"not done after {program.timeout:g} s")
+        elif end == "memory":
+            self._decide("crashed", f"its processes took more than {program.memory_mb} MiB")
+        elif not report:
+            self._decide("crashed", "its answers could not be judged")
+        else:
+            state, detail, had_a_say = Decoder().decode(report)
+            if state == "in_jail":
+                self.in_jail = True
+                return
+            self._decide(state, detail, had_a_say)
+
+    def _decide(self, status: Status, detail: str, had_a_say: bool = False) -> None:
+        self.verdict = Verdict(status, self.isolation, detail, self.in_jail or had_a_say)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +152,7 @@ def assign_roles(
         candidate=tuple(sorted(candidate)),
         modules=tuple(sorted(modules)),
         program_setup="\n".join(map(ast.unparse, shared)),
-        shares_setup=any(_names([node]).bound and not _is_import(node) for node in shared),
+        shares_setup=any(_names([node]).bound and not isinstance(node, _IMPORT) for node in shared),
         setup_is_last=bool(given.read & candidate),
         in_jail=bool(used.as_class & candidate or used.kinds - candidate),
     )
@@ -71,7 +167,7 @@ def _shared(setup: ast.Module, imported: set[str], lacking: set[str]) -> list[as
         is_call = isinstance(node, ast.Expr) and names.read & imported
         if names.bound & lacking:
             lacking |= names.read
-        elif not _is_import(node) and not (is_call and names.read <= imported):
+        elif not isinstance(node, _IMPORT) and not (is_call and names.read <= imported):
             continue
         shared.append(node)
     return shared[::-1]
@@ -110,7 +206,7 @@ class _Names:
             self.as_class.update(_names([node.type]).read if node.type else [])
         elif isinstance(node, ast.With):
             self.as_class.update(*(_names([item.context_expr]).read for item in node.items))
-        elif _is_import(node):
+        elif isinstance(node, _IMPORT):
             names = {alias.asname or alias.name.partition(".")[0] for alias in node.names}
             self.bound |= names
             self.imported |= names
@@ -122,10 +218,6 @@ def _names(trees: Iterable[ast.AST]) -> _Names:
         for node in ast.walk(tree):
             names.add(node)
     return names
-
-
-def _is_import(node: ast.AST) -> TypeGuard[ast.Import | ast.ImportFrom]:
-    return isinstance(node, (ast.Import, ast.ImportFrom))
 
 
 def _parse(source: str) -> ast.Module:
