@@ -91,8 +91,8 @@ def _seconds(training: Training, rounds: int) -> dict[str, np.ndarray]:
         folder = Path(name)
         flags = training.flags(["gem"], folder)["gem"]
         run_args = parse_arguments([*flags, "--output_dir", str(folder / "run")])
-        plan = prepare(run_args, comm.world_size)
-        run = Run(run_args, plan, comm)
+        prepared = prepare(run_args, comm.world_size)
+        run = Run(run_args, prepared, comm)
         tuning: Any = run.tuning
         batches, summed_loss = run.calibration_batches(), run.settled_loss()
         frozen = frozen_copy(folder / "model", tuning.engine.model)
@@ -116,7 +116,9 @@ def _seconds(training: Training, rounds: int) -> dict[str, np.ndarray]:
             summing = timed(sum_gradients)
             selecting.append(
                 timed(
-                    lambda: calibration.select(tuning.engine, tuning.layers, gradients, plan.total)
+                    lambda: calibration.select(
+                        tuning.engine, tuning.layers, gradients, prepared.budget
+                    )
                 )
             )
             return summing + selecting[-1]

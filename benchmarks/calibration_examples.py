@@ -40,11 +40,11 @@ SMALLEST = 8
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the table and the picture."""
     args = parse_arguments(sys.argv[1:] if argv is None else argv)
-    plan = prepare(args, world_size=1)
-    run = Run(args, plan, init_distributed())
+    prepared = prepare(args, world_size=1)
+    run = Run(args, prepared, init_distributed())
     tuning = run.tuning
     assert isinstance(tuning, SparseTuning), "a calibrated method"
-    order = permutation(len(plan.data.train), args.train.seed, epoch=0)
+    order = permutation(len(prepared.data.train), args.train.seed, epoch=0)
     order = order[: args.method.calibration_examples]
     half = len(order) // 2
     ends = [SMALLEST << i for i in range(half.bit_length()) if SMALLEST << i < half] + [half]
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     everything = [a + b for a, b in zip(sums[0][-1], sums[1][-1], strict=True)]
 
     def mask(gradients: list[Tensor]) -> Tensor:
-        return mask_of(tuning, gradients, plan.total, args.method.method)
+        return mask_of(tuning, gradients, prepared.budget, args.method.method)
 
     goal = mask(everything)
     rows = []
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         masks = mask(first), mask(second)
         with_all = [overlap(one, goal) for one in masks]
         rows.append((n, sum(with_all) / 2, overlap(*masks)))
-    chance = plan.total / sum(layer.numel for layer in tuning.layers)
+    chance = prepared.budget / sum(layer.numel for layer in tuning.layers)
     folder = Path(str(args.train.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
     write_table(folder / "overlap.md", rows, 2 * half, chance)
@@ -75,10 +75,10 @@ def sums_up_to(
     """The gradient summed over the first n examples of ``order``, for each n of ``ends``."""
     sums = [torch.zeros(layer.numel) for layer in tuning.layers]
     size = run.args.train.per_device_train_batch_size
-    summed_loss = run.plan.objective.summed_loss
+    summed_loss = run.prepared.objective.summed_loss
     with tuning.calibrating(run.calibration_batches(), summed_loss):
         for start, stop in zip([0, *ends[:-1]], ends, strict=True):
-            examples = run.plan.data.train.select(order[start:stop].tolist())
+            examples = run.prepared.data.train.select(order[start:stop].tolist())
             batches = run.batches(examples, size, size)
             more = sum_gradients(tuning.engine, tuning.layers, batches, summed_loss)
             sums = [total + gradient for total, gradient in zip(sums, more, strict=True)]

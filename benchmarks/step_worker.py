@@ -42,18 +42,20 @@ class Contender:
     def __init__(self, name: str, flags: list[str], comm: Comm) -> None:
         self.comm = comm
         args = parse_arguments(flags)
-        plan = prepare(args, comm.world_size)
+        prepared = prepare(args, comm.world_size)
         self.libraries = library_bytes()  # loaded by now
-        self.run = Run(args, plan, comm, _BASELINES.get(name))
+        self.run = Run(args, prepared, comm, _BASELINES.get(name))
         self.tuning: Any = self.run.tuning
         summed_loss = self.run.settled_loss()
         start_peak(comm.device)
         started = time.perf_counter()
-        self.tuning.start(self.run.calibration_batches(), summed_loss)
+        if self.run.sparse:
+            self.run.sparse.start(self.run.calibration_batches(), summed_loss)
         self.start_seconds = time.perf_counter() - started
         self.calibration_peak = peak_bytes(comm.device, self.libraries)
         self.steps = fit(
-            self.tuning,
+            self.tuning.engine,
+            self.run.sparse.parts if self.run.sparse else [],
             self.run.train_batches,
             summed_loss,
             self.run.scheduler,
@@ -97,10 +99,10 @@ class Contender:
 
     def checkpoint_bytes(self) -> int:
         """Size of what a run needs to go on: the trainer's checkpoint, or DeepSpeed's own."""
-        folder = self.run.plan.output_dir / "sizes"
+        folder = self.run.prepared.output_dir / "sizes"
         if hasattr(self.tuning, "entries"):
             self.tuning.save_checkpoint(self.run.state)
-            (folder,) = self.run.plan.output_dir.glob("checkpoint-*")
+            (folder,) = self.run.prepared.output_dir.glob("checkpoint-*")
         elif self.tuning.num_trainable:
             self.tuning.engine._engine.save_checkpoint(str(folder), exclude_frozen_parameters=True)
         self.comm.any(False)  # every rank has written

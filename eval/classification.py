@@ -1,6 +1,8 @@
 """Metrics of GLUE and SuperGLUE (gem_ds/evaluate/classification.py)."""
 
-from gem_ds.evaluate.classification import main
+import sys
+
+from gem_ds.cli import run
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run("eval classification"))

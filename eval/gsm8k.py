@@ -1,6 +1,8 @@
 """Exact match on GSM8K (gem_ds/evaluate/gsm8k.py)."""
 
-from gem_ds.evaluate.gsm8k import main
+import sys
+
+from gem_ds.cli import run
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run("eval gsm8k"))

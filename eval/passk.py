@@ -1,6 +1,8 @@
 """pass@k on programs, in a sandbox (gem_ds/evaluate/passk.py)."""
 
-from gem_ds.evaluate.passk import main
+import sys
+
+from gem_ds.cli import run
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run("eval passk"))

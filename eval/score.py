@@ -1,6 +1,8 @@
 """Score samples again, without a model (gem_ds/evaluate/score.py)."""
 
-from gem_ds.evaluate.score import main
+import sys
+
+from gem_ds.cli import run
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run("eval score"))

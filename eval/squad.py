@@ -1,6 +1,8 @@
 """Answers that are written: SQuAD, STS-B (gem_ds/evaluate/squad.py)."""
 
-from gem_ds.evaluate.squad import main
+import sys
+
+from gem_ds.cli import run
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run("eval squad"))

@@ -2,7 +2,7 @@
 
 import sys
 
-from gem_ds.models.export import main
+from gem_ds.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("export"))

@@ -2,7 +2,7 @@
 
 import sys
 
-from gem_ds.planning.main import run_as_program
+from gem_ds.cli import run
 
 if __name__ == "__main__":
-    sys.exit(run_as_program())
+    sys.exit(run("plan"))

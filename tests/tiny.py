@@ -252,7 +252,9 @@ def fit_entries(
     state = TrainerState(max_steps=num_steps)
     scheduler = LambdaLR(entries.engine.optimizer, rate_factor)
     results = []
-    for step in fit(entries, batches, chunked_answer_loss, scheduler, state, seed=0):
+    for step in fit(
+        entries.engine, [entries], batches, chunked_answer_loss, scheduler, state, seed=0
+    ):
         results.append(step)
         after_step()
     assert len(results) == state.global_step == num_steps

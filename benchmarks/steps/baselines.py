@@ -4,13 +4,12 @@
     dense_masked  the way of the method's published code: a full trainable copy of each target
                   weight beside the frozen one, a mask, dense gradients, dense AdamW
 
-Both fit the training loop (:class:`gem_ds.train.fit.Trained`).
+Both have what a run asks of a tuning (:class:`gem_ds.train.dense_tuning.DenseTuning`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,9 +20,9 @@ from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.dense import DenseEngine
 from gem_ds.distributed.engine import BaseEngine
 from gem_ds.models.targets import targets_of
-from gem_ds.train.arguments import Arguments
+from gem_ds.train.config import Arguments
 from gem_ds.train.optimizer import make_dense_optimizer
-from gem_ds.train.prepare import Plan
+from gem_ds.train.prepare import PreparedRun
 
 
 class Baseline:
@@ -31,16 +30,6 @@ class Baseline:
 
     engine: BaseEngine
     num_trainable = 0
-
-    def training(self) -> AbstractContextManager[None]:
-        """Nothing to be done."""
-        return nullcontext()
-
-    def write_back(self) -> None:
-        """Nothing to be done."""
-
-    def start(self, *_: Any) -> None:
-        """Nothing to be calibrated."""
 
 
 class _FrozenEngine(BaseEngine):
@@ -64,7 +53,7 @@ class Floor(Baseline):
     """The frozen model: no method that adapts its layers can do without these two passes."""
 
     def __init__(
-        self, args: Arguments, plan: Plan, model: Any, head: list[str], comm: Comm
+        self, args: Arguments, prepared: PreparedRun, model: Any, head: list[str], comm: Comm
     ) -> None:
         model.requires_grad_(False)
         embedding = model.get_input_embeddings()
@@ -72,24 +61,24 @@ class Floor(Baseline):
         # DeepSpeed wants something to train.
         model.placeholder = nn.Parameter(torch.zeros(1, dtype=model.dtype))
         optimizer = make_dense_optimizer(args.train, [model.placeholder], [])
-        self.engine = _FrozenEngine(model, optimizer, plan.deepspeed, comm)
+        self.engine = _FrozenEngine(model, optimizer, prepared.deepspeed, comm)
 
 
 class DenseMasked(Baseline):
     """Dense masked training of the entries of a random mask; which ones makes no difference."""
 
     def __init__(
-        self, args: Arguments, plan: Plan, model: Any, head: list[str], comm: Comm
+        self, args: Arguments, prepared: PreparedRun, model: Any, head: list[str], comm: Comm
     ) -> None:
         model.requires_grad_(False)
-        targets = targets_of(model, plan.targets)
-        share = plan.total / sum(
+        targets = targets_of(model, prepared.targets)
+        share = prepared.budget / sum(
             module.get_parameter("weight").numel() for module in targets.values()
         )
         copies = [_masked(module, share) for module in targets.values()]
         self.num_trainable = sum(copy.numel() for copy in copies)
         optimizer = make_dense_optimizer(args.train, copies, [])
-        self.engine = DenseEngine(model, optimizer, plan.deepspeed, comm)
+        self.engine = DenseEngine(model, optimizer, prepared.deepspeed, comm)
 
 
 def _masked(module: Any, share: float) -> nn.Parameter:

@@ -15,7 +15,6 @@ launch/comparison/grid_file.py. In the comparison's output_dir:
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -28,9 +27,9 @@ from gem_ds.comparison.grid_file import read_comparison
 from gem_ds.comparison.markdown import markdown
 from gem_ds.comparison.plots import write_plots
 from gem_ds.comparison.rates import choose_rates
-from gem_ds.comparison.runner import Interrupted, Runner
+from gem_ds.comparison.runner import Runner
 from gem_ds.comparison.table import compare_methods, tabulate
-from gem_ds.files.atomic import atomic_write, sentence_of
+from gem_ds.files.atomic import atomic_write
 from gem_ds.train.output_dir import output_dir_of_one_run
 
 
@@ -140,15 +139,3 @@ def compare(comparison: Comparison) -> int:
         atomic_write(comparison.output_dir / name, write)
     write_plots(comparison, rows)
     return len(failures)
-
-
-def run_as_program() -> int:
-    """Run :func:`main` as a command: errors end in one sentence and a non-zero status."""
-    try:
-        return main()
-    except Interrupted:
-        print("Stopped; the same command goes on from here.", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"Error: {sentence_of(error)}", file=sys.stderr)
-        return 1

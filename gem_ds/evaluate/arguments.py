@@ -1,4 +1,4 @@
-"""The flags that every evaluator shares, and how a program ends that refuses something."""
+"""The flags that every evaluator shares."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from gem_ds.distributed.comm import PeerError
 from gem_ds.distributed.zero_config import read_config
-from gem_ds.files.atomic import sentence_of
 
 
 def option(default: Any, text: str) -> Any:
@@ -97,12 +95,3 @@ def sparing_memory(batch: str) -> Iterator[None]:
         raise ValueError(
             f"The device's memory does not hold a batch of {batch}: lower --batch_size."
         ) from error
-
-
-def exit_for(program: str, error: Exception) -> SystemExit:
-    """How a program ends that refuses something: once ranks have met, rank 0 alone tells why."""
-    if isinstance(error, PeerError):
-        return SystemExit(1)
-    rank = int(os.environ.get("RANK", 0))
-    place = f"on rank {rank}: " if rank else ""
-    return SystemExit(f"{program}: {place}{sentence_of(error)}")

@@ -27,12 +27,11 @@ from gem_ds.data.dataset import Dataset
 from gem_ds.data.metrics import score
 from gem_ds.data.predictions import PREDICTIONS_FILE, save_predictions
 from gem_ds.data.tasks import TaskData, load_task
-from gem_ds.distributed.comm import Comm, PeerError
+from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.zero_config import inference_config, read_config
 from gem_ds.evaluate.arguments import (
     SamplingArguments,
     check_arguments,
-    exit_for,
     option,
     sparing_memory,
 )
@@ -79,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Evaluate a model; returns what results.json holds (on ranks other than the first nothing).
 
     Raises:
-        SystemExit: Flags, model, delta or data are refused; its message is one sentence.
+        ValueError, OSError: Flags, model, delta or data are refused, in one sentence.
     """
     parser = HfArgumentParser(
         (SamplingArguments, ClassificationArguments),  # type: ignore[arg-type]
@@ -88,10 +87,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         allow_abbrev=False,
     )
     arguments, own = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    try:
-        return _evaluate(arguments, own)
-    except (ValueError, OSError, PeerError) as error:
-        raise exit_for("eval.classification", error) from error
+    return _evaluate(arguments, own)
 
 
 def _evaluate(arguments: SamplingArguments, own: ClassificationArguments) -> dict[str, Any]:

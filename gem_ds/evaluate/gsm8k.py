@@ -34,8 +34,7 @@ from typing import Any
 from transformers import HfArgumentParser
 
 from gem_ds.data.tasks import Example, load_task
-from gem_ds.distributed.comm import PeerError
-from gem_ds.evaluate.arguments import SamplingArguments, check_arguments, exit_for
+from gem_ds.evaluate.arguments import SamplingArguments, check_arguments
 from gem_ds.evaluate.completion import GenerationSettings
 from gem_ds.evaluate.exact_match import RULES, Verdict, is_reference, score, summary, tally
 from gem_ds.evaluate.pass_at_k import CONFIDENCE
@@ -169,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Evaluate a model; returns what results.json holds (on ranks other than the first nothing).
 
     Raises:
-        SystemExit: Flags, model, delta or data are refused; its message is one sentence.
+        ValueError, OSError: Flags, model, delta or data are refused, in one sentence.
     """
     parser = HfArgumentParser(
         (SamplingArguments, Gsm8kArguments),  # type: ignore[arg-type]
@@ -178,10 +177,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         allow_abbrev=False,
     )
     arguments, task = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    try:
-        return _evaluate(arguments, task)
-    except (ValueError, OSError, PeerError) as error:
-        raise exit_for("eval.gsm8k", error) from error
+    return _evaluate(arguments, task)
 
 
 def _evaluate(arguments: SamplingArguments, task: Gsm8kArguments) -> dict[str, Any]:

@@ -25,8 +25,7 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-from gem_ds.distributed.comm import PeerError
-from gem_ds.evaluate.arguments import SamplingArguments, check_arguments, exit_for, option
+from gem_ds.evaluate.arguments import SamplingArguments, check_arguments, option
 from gem_ds.evaluate.completion import GenerationSettings
 from gem_ds.evaluate.judging import JudgingArguments, load, open_sandbox, report
 from gem_ds.evaluate.mbpp import prompts_of, stop_strings
@@ -61,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     """Evaluate a model; returns what results.json holds, on rank 0.
 
     Raises:
-        SystemExit: Flags, model, delta, data or the host are refused; its message is one sentence.
+        ValueError, OSError: Flags, model, delta, data or the host are refused, in one sentence.
     """
     parser = HfArgumentParser(
         (SamplingArguments, PassKArguments, JudgingArguments),  # type: ignore[arg-type]
@@ -69,10 +68,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         description="pass@k of a causal language model on MBPP.",
         allow_abbrev=False,
     )
-    try:
-        return evaluate(*parser.parse_args_into_dataclasses(argv, look_for_args_file=False))
-    except (ValueError, OSError, PeerError) as error:
-        raise exit_for("eval.passk", error) from error
+    return evaluate(*parser.parse_args_into_dataclasses(argv, look_for_args_file=False))
 
 
 def evaluate(

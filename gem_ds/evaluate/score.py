@@ -20,7 +20,7 @@ from typing import Any, Literal
 from transformers import HfArgumentParser
 
 from gem_ds.evaluate import gsm8k
-from gem_ds.evaluate.arguments import exit_for, option
+from gem_ds.evaluate.arguments import option
 from gem_ds.evaluate.judging import Asked, JudgingArguments, load, open_sandbox, report
 from gem_ds.evaluate.mbpp import SHOT_IDS, prompts_of
 from gem_ds.evaluate.samples import Sample, read_samples
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Score a file; returns what results.json holds.
 
     Raises:
-        SystemExit: Flags, samples, data or the host are refused; its message is one sentence.
+        ValueError, OSError: Flags, samples, data or the host are refused, in one sentence.
     """
     parser = HfArgumentParser(
         (ScoreArguments, JudgingArguments),  # type: ignore[arg-type]
@@ -62,14 +62,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[-1].endswith(".jsonl"):  # behind `--k 1 10` it would be taken for another k
         words.insert(0, words.pop())
-    try:
-        arguments, judging, rest = parser.parse_args_into_dataclasses(
-            words, look_for_args_file=False
-        )
-        score_task = {"gsm8k": _gsm8k, "mbpp": _mbpp}[arguments.task]
-        return score_task(Path(rest.samples), arguments, judging)
-    except (ValueError, OSError) as error:
-        raise exit_for("eval.score", error) from error
+    arguments, judging, rest = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
+    score_task = {"gsm8k": _gsm8k, "mbpp": _mbpp}[arguments.task]
+    return score_task(Path(rest.samples), arguments, judging)
 
 
 def _gsm8k(path: Path, arguments: ScoreArguments, judging: JudgingArguments) -> dict[str, Any]:

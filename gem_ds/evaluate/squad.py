@@ -25,8 +25,7 @@ from transformers import HfArgumentParser
 
 from gem_ds.data.metrics import read_number, score
 from gem_ds.data.tasks import Example, load_task
-from gem_ds.distributed.comm import PeerError
-from gem_ds.evaluate.arguments import SamplingArguments, check_arguments, exit_for
+from gem_ds.evaluate.arguments import SamplingArguments, check_arguments
 from gem_ds.evaluate.completion import GenerationSettings
 from gem_ds.evaluate.provenance import sha256_of_texts, versions
 from gem_ds.evaluate.samples import Sample
@@ -48,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Evaluate a model; returns what results.json holds (on ranks other than the first nothing).
 
     Raises:
-        SystemExit: Flags, model, delta or data are refused; its message is one sentence.
+        ValueError, OSError: Flags, model, delta or data are refused, in one sentence.
     """
     parser = HfArgumentParser(
         (SamplingArguments, ShortAnswerArguments),  # type: ignore[arg-type]
@@ -57,10 +56,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         allow_abbrev=False,
     )
     arguments, own = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    try:
-        return _evaluate(arguments, own)
-    except (ValueError, OSError, PeerError) as error:
-        raise exit_for("eval.squad", error) from error
+    return _evaluate(arguments, own)
 
 
 def _evaluate(arguments: SamplingArguments, own: ShortAnswerArguments) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The model card: the README.md of a run's folder, in the form that the Hugging Face Hub reads.
 
-Plain values in, Markdown out. It says what the folder holds, how the weights were chosen, what was
-measured, and how to load the delta; writing the file is the caller's.
+Plain values in, text out. It says what the folder holds, how the weights were chosen, what was
+measured, and how to load it.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Literal
 
-import yaml
-
-from gem_ds.select.methods import ADAPTER_METHODS, DENSE_METHODS, product_of
+from huggingface_hub import EvalResult, ModelCardData
 
 _CARD = """\
 ---
-{front_matter}---
+{metadata}
+---
 
 # {title}
 
@@ -46,13 +46,13 @@ The weights of {base} at {num_trainable:,} of its {num_parameters:,} parameters 
 fine-tuned on {task} with {method}. Every other parameter of the base is unchanged, bit for bit; a
 task head that it lacks was trained whole."""
 
-_GEM = """\
-GEM, gradient-to-weight ratio and entropy-guided masking
-([arXiv 2508.16191](https://arxiv.org/abs/2508.16191))"""
-
 _TRAINED = """\
 {base} fine-tuned on {task} with {method}: {num_trainable:,} trained parameters beside a base of
 {num_parameters:,} ({density:.4%})."""
+
+_GEM = """\
+GEM, gradient-to-weight ratio and entropy-guided masking
+([arXiv 2508.16191](https://arxiv.org/abs/2508.16191))"""
 
 _FILES = {
     "delta": "| `delta.safetensors` | the trained values, in {dtype} |",
@@ -77,20 +77,18 @@ The delta goes onto the base model in memory, and comes off again:
 
 ```python
 import torch
+from gem_ds import Delta, apply_delta
 from transformers import {auto_class}
-
-from gem_ds.files.delta import Delta, apply_delta
 
 model = {auto_class}.from_pretrained({load_arguments}, dtype=torch.{dtype})
 applied = apply_delta(model, Delta.load("delta.safetensors"))
 # `model` is the fine-tuned model now; applied.revert() gives the base model back exactly.
 ```
 
-An ordinary Hugging Face folder, which needs nothing of GEM to load, is made from a checkout of
-gem_ds with:
+An ordinary Hugging Face folder, which needs nothing of GEM to load, is made with:
 
 ```shell
-python launch/export.py --model_name_or_path {base_argument} --delta delta.safetensors \\
+gem-ds export --model_name_or_path {base_argument} --delta delta.safetensors \\
     --output_dir exported
 ```
 """,
@@ -102,6 +100,8 @@ def model_card(
     base_model: str,
     task: str,
     method: str,
+    product: Literal["delta", "adapter", "model"],
+    has_mask: bool,
     num_trainable: int,
     num_parameters: int,
     dtype: str,
@@ -113,12 +113,14 @@ def model_card(
     auto_class: str = "AutoModelForCausalLM",
     num_labels: int | None = None,
 ) -> str:
-    """Writes the model card of a run as Markdown with YAML front matter.
+    """The model card of a run: Markdown with YAML front matter.
 
     Args:
         base_model: Hub name or folder of the base model.
         task: What it was fine-tuned on, for the reader.
-        method: One of `select.methods.METHODS`, or what a mask made elsewhere says of its entries.
+        method: How; with a mask, what that says of its entries.
+        product: What the run left.
+        has_mask: Whether entries of frozen weights were trained, which a mask names.
         num_trainable: Trained numbers, of a task head too.
         num_parameters: Entries of the base model (N), each stored parameter once.
         dtype: The model's dtype by its torch name, for example ``bfloat16``.
@@ -130,48 +132,52 @@ def model_card(
         auto_class: The transformers class that loads the base model as it was trained.
         num_labels: Outputs of the classification head that this class adds, if it adds one.
     """
-    name = Path(base_model).name
+    method, task = _one_line(method), _one_line(task)
+    told = "GEM" if method == "gem" else method
+    title = _one_line(f"{Path(base_model).name} fine-tuned on {task} with {told}")
     load_arguments = [repr(base_model)] + ([f"revision={revision!r}"] if revision else [])
     load_arguments += [f"num_labels={num_labels}"] if num_labels else []
     facts = {
         "base": f"`{_one_line(base_model)}`" + (f" (revision `{revision}`)" if revision else ""),
         "base_argument": shlex.quote(base_model),
-        "method": _GEM if method == "gem" else f"`{_one_line(method)}`",
+        "method": _GEM if method == "gem" else f"`{method}`",
         "num_trainable": num_trainable,
         "num_parameters": num_parameters,
         "density": num_trainable / num_parameters,
-        "task": _one_line(task),
+        "task": task,
         "dtype": dtype,
         "auto_class": auto_class,
         "load_arguments": ", ".join(load_arguments),
     }
-    product = product_of(method)
-    files = [product, "mask"] if _is_sparse(method) else [product]
+    measured = [
+        EvalResult(
+            task_type="text-classification" if num_labels else "text-generation",
+            dataset_type=dataset or task,
+            dataset_name=task,
+            metric_type=name,
+            metric_value=value,
+        )
+        for name, value in results.items()
+    ]
+    is_public = _is_hub_name(base_model)  # the Hub refuses other names
+    metadata = ModelCardData(
+        library_name="gem_ds",
+        base_model=base_model if is_public else None,
+        base_model_relation="finetune" if is_public else None,
+        datasets=[dataset] if dataset is not None and _is_hub_name(dataset) else None,
+        tags=[method, *["sparse-fine-tuning"] * has_mask, "deepspeed", task],
+        model_name=title,
+        eval_results=measured or None,
+    )
     return _CARD.format(
-        front_matter=_front_matter(base_model, task, dataset, method),
-        title=_one_line(f"{name} fine-tuned on {task} with {'GEM' if method == 'gem' else method}"),
-        what=(_SELECTED if _is_sparse(method) else _TRAINED).format(**facts),
-        files="\n".join(_FILES[file].format(**facts) for file in files),
+        metadata=metadata.to_yaml(),
+        title=title,
+        what=(_SELECTED if has_mask else _TRAINED).format(**facts),
+        files="\n".join(_FILES[f].format(**facts) for f in (product, *["mask"] * has_mask)),
         results=_results_table(results, base_results or {}),
         use=_USE[product].format(**facts),
         settings=_table(("Setting", "Value"), settings.items()),
     )
-
-
-def _front_matter(base_model: str, task: str, dataset: str | None, method: str) -> str:
-    """The YAML block; the Hub refuses a base model or dataset that is no Hub name."""
-    fields: dict[str, object] = {"library_name": "gem_ds"}
-    if _is_hub_name(base_model):
-        fields |= {"base_model": base_model, "base_model_relation": "finetune"}
-    if dataset is not None and _is_hub_name(dataset):
-        fields["datasets"] = [dataset]
-    tags = [method, "sparse-fine-tuning"] if _is_sparse(method) else [method]
-    fields["tags"] = [*tags, "deepspeed", _one_line(task)]
-    return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
-
-
-def _is_sparse(method: str) -> bool:
-    return method not in (*DENSE_METHODS, *ADAPTER_METHODS)
 
 
 def _is_hub_name(name: str) -> bool:

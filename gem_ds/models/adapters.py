@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from gem_ds.train.arguments import Arguments
+from gem_ds.train.config import Arguments
 
 
 def add_adapter(

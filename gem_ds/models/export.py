@@ -12,35 +12,32 @@ One process, no accelerator: the model must fit into this machine's memory.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import transformers
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
-from gem_ds.files.atomic import atomic_folder, sentence_of
+from gem_ds.files.atomic import atomic_folder
 from gem_ds.files.delta import Delta, apply_delta
 from gem_ds.models.encoders import set_labels
 from gem_ds.models.tokenizer import load_tokenizer
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exports; returns the exit status and prints one sentence if the input is refused."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Exports; the flags are those of ``_parser``.
+
+    Raises:
+        ValueError, OSError: as `export`.
+    """
     arguments = _parser().parse_args(argv)
-    try:
-        export(
-            arguments.model_name_or_path,
-            arguments.delta,
-            arguments.output_dir,
-            overwrite=arguments.overwrite_output_dir,
-        )
-    except (ValueError, OSError, SafetensorError) as error:
-        print(f"Error: {sentence_of(error)}", file=sys.stderr)
-        return 1
-    return 0
+    export(
+        arguments.model_name_or_path,
+        arguments.delta,
+        arguments.output_dir,
+        overwrite=arguments.overwrite_output_dir,
+    )
 
 
 def export(base: str, delta_path: Path, output_dir: Path, *, overwrite: bool = False) -> None:

@@ -21,7 +21,7 @@ from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.engine import partitioned_loading, whole_weights
 from gem_ds.distributed.zero_config import zero_stage
 from gem_ds.models.encoders import auto_class, head_names, initialise_head
-from gem_ds.train.arguments import Arguments
+from gem_ds.train.config import Arguments
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -25,7 +25,7 @@ from gem_ds.planning.subject import Subject
 from gem_ds.select.methods import CALIBRATED_METHODS, SPARSE_METHODS
 from gem_ds.sparse.gradients import buffered_layers
 from gem_ds.sparse.layers import TargetLayer
-from gem_ds.train.arguments import Arguments
+from gem_ds.train.config import Arguments
 from gem_ds.train.prepare import resolve_deepspeed
 from gem_ds.train.targets import settle_targets
 
@@ -96,7 +96,7 @@ def forecast(setting: Setting) -> Forecast:
     """
     targets = settle_targets(setting.args, setting.config, None)
     deepspeed = resolve_deepspeed(
-        setting.deepspeed, setting.args, setting.config, targets.total, setting.world_size
+        setting.deepspeed, setting.args, setting.config, targets.budget, setting.world_size
     )
     subject = Subject(setting.args, setting.config, targets, on_cpu=setting.on_cpu)
     rank = _Rank(setting, deepspeed, subject)

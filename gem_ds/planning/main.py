@@ -12,18 +12,16 @@ less. A GB is 10^9 bytes.
 from __future__ import annotations
 
 import argparse
-import sys
-import warnings
 from collections.abc import Sequence
 
 import transformers
 
 from gem_ds.distributed.zero_config import read_config, zero_stage
-from gem_ds.files.atomic import sentence_of
 from gem_ds.models.load import read_model_config
 from gem_ds.planning.advice import HEADROOM, fits, least_change
 from gem_ds.planning.forecast import Forecast, Setting, forecast
-from gem_ds.train.arguments import Arguments, parse_arguments
+from gem_ds.train.arguments import parse_arguments
+from gem_ds.train.config import Arguments
 
 GB = 1e9
 
@@ -135,14 +133,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(describe(setting, found))
     if own.gpu_memory_gb is not None:
         print(f"\n{judge(setting, found, own.gpu_memory_gb)}")
-
-
-def run_as_program() -> int:
-    """Run :func:`main` as a command: errors end in one sentence and a non-zero status."""
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, to each other
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"Error: {sentence_of(error)}", file=sys.stderr)
-        return 1
-    return 0

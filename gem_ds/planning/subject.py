@@ -19,7 +19,7 @@ from gem_ds.select.methods import SPARSE_METHODS
 from gem_ds.sparse.layers import DenseGradientSink, Sink, TargetLayer, TargetLayers, drop
 from gem_ds.sparse.sddmm import choose_kernel
 from gem_ds.sparse.sddmm.memory import temporary_bytes
-from gem_ds.train.arguments import Arguments
+from gem_ds.train.config import Arguments
 from gem_ds.train.dense_tuning import trained_network
 from gem_ds.train.sparse_tuning import sparse_layers
 from gem_ds.train.targets import Targets
@@ -69,7 +69,7 @@ class Subject:
         values = {id(gate.values) for gate in gates}
         self.weights = [p for p in self.model.parameters() if id(p) not in values]
         self.trained = [p for p in self.weights if p.requires_grad]
-        self.num_selected = targets.total if self.layers is not None else 0
+        self.num_selected = targets.budget if self.layers is not None else 0
         self.num_trained = sum(p.numel() for p in self.trained)
         self.num_trained += sum(gate.num_entries for gate in gates)
         self._loss = self._answer_loss() if not is_encoder(config) else _summed_logits
@@ -80,7 +80,7 @@ class Subject:
         head = sorted(head_names(model))
         if self.args.method.method not in SPARSE_METHODS:
             return trained_network(model, self.args, targets.names, targets.shira_rank, head)
-        self.layers, self.head_layers = sparse_layers(model, targets.names, targets.total, head)
+        self.layers, self.head_layers = sparse_layers(model, targets.names, targets.budget, head)
         return model
 
     # Running

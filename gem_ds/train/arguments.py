@@ -1,17 +1,18 @@
-"""The command line of launch/train.py: flags, and a recipe that gives their defaults."""
+"""How the flags of a training are read: a command line or keyword values, on top of a recipe."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
 
 from gem_ds.train.config import (
+    Arguments,
     DataArguments,
     MethodArguments,
     ModelArguments,
@@ -20,20 +21,10 @@ from gem_ds.train.config import (
     default_learning_rate,
 )
 
-
-@dataclass(frozen=True, kw_only=True)
-class Arguments:
-    """Everything that the user said."""
-
-    model: ModelArguments
-    data: DataArguments
-    method: MethodArguments
-    train: TrainArguments
+_NEEDED = ("model_name_or_path", "task", "output_dir")
 
 
-def parse_arguments(
-    argv: Sequence[str], needed: Sequence[str] = ("model_name_or_path", "task", "output_dir")
-) -> Arguments:
+def parse_arguments(argv: Sequence[str], needed: Sequence[str] = _NEEDED) -> Arguments:
     """Read flags, on top of the recipe that ``--config`` names.
 
     Args:
@@ -51,21 +42,32 @@ def parse_arguments(
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="RECIPE.yaml", help="YAML file of flags; flags win.")
-    recipe = parser.parse_known_args(argv)[0].config
-    if recipe:
-        parser.set_defaults(**_read_recipe(Path(recipe), parser))
+    if recipe := parser.parse_known_args(argv)[0].config:
+        parser.set_defaults(**_convert_all(_read_recipe(recipe), parser, f"--config {recipe}: "))
     model, data, method, train, _, unknown = parser.parse_args_into_dataclasses(
         list(argv), return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
-        raise ValueError(f"There is no flag {unknown[0]}: see --help.")
-    values = vars(model) | vars(data) | vars(train)
-    if missing := [f"--{name}" for name in needed if not values[name]]:
+        name = unknown[0].partition("=")[0]
+        raise ValueError(f"There is no flag {name}: see --help.")
+    args = Arguments(model=model, data=data, method=method, train=train)
+    if missing := [f"--{name}" for name in needed if not args.values()[name]]:
         raise ValueError(f"Pass {' and '.join(missing)} (on the command line or in --config).")
-    check_arguments(model, data, method, train)
+    check_arguments(args)
     if train.learning_rate is None:
         train = replace(train, learning_rate=default_learning_rate(method.method))
-    return Arguments(model=model, data=data, method=method, train=train)
+    return replace(args, train=train)
+
+
+def as_flags(values: Mapping[str, Any]) -> list[str]:
+    """Values by the names of their flags, as a command line; None leaves a flag out."""
+    flags = []
+    for name, value in values.items():
+        if isinstance(value, (list, tuple)):
+            flags += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            flags.append(f"--{name}={value}")  # in one word, which may begin with a minus
+    return flags
 
 
 class _Parser(HfArgumentParser):
@@ -75,10 +77,9 @@ class _Parser(HfArgumentParser):
         raise ValueError(f"{message[:1].upper()}{message[1:]}: see --help.")
 
 
-def _read_recipe(path: Path, parser: argparse.ArgumentParser) -> dict[str, object]:
-    """The recipe's values, each converted and checked as the flag would be."""
+def _read_recipe(path: str) -> dict[str, Any]:
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"--config {path} cannot be read: {error.strerror}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -87,20 +88,25 @@ def _read_recipe(path: Path, parser: argparse.ArgumentParser) -> dict[str, objec
         ) from None
     if not isinstance(recipe, dict):
         raise ValueError(f"--config {path} must map flag names to values.")
+    return recipe
+
+
+def _convert_all(
+    values: Mapping[str, Any], parser: argparse.ArgumentParser, where: str
+) -> dict[str, object]:
+    """Values by name, each converted and checked as its flag would be."""
     actions = {action.dest: action for action in parser._actions}
-    values: dict[str, object] = {}
-    for key, value in recipe.items():
-        if key not in actions or key in ("config", "help"):
-            raise ValueError(f"--config {path}: there is no flag --{key}.")
-        values[key] = _convert(path, actions[key], value)
-    return values
+    for name in values:
+        if name not in actions or name in ("config", "help"):
+            raise ValueError(f"{where}there is no flag --{name}.")
+    return {name: _convert(actions[name], value, where) for name, value in values.items()}
 
 
-def _convert(path: Path, action: argparse.Action, value: object) -> object:
-    """One value of the recipe as its flag would give it; YAML reads 1e-3 as text, for instance."""
+def _convert(action: argparse.Action, value: object, where: str) -> object:
+    """One value as its flag would give it; YAML reads 1e-3 as text, for instance."""
     if value is None and action.default is None:
         return None
-    if action.nargs == "+":
+    if action.nargs == "+" and value is not None:
         return [str(item) for item in value] if isinstance(value, list) else [str(value)]
     convert = action.type if callable(action.type) else str
     try:
@@ -112,4 +118,4 @@ def _convert(path: Path, action: argparse.Action, value: object) -> object:
         return converted
     except (ValueError, TypeError, argparse.ArgumentTypeError):
         choices = f": pass one of {', '.join(action.choices)}" if action.choices else ""
-        raise ValueError(f"--config {path}: {action.dest} cannot be {value!r}{choices}.") from None
+        raise ValueError(f"{where}{action.dest} cannot be {value!r}{choices}.") from None

@@ -1,18 +1,17 @@
 """What the command line takes: plain values, no torch.
 
-The ``help`` of a field is its documentation.
-
-Names are those of transformers' ``TrainingArguments`` wherever it has one, but for ``optimizer``,
-which is ``optim`` there and takes other values. The dataclasses become flags through
-``HfArgumentParser``; a recipe (YAML, flag name to value) gives defaults that flags override.
+The ``help`` of a field is its documentation, its type says what is allowed. Names are those of
+transformers' ``TrainingArguments`` wherever it has one, but for ``optimizer``, which is ``optim``
+there and takes other values.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
-from gem_ds.select.methods import DENSE_METHODS, METHODS, SPARSE_METHODS
+from gem_ds.select.methods import ADAPTER_METHODS, DENSE_METHODS, METHODS, SPARSE_METHODS
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 SddmmKernel = Literal["auto", "dense", "tiled", "gather", "library", "triton"]
@@ -34,6 +33,32 @@ DEFAULT_LEARNING_RATE = 1e-3
 DEFAULT_LEARNING_RATE_OF_FULL = 5e-5  # that of transformers
 
 OPTIMIZERS = ("adamw", "adamw_8bit")
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What a flag's value must be: in words, and whether it holds. None is no value."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+def _one_of(names: tuple[str, ...]) -> Limit:
+    return Limit(f"one of {', '.join(names)}", lambda name: name in names)
+
+
+_INFINITY = float("inf")
+_NOT_NEGATIVE = Limit("a finite number of at least 0", lambda value: 0 <= value < _INFINITY)
+
+Count = Annotated[int, Limit("at least 1", lambda count: count >= 1)]
+CountOrNone = Annotated[int, _NOT_NEGATIVE]
+Amount = Annotated[float, _NOT_NEGATIVE]
+Positive = Annotated[float, Limit("above 0", lambda value: 0 < value < _INFINITY)]
+Share = Annotated[float, Limit("at least 0 and below 1", lambda share: 0 <= share < 1)]
+Steps = Annotated[int, Limit("-1 (use epochs) or at least 0", lambda steps: steps >= -1)]
+Schedule = Annotated[str, _one_of(SCHEDULES)]
+Method = Annotated[str, _one_of(METHODS)]
+OptimizerName = Annotated[str, _one_of(OPTIMIZERS)]
 
 
 def _option(default: Any, text: str, **metadata: Any) -> Any:
@@ -71,7 +96,7 @@ class DataArguments:
     test_file: str | None = _option(None, "With --task jsonl: the held-out file.")
     prompt_field: str | None = _option(None, "With --task jsonl: the field that holds the prompt.")
     target_field: str | None = _option(None, "With --task jsonl: the field that holds the target.")
-    max_length: int = _option(1024, "Tokens of prompt and answer; longer answers are cut.")
+    max_length: Count = _option(1024, "Tokens of prompt and answer; longer answers are cut.")
     packing: bool = _option(
         False, "Let several examples share one sequence; attention stays within each."
     )
@@ -85,11 +110,14 @@ class DataArguments:
         "What a causal model learns of a classification task: to write the right candidate, or to "
         "rank it above the others.",
     )
-    train_examples: int | None = _option(
+    train_examples: Count | None = _option(
         None, "Train on so many examples only; which ones does not depend on the seed."
     )
-    dev_examples: int = _option(
+    dev_examples: CountOrNone = _option(
         0, "Take so many training examples as a development set; the same ones for every seed."
+    )
+    max_eval_samples: Count | None = _option(
+        None, "Measure the held-out loss and the metrics on the first so many examples only."
     )
     evaluate_on: Literal["test", "dev"] | None = _option(
         None,
@@ -102,36 +130,36 @@ class DataArguments:
 class MethodArguments:
     """What is trained."""
 
-    method: str = _option(
+    method: Method = _option(
         "gem",
-        "How to fine-tune: gem; its ablations ratio, gradient, entropy_gradient, magnitude, random;"
-        " supertuning; or full, bitfit, lora, ia3, shira.",
+        f"How to fine-tune: entries of frozen weights ({', '.join(SPARSE_METHODS)}), whole "
+        f"parameters ({', '.join(DENSE_METHODS)}) or an adapter ({', '.join(ADAPTER_METHODS)}).",
     )
     density: str | None = _option(
         None,
         "Sparse methods and shira: share of the model's parameters that is trained, in (0, 1] "
         f"(default: {DEFAULT_DENSITY}).",
     )
-    lora_r: int = _option(8, "With --method lora: rank of the update.")
-    lora_alpha: float = _option(16.0, "With --method lora: the update is scaled by this over r.")
-    lora_dropout: float = _option(0.0, "With --method lora: dropout before the update.")
+    lora_r: Count = _option(8, "With --method lora: rank of the update.")
+    lora_alpha: Amount = _option(16.0, "With --method lora: the update is scaled by this over r.")
+    lora_dropout: Share = _option(0.0, "With --method lora: dropout before the update.")
     target_modules: list[str] | None = _option(
         None,
         "Module-name suffixes (q_proj v_proj), one regular expression over whole module names, or "
         "all-linear (default: the query and value projections of the architecture).",
         nargs="+",
     )
-    calibration_examples: int | None = _option(
+    calibration_examples: Count | None = _option(
         None,
         "Calibrated methods: look at the first N examples of the shuffled order (default: all).",
     )
-    calibration_head_steps: int | None = _option(
+    calibration_head_steps: CountOrNone | None = _option(
         None,
         "Calibrated methods on an encoder: first train its head alone for so many steps on the "
         "calibration examples, so that gradients are not those of a random head; training itself "
         f"starts from the head's first values all the same (default: {DEFAULT_HEAD_STEPS}).",
     )
-    calibration_buffer_gb: float = _option(
+    calibration_buffer_gb: Amount = _option(
         0.0,
         "Calibrated methods: keep whole gradients of as many layers as fit in so many gigabytes "
         "(10^9 bytes) per rank, beside the statistics; they cross the network once, those of the "
@@ -164,46 +192,65 @@ class TrainArguments:
     )
     deepspeed: str | None = _option(None, "DeepSpeed JSON (default: ZeRO stage 0).")
     local_rank: int = _option(-1, "Set by the deepspeed launcher.")
-    per_device_train_batch_size: int = _option(8, "Examples per rank and micro-batch.")
-    per_device_eval_batch_size: int = _option(8, "The same for the held-out loss and predictions.")
-    gradient_accumulation_steps: int = _option(1, "Micro-batches per rank and step.")
+    per_device_train_batch_size: Count = _option(8, "Examples per rank and micro-batch.")
+    per_device_eval_batch_size: Count = _option(8, "The same for held-out examples.")
+    gradient_accumulation_steps: Count = _option(1, "Micro-batches per rank and step.")
     num_train_epochs: float = _option(3.0, "Passes over the training set.")
-    max_steps: int = _option(
+    max_steps: Steps = _option(
         -1, "Steps instead of epochs; 0 calibrates, writes the mask and stops."
     )
-    optimizer: str = _option(
+    optimizer: OptimizerName = _option(
         "adamw", "adamw, or with --method full adamw_8bit (needs bitsandbytes and a GPU)."
     )
-    learning_rate: float | None = _option(
+    learning_rate: Amount | None = _option(
         None,
         f"Peak learning rate (default: {DEFAULT_LEARNING_RATE:g}, with --method full "
         f"{DEFAULT_LEARNING_RATE_OF_FULL:g}).",
     )
-    head_learning_rate: float = _option(
+    head_learning_rate: Amount = _option(
         1e-3,
         "Peak learning rate of an encoder's head, pooler and classifier, which is trained whole.",
     )
-    weight_decay: float = _option(0.0, "Decoupled weight decay of the selected weights.")
-    adam_beta1: float = _option(0.9, "Decay of the first moment.")
-    adam_beta2: float = _option(0.999, "Decay of the second moment.")
-    adam_epsilon: float = _option(1e-8, "Added to the root of the second moment.")
-    max_grad_norm: float = _option(
+    weight_decay: Amount = _option(0.0, "Decoupled weight decay of the selected weights.")
+    adam_beta1: Share = _option(0.9, "Decay of the first moment.")
+    adam_beta2: Share = _option(0.999, "Decay of the second moment.")
+    adam_epsilon: Positive = _option(1e-8, "Added to the root of the second moment.")
+    max_grad_norm: Amount = _option(
         1.0, "Largest norm of the gradient; a larger one is scaled down to it, 0 turns this off."
     )
-    lr_scheduler_type: str = _option("linear", f"One of {', '.join(SCHEDULES)}.")
-    warmup_steps: float = _option(0, "Steps of warmup; a value below 1 is a share of all steps.")
+    lr_scheduler_type: Schedule = _option("linear", f"One of {', '.join(SCHEDULES)}.")
+    warmup_steps: Amount = _option(0, "Steps of warmup; a value below 1 is a share of all steps.")
     seed: int = _option(42, "Seeds the order of the data and dropout.")
     bf16: bool = _option(False, "Weights and activations in bfloat16; masters stay fp32.")
     fp16: bool = _option(False, "Weights and activations in float16 with loss scaling.")
     gradient_checkpointing: bool = _option(False, "Recompute activations in the backward pass.")
-    logging_steps: int = _option(10, "Log every so many steps.")
-    eval_steps: int | None = _option(
-        None, "Held-out loss every so many steps (default: each epoch)."
+    logging_steps: Count = _option(10, "Log every so many steps.")
+    eval_strategy: Literal["no", "steps", "epoch"] | None = _option(
+        None,
+        "When the held-out loss is measured: before training and every --eval_steps or each epoch, "
+        "or never; a task's metrics are measured once at the end all the same (default: steps "
+        "where --eval_steps is given, else epoch).",
     )
-    save_steps: int | None = _option(None, "Checkpoint every so many steps (default: each epoch).")
-    save_total_limit: int | None = _option(None, "Keep only the newest checkpoints.")
-    report_to: str = _option("none", "tensorboard, or none; metrics.jsonl is written always.")
-    disable_tqdm: bool = _option(False, "No progress bar.")
+    eval_steps: Count | None = _option(
+        None, "Held-out loss every so many steps (default: each epoch, else --logging_steps)."
+    )
+    save_steps: Count | None = _option(None, "Steps between checkpoints (default: an epoch).")
+    save_total_limit: Count | None = _option(None, "Keep only the newest checkpoints.")
+    report_to: list[str] = field(
+        default_factory=lambda: ["none"],
+        metadata={
+            "help": "Trackers: none, all that are installed, or some of tensorboard, wandb, "
+            "trackio, mlflow, comet_ml, clearml, aim, dvclive, swanlab; metrics.jsonl is written "
+            "always.",
+            "nargs": "+",
+        },
+    )
+    disable_tqdm: bool = _option(False, "No progress bar, nor its lines in a log file.")
+
+    @property
+    def steps_between_evaluations(self) -> int | None:
+        """Of the held-out loss, where it is not measured each epoch."""
+        return self.eval_steps or (self.logging_steps if self.eval_strategy == "steps" else None)
 
     @property
     def dtype(self) -> Dtype:
@@ -211,96 +258,68 @@ class TrainArguments:
         return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Everything that the user said."""
+
+    model: ModelArguments
+    data: DataArguments
+    method: MethodArguments
+    train: TrainArguments
+
+    def values(self) -> dict[str, Any]:
+        """All flags by name."""
+        return vars(self.model) | vars(self.data) | vars(self.method) | vars(self.train)
+
+
 def default_learning_rate(method: str) -> float:
     """The peak learning rate of a run whose flags give none."""
     return DEFAULT_LEARNING_RATE_OF_FULL if method == "full" else DEFAULT_LEARNING_RATE
 
 
-def check_arguments(
-    model: ModelArguments, data: DataArguments, method: MethodArguments, train: TrainArguments
-) -> None:
+def check_arguments(args: Arguments) -> None:
     """Refuse what can be seen to be wrong without opening a file.
 
     Raises:
         ValueError: one sentence that names the flag.
     """
+    data, method, train = args.data, args.method, args.train
+    for part in (args.model, data, method, train):
+        for name, limit in _limits(type(part)):
+            value = getattr(part, name)
+            if value is not None and not limit.holds(value):
+                raise ValueError(f"--{name} must be {limit.words}, not {value}.")
     if train.bf16 and train.fp16:
         raise ValueError("Pass --bf16 or --fp16, not both.")
-    at_least_one: dict[str, int | None] = {
-        "--per_device_train_batch_size": train.per_device_train_batch_size,
-        "--per_device_eval_batch_size": train.per_device_eval_batch_size,
-        "--gradient_accumulation_steps": train.gradient_accumulation_steps,
-        "--logging_steps": train.logging_steps,
-        "--eval_steps": train.eval_steps,
-        "--save_steps": train.save_steps,
-        "--save_total_limit": train.save_total_limit,
-        "--calibration_examples": method.calibration_examples,
-        "--lora_r": method.lora_r,
-        "--max_length": data.max_length,
-        "--train_examples": data.train_examples,
-    }
-    for flag, value in at_least_one.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{flag} must be at least 1, not {value}.")
-    not_negative: dict[str, float | None] = {
-        "--dev_examples": data.dev_examples,
-        "--learning_rate": train.learning_rate,
-        "--head_learning_rate": train.head_learning_rate,
-        "--lora_alpha": method.lora_alpha,
-        "--weight_decay": train.weight_decay,
-        "--max_grad_norm": train.max_grad_norm,
-        "--warmup_steps": train.warmup_steps,
-        "--calibration_head_steps": method.calibration_head_steps,
-        "--calibration_buffer_gb": method.calibration_buffer_gb,
-    }
-    for flag, number in not_negative.items():
-        if number is not None and not 0 <= number < float("inf"):
-            raise ValueError(f"{flag} must be a finite number of at least 0, not {number}.")
-    for flag, decay in {"--adam_beta1": train.adam_beta1, "--adam_beta2": train.adam_beta2}.items():
-        if not 0 <= decay < 1:
-            raise ValueError(f"{flag} must be at least 0 and below 1, not {decay}.")
-    if not 0 < train.adam_epsilon < float("inf"):
-        raise ValueError(f"--adam_epsilon must be above 0, not {train.adam_epsilon}.")
-    if train.lr_scheduler_type not in SCHEDULES:
-        raise ValueError(
-            f"--lr_scheduler_type takes one of {', '.join(SCHEDULES)}, not "
-            f"{train.lr_scheduler_type}."
-        )
-    if train.max_steps < -1:
-        raise ValueError(
-            f"--max_steps must be -1 (use epochs) or at least 0, not {train.max_steps}."
-        )
-    if train.max_steps == -1 and not 0 < train.num_train_epochs < float("inf"):
+    if train.max_steps == -1 and not 0 < train.num_train_epochs < _INFINITY:
         raise ValueError(f"--num_train_epochs must be above 0, not {train.num_train_epochs}.")
-    if train.report_to not in ("none", "tensorboard"):
-        raise ValueError(f"--report_to takes tensorboard or none, not {train.report_to}.")
-    if not 0 <= method.lora_dropout < 1:
+    if train.eval_steps is not None and train.eval_strategy in ("no", "epoch"):
         raise ValueError(
-            f"--lora_dropout must be at least 0 and below 1, not {method.lora_dropout}."
+            f"--eval_strategy {train.eval_strategy} has no steps between: leave --eval_steps out."
         )
     if data.evaluate_on == "dev" and not data.dev_examples:
         raise ValueError("--evaluate_on dev needs a development set: pass --dev_examples.")
     for flag in ("calibration_examples", "calibration_head_steps", "calibration_buffer_gb"):
         if method.mask and getattr(method, flag):
             raise ValueError(f"--mask skips calibration: leave --{flag} out.")
-    _check_method(method, train)
-
-
-def _check_method(method: MethodArguments, train: TrainArguments) -> None:
-    """Refuse an unknown method, and flags that ask a method for what it does not do."""
-    name = method.method
-    if name not in METHODS:
-        raise ValueError(f"There is no method {name!r}: pass one of {', '.join(METHODS)}.")
-    if train.optimizer not in OPTIMIZERS:
-        raise ValueError(
-            f"--optimizer takes one of {', '.join(OPTIMIZERS)}, not {train.optimizer}."
-        )
-    if train.optimizer == "adamw_8bit" and name != "full":
+    if train.optimizer == "adamw_8bit" and method.method != "full":
         raise ValueError(
             "--optimizer adamw_8bit is for --method full: the others have little state."
         )
-    if name in SPARSE_METHODS:
-        return
+    if method.method not in SPARSE_METHODS:
+        _check_dense(method, train)
+
+
+def _limits(part: type) -> Iterator[tuple[str, Limit]]:
+    """The limits in the types of a dataclass' fields, optional ones too, by the fields' names."""
+    for name, hint in get_type_hints(part, include_extras=True).items():
+        for kind in (hint, *get_args(hint)):
+            yield from ((name, limit) for limit in get_args(kind) if isinstance(limit, Limit))
+
+
+def _check_dense(method: MethodArguments, train: TrainArguments) -> None:
+    """Refuse flags that ask a method for what only those that select entries do."""
+    name = method.method
     if method.mask is not None:
         raise ValueError(f"--method {name} selects no entries: leave --mask out.")
     if name in DENSE_METHODS and method.target_modules:

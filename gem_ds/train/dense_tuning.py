@@ -6,7 +6,6 @@ What GEM is compared with. DeepSpeed trains them as it always does.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +13,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gem_ds.data.batches import Batches
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.dense import DenseEngine
 from gem_ds.distributed.engine import numel
 from gem_ds.files.atomic import atomic_folder
-from gem_ds.files.checkpoint import TrainerState
 from gem_ds.files.delta import Delta
 from gem_ds.files.mask import Mask, WeightInfo, checksum, dtype_name, index_dtype
 from gem_ds.models.adapters import add_adapter, is_of_head
-from gem_ds.models.loss import SummedLoss
 from gem_ds.select.methods import ADAPTER_METHODS, product_of
-from gem_ds.train.arguments import Arguments
+from gem_ds.train.config import Arguments
 from gem_ds.train.optimizer import make_dense_optimizer
-from gem_ds.train.prepare import Plan
+from gem_ds.train.prepare import PreparedRun
 from gem_ds.train.reporting import Reporter
 from gem_ds.train.results import run_settings
 
@@ -70,61 +66,41 @@ class DenseTuning:
 
     Args:
         args: the flags.
-        plan: of the run.
+        prepared: the run.
         model: the base model.
         head: names of the parameters of the head; they are trained at the head's learning rate.
         comm: the ranks.
     """
 
-    calibration_seconds = 0.0
-
     def __init__(
-        self, args: Arguments, plan: Plan, model: PreTrainedModel, head: list[str], comm: Comm
+        self,
+        args: Arguments,
+        prepared: PreparedRun,
+        model: PreTrainedModel,
+        head: list[str],
+        comm: Comm,
     ) -> None:
-        self.args, self.plan, self.comm = args, plan, comm
+        self.args, self.prepared, self.comm = args, prepared, comm
         self.head = head
-        network = trained_network(model, args, plan.targets, plan.shira_rank, head)
+        network = trained_network(model, args, prepared.targets, prepared.shira_rank, head)
         self.names = [name for name, p in network.named_parameters() if p.requires_grad]
         self.num_trainable = sum(numel(network.get_parameter(name)) for name in self.names)
         named = dict(network.named_parameters())
         of_head = [named[name] for name in self.names if is_of_head(name, head)]
         others = [named[name] for name in self.names if not is_of_head(name, head)]
         optimizer = make_dense_optimizer(args.train, others, of_head)
-        self.engine = DenseEngine(network, optimizer, plan.deepspeed, comm)
+        self.engine = DenseEngine(network, optimizer, prepared.deepspeed, comm)
         self.network = network
         self.base = self._trained() if args.method.method == "bitfit" else {}
-
-    # What the loop asks
-
-    def training(self) -> AbstractContextManager[None]:
-        """Nothing to be done: gradients are the parameters' own."""
-        return nullcontext()
-
-    def write_back(self) -> None:
-        """Nothing to be done: DeepSpeed has written the step."""
-
-    # Before the first step
-
-    def start(self, batches: Batches, summed_loss: SummedLoss) -> None:
-        """Nothing to be calibrated."""
 
     def describe(self, reporter: Reporter) -> dict[str, float]:
         """Say what will be trained; returns what to log of it."""
         reporter.say(
             f"Training {self.num_trainable:,} parameters"
             + (" and with them the head" if self.head else "")
-            + f"; the base model has {self.plan.num_parameters:,}"
+            + f"; the base model has {self.prepared.num_parameters:,}"
         )
         return {"num_trainable": self.num_trainable}
-
-    def numbers(self) -> dict[str, float]:
-        """What the log tells of the present step: nothing beyond what the loop knows."""
-        return {}
-
-    # Files
-
-    def save_checkpoint(self, state: TrainerState) -> None:
-        """Nothing is written: such a run is started anew."""
 
     def save_weights(self) -> None:
         """Write what was trained in the form that its users know; called on all ranks.
@@ -133,7 +109,7 @@ class DenseTuning:
         ``delta.safetensors`` with every bias for bitfit.
         """
         trained = self._trained()
-        folder = self.plan.output_dir
+        folder = self.prepared.output_dir
         with self.comm.agreement():
             if not self.comm.is_main:
                 return
@@ -157,7 +133,7 @@ class DenseTuning:
         # that it knows for read, and would name a LayerNorm's weight gamma.
         self.network._weight_conversions = None
         self.network.save_pretrained(folder, state_dict=trained)
-        self.plan.tokenizer.save_pretrained(folder)
+        self.prepared.tokenizer.save_pretrained(folder)
 
     def _delta(self, trained: dict[str, Tensor]) -> Delta:
         biases = {name: value for name, value in trained.items() if name not in self.head}
@@ -177,7 +153,7 @@ class DenseTuning:
             base_model=str(self.args.model.model_name_or_path),
             revision=self.args.model.revision,
             method="bitfit",
-            settings=run_settings(self.args, self.plan),
+            settings=run_settings(self.args, self.prepared),
         )
         head = {name: trained[name] for name in self.head}
         return Delta(mask=mask, values={n: v.flatten() for n, v in biases.items()}, head=head)

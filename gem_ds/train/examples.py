@@ -74,11 +74,8 @@ def load_examples(data: DataArguments) -> TaskData:
         )
     train = sorted(order[:num_left][: data.train_examples])
     dev = sorted(order[num_left:])
-    return replace(
-        task,
-        train=[task.train[i] for i in train],
-        test=[task.train[i] for i in dev] if data.evaluate_on == "dev" else task.test,
-    )
+    test = [task.train[i] for i in dev] if data.evaluate_on == "dev" else task.test
+    return replace(task, train=[task.train[i] for i in train], test=test[: data.max_eval_samples])
 
 
 def _split(examples: Sequence[Example], num_dev: int) -> tuple[list[int], int]:

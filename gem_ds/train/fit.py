@@ -5,7 +5,7 @@ micro-batches:
 
     for each micro-batch of this rank:  backward of  summed loss * world_size / n
     engine.step()                       averages over the ranks, clips, updates the masters
-    trained.write_back()                the weights show the new values
+    entries.write_back()                the weights show the new values
 
 DeepSpeed's own division by the world size is made up for by the factor, so the gradient is that of
 the mean loss over the global batch however it is cut. What is logged, evaluated and saved between
@@ -17,76 +17,46 @@ from __future__ import annotations
 import hashlib
 import math
 import signal
+import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import FrameType
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from gem_ds.data.batches import Batches
-from gem_ds.distributed.comm import Comm
+from gem_ds.distributed.dense import DenseEngine
+from gem_ds.distributed.engine import Engine
 from gem_ds.files.checkpoint import TrainerState
 from gem_ds.models.loss import SummedLoss
+from gem_ds.sparse.entries import HeadEntries, SelectedEntries
 
-
-class StepEngine(Protocol):
-    """What a step asks of an engine; those of :mod:`gem_ds.distributed.engine` have it."""
-
-    comm: Comm
-    model: nn.Module
-    device: torch.device
-    dtype: torch.dtype
-
-    def backward(self, compute_loss: Callable[[nn.Module], Tensor], *, deliver: bool) -> Tensor:
-        """Run one micro-batch; ``deliver`` with the last one of a step. Returns the loss."""
-
-    def step(self) -> bool:
-        """Apply the gradient; False where it is not finite and nothing has changed."""
-
-    @property
-    def grad_norm(self) -> Tensor | float | None:
-        """L2 norm of the gradient before clipping, where the ZeRO stage computes it."""
-
-    @property
-    def lowers_loss_scale(self) -> bool:
-        """Whether a gradient that is not finite would lower the loss scale."""
-
-
-class Trained(Protocol):
-    """What is trained: entries of frozen weights, or parameters of the model themselves."""
-
-    @property
-    def engine(self) -> StepEngine:
-        """Holds the model."""
-
-    def training(self) -> AbstractContextManager[None]:
-        """While the block lasts, backward passes collect gradients."""
-
-    def write_back(self) -> None:
-        """Show an applied step in the model's weights."""
+StepEngine = Engine | DenseEngine
 
 
 class StopSignal:
     """Remembers a SIGTERM (a scheduler's notice) until the loop reaches the end of its step.
 
     Only within its block; before and after it there is nothing to save, and SIGTERM ends the
-    process as ever.
+    process as ever. Signals come to the main thread alone: another one waits for none.
     """
 
     def __init__(self) -> None:
         self.received = False
+        self._is_listening = threading.current_thread() is threading.main_thread()
 
     def __enter__(self) -> StopSignal:
-        self._before = signal.signal(signal.SIGTERM, self._receive)
+        if self._is_listening:
+            self._before = signal.signal(signal.SIGTERM, self._receive)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        signal.signal(signal.SIGTERM, self._before)
+        if self._is_listening:
+            signal.signal(signal.SIGTERM, self._before)
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         self.received = True
@@ -125,7 +95,8 @@ def seed_noise(seed: int, step: int, rank: int) -> None:
 
 
 def fit(
-    trained: Trained,
+    engine: StepEngine,
+    parts: Sequence[SelectedEntries | HeadEntries],
     train: Batches,
     summed_loss: SummedLoss,
     scheduler: LRScheduler,
@@ -139,7 +110,9 @@ def fit(
     together.
 
     Args:
-        trained: what is trained; masters and weights must agree.
+        engine: holds the model.
+        parts: entries of frozen weights that are trained; masters and weights must agree. None
+            where parameters of the model themselves are trained, which DeepSpeed writes.
         train: the training data.
         summed_loss: the loss of one micro-batch, summed over its items.
         scheduler: of the learning rate of the engine's optimizer; stepped after each applied step.
@@ -152,9 +125,14 @@ def fit(
     Raises:
         DivergedError: the loss or gradient of a step is not finite; masters are as before it.
     """
-    with StopSignal() as stop, trained.training():
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopSignal())
+        for part in parts:
+            stack.enter_context(part.training())
         while state.global_step < state.max_steps:
-            result = _step(trained, train, summed_loss, scheduler, state.global_step, seed, stop)
+            result = _step(
+                engine, parts, train, summed_loss, scheduler, state.global_step, seed, stop
+            )
             state.global_step += 1
             state.epoch = state.global_step / train.steps_per_epoch
             yield result
@@ -163,7 +141,8 @@ def fit(
 
 
 def _step(
-    trained: Trained,
+    engine: StepEngine,
+    parts: Sequence[SelectedEntries | HeadEntries],
     train: Batches,
     summed_loss: SummedLoss,
     scheduler: LRScheduler,
@@ -172,7 +151,7 @@ def _step(
     stop: StopSignal,
 ) -> StepResult:
     """One global batch: gradient, update, write-back."""
-    engine, comm = trained.engine, trained.engine.comm
+    comm = engine.comm
     started = time.perf_counter()
     engine.model.train()
     seed_noise(seed, step, comm.rank)
@@ -185,7 +164,8 @@ def _step(
     learning_rate = float(scheduler.get_last_lr()[0])
     may_skip = engine.lowers_loss_scale
     if engine.step():
-        trained.write_back()
+        for part in parts:
+            part.write_back()
         scheduler.step()
     elif not may_skip:
         with comm.in_unison():
@@ -213,14 +193,23 @@ def accumulate(engine: StepEngine, train: Batches, summed_loss: SummedLoss, step
     return total
 
 
-def mean_loss(engine: StepEngine, batches: Batches, summed_loss: SummedLoss) -> float:
-    """Mean loss over one epoch of ``batches``, without gradients; the same on all ranks."""
+def mean_loss(
+    engine: StepEngine,
+    batches: Batches,
+    summed_loss: SummedLoss,
+    progress: Callable[[], object] = lambda: None,
+) -> float:
+    """Mean loss over one epoch of ``batches``, without gradients; the same on all ranks.
+
+    ``progress`` is called after each global batch.
+    """
     engine.model.eval()
     total = torch.zeros((), dtype=torch.float64, device=engine.device)
     with torch.no_grad():
         for step in range(batches.steps_per_epoch):
             for batch in batches.micro_batches(step):
                 total += summed_loss(engine.model, batch)
+            progress()
     engine.comm.all_reduce(total, "sum")
     return total.item() / batches.num_items_of_epoch
 

@@ -18,14 +18,16 @@ from gem_ds.train.config import TrainArguments
 
 def make_sparse_optimizer(train: TrainArguments) -> Callable[[list[nn.Parameter]], SparseAdamW]:
     """What makes the optimizer of the selected values and, second if there is one, the head."""
-    rates = (train.learning_rate, train.head_learning_rate)
+    assert train.learning_rate is not None, "parse_arguments sets it"
+    rate = train.learning_rate
+    rates = (rate, train.head_learning_rate)
 
     def make(parameters: list[nn.Parameter]) -> SparseAdamW:
-        groups = [
-            {"params": [parameter], "lr": rate}
-            for parameter, rate in zip(parameters, rates, strict=False)
+        groups: list[Any] = [
+            {"params": [parameter], "lr": lr}
+            for parameter, lr in zip(parameters, rates, strict=False)
         ]
-        return SparseAdamW(groups, lr=train.learning_rate, **_adam(train))
+        return SparseAdamW(groups, lr=rate, **_adam(train))
 
     return make
 

@@ -26,17 +26,17 @@ from gem_ds.models.objective import Objective, objective_of
 from gem_ds.models.tokenizer import load_tokenizer, pad_token_id
 from gem_ds.select.methods import product_of
 from gem_ds.sparse.sddmm import check_kernel
-from gem_ds.train.arguments import Arguments
+from gem_ds.train.config import Arguments
 from gem_ds.train.examples import RunData, encode_examples, fingerprint, load_examples
 from gem_ds.train.optimizer import adam_of_bitsandbytes
 from gem_ds.train.output_dir import refuse_losses, refuse_run
-from gem_ds.train.reporting import summary_writer_class
+from gem_ds.train.reporting import find_trackers
 from gem_ds.train.targets import settle_targets
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """A run that nothing stands against any more.
+class PreparedRun:
+    """A run that nothing stands against any more: all that it needs but weights.
 
     Attributes:
         output_dir: exists or will.
@@ -48,7 +48,7 @@ class Plan:
         objective: what is learnt of them.
         targets: names of the target weights; empty where the method has none.
         num_parameters: N.
-        total: K; 0 for methods that train whole parameters.
+        budget: K; 0 for methods that train whole parameters.
         shira_rank: with ``--method shira`` its rank, else 0.
         deepspeed: the resolved configuration of the engine.
         global_batch_size: rows per step; the checkpoint's, whatever the flags make it now.
@@ -66,7 +66,7 @@ class Plan:
     objective: Objective
     targets: list[str]
     num_parameters: int
-    total: int
+    budget: int
     shira_rank: int
     deepspeed: dict[str, Any]
     global_batch_size: int
@@ -83,7 +83,7 @@ class Plan:
             self.data.fingerprint(),
             self.targets,
             self.num_parameters,
-            self.total,
+            self.budget,
             self.deepspeed,
             indices,
             checkpoint,
@@ -91,15 +91,14 @@ class Plan:
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def prepare(args: Arguments, world_size: int) -> Plan:
+def prepare(args: Arguments, world_size: int) -> PreparedRun:
     """Decide and check everything that needs no weights.
 
     Raises:
         ValueError, OSError: one sentence that says what to change.
     """
     output_dir = Path(str(args.train.output_dir))
-    if args.train.report_to == "tensorboard":
-        summary_writer_class()
+    find_trackers(args.train.report_to)
     if args.train.optimizer == "adamw_8bit":
         adam_of_bitsandbytes()
     if args.train.fp16 and not torch.cuda.is_available():
@@ -124,7 +123,7 @@ def prepare(args: Arguments, world_size: int) -> Plan:
         )
     targets = settle_targets(args, config, mask)
     written = read_config(args.train.deepspeed) if args.train.deepspeed else {}
-    deepspeed = resolve_deepspeed(written, args, config, targets.total, world_size)
+    deepspeed = resolve_deepspeed(written, args, config, targets.budget, world_size)
     if args.method.method == "shira" and zero_stage(deepspeed) == 3:
         raise ValueError(
             "--method shira adds to whole weights, and ZeRO stage 3 cuts them: use "
@@ -139,7 +138,7 @@ def prepare(args: Arguments, world_size: int) -> Plan:
     )
     if checkpoint:
         identity = _resumed_identity(checkpoint.identity, identity)
-    return Plan(
+    return PreparedRun(
         output_dir=output_dir,
         config=config,
         tokenizer=tokenizer,
@@ -149,7 +148,7 @@ def prepare(args: Arguments, world_size: int) -> Plan:
         objective=objective,
         targets=targets.names,
         num_parameters=targets.num_parameters,
-        total=targets.total,
+        budget=targets.budget,
         shira_rank=targets.shira_rank,
         deepspeed=deepspeed,
         global_batch_size=identity.global_batch_size,
@@ -169,7 +168,7 @@ def resolve_deepspeed(
     written: Mapping[str, Any],
     args: Arguments,
     config: PretrainedConfig,
-    total: int,
+    budget: int,
     world_size: int,
 ) -> dict[str, Any]:
     """The engine's configuration.
@@ -178,7 +177,7 @@ def resolve_deepspeed(
         written: the DeepSpeed JSON as read; empty for stage 0.
         args: the flags.
         config: the model's.
-        total: K, or 0.
+        budget: K, or 0.
         world_size: the ranks.
 
     Raises:
@@ -195,7 +194,7 @@ def resolve_deepspeed(
             max_grad_norm=train.max_grad_norm,
             dtype=train.dtype,
             hidden_size=hidden_size,
-            num_selected=total,
+            num_selected=budget,
         ),
     )
 

@@ -1,14 +1,21 @@
-"""What a person sees of a run: the progress bar, metrics.jsonl, TensorBoard. Rank 0 only."""
+"""What a person sees of a run: progress, metrics.jsonl, trackers. Rank 0 only."""
 
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from tqdm import tqdm
 
 from gem_ds.files.atomic import atomic_write
@@ -16,6 +23,69 @@ from gem_ds.files.checkpoint import TrainerState
 
 #: Within the output folder.
 TENSORBOARD_FOLDER = "tensorboard"
+
+#: At most so often, in seconds, a loop tells a log file how far it has come.
+INTERVAL = 30.0
+
+
+class Progress:
+    """How far a loop has come, on standard error: a bar on a terminal, else lines for a log file.
+
+    Args:
+        what: is going on, for example ``Training``.
+        total: rounds of the loop.
+        unit: what a round is called.
+        initial: rounds that were done before.
+        is_shown: False hides it.
+        interval: seconds between lines; None leaves them to :meth:`tell`.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        total: int,
+        unit: str,
+        *,
+        initial: int = 0,
+        is_shown: bool,
+        interval: float | None = INTERVAL,
+    ) -> None:
+        self._what, self._total, self._unit, self._done = what, total, unit, initial
+        self._initial, self._is_shown, self._interval = initial, is_shown, interval
+        self._started = self._told = time.monotonic()
+        self._bar: tqdm[Any] | None = None
+        if is_shown and sys.stderr.isatty():
+            self._bar = tqdm(
+                total=total, initial=initial, desc=what, unit=unit, dynamic_ncols=True, leave=None
+            )
+
+    def advance(self) -> None:
+        """Count a round."""
+        self._done += 1
+        if self._bar is not None:
+            self._bar.update()
+        elif self._interval is not None and time.monotonic() - self._told > self._interval:
+            self.tell()
+
+    def tell(self, text: str = "") -> None:
+        """Show some numbers of the present round."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(text)
+        elif self._is_shown:
+            self._told = time.monotonic()
+            pace = (self._told - self._started) / max(self._done - self._initial, 1)
+            left = timedelta(seconds=round(pace * (self._total - self._done)))
+            parts = [
+                f"{self._what}: {self._unit} {self._done} of {self._total}",
+                text,
+                f"{left} left",
+            ]
+            print(", ".join(filter(None, parts)), file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Nothing more comes."""
+        if self._bar is not None:
+            self._bar.close()
 
 
 class Reporter:
@@ -28,11 +98,11 @@ class Reporter:
         output_dir: where ``metrics.jsonl`` and the TensorBoard folder lie.
         state: progress so far; what is logged and what is yet to be is added on every rank.
         is_main: rank 0.
-        tensorboard: write TensorBoard events too.
-        show_bar: show a progress bar.
+        trackers: names of :func:`find_trackers`.
+        is_shown: show progress.
+        flags: what the trackers record of the run.
 
     Raises:
-        ValueError: TensorBoard is asked for and not installed.
         OSError: ``metrics.jsonl`` cannot be written.
     """
 
@@ -42,35 +112,43 @@ class Reporter:
         state: TrainerState,
         *,
         is_main: bool,
-        tensorboard: bool,
-        show_bar: bool,
+        trackers: Sequence[str] = (),
+        is_shown: bool,
+        flags: Mapping[str, Any] | None = None,
     ) -> None:
         self._state = state
         self._is_main = is_main
+        self._is_shown = is_shown and is_main
         self._path = output_dir / "metrics.jsonl"
-        self._board: Any = None
+        self._stack = ExitStack()
+        self._trackers: list[Any] = []
+        self._progress: Progress | None = None
+        self._num_tokens = 0
+        self._seconds = 0.0
         if is_main:
             lines = "".join(json.dumps(entry) + "\n" for entry in state.log_history)
             atomic_write(self._path, lambda path: path.write_text(lines))
-        if is_main and tensorboard:
-            # What an earlier session wrote of later steps is taken back, as in metrics.jsonl.
-            self._board = summary_writer_class()(
-                str(output_dir / TENSORBOARD_FOLDER), purge_step=state.global_step + 1
-            )
-        self._show_bar = show_bar and is_main
-        self._bar: Any = None
-        self._num_tokens = 0
-        self._seconds = 0.0
+            first_step = state.global_step + 1
+            if trackers:
+                self._stack.enter_context(_one_process())
+            for name in trackers:
+                tracker = _start_tracker(name, output_dir, first_step, flags or {})
+                self._stack.callback(tracker.finish)
+                self._trackers.append(tracker)
+
+    def progress(self, what: str, total: int, unit: str) -> Progress:
+        """Of a loop beside the training itself."""
+        return Progress(what, total, unit, is_shown=self._is_shown)
 
     def start(self) -> None:
-        """Show the bar."""
-        self._bar = tqdm(
-            total=self._state.max_steps,
+        """Training begins."""
+        self._progress = Progress(
+            "Training",
+            self._state.max_steps,
+            "step",
             initial=self._state.global_step,
-            desc="Training",
-            unit="step",
-            disable=not self._show_bar,
-            dynamic_ncols=True,
+            is_shown=self._is_shown,
+            interval=None,
         )
 
     def advance(self, loss: float, num_tokens: int, seconds: float) -> None:
@@ -78,7 +156,8 @@ class Reporter:
         self._state.unlogged_losses.append(loss)
         self._num_tokens += num_tokens
         self._seconds += seconds
-        self._bar.update()
+        if self._progress is not None:
+            self._progress.advance()
 
     def averages(self) -> dict[str, float]:
         """Mean loss and tokens per second of the steps since the last call, over a resume too."""
@@ -93,18 +172,17 @@ class Reporter:
 
     def log(self, entry: dict[str, Any]) -> None:
         """Record numbers that belong to the present step."""
-        entry = {"step": self._state.global_step, "epoch": round(self._state.epoch, 4), **entry}
+        numbers = entry
+        entry = {"step": self._state.global_step, "epoch": round(self._state.epoch, 4), **numbers}
         self._state.log_history.append(entry)
         if not self._is_main:
             return
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
-        if self._board is not None:
-            for key, value in entry.items():
-                if key not in ("step", "epoch"):
-                    self._board.add_scalar(key, value, entry["step"])
-        if "loss" in entry and self._bar is not None:
-            self._bar.set_postfix_str(
+        for tracker in self._trackers:
+            tracker.log(numbers, step=entry["step"])
+        if "loss" in entry and self._progress is not None:
+            self._progress.tell(
                 f"loss {entry['loss']:.4f}, lr {entry['learning_rate']:.2e}, "
                 f"{entry['tokens_per_second']:.0f} tok/s"
             )
@@ -118,11 +196,65 @@ class Reporter:
             sys.stdout.flush()
 
     def close(self) -> None:
-        """End the bar and the event file."""
-        if self._bar is not None:
-            self._bar.close()
-        if self._board is not None:
-            self._board.close()
+        """End the bar and what the trackers write."""
+        if self._progress is not None:
+            self._progress.close()
+        self._stack.close()
+
+
+def find_trackers(names: Sequence[str]) -> list[str]:
+    """The trackers of accelerate that ``--report_to`` asks for.
+
+    Raises:
+        ValueError: there is no such tracker, or it is not installed.
+    """
+    installed = [str(tracker) for tracker in get_available_trackers()]
+    if list(names) in (["none"], ["all"]):
+        return installed if "all" in names else []
+    known = [str(name) for name in LOGGER_TYPE_TO_CLASS]
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"--report_to takes none, all, or some of {', '.join(known)}, not {name}."
+            )
+        if name not in installed:
+            package = name.replace("_", "-")
+            raise ValueError(f"--report_to {name} needs {name}: pip install {package}.")
+    return list(dict.fromkeys(names))
+
+
+@contextmanager
+def _one_process() -> Iterator[None]:
+    """While the block lasts, accelerate takes this process, which alone has trackers, for all."""
+    if PartialState._shared_state:
+        yield
+        return
+    names = ("LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+    hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        PartialState(cpu=True)
+    finally:
+        os.environ.update(hidden)
+    try:
+        yield
+    finally:
+        PartialState._reset_state()
+
+
+def _start_tracker(name: str, output_dir: Path, first_step: int, flags: Mapping[str, Any]) -> Any:
+    tracker_class: Any = LOGGER_TYPE_TO_CLASS[name]
+    if name == "tensorboard":
+        # What an earlier session wrote of later steps is taken back, as in metrics.jsonl.
+        tracker = tracker_class(TENSORBOARD_FOLDER, output_dir, purge_step=first_step)
+    elif tracker_class.requires_logging_directory:
+        tracker = tracker_class("gem_ds", output_dir)
+    else:
+        tracker = tracker_class("gem_ds")
+    tracker.main_process_only = False  # this is the main process
+    tracker.start()
+    if name != "tensorboard":  # which would show the flags as a run of its own
+        tracker.store_init_configuration(dict(flags))
+    return tracker
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -133,18 +265,3 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def summary_writer_class() -> Any:
-    """TensorBoard's ``SummaryWriter``.
-
-    Raises:
-        ValueError: TensorBoard is not installed.
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ValueError(
-            "--report_to tensorboard needs TensorBoard: pip install tensorboard."
-        ) from None
-    return SummaryWriter

@@ -14,47 +14,50 @@ from gem_ds.files.checkpoint import TrainerState
 from gem_ds.files.mask import Mask, WeightInfo, checksum, dtype_name
 from gem_ds.models.encoders import auto_class, is_encoder
 from gem_ds.models.load import DTYPES
-from gem_ds.select.methods import CALIBRATED_METHODS
+from gem_ds.select.methods import CALIBRATED_METHODS, SPARSE_METHODS, product_of
 from gem_ds.sparse.entries import SelectedEntries
-from gem_ds.train.arguments import Arguments
-from gem_ds.train.config import DEFAULT_DENSITY
-from gem_ds.train.prepare import Plan
+from gem_ds.train.config import DEFAULT_DENSITY, Arguments
+from gem_ds.train.prepare import PreparedRun
 
 #: How the model card calls ``eval_loss``.
 HELD_OUT = "held-out loss"
 
 
-def run_settings(args: Arguments, plan: Plan) -> dict[str, Any]:
+def run_settings(args: Arguments, prepared: PreparedRun) -> dict[str, Any]:
     """What a later user of a mask or delta needs to know of the run that made it.
 
     How entries were chosen is the mask's to say, where a run takes one up.
     """
     task: dict[str, Any] = {"task": args.data.task}
-    if is_encoder(plan.config):
-        task["labels"] = list(plan.config.id2label.values())
-    if plan.mask is not None:
-        return plan.mask.settings | task
+    if is_encoder(prepared.config):
+        task["labels"] = list((prepared.config.id2label or {}).values())
+    if prepared.mask is not None:
+        return prepared.mask.settings | task
     settings = task | {"max_length": args.data.max_length, "seed": args.train.seed}
-    if plan.total:
+    if prepared.budget:
         settings["density"] = args.method.density or DEFAULT_DENSITY
     if args.method.method in CALIBRATED_METHODS:
-        settings["calibration_examples"] = args.method.calibration_examples or len(plan.data.train)
-        if is_encoder(plan.config):
+        settings["calibration_examples"] = args.method.calibration_examples or len(
+            prepared.data.train
+        )
+        if is_encoder(prepared.config):
             settings["calibration_head_steps"] = args.method.head_steps
     return settings
 
 
-def method_of(args: Arguments, plan: Plan) -> str:
+def method_of(args: Arguments, prepared: PreparedRun) -> str:
     """The method that a run's files name: the mask's own, where the run takes one up."""
-    return args.method.method if plan.mask is None else plan.mask.method
+    return args.method.method if prepared.mask is None else prepared.mask.method
 
 
-def make_mask(args: Arguments, plan: Plan, entries: SelectedEntries, base: Tensor) -> Mask:
+def make_mask(
+    args: Arguments, prepared: PreparedRun, entries: SelectedEntries, base: Tensor
+) -> Mask:
     """The mask of a run, with what a later user needs to know of it.
 
     Args:
         args: the flags.
-        plan: of the run.
+        prepared: the run.
         entries: what it trains.
         base: [K] on the CPU, the selected weights before training, in the model's dtype.
     """
@@ -74,14 +77,14 @@ def make_mask(args: Arguments, plan: Plan, entries: SelectedEntries, base: Tenso
         },
         base_model=str(args.model.model_name_or_path),
         revision=args.model.revision,
-        method=method_of(args, plan),
-        settings=run_settings(args, plan),
+        method=method_of(args, prepared),
+        settings=run_settings(args, prepared),
     )
 
 
 def save_results(
     args: Arguments,
-    plan: Plan,
+    prepared: PreparedRun,
     state: TrainerState,
     results: Mapping[str, Any],
 ) -> None:
@@ -89,14 +92,14 @@ def save_results(
 
     Args:
         args: the flags.
-        plan: of the run.
+        prepared: the run.
         state: where the run stopped.
         results: numbers by name, and under ``eval_metrics`` the task's own.
 
     Raises:
         OSError: a file cannot be written; those before it are whole.
     """
-    folder = plan.output_dir
+    folder = prepared.output_dir
     state.save(folder)
     save_json(folder / "all_results.json", dict(results))
     train = args.train
@@ -106,17 +109,19 @@ def save_results(
         revision=args.model.revision,
         task=str(args.data.task),
         dataset=dataset,
-        method=method_of(args, plan),
+        method=method_of(args, prepared),
+        product=product_of(args.method.method),
+        has_mask=args.method.method in SPARSE_METHODS,
         num_trainable=int(results["num_trainable"]),
-        num_parameters=plan.num_parameters,
+        num_parameters=prepared.num_parameters,
         dtype=dtype_name(DTYPES[args.train.dtype]),
         settings={
-            "method": method_of(args, plan),
-            **_density(args, plan),
+            "method": method_of(args, prepared),
+            **_density(args, prepared),
             "learning rate": train.learning_rate,
             "schedule": train.lr_scheduler_type,
             "steps": state.max_steps,
-            "examples per step": plan.global_batch_size,
+            "examples per step": prepared.global_batch_size,
             "seed": train.seed,
         },
         results=results.get("eval_metrics", {})
@@ -126,13 +131,13 @@ def save_results(
             if f"last_{key}" in results
         },
         base_results={HELD_OUT: results["first_eval_loss"]} if "first_eval_loss" in results else {},
-        auto_class=auto_class(plan.config).__name__,
-        num_labels=plan.config.num_labels if is_encoder(plan.config) else None,
+        auto_class=auto_class(prepared.config).__name__,
+        num_labels=prepared.config.num_labels if is_encoder(prepared.config) else None,
     )
     atomic_write(folder / "README.md", lambda path: path.write_text(card, encoding="utf-8"))
 
 
-def _density(args: Arguments, plan: Plan) -> dict[str, object]:
+def _density(args: Arguments, prepared: PreparedRun) -> dict[str, object]:
     """As the user wrote it, or the mask has it; nothing for methods without one."""
-    settings = run_settings(args, plan)
+    settings = run_settings(args, prepared)
     return {"density": settings["density"]} if "density" in settings else {}

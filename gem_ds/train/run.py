@@ -1,4 +1,4 @@
-"""One training run, from the plan to the results: what is made for it, and in which order."""
+"""One training run, from its preparation to its results: what is made for it, in which order."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from gem_ds.models.loss import (
 )
 from gem_ds.models.predict import predict_all
 from gem_ds.select.methods import SPARSE_METHODS, product_of
-from gem_ds.train.arguments import Arguments
+from gem_ds.train.config import Arguments
 from gem_ds.train.dense_tuning import DenseTuning
 from gem_ds.train.fit import StepResult, fit, mean_loss
 from gem_ds.train.optimizer import make_scheduler
-from gem_ds.train.prepare import Plan, batch_size_of_flags
-from gem_ds.train.reporting import Reporter, peak_memory_bytes
+from gem_ds.train.prepare import PreparedRun, batch_size_of_flags
+from gem_ds.train.reporting import Reporter, find_trackers, peak_memory_bytes
 from gem_ds.train.results import save_results
 from gem_ds.train.sparse_tuning import SparseTuning
 
@@ -53,64 +53,79 @@ class Run:
 
     Args:
         args: the flags.
-        plan: of the run.
+        prepared: the run.
         comm: the ranks.
         kind: what is trained of the model (default: what ``--method`` says).
     """
 
     def __init__(
-        self, args: Arguments, plan: Plan, comm: Comm, kind: Callable[..., Any] | None = None
+        self,
+        args: Arguments,
+        prepared: PreparedRun,
+        comm: Comm,
+        kind: Callable[..., Any] | None = None,
     ) -> None:
-        self.args, self.plan, self.comm = args, plan, comm
+        self.args, self.prepared, self.comm = args, prepared, comm
         self.started = time.perf_counter()
         self.train_batches = self.batches(
-            plan.data.train, plan.global_batch_size, args.train.per_device_train_batch_size
+            prepared.data.train, prepared.global_batch_size, args.train.per_device_train_batch_size
         )
         with comm.in_unison():
             self.state = self.initial_state()
-        model, head = load_model(args, plan.config, plan.deepspeed, comm)
+        model, head = load_model(args, prepared.config, prepared.deepspeed, comm)
         if kind is None:
             kind = SparseTuning if args.method.method in SPARSE_METHODS else DenseTuning
         with comm.in_unison():
-            self.tuning: SparseTuning | DenseTuning = kind(args, plan, model, head, comm)
+            self.tuning: SparseTuning | DenseTuning = kind(args, prepared, model, head, comm)
         self.engine = self.tuning.engine
         self.scheduler = make_scheduler(
             args.train,
             self.engine.optimizer,
             self.state.max_steps,
-            plan.checkpoint.num_updates if plan.checkpoint else 0,
+            prepared.checkpoint.num_updates if prepared.checkpoint else 0,
         )
+        self.is_stopped = False
         self.has_unproven_checkpoint = False
         self.step_seconds: list[float] = []
+
+    @property
+    def sparse(self) -> SparseTuning | None:
+        """What is trained, where it is entries of frozen weights."""
+        return self.tuning if isinstance(self.tuning, SparseTuning) else None
 
     def run(self) -> dict[str, Any]:
         """Select what is trained, train it, write the results."""
         train = self.args.train
         if self.args.data.packing:
             for size in {train.per_device_train_batch_size, train.per_device_eval_batch_size}:
-                vocab_size = self.plan.config.get_text_config().vocab_size
+                vocab_size = self.prepared.config.get_text_config().vocab_size
                 with self.comm.in_unison():
                     refuse_leaking_rows(self.engine.model, self.comm.device, vocab_size, size)
         self.summed_loss = self.settled_loss()
-        self.tuning.start(self.calibration_batches(), self.summed_loss)
+        is_shown = self.comm.is_main and not train.disable_tqdm
+        if self.sparse is not None:
+            self.sparse.start(self.calibration_batches(), self.summed_loss, is_shown=is_shown)
         with self.comm.agreement():
             reporter = Reporter(
-                self.plan.output_dir,
+                self.prepared.output_dir,
                 self.state,
                 is_main=self.comm.is_main,
-                tensorboard=train.report_to == "tensorboard",
-                show_bar=not train.disable_tqdm,
+                trackers=find_trackers(train.report_to),
+                is_shown=is_shown,
+                flags=self.args.values(),
             )
         with closing(reporter):
             self.describe(reporter)
             if self.state.max_steps == 0:
-                reporter.say(f"Wrote the mask to {self.plan.output_dir}; --max_steps 0 stops here")
+                reporter.say(
+                    f"Wrote the mask to {self.prepared.output_dir}; --max_steps 0 stops here"
+                )
                 return {}
             return self.train(reporter)
 
     def settled_loss(self) -> SummedLoss:
         """The objective's loss; that of written answers without whole logits, where this can be."""
-        summed_loss = self.plan.objective.summed_loss
+        summed_loss = self.prepared.objective.summed_loss
         if summed_loss is not summed_answer_loss:
             return summed_loss
         return answer_loss_of(self.engine.model, self.comm)
@@ -125,7 +140,7 @@ class Run:
             global_batch_size=global_batch_size,
             micro_batch_size=micro_batch_size,
             seed=self.args.train.seed,
-            pad_token_id=self.plan.pad_token_id,
+            pad_token_id=self.prepared.pad_token_id,
             group_by_length=self.args.data.train_sampling_strategy == "group_by_length",
         )
 
@@ -136,7 +151,7 @@ class Run:
             ValueError: the checkpoint is further than the run should go.
         """
         train = self.args.train
-        state = self.plan.checkpoint.state if self.plan.checkpoint else TrainerState()
+        state = self.prepared.checkpoint.state if self.prepared.checkpoint else TrainerState()
         settings = {name: getattr(train, name) for name in STEP_SETTINGS}
         self.changes = [
             f"--{name} {value} instead of {state.settings[name]}"
@@ -156,33 +171,33 @@ class Run:
 
     def calibration_batches(self) -> Batches:
         """The first examples of the shuffled order."""
-        examples, size = self.plan.data.train, self.args.train.per_device_train_batch_size
+        examples, size = self.prepared.data.train, self.args.train.per_device_train_batch_size
         order = permutation(len(examples), self.args.train.seed, epoch=0)
         chosen = examples.select(order[: self.args.method.calibration_examples].tolist())
-        return self.batches(chosen, self.plan.global_batch_size, size)
+        return self.batches(chosen, self.prepared.global_batch_size, size)
 
     def describe(self, reporter: Reporter) -> None:
         """Say what will be trained and on what, and where the run begins."""
-        plan = self.plan
+        prepared = self.prepared
         numbers = self.tuning.describe(reporter)
         if self.summed_loss is summed_answer_loss:
             reporter.say(
                 "This model's logits are more than a product of its output layer, so those of many "
                 "tokens of a micro-batch stand in memory at once"
             )
-        if cut := plan.data.train.num_truncated:
+        if cut := prepared.data.train.num_truncated:
             reporter.say(
-                f"{cut:,} of {len(plan.data.train):,} training examples are cut at --max_length "
-                f"{self.args.data.max_length}"
+                f"{cut:,} of {len(prepared.data.train):,} training examples are cut at "
+                f"--max_length {self.args.data.max_length}"
             )
-        if plan.checkpoint is None:
+        if prepared.checkpoint is None:
             self.log(reporter, numbers)
         else:
             now = batch_size_of_flags(self.args, self.comm.world_size)
             reporter.say(
                 f"Resuming at step {self.state.global_step} of {self.state.max_steps} with "
-                f"{plan.global_batch_size} examples per step, as before"
-                + (f", not the {now} of the flags" if now != plan.global_batch_size else "")
+                f"{prepared.global_batch_size} examples per step, as before"
+                + (f", not the {now} of the flags" if now != prepared.global_batch_size else "")
             )
             if self.changes:
                 reporter.say(f"Going on with {', '.join(self.changes)}")
@@ -193,21 +208,24 @@ class Run:
         epoch = self.train_batches.steps_per_epoch
         size = train.per_device_eval_batch_size
         test = (
-            self.batches(self.plan.data.test, size * self.comm.world_size, size)
-            if len(self.plan.data.test)
+            self.batches(self.prepared.data.test, size * self.comm.world_size, size)
+            if len(self.prepared.data.test)
             else None
         )
 
         def evaluate() -> None:
-            if test is not None:
-                loss = mean_loss(self.engine, test, self.summed_loss)
+            if test is not None and train.eval_strategy != "no":
+                progress = reporter.progress("Held-out loss", test.steps_per_epoch, "batch")
+                with closing(progress):
+                    loss = mean_loss(self.engine, test, self.summed_loss, progress.advance)
                 self.log(reporter, {"eval_loss": loss})
 
         if state.global_step == 0:
             evaluate()
         reporter.start()
         for step in fit(
-            self.tuning,
+            self.engine,
+            [] if self.sparse is None else self.sparse.parts,
             self.train_batches,
             self.summed_loss,
             self.scheduler,
@@ -219,15 +237,15 @@ class Run:
             self.step_seconds.append(step.seconds)
             if self.is_due(train.logging_steps):
                 self.log(reporter, reporter.averages() | self.numbers_of(step))
-            if self.is_due(train.eval_steps or epoch) and not step.is_stopping:
+            if self.is_due(train.steps_between_evaluations or epoch) and not step.is_stopping:
                 evaluate()
             if step.is_stopping or self.is_due(train.save_steps or epoch):
                 self.save_checkpoint()
         if state.global_step < state.max_steps:
-            is_saved = self.args.method.method in SPARSE_METHODS
+            self.is_stopped = True
             reporter.say(
                 f"Stopped by SIGTERM after step {state.global_step}; "
-                + ("go on with --resume_from_checkpoint last" if is_saved else "start it anew")
+                + ("go on with --resume_from_checkpoint last" if self.sparse else "start it anew")
             )
             return {}
         return self.finish(reporter)
@@ -242,7 +260,7 @@ class Run:
         numbers = {"learning_rate": step.learning_rate}
         if step.grad_norm is not None and math.isfinite(step.grad_norm):
             numbers["grad_norm"] = float(step.grad_norm)
-        return numbers | self.tuning.numbers()
+        return numbers | (self.sparse.numbers() if self.sparse else {})
 
     def log(self, reporter: Reporter, entry: dict[str, float]) -> None:
         """Log on all ranks; where the file cannot be written, all of them stop."""
@@ -251,8 +269,9 @@ class Run:
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint of the present state; called on all ranks."""
-        self.tuning.save_checkpoint(self.state)
-        self.has_unproven_checkpoint = True
+        if self.sparse is not None:
+            self.sparse.save_checkpoint(self.state)
+            self.has_unproven_checkpoint = True
 
     def delete_old_checkpoints(self) -> None:
         """Keep to ``--save_total_limit``, once the newest checkpoint's weights have borne a step.
@@ -264,7 +283,7 @@ class Run:
             return
         with self.comm.agreement():
             if self.comm.is_main:
-                delete_old_checkpoints(self.plan.output_dir, limit)
+                delete_old_checkpoints(self.prepared.output_dir, limit)
         self.has_unproven_checkpoint = False
 
     def measure(self) -> dict[str, float]:
@@ -272,20 +291,20 @@ class Run:
 
         All ranks call this together.
         """
-        plan, data = self.plan, self.plan.data
-        if plan.objective.predictor is None or not data.questions:
+        prepared, data = self.prepared, self.prepared.data
+        if prepared.objective.predictor is None or not data.questions:
             return {}
         predictions = predict_all(
             self.engine.model,
             data.questions,
-            plan.objective.predictor.predict,
+            prepared.objective.predictor.predict,
             self.comm,
             batch_size=self.args.train.per_device_eval_batch_size,
-            pad_token_id=plan.pad_token_id,
+            pad_token_id=prepared.pad_token_id,
         )
         with self.comm.agreement():
             if self.comm.is_main:
-                save_predictions(plan.output_dir, data.references, predictions)
+                save_predictions(prepared.output_dir, data.references, predictions)
             return score(str(self.args.data.task), data.references, predictions)
 
     def finish(self, reporter: Reporter) -> dict[str, Any]:
@@ -293,14 +312,16 @@ class Run:
         comm = self.comm
         results: dict[str, Any] = {
             "num_trainable": self.tuning.num_trainable,
-            "num_parameters": self.plan.num_parameters,
+            "num_parameters": self.prepared.num_parameters,
             "global_step": self.state.global_step,
-            "calibration_seconds": round(self.tuning.calibration_seconds, 3),
+            "calibration_seconds": round(self.sparse.calibration_seconds, 3)
+            if self.sparse
+            else 0.0,
             "seconds_per_step": round(statistics.median(self.step_seconds or [0.0]), 4),
             "optimizer_state_bytes": self.engine.optimizer_state_bytes(),
             "peak_memory_bytes": comm.largest(peak_memory_bytes(self.engine.device)),
             "runtime_seconds": round(time.perf_counter() - self.started, 1),
-        } | self.tuning.numbers()
+        } | (self.sparse.numbers() if self.sparse else {})
         history = self.state.log_history
         for key in ("loss", "eval_loss"):
             values = [entry[key] for entry in history if key in entry]
@@ -313,8 +334,8 @@ class Run:
             reporter.say(f"Held-out examples: {told}")
         with comm.agreement():
             if comm.is_main:
-                save_results(self.args, self.plan, self.state, results)
+                save_results(self.args, self.prepared, self.state, results)
         self.delete_old_checkpoints()
         product = product_of(self.args.method.method)
-        reporter.say(f"Wrote the {product} and the results to {self.plan.output_dir}")
+        reporter.say(f"Wrote the {product} and the results to {self.prepared.output_dir}")
         return results

@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from gem_ds.data.batches import Batches
@@ -23,14 +22,14 @@ from gem_ds.models.targets import targets_of
 from gem_ds.select.methods import CALIBRATED_METHODS
 from gem_ds.select.selection import Selection
 from gem_ds.sparse.calibrate import calibrate
-from gem_ds.sparse.entries import HeadEntries, SelectedEntries, TrainedEntries, gather_indices
+from gem_ds.sparse.entries import HeadEntries, SelectedEntries, gather_indices
 from gem_ds.sparse.gradients import buffered_layers
 from gem_ds.sparse.layers import TargetLayers, drop
-from gem_ds.train.arguments import Arguments
+from gem_ds.train.config import Arguments
 from gem_ds.train.head_first import trained_head
 from gem_ds.train.optimizer import make_sparse_optimizer
-from gem_ds.train.prepare import Plan
-from gem_ds.train.reporting import Reporter
+from gem_ds.train.prepare import PreparedRun
+from gem_ds.train.reporting import Progress, Reporter
 from gem_ds.train.results import make_mask
 from gem_ds.train.summary import (
     NEARLY_ZERO,
@@ -42,20 +41,20 @@ from gem_ds.train.summary import (
 
 
 def sparse_layers(
-    model: nn.Module, targets: Sequence[str], total: int, head: Sequence[str]
+    model: nn.Module, targets: Sequence[str], budget: int, head: Sequence[str]
 ) -> tuple[TargetLayers, TargetLayers | None]:
     """The layers that entries are selected from, and those of the head if there is one.
 
     Args:
         model: gets their gates; all of it is frozen.
         targets: names of the target weights.
-        total: the number K of entries to be selected.
+        budget: the number K of entries to be selected.
         head: names of the parameters of the head.
 
     Returns:
         Both; None where ``head`` is empty.
     """
-    layers = TargetLayers(model, targets_of(model, targets), total)
+    layers = TargetLayers(model, targets_of(model, targets), budget)
     if not head:
         return layers, None
     size = sum(numel(model.get_parameter(name)) for name in head)
@@ -67,7 +66,7 @@ class SparseTuning:
 
     Args:
         args: the flags.
-        plan: of the run.
+        prepared: the run.
         model: the base model.
         head: names of the parameters of the head; they are trained whole.
         comm: the ranks.
@@ -85,21 +84,26 @@ class SparseTuning:
     mask: Mask
 
     def __init__(
-        self, args: Arguments, plan: Plan, model: PreTrainedModel, head: list[str], comm: Comm
+        self,
+        args: Arguments,
+        prepared: PreparedRun,
+        model: PreTrainedModel,
+        head: list[str],
+        comm: Comm,
     ) -> None:
-        self.args, self.plan, self.comm = args, plan, comm
-        self.layers, head_layers = sparse_layers(model, plan.targets, plan.total, head)
+        self.args, self.prepared, self.comm = args, prepared, comm
+        self.layers, head_layers = sparse_layers(model, prepared.targets, prepared.budget, head)
         gates = [self.layers.gate]
         if head_layers is not None:
             gates.append(head_layers.gate)
         optimizer = make_sparse_optimizer(args.train)
-        self.engine = Engine(model, gates, optimizer, plan.deepspeed, comm)
+        self.engine = Engine(model, gates, optimizer, prepared.deepspeed, comm)
         self.head = HeadEntries(self.engine, head_layers) if head_layers is not None else None
         self.calibration_seconds = 0.0
         self.selection: Selection | None = None
 
     @property
-    def parts(self) -> list[TrainedEntries]:
+    def parts(self) -> list[SelectedEntries | HeadEntries]:
         """The flat vectors that are trained."""
         return [self.entries, self.head] if self.head is not None else [self.entries]
 
@@ -108,83 +112,63 @@ class SparseTuning:
         """Trained numbers, the head's included."""
         return sum(part.total for part in self.parts)
 
-    # What the loop asks
-
-    @contextmanager
-    def training(self) -> Iterator[None]:
-        """While the block lasts, backward passes collect gradients."""
-        with ExitStack() as stack:
-            for part in self.parts:
-                stack.enter_context(part.training())
-            yield
-
-    def write_back(self) -> None:
-        """Show an applied step in the model's weights."""
-        for part in self.parts:
-            part.write_back()
-
     def numbers(self) -> dict[str, float]:
         """What the log tells of the present step: how many selected weights have changed so far."""
         return {"changed_share": changed_share(self.entries.values().cpu(), self.base)}
 
     # Before the first step
 
-    def start(self, batches: Batches, summed_loss: SummedLoss) -> None:
+    def start(self, batches: Batches, summed_loss: SummedLoss, *, is_shown: bool = False) -> None:
         """Select the entries, or take up the mask's; then go to where the checkpoint stopped.
 
         Args:
             batches: the calibration examples.
             summed_loss: of one micro-batch.
+            is_shown: show how far the calibration has come.
         """
-        plan = self.plan
-        if plan.mask is None:
+        prepared = self.prepared
+        if prepared.mask is None:
             started = time.perf_counter()
-            selection = self._select(batches, summed_loss)
+            selection = self._select(batches, summed_loss, is_shown)
             indices = gather_indices(selection.indices, self.comm)
             self.selection = replace(selection, indices=[])
             self.calibration_seconds = time.perf_counter() - started
         else:
-            indices = [plan.mask.indices[layer.name] for layer in self.layers]
+            indices = [prepared.mask.indices[layer.name] for layer in self.layers]
         self.entries = SelectedEntries(
             self.engine, self.layers, indices, self.args.method.sddmm_kernel
         )
         self.base = self.entries.start_from_weights().cpu()
         if self.head is not None:
             self.head.start_from_weights()
-        if plan.mask is not None:
+        if prepared.mask is not None:
             with self.comm.in_unison():
-                plan.mask.check_base(self.entries.split(self.base))
-        self.mask = make_mask(self.args, plan, self.entries, self.base)
-        if plan.checkpoint is not None:
-            self._resume(plan.checkpoint)
+                prepared.mask.check_base(self.entries.split(self.base))
+        self.mask = make_mask(self.args, prepared, self.entries, self.base)
+        if prepared.checkpoint is not None:
+            self._resume(prepared.checkpoint)
         with self.comm.agreement():
             if self.comm.is_main:
-                self.mask.save(plan.output_dir / "mask.safetensors")
+                self.mask.save(prepared.output_dir / "mask.safetensors")
 
-    def _select(self, batches: Batches, summed_loss: SummedLoss) -> Selection:
+    def _select(
+        self, batches: Batches, summed_loss: SummedLoss, is_shown: bool = False
+    ) -> Selection:
         """Score and select."""
         method = self.args.method.method
+        is_shown = is_shown and method in CALIBRATED_METHODS
+        progress = Progress("Calibrating", batches.steps_per_epoch, "batch", is_shown=is_shown)
         with ExitStack() as stack:
             if method in CALIBRATED_METHODS:
                 stack.enter_context(self.calibrating(batches, summed_loss))
-            bar = stack.enter_context(
-                tqdm(
-                    total=batches.steps_per_epoch,
-                    desc="Calibrating",
-                    unit="batch",
-                    disable=self.args.train.disable_tqdm
-                    or not self.comm.is_main
-                    or method not in CALIBRATED_METHODS,
-                    dynamic_ncols=True,
-                )
-            )
+            stack.callback(progress.close)
             return calibrate(
                 self.engine,
                 self.layers,
                 batches,
                 summed_loss,
-                self.plan.total,
-                progress=bar.update,
+                self.prepared.budget,
+                progress=progress.advance,
                 method=method,
                 seed=self.args.train.seed,
                 buffer_gb=self.args.method.calibration_buffer_gb,
@@ -192,12 +176,7 @@ class SparseTuning:
 
     @contextmanager
     def calibrating(self, batches: Batches, summed_loss: SummedLoss) -> Iterator[None]:
-        """While the block lasts, a head is one that was trained, and its gradient is dropped.
-
-        Args:
-            batches: that the head is trained on for ``--calibration_head_steps``.
-            summed_loss: of one micro-batch.
-        """
+        """While the block lasts, a head is one that was trained, and its gradient is dropped."""
         with ExitStack() as stack:
             if self.head is not None:
                 if num_steps := self.args.method.head_steps:
@@ -217,7 +196,7 @@ class SparseTuning:
 
     def describe(self, reporter: Reporter) -> dict[str, float]:
         """Say what will be trained; returns how the selection lies, for the log."""
-        plan = self.plan
+        prepared = self.prepared
         budgets = [index.numel() for index in self.entries.flat_indices]
         shape = selection_shape(budgets, self.base) | {"num_trainable": self.num_trainable}
         if (selection := self.selection) is not None:
@@ -239,14 +218,16 @@ class SparseTuning:
                     f"{num_buffered} of {len(budgets)} target layers were buffered in calibration "
                     f"(--calibration_buffer_gb {buffer_gb:g})"
                 )
-        if plan.mask is not None and (other := plan.mask.dtype) != dtype_name(self.engine.dtype):
+        if prepared.mask is not None and (other := prepared.mask.dtype) != dtype_name(
+            self.engine.dtype
+        ):
             reporter.say(
                 f"The mask was made in {other} and this run is in {dtype_name(self.engine.dtype)}, "
                 "so it could not be checked that the base values are the same"
             )
         reporter.say(
-            f"Training {plan.total:,} of {plan.num_parameters:,} parameters "
-            f"(density {plan.total / plan.num_parameters:.4%})"
+            f"Training {prepared.budget:,} of {prepared.num_parameters:,} parameters "
+            f"(density {prepared.budget / prepared.num_parameters:.4%})"
             + (f" and a head of {self.head.total:,}" if self.head is not None else "")
             + f"; optimizer state on this rank: {self.engine.optimizer_state_bytes():,} bytes"
         )
@@ -272,9 +253,9 @@ class SparseTuning:
                     head_vectors=head,
                     num_updates=self.engine.num_updates,
                     loss_scale=self.engine.loss_scale,
-                    identity=self.plan.identity,
+                    identity=self.prepared.identity,
                     state=state,
-                ).save(self.plan.output_dir)
+                ).save(self.prepared.output_dir)
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         """Go to where a checkpoint stopped."""
@@ -290,8 +271,9 @@ class SparseTuning:
                 checkpoint.head_vectors, checkpoint.num_updates, gate=self.head.gate
             )
         self.engine.loss_scale = checkpoint.loss_scale
-        self.write_back()
-        checkpoint.vectors.clear()  # the plan lasts as long as the run
+        for part in self.parts:
+            part.write_back()
+        checkpoint.vectors.clear()  # `prepared` lasts as long as the run
         checkpoint.head_vectors.clear()
 
     def save_weights(self) -> None:
@@ -307,4 +289,4 @@ class SparseTuning:
         with self.comm.agreement():
             if self.comm.is_main:
                 delta = Delta(mask=self.mask, values=values, head=head)
-                delta.save(self.plan.output_dir / "delta.safetensors")
+                delta.save(self.prepared.output_dir / "delta.safetensors")

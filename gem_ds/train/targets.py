@@ -16,8 +16,7 @@ from gem_ds.models.encoders import auto_class, head_names, is_encoder, without_h
 from gem_ds.models.targets import find_targets, targets_of
 from gem_ds.select.budget import total_budget
 from gem_ds.select.methods import DENSE_METHODS
-from gem_ds.train.arguments import Arguments
-from gem_ds.train.config import DEFAULT_DENSITY
+from gem_ds.train.config import DEFAULT_DENSITY, Arguments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,13 +26,13 @@ class Targets:
     Attributes:
         names: of the target weights; empty where the method has none.
         num_parameters: N.
-        total: K; 0 for methods that train whole parameters.
+        budget: K; 0 for methods that train whole parameters.
         shira_rank: with ``--method shira`` its rank.
     """
 
     names: list[str]
     num_parameters: int
-    total: int = 0
+    budget: int = 0
     shira_rank: int = 0
 
 
@@ -72,7 +71,7 @@ def settle_targets(args: Arguments, config: PretrainedConfig, mask: Mask | None)
         return Targets(
             names=list(targets_of(model, mask.indices)),
             num_parameters=num_entries,
-            total=mask.num_selected,
+            budget=mask.num_selected,
         )
     method = args.method.method
     if method in DENSE_METHODS or (method == "ia3" and not args.method.target_modules):
@@ -83,16 +82,16 @@ def settle_targets(args: Arguments, config: PretrainedConfig, mask: Mask | None)
     if method in ("lora", "ia3"):
         return Targets(names=list(targets), num_parameters=num_entries)
     density = DEFAULT_DENSITY if args.method.density is None else args.method.density
-    total = total_budget(density, num_entries)
+    budget = total_budget(density, num_entries)
     available = sum(model.get_parameter(name).numel() for name in targets)
-    if total > available:
+    if budget > available:
         raise ValueError(
-            f"--density {density} of {num_entries:,} parameters is {total:,} entries, but "
+            f"--density {density} of {num_entries:,} parameters is {budget:,} entries, but "
             f"the {len(targets)} target layers hold {available:,}: lower --density or widen "
             "--target_modules."
         )
-    rank = _shira_rank(model, targets, total) if method == "shira" else 0
-    return Targets(names=list(targets), num_parameters=num_entries, total=total, shira_rank=rank)
+    rank = _shira_rank(model, targets, budget) if method == "shira" else 0
+    return Targets(names=list(targets), num_parameters=num_entries, budget=budget, shira_rank=rank)
 
 
 def _find_targets(model: Any, named: list[str] | None) -> dict[str, nn.Module]:
@@ -111,9 +110,9 @@ def _refuse_other_density(density: str | None, num_entries: int, mask: Mask) -> 
     """The mask decides; a flag that says something else must not be passed over in silence."""
     if density is None:
         return
-    if (total := total_budget(density, num_entries)) != mask.num_selected:
+    if (budget := total_budget(density, num_entries)) != mask.num_selected:
         raise ValueError(
-            f"--density {density} is {total:,} of {num_entries:,} parameters and the mask has "
+            f"--density {density} is {budget:,} of {num_entries:,} parameters and the mask has "
             f"{mask.num_selected:,}: leave --density out."
         )
 
@@ -127,13 +126,13 @@ def _refuse_large_rank(rank: int, model: Any, targets: Iterable[str]) -> None:
         )
 
 
-def _shira_rank(model: Any, targets: Iterable[str], total: int) -> int:
+def _shira_rank(model: Any, targets: Iterable[str], budget: int) -> int:
     """The rank that trains K entries; of a layer peft trains rank x (rows + columns)."""
     sides = sum(sum(model.get_parameter(name).shape) for name in targets)
-    rank = max(1, round(total / sides))
-    if abs(rank * sides - total) > 0.1 * total:
+    rank = max(1, round(budget / sides))
+    if abs(rank * sides - budget) > 0.1 * budget:
         raise ValueError(
             f"--method shira trains a multiple of {sides:,} entries here, and --density asks for "
-            f"{total:,}: pass a density of which that is true within a tenth."
+            f"{budget:,}: pass a density of which that is true within a tenth."
         )
     return rank

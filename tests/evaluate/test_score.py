@@ -89,13 +89,15 @@ def test_the_number_of_shots_is_seen_in_the_prompts(folder, sandbox):
         sample(folder, 11, 0),
         *(sample(folder, i, 0, prompt=prompts[i]) for i in (12, 13)),
     )
-    with pytest.raises(SystemExit, match=r"holds other prompts than those of mbpp\.jsonl"):
+    with pytest.raises(
+        (ValueError, OSError), match=r"holds other prompts than those of mbpp\.jsonl"
+    ):
         run(folder)
 
 
 def test_missing_problems_count_as_zero_only_when_that_is_asked_for(folder, capsys, sandbox):
     write(folder, sample(folder, 11, 0), sample(folder, 13, 0))
-    with pytest.raises(SystemExit, match=r"lacks 1 of 3 samples, for example .*mbpp/12"):
+    with pytest.raises((ValueError, OSError), match=r"lacks 1 of 3 samples, for example .*mbpp/12"):
         run(folder)
     results = run(folder, "--allow_missing")
     assert results["scores"]["pass@1"]["score"] == pytest.approx(2 / 3)
@@ -108,7 +110,9 @@ def test_missing_problems_count_as_zero_only_when_that_is_asked_for(folder, caps
 def test_a_file_of_one_sample_a_problem_has_no_pass_at_10(folder, sandbox):
     write(folder, *(sample(folder, i, 0) for i in (11, 12, 13)))
     assert list(run(folder)["scores"]) == ["pass@1"]
-    with pytest.raises(SystemExit, match=r"pass@10 needs at least 10 samples .* has 1: draw"):
+    with pytest.raises(
+        (ValueError, OSError), match=r"pass@10 needs at least 10 samples .* has 1: draw"
+    ):
         run(folder, "--k", "10")
 
 
@@ -145,9 +149,8 @@ def bad_files(folder: Path) -> dict[str, tuple[list[dict | str], str]]:
 def test_a_bad_file_is_refused_in_one_sentence(folder, name):
     lines, message = bad_files(folder)[name]
     write(folder, *lines)
-    with pytest.raises(SystemExit, match=message) as caught:
+    with pytest.raises((ValueError, OSError), match=message) as caught:
         run(folder)
-    assert str(caught.value).startswith("eval.score: ")
     assert "\n" not in str(caught.value)
     assert not (folder / "results.json").exists()
 
@@ -158,12 +161,12 @@ def test_a_bad_file_is_refused_in_one_sentence(folder, name):
 )
 def test_bad_flags_are_refused(folder, more, message):
     write(folder, *(sample(folder, i, 0) for i in (11, 12, 13)))
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises((ValueError, OSError), match=message):
         run(folder, *more)
 
 
 def test_a_missing_file_is_named(folder):
-    with pytest.raises(SystemExit, match=r"eval\.score: There is no file .*samples\.jsonl"):
+    with pytest.raises((ValueError, OSError), match=r"There is no file .*samples\.jsonl"):
         run(folder)
 
 
@@ -208,7 +211,7 @@ def test_gsm8k_counts_what_is_missing_as_wrong_when_that_is_asked_for(tmp_path):
     exact_match = score_gsm8k(tmp_path)["exact_match"]
     assert [rule["correct"] for rule in exact_match.values()] == [3, 3, 3]
     write(tmp_path, rows[2], rows[0])
-    with pytest.raises(SystemExit, match="lacks 1 of 3 samples"):
+    with pytest.raises((ValueError, OSError), match="lacks 1 of 3 samples"):
         score_gsm8k(tmp_path)
     results = score_gsm8k(tmp_path, "--allow_missing")
     assert [rule["accuracy"] for rule in results["exact_match"].values()] == [2 / 3] * 3
@@ -225,7 +228,7 @@ def test_a_bad_gsm8k_file_is_refused_in_one_sentence(tmp_path, name):
         "mixed": ([*rows[:2], rows[2] | {"settings": {}}], "mixes runs: .*'gsm8k/test/2'"),
     }[name]
     write(tmp_path, *lines)
-    with pytest.raises(SystemExit, match=message) as caught:
+    with pytest.raises((ValueError, OSError), match=message) as caught:
         score_gsm8k(tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -233,5 +236,5 @@ def test_a_bad_gsm8k_file_is_refused_in_one_sentence(tmp_path, name):
 @pytest.mark.parametrize("more", [("--k", "1"), ("--sanitized",), ("--timeout", "9")])
 def test_flags_of_the_other_task_are_refused(tmp_path, more):
     write(tmp_path, *right_answers())
-    with pytest.raises(SystemExit, match=f"{more[0]} has no meaning for --task gsm8k"):
+    with pytest.raises((ValueError, OSError), match=f"{more[0]} has no meaning for --task gsm8k"):
         score_gsm8k(tmp_path, *more)

@@ -18,6 +18,8 @@ FACTS = {
     "task": "gsm8k",
     "dataset": "openai/gsm8k",
     "method": "gem",
+    "product": "delta",
+    "has_mask": True,
     "num_trainable": 1234,
     "num_parameters": 1_000_000,
     "dtype": "bfloat16",
@@ -32,19 +34,28 @@ def front_matter(card: str) -> dict:
 
 
 def test_the_front_matter_is_what_the_hub_reads():
-    assert front_matter(model_card(**FACTS)) == {
+    fields = front_matter(model_card(**FACTS))
+    (index,) = fields.pop("model-index")
+    assert fields == {
         "library_name": "gem_ds",
         "base_model": "owner/base-1b",
         "base_model_relation": "finetune",
         "datasets": ["openai/gsm8k"],
         "tags": ["gem", "sparse-fine-tuning", "deepspeed", "gsm8k"],
     }
+    (result,) = index["results"]
+    assert result["task"] == {"type": "text-generation"}
+    assert result["dataset"] == {"name": "gsm8k", "type": "openai/gsm8k"}
+    assert result["metrics"] == [
+        {"type": "strict-match", "value": 0.4375},
+        {"type": "eval_loss", "value": 1.5},
+    ]
 
 
 @pytest.mark.parametrize("base_model", ["/models/base", "../base", "./base", "a/b/c", "C: no"])
 def test_a_folder_is_not_given_to_the_hub_as_a_model(base_model):
     card = model_card(**{**FACTS, "base_model": base_model, "dataset": None})
-    assert front_matter(card).keys() == {"library_name", "tags"}
+    assert front_matter(card).keys() == {"library_name", "tags", "model-index"}
     assert f"`{base_model}`" in card
 
 

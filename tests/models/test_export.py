@@ -23,11 +23,11 @@ from transformers import (
     PreTrainedModel,
 )
 
+from gem_ds import cli
 from gem_ds.files.delta import Delta
 from gem_ds.files.mask import Mask, WeightInfo, checksum, dtype_name
-from gem_ds.models import export
 
-SCRIPT = Path(export.__file__)
+SCRIPT = Path(cli.__file__).parents[1] / "launch" / "export.py"
 
 
 def tiny_model(architecture: str) -> PreTrainedModel:
@@ -82,7 +82,7 @@ def arguments(folder: Path, *more: str) -> list[str]:
 
 def refusal(capfd, argv: list[str]) -> str:
     """Runs an export that must fail; returns the one sentence that it prints."""
-    assert export.main(argv) == 1
+    assert cli.run("export", argv) == 1
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("Error: ")]
     assert len(lines) == 1
     return lines[0]
@@ -97,7 +97,7 @@ def test_the_folder_is_base_plus_delta_to_the_bit(tmp_path, architecture, dtype)
     for name, values in delta.values.items():
         for flat_index, value in zip(delta.mask.indices[name].tolist(), values, strict=True):
             expected[name][flat_index // 8, flat_index % 8] = value
-    assert export.main(arguments(tmp_path)) == 0
+    assert cli.run("export", arguments(tmp_path)) == 0
     exported = type(model).from_pretrained(tmp_path / "out", dtype="auto")
     assert exported.dtype == dtype
     assert exported.state_dict().keys() == expected.keys()
@@ -114,7 +114,7 @@ def test_a_base_in_another_dtype_is_loaded_in_that_of_the_delta(tmp_path):
     delta = save_run(tmp_path, model.bfloat16())
     shutil.rmtree(tmp_path / "base")
     os.rename(tmp_path / "fp32", tmp_path / "base")
-    assert export.main(arguments(tmp_path)) == 0
+    assert cli.run("export", arguments(tmp_path)) == 0
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert exported.dtype == torch.bfloat16
     for name, values in delta.values.items():
@@ -126,7 +126,7 @@ def test_the_tokenizer_goes_along(tmp_path):
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "one", "two"]
     tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(words)})
     tokenizer.save_pretrained(tmp_path / "base")
-    assert export.main(arguments(tmp_path)) == 0
+    assert cli.run("export", arguments(tmp_path)) == 0
     exported = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert exported("two one three")["input_ids"] == [2, 6, 5, 1, 3]
 
@@ -143,7 +143,7 @@ def test_an_output_folder_in_use_is_kept_unless_told(tmp_path, capfd):
     assert "holds no model" in refusal(capfd, overwrite)
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
     (tmp_path / "out" / "config.json").write_text("{}")
-    assert export.main(overwrite) == 0
+    assert cli.run("export", overwrite) == 0
     assert not (tmp_path / "out" / "notes.txt").exists()
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
@@ -151,9 +151,9 @@ def test_an_output_folder_in_use_is_kept_unless_told(tmp_path, capfd):
 def test_an_empty_output_folder_is_filled_and_missing_parents_are_made(tmp_path):
     save_run(tmp_path, tiny_model("llama"))
     (tmp_path / "out").mkdir()
-    assert export.main(arguments(tmp_path)) == 0
+    assert cli.run("export", arguments(tmp_path)) == 0
     deeper = [*arguments(tmp_path)[:-1], str(tmp_path / "a" / "b")]
-    assert export.main(deeper) == 0
+    assert cli.run("export", deeper) == 0
     assert (tmp_path / "a" / "b" / "config.json").exists()
 
 
@@ -245,6 +245,7 @@ def test_a_killed_export_leaves_nothing_under_the_name(tmp_path):
     program = f"""
 import os, signal, sys
 from transformers import PreTrainedModel
+from gem_ds import cli
 from gem_ds.models import export
 save = PreTrainedModel.save_pretrained
 def killed(self, folder, **options):

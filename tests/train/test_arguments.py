@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -10,8 +10,13 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gem_ds.train.arguments import Arguments, parse_arguments
-from gem_ds.train.config import DataArguments, MethodArguments, ModelArguments, TrainArguments
+from gem_ds.train.arguments import as_flags, parse_arguments
+from gem_ds.train.config import (
+    DataArguments,
+    MethodArguments,
+    ModelArguments,
+    TrainArguments,
+)
 
 PARTS = (ModelArguments, DataArguments, MethodArguments, TrainArguments)
 NEEDED = ["--model_name_or_path", "m", "--task", "gsm8k", "--output_dir", "o"]
@@ -34,6 +39,7 @@ OTHER = {
     "classification_loss": "candidates",
     "dev_examples": 11,
     "train_examples": 12,
+    "max_eval_samples": 13,
     "evaluate_on": "test",  # the other needs dev_examples
     "method": "ratio",
     "lora_r": 4,
@@ -71,34 +77,19 @@ OTHER = {
     "fp16": False,  # contradicts bf16
     "gradient_checkpointing": True,
     "logging_steps": 2,
+    "eval_strategy": "steps",
     "eval_steps": 5,
     "save_steps": 6,
     "save_total_limit": 2,
-    "report_to": "tensorboard",
+    "report_to": ["tensorboard", "wandb"],
     "disable_tqdm": True,
 }
 
 #: Flags that take no number at all.
 CHOICES = (
-    *("lr_scheduler_type", "report_to", "train_sampling_strategy", "classification_loss"),
-    "sddmm_kernel",
+    *("lr_scheduler_type", "train_sampling_strategy", "classification_loss"),
+    *("sddmm_kernel", "eval_strategy"),
 )
-
-
-def values_of(arguments: Arguments) -> dict[str, object]:
-    """All flags by name."""
-    return {name: value for part in asdict(arguments).values() for name, value in part.items()}
-
-
-def as_flags(values: dict[str, object]) -> list[str]:
-    """Values as a shell would pass them."""
-    flags = []
-    for name, value in values.items():
-        if isinstance(value, list):
-            flags += [f"--{name}", *value]
-        elif value is not None:
-            flags += [f"--{name}", str(value)]
-    return flags
 
 
 def recipe(tmp_path: Path, content: object) -> str:
@@ -109,11 +100,11 @@ def recipe(tmp_path: Path, content: object) -> str:
 
 def test_every_flag_arrives():
     assert OTHER.keys() == {field.name for part in PARTS for field in fields(part)}
-    assert values_of(parse_arguments(as_flags(OTHER))) == OTHER
+    assert parse_arguments(as_flags(OTHER)).values() == OTHER
 
 
 def test_a_recipe_gives_every_flag(tmp_path):
-    assert values_of(parse_arguments(["--config", recipe(tmp_path, OTHER)])) == OTHER
+    assert parse_arguments(["--config", recipe(tmp_path, OTHER)]).values() == OTHER
 
 
 @given(
@@ -124,7 +115,7 @@ def test_a_recipe_gives_every_flag(tmp_path):
 def test_flags_win_over_the_recipe_and_the_recipe_over_the_defaults(
     tmp_path_factory, in_recipe, in_flags
 ):
-    base = values_of(parse_arguments(NEEDED))
+    base = parse_arguments(NEEDED).values()
     needed = {name: base[name] for name in ("model_name_or_path", "task", "output_dir")}
     wrong = dict.fromkeys(
         in_flags - {"mask", "fp16", "evaluate_on", "optimizer"}, "1"
@@ -134,7 +125,7 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_the_defaults(
     flags = as_flags({name: OTHER[name] for name in in_flags})
     path = recipe(tmp_path_factory.mktemp("recipe"), content)
     expected = base | {name: OTHER[name] for name in in_recipe | in_flags}
-    assert values_of(parse_arguments(["--config", path, *flags])) == expected
+    assert parse_arguments(["--config", path, *flags]).values() == expected
 
 
 def test_yaml_numbers_are_read_as_the_flags_read_them(tmp_path):

@@ -156,7 +156,7 @@ def _of_flags(shop: Workshop) -> dict[str, Refusal]:
         "nothing said": Refusal([], "Pass --model_name_or_path and --task and --output_dir"),
         "two dtypes": Refusal(flags("--bf16", "--fp16"), "--bf16 or --fp16, not both"),
         "fp16 without scaling": Refusal(flags("--fp16"), "needs a GPU|needs ZeRO stage 1, 2 or 3"),
-        "schedule": Refusal(flags(lr_scheduler_type="step"), "takes one of linear, cosine"),
+        "schedule": Refusal(flags(lr_scheduler_type="step"), "must be one of linear, cosine"),
         "recipe": Refusal(flags(config=recipe), "recipe.yaml: there is no flag --densitty"),
         "targets match nothing": Refusal(
             flags(target_modules="query"), "matches no module .* are named down_proj, gate_proj"

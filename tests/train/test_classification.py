@@ -28,7 +28,7 @@ from gem_ds.models.choices import predict_candidates, summed_pair_loss
 from gem_ds.models.encoders import head_names, initialise_head, set_head
 from gem_ds.train import main as train
 from gem_ds.train.arguments import parse_arguments
-from gem_ds.train.prepare import Plan, prepare
+from gem_ds.train.prepare import PreparedRun, prepare
 from tests.ranks import run_ranks
 from tests.tiny_model import REPOSITORY, Tiny, joined, make_tiny, one_rank
 from tests.tiny_tasks import NAMES, make_bert, make_encoder, make_task, task_of
@@ -97,7 +97,7 @@ def _train_all(tiny: Tiny, world_size: int) -> dict[Case, dict[str, Any]]:
         for case in CASES:
             with task_of(case.kind):
                 command = flags(tiny, case, "out", world_size)
-                results[case] = train.main(command)
+                results[case] = train.main(command).results
             history = Path(command[command.index("--output_dir") + 1], "metrics.jsonl")
             results[case]["history"] = history.read_text()
     return results
@@ -180,7 +180,7 @@ def test_predictions_are_those_of_the_trained_model(tiny: Tiny, trained: Trained
 # What is settled before
 
 
-def plan_of(tiny: Tiny, case: Case, *switches: str, **more: object) -> Plan:
+def plan_of(tiny: Tiny, case: Case, *switches: str, **more: object) -> PreparedRun:
     with one_rank(), task_of(case.kind):
         return prepare(parse_arguments(flags(tiny, case, "new", 1, *switches, **more)), 1)
 

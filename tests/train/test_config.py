@@ -11,6 +11,7 @@ from transformers import get_scheduler
 
 from gem_ds.train.config import (
     SCHEDULES,
+    Arguments,
     DataArguments,
     MethodArguments,
     ModelArguments,
@@ -18,23 +19,28 @@ from gem_ds.train.config import (
     check_arguments,
 )
 
-PARTS = (ModelArguments, DataArguments, MethodArguments, TrainArguments)
+PARTS: dict[str, Any] = {
+    "model": ModelArguments,
+    "data": DataArguments,
+    "method": MethodArguments,
+    "train": TrainArguments,
+}
 NEEDED = {"model_name_or_path": "m", "task": "gsm8k", "output_dir": "o"}
 
 
 def check(**values: Any) -> None:
     """``check_arguments`` on the defaults, what is needed, and ``values``."""
     settings = NEEDED | values
-    parts = []
-    for part in PARTS:
+    parts = {}
+    for key, part in PARTS.items():
         names = {field.name for field in fields(part)} & settings.keys()
-        parts.append(part(**{name: settings[name] for name in names}))
-    check_arguments(*parts)
+        parts[key] = part(**{name: settings[name] for name in names})
+    check_arguments(Arguments(**parts))
 
 
 def test_the_defaults_pass_and_every_flag_is_explained():
     check()
-    for part in PARTS:
+    for part in PARTS.values():
         for field in fields(part):
             assert field.metadata["help"].endswith((".", ").")), field.name
 
@@ -49,6 +55,9 @@ COUNTS = (
     "save_total_limit",
     "calibration_examples",
     "max_length",
+    "max_eval_samples",
+    "train_examples",
+    "lora_r",
 )
 RATES = (
     "learning_rate",
@@ -57,6 +66,9 @@ RATES = (
     "warmup_steps",
     "calibration_head_steps",
     "calibration_buffer_gb",
+    "head_learning_rate",
+    "lora_alpha",
+    "dev_examples",
 )
 
 
@@ -81,14 +93,19 @@ def test_rates_are_finite_and_not_negative(name):
     [
         ({"bf16": True, "fp16": True}, "--bf16 or --fp16, not both"),
         ({"adam_beta1": 1.0}, "--adam_beta1 must be at least 0 and below 1"),
+        ({"lora_dropout": 1.0}, "--lora_dropout must be at least 0 and below 1, not 1.0"),
         ({"adam_beta2": -0.1}, "--adam_beta2 must be at least 0 and below 1"),
         ({"adam_beta2": float("nan")}, "--adam_beta2"),
         ({"adam_epsilon": 0.0}, "--adam_epsilon must be above 0"),
-        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "--lr_scheduler_type takes one of linear"),
+        (
+            {"lr_scheduler_type": "reduce_lr_on_plateau"},
+            "must be one of linear, cosine",
+        ),
         ({"max_steps": -2}, r"--max_steps must be -1 \(use epochs\) or at least 0"),
         ({"num_train_epochs": 0.0}, "--num_train_epochs must be above 0"),
         ({"num_train_epochs": float("inf")}, "--num_train_epochs"),
-        ({"report_to": "wandb"}, "--report_to takes tensorboard or none"),
+        ({"eval_strategy": "no", "eval_steps": 2}, "no has no steps between: leave --eval_steps"),
+        ({"eval_strategy": "epoch", "eval_steps": 2}, "leave --eval_steps out"),
         ({"mask": "m", "calibration_examples": 2}, "leave --calibration_examples out"),
         ({"mask": "m", "calibration_head_steps": 5}, "leave --calibration_head_steps out"),
         ({"mask": "m", "calibration_buffer_gb": 1.0}, "leave --calibration_buffer_gb out"),

@@ -151,7 +151,7 @@ def _args(method: str, folder: Path) -> Any:
 def _run_plan(model: PreTrainedModel, folder: Path, deepspeed: dict[str, Any]) -> Any:
     return SimpleNamespace(
         targets=list(find_targets(model)),
-        total=0,
+        budget=0,
         shira_rank=1,
         num_parameters=0,
         config=model.config,
@@ -202,7 +202,7 @@ def _train(comm: Comm, plan: Plan, folder: Path) -> Outcome:
         assert summed_loss is chunked_answer_loss
     state = TrainerState(max_steps=NUM_STEPS)
     scheduler = LambdaLR(tuning.engine.optimizer, _rate_factor)
-    results = list(fit(tuning, batches, summed_loss, scheduler, state, seed=0))
+    results = list(fit(tuning.engine, [], batches, summed_loss, scheduler, state, seed=0))
     folder.mkdir(parents=True, exist_ok=True)
     tuning.save_weights()
     return Outcome(

@@ -75,7 +75,9 @@ def _train_with_a_skipped_step() -> tuple[list[StepResult], list[Tensor], int]:
         mock.patch.object(engine, "step", skipping.step),
         mock.patch.object(Engine, "lowers_loss_scale", True),
     ):
-        for result in fit(entries, _batches(comm), summed_answer_loss, scheduler, state, seed=0):
+        for result in fit(
+            engine, [entries], _batches(comm), summed_answer_loss, scheduler, state, seed=0
+        ):
             results.append(result)
             values.append(entries.read())
     assert state.global_step == NUM_STEPS
@@ -111,7 +113,7 @@ def _diverges() -> tuple[str, str, bool]:
         state = TrainerState(max_steps=3)
         scheduler = LambdaLR(entries.engine.optimizer, lambda _: 1.0)
         try:
-            for _ in fit(entries, _batches(comm), loss, scheduler, state, seed=0):
+            for _ in fit(entries.engine, [entries], _batches(comm), loss, scheduler, state, seed=0):
                 pass
         except Exception as error:
             errors.append(f"{type(error).__name__}: {error}")

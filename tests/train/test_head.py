@@ -162,7 +162,7 @@ def _train(comm: Comm, plan: Plan) -> Outcome:
     args: Any = SimpleNamespace(
         train=TRAIN, method=MethodArguments(calibration_head_steps=NUM_HEAD_STEPS)
     )
-    run: Any = SimpleNamespace(targets=list(indices), total=K, deepspeed=deepspeed)
+    run: Any = SimpleNamespace(targets=list(indices), budget=K, deepspeed=deepspeed)
     tuning = SparseTuning(args, run, model, sorted(head_names(model)), comm)
     head = tuning.head
     assert head is not None
@@ -197,7 +197,9 @@ def _train(comm: Comm, plan: Plan) -> Outcome:
         part.start_from_weights()
     state = TrainerState(max_steps=NUM_STEPS)
     results = []
-    for step in fit(tuning, batches, summed_pair_loss, scheduler, state, seed=0):
+    for step in fit(
+        tuning.engine, tuning.parts, batches, summed_pair_loss, scheduler, state, seed=0
+    ):
         results.append(step)
         inspector.take_up_masters()
         inspector.compare(f"after step {state.global_step}")

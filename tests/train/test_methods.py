@@ -94,7 +94,7 @@ def _mains(commands: list[list[str]]) -> list[dict[str, Any]]:
             with ExitStack() as stack:
                 if command[command.index("--task") + 1] == "rte":
                     stack.enter_context(task_of("labels"))
-                results.append(train.main(command))
+                results.append(train.main(command).results)
     return results
 
 
@@ -320,9 +320,9 @@ def test_a_head_goes_on_on_other_ranks_at_another_stage(
 @pytest.mark.parametrize(
     ("method", "model", "more", "sentence"),
     [
-        ("gim", MODEL, {}, f"no method 'gim': pass one of {', '.join(METHODS)}"),
+        ("gim", MODEL, {}, f"--method must be one of {', '.join(METHODS)}, not gim"),
         ("gem", MODEL, {"optimizer": "adamw_8bit"}, "adamw_8bit is for --method full"),
-        ("full", MODEL, {"optimizer": "adam"}, "--optimizer takes one of adamw, adamw_8bit, not"),
+        ("full", MODEL, {"optimizer": "adam"}, "--optimizer must be one of adamw, adamw_8bit, not"),
         ("full", MODEL, {"optimizer": "adamw_8bit"}, "needs bitsandbytes: pip install bitsandb"),
         ("bitfit", MODEL, {}, "model has no biases, which is what --method bitfit trains"),
         ("shira", MODEL, {}, "whole weights, and ZeRO stage 3 cuts them"),

@@ -22,7 +22,7 @@ from gem_ds.models.encoders import auto_class, head_names
 from gem_ds.train import main as train
 from gem_ds.train.arguments import parse_arguments
 from gem_ds.train.output_dir import RUN_FILES, clear_output_dir, output_dir_of_one_run
-from gem_ds.train.prepare import Plan, prepare
+from gem_ds.train.prepare import PreparedRun, prepare
 from gem_ds.train.reporting import TENSORBOARD_FOLDER
 from tests.tiny_model import Tiny, make_tiny, one_rank, write_jsonl
 
@@ -45,7 +45,7 @@ def run(tiny: Tiny) -> Path:
     return tiny.folder / "run"
 
 
-def plan_of(tiny: Tiny, *switches: str, world_size: int = 1, **values: object) -> Plan:
+def plan_of(tiny: Tiny, *switches: str, world_size: int = 1, **values: object) -> PreparedRun:
     flags = tiny.flags(tiny.folder / "new", *switches, **values)
     return prepare(parse_arguments(flags), world_size)
 
@@ -54,7 +54,7 @@ def test_a_plan_counts_what_the_model_holds(tiny):
     plan = plan_of(tiny, density="0.03")
     model = AutoModelForCausalLM.from_pretrained(tiny.model)
     assert plan.num_parameters == sum(p.numel() for p in model.parameters())
-    assert plan.total == math.floor(0.03 * plan.num_parameters)
+    assert plan.budget == math.floor(0.03 * plan.num_parameters)
     assert plan.targets == [
         f"model.layers.{layer}.self_attn.{kind}_proj.weight" for layer in (0, 1) for kind in "qv"
     ]
@@ -93,7 +93,7 @@ def test_a_real_encoder_is_planned_with_its_head(tmp_path):
         for layer in range(6)
         for kind in ("query", "value")
     ]
-    assert (plan.num_parameters, plan.total) == (22_713_216, 22_713), "the pooler is counted"
+    assert (plan.num_parameters, plan.budget) == (22_713_216, 22_713), "the pooler is counted"
     assert plan.config.id2label == {0: "unacceptable", 1: "acceptable"}
     with torch.device("meta"):
         model = auto_class(plan.config).from_config(plan.config)
@@ -134,7 +134,7 @@ def test_a_mask_settles_targets_and_budget(tiny, run):
     mask = Mask.load(run / "mask.safetensors")
     plan = plan_of(tiny, mask=run / "mask.safetensors", density=None)
     assert plan.targets == list(mask.indices)
-    assert plan.total == mask.num_selected
+    assert plan.budget == mask.num_selected
 
 
 def test_a_resumed_run_keeps_the_batch_of_its_checkpoint(tiny, run):
@@ -144,7 +144,7 @@ def test_a_resumed_run_keeps_the_batch_of_its_checkpoint(tiny, run):
     assert plan.checkpoint.state.global_step == 4
     assert plan.identity == Checkpoint.load(run / "checkpoint-4").identity
     assert plan.global_batch_size == 4
-    assert plan.total == plan.checkpoint.mask.num_selected
+    assert plan.budget == plan.checkpoint.mask.num_selected
 
 
 def test_a_checkpoint_may_go_on_in_another_folder(tiny, run):

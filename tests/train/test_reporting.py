@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gem_ds.files.checkpoint import TrainerState
-from gem_ds.train.reporting import TENSORBOARD_FOLDER, Reporter
+from gem_ds.train import reporting
+from gem_ds.train.reporting import TENSORBOARD_FOLDER, Progress, Reporter, find_trackers
 
 ENTRY = {"loss": 1.5, "learning_rate": 0.1, "tokens_per_second": 10.0}
 
 
-def make_reporter(folder: Path, state: TrainerState, **options: bool) -> Reporter:
-    defaults = {"is_main": True, "tensorboard": False, "show_bar": False}
+def make_reporter(folder: Path, state: TrainerState, **options: Any) -> Reporter:
+    defaults: dict[str, Any] = {"is_main": True, "is_shown": False}
     return Reporter(folder, state, **(defaults | options))
 
 
@@ -52,7 +56,7 @@ def test_a_resumed_run_takes_back_what_the_checkpoint_did_not_know(tmp_path):
 
 def test_other_ranks_are_silent_but_know_the_history(tmp_path, capsys):
     state = TrainerState(max_steps=3)
-    options = {"is_main": False, "tensorboard": True, "show_bar": True}
+    options = {"is_main": False, "trackers": ["tensorboard"], "is_shown": True}
     reporter = make_reporter(tmp_path / "absent", state, **options)
     reporter.start()
     reporter.advance(1.0, 5, 0.1)
@@ -64,9 +68,10 @@ def test_other_ranks_are_silent_but_know_the_history(tmp_path, capsys):
     assert state.log_history[0]["loss"] == 1.5
 
 
-def test_the_bar_shows_loss_rate_and_learning_rate(tmp_path, capsys):
+def test_the_bar_shows_loss_rate_and_learning_rate(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     state = TrainerState(max_steps=3, global_step=1)
-    reporter = make_reporter(tmp_path, state, show_bar=True)
+    reporter = make_reporter(tmp_path, state, is_shown=True)
     reporter.start()
     reporter.advance(1.0, 5, 0.1)
     state.global_step = 2
@@ -78,6 +83,93 @@ def test_the_bar_shows_loss_rate_and_learning_rate(tmp_path, capsys):
     assert out == "step 2: held-out loss 2.0000\na line\n"
     assert "2/3" in err
     assert "loss 1.5000, lr 1.00e-01, 10 tok/s" in err
+
+
+def test_a_log_file_gets_a_line_for_each_entry_and_no_bar(tmp_path, capsys):
+    state = TrainerState(max_steps=30, global_step=10)
+    reporter = make_reporter(tmp_path, state, is_shown=True)
+    reporter.start()
+    for step in (11, 12):
+        reporter.advance(1.0, 5, 0.1)
+        state.global_step = step
+    reporter.log(ENTRY)
+    reporter.log({"eval_loss": 2.0})
+    reporter.close()
+    out, err = capsys.readouterr()
+    assert out == "step 12: held-out loss 2.0000\n"
+    told = "Training: step 12 of 30, loss 1.5000, lr 1.00e-01, 10 tok/s, 0:00:00 left\n"
+    assert err == told
+
+
+def test_a_loop_tells_a_log_file_now_and_then(capsys, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    progress = Progress("Calibrating", 100, "batch", is_shown=True)
+    hidden = Progress("Calibrating", 100, "batch", is_shown=False)
+    for _ in range(100):
+        now += 1.0
+        progress.advance()
+        hidden.advance()
+    progress.close()
+    assert capsys.readouterr().err.splitlines() == [
+        "Calibrating: batch 31 of 100, 0:01:09 left",
+        "Calibrating: batch 62 of 100, 0:00:38 left",
+        "Calibrating: batch 93 of 100, 0:00:07 left",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [(["none"], []), (["all"], ["tensorboard"]), (["tensorboard"] * 2, ["tensorboard"])],
+)
+def test_trackers_are_those_that_are_installed(monkeypatch, names, found):
+    monkeypatch.setattr(reporting, "get_available_trackers", lambda: ["tensorboard"])
+    assert find_trackers(names) == found
+
+
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        (["mlflow"], "--report_to mlflow needs mlflow: pip install mlflow."),
+        (["comet_ml"], "pip install comet-ml."),
+        (["tensorboard", "wand"], r"takes none, all, or some of .*wandb.*, not wand\.$"),
+        (["none", "tensorboard"], r"not none\.$"),
+    ],
+)
+def test_a_tracker_that_is_not_there_is_one_sentence(monkeypatch, names, sentence):
+    monkeypatch.setattr(reporting, "get_available_trackers", lambda: ["tensorboard"])
+    with pytest.raises(ValueError, match=sentence):
+        find_trackers(names)
+
+
+def test_a_tracker_gets_the_flags_and_the_numbers(tmp_path, monkeypatch):
+    """Of any that accelerate knows; the numbers of a step without the step and epoch themselves."""
+    calls: list[Any] = []
+
+    class Tracker:
+        requires_logging_directory = False
+
+        def __init__(self, project: str) -> None:
+            calls.append(project)
+
+        def start(self) -> None:
+            calls.append("start")
+
+        def store_init_configuration(self, values: dict[str, Any]) -> None:
+            calls.append(values)
+
+        def log(self, values: dict[str, Any], step: int) -> None:
+            calls.append((values, step))
+
+        def finish(self) -> None:
+            calls.append("finish")
+
+    monkeypatch.setitem(reporting.LOGGER_TYPE_TO_CLASS, "wandb", Tracker)
+    flags = {"seed": 3}
+    reporter = make_reporter(tmp_path, TrainerState(), trackers=["wandb"], flags=flags)
+    reporter.log({"loss": 1.5})
+    reporter.close()
+    assert calls == ["gem_ds", "start", flags, ({"loss": 1.5}, 0), "finish"]
 
 
 def test_the_averages_are_of_the_steps_since_the_last_question(tmp_path):
@@ -101,13 +193,13 @@ def events(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 def test_tensorboard_shows_the_same_numbers_after_a_resume_too(tmp_path):
     state = TrainerState()
-    reporter = make_reporter(tmp_path, state, tensorboard=True)
+    reporter = make_reporter(tmp_path, state, trackers=["tensorboard"])
     for step in (1, 2, 3):
         state.global_step = step
         reporter.log({"loss": step / 4})
     reporter.close()
     resumed = TrainerState(global_step=2, log_history=state.log_history[:2])
-    reporter = make_reporter(tmp_path, resumed, tensorboard=True)
+    reporter = make_reporter(tmp_path, resumed, trackers=["tensorboard"])
     resumed.global_step = 3
     reporter.log({"loss": 8.0})
     reporter.close()

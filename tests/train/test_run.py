@@ -188,7 +188,7 @@ class TestRun:
             "delta": folder / "delta.safetensors",
             "output_dir": tmp_path / "exported",
         }
-        assert export.main([t for k, v in arguments.items() for t in (f"--{k}", str(v))]) == 0
+        export.main([t for k, v in arguments.items() for t in (f"--{k}", str(v))])
         mask = Mask.load(folder / "mask.safetensors")
         exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
         for (weight, base), after in zip(

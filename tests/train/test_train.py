@@ -162,7 +162,7 @@ def test_the_exported_model_is_base_plus_delta_and_has_the_loss_of_the_run(
         "delta": folder / "delta.safetensors",
         "output_dir": exported,
     }
-    assert export.main([t for k, v in arguments.items() for t in (f"--{k}", str(v))]) == 0
+    export.main([t for k, v in arguments.items() for t in (f"--{k}", str(v))])
     delta = delta_of(folder)
     base, model, applied = (
         AutoModelForCausalLM.from_pretrained(path, dtype=delta.dtype)
@@ -447,20 +447,22 @@ def test_sigterm_saves_and_ends_well(tiny, tmp_path):
     assert_same_delta(tmp_path / "run", tmp_path / "undisturbed")
 
 
-def _terminated_on_one_rank(flags: list[str], victim: int, step: int) -> dict[str, float]:
-    """On each rank: run; the victim gets a SIGTERM after a step."""
+def _terminated_on_one_rank(flags: list[str], victim: int, step: int) -> bool:
+    """On each rank: run; the victim gets a SIGTERM after a step. Whether it was stopped."""
 
     def watch(reporter: Reporter, *_: float) -> None:
         if int(os.environ["RANK"]) == victim and reporter._state.global_step == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with joined(), mock.patch.object(Reporter, "advance", watch):
-        return train.main(flags)
+        result = train.main(flags)
+    assert (result.results, result.delta) == ({}, None)
+    return result.stopped
 
 
 def test_sigterm_on_one_rank_stops_all(tiny, tmp_path):
     flags = tiny.flags(tmp_path, max_steps=9, save_steps=5, deepspeed=ZERO3)
-    assert run_ranks(2, _terminated_on_one_rank, flags, 1, 2) == [{}, {}]
+    assert run_ranks(2, _terminated_on_one_rank, flags, 1, 2) == [True, True]
     assert list(list_checkpoints(tmp_path)) == [3], "the step after which all ranks knew of it"
 
 

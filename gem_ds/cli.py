@@ -1,0 +1,92 @@
+"""The programs by their names, and how each of them ends.
+
+    gem-ds train ...      gem-ds eval gsm8k ...      gem-ds export ... | compare ... | plan ...
+
+``launch/train.py``, ``python -m eval.gsm8k`` and so on run the same. Nothing of a program is
+imported before it is called for.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+
+#: Each has a ``main(argv)``, which raises what is wrong as a sentence.
+PROGRAMS = {
+    "train": "gem_ds.train.main",
+    "eval gsm8k": "gem_ds.evaluate.gsm8k",
+    "eval passk": "gem_ds.evaluate.passk",
+    "eval classification": "gem_ds.evaluate.classification",
+    "eval squad": "gem_ds.evaluate.squad",
+    "eval score": "gem_ds.evaluate.score",
+    "export": "gem_ds.models.export",
+    "compare": "gem_ds.comparison.main",
+    "plan": "gem_ds.planning.main",
+}
+
+USAGE = f"""\
+usage: gem-ds PROGRAM [flags]
+
+{chr(10).join(f"    gem-ds {name}" for name in PROGRAMS)}
+
+`gem-ds PROGRAM --help` tells its flags. On several GPUs: deepspeed --module gem_ds.train [flags]"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command ``gem-ds``; returns its exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    for length in (2, 1):
+        if (name := " ".join(words[:length])) in PROGRAMS:
+            return run(name, words[length:])
+    if words[:1] in (["-h"], ["--help"]):
+        print(USAGE)
+        return 0
+    print(USAGE, file=sys.stderr)
+    return 2
+
+
+def run(program: str, argv: Sequence[str] | None = None) -> int:
+    """Run one of :data:`PROGRAMS` to its end.
+
+    Args:
+        program: its name.
+        argv: its flags (default: those of this process).
+
+    Returns:
+        The exit status: 0, or 1 after an error, which is told in one sentence on standard error, or
+        130 after an interruption. Once ranks have met, rank 0 alone tells.
+    """
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, to each other
+    module = import_module(PROGRAMS[program])
+    try:
+        status = module.main(argv)
+    except Exception as error:
+        sentence, status = _ending(error)
+        if sentence:
+            print(sentence, file=sys.stderr, flush=True)
+    return status if isinstance(status, int) else 0
+
+
+def _ending(error: Exception) -> tuple[str, int]:
+    """What is told of an error that a user can mend, and the exit status; raises any other."""
+    from safetensors import SafetensorError
+
+    from gem_ds.comparison.runner import Interrupted
+    from gem_ds.distributed.comm import PeerError
+    from gem_ds.files.atomic import sentence_of
+
+    if isinstance(error, PeerError):
+        return "", 1
+    if isinstance(error, Interrupted):
+        return "Stopped; the same command goes on from here.", 130
+    if not isinstance(error, (ValueError, OSError, SafetensorError)):
+        raise error
+    rank = int(os.environ.get("RANK", 0))
+    return f"Error: {f'On rank {rank}: ' if rank else ''}{sentence_of(error)}", 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

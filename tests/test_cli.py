@@ -1,0 +1,75 @@
+"""The programs' common end: an error is a sentence and a status, whatever the program."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from safetensors import SafetensorError
+
+from gem_ds import cli
+from gem_ds.comparison.runner import Interrupted
+from gem_ds.distributed.comm import PeerError
+
+
+def end(monkeypatch: pytest.MonkeyPatch, outcome: Any) -> int:
+    """The status of a program whose main returns or raises ``outcome``."""
+
+    def main(argv: object) -> Any:
+        assert argv == ["--seed", "1"]
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(cli, "import_module", lambda name: SimpleNamespace(main=main))
+    return cli.main(["eval", "score", "--seed", "1"])
+
+
+@pytest.mark.parametrize(
+    ("outcome", "status", "told"),
+    [
+        (None, 0, ""),
+        ({"a": 1}, 0, ""),
+        (1, 1, ""),
+        (ValueError("So."), 1, "Error: So.\n"),
+        (FileNotFoundError("There is no file f."), 1, "Error: There is no file f.\n"),
+        (OSError(errno.ENOSPC, "f cannot be written."), 1, "Error: f cannot be written.\n"),
+        (SafetensorError("torn"), 1, "Error: torn\n"),
+        (PeerError("Elsewhere."), 1, ""),
+        (Interrupted(), 130, "Stopped; the same command goes on from here.\n"),
+    ],
+)
+def test_every_ending_has_its_status_and_its_sentence(monkeypatch, capsys, outcome, status, told):
+    monkeypatch.delenv("RANK", raising=False)
+    assert end(monkeypatch, outcome) == status
+    assert capsys.readouterr().err == told
+
+
+def test_a_rank_names_itself_and_a_fault_of_the_program_is_raised(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "2")
+    assert end(monkeypatch, ValueError("So.")) == 1
+    assert capsys.readouterr().err == "Error: On rank 2: So.\n"
+    with pytest.raises(KeyError):
+        end(monkeypatch, KeyError("bug"))
+
+
+def test_every_program_is_there_and_unknown_ones_are_told_which(capsys):
+    for module in cli.PROGRAMS.values():
+        assert callable(import_module(module).main)
+    assert cli.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"gem-ds {name}" in shown for name in cli.PROGRAMS)
+    for words in ([], ["eval"], ["eval", "gsm9k"], ["--densty"]):
+        assert cli.main(words) == 2
+        assert capsys.readouterr().err == shown
+
+
+def test_help_and_usage_import_nothing_heavy():
+    """A shell waits for `gem-ds --help`; torch takes seconds."""
+    program = "import sys; from gem_ds import cli; cli.main([]); assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == 0
