@@ -9,14 +9,25 @@ if TYPE_CHECKING:
     from gem_ds.files.delta import AppliedDelta, Delta, apply_delta
     from gem_ds.files.mask import Mask
     from gem_ds.select.selection import select_entries
+    from gem_ds.train.main import RunResult, finetune
 
-__all__ = ["AppliedDelta", "Delta", "Mask", "apply_delta", "select_entries"]
+__all__ = [
+    "AppliedDelta",
+    "Delta",
+    "Mask",
+    "RunResult",
+    "apply_delta",
+    "finetune",
+    "select_entries",
+]
 
 _MODULES = {
     "AppliedDelta": "gem_ds.files.delta",
     "Delta": "gem_ds.files.delta",
     "Mask": "gem_ds.files.mask",
+    "RunResult": "gem_ds.train.main",
     "apply_delta": "gem_ds.files.delta",
+    "finetune": "gem_ds.train.main",
     "select_entries": "gem_ds.select.selection",
 }
 
