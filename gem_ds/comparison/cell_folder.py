@@ -12,12 +12,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import time
+from contextlib import suppress
+from itertools import zip_longest
 from pathlib import Path
 from typing import IO
 
-from gem_ds.comparison.cells import Cell, evaluation_command, folder_of, training_command
+from gem_ds.comparison.cells import (
+    MODULE,
+    PROGRAM,
+    Cell,
+    evaluation_command,
+    folder_of,
+    training_command,
+)
 from gem_ds.comparison.grid import Comparison
 from gem_ds.comparison.results import read_result, read_training
 from gem_ds.files.atomic import delete, save_json, try_lock
@@ -33,20 +43,16 @@ PATIENCE = 3.0
 
 def is_finished(comparison: Comparison, cell: Cell) -> bool:
     """Whether a cell's results are whole."""
-    try:
-        read_result(comparison, cell)
-    except ValueError:
-        return False
-    return True
+    with suppress(ValueError):
+        return bool(read_result(comparison, cell))
+    return False
 
 
 def is_trained(comparison: Comparison, cell: Cell) -> bool:
     """Whether those of its training are."""
-    try:
-        read_training(folder_of(comparison, cell))
-    except ValueError:
-        return False
-    return True
+    with suppress(ValueError):
+        return bool(read_training(folder_of(comparison, cell)))
+    return False
 
 
 def save_commands(comparison: Comparison, cell: Cell) -> None:
@@ -72,10 +78,10 @@ def refuse_other_commands(comparison: Comparison, cell: Cell) -> None:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         found = {}
-    if found != wanted:
+    if parting := _difference(found, wanted):
         raise ValueError(
-            f"{folder} holds a run of another command ({_difference(found, wanted)}): delete that "
-            "folder, or choose another output_dir."
+            f"{folder} holds a run of another command ({parting}): delete that folder, or choose "
+            "another output_dir."
         )
 
 
@@ -128,14 +134,18 @@ def _commands(comparison: Comparison, cell: Cell) -> dict[str, str]:
 
 
 def _difference(found: dict[str, str], wanted: dict[str, str]) -> str:
-    """In words, where commands part."""
+    """In words, where commands part; empty where they do not."""
+    if not isinstance(found, dict) or not found:
+        return "its cell.json is damaged"
     for name in wanted | found:
-        old, new = (shlex.split(commands.get(name, "")) for commands in (found, wanted))
-        if old == new:
-            continue
-        for index in range(max(len(old), len(new))):
-            before, now = (" ".join(words[index : index + 1]) for words in (old, new))
+        old, new = (_words(commands.get(name, "")) for commands in (found, wanted))
+        for before, now, flag in zip_longest(old, new, ["", *old], fillvalue=""):
             if before != now:
-                flag = old[index - 1] if index and old[index - 1].startswith("--") else name
+                flag = flag if flag.startswith("--") else name
                 return f"{flag}: {before or 'nothing'}, now {now or 'nothing'}"
-    return "its cell.json is damaged"
+    return ""
+
+
+def _words(command: str) -> list[str]:
+    """The words of a command, in which it does not matter by which name training was started."""
+    return shlex.split(re.sub(rf" (-m|--module) {re.escape(MODULE)} ", f" {PROGRAM} ", command))

@@ -14,7 +14,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
-from gem_ds.comparison.grid import Comparison
+from gem_ds.comparison.grid import Comparison, Evaluation
 from gem_ds.select.methods import product_of
 
 #: By what a method leaves, an evaluation's ``{model}`` and ``{weights}``.
@@ -23,6 +23,9 @@ _MODEL_AND_WEIGHTS = {
     "adapter": ("{model}", ("--adapter", "{output_dir}/adapter")),
     "model": ("{output_dir}/model", ()),
 }
+
+#: The training program in a checkout, and the same anywhere.
+PROGRAM, MODULE = "launch/train.py", "gem_ds.train"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +65,7 @@ def search_cells(comparison: Comparison) -> list[Cell]:
 def final_cells(
     comparison: Comparison, rates: Mapping[tuple[str, str], float | None]
 ) -> list[Cell]:
-    """The runs that are reported.
-
-    Args:
-        comparison: the file.
-        rates: the chosen rate by task and method, None where there is none.
-    """
+    """The runs that are reported, at the rates chosen by task and method, if there is one."""
     return [
         Cell(task=task, method=method, learning_rate=rate, seed=seed, split="test")
         for (task, method), rate in rates.items()
@@ -80,6 +78,14 @@ def folder_of(comparison: Comparison, cell: Cell) -> Path:
     """Where a run writes."""
     name = f"lr{rate_text(cell.learning_rate)}_seed{cell.seed}"
     return comparison.output_dir / cell.task / cell.method / cell.split / name
+
+
+def evaluation_of(comparison: Comparison, cell: Cell) -> Evaluation | None:
+    """The second command of a run, of those that have one.
+
+    The search is scored by the training program: an evaluation looks at the test split.
+    """
+    return comparison.tasks[cell.task].evaluate if cell.split == "test" else None
 
 
 def training_command(comparison: Comparison, cell: Cell) -> list[str]:
@@ -97,20 +103,26 @@ def training_command(comparison: Comparison, cell: Cell) -> list[str]:
         "overwrite_output_dir": True,
     }
     flags = comparison.common | task.flags | method.flags | own
-    words = [*comparison.launcher, comparison.program]
+    words = [*comparison.launcher, *program_of(comparison)]
     for name, value in flags.items():
         if value is not None:
             words += [f"--{name}", *_words(value)]
     return words
 
 
-def evaluation_command(comparison: Comparison, cell: Cell) -> list[str] | None:
-    """The command that scores what was trained, for the tasks that have one; final runs only.
+def program_of(comparison: Comparison) -> tuple[str, ...]:
+    """What comes behind the launcher: outside of a checkout the installed module."""
+    if comparison.program is not None:
+        return (comparison.program,)
+    if Path(PROGRAM).is_file() and Path.cwd() == Path(__file__).resolve().parents[2]:
+        return (PROGRAM,)
+    return ("-m" if comparison.launcher == ("python",) else "--module", MODULE)
 
-    The search is scored by the training program: an evaluation looks at the test split.
-    """
-    task = comparison.tasks[cell.task]
-    if task.evaluate is None or cell.split == "dev":
+
+def evaluation_command(comparison: Comparison, cell: Cell) -> list[str] | None:
+    """The command that scores what was trained, if there is one."""
+    evaluation, task = evaluation_of(comparison, cell), comparison.tasks[cell.task]
+    if evaluation is None:
         return None
     model, weights = _MODEL_AND_WEIGHTS[product_of(cell.method)]
     flags = comparison.common | task.flags | comparison.methods[cell.method].flags
@@ -121,7 +133,7 @@ def evaluation_command(comparison: Comparison, cell: Cell) -> list[str] | None:
     }
     model = _fill(model, outer | {"{model}": str(flags.get("model_name_or_path", ""))})
     words: list[str] = []
-    for word in task.evaluate.command:
+    for word in evaluation.command:
         chosen = weights if word == "{weights}" else (word,)
         words += [_fill(part, outer | {"{model}": model}) for part in chosen]
     return words

@@ -5,7 +5,7 @@
     search (development split) -> learning rates -> final runs (test split) -> report
 
 The same command goes on where it was stopped. The file is described at the top of
-launch/comparison/grid_file.py. In the comparison's output_dir:
+gem_ds/comparison/grid.py. In the comparison's output_dir:
 
     table.md table.csv cells.csv      the numbers, for reading, by task and method, by run
     score_vs_parameters.png learning_rates.png budget_<task>.png
@@ -20,15 +20,20 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from gem_ds.comparison.bootstrap import compare_methods
 from gem_ds.comparison.cells import final_cells, search_cells
-from gem_ds.comparison.csv_files import cells_csv, table_csv
-from gem_ds.comparison.grid import Comparison
-from gem_ds.comparison.grid_file import read_comparison
+from gem_ds.comparison.grid import Comparison, read_comparison
 from gem_ds.comparison.markdown import markdown
 from gem_ds.comparison.plots import write_plots
-from gem_ds.comparison.rates import choose_rates
 from gem_ds.comparison.runner import Runner
-from gem_ds.comparison.table import compare_methods, tabulate
+from gem_ds.comparison.table import (
+    cells_csv,
+    choose_rates,
+    finished,
+    table_csv,
+    tabulate,
+    tabulate_cells,
+)
 from gem_ds.files.atomic import atomic_write
 from gem_ds.train.output_dir import output_dir_of_one_run
 
@@ -120,22 +125,23 @@ def compare(comparison: Comparison) -> int:
     if search:
         print("Searching the learning rates, on the development split", flush=True)
     failures = runner.run(search)
-    choices = choose_rates(comparison)
-    final = final_cells(comparison, {key: choice.rate for key, choice in choices.items()})
+    rates = choose_rates(comparison, tabulate_cells(comparison, search))
+    final = final_cells(comparison, rates)
     print("Training with the chosen learning rates; scored on the test split", flush=True)
     failures |= runner.run(final)
-    rows = tabulate(comparison, choices)
-    differences = {
-        task: compare_methods(comparison, [row for row in rows if row.task == task])
+    cells = tabulate_cells(comparison, [*search, *final])
+    findings = {
+        task: compare_methods(comparison, finished(cells, task, "test"))
         for task in comparison.tasks
     }
+    table = tabulate(comparison, cells, rates, findings)
     texts = {
-        "table.md": markdown(comparison, rows, differences, failures),
-        "table.csv": table_csv(rows),
-        "cells.csv": cells_csv(comparison, [*search, *final]),
+        "table.md": markdown(comparison, table, cells, findings, failures),
+        "table.csv": table_csv(table),
+        "cells.csv": cells_csv(comparison, cells),
     }
     for name, text in texts.items():
         write = partial(Path.write_text, data=text, encoding="utf-8")
         atomic_write(comparison.output_dir / name, write)
-    write_plots(comparison, rows)
+    write_plots(comparison, table, cells)
     return len(failures)

@@ -1,4 +1,4 @@
-"""A task's main metric on a weighted set of examples, for many weightings at once.
+"""A task's main metric: how it is written, and on many weighted sets of examples at once.
 
     matthews_correlation    of the confusion table of references and predictions
     f1a                     F1 of the label 1
@@ -13,6 +13,7 @@ correlation with a constant, it is 0.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,7 +42,7 @@ def metric_on(predictions: Predictions, name: str, weights: np.ndarray) -> np.nd
         return metric(predictions.references, predictions.predictions, weights)
     if np.isnan(predictions.correct).any():
         raise ValueError(f"{name} is not known, and some examples are neither right nor wrong.")
-    return weights @ predictions.correct / weights.sum(axis=1)
+    return np.asarray(weights @ predictions.correct / weights.sum(axis=1))
 
 
 def is_loss(name: str) -> bool:
@@ -49,9 +50,34 @@ def is_loss(name: str) -> bool:
     return name.endswith("loss")
 
 
-def is_correlation(name: str) -> bool:
-    """Whether it lies in [-1, 1], so that a percentage would mislead."""
-    return METRICS.get(name) in (matthews, pearson)
+class Unit:
+    """How a metric is written: per cent, a correlation, or a loss."""
+
+    def __init__(self, metric: str) -> None:
+        self.is_loss = is_loss(metric)
+        # In [-1, 1], a percentage would mislead.
+        self.is_share = not self.is_loss and METRICS.get(metric) not in (matthews, pearson)
+        self.factor = 100 if self.is_share else 1
+        self.decimals = 1 if self.is_share else 3
+        name = metric.replace("_", " ")
+        self.label = f"{name} (%)" if self.is_share else name
+
+    def write(self, value: float, *, sign: bool = False) -> str:
+        """A score, or with its sign a difference."""
+        text = f"{value * self.factor:.{self.decimals}f}"
+        if float(text) == 0:
+            text = text.removeprefix("-")
+        return f"+{text}" if sign and float(text) > 0 else text
+
+    def write_range(self, low: float, high: float, *, sign: bool = False) -> str:
+        """An interval, if there is one."""
+        if math.isnan(low):
+            return ""
+        return f"{self.write(low, sign=sign)} to {self.write(high, sign=sign)}"
+
+    def write_spread(self, mean: float, std: float) -> str:
+        """Mean and standard deviation, if there is one."""
+        return self.write(mean) + ("" if math.isnan(std) else f" ± {self.write(std)}")
 
 
 def matthews(references: Sequence[Any], predictions: Sequence[Any], weights: np.ndarray) -> Any:

@@ -12,8 +12,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -21,51 +24,43 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from gem_ds.comparison.bootstrap import REFERENCE
 from gem_ds.comparison.budget_plot import TEXT, budget_figure
 from gem_ds.comparison.cells import folder_of
 from gem_ds.comparison.grid import Comparison
-from gem_ds.comparison.table import REFERENCE, Row, mean_and_std
-from gem_ds.comparison.unit import Unit, unit_of
+from gem_ds.comparison.markdown import unit_of
+from gem_ds.comparison.metrics import Unit
+from gem_ds.comparison.table import aim_of, finished
 from gem_ds.files.atomic import atomic_write
 from gem_ds.files.mask import Mask
+from gem_ds.select.methods import METHODS
 
-#: Colour and marker by method.
-STYLES = {
-    "gem": ("#D55E00", "*"),
-    "ratio": ("#E69F00", "o"),
-    "gradient": ("#009E73", "s"),
-    "entropy_gradient": ("#009E73", "P"),
-    "magnitude": ("#56B4E9", "^"),
-    "random": ("#7F7F7F", "X"),
-    "supertuning": ("#CC79A7", "v"),
-    "full": ("#000000", "D"),
-    "bitfit": ("#7F7F7F", "p"),
-    "lora": ("#0072B2", "h"),
-    "shira": ("#CC79A7", "d"),
-    "ia3": ("#56B4E9", "<"),
-}
+COLOURS = (
+    *("#D55E00", "#E69F00", "#009E73", "#009E73", "#56B4E9", "#7F7F7F", "#CC79A7", "#000000"),
+    *("#7F7F7F", "#0072B2", "#CC79A7", "#56B4E9"),
+)
+
+#: Colour and marker by method, in the order of the table of methods.
+STYLES = dict(zip(METHODS, zip(cycle(COLOURS), "*osP^XvDphd<>8H", strict=False), strict=False))
 
 MAX_COLUMNS = 3
 
 
-def write_plots(comparison: Comparison, rows: Sequence[Row]) -> None:
+def write_plots(comparison: Comparison, table: pd.DataFrame, cells: pd.DataFrame) -> None:
     """Write the pictures that there is something to show in.
 
     Raises:
         OSError: a file cannot be written.
     """
     folder = comparison.output_dir
-    if any(row.results for row in rows):
-        save(score_figure(comparison, rows), folder / "score_vs_parameters.png")
-    if any(score is not None for row in rows for score in row.choice.scores):
-        save(rate_figure(comparison, rows), folder / "learning_rates.png")
+    if any(table.num_seeds > 0):
+        save(score_figure(table), folder / "score_vs_parameters.png")
+    if any(cells.score[cells.split == "dev"].notna()):
+        save(rate_figure(comparison, table, cells), folder / "learning_rates.png")
     for task in comparison.tasks:
-        masks = {}
-        for row in rows:
-            for cell in list(row.results)[:1] if row.task == task else ():
-                path = folder_of(comparison, cell) / "mask.safetensors"
-                if path.exists():
-                    masks[row.method] = Mask.load(path)
+        runs = finished(cells, task, "test").drop_duplicates("method")
+        paths = {c.method: folder_of(comparison, c) / "mask.safetensors" for c in runs.cell}
+        masks = {method: Mask.load(path) for method, path in paths.items() if path.exists()}
         if masks:
             save(budget_figure(task, masks), folder / f"budget_{task}.png")
 
@@ -76,74 +71,58 @@ def save(figure: Figure, path: Path) -> None:
     atomic_write(path, lambda temporary: figure.savefig(temporary, format="png", dpi=160))
 
 
-def score_figure(comparison: Comparison, rows: Sequence[Row]) -> Figure:
+def score_figure(table: pd.DataFrame) -> Figure:
     """Test score against trained parameters; bars are standard deviations over the seeds."""
-    figure, panels = _panels(list(comparison.tasks))
+    figure, panels = _panels(list(table.task.unique()))
     for task, axes in panels.items():
-        own = [row for row in rows if row.task == task]
-        unit, done = unit_of(own), [row for row in own if row.results]
-        places = side_by_side([row.cost("num_trainable") for row in done])
-        for row, place in zip(done, places, strict=True):
-            mean, std = mean_and_std(row.scores)
+        own = table[table.task == task]
+        unit, done = unit_of(own), own[own.num_seeds > 0]
+        places = side_by_side(list(done.num_trainable))
+        for row, place in zip(done.itertuples(), places, strict=True):
             colour, marker = STYLES[row.method]
             axes.errorbar(
                 place,
-                mean * unit.factor,
-                yerr=None if math.isnan(std) else std * unit.factor,
+                row.mean * unit.factor,
+                yerr=None if math.isnan(row.std) else row.std * unit.factor,
                 color=colour,
                 marker=marker,
-                markersize=11 if marker == "*" else 7,
+                markersize=_size(marker),
                 elinewidth=1.2,
                 capsize=2.5,
                 linestyle="none",
                 zorder=_order(row.method),
             )
-        is_shifted = places != [row.cost("num_trainable") for row in done]
-        note = " (equal ones side by side)" if is_shifted else ""
+        note = " (equal ones side by side)" if places != list(done.num_trainable) else ""
         _finish(axes, task, f"trained parameters{note}", unit.label)
         if places:
             _span(axes, places, margin=2.2)
             axes.xaxis.set_major_formatter(FuncFormatter(_count_text))
-    _legend(figure, rows)
+    _legend(figure, table)
     return figure
 
 
-def rate_figure(comparison: Comparison, rows: Sequence[Row]) -> Figure:
+def rate_figure(comparison: Comparison, table: pd.DataFrame, cells: pd.DataFrame) -> Figure:
     """Development score against learning rate; the chosen rates have a ring."""
     figure, panels = _panels(list(comparison.tasks))
     for task, axes in panels.items():
-        own = [row for row in rows if row.task == task]
-        unit = Unit(next((row.choice.metric for row in own if row.choice.metric), "score"))
-        for row in own:
+        own, seen = table[table.task == task], []
+        unit = Unit(next(filter(None, own.dev_metric), "score"))
+        for row in own.itertuples():
             colour, marker = STYLES[row.method]
-            pairs = zip(row.choice.rates, row.choice.scores, strict=True)
-            points = [(rate, s * unit.factor) for rate, s in pairs if s is not None]
-            if not points:
+            scores = aim_of(comparison, finished(cells, task, "dev", row.method))[1] * unit.factor
+            if scores.empty:
                 continue
-            axes.plot(
-                *zip(*points, strict=True),
-                color=colour,
-                marker=marker,
-                lw=1.4,
-                ms=6,
-                zorder=_order(row.method),
-            )
-            chosen = [point for point in points if point[0] == row.choice.rate]
-            axes.plot(
-                *zip(*chosen, strict=True),
-                marker="o",
-                ms=13,
-                mfc="none",
-                mec=colour,
-                mew=1.3,
-                linestyle="none",
-            )
+            seen += list(scores)
+            line: dict[str, Any] = {"color": colour, "marker": marker, "lw": 1.4, "ms": 6}
+            axes.plot(list(scores.index), list(scores), zorder=_order(row.method), **line)
+            ring: dict[str, Any] = {"mfc": "none", "mec": colour, "mew": 1.3, "linestyle": "none"}
+            axes.plot([row.learning_rate], [scores[row.learning_rate]], marker="o", ms=13, **ring)
         _finish(axes, f"{task}, development split", "learning rate", unit.label)
-        _span(axes, [rate for row in own for rate in row.choice.rates], margin=1.5)
-        seen = [score for row in own for score in row.choice.scores if score is not None]
+        grids = (comparison.methods[method].learning_rates for method in own.method)
+        _span(axes, [rate for grid in grids for rate in grid], margin=1.5)
         if unit.is_loss and max(seen) > 4 * min(seen) > 0:
             _scale_by_factors(axes)
-    _legend(figure, rows, rings=True)
+    _legend(figure, table, rings=True)
     return figure
 
 
@@ -196,15 +175,23 @@ def _order(method: str) -> float:
     return 4.0 if method == REFERENCE else 3.0
 
 
-def _legend(figure: Figure, rows: Sequence[Row], *, rings: bool = False) -> None:
+def _size(marker: str) -> float:
+    """A star looks smaller than the others."""
+    return 11 if marker == "*" else 7
+
+
+def _legend(figure: Figure, table: pd.DataFrame, *, rings: bool = False) -> None:
     """One legend for all panels, beside them."""
     handles = []
-    for method in dict.fromkeys(row.method for row in rows):
+    for method in table.method.unique():
         colour, marker = STYLES[method]
-        size = 11 if marker == "*" else 7
-        handles.append(
-            Line2D([], [], color=colour, marker=marker, ms=size, linestyle="none", label=method)
-        )
+        look: dict[str, Any] = {
+            "color": colour,
+            "marker": marker,
+            "ms": _size(marker),
+            "linestyle": "none",
+        }
+        handles.append(Line2D([], [], label=method, **look))
     if rings:
         handles.append(
             Line2D([], [], mfc="none", mec=TEXT, marker="o", ms=11, ls="none", label="chosen")

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 
-from gem_ds.comparison.cells import Cell, folder_of
+from gem_ds.comparison.cells import Cell, evaluation_of, folder_of
 from gem_ds.comparison.grid import Comparison
+from gem_ds.data.predictions import PREDICTIONS_FILE
+
+T = TypeVar("T")
 
 RESULTS_FILE = "all_results.json"
-PREDICTIONS_FILE = "predictions.jsonl"
+
+#: The loss where it is what runs are compared by.
+LOSS = "eval_loss"
 
 #: What the second command leaves, where a task has one.
 EVALUATION_FILE = "eval/results.json"
@@ -34,13 +39,9 @@ COSTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """A finished run.
+    """A finished run: its task's main metric on its split, and the numbers `COSTS`.
 
-    Attributes:
-        metric: name of the task's main metric.
-        score: its value on the run's split.
-        loss: on the same examples, after training; infinite where there is none.
-        costs: the numbers `COSTS`.
+    The loss is on the same examples, after training; infinite where there is none.
     """
 
     metric: str
@@ -75,24 +76,20 @@ def read_training(folder: Path) -> Result:
     Raises:
         ValueError: it is absent or not whole.
     """
-    content = _read_json(folder / RESULTS_FILE)
-    metrics = content.get("eval_metrics") or {}
+    path = folder / RESULTS_FILE
+    content = _read_json(path)
+    loss, metrics = content.get("last_eval_loss"), content.get("eval_metrics")
     if not metrics and "last_eval_loss" in content:
-        metrics = {"eval_loss": content["last_eval_loss"]}
+        metrics = {LOSS: loss}
     if not isinstance(metrics, dict) or not metrics:
-        raise ValueError(f"{folder / RESULTS_FILE} has neither eval_metrics nor last_eval_loss.")
+        raise ValueError(f"{path} has neither eval_metrics nor last_eval_loss.")
     metric, score = next(iter(metrics.items()))
-    for name, value in {**{cost: content.get(cost) for cost in COSTS}, metric: score}.items():
+    costs: dict[str, Any] = {cost: content.get(cost) for cost in COSTS}
+    for name, value in {**costs, metric: score}.items():
         if not _is_number(value):
-            raise ValueError(f"{folder / RESULTS_FILE} has no number {name}.")
-    costs = {cost: content[cost] for cost in COSTS}
-    loss = content.get("last_eval_loss")
-    return Result(
-        metric=metric,
-        score=float(score),
-        loss=float(loss) if _is_number(loss) else math.inf,
-        costs=costs,
-    )
+            raise ValueError(f"{path} has no number {name}.")
+    loss = float(loss) if _is_number(loss) else math.inf
+    return Result(metric=metric, score=float(score), loss=loss, costs=costs)
 
 
 def read_result(comparison: Comparison, cell: Cell) -> Result:
@@ -101,18 +98,18 @@ def read_result(comparison: Comparison, cell: Cell) -> Result:
     Raises:
         ValueError: it is absent or not whole.
     """
-    folder = folder_of(comparison, cell)
+    folder, evaluation = folder_of(comparison, cell), evaluation_of(comparison, cell)
     result = read_training(folder)
-    evaluation = comparison.tasks[cell.task].evaluate
-    if evaluation is None or cell.split == "dev":
+    if comparison.choose_by == "loss" and math.isinf(result.loss):
+        raise ValueError(f"{folder / RESULTS_FILE} has no number last_eval_loss.")
+    if evaluation is None:
         return result
-    path = folder / EVALUATION_FILE
-    value: Any = _read_json(path)
+    value: Any = _read_json(folder / EVALUATION_FILE)
     for key in evaluation.score.split("."):
         value = value.get(key) if isinstance(value, dict) else None
     if not _is_number(value):
-        raise ValueError(f"{path} has no number at {evaluation.score}.")
-    return replace(result, metric=evaluation.metric, score=float(value))
+        raise ValueError(f"{folder / EVALUATION_FILE} has no number at {evaluation.score}.")
+    return replace(result, metric=evaluation.metric or evaluation.score, score=float(value))
 
 
 def read_predictions(comparison: Comparison, cell: Cell) -> Predictions:
@@ -121,8 +118,8 @@ def read_predictions(comparison: Comparison, cell: Cell) -> Predictions:
     Raises:
         ValueError: the file is absent or not whole.
     """
-    folder, evaluation = folder_of(comparison, cell), comparison.tasks[cell.task].evaluate
-    if evaluation is not None and cell.split == "test":
+    folder, evaluation = folder_of(comparison, cell), evaluation_of(comparison, cell)
+    if evaluation is not None:
         return _read_verdicts(folder / VERDICTS_FILE, evaluation.correct)
     rows = _read_lines(folder / PREDICTIONS_FILE, ("id", "correct", "prediction", "reference"))
     return Predictions(
@@ -158,26 +155,24 @@ def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read(path: Path, parse: Callable[[str], T]) -> T:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}.") from None
     except ValueError:
         raise ValueError(f"{path} is not whole.") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    content = _read(path, json.loads)
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold an object.")
     return content
 
 
 def _read_lines(path: Path, fields: tuple[str, ...]) -> list[dict[str, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-        rows = [json.loads(line) for line in lines if line]
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}.") from None
-    except ValueError:
-        raise ValueError(f"{path} is not whole.") from None
+    rows = _read(path, lambda text: [json.loads(line) for line in text.split("\n") if line])
     if not rows:
         raise ValueError(f"{path} is empty.")
     for number, row in enumerate(rows, start=1):

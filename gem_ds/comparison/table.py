@@ -1,174 +1,176 @@
-"""The numbers of a comparison: a row per task and method, and the differences between methods."""
+"""The numbers of a comparison: a line per run, the rates chosen by them, a line per method.
+
+They are pandas' frames of Python's own values, so that a count stays whole beside one that failed.
+A cell that has not come to its end has no score, which is NaN.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from statistics import fmean, stdev
 
-from gem_ds.comparison.bootstrap import (
-    Difference,
-    Scores,
-    difference,
-    refuse_other_examples,
-    resample_scores,
-)
-from gem_ds.comparison.cells import Cell, final_cells
+import pandas as pd
+
+from gem_ds.comparison.bootstrap import Findings, Interval, interval_over_seeds
+from gem_ds.comparison.cells import Cell, folder_of
 from gem_ds.comparison.grid import Comparison
 from gem_ds.comparison.metrics import is_loss
-from gem_ds.comparison.rates import Choice
-from gem_ds.comparison.results import Result, read_predictions, read_result
+from gem_ds.comparison.results import COSTS, LOSS, read_result
 
-#: The method that the others are measured against, where it takes part; else it is the first.
-REFERENCE = "gem"
+#: The rate chosen by task and method; None where every run of the search has failed.
+Rates = Mapping[tuple[str, str], float | None]
+
+#: The columns of a table of runs.
+COLUMNS = (
+    *("task", "method", "learning_rate", "seed", "split", "status", "metric", "score", "loss"),
+    *(*COSTS, "folder", "cell"),
+)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """A method on a task, over all seeds.
+def tabulate_cells(comparison: Comparison, cells: Iterable[Cell]) -> pd.DataFrame:
+    """A line per run: the columns of cells.csv, ``loss``, and ``cell`` itself."""
+    records = []
+    for cell in cells:
+        folder = folder_of(comparison, cell).relative_to(comparison.output_dir)
+        record = vars(cell) | {
+            "status": "failed",
+            "metric": "",
+            "folder": str(folder),
+            "cell": cell,
+        }
+        with suppress(ValueError):
+            result = read_result(comparison, cell)
+            record |= {"status": "finished", **vars(result), **result.costs}
+        records.append(record)
+    return pd.DataFrame(records, columns=list(COLUMNS), dtype=object)
 
-    Attributes:
-        results: of the runs that came to their end, one per seed.
-        num_failed: seeds whose run did not.
-        choice: the learning rate and how it was found.
+
+def finished(cells: pd.DataFrame, task: str, split: str, method: str | None = None) -> pd.DataFrame:
+    """The lines of the runs of a task, and of one method alone, that have come to their end."""
+    chosen = (cells.task == task) & (cells.split == split) & cells.score.notna()
+    return cells[chosen if method is None else chosen & (cells.method == method)]
+
+
+def aim_of(comparison: Comparison, tried: pd.DataFrame) -> tuple[str, pd.Series]:
+    """By what the rates of these runs are judged: its name, and its value by rate."""
+    by_rate = tried.set_index("learning_rate")
+    if comparison.choose_by == "loss" and len(tried):
+        return LOSS, by_rate.loss
+    return next(iter(tried.metric), ""), by_rate.score
+
+
+def choose_rates(
+    comparison: Comparison, cells: pd.DataFrame
+) -> dict[tuple[str, str], float | None]:
+    """The learning rate of every task and method, from the finished runs of the search."""
+    rates: dict[tuple[str, str], float | None] = {}
+    for task in comparison.tasks:
+        for name, method in comparison.methods.items():
+            own = method.learning_rates
+            found = finished(cells, task, "dev", name)
+            rates[task, name] = own[0] if len(own) == 1 else best_rate(comparison, found)
+    return rates
+
+
+def best_rate(comparison: Comparison, tried: pd.DataFrame) -> float | None:
+    """The rate of the best score; of equal ones that of the least loss, then the smallest.
+
+    A score such as the share of right answers is often the same to the last digit where nothing has
+    been learnt yet, and the loss is not. None where nothing has been tried.
     """
-
-    task: str
-    method: str
-    choice: Choice
-    results: Mapping[Cell, Result]
-    num_failed: int
-
-    @property
-    def metric(self) -> str:
-        """Name of the task's main metric; empty where no run came to its end."""
-        return next((result.metric for result in self.results.values()), "")
-
-    @property
-    def scores(self) -> list[float]:
-        """By seed."""
-        return [result.score for result in self.results.values()]
-
-    @property
-    def peak_memory_bytes(self) -> float:
-        """The largest of all seeds."""
-        return max(self.costs("peak_memory_bytes"))
-
-    def cost(self, name: str) -> float:
-        """The mean of a cost over the seeds."""
-        return fmean(self.costs(name))
-
-    def costs(self, name: str) -> list[float]:
-        """A cost by seed."""
-        return [result.costs[name] for result in self.results.values()]
+    metric, values = aim_of(comparison, tried)
+    badness = values if is_loss(metric) else -values
+    return min(zip(badness, tried.loss, tried.learning_rate, strict=True), default=(None,))[-1]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Differences:
-    """What the paired bootstrap says of a task.
-
-    Attributes:
-        reference: the method that the others are measured against.
-        by_method: of the others.
-        note: what a reader must know of them; empty if nothing.
-    """
-
-    reference: str
-    by_method: Mapping[str, Difference]
-    note: str = ""
-
-
-def tabulate(comparison: Comparison, choices: Mapping[tuple[str, str], Choice]) -> list[Row]:
-    """The rows, in the order of the file."""
-    results: dict[Cell, Result] = {}
-    for cell in final_cells(comparison, {key: choice.rate for key, choice in choices.items()}):
-        try:
-            results[cell] = read_result(comparison, cell)
-        except ValueError:
-            continue
-    rows = []
-    for (task, method), choice in choices.items():
-        own = {c: r for c, r in results.items() if (c.task, c.method) == (task, method)}
-        rows.append(
-            Row(
-                task=task,
-                method=method,
-                choice=choice,
-                results=own,
-                num_failed=len(comparison.seeds) - len(own),
-            )
+def tabulate(
+    comparison: Comparison, cells: pd.DataFrame, rates: Rates, findings: Mapping[str, Findings]
+) -> pd.DataFrame:
+    """A line per task and method, in the order of the file: the columns of table.csv."""
+    records = []
+    for (task, method), rate in rates.items():
+        grid, tried = (
+            comparison.methods[method].learning_rates,
+            finished(cells, task, "dev", method),
         )
-    return rows
+        runs = finished(cells, task, "test", method)
+        metric, values = aim_of(comparison, tried)
+        mean, std = mean_and_std(runs.score)
+        record = {
+            "task": task,
+            "method": method,
+            "metric": next(iter(runs.metric), ""),
+            "mean": mean,
+            "std": std,
+        }
+        if comparison.choose_by == "loss":
+            record |= _intervals(findings[task].scores.get(method), runs.loss)
+        record |= {
+            "num_seeds": len(runs),
+            "num_failed": len(comparison.seeds) - len(runs),
+            "learning_rate": rate,
+            "is_at_edge": len(grid) > 1 and rate in (grid[0], grid[-1]),
+            "dev_metric": metric or None,
+            "dev_score": values.get(rate),
+        }
+        costs = {name: mean_and_std(runs[name])[0] for name in COSTS}
+        costs["peak_memory_bytes"] = max(runs.peak_memory_bytes, default=math.nan)
+        records.append(record | costs)
+    return pd.DataFrame(records, dtype=object)
 
 
-def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation, which is NaN of a single value."""
-    return fmean(values), stdev(values) if len(values) > 1 else math.nan
+def _intervals(score: Interval | None, losses: Sequence[float]) -> dict[str, float]:
+    loss = interval_over_seeds(losses)
+    return {
+        "low": math.nan if score is None else score.low,
+        "high": math.nan if score is None else score.high,
+        "loss": loss.value,
+        "loss_std": mean_and_std(losses)[1],
+        "loss_low": loss.low,
+        "loss_high": loss.high,
+    }
 
 
-def averages(rows: Sequence[Row], num_tasks: int) -> dict[str, list[float]]:
+def mean_and_std(values: Iterable[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation, which is NaN of a single value; both of none."""
+    values = list(values)
+    mean = fmean(values) if values else math.nan
+    return mean, stdev(values) if len(values) > 1 else math.nan
+
+
+def averages(table: pd.DataFrame, cells: pd.DataFrame) -> dict[str, list[float]]:
     """By method, for each seed the mean over the tasks.
 
     Empty for a method that failed somewhere, and without any method where a task's metric is a loss
     or there is one task only.
     """
-    if num_tasks < 2 or any(is_loss(row.metric) for row in rows):
+    if table.task.nunique() < 2 or any(map(is_loss, table.metric)):
         return {}
-    means = {}
-    for method in dict.fromkeys(row.method for row in rows):
-        own = [row for row in rows if row.method == method]
-        complete = not any(row.num_failed for row in own)
-        means[method] = (
-            [fmean(scores) for scores in zip(*(row.scores for row in own), strict=True)]
-            if complete
-            else []
+    means: dict[str, list[float]] = {}
+    for method, own in table.groupby("method", sort=False):
+        runs = cells[(cells.method == method) & (cells.split == "test")]
+        is_whole = not own.num_failed.any()
+        means[str(method)] = (
+            [fmean(each) for _, each in runs.groupby("seed", sort=False).score] if is_whole else []
         )
     return means
 
 
-def compare_methods(comparison: Comparison, rows: Sequence[Row]) -> Differences | None:
-    """The paired bootstrap on one task, over the seeds that both sides have.
+def csv_text(frame: pd.DataFrame) -> str:
+    """A frame as CSV; what is not a number stays empty."""
+    return str(frame.to_csv(index=False, lineterminator="\n"))
 
-    None where there is nothing to compare.
 
-    Args:
-        comparison: the file.
-        rows: of one task.
-    """
-    rows = [row for row in rows if row.results]
-    names = [row.method for row in rows]
-    if len(rows) < 2:
-        return None
-    reference = REFERENCE if REFERENCE in names else names[0]
-    metric = rows[0].metric
-    try:
-        if any(row.metric != metric for row in rows) or is_loss(metric):
-            raise ValueError("the bootstrap needs one metric, which is no loss.")
-        runs = {
-            row.method: {cell.seed: read_predictions(comparison, cell) for cell in row.results}
-            for row in rows
-        }
-        refuse_other_examples([run for by_seed in runs.values() for run in by_seed.values()])
+def table_csv(table: pd.DataFrame) -> str:
+    """The text of table.csv."""
+    counts = [name for name in COSTS if name.startswith("num_")]
+    whole = (table[counts].astype(float) // 1).astype("Int64")
+    return csv_text(table.assign(**whole))
 
-        @cache
-        def scores(method: str, seeds: tuple[int, ...]) -> Scores:
-            return resample_scores([runs[method][seed] for seed in seeds], metric)
 
-        shared = {
-            name: tuple(seed for seed in runs[reference] if seed in runs[name]) for name in names
-        }
-        by_method = {
-            name: difference(scores(name, seeds), scores(reference, seeds))
-            for name, seeds in shared.items()
-            if seeds and name != reference
-        }
-        strays = any(
-            abs(scores(row.method, tuple(runs[row.method])).value - fmean(row.scores)) > 1e-4
-            for row in rows
-        )
-    except ValueError as error:
-        return Differences(reference=reference, by_method={}, note=f"Not computed: {error}")
-    note = "Of the share of right answers, which is not the metric above." if strays else ""
-    return Differences(reference=reference, by_method=by_method, note=note)
+def cells_csv(comparison: Comparison, cells: pd.DataFrame) -> str:
+    """The text of cells.csv."""
+    left_out = ["cell"] if comparison.choose_by == "loss" else ["cell", "loss"]
+    return csv_text(cells.drop(columns=left_out))

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from gem_ds.comparison.bootstrap import (
     Scores,
-    difference,
+    interval,
     refuse_other_examples,
     resample_scores,
     resamples,
 )
-from gem_ds.comparison.metrics import METRICS, is_correlation, is_loss, metric_on
+from gem_ds.comparison.metrics import METRICS, metric_on
 from gem_ds.comparison.results import Predictions
 from gem_ds.data.metrics import METRICS as EVAL_METRICS
 from gem_ds.data.metrics import Measure
@@ -89,14 +89,6 @@ def test_any_other_metric_is_the_share_of_right_answers() -> None:
         metric_on(predictions_of([1, np.nan]), "exact_match", np.ones((1, 2)))
 
 
-def test_names_tell_how_a_metric_is_read() -> None:
-    assert is_loss("eval_loss")
-    assert not is_loss("accuracy")
-    assert is_correlation("matthews_correlation")
-    assert is_correlation("pearson")
-    assert not is_correlation("f1a")
-
-
 def test_resamples_draw_as_many_seeds_and_examples_as_there_are(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -115,7 +107,7 @@ def test_resamples_draw_as_many_seeds_and_examples_as_there_are(
 
 def test_identical_methods_do_not_differ() -> None:
     runs = [predictions_of(np.random.default_rng(s).random(80) < 0.6) for s in range(3)]
-    found = difference(resample_scores(runs, "accuracy"), resample_scores(runs, "accuracy"))
+    found = interval(resample_scores(runs, "accuracy"), resample_scores(runs, "accuracy"))
     assert (found.value, found.low, found.high) == (0, 0, 0)
     assert not found.is_real
 
@@ -129,11 +121,11 @@ def test_a_large_gap_is_real_and_a_small_one_is_not() -> None:
         name: resample_scores([predictions_of(correct)], "accuracy")
         for name, correct in (("base", base), ("better", better), ("alike", alike))
     }
-    found = difference(scores["better"], scores["base"])
+    found = interval(scores["better"], scores["base"])
     assert found.value == pytest.approx(0.25)
     assert found.is_real
-    assert not difference(scores["alike"], scores["base"]).is_real
-    assert difference(scores["base"], scores["better"]).is_real
+    assert not interval(scores["alike"], scores["base"]).is_real
+    assert interval(scores["base"], scores["better"]).is_real
 
 
 @pytest.mark.parametrize("num_seeds", [1, 3])
@@ -144,7 +136,7 @@ def test_the_interval_is_that_of_a_direct_simulation(num_seeds: int) -> None:
     own = np.array([0.0, 0.1, -0.1])[:num_seeds, None]
     first = rng.random((num_seeds, 150)) < 0.7 + luck + own
     second = rng.random((num_seeds, 150)) < 0.6 + luck
-    found = difference(
+    found = interval(
         *(
             resample_scores([predictions_of(c) for c in runs], "accuracy")
             for runs in (first, second)
@@ -166,7 +158,7 @@ def test_a_gain_of_one_seed_in_three_is_not_real() -> None:
     better = np.arange(200) < 160
     runs = [[predictions_of(base)] * 3, [predictions_of(c) for c in (better, base, base)]]
     reference, scores = (resample_scores(each, "accuracy") for each in runs)
-    found = difference(scores, reference)
+    found = interval(scores, reference)
     assert found.value == pytest.approx(0.1)
     assert found.low == 0
     assert not found.is_real
@@ -176,7 +168,7 @@ def test_the_interval_of_a_correlation_is_that_of_a_direct_simulation() -> None:
     rng = np.random.default_rng(6)
     truth = rng.integers(2, size=120)
     runs = [np.where(rng.random(120) < right, truth, 1 - truth) for right in (0.85, 0.65)]
-    found = difference(
+    found = interval(
         *(
             resample_scores([predictions_of([0] * 120, guess, truth)], "matthews_correlation")
             for guess in runs
@@ -199,5 +191,5 @@ def test_other_examples_are_refused() -> None:
 def test_a_difference_is_real_when_zero_lies_outside() -> None:
     below = Scores(value=0.0, resampled=np.array([-2.0, -1.0]))
     zero = Scores(value=0.0, resampled=np.zeros(2))
-    assert difference(below, zero).is_real
-    assert not difference(Scores(value=0.0, resampled=np.array([-1.0, 1.0])), zero).is_real
+    assert interval(below, zero).is_real
+    assert not interval(Scores(value=0.0, resampled=np.array([-1.0, 1.0])), zero).is_real

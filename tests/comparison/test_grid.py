@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gem_ds.comparison.cell_folder import refuse_other_commands, save_commands
 from gem_ds.comparison.cells import (
     Cell,
     evaluation_command,
@@ -20,9 +21,9 @@ from gem_ds.comparison.cells import (
     search_cells,
     training_command,
 )
-from gem_ds.comparison.grid_file import parse_comparison, read_comparison
-from gem_ds.comparison.rates import Choice, best_rate
-from gem_ds.comparison.results import Result
+from gem_ds.comparison.grid import parse_comparison, read_comparison
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 CONTENT: dict[str, Any] = {
     "output_dir": "out",
@@ -63,12 +64,13 @@ def changed(path: str, value: object) -> dict[str, Any]:
         (
             "methdos",
             {},
-            "the file has the unknown key 'methdos'; known: common, dev_examples, devices, "
-            "launcher, learning_rates, methods, num_parallel, output_dir, program, seeds, tasks.",
+            "the file has the unknown key 'methdos'; known: choose_by, common, dev_examples, "
+            "devices, launcher, learning_rates, methods, num_parallel, output_dir, program, seeds, "
+            "tasks.",
         ),
         ("seeds", [], "seeds must be a list of at least one value."),
         ("seeds", [1, 2, 1], "seeds has 1 more than once."),
-        ("seeds", [1.5], "seeds must be whole numbers of at least 0, not 1.5."),
+        ("seeds", [1.5], "each of seeds must be a whole number of at least 0, not 1.5."),
         ("seeds", 42, "seeds must be a list of at least one value."),
         ("dev_examples", 0, "dev_examples must be a whole number of at least 1, not 0."),
         (
@@ -80,17 +82,19 @@ def changed(path: str, value: object) -> dict[str, Any]:
         ("methods", {}, "methods must map at least one name to its settings."),
         ("methods", {"gme": None}, "methods has the unknown method 'gme'; known: bitfit, e"),
         ("methods.gem", {"rates": [1]}, "methods.gem has the unknown key 'rates'; known: flags,"),
-        ("methods.gem", {"learning_rates": []}, "learning_rates of methods.gem must be a list"),
+        ("methods.gem", {"learning_rates": []}, "methods.gem.learning_rates must be a list"),
         ("methods.gem", {"learning_rates": [0.001, "1e-3"]}, "has 0.001 more than once."),
-        ("learning_rates", [-1], "learning_rates of methods.gem must be numbers above 0, not -1."),
-        ("learning_rates", ["fast"], "must be numbers above 0, not 'fast'."),
+        ("learning_rates", [-1], "each of learning_rates must be a number above 0, not -1."),
+        ("learning_rates", ["fast"], "must be a number above 0, not 'fast'."),
+        ("learning_rates", [True], "must be a number above 0, not True."),
         ("learning_rates", None, "methods.gem has no learning_rates: give them there or at the"),
         ("tasks", [], "tasks must map at least one name to its settings."),
         ("tasks", {"rtee": {}}, "tasks has the unknown task 'rtee'; known: boolq, cb, cola, "),
         ("tasks", {"../rte": {}}, "tasks has the unknown task '../rte'; known: boolq, cb, cola, "),
         ("tasks", {None: {}}, "tasks has the unknown task None; known: boolq, cb, cola, "),
         ("tasks.rte.data_dir", 3, "tasks.rte.data_dir must be a text, not 3."),
-        ("tasks.gsm8k.evaluate.score", None, "tasks.gsm8k.evaluate.score must be a text"),
+        ("tasks.gsm8k.evaluate.score", 1, "tasks.gsm8k.evaluate.score must be a text, not 1."),
+        ("tasks.gsm8k.evaluate.score", None, "tasks.gsm8k.evaluate.score is missing."),
         ("tasks.gsm8k.evaluate", {}, "tasks.gsm8k.evaluate.command is missing."),
         ("tasks.gsm8k.evaluate.command", "a 'b", "cannot be split into words: No closing"),
         ("tasks.gsm8k.evaluate.command", "x --w={weights}", "{weights} must stand alone, not in"),
@@ -102,9 +106,10 @@ def changed(path: str, value: object) -> dict[str, Any]:
         ("common", {"--bf16": True}, "common: write flag names without dashes, not '--bf16'."),
         ("tasks.rte.flags", [], "tasks.rte.flags must map flag names to values."),
         ("common.density", {}, "common.density must be a value or a list of values."),
-        ("launcher", [], "launcher must be a list of at least one word."),
-        ("launcher", "deepspeed", "launcher must be a list of at least one word."),
-        ("output_dir", "", "output_dir must be a text, not ''."),
+        ("launcher", [], "launcher must be a list of at least one value."),
+        ("launcher", "deepspeed", "launcher must be a list of at least one value."),
+        ("output_dir", "", "output_dir must be a path, not ''."),
+        ("choose_by", "f1", "choose_by must be score or loss, not 'f1'."),
     ],
 )
 def test_a_mistake_is_one_sentence(path: str, value: object, sentence: str) -> None:
@@ -184,29 +189,27 @@ def test_rates_are_readable() -> None:
     ]  # fmt: skip
 
 
-@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), max_size=6))
-def test_the_best_rate_has_the_best_score_then_the_least_loss_and_is_the_smallest(
-    found: list[tuple[int, int]],
+@pytest.mark.parametrize(
+    ("launcher", "start"),
+    [
+        (["python"], "python -m gem_ds.train --"),
+        (["deepspeed", "--num_gpus", 8], "deepspeed --num_gpus 8 --module gem_ds.train --"),
+    ],
+)
+def test_outside_of_a_checkout_the_module_runs_and_goes_on_with_what_was_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launcher: list[object], start: str
 ) -> None:
-    for metric, best in (("accuracy", max), ("eval_loss", min)):
-        results = {
-            10.0**k: Result(metric=metric, score=score, loss=loss, costs={})
-            for k, (score, loss) in enumerate(found)
-        }
-        rates = list(results)
-        if found:
-            score = best(score for score, _ in found)
-            rates = [r for r in rates if results[r].score == score]
-            loss = min(results[r].loss for r in rates)
-            rates = [r for r in rates if results[r].loss == loss]
-        assert best_rate(results) == (rates[0] if rates else None)
-
-
-def test_an_edge_is_the_end_of_a_grid_of_several_rates() -> None:
-    def is_at_edge(rate: float, *rates: float) -> bool:
-        return Choice(rates=rates, scores=(1.0,) * len(rates), metric="f1", rate=rate).is_at_edge
-
-    assert is_at_edge(1, 1, 2, 3)
-    assert is_at_edge(3, 1, 2, 3)
-    assert not is_at_edge(2, 1, 2, 3)
-    assert not is_at_edge(1, 1)
+    content = CONTENT | {"output_dir": str(tmp_path / "out"), "launcher": launcher}
+    cell = Cell(task="rte", method="lora", learning_rate=2e-4, seed=42, split="test")
+    monkeypatch.chdir(REPOSITORY)
+    inside = parse_comparison(content)
+    folder_of(inside, cell).mkdir(parents=True)
+    save_commands(inside, cell)
+    assert " launch/train.py --" in (folder_of(inside, cell) / "cell.json").read_text()
+    monkeypatch.chdir(tmp_path)
+    outside = parse_comparison(content)
+    assert " ".join(training_command(outside, cell)).startswith(start)
+    refuse_other_commands(outside, cell)
+    other = parse_comparison(content | {"program": "mine.py"})
+    with pytest.raises(ValueError, match=r"\(train: launch/train\.py, now mine\.py\)"):
+        refuse_other_commands(other, cell)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
@@ -14,18 +14,16 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from gem_ds.comparison.budget_plot import budget_figure, place_of, short_names
-from gem_ds.comparison.cells import Cell
 from gem_ds.comparison.grid import Comparison, Method, Task
 from gem_ds.comparison.plots import STYLES, rate_figure, score_figure, side_by_side
-from gem_ds.comparison.rates import Choice
-from gem_ds.comparison.results import COSTS, Result
-from gem_ds.comparison.table import Row
+from gem_ds.comparison.results import COSTS
+from gem_ds.comparison.table import tabulate
 from gem_ds.files.mask import Mask, WeightInfo
 from gem_ds.select.methods import METHODS
 
 
-def comparison_of(num_tasks: int) -> tuple[Comparison, list[Row]]:
-    """All methods on so many tasks, with scores that lie close together."""
+def comparison_of(num_tasks: int) -> tuple[Comparison, pd.DataFrame, pd.DataFrame]:
+    """All methods on so many tasks, with scores that lie close together: its tables."""
     rates = (0.002, 0.003, 0.004)  # within one decade
     comparison = Comparison(
         output_dir=Path("out"),
@@ -34,22 +32,18 @@ def comparison_of(num_tasks: int) -> tuple[Comparison, list[Row]]:
         seeds=(1, 2),
         dev_examples=5,
     )
-    rows = []
-    for task, (place, method) in itertools.product(comparison.tasks, enumerate(METHODS)):
-        costs = dict.fromkeys(COSTS, 25_000.0)
-        results = {
-            Cell(task=task, method=method, learning_rate=0.003, seed=seed, split="test"): Result(
-                metric="matthews_correlation",
-                score=0.5 + (place + seed) / 100,
-                loss=1.0,
-                costs=costs,
-            )
-            for seed in comparison.seeds
-        }
-        scores = (0.4, 0.5 + place / 100, None)
-        choice = Choice(rates=rates, scores=scores, metric="matthews_correlation", rate=0.003)
-        rows.append(Row(task=task, method=method, choice=choice, results=results, num_failed=0))
-    return comparison, rows
+    runs = [(0.003, seed, "test", seed / 100) for seed in comparison.seeds]
+    runs += [(rate, 1, "dev", rate) for rate in rates[:2]]
+    records = []
+    for task, (place, method), (rate, seed, split, more) in itertools.product(
+        comparison.tasks, enumerate(METHODS), runs
+    ):
+        own = {"task": task, "method": method, "learning_rate": rate, "seed": seed, "split": split}
+        score = {"metric": "matthews_correlation", "score": 0.5 + place / 100 + more, "loss": 1.0}
+        records.append(own | score | dict.fromkeys(COSTS, 25_000.0))
+    cells = pd.DataFrame(records)
+    chosen = dict.fromkeys(itertools.product(comparison.tasks, METHODS), 0.003)
+    return comparison, tabulate(comparison, cells, chosen, {}), cells
 
 
 def mask_of(names: list[str]) -> Mask:
@@ -82,9 +76,9 @@ def assert_tidy(figure: Figure) -> None:
 
 @pytest.mark.parametrize("num_tasks", [1, 2, 8])
 def test_all_methods_on_several_tasks_are_readable(num_tasks: int) -> None:
-    comparison, rows = comparison_of(num_tasks)
-    assert_tidy(score_figure(comparison, rows))
-    assert_tidy(rate_figure(comparison, rows))
+    comparison, table, cells = comparison_of(num_tasks)
+    assert_tidy(score_figure(table))
+    assert_tidy(rate_figure(comparison, table, cells))
 
 
 @pytest.mark.parametrize(
@@ -92,9 +86,15 @@ def test_all_methods_on_several_tasks_are_readable(num_tasks: int) -> None:
     [(0.007, 0.06, 2.1), (3.6, 5.2, 5.6), (0.68, 0.69, 0.7), (0.06, 2.0, 300), (0.007, 1.0, 1e6)],
 )
 def test_losses_are_told_apart_beside_one_that_is_far_off(losses: tuple[float, ...]) -> None:
-    comparison, rows = comparison_of(1)
-    choice = replace(rows[0].choice, scores=losses, metric="eval_loss")
-    figure = rate_figure(comparison, [replace(row, choice=choice) for row in rows])
+    comparison, table, _ = comparison_of(1)
+    rates = comparison.methods["gem"].learning_rates
+    records = [
+        {"task": "task0", "method": method, "split": "dev", "learning_rate": rate, "score": loss}
+        for method in METHODS
+        for rate, loss in zip(rates, losses, strict=True)
+    ]
+    cells = pd.DataFrame(records).assign(metric="eval_loss")
+    figure = rate_figure(comparison, table.assign(dev_metric="eval_loss"), cells)
     assert_tidy(figure)
     axes = figure.axes[0]
     low, high = axes.get_ylim()

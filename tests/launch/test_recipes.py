@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from gem_ds.comparison.cells import search_cells, training_command
-from gem_ds.comparison.grid_file import read_comparison
+from gem_ds.comparison.grid import read_comparison
 from gem_ds.train.arguments import parse_arguments
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "launch" / "recipes").glob("*.yaml"))
@@ -56,7 +56,7 @@ def test_the_training_program_understands_every_command_of_a_comparison(path: Pa
     comparison = read_comparison(path)
     for cell in search_cells(comparison):
         command = training_command(comparison, cell)
-        arguments = parse_arguments(command[command.index(comparison.program) + 1 :])
+        arguments = parse_arguments(command[command.index("launch/train.py") + 1 :])
         assert arguments.method.method == cell.method
         flags = {word.removeprefix("--") for word in command if word.startswith("--")}
         assert hidden(flags, cell.method) == set()

@@ -255,7 +255,7 @@ PreTrainedModel.save_pretrained = killed
 export.main({arguments(tmp_path)!r})
 """
     run = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, cwd=SCRIPT.parents[1]
+        [sys.executable, "-c", program], capture_output=True, cwd=SCRIPT.parents[2]
     )
     assert run.returncode == -signal.SIGKILL, run.stderr
     assert not (tmp_path / "out").exists()
