@@ -35,12 +35,12 @@ from gem_ds.evaluate.arguments import (
     option,
     sparing_memory,
 )
-from gem_ds.evaluate.model import ModelFiles, load_partitioned, load_weights, open_model
 from gem_ds.evaluate.provenance import model_facts, sha256_of_texts, versions
 from gem_ds.evaluate.ranks import joined_ranks
 from gem_ds.evaluate.sampling import RESULTS_FILE
 from gem_ds.files.atomic import make_folder, save_json
 from gem_ds.models.encoders import is_encoder, num_positions
+from gem_ds.models.load import ModelFiles, load_partitioned, load_weights, open_model
 from gem_ds.models.objective import Predictor, objective_of
 from gem_ds.models.predict import predict_all
 from gem_ds.models.tokenizer import pad_token_id, refuse_foreign_tokens

@@ -19,9 +19,9 @@ from gem_ds.data.encode import encode_prompt
 from gem_ds.evaluate.arguments import sparing_memory
 from gem_ds.evaluate.completion import Completion, GenerationSettings, Request
 from gem_ds.evaluate.decoding import decode_batch
-from gem_ds.evaluate.model import ModelFiles
 from gem_ds.evaluate.samples import Key, Prompt
 from gem_ds.models.encoders import num_positions
+from gem_ds.models.load import ModelFiles
 from gem_ds.models.tokenizer import refuse_foreign_tokens
 
 

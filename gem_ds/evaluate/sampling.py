@@ -30,10 +30,10 @@ from gem_ds.distributed.zero_config import inference_config, read_config
 from gem_ds.evaluate.arguments import SamplingArguments, check_arguments
 from gem_ds.evaluate.completion import Completion, GenerationSettings, Request
 from gem_ds.evaluate.generation import Backend, Transformers, make_requests
-from gem_ds.evaluate.model import ModelFiles, load_partitioned, load_weights, open_model
 from gem_ds.evaluate.provenance import model_facts
 from gem_ds.evaluate.ranks import joined_ranks
 from gem_ds.evaluate.samples import SAMPLES_FILE, Key, Prompt, Sample, SampleLog
+from gem_ds.models.load import ModelFiles, load_partitioned, load_weights, open_model
 
 RESULTS_FILE = "results.json"
 VERDICTS_FILE = "verdicts.jsonl"

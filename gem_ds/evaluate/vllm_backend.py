@@ -14,8 +14,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from gem_ds.evaluate.completion import Completion, GenerationSettings, Request
-from gem_ds.evaluate.model import ModelFiles
 from gem_ds.evaluate.noise import sample_seed
+from gem_ds.models.load import ModelFiles
 
 _PART = 1024
 

@@ -1,36 +1,52 @@
-"""The adapters of the library peft: LoRA, IA3 and SHiRA, with a head that is trained whole."""
+"""Adapters of the library peft: LoRA, IA3 and SHiRA to train, and any kind to evaluate.
+
+An adapter's layers stand in the model beside its own and are not merged into them, so that its
+weights and its rounding are those of its training. peft is imported when an adapter is asked for.
+"""
 
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from gem_ds.train.config import Arguments
+from gem_ds.files.mask import dtype_name
+
+_CONFIG = "adapter_config.json"
 
 
 def add_adapter(
     model: PreTrainedModel,
-    args: Arguments,
+    method: str,
     targets: Sequence[str],
-    shira_rank: int,
     head: Sequence[str],
+    *,
+    seed: int,
+    rank: int,
+    lora_alpha: float,
+    lora_dropout: float,
 ) -> Any:
-    """Put the adapter that ``--method`` names on a model; all but it and the head is frozen.
+    """Put a new adapter on a model; all but it and the head, which is trained whole, is frozen.
 
     LoRA and SHiRA change the target layers of the sparse methods; SHiRA trains about K entries. IA3
-    scales what peft's own table names for the architecture, unless ``--target_modules`` says
-    otherwise.
+    scales what peft's own table names for the architecture, unless there are targets.
 
     Args:
         model: is changed.
-        args: the flags.
+        method: lora, shira or ia3.
         targets: names of the target weights; IA3 may have none.
-        shira_rank: with SHiRA its rank.
         head: names of the parameters of the head.
+        seed: of the first values.
+        rank: of LoRA or SHiRA.
+        lora_alpha: LoRA's scale, times its rank.
+        lora_dropout: before LoRA's layers.
 
     Raises:
         ValueError: peft does not know where IA3 belongs in this model.
@@ -38,21 +54,23 @@ def add_adapter(
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it warns
     from peft import IA3Config, LoraConfig, PeftConfig, ShiraConfig, get_peft_model
 
-    torch.manual_seed(args.train.seed)
+    torch.manual_seed(seed)
     modules = [name.removesuffix(".weight") for name in targets]
-    common: dict[str, Any] = {"modules_to_save": _owners(head) or None}
+    common: dict[str, Any] = {
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in head}) or None
+    }
     config: PeftConfig
-    if args.method.method == "lora":
+    if method == "lora":
         config = LoraConfig(
-            r=args.method.lora_r,
-            lora_alpha=args.method.lora_alpha,  # type: ignore[arg-type]
-            lora_dropout=args.method.lora_dropout,
+            r=rank,
+            lora_alpha=lora_alpha,  # type: ignore[arg-type]
+            lora_dropout=lora_dropout,
             target_modules=modules,
             **common,
         )
-    elif args.method.method == "shira":
-        config = ShiraConfig(r=shira_rank, target_modules=modules, **common)
-    elif args.method.target_modules:
+    elif method == "shira":
+        config = ShiraConfig(r=rank, target_modules=modules, **common)
+    elif modules:
         config = IA3Config(target_modules=modules, feedforward_modules=[], **common)
     else:
         config = IA3Config(**common)
@@ -61,7 +79,7 @@ def add_adapter(
         # stage 3 takes no two dtypes.
         return get_peft_model(model, config, autocast_adapter_dtype=False)
     except ValueError as error:
-        if args.method.method != "ia3":
+        if method != "ia3":
             raise
         raise ValueError(
             f"peft does not know where IA3 belongs in a {model.config.model_type} model: name the "
@@ -74,5 +92,80 @@ def is_of_head(name: str, head: Sequence[str]) -> bool:
     return name in head or ".modules_to_save." in name
 
 
-def _owners(head: Sequence[str]) -> list[str]:
-    return sorted({name.rpartition(".")[0] for name in head})
+def check_adapter(folder: str) -> None:
+    """Refuse what can be seen to be no adapter.
+
+    Raises:
+        ValueError: The folder holds none, or peft is not installed.
+    """
+    if not Path(folder, _CONFIG).is_file():
+        raise ValueError(f"--adapter {folder} holds no {_CONFIG}: pass the folder of an adapter.")
+    _import_peft()
+
+
+def adapted_names(folder: str) -> set[str]:
+    """Names of the model's own parameters that the adapter replaces: a head, mostly.
+
+    Raises:
+        ValueError: Its weights cannot be read.
+    """
+    return {name.removeprefix("base_model.model.") for name in _weights(folder)}
+
+
+def half_precision(folder: str) -> str | None:
+    """The torch name of the 16-bit dtype that the adapter was trained and saved in; None for fp32.
+
+    One in fp32 may have been trained beside a model of 16 bits: so peft does it by default.
+
+    Raises:
+        ValueError: Its weights cannot be read.
+    """
+    dtypes = {weight.dtype for weight in _weights(folder).values() if weight.is_floating_point()}
+    half = dtypes & {torch.bfloat16, torch.float16}
+    return dtype_name(half.pop()) if len(dtypes) == len(half) == 1 else None
+
+
+def put_adapter(model: PreTrainedModel, folder: str) -> None:
+    """Put a trained adapter into a model, in place.
+
+    Raises:
+        ValueError: It does not fit the model, or is no part of its layers (a learnt prompt).
+    """
+    peft = _import_peft()
+    is_raised = half_precision(folder) is None  # to fp32, as in training
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of libraries, to each other
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            adapted: Any = peft.PeftModel.from_pretrained(
+                model, folder, autocast_adapter_dtype=is_raised
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, UserWarning, SafetensorError) as error:
+        raise _unusable(folder, error) from error
+    if adapted.active_peft_config.is_prompt_learning:
+        raise ValueError(
+            f"--adapter {folder} is a learnt prompt and no part of the layers, which is not "
+            "evaluated here: pass another kind of adapter."
+        )
+    model.train(False)
+
+
+def _weights(folder: str) -> dict[str, Tensor]:
+    try:
+        weights: dict[str, Tensor] = _import_peft().load_peft_weights(folder, device="cpu")
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise _unusable(folder, error) from error
+    return weights
+
+
+def _import_peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise ValueError("--adapter needs peft: install it (pip install peft).") from error
+    return peft
+
+
+def _unusable(folder: str, error: Exception) -> ValueError:
+    reason = " ".join(str(error).split())[:300]
+    return ValueError(f"--adapter {folder} does not fit the model: {reason}")

@@ -1,15 +1,29 @@
-"""The base model: its configuration, which costs nothing to read, and its weights."""
+"""Loading a model to train or to evaluate it: what costs nothing to read first, then its weights.
+
+    trainable_config, refuse_damaged_files -> load_for_training            the base model
+    open_model -> load_weights, or load_partitioned over the ranks         with delta or adapter
+
+What can be refused without weights is refused before any is read. DeepSpeed is imported where a
+model is partitioned: it takes longer than a small evaluation.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -17,11 +31,14 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
+from gem_ds.data.tasks import TaskData
 from gem_ds.distributed.comm import Comm
-from gem_ds.distributed.engine import partitioned_loading, whole_weights
 from gem_ds.distributed.zero_config import zero_stage
-from gem_ds.models.encoders import auto_class, head_names, initialise_head
-from gem_ds.train.config import Arguments
+from gem_ds.files.delta import Delta, apply_delta
+from gem_ds.files.mask import dtype_name
+from gem_ds.models.adapters import adapted_names, check_adapter, half_precision, put_adapter
+from gem_ds.models.encoders import auto_class, head_names, initialise_head, is_encoder, set_head
+from gem_ds.models.tokenizer import load_tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -31,43 +48,17 @@ _WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGH
 _SEES_ANSWERS = ("cpmant", "xlnet")
 
 
-def load_model_config(args: Arguments) -> PretrainedConfig:
-    """The model's configuration, where its weights are there too.
-
-    Raises:
-        ValueError: as :func:`read_model_config`, or it lies in a folder without weights or with
-            damaged ones.
-    """
-    name = str(args.model.model_name_or_path)
-    config = read_model_config(args)
-    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in _WEIGHT_FILES):
-        raise ValueError(
-            f"--model_name_or_path {name} holds no weights ({' or '.join(_WEIGHT_FILES)}): pass a "
-            "complete model."
-        )
-    _refuse_damaged_weights(name)
-    return config
-
-
-def read_model_config(args: Arguments) -> PretrainedConfig:
-    """The model's configuration, with or without weights.
+def trainable_config(
+    name: str, revision: str | None = None, *, trust_remote_code: bool = False
+) -> PretrainedConfig:
+    """The configuration of a model that is to be trained, with or without weights.
 
     Raises:
         ValueError: it cannot be loaded, or is not of a model that GEM can train.
     """
-    name = str(args.model.model_name_or_path)
     if name.startswith(("/", ".")) and not Path(name).is_dir():
         raise ValueError(f"--model_name_or_path {name} is no folder: check the path.")
-    try:
-        config = AutoConfig.from_pretrained(
-            name,
-            revision=args.model.revision or "main",
-            trust_remote_code=args.model.trust_remote_code,
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"--model_name_or_path {name} cannot be loaded: {one_line(error)}"
-        ) from error
+    config = _read_config(name, revision, trust_remote_code=trust_remote_code)
     if config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder model: pass a causal language model.")
     if config.model_type in _SEES_ANSWERS:
@@ -82,12 +73,17 @@ def read_model_config(args: Arguments) -> PretrainedConfig:
     return config
 
 
-def _refuse_damaged_weights(name: str) -> None:
-    """Open each weight file of a local folder, which reads its header and checks its length.
+def refuse_damaged_files(name: str) -> None:
+    """Refuse a local folder without weights, and open each file, which checks header and length.
 
     While the weights load at ZeRO stage 3 the ranks wait for each other, so a file that is damaged
     on one node only has to be found before.
     """
+    if Path(name).is_dir() and not any(Path(name, file).is_file() for file in _WEIGHT_FILES):
+        raise ValueError(
+            f"--model_name_or_path {name} holds no weights ({' or '.join(_WEIGHT_FILES)}): pass a "
+            "complete model."
+        )
     for path in sorted(Path(name).glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt"):
@@ -98,64 +94,49 @@ def _refuse_damaged_weights(name: str) -> None:
             ) from error
 
 
-def load_model(
-    args: Arguments, config: PretrainedConfig, deepspeed: dict[str, Any], comm: Comm
+def load_for_training(
+    name: str,
+    config: PretrainedConfig,
+    deepspeed: dict[str, Any],
+    comm: Comm,
+    *,
+    dtype: torch.dtype,
+    seed: int,
+    **options: Any,
 ) -> tuple[PreTrainedModel, list[str]]:
-    """The base model in the run's dtype, partitioned while it loads at ZeRO stage 3.
+    """The base model, partitioned while it loads at ZeRO stage 3. All ranks call this together.
 
     Parameters of an encoder's head that the files lack get their first values here.
 
     Args:
-        args: the flags.
-        config: as :func:`load_model_config` gives it, and :func:`models.encoders.set_head` leaves.
+        name: folder or Hub name.
+        config: as :func:`trainable_config` gives it, and :func:`models.encoders.set_head` leaves.
         deepspeed: the resolved DeepSpeed configuration.
-        comm: the ranks; all call this together.
+        comm: the ranks.
+        dtype: of the weights to be.
+        seed: of the run.
+        options: for `from_pretrained`, such as a revision; None leaves one out.
 
     Returns:
         The model, and the names of the parameters of its head.
 
     Raises:
-        ValueError: its files lack a weight or have it in another shape.
-        OSError: they cannot be read.
+        ValueError: its files cannot be read, lack a weight or have it in another shape.
     """
-    name = str(args.model.model_name_or_path)
-    kwargs: dict[str, Any] = {"revision": args.model.revision or "main"}
-    if args.model.attn_implementation:
-        kwargs["attn_implementation"] = args.model.attn_implementation
-    try:
-        # At stage 3 loading is collective itself.
-        together = comm.agreement() if zero_stage(deepspeed) < 3 else nullcontext()
-        with together, partitioned_loading(deepspeed):
-            loaded: Any = auto_class(config).from_pretrained(
-                name,
-                config=config,
-                dtype=DTYPES[args.train.dtype],
-                trust_remote_code=args.model.trust_remote_code,
-                ignore_mismatched_sizes=True,  # they are refused below, in one sentence
-                output_loading_info=True,
-                **kwargs,
-            )
-            model, report = loaded
-            missing = set(report["missing_keys"])
-            head = head_names(model)
-            new = sorted(missing & head)
-            # Where another weight is missing, the model holds random numbers.
-            wrong = [*missing.difference(new), *(key for key, *_ in report["mismatched_keys"])]
-    except RuntimeError as error:  # at stage 3 rank 0 alone sees a wrong shape, after loading
-        wrong = re.findall(r"size mismatch for (\S+):", str(error))
-        if not wrong:
-            raise
+    from gem_ds.distributed.engine import partitioned_loading, whole_weights
+
+    # At stage 3 loading is collective itself, and rank 0 alone sees a wrong shape, after it.
+    together = comm.agreement() if zero_stage(deepspeed) < 3 else nullcontext()
+    with together, partitioned_loading(deepspeed):
+        model, missing, wrong = _from_pretrained(name, config, dtype=dtype, **options)
+        head = sorted(head_names(model)) if model is not None else []
+        new = sorted(missing.intersection(head))
     with comm.agreement():
-        if wrong:
-            raise ValueError(
-                f"{name} lacks {len(wrong)} of the weights that its config.json asks for, or has "
-                f"them in another shape, for example {min(wrong)}: pass a complete model."
-            )
+        _refuse_incomplete(name, [*missing.difference(new), *wrong])
+    assert model is not None, "an incomplete one is refused"
     with whole_weights(model, new):
-        initialise_head(model, new, getattr(config, "initializer_range", 0.02), args.train.seed)
-    if args.train.gradient_checkpointing:
-        enable_checkpointing(model)
-    return model, sorted(head)
+        initialise_head(model, new, getattr(config, "initializer_range", 0.02), seed)
+    return model, head
 
 
 def enable_checkpointing(model: PreTrainedModel) -> None:
@@ -167,6 +148,198 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
     (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
-def one_line(error: Exception) -> str:
-    """What a library says in several lines."""
-    return " ".join(str(error).split())
+@dataclass(frozen=True, kw_only=True)
+class ModelFiles:
+    """A model that is to be evaluated, known but for its weights.
+
+    Attributes:
+        name: Folder or Hub name of the (base) model.
+        revision: Its revision on the Hub.
+        dtype: Of the weights to be; "auto" where the files decide when they are loaded.
+        config: The model's configuration.
+        tokenizer: The model's tokenizer.
+        delta: What is to be applied, if anything.
+        adapter: Folder of the peft adapter that is put into it, if any.
+    """
+
+    name: str
+    revision: str
+    dtype: str
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    delta: Delta | None
+    adapter: str | None = None
+
+    @property
+    def text_config(self) -> Any:
+        """The part of the configuration that speaks of the language model."""
+        return self.config.get_text_config()
+
+
+def open_model(
+    name: str,
+    *,
+    delta_path: str | None = None,
+    adapter: str | None = None,
+    dtype: str = "auto",
+    task: TaskData | None = None,
+) -> ModelFiles:
+    """Read everything but the weights.
+
+    Args:
+        name: Folder or Hub name of the (base) model.
+        delta_path: delta.safetensors of a run on that model.
+        adapter: Folder of a peft adapter of that model.
+        dtype: "float32", "bfloat16", "float16", or "auto": that of the delta or of an adapter of 16
+            bits, without one that of the model's files.
+        task: What the model classifies; None for a causal model that generates.
+
+    Raises:
+        ValueError: The model or its tokenizer cannot be read or is not there, the delta is invalid
+            or of another dtype, there is no such adapter, or an encoder should write.
+        FileNotFoundError: There is no such delta.
+    """
+    delta = None if delta_path is None else Delta.load(delta_path)
+    if adapter is not None:
+        check_adapter(adapter)
+        dtype = (half_precision(adapter) or dtype) if dtype == "auto" else dtype
+    revision = "main"
+    if delta is not None:
+        if dtype not in ("auto", dtype_name(delta.dtype)):
+            raise ValueError(
+                f"--dtype {dtype} cannot hold the delta, whose values are "
+                f"{dtype_name(delta.dtype)}: leave --dtype out."
+            )
+        dtype = dtype_name(delta.dtype)
+        if delta.mask.base_model == name:  # elsewhere a revision is another's
+            revision = delta.mask.revision or revision
+    config = _read_config(name, revision)
+    tokenizer = load_tokenizer(name, revision)
+    if dtype == "auto" and isinstance(config.dtype, torch.dtype):
+        dtype = dtype_name(config.dtype)
+    if task is not None:
+        set_head(config, name, task)
+    elif is_encoder(config):
+        raise ValueError(
+            f"--model_name_or_path {name} is an encoder ({config.model_type}), which does not "
+            "write: pass a causal language model."
+        )
+    return ModelFiles(
+        name=name,
+        revision=revision,
+        dtype=dtype,
+        config=config,
+        tokenizer=tokenizer,
+        delta=delta,
+        adapter=adapter,
+    )
+
+
+def load_weights(files: ModelFiles, device: torch.device) -> PreTrainedModel:
+    """The whole model on one device, delta or adapter applied, in eval mode.
+
+    Raises:
+        ValueError: The weights cannot be loaded or are not whole, the delta is of another base, or
+            the adapter does not fit.
+    """
+    model = _load_base(files)
+    if files.delta is not None:
+        apply_delta(model, files.delta)
+    if files.adapter is not None:
+        put_adapter(model, files.adapter)
+    placed: Any = model  # the checker takes `to` for a method of its wrapper
+    return placed.to(device)  # type: ignore[no-any-return]
+
+
+def load_partitioned(files: ModelFiles, deepspeed: Mapping[str, Any]) -> PreTrainedModel:
+    """The model in ZeRO-3 partitions over the ranks, all of which are in this call.
+
+    Args:
+        files: What to load.
+        deepspeed: As `gem_ds.distributed.zero_config.inference_config` gives it.
+
+    Raises:
+        ValueError: As `load_weights`, on all ranks alike.
+    """
+    from gem_ds.distributed import engine as zero
+
+    with zero.partitioned_loading(dict(deepspeed)):
+        model = _load_base(files)
+    for part in _by_weight(files.delta) if files.delta is not None else ():
+        with zero.whole_weights(model, [*part.values, *part.head]):
+            apply_delta(model, part)
+    zero.prepare_inference(model, dict(deepspeed))
+    return model
+
+
+def _by_weight(delta: Delta) -> Iterator[Delta]:
+    """The delta in parts of one weight each, so that one weight at a time need be whole."""
+    for i, name in enumerate(delta.values):
+        mask = replace(
+            delta.mask,
+            indices={name: delta.mask.indices[name]},
+            weights={name: delta.mask.weights[name]},
+        )
+        head = {} if i else delta.head
+        yield Delta(mask=mask, values={name: delta.values[name]}, head=head)
+
+
+def _load_base(files: ModelFiles) -> PreTrainedModel:
+    """The base model; what it lacks, the delta or the adapter must bring."""
+    model, missing, wrong = _from_pretrained(
+        files.name, files.config, dtype=files.dtype, revision=files.revision
+    )
+    if missing and files.adapter is not None:
+        missing -= adapted_names(files.adapter)
+    brought = files.delta.head.keys() if files.delta is not None else ()
+    _refuse_incomplete(files.name, [*missing.difference(brought), *wrong])
+    assert model is not None, "an incomplete one is refused"
+    return model
+
+
+def _read_config(
+    name: str, revision: str | None, *, trust_remote_code: bool = False
+) -> PretrainedConfig:
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            name, revision=revision or "main", trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _unloadable(name, error) from error
+    return config
+
+
+def _from_pretrained(
+    name: str, config: PretrainedConfig, **options: Any
+) -> tuple[PreTrainedModel | None, set[str], list[str]]:
+    """The model; which weights its files lack; and have in another shape (perhaps without a model).
+
+    What they lack holds random numbers.
+    """
+    try:
+        model, report = auto_class(config).from_pretrained(
+            name,
+            config=config,
+            ignore_mismatched_sizes=True,  # their names are returned
+            output_loading_info=True,
+            **{option: value for option, value in options.items() if value is not None},
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if wrong := re.findall(r"size mismatch for (\S+):", str(error)):
+            return None, set(), wrong
+        raise _unloadable(name, error) from error
+    return model, set(report["missing_keys"]), [key for key, *_ in report["mismatched_keys"]]
+
+
+def _refuse_incomplete(name: str, wrong: list[str]) -> None:
+    if wrong:
+        raise ValueError(
+            f"--model_name_or_path {name} lacks {len(wrong)} of the weights that its config.json "
+            f"asks for, or has them in another shape, for example {min(wrong)}: pass a complete "
+            "model."
+        )
+
+
+def _unloadable(name: str, error: Exception) -> ValueError:
+    reason = str(error).strip().partition("\n")[0]
+    return ValueError(f"--model_name_or_path {name} cannot be loaded: {reason}")

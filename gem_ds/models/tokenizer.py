@@ -1,11 +1,9 @@
-"""The tokenizer that lies with a model, if one does, and whether it suits the model."""
+"""The tokenizer that lies with a model, and whether it suits the model."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import has_file
+from transformers.utils.hub import has_file
 
 _TOKENIZER_FILES = (
     "tokenizer_config.json",
@@ -19,31 +17,32 @@ _TOKENIZER_FILES = (
 
 
 def load_tokenizer(
-    model: str, revision: str, *, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a model, or None where it has no tokenizer files.
-
-    transformers builds an empty tokenizer for a known architecture without files; that must not be
-    used as if it were the model's.
-
-    Args:
-        model: Folder or Hub name of the model.
-        revision: Its revision on the Hub.
-        trust_remote_code: Run tokenizer code that comes with the model.
+    model: str, revision: str | None = None, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, given its folder or Hub name.
 
     Raises:
-        ValueError, OSError: There are files and they cannot be used.
+        ValueError: There is none (transformers builds an empty one for a known architecture without
+            files, which must not be used as if it were the model's), or it cannot be loaded.
     """
-    if not any(has_file(model, name, revision=revision) for name in _TOKENIZER_FILES):
-        return None
-    return AutoTokenizer.from_pretrained(
-        model, revision=revision, trust_remote_code=trust_remote_code
+    revision = revision or "main"
+    try:
+        if any(has_file(model, name, revision=revision) for name in _TOKENIZER_FILES):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                model, revision=revision, trust_remote_code=trust_remote_code
+            )
+            return tokenizer
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"The tokenizer of {model} cannot be loaded: {reason}") from error
+    raise ValueError(
+        f"--model_name_or_path {model} holds no tokenizer: save the model's tokenizer there."
     )
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
     """What rows are filled with: any token that the model has, since it is masked."""
-    tokens: tuple[Any, ...] = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    tokens: tuple[int | None, ...] = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(token for token in tokens if token is not None and token < vocab_size)
 
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import transformers
 
 from gem_ds.distributed.zero_config import read_config, zero_stage
-from gem_ds.models.load import read_model_config
+from gem_ds.models.load import trainable_config
 from gem_ds.planning.advice import HEADROOM, fits, least_change
 from gem_ds.planning.forecast import Forecast, Setting, forecast
 from gem_ds.train.arguments import parse_arguments
@@ -45,7 +45,11 @@ def read_setting(args: Arguments, world_size: int, *, on_cpu: bool = False) -> S
     stage_0 = {"zero_optimization": {"stage": 0}}
     return Setting(
         args=args,
-        config=read_model_config(args),
+        config=trainable_config(
+            str(args.model.model_name_or_path),
+            args.model.revision,
+            trust_remote_code=args.model.trust_remote_code,
+        ),
         deepspeed=read_config(args.train.deepspeed) if args.train.deepspeed else stage_0,
         world_size=world_size,
         on_cpu=on_cpu,

@@ -48,7 +48,16 @@ def trained_network(
         ValueError: there is nothing to train but the head.
     """
     if args.method.method in ADAPTER_METHODS:
-        return add_adapter(model, args, targets, shira_rank, head)
+        return add_adapter(
+            model,
+            args.method.method,
+            targets,
+            head,
+            seed=args.train.seed,
+            rank=args.method.lora_r if args.method.method == "lora" else shira_rank,
+            lora_alpha=args.method.lora_alpha,
+            lora_dropout=args.method.lora_dropout,
+        )
     trains_all = args.method.method == "full"
     biases = {name for name, _ in model.named_parameters() if name.rpartition(".")[2] == "bias"}
     if not trains_all and biases.issubset(head):

@@ -21,7 +21,7 @@ from gem_ds.distributed.zero_config import RunShape, read_config, resolve_config
 from gem_ds.files.checkpoint import Checkpoint, RunIdentity, find_checkpoint, list_checkpoints
 from gem_ds.files.mask import Mask, checksum, dtype_name
 from gem_ds.models.encoders import is_encoder, set_head
-from gem_ds.models.load import DTYPES, load_model_config, one_line
+from gem_ds.models.load import DTYPES, refuse_damaged_files, trainable_config
 from gem_ds.models.objective import Objective, objective_of
 from gem_ds.models.tokenizer import load_tokenizer, pad_token_id
 from gem_ds.select.methods import product_of
@@ -108,9 +108,11 @@ def prepare(args: Arguments, world_size: int) -> PreparedRun:
     mask = (
         checkpoint.mask if checkpoint else Mask.load(args.method.mask) if args.method.mask else None
     )
-    config = load_model_config(args)
+    name, trust_remote_code = str(args.model.model_name_or_path), args.model.trust_remote_code
+    config = trainable_config(name, args.model.revision, trust_remote_code=trust_remote_code)
+    refuse_damaged_files(name)
     task = load_examples(args.data)
-    set_head(config, str(args.model.model_name_or_path), task)
+    set_head(config, name, task)
     objective = objective_of(
         task.kind,
         is_encoder=is_encoder(config),
@@ -129,7 +131,7 @@ def prepare(args: Arguments, world_size: int) -> PreparedRun:
             "--method shira adds to whole weights, and ZeRO stage 3 cuts them: use "
             "ds_configs/zero2.json."
         )
-    tokenizer = _load_tokenizer(args)
+    tokenizer = load_tokenizer(name, args.model.revision, trust_remote_code=trust_remote_code)
     data = encode_examples(args.data, task, objective, tokenizer, config)
     identity = RunIdentity(
         global_batch_size=batch_size_of_flags(args, world_size),
@@ -239,21 +241,6 @@ def _same_entries(mask: Mask, other: Mask) -> bool:
     return mask.indices.keys() == other.indices.keys() and all(
         torch.equal(indices, other.indices[name]) for name, indices in mask.indices.items()
     )
-
-
-def _load_tokenizer(args: Arguments) -> PreTrainedTokenizerBase:
-    name = str(args.model.model_name_or_path)
-    try:
-        tokenizer = load_tokenizer(
-            name, args.model.revision or "main", trust_remote_code=args.model.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"The tokenizer of {name} cannot be loaded: {one_line(error)}") from error
-    if tokenizer is None:
-        raise ValueError(
-            f"--model_name_or_path {name} holds no tokenizer: save the model's tokenizer there."
-        )
-    return tokenizer
 
 
 def _resumed_identity(before: RunIdentity, now: RunIdentity) -> RunIdentity:

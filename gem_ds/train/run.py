@@ -16,7 +16,7 @@ from gem_ds.data.packing import pack
 from gem_ds.data.predictions import save_predictions
 from gem_ds.distributed.comm import Comm
 from gem_ds.files.checkpoint import TrainerState, delete_old_checkpoints
-from gem_ds.models.load import load_model
+from gem_ds.models.load import DTYPES, enable_checkpointing, load_for_training
 from gem_ds.models.loss import (
     SummedLoss,
     answer_loss_of,
@@ -72,7 +72,19 @@ class Run:
         )
         with comm.in_unison():
             self.state = self.initial_state()
-        model, head = load_model(args, prepared.config, prepared.deepspeed, comm)
+        model, head = load_for_training(
+            str(args.model.model_name_or_path),
+            prepared.config,
+            prepared.deepspeed,
+            comm,
+            dtype=DTYPES[args.train.dtype],
+            seed=args.train.seed,
+            revision=args.model.revision,
+            trust_remote_code=args.model.trust_remote_code,
+            attn_implementation=args.model.attn_implementation,
+        )
+        if args.train.gradient_checkpointing:
+            enable_checkpointing(model)
         if kind is None:
             kind = SparseTuning if args.method.method in SPARSE_METHODS else DenseTuning
         with comm.in_unison():

@@ -22,10 +22,10 @@ from transformers import (
 from gem_ds.data.encode import encode_prompt
 from gem_ds.evaluate.completion import GenerationSettings
 from gem_ds.evaluate.generation import Transformers, make_batches, make_requests
-from gem_ds.evaluate.model import ModelFiles, load_weights, open_model
 from gem_ds.evaluate.noise import uniform
 from gem_ds.files.delta import Delta
 from gem_ds.files.mask import Mask, WeightInfo, checksum, dtype_name
+from gem_ds.models.load import ModelFiles, load_weights, open_model
 
 CPU = torch.device("cpu")
 PROMPTS = ["a", "Question: why?", "bc", "How many clips are in 12 boxes?", "", "é €", "a", "zz top"]
@@ -440,7 +440,7 @@ def test_what_cannot_be_loaded_is_refused_in_one_sentence(tmp_path):
     del state["model.layers.0.mlp.up_proj.weight"]
     base.save_pretrained(tmp_path / "torn", state_dict=state)
     byte_level().save_pretrained(tmp_path / "torn")
-    assert "lacks 1 weights" in refusal(str(tmp_path / "torn"))
+    assert "lacks 1 of the weights" in refusal(str(tmp_path / "torn"))
 
     content = (tmp_path / "base" / "model.safetensors").read_bytes()
     (tmp_path / "base" / "model.safetensors").write_bytes(content[:1000])

@@ -20,9 +20,8 @@ from transformers.models.auto.modeling_auto import (
 from gem_ds.data.tasks import Kind
 from gem_ds.distributed.comm import Comm
 from gem_ds.models.encoders import ENCODERS, head_names, is_encoder, num_positions, set_head
-from gem_ds.models.load import load_model
+from gem_ds.models.load import load_for_training
 from gem_ds.models.targets import head_layers
-from gem_ds.train.arguments import parse_arguments
 from tests.tiny_tasks import LABELS, make_task
 
 SMALL = {"vocab_size": 50, "hidden_size": 12, "intermediate_size": 20, "num_attention_heads": 2}
@@ -56,8 +55,8 @@ def load(folder: Path) -> tuple[Any, list[str]]:
     """The model of a folder as a run loads it, and the names of its head."""
     config = AutoConfig.from_pretrained(folder)
     set_head(config, "saved", make_task("labels"))
-    flags = ["--model_name_or_path", str(folder), "--task", "rte", "--output_dir", "unused"]
-    return load_model(parse_arguments(flags), config, {}, Comm(torch.device("cpu")))
+    alone = Comm(torch.device("cpu"))
+    return load_for_training(str(folder), config, {}, alone, dtype=torch.float32, seed=42)
 
 
 def test_no_encoder_that_transformers_loads_as_a_causal_model_is_missing() -> None:

@@ -33,14 +33,13 @@ from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.process_group import init_distributed
 from gem_ds.files.checkpoint import TrainerState
 from gem_ds.files.delta import Delta, apply_delta
-from gem_ds.models.adapters import add_adapter
 from gem_ds.models.choices import summed_pair_loss
 from gem_ds.models.encoders import head_names
 from gem_ds.models.loss import answer_loss_of, chunked_answer_loss
 from gem_ds.models.targets import find_targets
 from gem_ds.select.methods import ADAPTER_METHODS
 from gem_ds.train.config import MethodArguments, TrainArguments
-from gem_ds.train.dense_tuning import DenseTuning
+from gem_ds.train.dense_tuning import DenseTuning, trained_network
 from gem_ds.train.fit import fit
 from tests.ranks import run_ranks
 from tests.tiny import Setting, make_model, naive_examples, naive_loss, random_examples
@@ -259,7 +258,7 @@ def _dense(method: str, name: str) -> Dense:
     network: Any = model
     if method in ADAPTER_METHODS:
         run = _run_plan(model, Path(), {})
-        network = add_adapter(model, _args(method, Path()), run.targets, run.shira_rank, head)
+        network = trained_network(model, _args(method, Path()), run.targets, run.shira_rank, head)
     else:
         for key, parameter in model.named_parameters():
             parameter.requires_grad_(method == "full" or key.endswith("bias") or key in head)
