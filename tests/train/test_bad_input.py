@@ -480,7 +480,7 @@ def _snapshot(folder: Path) -> dict[Path, bytes]:
 
 
 def test_what_needs_no_weights_is_refused_before_they_are_loaded(shop, early, monkeypatch):
-    monkeypatch.setattr(run, "load_model", lambda *_: pytest.fail("the weights were loaded"))
+    monkeypatch.setattr(run, "load_for_training", lambda *_, **__: pytest.fail("loaded weights"))
     before = _snapshot(shop.run)
     problems = {}
     for name, refusal in early.items():
