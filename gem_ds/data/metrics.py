@@ -34,6 +34,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from gem_ds.data.numbers import cleaned, find_numbers
 from gem_ds.data.tasks import AnswerExample, ChoiceExample, Example, NumberExample
+from gem_ds.data.tasks.catalog import TASKS
 from gem_ds.data.tasks.classification import SCALE
 
 _OUT_OF_FIVE = re.compile(  # but for the fifths of a mixed number, 3 4/5
@@ -142,31 +143,18 @@ def text_exact_match(
     return _mean_of_best(lambda a, b: float(a == b), examples, predictions)
 
 
-_ACCURACY: Mapping[str, Measure] = {"accuracy": accuracy}
-_PAIR: Mapping[str, Measure] = {"accuracy": accuracy, "f1": f1}
-_TEXT: Mapping[str, Measure] = {"f1": text_f1, "exact_match": text_exact_match}
-
 #: By task its metrics, the main one first.
 METRICS: Mapping[str, Mapping[str, Measure]] = MappingProxyType(
     {
+        **{task: {"accuracy": accuracy} for task in TASKS},
         "cola": {"matthews_correlation": matthews},
-        "sst2": _ACCURACY,
-        "mrpc": _PAIR,
+        "mrpc": {"accuracy": accuracy, "f1": f1},
+        "qqp": {"accuracy": accuracy, "f1": f1},
         "stsb": {"pearson": pearson, "spearman": spearman},
-        "qqp": _PAIR,
-        "mnli": _ACCURACY,
-        "mnli_mismatched": _ACCURACY,
-        "qnli": _ACCURACY,
-        "rte": _ACCURACY,
-        "wnli": _ACCURACY,
-        "boolq": _ACCURACY,
         "cb": {"accuracy": accuracy, "macro_f1": macro_f1},
-        "copa": _ACCURACY,
         "multirc": {"f1a": f1, "exact_match": group_exact_match},
-        "record": _TEXT,
-        "wic": _ACCURACY,
-        "wsc": _ACCURACY,
-        "squad": _TEXT,
+        "record": {"f1": text_f1, "exact_match": text_exact_match},
+        "squad": {"f1": text_f1, "exact_match": text_exact_match},
     }
 )
 

@@ -8,7 +8,7 @@
       trainer_state.json      step, epoch and log history, with the names of transformers
 
 There is no position in the data, no state of a random generator and none of the learning-rate
-schedule: they are functions of the seed, the step (:class:`gem_ds.data.schedule.BatchSchedule`,
+schedule: they are functions of the seed, the step (:class:`gem_ds.data.batches.BatchSchedule`,
 :func:`train.fit.seed_noise`) and the number of updates. A folder has its name only while it is
 whole, so a killed run leaves none that is half.
 """

@@ -175,7 +175,7 @@ def test_a_bad_line_is_named(tmp_path, bad, message):
         ([SANITIZED_ROW, without(SANITIZED_ROW, "prompt")], r"entry 2: .*another problem"),
         ([without(SANITIZED_ROW, "prompt")], r"entry 1: there is no field 'prompt'"),
         ([SANITIZED_ROW | {"test_imports": "import math"}], r"entry 1: .*'test_imports' must be"),
-        ('[{"task_id": 1}', r"sanitized-mbpp\.json is not JSON"),
+        ('[{"task_id": 1}', r"sanitized-mbpp\.json, line 1: this is not JSON"),
         ({"task_id": 1}, "must be one JSON list of objects"),
         ([1], "must be one JSON list of objects"),
     ],

@@ -2,7 +2,7 @@
 
 A family is one file with a `load(source) -> TaskData`; `load_task` finds it by name. The tasks of
 GLUE and SuperGLUE are one family: a table, `data.tasks.catalog`. What a family returns is text.
-Tokens are `gem_ds.data.encode`, batches `gem_ds.data.schedule`; scoring of answers is `eval`.
+Tokens are `gem_ds.data.encode`, batches `gem_ds.data.batches`; scoring of answers is `eval`.
 
     kind      examples          the answer is
     text      Example           written freely (squad: AnswerExample, judged by several references)
@@ -103,7 +103,16 @@ class TaskData:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """What the user said about where the examples are; None means the family's own default."""
+    """What the user said about where the examples are; None means the family's own default.
+
+    Attributes:
+        data_dir: Folder that holds the task's files; None loads the task from the Hub, where the
+            family knows its address.
+        train_file: Training file, for families that read the user's own files.
+        test_file: Held-out file, likewise.
+        prompt_field: JSON field that holds the prompt, likewise.
+        target_field: JSON field that holds the target, likewise.
+    """
 
     data_dir: str | None = None
     train_file: str | None = None
@@ -129,25 +138,12 @@ class Family:
     hub: str | None = None
 
 
-def load_task(
-    name: str,
-    *,
-    data_dir: str | None = None,
-    train_file: str | None = None,
-    test_file: str | None = None,
-    prompt_field: str | None = None,
-    target_field: str | None = None,
-) -> TaskData:
-    """Load the examples of the task `name`.
+def load_task(name: str, **said: str | None) -> TaskData:
+    """Load the examples of the task `name`, for instance "gsm8k", "rte" or "jsonl".
 
     Args:
-        name: A task, for instance "gsm8k", "rte" or "jsonl".
-        data_dir: Folder that holds the task's files; None loads the task from the Hub, where the
-            family knows its address.
-        train_file: Training file, for families that read the user's own files.
-        test_file: Held-out file, likewise.
-        prompt_field: JSON field that holds the prompt, likewise.
-        target_field: JSON field that holds the target, likewise.
+        name: One of `task_names`.
+        said: Where they are, as `Source` has it.
 
     Raises:
         ValueError: No such task, an option which the task does not take, or a file at fault (the
@@ -156,15 +152,7 @@ def load_task(
     families = _families()
     if name not in families:
         raise ValueError(f"There is no task {name!r}: pass one of {', '.join(task_names())}.")
-    return families[name].load(
-        Source(
-            data_dir=data_dir,
-            train_file=train_file,
-            test_file=test_file,
-            prompt_field=prompt_field,
-            target_field=target_field,
-        )
-    )
+    return families[name].load(Source(**said))
 
 
 def task_names() -> list[str]:

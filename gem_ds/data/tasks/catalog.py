@@ -38,61 +38,6 @@ _TSV = Files(train="train.tsv", test="dev.tsv")
 _JSONL = Files(train="train.jsonl", test="val.jsonl")
 _ZERO_ONE = ("0", "1")
 
-_COLA = ClassificationTask(
-    hub=(GLUE, "cola"),
-    files=(replace(_TSV, header=("source", "label", "mark", "sentence"), labels=_ZERO_ONE),),
-    labels=("unacceptable", "acceptable"),
-    prompt="{sentence}\nQuestion: Is this sentence grammatically acceptable?\nAnswer:",
-    answers=(" no", " yes"),
-    pair=("{sentence}", None),
-)
-_SST2 = ClassificationTask(
-    hub=(GLUE, "sst2"),
-    files=(replace(_TSV, labels=_ZERO_ONE),),
-    labels=("negative", "positive"),
-    prompt="{sentence}\nQuestion: Is this review negative or positive?\nAnswer:",
-    answers=(" negative", " positive"),
-    pair=("{sentence}", None),
-)
-_MRPC = ClassificationTask(
-    hub=(GLUE, "mrpc"),
-    files=(
-        replace(
-            _TSV,
-            names={"sentence1": "#1 String", "sentence2": "#2 String", "label": "Quality"},
-            labels=_ZERO_ONE,
-        ),
-    ),
-    labels=("not_equivalent", "equivalent"),
-    prompt=(
-        "Sentence 1: {sentence1}\nSentence 2: {sentence2}\n"
-        "Question: Do both sentences mean the same thing?\nAnswer:"
-    ),
-    answers=(" no", " yes"),
-    pair=("{sentence1}", "{sentence2}"),
-)
-_STSB = ClassificationTask(
-    hub=(GLUE, "stsb"),
-    files=(replace(_TSV, names={"label": "score"}),),
-    kind="number",
-    prompt=(
-        "Sentence 1: {sentence1}\nSentence 2: {sentence2}\n"
-        "Question: How similar in meaning are the sentences, from 0.0 (not at all) to 5.0 "
-        "(the same)?\nAnswer:"
-    ),
-    pair=("{sentence1}", "{sentence2}"),
-)
-_QQP = ClassificationTask(
-    hub=(GLUE, "qqp"),
-    files=(replace(_TSV, names={"label": "is_duplicate"}, labels=_ZERO_ONE, skip_short=True),),
-    labels=("not_duplicate", "duplicate"),
-    prompt=(
-        "Question 1: {question1}\nQuestion 2: {question2}\n"
-        "Question: Do both questions ask the same thing?\nAnswer:"
-    ),
-    answers=(" no", " yes"),
-    pair=("{question1}", "{question2}"),
-)
 _MNLI = ClassificationTask(
     hub=(GLUE, "mnli"),
     files=(
@@ -108,123 +53,171 @@ _MNLI = ClassificationTask(
     answers=(" True", " Neither", " False"),
     pair=("{premise}", "{hypothesis}"),
 )
-_MNLI_MISMATCHED = replace(
-    _MNLI,
-    files=(replace(_MNLI.files[0], test="dev_mismatched.tsv"),),
-    test_split="validation_mismatched",
-)
-_QNLI = ClassificationTask(
-    hub=(GLUE, "qnli"),
-    files=(_TSV,),
-    labels=("entailment", "not_entailment"),
-    prompt="{question}\n{sentence}\nQuestion: Does this sentence answer the question?\nAnswer:",
-    answers=(" yes", " no"),
-    pair=("{question}", "{sentence}"),
-)
-_RTE = ClassificationTask(
-    hub=(GLUE, "rte"),
-    files=(_TSV, replace(_JSONL, names={"sentence1": "premise", "sentence2": "hypothesis"})),
-    labels=("entailment", "not_entailment"),
-    prompt="{sentence1}\nQuestion: {sentence2} True or False?\nAnswer:",
-    answers=(" True", " False"),
-    pair=("{sentence1}", "{sentence2}"),
-)
-_WNLI = ClassificationTask(
-    hub=(GLUE, "wnli"),
-    files=(replace(_TSV, labels=_ZERO_ONE),),
-    labels=("not_entailment", "entailment"),
-    prompt="{sentence1}\nQuestion: {sentence2} True or False?\nAnswer:",
-    answers=(" False", " True"),
-    pair=("{sentence1}", "{sentence2}"),
-)
-_BOOLQ = ClassificationTask(
-    hub=(SUPERGLUE, "boolq"),
-    files=(replace(_JSONL, labels=(False, True)),),
-    labels=("False", "True"),
-    prompt="{passage}\nQuestion: {question}?\nAnswer:",
-    answers=(" no", " yes"),
-    pair=("{question}", "{passage}"),
-)
-_CB = ClassificationTask(
-    hub=(SUPERGLUE, "cb"),
-    files=(_JSONL,),
-    labels=("entailment", "contradiction", "neutral"),
-    prompt="{premise}\nQuestion: {hypothesis}. True, False or Neither?\nAnswer:",
-    answers=(" True", " False", " Neither"),
-    pair=("{premise}", "{hypothesis}"),
-)
-_COPA = ClassificationTask(
-    hub=(SUPERGLUE, "copa"),
-    files=(replace(_JSONL, labels=(0, 1)),),
-    kind="choices",
-    labels=("choice1", "choice2"),
-    derive=derive_copa,
-    prompt="{beginning}",
-    answers=(" {choice}",),
-    pair=("{beginning}", "{choice}"),
-)
-_MULTIRC = ClassificationTask(
-    hub=(SUPERGLUE, "multirc"),
-    files=(replace(_JSONL, labels=(0, 1), unfold=unfold_multirc),),
-    labels=("False", "True"),
-    group=("paragraph", "question"),
-    prompt="{paragraph}\nQuestion: {question}\nAnswer: {answer}\nIs this answer correct?",
-    answers=(" no", " yes"),
-    pair=("{paragraph}", "{question} {answer}"),
-)
-_RECORD = ClassificationTask(
-    hub=(SUPERGLUE, "record"),
-    files=(replace(_JSONL, unfold=unfold_record),),
-    kind="choices",
-    group=("passage", "query"),
-    derive=derive_record,
-    prompt="{passage}\n\n{blank}\nQuestion: Which name fills the blank?\nAnswer:",
-    answers=(" {entity}",),
-    pair=("{passage}", "{filled}"),
-)
-_WIC = ClassificationTask(
-    hub=(SUPERGLUE, "wic"),
-    files=(replace(_JSONL, labels=(False, True)),),
-    labels=("False", "True"),
-    prompt=(
-        "Sentence 1: {sentence1}\nSentence 2: {sentence2}\n"
-        'Question: Does the word "{word}" have the same meaning in both sentences?\nAnswer:'
-    ),
-    answers=(" no", " yes"),
-    pair=("{word}: {sentence1}", "{sentence2}"),
-)
-_WSC = ClassificationTask(
-    hub=(SUPERGLUE, "wsc.fixed"),
-    files=(replace(_JSONL, labels=(False, True), unfold=unfold_wsc),),
-    labels=("False", "True"),
-    derive=derive_wsc,
-    prompt=(
-        'Passage: {marked}\nQuestion: Does the pronoun "*{span2_text}*" refer to '
-        '"*{span1_text}*"?\nAnswer:'
-    ),
-    answers=(" no", " yes"),
-    pair=("{marked}", "{span2_text} refers to {span1_text}."),
-)
 
 #: Every task by its short name.
 TASKS: Mapping[str, ClassificationTask] = MappingProxyType(
     {
-        "cola": _COLA,
-        "sst2": _SST2,
-        "mrpc": _MRPC,
-        "stsb": _STSB,
-        "qqp": _QQP,
+        "cola": ClassificationTask(
+            hub=(GLUE, "cola"),
+            files=(
+                replace(_TSV, header=("source", "label", "mark", "sentence"), labels=_ZERO_ONE),
+            ),
+            labels=("unacceptable", "acceptable"),
+            prompt="{sentence}\nQuestion: Is this sentence grammatically acceptable?\nAnswer:",
+            answers=(" no", " yes"),
+            pair=("{sentence}", None),
+        ),
+        "sst2": ClassificationTask(
+            hub=(GLUE, "sst2"),
+            files=(replace(_TSV, labels=_ZERO_ONE),),
+            labels=("negative", "positive"),
+            prompt="{sentence}\nQuestion: Is this review negative or positive?\nAnswer:",
+            answers=(" negative", " positive"),
+            pair=("{sentence}", None),
+        ),
+        "mrpc": ClassificationTask(
+            hub=(GLUE, "mrpc"),
+            files=(
+                replace(
+                    _TSV,
+                    names={"sentence1": "#1 String", "sentence2": "#2 String", "label": "Quality"},
+                    labels=_ZERO_ONE,
+                ),
+            ),
+            labels=("not_equivalent", "equivalent"),
+            prompt=(
+                "Sentence 1: {sentence1}\nSentence 2: {sentence2}\n"
+                "Question: Do both sentences mean the same thing?\nAnswer:"
+            ),
+            answers=(" no", " yes"),
+            pair=("{sentence1}", "{sentence2}"),
+        ),
+        "stsb": ClassificationTask(
+            hub=(GLUE, "stsb"),
+            files=(replace(_TSV, names={"label": "score"}),),
+            kind="number",
+            prompt=(
+                "Sentence 1: {sentence1}\nSentence 2: {sentence2}\n"
+                "Question: How similar in meaning are the sentences, from 0.0 (not at all) to 5.0 "
+                "(the same)?\nAnswer:"
+            ),
+            pair=("{sentence1}", "{sentence2}"),
+        ),
+        "qqp": ClassificationTask(
+            hub=(GLUE, "qqp"),
+            files=(
+                replace(_TSV, names={"label": "is_duplicate"}, labels=_ZERO_ONE, skip_short=True),
+            ),
+            labels=("not_duplicate", "duplicate"),
+            prompt=(
+                "Question 1: {question1}\nQuestion 2: {question2}\n"
+                "Question: Do both questions ask the same thing?\nAnswer:"
+            ),
+            answers=(" no", " yes"),
+            pair=("{question1}", "{question2}"),
+        ),
         "mnli": _MNLI,
-        "mnli_mismatched": _MNLI_MISMATCHED,
-        "qnli": _QNLI,
-        "rte": _RTE,
-        "wnli": _WNLI,
-        "boolq": _BOOLQ,
-        "cb": _CB,
-        "copa": _COPA,
-        "multirc": _MULTIRC,
-        "record": _RECORD,
-        "wic": _WIC,
-        "wsc": _WSC,
+        "mnli_mismatched": replace(
+            _MNLI,
+            files=(replace(_MNLI.files[0], test="dev_mismatched.tsv"),),
+            test_split="validation_mismatched",
+        ),
+        "qnli": ClassificationTask(
+            hub=(GLUE, "qnli"),
+            files=(_TSV,),
+            labels=("entailment", "not_entailment"),
+            prompt=(
+                "{question}\n{sentence}\nQuestion: Does this sentence answer the question?\nAnswer:"
+            ),
+            answers=(" yes", " no"),
+            pair=("{question}", "{sentence}"),
+        ),
+        "rte": ClassificationTask(
+            hub=(GLUE, "rte"),
+            files=(
+                _TSV,
+                replace(_JSONL, names={"sentence1": "premise", "sentence2": "hypothesis"}),
+            ),
+            labels=("entailment", "not_entailment"),
+            prompt="{sentence1}\nQuestion: {sentence2} True or False?\nAnswer:",
+            answers=(" True", " False"),
+            pair=("{sentence1}", "{sentence2}"),
+        ),
+        "wnli": ClassificationTask(
+            hub=(GLUE, "wnli"),
+            files=(replace(_TSV, labels=_ZERO_ONE),),
+            labels=("not_entailment", "entailment"),
+            prompt="{sentence1}\nQuestion: {sentence2} True or False?\nAnswer:",
+            answers=(" False", " True"),
+            pair=("{sentence1}", "{sentence2}"),
+        ),
+        "boolq": ClassificationTask(
+            hub=(SUPERGLUE, "boolq"),
+            files=(replace(_JSONL, labels=(False, True)),),
+            labels=("False", "True"),
+            prompt="{passage}\nQuestion: {question}?\nAnswer:",
+            answers=(" no", " yes"),
+            pair=("{question}", "{passage}"),
+        ),
+        "cb": ClassificationTask(
+            hub=(SUPERGLUE, "cb"),
+            files=(_JSONL,),
+            labels=("entailment", "contradiction", "neutral"),
+            prompt="{premise}\nQuestion: {hypothesis}. True, False or Neither?\nAnswer:",
+            answers=(" True", " False", " Neither"),
+            pair=("{premise}", "{hypothesis}"),
+        ),
+        "copa": ClassificationTask(
+            hub=(SUPERGLUE, "copa"),
+            files=(replace(_JSONL, labels=(0, 1)),),
+            kind="choices",
+            labels=("choice1", "choice2"),
+            derive=derive_copa,
+            prompt="{beginning}",
+            answers=(" {choice}",),
+            pair=("{beginning}", "{choice}"),
+        ),
+        "multirc": ClassificationTask(
+            hub=(SUPERGLUE, "multirc"),
+            files=(replace(_JSONL, labels=(0, 1), unfold=unfold_multirc),),
+            labels=("False", "True"),
+            group=("paragraph", "question"),
+            prompt="{paragraph}\nQuestion: {question}\nAnswer: {answer}\nIs this answer correct?",
+            answers=(" no", " yes"),
+            pair=("{paragraph}", "{question} {answer}"),
+        ),
+        "record": ClassificationTask(
+            hub=(SUPERGLUE, "record"),
+            files=(replace(_JSONL, unfold=unfold_record),),
+            kind="choices",
+            group=("passage", "query"),
+            derive=derive_record,
+            prompt="{passage}\n\n{blank}\nQuestion: Which name fills the blank?\nAnswer:",
+            answers=(" {entity}",),
+            pair=("{passage}", "{filled}"),
+        ),
+        "wic": ClassificationTask(
+            hub=(SUPERGLUE, "wic"),
+            files=(replace(_JSONL, labels=(False, True)),),
+            labels=("False", "True"),
+            prompt=(
+                "Sentence 1: {sentence1}\nSentence 2: {sentence2}\n"
+                'Question: Does the word "{word}" have the same meaning in both sentences?\nAnswer:'
+            ),
+            answers=(" no", " yes"),
+            pair=("{word}: {sentence1}", "{sentence2}"),
+        ),
+        "wsc": ClassificationTask(
+            hub=(SUPERGLUE, "wsc.fixed"),
+            files=(replace(_JSONL, labels=(False, True), unfold=unfold_wsc),),
+            labels=("False", "True"),
+            derive=derive_wsc,
+            prompt=(
+                'Passage: {marked}\nQuestion: Does the pronoun "*{span2_text}*" refer to '
+                '"*{span1_text}*"?\nAnswer:'
+            ),
+            answers=(" no", " yes"),
+            pair=("{marked}", "{span2_text} refers to {span1_text}."),
+        ),
     }
 )

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from gem_ds.data.tasks import ChoiceExample, Example, Kind, NumberExample, Pair, Source, TaskData
 from gem_ds.data.tasks.hub import read_hub
-from gem_ds.data.tasks.lines import Line, read_jsonl
+from gem_ds.data.tasks.jsonl import Line, read_jsonl
 from gem_ds.data.tasks.tsv import read_tsv
 
 #: The ends of the scale on which numbers are.

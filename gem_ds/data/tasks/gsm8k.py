@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gem_ds.data.tasks import Example, Source, TaskData
 from gem_ds.data.tasks.hub import read_hub
-from gem_ds.data.tasks.lines import Line, read_jsonl
+from gem_ds.data.tasks.jsonl import Line, read_jsonl
 
 HUB_DATASET = "openai/gsm8k"
 

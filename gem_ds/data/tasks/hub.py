@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gem_ds.data.tasks.lines import Line
+from gem_ds.data.tasks.jsonl import Line
 
 
 def read_hub(names: tuple[str, ...], split: str) -> list[Line]:

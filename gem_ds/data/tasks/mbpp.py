@@ -26,7 +26,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from gem_ds.data.tasks import Example, Source, TaskData
-from gem_ds.data.tasks.lines import Line, read_jsonl
+from gem_ds.data.tasks.jsonl import Line, read_json, read_jsonl
 
 HUB_DATASET = "google-research-datasets/mbpp"
 FULL_FILE = "mbpp.jsonl"
@@ -161,12 +161,7 @@ def _from_hub(sanitized: bool) -> Dataset:
 
 def _read_list(path: Path) -> list[Line]:
     """The objects of a file that is one JSON list."""
-    if not path.is_file():
-        raise ValueError(f"There is no file {path}: check the path.")
-    try:
-        values = json.loads(path.read_bytes())
-    except ValueError as error:  # not UTF-8, or not JSON
-        raise ValueError(f"{path} is not JSON ({error}): download it again.") from None
+    values = read_json(path)
     if not (isinstance(values, list) and all(isinstance(value, dict) for value in values)):
         raise ValueError(f"{path} must be one JSON list of objects: download it again.")
     return [Line(path, i, fields, "entry") for i, fields in enumerate(values, start=1)]

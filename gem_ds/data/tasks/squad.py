@@ -8,13 +8,12 @@ Every question has an answer (arXiv 1606.05250); SQuAD 2, where some have none, 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 from gem_ds.data.tasks import AnswerExample, Example, Source, TaskData
 from gem_ds.data.tasks.hub import read_hub
-from gem_ds.data.tasks.lines import Line
+from gem_ds.data.tasks.jsonl import Line, read_json
 
 HUB_DATASET = "rajpurkar/squad"
 TRAIN_FILE = "train-v1.1.json"
@@ -66,17 +65,7 @@ def _from_file(path: Path) -> list[Example]:
 
 def _articles(path: Path) -> list[Line]:
     """The articles of an official file, which is one JSON object."""
-    if not path.is_file():
-        raise ValueError(f"There is no file {path}: check the path.")
-    try:
-        document = json.loads(path.read_bytes())
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8: download it again.") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}, line {error.lineno}: this is not JSON ({error.msg}, column {error.colno}); "
-            f"download the file again."
-        ) from None
+    document = read_json(path)
     articles = document.get("data") if isinstance(document, dict) else None
     if not articles or not isinstance(articles, list):
         raise ValueError(f"{path} must hold an object with a list of articles, 'data'.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 from pathlib import Path
 
-from gem_ds.data.tasks.lines import Line
+from gem_ds.data.tasks.jsonl import Line, read_bytes
 
 
 def read_tsv(path: Path, header: tuple[str, ...] = (), *, skip_short: bool = False) -> list[Line]:
@@ -24,10 +24,8 @@ def read_tsv(path: Path, header: tuple[str, ...] = (), *, skip_short: bool = Fal
         ValueError: The file is missing or has no rows, or a line is not UTF-8 or has another number
             of cells than there are columns; the sentence names the file and the line.
     """
-    if not path.is_file():
-        raise ValueError(f"There is no file {path}: check the path.")
     rows = []
-    content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    content = read_bytes(path).removeprefix(codecs.BOM_UTF8)
     for number, raw in enumerate(content.split(b"\n"), start=1):
         if not (raw := raw.removesuffix(b"\r")):
             continue
