@@ -4,7 +4,7 @@
         --data_dir launch/demo/task --output_dir runs/batches
 
 Each problem is sampled greedily and at temperature 0.8, in batches of 1, 4 and 32; what differs
-from batches of 1 is counted, and the time taken. Noise is the same throughout (`evaluate.noise`).
+from batches of 1 is counted, and the time taken. Noise is the same in all (`evaluate.generation`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gem_ds.evaluate import gsm8k
-from gem_ds.evaluate.completion import GenerationSettings
-from gem_ds.evaluate.sampling import SamplingArguments, sample_all
+from gem_ds.evaluate.arguments import SamplingArguments
+from gem_ds.evaluate.generation import GenerationSettings
+from gem_ds.evaluate.sampling import sample_all
 
 BATCH_SIZES = (1, 4, 32)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from transformers import HfArgumentParser
 
 from gem_ds.distributed.zero_config import read_config
 
@@ -46,6 +47,16 @@ class SamplingArguments:
     )
     local_rank: int = option(-1, "Set by the deepspeed launcher.")
     disable_tqdm: bool = option(False, "No progress bar.")
+
+
+def parser_of(program: str, description: str, *flags: type) -> HfArgumentParser:
+    """The parser of a program whose flags are the fields of these dataclasses."""
+    return HfArgumentParser(
+        flags,  # type: ignore[arg-type]
+        prog=f"python -m {program}",
+        description=description,
+        allow_abbrev=False,
+    )
 
 
 def check_arguments(arguments: SamplingArguments) -> None:

@@ -13,34 +13,31 @@ prompt (`gem_ds.models.choices`), an encoder what its classification head says.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import HfArgumentParser
 
 from gem_ds.data.dataset import Dataset
 from gem_ds.data.metrics import score
 from gem_ds.data.predictions import PREDICTIONS_FILE, save_predictions
 from gem_ds.data.tasks import TaskData, load_task
-from gem_ds.distributed.comm import Comm
-from gem_ds.distributed.zero_config import inference_config, read_config
 from gem_ds.evaluate.arguments import (
     SamplingArguments,
     check_arguments,
     option,
+    parser_of,
     sparing_memory,
 )
-from gem_ds.evaluate.provenance import model_facts, sha256_of_texts, versions
-from gem_ds.evaluate.ranks import joined_ranks
-from gem_ds.evaluate.sampling import RESULTS_FILE
+from gem_ds.evaluate.evaluator import metrics_line
+from gem_ds.evaluate.provenance import model_facts, sha256_of_examples, versions
+from gem_ds.evaluate.sampling import RESULTS_FILE, deepspeed_config, joined_ranks, load_model
 from gem_ds.files.atomic import make_folder, save_json
 from gem_ds.models.encoders import is_encoder, num_positions
-from gem_ds.models.load import ModelFiles, load_partitioned, load_weights, open_model
+from gem_ds.models.load import ModelFiles, open_model
 from gem_ds.models.objective import Predictor, objective_of
 from gem_ds.models.predict import predict_all
 from gem_ds.models.tokenizer import pad_token_id, refuse_foreign_tokens
@@ -78,19 +75,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Evaluate a model; returns what results.json holds (on ranks other than the first nothing).
 
     Raises:
-        ValueError, OSError: Flags, model, delta or data are refused, in one sentence.
+        ValueError: Flags, model, delta or data are refused; in one sentence.
+        OSError: A file cannot be read or written.
+        PeerError: Another rank tells what went wrong.
     """
-    parser = HfArgumentParser(
-        (SamplingArguments, ClassificationArguments),  # type: ignore[arg-type]
-        prog="python -m eval.classification",
-        description="Metrics of a language model on a classification task.",
-        allow_abbrev=False,
-    )
+    about = "Metrics of a language model on a classification task."
+    flags = (SamplingArguments, ClassificationArguments)
+    parser = parser_of("eval.classification", about, *flags)
     arguments, own = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    return _evaluate(arguments, own)
-
-
-def _evaluate(arguments: SamplingArguments, own: ClassificationArguments) -> dict[str, Any]:
     started = time.perf_counter()
     check_arguments(arguments)
     _check(arguments, own)
@@ -98,7 +90,8 @@ def _evaluate(arguments: SamplingArguments, own: ClassificationArguments) -> dic
     with joined_ranks(arguments) as comm:
         with comm.agreement():
             plan = _plan(arguments, own)
-        model = _load(arguments, plan.files, comm)
+            deepspeed = deepspeed_config(arguments, plan.files)
+        model = load_model(plan.files, deepspeed, comm)
         with comm.agreement():
             if comm.is_main:
                 make_folder(str(arguments.output_dir))
@@ -117,7 +110,7 @@ def _evaluate(arguments: SamplingArguments, own: ClassificationArguments) -> dic
                 seconds = round(time.perf_counter() - started, 1)
                 results = _report(arguments, own, plan, predictions) | {"seconds": seconds}
                 save_json(Path(arguments.output_dir, RESULTS_FILE), results)
-                print(", ".join(f"{name} {x:.4f}" for name, x in results["metrics"].items()))
+                print(metrics_line(results["metrics"]))
     return results
 
 
@@ -175,20 +168,6 @@ def _plan(arguments: SamplingArguments, own: ClassificationArguments) -> _Plan:
     )
 
 
-def _load(arguments: SamplingArguments, files: ModelFiles, comm: Comm) -> Any:
-    """The model, whole on this rank or partitioned over all."""
-    if arguments.deepspeed is None:
-        with comm.agreement():
-            return load_weights(files, comm.device)
-    config = inference_config(
-        read_config(arguments.deepspeed),
-        dtype=files.dtype,
-        hidden_size=files.text_config.hidden_size,
-    )
-    with comm.in_unison():
-        return load_partitioned(files, config)
-
-
 def _report(
     arguments: SamplingArguments,
     own: ClassificationArguments,
@@ -208,8 +187,6 @@ def _report(
         "dtype": files.dtype,
         "max_length": plan.max_length,
         "num_truncated": plan.questions.num_truncated,
-        "data_sha256": {
-            f"{own.task} test": sha256_of_texts(json.dumps(asdict(e)) for e in examples)
-        },
+        "data_sha256": sha256_of_examples(own.task, examples),
         "versions": versions(),
     }

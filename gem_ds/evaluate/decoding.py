@@ -1,8 +1,13 @@
-"""One batch of requests to completions: left padding, a cache, stop strings, any number of ranks.
+"""A transformers model that answers batches: left padding, a cache, stop strings, any noise.
 
 A completion ends before the first stop string in its text, at an eos token, or at its limit. What
-a batch holds beside a request does not change its completion, up to the ties that `evaluate.noise`
-describes (greedy: ties between the two largest logits).
+a batch holds beside a request does not change its completion, up to the ties that
+`evaluate.generation` describes (greedy: ties between the two largest logits).
+
+    p      = softmax(logits / temperature), cut to the fewest most likely tokens of share >= top_p
+    token  = the first, in vocabulary order, up to which p has the share u of its total
+
+Everything after the logits is done in fp64, so it adds nothing to their rounding.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import (
     GenerationConfig,
+    LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -23,78 +29,156 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from gem_ds.evaluate.completion import Completion, GenerationSettings, Request
-from gem_ds.evaluate.noise import NextToken
+from gem_ds.evaluate.arguments import sparing_memory
+from gem_ds.evaluate.generation import (
+    Completion,
+    GenerationSettings,
+    Request,
+    make_batches,
+    uniform,
+)
 
 _NO_CHARACTER = "\N{REPLACEMENT CHARACTER}"  # what decoders write for bytes that make none
+_FILLER = 0  # masked out, so any token will do
 
 
-def decode_batch(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    requests: Sequence[Request],
-    settings: GenerationSettings,
-    *,
-    synced_ranks: bool = False,
-) -> list[Completion]:
-    """Complete the requests; sampling parameters and penalties of the model are ignored.
+class Transformers:
+    """A transformers model, whole on this rank or partitioned over all.
+
+    Its own sampling parameters and penalties are ignored.
 
     Args:
         model: A causal language model in eval mode.
         tokenizer: The model's tokenizer.
-        requests: All with the same limit.
         settings: When a completion ends, and how its tokens are chosen.
-        synced_ranks: The model's weights are partitioned over ranks, all of which are in this call:
-            each runs as many forward passes as the one that needs most.
-
-    Raises:
-        ValueError: The logits are not finite.
+        batch_size: Requests per batch.
+        synced_ranks: The model's weights are partitioned over ranks, all of which answer a batch at
+            the same time: each runs as many forward passes as the one that needs most.
     """
-    assert not model.training, "dropout would make the completions random"
-    (limit,) = {request.limit for request in requests}
-    rows = [_Row(request.prompt_ids) for request in requests]
-    watch = _Watch(rows, tokenizer, settings.stop_strings, _eos_token_ids(model, tokenizer))
-    width = max(len(row.prompt_ids) for row in rows)
-    padding = [width - len(row.prompt_ids) for row in rows]
-    filler = 0  # masked out, so any token will do
-    input_ids = torch.tensor(
-        [[filler] * pad + row.prompt_ids for pad, row in zip(padding, rows, strict=True)]
-    )
-    attention_mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in padding])
-    call: Any = model.generate
-    with torch.inference_mode(), _plain_generation(model):
-        call(
-            input_ids.to(model.device),
-            attention_mask=attention_mask.to(model.device),
-            generation_config=GenerationConfig(
-                do_sample=False,  # NextToken has drawn
-                num_beams=1,
-                max_new_tokens=limit,
-                pad_token_id=filler,
-                use_cache=True,
-            ),
-            logits_processor=LogitsProcessorList([NextToken(requests, settings, width)]),
-            stopping_criteria=StoppingCriteriaList([watch]),
-            synced_gpus=synced_ranks,
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: GenerationSettings,
+        *,
+        batch_size: int,
+        synced_ranks: bool = False,
+    ) -> None:
+        assert not model.training, "dropout would make the completions random"
+        self.synced_ranks = synced_ranks
+        self._batch_size = batch_size
+        self._model = model
+        self._tokenizer = tokenizer
+        self._settings = settings
+
+    def batches(self, requests: Sequence[Request]) -> list[list[list[Request]]]:
+        """As `make_batches`."""
+        return make_batches(requests, self._batch_size)
+
+    def complete(self, requests: Sequence[Request]) -> list[Completion]:
+        """Answer the requests of one batch, in their order.
+
+        Raises:
+            ValueError: The memory does not suffice, or the logits are not finite.
+        """
+        (limit,) = {request.limit for request in requests}
+        rows = [_Row(request.prompt_ids) for request in requests]
+        width = max(len(row.prompt_ids) for row in rows)
+        with sparing_memory(f"{len(requests)} samples of up to {width + limit} tokens"):
+            self._generate(requests, rows, width, limit)
+        return [_completion(row, self._tokenizer, self._settings.stop_strings) for row in rows]
+
+    def _generate(
+        self, requests: Sequence[Request], rows: list[_Row], width: int, limit: int
+    ) -> None:
+        """Fill the rows with what the model writes."""
+        model = self._model
+        padding = [width - len(row.prompt_ids) for row in rows]
+        input_ids = torch.tensor(
+            [[_FILLER] * pad + row.prompt_ids for pad, row in zip(padding, rows, strict=True)]
         )
-    return [_completion(row, tokenizer, settings.stop_strings) for row in rows]
+        attention_mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in padding])
+        eos = _eos_token_ids(model, self._tokenizer)
+        watch = _Watch(rows, self._tokenizer, self._settings.stop_strings, eos)
+        call: Any = model.generate
+        with torch.inference_mode(), _plain_generation(model):
+            call(
+                input_ids.to(model.device),
+                attention_mask=attention_mask.to(model.device),
+                generation_config=GenerationConfig(
+                    do_sample=False,  # NextToken has drawn
+                    num_beams=1,
+                    max_new_tokens=limit,
+                    pad_token_id=_FILLER,
+                    use_cache=True,
+                ),
+                logits_processor=LogitsProcessorList([NextToken(requests, self._settings, width)]),
+                stopping_criteria=StoppingCriteriaList([watch]),
+                synced_gpus=self.synced_ranks,
+            )
 
 
-def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokens that end an answer: the tokenizer's eos and those the model was saved with."""
-    own = model.generation_config.eos_token_id if model.generation_config is not None else None
-    listed = own if isinstance(own, list) else [own]
-    return {token for token in (*listed, tokenizer.eos_token_id) if token is not None}
+def choose(logits: Tensor, uniforms: Tensor, *, temperature: float, top_p: float) -> Tensor:
+    """Draw a token per row by inverting its distribution function.
+
+    Args:
+        logits: [rows, vocabulary], any float type; -inf excludes a token.
+        uniforms: fp64 [rows], each in (0, 1].
+        temperature: Above 0.
+        top_p: In (0, 1].
+
+    Returns:
+        int64 [rows].
+    """
+    logits = logits.double()
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # no overflow however cold
+    probabilities = logits.softmax(-1)
+    if top_p < 1:
+        ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+        kept = ordered.cumsum(-1) - ordered < top_p
+        probabilities = torch.zeros_like(ordered).scatter(-1, order, ordered * kept)
+    cumulative = probabilities.cumsum(-1)
+    target = uniforms[:, None] * cumulative[:, -1:]
+    # The first entry that reaches a positive target has a positive probability of its own.
+    return torch.searchsorted(cumulative, target).squeeze(-1)
 
 
-@contextmanager
-def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
-    """Puts the model's generation_config aside: `generate` takes from it what a call leaves out."""
-    own, model.generation_config = model.generation_config, GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = own
+class NextToken(LogitsProcessor):
+    """Leaves each row one token to choose; where decoding is greedy, checks the logits only.
+
+    Args:
+        requests: Of the batch's rows.
+        settings: Temperature, top_p and seed.
+        width: Tokens of the padded prompts, so that the position in a completion is known.
+    """
+
+    def __init__(
+        self, requests: Sequence[Request], settings: GenerationSettings, width: int
+    ) -> None:
+        self._requests = requests
+        self._settings = settings
+        self._width = width
+
+    def __call__(self, input_ids: Tensor, scores: Any) -> Any:
+        """Scores [rows, vocabulary] with -inf for all tokens but the drawn one."""
+        if not scores.amax(-1).isfinite().all():
+            raise ValueError(
+                "The model's logits are not finite, so there is no next token: its weights are "
+                "damaged, or overflow in this --dtype (try bfloat16 or float32)."
+            )
+        settings = self._settings
+        if settings.is_greedy:
+            return scores
+        position = input_ids.shape[1] - self._width
+        uniforms = [uniform(settings.seed, request.key, position) for request in self._requests]
+        tokens = choose(
+            scores,
+            torch.tensor(uniforms, dtype=torch.float64, device=scores.device),
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+        )
+        return torch.full_like(scores, -torch.inf).scatter(-1, tokens[:, None], 0.0)
 
 
 @dataclass
@@ -122,19 +206,19 @@ class _Watch(StoppingCriteria):
         stop_strings: Sequence[str],
         eos_token_ids: set[int],
     ) -> None:
-        self.rows = rows
+        self._rows = rows
         self._tokenizer = tokenizer
         self._stop_strings = stop_strings
         self._eos_token_ids = eos_token_ids
         self._window = 1 + max((len(stop.encode()) for stop in stop_strings), default=0)
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """Take one more token per row, `input_ids[:, -1]`; returns bool [rows], True if ended."""
-        for row, token in zip(self.rows, input_ids[:, -1].tolist(), strict=True):
+        for row, token in zip(self._rows, input_ids[:, -1].tolist(), strict=True):
             if row.finish_reason is None:
                 row.new_ids.append(token)
                 row.finish_reason = self._end(row)
-        ended = [row.finish_reason is not None for row in self.rows]
+        ended = [row.finish_reason is not None for row in self._rows]
         return torch.tensor(ended, device=input_ids.device)
 
     def _end(self, row: _Row) -> str | None:
@@ -155,6 +239,23 @@ class _Watch(StoppingCriteria):
 
     def _text(self, context: list[int], ids: list[int]) -> str:
         return _text_after(context, ids, self._tokenizer, skip_special_tokens=False)
+
+
+def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end an answer: the tokenizer's eos and those the model was saved with."""
+    own = model.generation_config.eos_token_id if model.generation_config is not None else None
+    listed = own if isinstance(own, list) else [own]
+    return {token for token in (*listed, tokenizer.eos_token_id) if token is not None}
+
+
+@contextmanager
+def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
+    """Puts the model's generation_config aside: `generate` takes from it what a call leaves out."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _completion(

@@ -26,7 +26,7 @@ _NOT_FOUND = "[invalid]"  # the harness's word
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class Match:
     """Whether an output is right, under each of the three rules.
 
     Attributes:
@@ -42,7 +42,7 @@ class Verdict:
     rule: str | None = field(default=None, compare=False)
 
 
-#: The rules by the names under which they are reported, and their fields of `Verdict`.
+#: The rules by the names under which they are reported, and their fields of `Match`.
 RULES = {
     "strict-match": "strict_match",
     "flexible-extract": "flexible_extract",
@@ -50,7 +50,7 @@ RULES = {
 }
 
 
-def score(output: str, answer: str) -> Verdict:
+def compare(output: str, answer: str) -> Match:
     """Judge what a model wrote; raises nothing, whatever the two texts are.
 
     Args:
@@ -58,13 +58,13 @@ def score(output: str, answer: str) -> Verdict:
         answer: The dataset's answer, which ends in `#### <number>`, or the number alone.
 
     Returns:
-        The three verdicts; an output in which a rule finds no answer is wrong under that rule.
+        Right or wrong by each; an output in which a rule finds no answer is wrong under that rule.
     """
     reference = _normalised(answer)
     strict = _STRICT.search(output)
     flexible = [match[0] for match in _FLEXIBLE.finditer(output)]
     found, wanted = final_answer(output), final_answer(answer)
-    return Verdict(
+    return Match(
         strict_match=_normalised(strict[1] if strict else _NOT_FOUND) == reference,
         flexible_extract=_normalised(flexible[-1] if flexible else _NOT_FOUND) == reference,
         numeric=found is not None and wanted is not None and found.value == wanted.value,
@@ -77,16 +77,16 @@ def is_reference(answer: str) -> bool:
     return _STRICT.search(answer) is not None
 
 
-def tally(verdicts: Sequence[Verdict], total: int) -> dict[str, dict[str, Any]]:
+def tally(matches: Sequence[Match], total: int) -> dict[str, dict[str, Any]]:
     """By rule, how many problems are right, of how many, the share in [0, 1] and its interval.
 
     Args:
-        verdicts: Of the problems that have a sample.
+        matches: Of the problems that have a sample.
         total: All problems; one without a sample counts as wrong.
     """
     table: dict[str, dict[str, Any]] = {}
     for rule, name in RULES.items():
-        values = [float(getattr(verdict, name)) for verdict in verdicts]
+        values = [float(getattr(match, name)) for match in matches]
         values += [0.0] * (total - len(values))
         table[rule] = {
             "correct": int(sum(values)),

@@ -17,11 +17,15 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
+from typing import Any, Literal
 
-from gem_ds.data.tasks.mbpp import Dataset, Problem, prompt_of, target_of
+from gem_ds.data.tasks.mbpp import Dataset, Problem, load_problems, prompt_of, target_of
+from gem_ds.evaluate.arguments import option
 from gem_ds.evaluate.extraction import extract_program, parse
+from gem_ds.evaluate.sandbox import Program
 
 SHOT_IDS = (2, 3, 4)
 STOP_STRINGS = ("[DONE]",)
@@ -33,53 +37,126 @@ _PLACEHOLDER = re.compile(r"\{(text|tests|header)\}")
 _MARGIN = re.compile(r"\n(?=[^\s)\]}])")
 
 
-def problems_of(dataset: Dataset, split: str, limit: int | None = None) -> dict[str, Problem]:
-    """The problems of a split, or the first `limit` of them, by the ids that samples bear."""
-    return {f"mbpp/{p.task_id}": p for p in dataset.split(split)[:limit]}
+@dataclass(frozen=True, kw_only=True)
+class MbppArguments:
+    """The flags that say which problems are asked, and how."""
+
+    sanitized: bool = option(False, "The sanitized set (427 problems), not the full one (974).")
+    split: Literal["test", "validation", "train"] = option("test", "Which problems.")
+    prompt_template: str | None = option(
+        None,
+        "Another prompt than MBPP's, with {text}, {tests} or {header} in it; from {header} on, "
+        "for example `def f(x):`, the prompt is the beginning of the program.",
+    )
 
 
-def prompts_of(
-    problems: Mapping[str, Problem], dataset: Dataset, *, num_fewshot: int, template: str | None
-) -> dict[str, str]:
-    """The prompt of every problem, by task id.
+def load(data_dir: str | None, limit: int | None, flags: MbppArguments) -> Mbpp:
+    """The problems of the split, or the first `limit` of them; raises ValueError."""
+    dataset = load_problems(data_dir, sanitized=flags.sanitized)
+    problems = {f"mbpp/{p.task_id}": p for p in dataset.split(flags.split)[:limit]}
+    return Mbpp(dataset=dataset, problems=problems, flags=flags)
 
-    Args:
-        problems: By task id.
+
+@dataclass(frozen=True, kw_only=True)
+class Mbpp:
+    """The benchmark (`gem_ds.evaluate.passk.Benchmark`).
+
+    Attributes:
         dataset: Where the shots come from.
-        num_fewshot: 0 or 3; 0 with a template.
-        template: The user's own form of prompt.
-
-    Raises:
-        ValueError: The dataset lacks a shot, or the template cannot be filled.
+        problems: Those that are asked, by task id.
+        flags: How.
     """
-    if template is not None:
-        assert num_fewshot == 0, "a template says nothing about shots"
-        check_template(template)
-        return {name: template_prompt(problem, template) for name, problem in problems.items()}
-    ids = SHOT_IDS[:num_fewshot]
-    for task_id in ids:
-        if task_id not in dataset.problems:
+
+    dataset: Dataset
+    problems: dict[str, Problem]
+    flags: MbppArguments
+
+    @property
+    def task_ids(self) -> Sequence[str]:
+        """The problems that are asked."""
+        return list(self.problems)
+
+    @property
+    def data_sha256(self) -> dict[str, str]:
+        """What tells the data from others."""
+        return {self.dataset.source: self.dataset.sha256}
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """The protocol's mark, or what leaves the function that a header began."""
+        return MARGIN_STOP_STRINGS if self._continues else STOP_STRINGS
+
+    def num_fewshot(self, wanted: int | None) -> int:
+        """By default 3, and 0 with a template, which says nothing about shots."""
+        if self.flags.prompt_template is not None and wanted is not None:
             raise ValueError(
-                f"{dataset.source} lacks problem {task_id}, which the prompt of {num_fewshot} "
-                "shots shows: pass the whole file, or --num_fewshot 0."
+                "--num_fewshot has no meaning with --prompt_template: write examples into the "
+                "template."
             )
-    shots = [dataset.problems[task_id] for task_id in ids]
-    return {name: few_shot_prompt(problem, shots) for name, problem in problems.items()}
+        if wanted not in (None, 0, 3):
+            raise ValueError(f"--num_fewshot must be 0 or 3, not {wanted}.")
+        if wanted is None:
+            return 3 if self.flags.prompt_template is None else 0
+        return wanted
+
+    def num_shown(self, prompt: str) -> int:
+        """Each worked problem is closed by the mark."""
+        closed = f"{STOP_STRINGS[0]}\n\n"
+        return 3 if self.flags.prompt_template is None and closed in prompt else 0
+
+    def prompts(self, num_fewshot: int) -> dict[str, str]:
+        """By task id.
+
+        Raises:
+            ValueError: The dataset lacks a shot, or the template cannot be filled.
+        """
+        if (template := self.flags.prompt_template) is not None:
+            if _PLACEHOLDER.search(template) is None:
+                raise ValueError(
+                    "--prompt_template names none of {text}, {tests} and {header}, so that every "
+                    "problem would get the same prompt: put one of them in."
+                )
+            return {name: template_prompt(p, template) for name, p in self.problems.items()}
+        ids = SHOT_IDS[:num_fewshot]
+        for task_id in ids:
+            if task_id not in self.dataset.problems:
+                raise ValueError(
+                    f"{self.dataset.source} lacks problem {task_id}, which the prompt of "
+                    f"{num_fewshot} shots shows: pass the whole file, or --num_fewshot 0."
+                )
+        shots = [self.dataset.problems[task_id] for task_id in ids]
+        return {name: few_shot_prompt(problem, shots) for name, problem in self.problems.items()}
+
+    def program(self, task_id: str, completion: str) -> Program:
+        """What is run for a completion; none fails."""
+        problem, template = self.problems[task_id], self.flags.prompt_template
+        entry_point = entry_point_of(problem)
+        if template is not None and self._continues:
+            begun = template_prompt(problem, template[template.index("{header}") :])
+            source = begun + _MARGIN.split(completion, maxsplit=1)[0]
+        else:
+            source = extract_program(completion, entry_point)
+        return Program(source, problem.tests, setup=problem.setup, entry_point=entry_point)
+
+    def protocol(self, num_fewshot: int) -> dict[str, Any]:
+        """How it is asked."""
+        return {
+            "split": self.flags.split,
+            "sanitized": self.flags.sanitized,
+            "num_fewshot": num_fewshot,
+            "prompt_template": self.flags.prompt_template,
+        }
+
+    @property
+    def _continues(self) -> bool:
+        """Whether a completion goes on where a header has begun the program."""
+        return "{header}" in (self.flags.prompt_template or "")
 
 
 def few_shot_prompt(problem: Problem, shots: list[Problem]) -> str:
     """The prompt of the protocol; `shots` are worked problems that go before, none for zero."""
     worked = [prompt_of(shot.text, shot.tests) + target_of(shot.code) for shot in shots]
     return "\n\n".join([*worked, prompt_of(problem.text, problem.tests)])
-
-
-def check_template(template: str) -> None:
-    """Raise ValueError if a template would ask the same of every problem."""
-    if _PLACEHOLDER.search(template) is None:
-        raise ValueError(
-            "--prompt_template names none of {text}, {tests} and {header}, so that every problem "
-            "would get the same prompt: put one of them in."
-        )
 
 
 def template_prompt(problem: Problem, template: str) -> str:
@@ -95,19 +172,6 @@ def template_prompt(problem: Problem, template: str) -> str:
         return problem.text if match[1] == "text" else "\n".join(problem.tests)
 
     return _PLACEHOLDER.sub(value, template)
-
-
-def stop_strings(template: str | None) -> tuple[str, ...]:
-    """What ends a completion: the protocol's mark, or leaving the function that a header began."""
-    return MARGIN_STOP_STRINGS if _is_continued(template) else STOP_STRINGS
-
-
-def program_of(completion: str, problem: Problem, template: str | None = None) -> str:
-    """The program that a completion of a problem's prompt stands for; no completion fails."""
-    if template is not None and _is_continued(template):
-        begun = template_prompt(problem, template[template.index("{header}") :])
-        return begun + _MARGIN.split(completion, maxsplit=1)[0]
-    return extract_program(completion, entry_point_of(problem))
 
 
 @cache
@@ -140,7 +204,3 @@ def header_of(problem: Problem) -> str:
         if isinstance(node, ast.arg):
             node.annotation = None
     return f"def {name}({ast.unparse(arguments)}):"
-
-
-def _is_continued(template: str | None) -> bool:
-    return template is not None and "{header}" in template

@@ -18,9 +18,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import comb
+from typing import Any
 
 import numpy as np
 
+STATUSES = ("passed", "failed", "timeout", "crashed")
 CONFIDENCE = 0.95
 NUM_RESAMPLES = 10_000
 
@@ -40,6 +42,66 @@ class Counts:
 
     num_samples: int
     num_correct: int
+
+
+def results_of(
+    verdicts: Sequence[Mapping[str, Any]],
+    task_ids: Sequence[str],
+    ks: Sequence[int],
+    *,
+    isolation: str,
+) -> dict[str, Any]:
+    """The scores and what they were counted on, as results.json has them.
+
+    Args:
+        verdicts: Of programs, as verdicts.jsonl has them.
+        task_ids: All problems, with samples or without.
+        ks: The k of pass@k.
+        isolation: The sandbox's level.
+
+    Raises:
+        ValueError: A problem has samples, but fewer than k.
+    """
+    tried = Counter(verdict["task_id"] for verdict in verdicts)
+    right = Counter(v["task_id"] for v in verdicts if v["status"] == "passed")
+    counts = {name: Counts(num_samples=tried[name], num_correct=right[name]) for name in task_ids}
+    statuses = Counter(verdict["status"] for verdict in verdicts)
+    in_jail = [verdict["status"] for verdict in verdicts if verdict["in_jail"]]
+    scores = {}
+    for k in ks:
+        estimate = mean_pass_at_k(counts, k)
+        interval = [estimate.low, estimate.high]
+        scores[f"pass@{k}"] = {"score": estimate.score, "confidence_interval": interval}
+    return {
+        "n": max(tried.values(), default=0),
+        "k": list(ks),
+        "scores": scores,
+        "confidence": CONFIDENCE,
+        "num_problems": len(task_ids),
+        "without_samples": without_samples(counts),
+        "verdicts": {status: statuses[status] for status in STATUSES},
+        "tested_in_jail": {"samples": len(in_jail), "passed": in_jail.count("passed")},
+        "isolation": isolation,
+    }
+
+
+def summary(results: Mapping[str, Any]) -> str:
+    """The result lines, from `results_of`."""
+    parts = []
+    for name, score in results["scores"].items():
+        value, low, high = (100 * x for x in (score["score"], *score["confidence_interval"]))
+        parts.append(f"{name} = {value:.1f} % ({low:.1f} to {high:.1f})")
+    verdicts = ", ".join(f"{count} {status}" for status, count in results["verdicts"].items())
+    lines = [
+        f"{', '.join(parts)} on {results['num_problems']} problems, n = {results['n']}",
+        f"programs: {verdicts}; isolation: {results['isolation']}",
+    ]
+    if passed := results["tested_in_jail"]["passed"]:
+        lines.append(f"of those that passed, {passed} had a say in their tests (tested_in_jail)")
+    if missing := results["without_samples"]:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        lines.append(f"without samples, counted as zero: {', '.join(missing[:5])}{more}")
+    return "\n".join(lines)
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

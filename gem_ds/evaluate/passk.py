@@ -1,7 +1,9 @@
-"""pass@k on MBPP: sample programs, run them in the sandbox, estimate.
+"""pass@k on benchmarks of programs: sample programs, run them in the sandbox, estimate.
 
     python -m eval.passk --model_name_or_path M [--delta F] [--data_dir D] --output_dir O
         [--n 10 --k 1 10 --temperature 0.8 --top_p 0.95] [--sanitized] [--num_fewshot 0]
+
+    samples -> programs -> verdicts of the sandbox -> pass@k per problem -> mean, interval
 
     output_dir/
       samples.jsonl     what the model wrote, one line a sample; a run that was stopped goes on here
@@ -12,122 +14,264 @@ A sample passes when its program, the problem's setup code and all of the proble
 without an error. Greedy pass@1 is `--n 1 --k 1 --temperature 0`.
 
 `python -m eval.score --task mbpp O/samples.jsonl` does the second half again, without a model.
+A further benchmark is a `Benchmark` in a file of its own, and a line of `TASKS`.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Protocol
 
-from transformers import HfArgumentParser
+from tqdm import tqdm
 
-from gem_ds.evaluate.arguments import SamplingArguments, check_arguments, option
-from gem_ds.evaluate.completion import GenerationSettings
-from gem_ds.evaluate.judging import JudgingArguments, load, open_sandbox, report
-from gem_ds.evaluate.mbpp import prompts_of, stop_strings
-from gem_ds.evaluate.sampling import sample_all
+from gem_ds.evaluate import mbpp
+from gem_ds.evaluate.arguments import SamplingArguments, option
+from gem_ds.evaluate.evaluator import Asked, Report, evaluate, refuse_other_prompts
+from gem_ds.evaluate.generation import GenerationSettings
+from gem_ds.evaluate.pass_at_k import results_of, summary
+from gem_ds.evaluate.samples import Sample
+from gem_ds.evaluate.sandbox import Program, Sandbox
+from gem_ds.evaluate.sandbox.pool import best_level, num_processors
+
+
+class Benchmark(Protocol):
+    """A benchmark of programs: how its problems are asked, and what a completion stands for."""
+
+    @property
+    def task_ids(self) -> Sequence[str]:
+        """The problems that are asked."""
+
+    @property
+    def data_sha256(self) -> Mapping[str, str]:
+        """What tells its data from others, by file or by name."""
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """What ends a completion."""
+
+    def num_fewshot(self, wanted: int | None) -> int:
+        """How many worked problems a prompt shows, None for the default; refuses what cannot be."""
+
+    def num_shown(self, prompt: str) -> int:
+        """How many worked problems a prompt seems to show."""
+
+    def prompts(self, num_fewshot: int) -> dict[str, str]:
+        """By task id; raises ValueError where the data cannot give them."""
+
+    def program(self, task_id: str, completion: str) -> Program:
+        """What is run for a completion, with the problem's tests; no completion fails."""
+
+    def protocol(self, num_fewshot: int) -> dict[str, Any]:
+        """How it is asked, for results.json."""
+
+
+#: By name: the flags of its own that a benchmark has, if any, and how it is loaded, from
+#: `data_dir`, `limit` and these flags.
+TASKS: dict[str, tuple[type | None, Callable[..., Benchmark]]] = {
+    "mbpp": (mbpp.MbppArguments, mbpp.load),
+}
+OWN_FLAGS = [flags for flags, _ in TASKS.values() if flags is not None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PassKArguments:
     """The flags of sampling that are this evaluator's own."""
 
+    task: str = field(
+        default="mbpp", metadata={"help": "Which problems are asked.", "choices": [*TASKS]}
+    )
     n: int = option(10, "Samples of each problem.")
     temperature: float = option(0.8, "Divides the logits; 0 is greedy.")
     top_p: float = option(0.95, "Share of the probability that tokens are drawn from.")
     max_new_tokens: int = option(512, "The longest completion, in tokens.")
     seed: int = option(0, "Of the noise in sampling.")
     num_fewshot: int | None = option(
-        None, "Worked problems in the prompt, 0 or 3 (default: 3, and 0 with a template)."
+        None, "mbpp: worked problems in the prompt, 0 or 3 (default: 3, and 0 with a template)."
     )
 
-    def settings(self, template: str | None) -> GenerationSettings:
-        """How completions of such prompts are made; raises ValueError for a value out of range."""
-        return GenerationSettings(
-            max_new_tokens=self.max_new_tokens,
-            stop_strings=stop_strings(template),
-            temperature=self.temperature,
-            top_p=self.top_p,
-            seed=self.seed,
-        )
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise ValueError(f"--n must be at least 1, not {self.n}.")
+        if self.temperature == 0 and self.n > 1:
+            raise ValueError(
+                f"--temperature 0 is greedy, and {self.n} samples would be the same one: pass "
+                "--n 1 --k 1, or a temperature."
+            )
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
-    """Evaluate a model; returns what results.json holds, on rank 0.
+@dataclass(frozen=True, kw_only=True)
+class JudgingArguments:
+    """The flags that say how programs are run and counted."""
+
+    k: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Each k of pass@k (default: 1, and 10 if a problem has so many samples)."
+        },
+    )
+    timeout: float = option(
+        10.0, "Seconds that a program and its tests may take; the slowest reference takes 3."
+    )
+    memory_mb: int = option(1024, "MiB of memory that a program may take.")
+    num_workers: int = option(
+        2, "Programs that run at the same time; at most one on each processor."
+    )
+    allow_weak_sandbox: bool = option(
+        False, "Run programs even where the host has no namespaces to lock them into."
+    )
+
+    def __post_init__(self) -> None:
+        for k in self.k or ():
+            if k < 1:
+                raise ValueError(f"--k must be at least 1, not {k}.")
+        if self.num_workers < 1:
+            raise ValueError(f"--num_workers must be at least 1, not {self.num_workers}.")
+        Program("", (), **self.limits)  # refuses what nothing can keep to
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        """What a program may use."""
+        return {"timeout": self.timeout, "memory_mb": self.memory_mb}
+
+    def ks(self, num_samples: int, where: str) -> list[int]:
+        """Each k of pass@k, where a problem has so many samples.
+
+        Raises:
+            ValueError: That is too few for one of them; the sentence has `where` in it.
+        """
+        if self.k is None:
+            return [k for k in (1, 10) if k <= num_samples]
+        if num_samples < max(self.k):
+            raise ValueError(
+                f"pass@{max(self.k)} needs at least {max(self.k)} samples of a problem and {where} "
+                f"{num_samples}: draw more samples or lower --k."
+            )
+        return self.k
+
+    def open_sandbox(self) -> Sandbox:
+        """The sandbox, to be entered; raises `gem_ds.evaluate.sandbox.SandboxUnavailableError`."""
+        if self.num_workers > num_processors():
+            print(
+                f"--num_workers {self.num_workers} is lowered to {num_processors()}, the number of "
+                "processors: programs that share one would run out of time.",
+                file=sys.stderr,
+            )
+        return Sandbox(num_workers=self.num_workers, allow_weak=self.allow_weak_sandbox)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Evaluate a model, as `gem_ds.evaluate.evaluator.evaluate`."""
+    flags = [PassKArguments, JudgingArguments, *OWN_FLAGS]
+    about = "pass@k of a causal language model on a benchmark of programs."
+    return evaluate("eval.passk", about, flags, _ask, argv)
+
+
+def _ask(
+    arguments: SamplingArguments, own: PassKArguments, judging: JudgingArguments, *flags: Any
+) -> Asked:
+    judging.ks(own.n, "--n is")
+    benchmark = load(own.task, arguments.data_dir, arguments.limit, flags)
+    num_fewshot = benchmark.num_fewshot(own.num_fewshot)
+    settings = GenerationSettings(
+        max_new_tokens=own.max_new_tokens,
+        stop_strings=benchmark.stop_strings,
+        temperature=own.temperature,
+        top_p=own.top_p,
+        seed=own.seed,
+    )
+    prompts = benchmark.prompts(num_fewshot)
+    if int(os.environ.get("RANK", 0)) == 0:
+        best_level(judging.allow_weak_sandbox)  # refuses the host before a model is loaded
+    show_bar = not arguments.disable_tqdm
+    return Asked(
+        prompts=prompts,
+        settings=settings,
+        report=lambda samples: report(own.task, benchmark, samples, judging, show_bar=show_bar),
+        num_samples=own.n,
+        is_timed=False,  # else scoring again would give another file
+    )
+
+
+def load(task: str, data_dir: str | None, limit: int | None, flags: Sequence[Any]) -> Benchmark:
+    """A benchmark of `TASKS`, with its own ones of these flags; refuses flags of other ones."""
+    kind, load_task = TASKS[task]
+    own = None
+    for given in flags:
+        if type(given) is kind:
+            own = given
+        else:
+            refuse_changed(given, task)
+    return load_task(data_dir, limit) if own is None else load_task(data_dir, limit, own)
+
+
+def refuse_changed(flags: Any, task: str) -> None:
+    """Raise ValueError if flags that say nothing about a task were given."""
+    for flag in fields(flags):
+        if getattr(flags, flag.name) != flag.default:
+            raise ValueError(f"--{flag.name} has no meaning for --task {task}: leave it out.")
+
+
+def report(
+    task: str,
+    benchmark: Benchmark,
+    samples: Sequence[Sample],
+    judging: JudgingArguments,
+    *,
+    show_bar: bool = True,
+) -> Report:
+    """Run the programs and count; problems without samples count as zero and are named.
 
     Raises:
-        ValueError, OSError: Flags, model, delta, data or the host are refused, in one sentence.
+        ValueError: A problem has samples, but fewer than k, or prompts are not those of this
+            benchmark, or there is no sandbox.
     """
-    parser = HfArgumentParser(
-        (SamplingArguments, PassKArguments, JudgingArguments),  # type: ignore[arg-type]
-        prog="python -m eval.passk",
-        description="pass@k of a causal language model on MBPP.",
-        allow_abbrev=False,
+    num_fewshot = benchmark.num_shown(str(samples[0].prompt))
+    refuse_other_prompts(samples, benchmark.prompts(num_fewshot), num_fewshot)
+    counts = Counter(sample.task_id for sample in samples)
+    rarest = min(counts, key=lambda task_id: counts[task_id])
+    ks = judging.ks(counts[rarest], f"{rarest} has")
+    with judging.open_sandbox() as sandbox:
+        verdicts = verdicts_of(samples, benchmark, sandbox, judging.limits, show_bar=show_bar)
+    results = results_of(verdicts, benchmark.task_ids, ks, isolation=sandbox.isolation)
+    return Report(
+        task=task,
+        results=results,
+        protocol=benchmark.protocol(num_fewshot) | judging.limits,
+        data_sha256=benchmark.data_sha256,
+        summary=summary(results),
+        verdicts=verdicts,
     )
-    return evaluate(*parser.parse_args_into_dataclasses(argv, look_for_args_file=False))
 
 
-def evaluate(
-    sampling: SamplingArguments, own: PassKArguments, judging: JudgingArguments
-) -> dict[str, Any] | None:
-    """Sample, judge, write the files and print the result.
+def verdicts_of(
+    samples: Sequence[Sample],
+    benchmark: Benchmark,
+    sandbox: Sandbox,
+    limits: Mapping[str, Any],
+    *,
+    show_bar: bool = True,
+) -> list[dict[str, Any]]:
+    """The lines of verdicts.jsonl, in the order of the samples.
 
-    Returns:
-        What results.json holds; None on every rank but the first.
-
-    Raises:
-        ValueError: A flag, the model, the delta, the data or the host are at fault.
-        OSError: A file cannot be read or written.
-        PeerError: Another rank tells what went wrong.
+    Equal programs of one problem are run once.
     """
-    check_arguments(sampling)
-    num_fewshot = _check(own, judging)
-    ks = judging.ks(own.n, "--n is")
-    settings = own.settings(judging.prompt_template)
-    asked = load(judging, sampling.data_dir, sampling.limit)
-    prompts = prompts_of(
-        asked.problems,
-        asked.dataset,
-        num_fewshot=num_fewshot,
-        template=judging.prompt_template,
-    )
-    with ExitStack() as stack:
-        if is_main := int(os.environ.get("RANK", 0)) == 0:
-            sandbox = stack.enter_context(open_sandbox(judging))  # refused before a model is loaded
-        samples = sample_all(sampling, prompts, settings, num_samples=own.n)
-        if not is_main or samples is None:
-            return None
-        return report(
-            samples,
-            judging,
-            asked,
-            sandbox,
-            Path(sampling.output_dir),
-            ks=ks,
-            num_fewshot=num_fewshot,
-            show_bar=not sampling.disable_tqdm,
-        )
-
-
-def _check(own: PassKArguments, judging: JudgingArguments) -> int:
-    """Refuses flags that can be seen to be wrong; returns the number of shots."""
-    if own.n < 1:
-        raise ValueError(f"--n must be at least 1, not {own.n}.")
-    if own.temperature == 0 and own.n > 1:
-        raise ValueError(
-            f"--temperature 0 is greedy, and {own.n} samples would be the same one: pass --n 1 "
-            "--k 1, or a temperature."
-        )
-    if judging.prompt_template is not None and own.num_fewshot is not None:
-        raise ValueError(
-            "--num_fewshot has no meaning with --prompt_template: write examples into the template."
-        )
-    if own.num_fewshot not in (None, 0, 3):
-        raise ValueError(f"--num_fewshot must be 0 or 3, not {own.num_fewshot}.")
-    if own.num_fewshot is None:
-        return 3 if judging.prompt_template is None else 0
-    return own.num_fewshot
+    jobs = [replace(benchmark.program(s.task_id, s.completion), **limits) for s in samples]
+    distinct = list(dict.fromkeys(jobs))
+    verdicts = {}
+    with tqdm(total=len(distinct), desc="Judging", unit="program", disable=not show_bar) as bar:
+        for job, verdict in zip(distinct, sandbox.check_all(distinct), strict=True):
+            verdicts[job] = {
+                "status": verdict.status,
+                "detail": verdict.detail,
+                "in_jail": verdict.in_jail,
+                "program": job.program,
+            }
+            bar.update()
+    return [
+        {"task_id": sample.task_id, "sample": sample.sample, **verdicts[job]}
+        for sample, job in zip(samples, jobs, strict=True)
+    ]

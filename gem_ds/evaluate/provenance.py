@@ -6,11 +6,14 @@ import hashlib
 import json
 import platform
 from collections.abc import Iterable
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig
+
+from gem_ds.data.tasks import Example
 
 _PACKAGES = ("gem_ds", "torch", "transformers", "tokenizers", "deepspeed", "peft", "vllm")
 _MODEL_SUFFIXES = {".safetensors", ".bin", ".json", ".model", ".txt", ".jinja"}
@@ -35,6 +38,11 @@ def sha256_of_texts(texts: Iterable[str]) -> str:
     for text in texts:
         digest.update(json.dumps(text).encode() + b"\n")
     return digest.hexdigest()
+
+
+def sha256_of_examples(task: str, examples: Iterable[Example]) -> dict[str, str]:
+    """SHA-256 of the examples of a task that are asked, by its name."""
+    return {f"{task} test": sha256_of_texts(json.dumps(asdict(e)) for e in examples)}
 
 
 def model_fingerprint(name: str, config: PretrainedConfig) -> str:

@@ -21,16 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from gem_ds.data.tasks.jsonl import Line, parse_jsonl, read_jsonl
-from gem_ds.evaluate.completion import Completion, Request
+from gem_ds.evaluate.generation import Completion, Key, Prompt, Request
 from gem_ds.files.atomic import atomic_write
 
 SAMPLES_FILE = "samples.jsonl"
-
-Prompt = str | list[dict[str, str]]
-"""Text, or chat messages for the tokenizer's chat template."""
-
-Key = tuple[str, int]
-"""Which sample: the task id and the sample's number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,30 +56,26 @@ class Sample:
 
 
 def read_samples(
-    path: str | Path,
-    *,
-    task_ids: Collection[str] | None = None,
-    allow_missing: bool = False,
+    path: str | Path, task_ids: Collection[str], *, allow_missing: bool = False
 ) -> list[Sample]:
     """Read a file of samples to score it.
 
     Args:
         path: The file.
-        task_ids: The problems that it must be about, in order; None takes any.
+        task_ids: The problems that it must be about, in order.
         allow_missing: Accept a problem without samples, or with fewer than another one.
 
     Returns:
-        The samples in the order of `task_ids` (None: of the file) and of their numbers.
+        The samples in the order of `task_ids` and of their numbers.
 
     Raises:
         ValueError: No such file, a line that is cut off or malformed (it is named), two lines for
-            one sample, a foreign id, or samples missing.
+            one sample, a foreign id, samples missing, or samples of several runs, whose score would
+            be of no model.
     """
     path = Path(path)
     samples = _unique([(line, _sample(line)) for line in read_jsonl(path)])
-    place: dict[str, int] = {}
-    for task_id in (sample.task_id for sample in samples) if task_ids is None else task_ids:
-        place.setdefault(task_id, len(place))
+    place = {task_id: i for i, task_id in enumerate(task_ids)}
     for sample in samples:
         if sample.task_id not in place:
             raise ValueError(
@@ -94,7 +84,14 @@ def read_samples(
             )
     if not allow_missing:
         _refuse_missing(path, samples, list(place))
-    return sorted(samples, key=lambda sample: (place[sample.task_id], sample.sample))
+    samples.sort(key=lambda sample: (place[sample.task_id], sample.sample))
+    for sample in samples:
+        if sample.settings != samples[0].settings:
+            raise ValueError(
+                f"{path} mixes runs: sample {sample.sample} of {sample.task_id!r} was drawn with "
+                "other settings than the first one; keep those of one run."
+            )
+    return samples
 
 
 class SampleLog:
@@ -139,7 +136,7 @@ class SampleLog:
         lines = []
         for request, completion in answers:
             if request.key not in self.samples:
-                self.samples[request.key] = sample = self._made(request, completion)
+                self.samples[request.key] = sample = self._made(request.key, completion)
                 lines.append(_line(sample))
         with self._path.open("ab") as file:
             file.truncate(self._length)  # drops the part of a line that a killed run left
@@ -156,11 +153,12 @@ class SampleLog:
             atomic_write(self._path, lambda path: path.write_bytes(payload))
         return samples
 
-    def _made(self, request: Request, completion: Completion) -> Sample:
+    def _made(self, key: Key, completion: Completion) -> Sample:
+        task_id, number = key
         return Sample(
-            task_id=request.task_id,
-            sample=request.sample,
-            prompt=self._prompts[request.task_id],
+            task_id=task_id,
+            sample=number,
+            prompt=self._prompts[task_id],
             completion=completion.text,
             finish_reason=completion.finish_reason,
             num_tokens=completion.num_tokens,
@@ -170,23 +168,20 @@ class SampleLog:
     def _take_up(self, path: Path, content: bytes) -> None:
         """Keep the samples that an earlier part of this run left."""
         self._length = content.rfind(b"\n") + 1
-        lines = parse_jsonl(path, content[: self._length])
-        read = [(line, _sample(line)) for line in lines]
+        read = [(line, _sample(line)) for line in parse_jsonl(path, content[: self._length])]
         wanted = set(self.keys)
         for line, sample in read:
-            if differing := _differing(sample.settings, self._settings):
-                raise self._foreign(line, differing)
-            if sample.key not in wanted:
-                raise self._foreign(line, f"sample {sample.sample} of {sample.task_id!r}")
-            if sample.prompt != self._prompts[sample.task_id]:
-                raise self._foreign(line, f"another prompt for {sample.task_id!r}")
+            foreign = _differing(sample.settings, self._settings)
+            if not foreign and sample.key not in wanted:
+                foreign = f"sample {sample.sample} of {sample.task_id!r}"
+            if not foreign and sample.prompt != self._prompts[sample.task_id]:
+                foreign = f"another prompt for {sample.task_id!r}"
+            if foreign:
+                raise line.error(
+                    f"the folder holds another run, with {foreign}: pass the flags of that run to "
+                    "continue it, --overwrite_output_dir to delete it, or another --output_dir."
+                )
         self.samples = {sample.key: sample for sample in _unique(read)}
-
-    def _foreign(self, line: Line, what: str) -> ValueError:
-        return line.error(
-            f"the folder holds another run, with {what}: pass the flags of that run to continue "
-            "it, --overwrite_output_dir to delete it, or another --output_dir."
-        )
 
 
 def _line(sample: Sample) -> bytes:
@@ -195,11 +190,10 @@ def _line(sample: Sample) -> bytes:
 
 def _sample(line: Line) -> Sample:
     """The sample in a line, with each field of its type."""
-    fields = line.fields
-    prompt = fields.get("prompt")
+    prompt = line.fields.get("prompt")
     if not isinstance(prompt, list):
         prompt = line.text("prompt")
-    settings = fields.get("settings")
+    settings = line.fields.get("settings")
     if not isinstance(settings, dict):
         raise line.error("the field 'settings' must be there and be an object.")
     return Sample(

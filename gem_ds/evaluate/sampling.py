@@ -5,7 +5,7 @@
 A run that was interrupted continues when it is started again with the same flags, and the file is
 the same, byte for byte, as if it had not been. Under `torchrun` or `deepspeed` the
 ranks share the batches, and rank 0 writes the file, again the same one. (All of this where the
-device's kernels are deterministic, at one batch size; `evaluate.noise` says what rounding can
+device's kernels are deterministic, at one batch size; `evaluate.generation` says what rounding can
 change.)
 
     round:   rank 0   rank 1   rank 2        after each round the completions are gathered,
@@ -18,21 +18,33 @@ forward pass: one that has no batch left repeats another's, and its answers are 
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.zero_config import inference_config, read_config
 from gem_ds.evaluate.arguments import SamplingArguments, check_arguments
-from gem_ds.evaluate.completion import Completion, GenerationSettings, Request
-from gem_ds.evaluate.generation import Backend, Transformers, make_requests
+from gem_ds.evaluate.decoding import Transformers
+from gem_ds.evaluate.generation import (
+    Backend,
+    Completion,
+    GenerationSettings,
+    Key,
+    Prompt,
+    Request,
+    make_requests,
+)
 from gem_ds.evaluate.provenance import model_facts
-from gem_ds.evaluate.ranks import joined_ranks
-from gem_ds.evaluate.samples import SAMPLES_FILE, Key, Prompt, Sample, SampleLog
+from gem_ds.evaluate.samples import SAMPLES_FILE, Sample, SampleLog
 from gem_ds.models.load import ModelFiles, load_partitioned, load_weights, open_model
 
 RESULTS_FILE = "results.json"
@@ -73,25 +85,46 @@ def sample_all(
             plan = _plan(arguments, prompts, settings, num_samples, is_main=comm.is_main)
         done = comm.broadcast_object(set(plan.log.samples))
         if len(done) < len(plan.requests):
-            backend = _load(arguments, plan, settings, comm)
-            pending = _pending(backend.batches(plan.requests), done)
-            if comm.is_main:
-                for name in (RESULTS_FILE, VERDICTS_FILE):
-                    (Path(arguments.output_dir) / name).unlink(missing_ok=True)
-            with tqdm(
-                desc="Sampling",
-                unit="sample",
-                total=len(plan.requests),
-                initial=len(done),
-                disable=arguments.disable_tqdm or not comm.is_main,
-            ) as bar:
-                for batches in _rounds(pending, comm.world_size):
-                    finished = _answer(batches, backend, comm)
-                    with comm.agreement():
-                        if comm.is_main:
-                            plan.log.append(finished)
-                    bar.update(sum(request.key not in done for request, _ in finished))
+            _sample_pending(arguments, plan, _backend(arguments, plan, settings, comm), done, comm)
         return plan.log.finish() if comm.is_main else None
+
+
+@contextmanager
+def joined_ranks(arguments: SamplingArguments) -> Iterator[Comm]:
+    """The ranks that a launcher has started; without a launcher and --deepspeed just this one."""
+    if "RANK" not in os.environ and arguments.deepspeed is None:
+        yield Comm(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        return
+    # Here, as DeepSpeed takes longer to import than a small evaluation.
+    from gem_ds.distributed import process_group
+
+    comm = process_group.init_distributed()
+    try:
+        with warnings.catch_warnings():  # DeepSpeed calls what torch has renamed
+            warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
+            yield comm
+    finally:
+        process_group.leave_distributed()
+
+
+def deepspeed_config(arguments: SamplingArguments, files: ModelFiles) -> dict[str, Any] | None:
+    """The configuration of --deepspeed for this model; None where each rank has it whole."""
+    if arguments.deepspeed is None:
+        return None
+    return inference_config(
+        read_config(arguments.deepspeed),
+        dtype=files.dtype,
+        hidden_size=files.text_config.hidden_size,
+    )
+
+
+def load_model(files: ModelFiles, deepspeed: dict[str, Any] | None, comm: Comm) -> PreTrainedModel:
+    """The model, whole on this rank or partitioned over all; raises as `load_weights`."""
+    if deepspeed is not None:
+        with comm.in_unison():
+            return load_partitioned(files, deepspeed)
+    with comm.agreement():
+        return load_weights(files, comm.device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,77 +152,71 @@ def _plan(
         adapter=arguments.adapter,
         dtype=arguments.dtype,
     )
-    deepspeed = None
-    if arguments.deepspeed is not None:
-        deepspeed = inference_config(
-            read_config(arguments.deepspeed),
-            dtype=files.dtype,
-            hidden_size=files.text_config.hidden_size,
-        )
-    output_dir = Path(arguments.output_dir)
-    log = SampleLog(
-        output_dir / SAMPLES_FILE if is_main else None,
-        prompts,
-        num_samples,
-        _described(arguments, files, settings),
-        overwrite=arguments.overwrite_output_dir,
-    )
-    requests = make_requests(files, prompts, log.keys, settings.max_new_tokens)
-    if is_main:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    return _Plan(files=files, requests=requests, log=log, deepspeed=deepspeed)
-
-
-def _described(
-    arguments: SamplingArguments, files: ModelFiles, settings: GenerationSettings
-) -> dict[str, Any]:
-    """All that decides a sample beside its prompt and its number."""
-    return {
+    deepspeed = deepspeed_config(arguments, files)
+    described = {  # all that decides a sample beside its prompt and its number
         **model_facts(files.name, files.config, arguments.delta, arguments.adapter),
         "dtype": files.dtype,
         "backend": arguments.backend,
         **asdict(settings),
     }
+    path = Path(arguments.output_dir, SAMPLES_FILE) if is_main else None
+    overwrite = arguments.overwrite_output_dir
+    log = SampleLog(path, prompts, num_samples, described, overwrite=overwrite)
+    requests = make_requests(files, prompts, log.keys, settings.max_new_tokens)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    return _Plan(files=files, requests=requests, log=log, deepspeed=deepspeed)
 
 
-def _load(
+def _backend(
     arguments: SamplingArguments, plan: _Plan, settings: GenerationSettings, comm: Comm
 ) -> Backend:
     if arguments.backend == "vllm":
         from gem_ds.evaluate.vllm_backend import Vllm
 
         return Vllm(plan.files, settings)
-    if plan.deepspeed is not None:
-        with comm.in_unison():
-            model = load_partitioned(plan.files, plan.deepspeed)
-    else:
-        with comm.agreement():
-            model = load_weights(plan.files, comm.device)
     return Transformers(
-        plan.files,
-        model,
+        load_model(plan.files, plan.deepspeed, comm),
+        plan.files.tokenizer,
         settings,
         batch_size=arguments.batch_size,
         synced_ranks=plan.deepspeed is not None,
     )
 
 
-def _pending(groups: list[list[list[Request]]], done: set[Key]) -> list[list[list[Request]]]:
-    """The batches that are not done as a whole.
+def _sample_pending(
+    arguments: SamplingArguments, plan: _Plan, backend: Backend, done: set[Key], comm: Comm
+) -> None:
+    """Run what is not done, round by round, and append it to the file."""
+    if comm.is_main:
+        for name in (RESULTS_FILE, VERDICTS_FILE):
+            Path(arguments.output_dir, name).unlink(missing_ok=True)
+    with tqdm(
+        desc="Sampling",
+        unit="sample",
+        total=len(plan.requests),
+        initial=len(done),
+        disable=arguments.disable_tqdm or not comm.is_main,
+    ) as bar:
+        for batches in _rounds(backend.batches(plan.requests), done, comm.world_size):
+            finished = _answer(batches, backend, comm)
+            with comm.agreement():
+                if comm.is_main:
+                    plan.log.append(finished)
+            bar.update(sum(request.key not in done for request, _ in finished))
 
-    One that is done in part is run as a whole again: its samples might round otherwise alone.
+
+def _rounds(
+    groups: list[list[list[Request]]], done: set[Key], world_size: int
+) -> Iterator[list[list[Request]]]:
+    """Batches that are run at the same time, one per rank; the last of a group may be fewer.
+
+    A batch that is done in part is run as a whole again: its samples might round otherwise alone.
     """
-    return [
-        [batch for batch in group if any(request.key not in done for request in batch)]
-        for group in groups
-    ]
-
-
-def _rounds(groups: list[list[list[Request]]], world_size: int) -> Iterator[list[list[Request]]]:
-    """Batches that are run at the same time, one per rank; the last of a group may be fewer."""
     for group in groups:
-        for first in range(0, len(group), world_size):
-            yield group[first : first + world_size]
+        pending = [batch for batch in group if any(r.key not in done for r in batch)]
+        for first in range(0, len(pending), world_size):
+            yield pending[first : first + world_size]
 
 
 def _answer(

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from gem_ds.evaluate.completion import Completion, GenerationSettings, Request
-from gem_ds.evaluate.noise import sample_seed
+from gem_ds.evaluate.generation import Completion, GenerationSettings, Request, sample_seed
 from gem_ds.models.load import ModelFiles
 
 _PART = 1024
@@ -66,7 +65,7 @@ class Vllm:
             max_tokens=request.limit,
             stop=list(settings.stop_strings),
             stop_token_ids=self._stop_token_ids,
-            seed=None if settings.is_greedy else sample_seed(settings.seed, *request.key),
+            seed=None if settings.is_greedy else sample_seed(settings.seed, request.key),
         )
 
     def _completion(self, output: Any) -> Completion:

@@ -119,30 +119,29 @@ def test_an_encoder_takes_its_head_from_the_delta(tiny: Tiny, kind: Kind) -> Non
     assert on_disk == results
 
 
-def _on_ranks(tiny: Tiny, name: str) -> None:
+def _on_ranks(tiny: Tiny) -> None:
     delta = ["--delta", str(tiny.folder / "number6.safetensors")]
     with mock.patch.object(
         process_group, "leave_distributed"
     ):  # joining takes longer than these runs
         for suffix, flags in (("", []), ("3", ["--deepspeed", ZERO3])):
-            evaluate(tiny, "choices", "model", f"{name}_causal{suffix}", *flags)
-            evaluate(tiny, "number", "bert", f"{name}_encoder{suffix}", *flags, *delta)
+            evaluate(tiny, "choices", "model", f"ranks_causal{suffix}", *flags)
+            evaluate(tiny, "number", "bert", f"ranks_encoder{suffix}", *flags, *delta)
     process_group.leave_distributed()
 
 
 def test_any_number_of_ranks_predicts_the_same(tiny: Tiny) -> None:
     """11 examples in batches of 2: a rank has none left in the last round."""
-    save_delta(tiny, "number")
-    for size in (1, 2):
-        run_ranks(size, _on_ranks, tiny, f"ranks{size}")
+    delta = save_delta(tiny, "number")
+    run_ranks(2, _on_ranks, tiny)
+    evaluate(tiny, "choices", "model", "alone_causal")
+    evaluate(tiny, "number", "bert", "alone_encoder", "--delta", str(delta))
     for kind in ("causal", "encoder"):
-        found = [predictions(tiny, f"ranks{size}_{kind}{z}") for size in (1, 2) for z in ("", "3")]
-        assert all(other == pytest.approx(found[0], rel=1e-5) for other in found)
-        assert found[0] == found[2], "on whole models batches are the same"
-        assert len(found[0]) == 11
-        assert len(set(found[0])) > 1
-    evaluate(tiny, "choices", "model", "alone")
-    assert predictions(tiny, "alone") == predictions(tiny, "ranks2_causal")
+        alone = predictions(tiny, f"alone_{kind}")
+        assert alone == predictions(tiny, f"ranks_{kind}"), "on whole models batches are the same"
+        assert predictions(tiny, f"ranks_{kind}3") == pytest.approx(alone, rel=1e-5)
+        assert len(alone) == 11
+        assert len(set(alone)) > 1
 
 
 def save_adapter(model: Any, folder: Path, task_type: Any, targets: list[str]) -> Any:
@@ -238,7 +237,7 @@ def test_each_answer_is_judged_by_itself_too(tiny: Tiny) -> None:
 
 def test_what_does_not_fit_is_refused_in_a_sentence(tiny: Tiny) -> None:
     def refusal(*flags: str, kind: Kind = "labels", model: str = "model") -> str:
-        with pytest.raises((ValueError, OSError)) as stop:
+        with pytest.raises(ValueError, match=r"[.:]") as stop:
             evaluate(tiny, kind, model, "refused", *flags)
         assert not (tiny.folder / "refused").exists()
         assert "\n" not in str(stop.value)
@@ -270,7 +269,7 @@ def test_what_does_not_fit_is_refused_in_a_sentence(tiny: Tiny) -> None:
         mock.patch.object(
             classification, "load_task", return_value=load_task("gsm8k", data_dir=str(tiny.data))
         ),
-        pytest.raises((ValueError, OSError), match="is an encoder"),
+        pytest.raises(ValueError, match="is an encoder"),
     ):
         classification.main(
             [
@@ -282,7 +281,7 @@ def test_what_does_not_fit_is_refused_in_a_sentence(tiny: Tiny) -> None:
     head = ["--delta", str(save_delta(tiny, "labels"))]
     assert evaluate(tiny, "labels", "bert", "cut", "--max_length", "8", *head)["num_truncated"] > 0
     evaluate(tiny, "labels", "model", "twice")
-    with pytest.raises((ValueError, OSError), match="--overwrite_output_dir"):
+    with pytest.raises(ValueError, match="--overwrite_output_dir"):
         evaluate(tiny, "labels", "model", "twice")
     evaluate(tiny, "labels", "model", "twice", "--overwrite_output_dir")
 
@@ -291,9 +290,7 @@ def test_a_batch_beyond_the_memory_says_what_to_lower(tiny: Tiny) -> None:
     full = torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
     with (
         mock.patch("gem_ds.evaluate.classification.predict_all", side_effect=full),
-        pytest.raises(
-            (ValueError, OSError), match=r"a batch of 2 examples and .*: lower --batch_size\.$"
-        ),
+        pytest.raises(ValueError, match=r"a batch of 2 examples and .*: lower --batch_size\.$"),
     ):
         evaluate(tiny, "labels", "model", "full")
 
@@ -304,7 +301,7 @@ def test_the_output_folder_is_tried_before_the_pass(tiny: Tiny) -> None:
         mock.patch(
             "gem_ds.evaluate.classification.predict_all", side_effect=AssertionError("it ran")
         ),
-        pytest.raises((ValueError, OSError), match="name a folder that is below no file"),
+        pytest.raises(OSError, match="name a folder that is below no file"),
     ):
         evaluate(tiny, "labels", "model", "file/below")
 

@@ -1,136 +1,20 @@
-"""GSM8K: the three rules in a table and as the harness describes two, and the whole command."""
+"""The whole command of GSM8K, on a model that knows two answers and a delta that changes which."""
 
 import hashlib
 import json
 import random
-import re
 import runpy
 import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gem_ds.evaluate import gsm8k
-from gem_ds.evaluate.exact_match import summary, tally
-from gem_ds.evaluate.gsm8k import Verdict, score
 from gem_ds.evaluate.samples import read_samples
 from gem_ds.files.delta import Delta
 from gem_ds.files.mask import Mask, WeightInfo, checksum
 from tests.evaluate.test_generation import byte_level
-
-# output, reference, then whether it is right: strict-match, flexible-extract, numeric
-TABLE = [
-    ("23-11=12\n23+12=35\n#### 35", "35", True, True, True),
-    ("It is 35.", "35", False, True, True),
-    ("#### 35.", "35", True, True, True),
-    ("####35", "35", False, True, True),  # the harness wants the space
-    ("#### 34\nNo, wait.\n#### 35", "35", False, True, True),  # the harness takes the first
-    ("#### 35\nIt took 12 hours.", "35", True, False, True),
-    ("#### 1,234", "1234", True, True, True),
-    ("#### 1234", "1,234", True, True, True),
-    ("#### $1,234", "1234", False, True, True),  # a dollar sign is not in the strict pattern
-    ("It costs $1,234.50 in all.", "1234.5", False, False, True),
-    ("#### 29.00", "29", False, False, True),
-    ("#### 29.", "29", True, True, True),
-    ("#### -5", "-5", True, True, True),
-    ("#### \N{MINUS SIGN}5", "-5", False, False, True),
-    ("#### 5", "-5", False, False, False),
-    ("That is 3/4 of it.", "0.75", False, False, True),
-    ("The answer is 7", "7", False, True, True),
-    ("The answer is 7.", "7", False, True, True),
-    ("#### 35 apples in 2 boxes", "35", True, False, True),
-    ("#### 50%", "50", True, True, True),
-    ("#### 350", "35", False, False, False),
-    ("#### 3.5", "35", False, False, False),
-    ("#### thirty-five", "35", False, False, False),
-    ("", "35", False, False, False),
-    ("####", "35", False, False, False),
-    ("#### 5/0", "5", True, False, False),
-    ("#### 35\n\nQuestion: 4+4?\nAnswer: 8\n#### 8", "35", True, False, True),
-]
-
-
-@pytest.mark.parametrize(("output", "reference", "strict", "flexible", "numeric"), TABLE)
-def test_verdicts_on_a_table(output, reference, strict, flexible, numeric):
-    expected = Verdict(strict_match=strict, flexible_extract=flexible, numeric=numeric)
-    assert score(output, reference) == expected
-    assert score(output, f" 1+1=<<1+1=2>>2, then\n#### {reference}") == expected
-
-
-def harness(output: str, answer: str, pattern: str, position: int) -> bool:
-    """A rule as the harness's task file and filter describe it, step by step."""
-    found = re.findall(pattern, output)
-    if not found:
-        return False
-    match = found[position]
-    if isinstance(match, tuple):
-        match = next(group for group in match if group)
-    sides = []
-    for side in (match.strip(), answer):
-        for ignored in (",", "\\$", "(?s).*#### ", "\\.$"):
-            side = re.sub(ignored, "", side)
-        sides.append(side)
-    return sides[0] == sides[1]
-
-
-@settings(max_examples=400, deadline=None)
-@given(output=st.text("#$0125-., \n%/é{", max_size=30), answer=st.text("015.,-$", max_size=4))
-def test_the_two_harness_rules_agree_with_its_description(output, answer):
-    output = output.replace("{", "#### ")
-    verdict = score(output, f"so\n#### {answer}")
-    strict = harness(output, f"so\n#### {answer}", r"#### (\-?[0-9\.\,]+)", 0)
-    flexible = harness(output, f"so\n#### {answer}", r"(-?[$0-9.,]{2,})|(-?[0-9]+)", -1)
-    assert (verdict.strict_match, verdict.flexible_extract) == (strict, flexible)
-
-
-@settings(max_examples=200, deadline=None)
-@given(output=st.text(max_size=60), answer=st.text(max_size=20))
-def test_no_text_makes_score_fail(output, answer):
-    assert isinstance(score(output, answer), Verdict)
-
-
-def test_every_reference_of_the_dataset_is_right_under_every_rule(gem_data_dir):
-    verdicts = []
-    for split in ("train", "test"):
-        with open(gem_data_dir / "gsm8k" / f"{split}.jsonl", encoding="utf-8") as file:
-            answers = [json.loads(line)["answer"] for line in file]
-        verdicts += [score(answer, answer) for answer in answers]
-    assert len(verdicts) == 8792
-    assert all(counts["correct"] == 8792 for counts in tally(verdicts, 8792).values())
-    assert {verdict.rule for verdict in verdicts} == {"hash-marks"}
-
-
-def test_the_tally_counts_each_rule():
-    right = Verdict(strict_match=True, flexible_extract=True, numeric=True)
-    half = Verdict(strict_match=False, flexible_extract=False, numeric=True)
-    exact_match = tally([right, half, half], 4)  # one problem has no sample
-    counted = [(counts["correct"], counts["accuracy"]) for counts in exact_match.values()]
-    assert [*exact_match] == ["strict-match", "flexible-extract", "numeric"]
-    assert counted == [(1, 0.25), (1, 0.25), (3, 0.75)]
-    assert all(counts["total"] == 4 for counts in exact_match.values())
-    assert summary(exact_match) == (
-        "exact match: strict-match 1/4 = 25.0 %, flexible-extract 1/4 = 25.0 %, "
-        "numeric 3/4 = 75.0 %"
-    )
-
-
-def test_the_interval_is_that_of_a_share():
-    """Against the normal approximation of a binomial share, which is good for 900 problems."""
-    verdicts = [
-        Verdict(strict_match=i % 3 == 0, flexible_extract=False, numeric=True) for i in range(900)
-    ]
-    exact_match = tally(verdicts, 900)
-    low, high = exact_match["strict-match"]["confidence_interval"]
-    half = 1.96 * (1 / 3 * 2 / 3 / 900) ** 0.5
-    assert low == pytest.approx(1 / 3 - half, abs=0.003)
-    assert high == pytest.approx(1 / 3 + half, abs=0.003)
-    assert exact_match["numeric"]["confidence_interval"] == [1.0, 1.0]
-
-
-# --- the command -----------------------------------------------------------------------------
 
 ANSWERS = ("#### 7", "#### 8", "#### 8", "#### 8", "#### 7.00")
 
@@ -305,10 +189,10 @@ def test_results_are_replaced_only_when_asked_to_and_when_the_new_ones_exist(fol
     delta = ("--delta", str(folder / "delta.safetensors"))
     gsm8k.main(arguments(folder))
     before = (folder / "out" / "results.json").read_bytes()
-    with pytest.raises((ValueError, OSError), match="overwrite_output_dir"):
+    with pytest.raises(ValueError, match="overwrite_output_dir"):
         gsm8k.main(arguments(folder, *delta))
     assert (folder / "out" / "results.json").read_bytes() == before
-    with pytest.raises((ValueError, OSError), match="no delta file"):
+    with pytest.raises(FileNotFoundError, match="no delta file"):
         gsm8k.main(arguments(folder, "--overwrite_output_dir", "--delta", "nowhere"))
     assert (folder / "out" / "results.json").read_bytes() == before
     results = gsm8k.main(arguments(folder, "--overwrite_output_dir", *delta))
@@ -346,35 +230,20 @@ def test_bad_input_ends_in_one_sentence(folder, more, message):
 
 def test_a_problem_without_a_reference_is_refused(folder):
     (folder / "data" / "test.jsonl").write_text('{"question": "Why?", "answer": "So."}\n')
-    with pytest.raises(
-        (ValueError, OSError), match="Example 1 of the test split has no '#### <number>'"
-    ):
+    with pytest.raises(ValueError, match="Example 1 of the test split has no '#### <number>'"):
         gsm8k.main(arguments(folder))
 
 
-def test_samples_are_scored_again_without_a_model(folder, tmp_path):
-    before = gsm8k.main(arguments(folder))
-    problems = gsm8k.load(str(folder / "data"))
-    samples = read_samples(folder / "out" / "samples.jsonl", task_ids=list(problems.test))
-    (tmp_path / "again").mkdir()
-    after = gsm8k.report(samples, problems, tmp_path / "again")
-    assert after == {name: value for name, value in before.items() if name != "seconds"}
-    fewer = gsm8k.report(samples[1:], problems, tmp_path / "again")
-    assert counts(fewer) == [0, 0, 1]
-    assert fewer["exact_match"]["numeric"]["accuracy"] == 1 / 5
-    assert fewer["without_samples"] == ["gsm8k/test/0"]
-
-
-def test_samples_of_other_problems_are_refused(folder, tmp_path):
+def test_samples_that_cannot_be_scored_against_these_data_are_refused(folder):
     gsm8k.main(arguments(folder))
     problems = gsm8k.load(str(folder / "data"))
-    samples = read_samples(folder / "out" / "samples.jsonl")
+    samples = read_samples(folder / "out" / "samples.jsonl", list(problems.test))
     with pytest.raises(ValueError, match="one sample of each problem, and gsm8k/test/1 has 2"):
-        gsm8k.report([*samples, samples[1]], problems, tmp_path)
+        gsm8k.report(problems, [*samples, samples[1]])
     data = folder / "data" / "test.jsonl"
     data.write_text(data.read_text().replace("How many?", "How much?"))
     with pytest.raises(ValueError, match="prompt of gsm8k/test/0 is not what these data"):
-        gsm8k.report(samples, gsm8k.load(str(folder / "data")), tmp_path)
+        gsm8k.report(gsm8k.load(str(folder / "data")), samples)
 
 
 def test_the_module_runs_as_a_program_and_fails_with_a_sentence(folder, monkeypatch, capsys):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gem_ds.evaluate import gsm8k
-from gem_ds.evaluate.gsm8k import score
+from gem_ds.evaluate.exact_match import compare
 from tests.final_answers import PLACED, UNFORESEEN, WRITTEN
 
 #: The filters of the harness's task file gsm8k.yaml, version 3.0.
@@ -65,9 +65,9 @@ def harness():
 
 def check(harness, outputs, answers) -> None:
     theirs = harness(outputs, answers)
-    ours = [score(output, answer) for output, answer in zip(outputs, answers, strict=True)]
-    assert [verdict.strict_match for verdict in ours] == theirs["strict-match"]
-    assert [verdict.flexible_extract for verdict in ours] == theirs["flexible-extract"]
+    ours = [compare(output, answer) for output, answer in zip(outputs, answers, strict=True)]
+    assert [match.strict_match for match in ours] == theirs["strict-match"]
+    assert [match.flexible_extract for match in ours] == theirs["flexible-extract"]
 
 
 def test_the_table_of_tricky_outputs_is_judged_as_the_harness_does(harness):

@@ -9,16 +9,16 @@ import jinja2
 import pytest
 import yaml
 
-from gem_ds.data.tasks.mbpp import Dataset, Problem, load_problems
+from gem_ds.data.tasks.mbpp import Dataset, Problem
 from gem_ds.evaluate.mbpp import (
     MARGIN_STOP_STRINGS,
+    STOP_STRINGS,
+    Mbpp,
+    MbppArguments,
     entry_point_of,
     few_shot_prompt,
     header_of,
-    problems_of,
-    program_of,
-    prompts_of,
-    stop_strings,
+    load,
     template_prompt,
 )
 
@@ -33,24 +33,30 @@ def problem(code="def f(x, y=2):\n    return x", tests=("assert f(1) == 1",), **
     return Problem(code=code, tests=tuple(tests), **fields)
 
 
+def benchmark(*problems: Problem, template: str | None = None) -> Mbpp:
+    dataset = Dataset(problems={p.task_id: p for p in problems}, source="x", sha256="")
+    asked = {f"mbpp/{p.task_id}": p for p in dataset.split("test")}
+    return Mbpp(dataset=dataset, problems=asked, flags=MbppArguments(prompt_template=template))
+
+
 @pytest.fixture(params=[False, True], ids=["full", "sanitized"], scope="module")
-def dataset(request, gem_data_dir) -> Dataset:
-    return load_problems(gem_data_dir / "mbpp", sanitized=request.param)
+def whole(request, gem_data_dir) -> Mbpp:
+    return load(gem_data_dir / "mbpp", None, MbppArguments(sanitized=request.param))
 
 
-def test_prompts_have_the_form_of_the_readme(dataset):
+def test_prompts_have_the_form_of_the_readme(whole):
     def form(task_id):
-        p = dataset.problems[task_id]
+        p = whole.dataset.problems[task_id]
         return README_FORM.format(prompt=p.text, tests="\n".join(p.tests), code=p.code)
 
-    asked = problems_of(dataset, "test")
-    three = prompts_of(asked, dataset, num_fewshot=3, template=None)
-    zero = prompts_of(asked, dataset, num_fewshot=0, template=None)
-    for name, p in asked.items():
+    three, zero = whole.prompts(3), whole.prompts(0)
+    assert (whole.num_fewshot(None), whole.num_fewshot(0)) == (3, 0)
+    for name, p in whole.problems.items():
         assert name == f"mbpp/{p.task_id}"
         own = form(p.task_id).removesuffix(f"{p.code}\n[DONE]")
         assert zero[name] == own
         assert three[name] == "\n\n".join([form(2), form(3), form(4), own])
+        assert (whole.num_shown(zero[name]), whole.num_shown(three[name])) == (0, 3)
 
 
 def test_three_shot_prompts_are_the_harness_own(gem_data_dir):
@@ -71,33 +77,33 @@ def test_three_shot_prompts_are_the_harness_own(gem_data_dir):
     ask, answer = (
         environment.from_string(task[key]).render for key in ("doc_to_text", "doc_to_target")
     )
-    assert task["generation_kwargs"]["until"] == list(stop_strings(None))
+    assert task["generation_kwargs"]["until"] == list(STOP_STRINGS)
     lines = (gem_data_dir / "mbpp" / "mbpp.jsonl").read_text(encoding="utf-8").splitlines()
     rows = {row["task_id"]: row for row in map(json.loads, lines)}
-    dataset = load_problems(gem_data_dir / "mbpp")
-    asked = problems_of(dataset, "test")
-    prompts = prompts_of(asked, dataset, num_fewshot=3, template=None)
+    asked = load(gem_data_dir / "mbpp", None, MbppArguments())
+    prompts = asked.prompts(3)
     shots = [ask(**row) + task["target_delimiter"] + answer(**row) for row in listed]
-    for name, p in asked.items():
+    for name, p in asked.problems.items():
         assert prompts[name] == "\n\n".join([*shots, ask(**rows[p.task_id])])
 
 
-def test_limit_takes_the_first_problems(dataset):
-    assert list(problems_of(dataset, "test", 2)) == list(problems_of(dataset, "test"))[:2]
-    assert len(problems_of(dataset, "validation", 10**6)) == len(dataset.split("validation"))
+def test_limit_takes_the_first_problems_of_a_split(gem_data_dir):
+    def ids(limit, **flags) -> list[str]:
+        return list(load(gem_data_dir / "mbpp", limit, MbppArguments(**flags)).task_ids)
+
+    assert ids(2) == ["mbpp/11", "mbpp/12"]
+    assert len(ids(10**6, split="validation")) == 90
 
 
 def test_a_dataset_without_the_shots_is_refused():
-    lacking = Dataset(problems={11: problem(), 2: problem(task_id=2)}, source="x", sha256="")
-    asked = problems_of(lacking, "test")
+    lacking = benchmark(problem(), problem(task_id=2))
     with pytest.raises(ValueError, match=r"x lacks problem 3, .* or --num_fewshot 0"):
-        prompts_of(asked, lacking, num_fewshot=3, template=None)
-    prompts = prompts_of(asked, lacking, num_fewshot=0, template=None)
-    assert prompts == {"mbpp/11": few_shot_prompt(problem(), [])}
+        lacking.prompts(3)
+    assert lacking.prompts(0) == {"mbpp/11": few_shot_prompt(problem(), [])}
 
 
-def test_every_problem_has_an_entry_point_that_its_tests_call(dataset):
-    for p in dataset.problems.values():
+def test_every_problem_has_an_entry_point_that_its_tests_call(whole):
+    for p in whole.dataset.problems.values():
         name = entry_point_of(p)
         assert f"{name}(" in p.tests[0].replace(" ", "")
         namespace: dict[str, object] = {}
@@ -135,13 +141,12 @@ def test_templates_fill_their_three_names_and_leave_other_braces():
     )
     text = problem(text=r"{tests} \1 {header}")
     assert template_prompt(text, "{text}") == r"{tests} \1 {header}"
-    some = Dataset(problems={11: p}, source="x", sha256="")
     with pytest.raises(ValueError, match=r"names none of {text}, {tests} and {header}"):
-        prompts_of(problems_of(some, "test"), some, num_fewshot=0, template="Write {code}.")
+        benchmark(p, template="Write {code}.").prompts(0)
 
 
 def test_a_header_makes_the_completion_a_continuation():
-    p, template = problem(), '# {text}\n{header}\n    """{text}"""\n'
+    asked = benchmark(problem(), template='# {text}\n{header}\n    """{text}"""\n')
     begun = 'def f(x, y=2):\n    """Do it."""\n'
     cases = {
         "    return x": "    return x",
@@ -155,15 +160,18 @@ def test_a_header_makes_the_completion_a_continuation():
         "    return x\n```\nIt": "    return x",
     }
     for completion, kept in cases.items():
-        assert program_of(completion, p, template) == begun + kept
-    assert stop_strings(template) == MARGIN_STOP_STRINGS
-    assert stop_strings("{text}") == stop_strings(None) == ("[DONE]",)
-    assert program_of("\n    return x\nx", p, "{header}") == "def f(x, y=2):\n    return x"
+        assert asked.program("mbpp/11", completion).program == begun + kept
+    assert asked.stop_strings == MARGIN_STOP_STRINGS
+    for template in ("{text}", None):
+        assert benchmark(problem(), template=template).stop_strings == ("[DONE]",)
 
 
 def test_other_completions_are_searched_for_the_function_that_the_tests_call():
     text = (
         "```\ndef g(x):\n    return x\n```\nNo:\n```\ndef f(x):\n    return x\n```\n```\nf(1)\n```"
     )
-    assert program_of(text, problem()) == "def f(x):\n    return x\n"
-    assert program_of(text, problem(), "{text}") == "def f(x):\n    return x\n"
+    for template in ("{text}", None):
+        asked = benchmark(problem(setup="import os"), template=template)
+        job = asked.program("mbpp/11", text)
+        assert job.program == "def f(x):\n    return x\n"
+        assert (job.tests, job.setup, job.entry_point) == (problem().tests, "import os", "f")

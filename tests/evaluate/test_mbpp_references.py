@@ -9,10 +9,10 @@ from collections.abc import Mapping
 import pytest
 
 from gem_ds.data.tasks.mbpp import SPLITS, Problem, load_problems
-from gem_ds.evaluate.mbpp import entry_point_of, problems_of
+from gem_ds.evaluate.mbpp import Mbpp, MbppArguments, entry_point_of
+from gem_ds.evaluate.passk import verdicts_of
 from gem_ds.evaluate.samples import Sample
 from gem_ds.evaluate.sandbox import Sandbox
-from gem_ds.evaluate.verdicts import Judged, Limits, judge
 
 #: Whose tests make or compare objects of the solution's own classes, so that its code has a say.
 IN_JAIL = {
@@ -41,14 +41,13 @@ def {name}(*args, **kwargs):
 """
 
 
-def all_problems(gem_data_dir, *, sanitized: bool) -> dict[str, Problem]:
+def all_problems(gem_data_dir, *, sanitized: bool) -> Mbpp:
     dataset = load_problems(gem_data_dir / "mbpp", sanitized=sanitized)
-    return {name: p for split in SPLITS for name, p in problems_of(dataset, split).items()}
+    problems = {f"mbpp/{p.task_id}": p for split in SPLITS for p in dataset.split(split)}
+    return Mbpp(dataset=dataset, problems=problems, flags=MbppArguments(sanitized=sanitized))
 
 
-def judge_codes(
-    sandbox: Sandbox, problems: Mapping[str, Problem], codes: Mapping[str, str]
-) -> list[Judged]:
+def verdicts_on(sandbox: Sandbox, benchmark: Mbpp, codes: Mapping[str, str]) -> list[dict]:
     """Judge a program for each problem, as if a model had written it."""
     samples = [
         Sample(
@@ -62,21 +61,20 @@ def judge_codes(
         )
         for name, code in codes.items()
     ]
-    limits = Limits(timeout=60.0, memory_mb=1024)  # one takes 3 s, and on a busy machine long
-    return judge(samples, problems, sandbox, limits, show_bar=False)
+    limits = {"timeout": 60.0, "memory_mb": 1024}  # one takes 3 s, and on a busy machine long
+    return verdicts_of(samples, benchmark, sandbox, limits, show_bar=False)
 
 
 @pytest.mark.parametrize(("sanitized", "number"), [(False, 974), (True, 427)])
 def test_every_reference_solution_passes(gem_data_dir, sandbox, sanitized, number):
-    problems = all_problems(gem_data_dir, sanitized=sanitized)
-    assert len(problems) == number
-    judged = judge_codes(sandbox, problems, {name: p.code for name, p in problems.items()})
+    benchmark = all_problems(gem_data_dir, sanitized=sanitized)
+    assert len(benchmark.problems) == number
+    codes = {name: p.code for name, p in benchmark.problems.items()}
+    verdicts = verdicts_on(sandbox, benchmark, codes)
     assert {
-        j.sample.task_id: f"{j.verdict.status}: {j.verdict.detail}"
-        for j in judged
-        if j.verdict.status != "passed"
+        v["task_id"]: f"{v['status']}: {v['detail']}" for v in verdicts if v["status"] != "passed"
     } == {}
-    in_jail = {j.sample.task_id for j in judged if j.verdict.in_jail}
+    in_jail = {verdict["task_id"] for verdict in verdicts if verdict["in_jail"]}
     assert in_jail == (set() if sanitized else IN_JAIL.keys())
 
 
@@ -90,11 +88,13 @@ def passes_beside_its_tests(program: str, problem: Problem) -> bool:
 
 
 def test_an_object_that_equals_everything_passes_no_test(gem_data_dir, sandbox):
-    problems = all_problems(gem_data_dir, sanitized=False)
+    """On every fourth problem."""
+    benchmark = all_problems(gem_data_dir, sanitized=False)
+    problems = dict(list(benchmark.problems.items())[::4])
     codes = {
         name: FORGERY.replace("{name}", str(entry_point_of(p))) for name, p in problems.items()
     }
     beside = [passes_beside_its_tests(codes[name], p) for name, p in problems.items()]
-    assert sum(beside) == 969, "of 974: this forgery is worth trying"
-    judged = judge_codes(sandbox, problems, codes)
-    assert {j.sample.task_id for j in judged if j.verdict.status == "passed"} == set()
+    assert sum(beside) == 243, "of 244: this forgery is worth trying"
+    verdicts = verdicts_on(sandbox, benchmark, codes)
+    assert {v["task_id"] for v in verdicts if v["status"] == "passed"} == set()

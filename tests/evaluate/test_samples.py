@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from gem_ds.evaluate.completion import Completion, Request
+from gem_ds.evaluate.generation import Completion, Request
 from gem_ds.evaluate.samples import SampleLog, read_samples
 
 SETTINGS = {"model": "m", "seed": 0, "stop_strings": ["x"]}
@@ -29,9 +29,7 @@ def write(path, *lines) -> None:
 def test_samples_are_read_in_the_order_of_the_problems(tmp_path):
     path = tmp_path / "samples.jsonl"
     write(path, line("b", 1), line("a", 1), line("b", 0), line("a", 0))
-    keys = [sample.key for sample in read_samples(path, task_ids=["a", "b"])]
-    assert keys == [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
-    found = read_samples(path)
+    found = read_samples(path, ["b", "a"])
     assert [sample.key for sample in found] == [("b", 0), ("b", 1), ("a", 0), ("a", 1)]
     assert found[0].completion == " é\n\u2028 1"
     assert found[0].settings == SETTINGS
@@ -55,6 +53,7 @@ def test_samples_are_read_in_the_order_of_the_problems(tmp_path):
         ([line("a"), line("b", settings=[])], "line 2: the field 'settings' must be there"),
         ([line("a"), {"task_id": "b"}], "line 2: there is no field 'prompt'"),
         ([line("a"), [1]], "line 2: each line must be a JSON object, not a list"),
+        ([line("a"), line("b", settings={})], "mixes runs: sample 0 of 'b' was drawn with other"),
         ([], "is empty"),
     ],
 )
@@ -62,7 +61,7 @@ def test_a_file_that_cannot_be_scored_is_refused_in_one_sentence(tmp_path, lines
     path = tmp_path / "samples.jsonl"
     write(path, *lines)
     with pytest.raises(ValueError, match=r"samples\.jsonl") as caught:
-        read_samples(path, task_ids=["a", "b"])
+        read_samples(path, ["a", "b"])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -70,7 +69,7 @@ def test_a_file_that_cannot_be_scored_is_refused_in_one_sentence(tmp_path, lines
 def test_a_problem_without_samples_may_be_allowed(tmp_path):
     path = tmp_path / "samples.jsonl"
     write(path, line("a"), line("a", 1), line("b"))
-    found = read_samples(path, task_ids=["a", "b", "c"], allow_missing=True)
+    found = read_samples(path, ["a", "b", "c"], allow_missing=True)
     assert [sample.key for sample in found] == [("a", 0), ("a", 1), ("b", 0)]
 
 
@@ -89,13 +88,13 @@ def test_a_line_that_is_cut_off_or_damaged_is_named(tmp_path, content, message):
     write(path, line("b"))
     path.write_bytes(path.read_bytes() + content)
     with pytest.raises(ValueError, match=r"samples\.jsonl") as caught:
-        read_samples(path)
+        read_samples(path, ["b"])
     assert message in str(caught.value)
 
 
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match="There is no file"):
-        read_samples(tmp_path / "samples.jsonl")
+        read_samples(tmp_path / "samples.jsonl", ["a"])
 
 
 # --- a run's own file ------------------------------------------------------------------------
@@ -112,7 +111,7 @@ def open_log(path, **changes) -> SampleLog:
 
 def answer(key) -> tuple[Request, Completion]:
     return (
-        Request(task_id=key[0], sample=key[1], prompt_ids=[1], limit=9),
+        Request(key=key, prompt_ids=[1], limit=9),
         Completion(text=f" {key}", num_tokens=2, finish_reason="eos"),
     )
 
@@ -139,13 +138,13 @@ def test_the_finished_file_does_not_tell_the_order_of_the_samples(tmp_path, whol
     assert path.read_bytes() != whole
     assert [sample.key for sample in log.finish()] == KEYS
     assert path.read_bytes() == whole
-    assert [sample.key for sample in read_samples(path)] == KEYS
+    assert [sample.key for sample in read_samples(path, list(PROMPTS))] == KEYS
 
 
 def test_a_run_killed_at_any_byte_goes_on_to_the_same_file(tmp_path, whole):
     """A part of a last line is dropped, whole lines are kept, whatever the byte."""
     path = tmp_path / "samples.jsonl"
-    for length in range(0, len(whole) + 1, 7):
+    for length in range(0, len(whole) + 1, 29):
         path.write_bytes(whole[:length])
         log = open_log(path)
         assert len(log.samples) == whole[:length].count(b"\n")

@@ -13,8 +13,8 @@ from gem_ds.distributed import process_group
 from gem_ds.distributed.comm import PeerError
 from gem_ds.evaluate import sampling
 from gem_ds.evaluate.arguments import SamplingArguments
-from gem_ds.evaluate.completion import GenerationSettings
-from gem_ds.evaluate.generation import Transformers
+from gem_ds.evaluate.decoding import Transformers
+from gem_ds.evaluate.generation import GenerationSettings
 from gem_ds.evaluate.sampling import sample_all
 from gem_ds.files.delta import Delta
 from gem_ds.files.mask import Mask, WeightInfo, checksum

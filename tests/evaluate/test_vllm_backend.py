@@ -13,8 +13,7 @@ import pytest
 
 from gem_ds.evaluate import sampling
 from gem_ds.evaluate.arguments import SamplingArguments
-from gem_ds.evaluate.completion import GenerationSettings
-from gem_ds.evaluate.noise import sample_seed
+from gem_ds.evaluate.generation import GenerationSettings, sample_seed
 from gem_ds.evaluate.sampling import sample_all
 from tests.tiny_model import make_tiny
 
@@ -119,10 +118,10 @@ def test_requests_are_carried_to_vllm_and_its_answers_back(tiny, fake, monkeypat
             max_tokens=128 - len(ids),  # where the model's positions end
             stop=["zz", "</s>"],
             stop_token_ids=[1],  # a special token, which vLLM leaves out of the text
-            seed=sample_seed(5, *key),
+            seed=sample_seed(5, key),
         )
     assert [sample.key for sample in samples] == keys
-    assert [sample.completion for sample in samples] == [f" {sample_seed(5, *key)}" for key in keys]
+    assert [sample.completion for sample in samples] == [f" {sample_seed(5, key)}" for key in keys]
     assert [sample.finish_reason for sample in samples] == [
         *("stop", "eos", "stop", "eos", "length", "length"),
     ]
