@@ -27,9 +27,8 @@ from steps.training import Training
 from steps.turns import interval, take_turns
 from transformers import AutoModelForCausalLM
 
-from gem_ds.data.batches import Batches
+from gem_ds.data.batches import Batches, SummedLoss
 from gem_ds.distributed.process_group import init_distributed, leave_distributed
-from gem_ds.models.loss import SummedLoss
 from gem_ds.sparse.layers import calibrate as calibration
 from gem_ds.train.arguments import parse_arguments
 from gem_ds.train.prepare import prepare

@@ -92,7 +92,7 @@ def mask_of(tuning: SparseTuning, gradients: list[Tensor], total: int, method: s
             name=layer.name,
             numel=layer.numel,
             start=0,
-            weight=tuning.engine.read_shard(layer.weight),
+            weight=tuning.engine.weights.read_shard(layer.weight),
             gradient=gradient.clone(),
             device=gradient.device,
         )
@@ -100,7 +100,7 @@ def mask_of(tuning: SparseTuning, gradients: list[Tensor], total: int, method: s
     ]
     masks = [torch.zeros(shard.numel, dtype=torch.bool) for shard in shards]
     for one, index in zip(
-        masks, select_shards(shards, total, Solo(), method=method).indices, strict=True
+        masks, select_shards(shards, total, Solo(), rule=method).indices, strict=True
     ):
         one[index] = True
     return torch.cat(masks)

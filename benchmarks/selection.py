@@ -3,7 +3,7 @@
     python -m benchmarks.selection --ranks 1 2 4 --sizes 1024 2048 4096 --matrices 1 4
 
 Each rank has its own micro-batch. *sharded* is the library: each matrix's gradient is formed and
-reduced into the ranks' ranges (:class:`gem_ds.sparse.gradients.StatisticsSink`; on one rank
+reduced into the ranks' ranges (:class:`gem_ds.sparse.gradients.ShardSink`; on one rank
 :class:`sparse.gradients.BufferedSink`, as there), and :func:`select.selection.select_shards` takes
 1 % of the entries. *gathered* sums the whole gradients on every rank and calls ``torch.topk`` on
 the ratios, with equal budgets and no layer scores, so it does less. Rounds of the two are
@@ -32,7 +32,7 @@ from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.process_group import init_distributed
 from gem_ds.select.rules import TargetShard
 from gem_ds.select.selection import select_shards
-from gem_ds.sparse.gradients import BufferedSink, ShardReducer, StatisticsSink
+from gem_ds.sparse.gradients import BufferedSink, ShardReducer, ShardSink
 from gem_ds.sparse.layers import TargetLayer
 from tests.ranks import run_ranks
 
@@ -84,13 +84,13 @@ class Problem:
     def sharded(self) -> float:
         """Gradients into shards, and the selection; returns the seconds of the selection."""
         comm, reducer = self.comm, ShardReducer(self.comm)
-        sinks: list[StatisticsSink | BufferedSink] = []
+        sinks: list[ShardSink | BufferedSink] = []
         for layer in self.layers:
             if comm.world_size == 1:
                 sinks.append(BufferedSink(layer, comm, torch.zeros(self.numel), self.numel))
             else:
                 shard = torch.zeros(self.stop - self.start)
-                sinks.append(StatisticsSink(layer, reducer, self.partition, shard))
+                sinks.append(ShardSink(layer, reducer, self.partition, shard))
         for sink in sinks:
             sink(self.dy, self.x)
         reducer.finish()

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from gem_ds.files.delta import AppliedDelta, Delta, apply_delta
     from gem_ds.files.mask import Mask
     from gem_ds.select.selection import select_entries
+    from gem_ds.sparse.select_mask import select_mask
     from gem_ds.train.main import RunResult, finetune
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "apply_delta",
     "finetune",
     "select_entries",
+    "select_mask",
 ]
 
 _MODULES = {
@@ -29,6 +31,7 @@ _MODULES = {
     "apply_delta": "gem_ds.files.delta",
     "finetune": "gem_ds.train.main",
     "select_entries": "gem_ds.select.selection",
+    "select_mask": "gem_ds.sparse.select_mask",
 }
 
 

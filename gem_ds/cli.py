@@ -75,8 +75,7 @@ def _ending(error: Exception) -> tuple[str, int]:
     from safetensors import SafetensorError
 
     from gem_ds.comparison.runner import Interrupted
-    from gem_ds.distributed.comm import PeerError
-    from gem_ds.files.atomic import sentence_of
+    from gem_ds.errors import PeerError, sentence_of
 
     if isinstance(error, PeerError):
         return "", 1

@@ -41,7 +41,7 @@ import torch
 from gem_ds.distributed.comm import free_port
 
 CPU_ONLY = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-PRELOADED = ["gem_ds.distributed.engine", "transformers.models.llama.modeling_llama"]
+PRELOADED = ["deepspeed", "gem_ds.distributed.engine", "transformers.models.llama.modeling_llama"]
 GRACE = 2.0  # seconds that the other ranks get to report too, once one has failed
 
 

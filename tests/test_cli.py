@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from gem_ds import cli
 from gem_ds.comparison.runner import Interrupted
-from gem_ds.distributed.comm import PeerError
+from gem_ds.errors import PeerError
 
 
 def end(monkeypatch: pytest.MonkeyPatch, outcome: Any) -> int:

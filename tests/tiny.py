@@ -224,7 +224,7 @@ def make_engine(
     config = setting.config(comm.world_size, max_grad_norm, num_selected)
     settings = {"lr": 0.01} | adam
     engine = Engine(
-        model, [layers.gate], lambda params: SparseAdamW(params, **settings), config, comm
+        model, [layers.vector], lambda params: SparseAdamW(params, **settings), config, comm
     )
     return engine, layers
 

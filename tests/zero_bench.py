@@ -20,7 +20,8 @@ from transformers.pytorch_utils import Conv1D
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.optim import SparseAdamW
 from gem_ds.distributed.zero_config import RunShape, read_config, resolve_config
-from gem_ds.sparse.layers import GradientSink, TargetLayers
+from gem_ds.sparse.entries import SampledSink
+from gem_ds.sparse.layers import TargetLayers
 from gem_ds.sparse.sddmm import Pattern
 
 DS_CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"
@@ -206,12 +207,12 @@ class Bench:
         self.sizes = list(NUM_SELECTED.values())
         starts = itertools.accumulate(self.sizes, initial=0)
         self.sinks = [
-            GradientSink(self.layers.gate, start, Pattern.of(index, layer.shape))
+            SampledSink(layer, self.layers.vector, start, Pattern.of(index, layer.shape))
             for start, index, layer in zip(starts, self.indices, self.layers, strict=False)
         ]
         self.engine = Engine(
             model,
-            [self.layers.gate],
+            [self.layers.vector],
             lambda params: SparseAdamW(params, **ADAM),
             setting.config(comm.world_size),
             comm,
@@ -226,11 +227,11 @@ class Bench:
         return micro_batch(self.comm.rank, i, self.setting.torch_dtype)
 
     def gathered(self) -> Vectors:
-        """Every weight of the engine's model as DeepSpeed itself shows it, but the gate's."""
+        """Every weight of the engine's model as DeepSpeed itself shows it, but the trained one."""
         import deepspeed  # noqa: TID251
 
         named = dict(self.engine.model.named_parameters())
-        named.pop("gem_gate.values")
+        named.pop("gem_entries.values")
         if self.setting.stage < 3:
             return {name: parameter.data.clone() for name, parameter in named.items()}
         with deepspeed.zero.GatheredParameters(list(named.values())):
@@ -238,7 +239,7 @@ class Bench:
 
     def step_with(self, gradient: Tensor) -> bool:
         """Deliver ``gradient`` [K] as this rank's and step."""
-        self.engine.gate.gradient(0, gradient.numel(), gradient.device).add_(gradient)
+        self.engine.vectors[0].gradient(0, gradient.numel(), gradient.device).add_(gradient)
         x, _ = self.batch(0)
         with self.layers.sinks([lambda *_: None] * len(self.layers)):
             self.engine.backward(lambda model: model(x).sum() * 0.0, deliver=True)
@@ -249,9 +250,11 @@ class Bench:
         values = values.to(self.setting.torch_dtype)
         slices = values.split(self.sizes)
         for layer, index, part in zip(self.layers, self.indices, slices, strict=True):
-            low, high = self.engine.writable_range(layer.weight)
+            low, high = self.engine.weights.writable_range(layer.weight)
             own = (index >= low) & (index < high)
             start, count = int((index < low).sum()), int(own.sum())
-            self.engine.write_entries(layer.weight, index, part, slice(start, start + count))
+            self.engine.weights.write_entries(
+                layer.weight, index, part, slice(start, start + count)
+            )
             dense = self.dense.get_parameter(layer.name)
             dense.data.view(-1)[index.long()] = part

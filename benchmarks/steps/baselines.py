@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gem_ds.distributed.comm import Comm
-from gem_ds.distributed.dense import DenseEngine
-from gem_ds.distributed.engine import BaseEngine
+from gem_ds.distributed.engine import BaseEngine, DenseEngine
 from gem_ds.models.targets import targets_of
 from gem_ds.train.config import Arguments
 from gem_ds.train.optimizer import make_dense_optimizer

@@ -28,7 +28,7 @@ from scipy.stats import t as student
 from gem_ds.comparison.grid import Comparison
 from gem_ds.comparison.metrics import is_loss, metric_on
 from gem_ds.comparison.results import Predictions, read_predictions
-from gem_ds.select.methods import METHODS
+from gem_ds.train.methods import METHODS
 
 #: The method that the others are measured against, where it takes part; else it is the first.
 REFERENCE = METHODS[0]

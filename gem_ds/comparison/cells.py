@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gem_ds.comparison.grid import Comparison, Evaluation
-from gem_ds.select.methods import product_of
+from gem_ds.train.methods import product_of
 
 #: By what a method leaves, an evaluation's ``{model}`` and ``{weights}``.
 _MODEL_AND_WEIGHTS = {

@@ -39,7 +39,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 import yaml
 
 from gem_ds.data.tasks import task_names
-from gem_ds.select.methods import METHODS
+from gem_ds.train.methods import METHODS
 
 #: Flags that a comparison sets itself, or leaves out for all runs alike.
 OWN_FLAGS = (

@@ -33,7 +33,7 @@ from gem_ds.comparison.metrics import Unit
 from gem_ds.comparison.table import aim_of, finished
 from gem_ds.files.atomic import atomic_write
 from gem_ds.files.mask import Mask
-from gem_ds.select.methods import METHODS
+from gem_ds.train.methods import METHODS
 
 COLOURS = (
     *("#D55E00", "#E69F00", "#009E73", "#009E73", "#56B4E9", "#7F7F7F", "#CC79A7", "#000000"),

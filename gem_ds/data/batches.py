@@ -9,17 +9,20 @@ so a run resumes exactly on any number of ranks.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gem_ds.data.dataset import Dataset
 from gem_ds.distributed.comm import Comm
 
 _WINDOW = 50  # batches that are sorted together, as the transformers Trainer does it
+
+SummedLoss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
+"""Takes a model and a micro-batch; the loss summed over the micro-batch's items."""
 
 
 class Batches:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gem_ds.files.atomic import sentence_of
+from gem_ds.errors import PeerError, sentence_of
 
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
@@ -155,10 +155,6 @@ class Comm:
             if self.is_main:
                 raise
             raise PeerError(str(error)) from error
-
-
-class PeerError(RuntimeError):
-    """Rank 0 tells the user what went wrong; this rank only stops."""
 
 
 def free_port() -> int:

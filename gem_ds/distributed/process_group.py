@@ -15,12 +15,11 @@ from datetime import timedelta
 from io import StringIO
 from pathlib import Path
 
-import deepspeed
 import torch
-from deepspeed.accelerator import get_accelerator
 from torch.utils.cpp_extension import get_default_build_root
 
 from gem_ds.distributed.comm import Comm, free_port
+from gem_ds.distributed.weights import load_deepspeed
 
 #: Where launchers that set no RANK say how many processes they have started.
 _NUM_PROCESSES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
@@ -39,8 +38,9 @@ def init_distributed() -> Comm:
             )
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    deepspeed = load_deepspeed()
     deepspeed.utils.logger.setLevel(logging.ERROR)  # it warns of our optimizer, on each rank
-    accelerator = get_accelerator()
+    accelerator = deepspeed.accelerator.get_accelerator()
     if accelerator.device_name() == "cpu":
         _wait_for_locks(is_telling=os.environ.get("LOCAL_RANK", "0") == "0")
     else:
@@ -97,5 +97,6 @@ def _wait_for_locks(*, is_telling: bool) -> None:
 
 def leave_distributed() -> None:
     """Leave the process group; DeepSpeed forgets it too, so this process may join another."""
+    deepspeed = load_deepspeed()
     if deepspeed.comm.is_initialized():
         deepspeed.comm.destroy_process_group()

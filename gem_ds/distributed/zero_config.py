@@ -14,9 +14,9 @@ import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from gem_ds.train.config import Dtype
+Dtype = Literal["fp32", "bf16", "fp16"]
 
 _REFUSED_SECTIONS = {
     "optimizer": "GEM brings its own optimizer; set it with --learning_rate and its neighbours",

@@ -270,13 +270,6 @@ def _explained(path: Path) -> Iterator[None]:
         ) from error
 
 
-def sentence_of(error: Exception) -> str:
-    """What an error says to the user: for the OSErrors above, the sentence without its number."""
-    if isinstance(error, OSError) and error.filename is None and error.strerror:
-        return error.strerror
-    return str(error)
-
-
 def _error_number(error: OSError | SafetensorError) -> int | None:
     """The errno behind an exception; safetensors tells it only in the text of its own."""
     if isinstance(error, OSError):

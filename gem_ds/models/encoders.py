@@ -139,7 +139,7 @@ def initialise_head(model: nn.Module, names: Collection[str], std: float, seed: 
     """Set new parameters: matrices normal(0, std), biases 0.
 
     Args:
-        model: whole in this process (:func:`gem_ds.distributed.engine.whole_weights`).
+        model: whole in this process (:func:`gem_ds.distributed.weights.whole_weights`).
         names: of the new parameters.
         std: the configuration's ``initializer_range``.
         seed: of the run.

@@ -123,7 +123,7 @@ def load_for_training(
     Raises:
         ValueError: its files cannot be read, lack a weight or have it in another shape.
     """
-    from gem_ds.distributed.engine import partitioned_loading, whole_weights
+    from gem_ds.distributed.weights import partitioned_loading, whole_weights
 
     # At stage 3 loading is collective itself, and rank 0 alone sees a wrong shape, after it.
     together = comm.agreement() if zero_stage(deepspeed) < 3 else nullcontext()
@@ -261,14 +261,15 @@ def load_partitioned(files: ModelFiles, deepspeed: Mapping[str, Any]) -> PreTrai
     Raises:
         ValueError: As `load_weights`, on all ranks alike.
     """
-    from gem_ds.distributed import engine as zero
+    from gem_ds.distributed.engine import prepare_inference
+    from gem_ds.distributed.weights import partitioned_loading, whole_weights
 
-    with zero.partitioned_loading(dict(deepspeed)):
+    with partitioned_loading(dict(deepspeed)):
         model = _load_base(files)
     for part in _by_weight(files.delta) if files.delta is not None else ():
-        with zero.whole_weights(model, [*part.values, *part.head]):
+        with whole_weights(model, [*part.values, *part.head]):
             apply_delta(model, part)
-    zero.prepare_inference(model, dict(deepspeed))
+    prepare_inference(model, dict(deepspeed))
     return model
 
 

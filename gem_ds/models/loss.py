@@ -20,13 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gem_ds.data.batches import SummedLoss
 from gem_ds.distributed.comm import Comm
 from gem_ds.models.cross_entropy import summed_cross_entropy
 
 _OF_THE_LOSS = ("labels", "answer_positions")  # of a batch, what the model does not read
-
-SummedLoss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
-"""Takes a model and a micro-batch; the loss summed over the micro-batch's items."""
 
 
 def summed_answer_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

@@ -19,6 +19,7 @@ from typing import Literal
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from gem_ds.data.batches import SummedLoss
 from gem_ds.data.dataset import Dataset
 from gem_ds.data.encode import encode_candidates, encode_pairs, encode_texts
 from gem_ds.data.tasks import Example, Kind
@@ -28,7 +29,7 @@ from gem_ds.models.choices import (
     summed_candidate_loss,
     summed_pair_loss,
 )
-from gem_ds.models.loss import SummedLoss, summed_answer_loss
+from gem_ds.models.loss import summed_answer_loss
 
 Encode = Callable[[Sequence[Example], PreTrainedTokenizerBase, int], Dataset]
 """Examples, tokenizer and max_length to a dataset."""

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
+
+from gem_ds.sparse.layers import kind_of
 
 #: What architectures call their query and value projections.
 QUERY_VALUE_NAMES = (
@@ -49,7 +50,7 @@ def find_targets(
     patterns = list(target_modules) if target_modules else _default_targets(model, modules)
     if patterns == [ALL_LINEAR]:
         output = getattr(model, "get_output_embeddings", lambda: None)()
-        chosen = {n: m for n, m in modules.items() if _is_linear(m) and m is not output}
+        chosen = {n: m for n, m in modules.items() if kind_of(m) and m is not output}
     else:
         chosen = _matching(modules, patterns)
     owners: dict[int, list[str]] = {}
@@ -57,7 +58,7 @@ def find_targets(
         owners.setdefault(id(parameter), []).append(name)
     targets: dict[str, nn.Module] = {}
     for name, module in chosen.items():
-        if not _is_linear(module):
+        if kind_of(module) is None:
             raise ValueError(
                 f"--target_modules {' '.join(patterns)} matches {name}, a "
                 f"{type(module).__name__}: only linear layers can be targets."
@@ -74,13 +75,6 @@ def find_targets(
     return dict(sorted(targets.items(), key=lambda item: order[item[0]]))
 
 
-def _is_linear(module: nn.Module) -> bool:
-    """A subclass that computes something else of its weight cannot stand in for a linear layer."""
-    return type(module).forward in (nn.Linear.forward, Conv1D.forward) or (
-        type(module).__name__ == "FalconLinear"  # the same product, written out
-    )
-
-
 def _matching(modules: dict[str, nn.Module], patterns: list[str]) -> dict[str, nn.Module]:
     chosen: dict[str, nn.Module] = {}
     for pattern in patterns:
@@ -88,7 +82,7 @@ def _matching(modules: dict[str, nn.Module], patterns: list[str]) -> dict[str, n
         if not matching and len(patterns) == 1:
             matching = {n: m for n, m in modules.items() if _full_match(pattern, n)}
         if not matching:
-            linear = {n.rpartition(".")[2] for n, m in modules.items() if _is_linear(m)}
+            linear = {n.rpartition(".")[2] for n, m in modules.items() if kind_of(m)}
             raise ValueError(
                 f"--target_modules {pattern} matches no module of this model; its linear layers "
                 f"are named {', '.join(sorted(linear))}."
@@ -110,7 +104,7 @@ def _full_match(pattern: str, name: str) -> bool:
 def _default_targets(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
     config: Any = getattr(model, "config", None)
     model_type = getattr(config, "model_type", type(model).__name__)
-    linear = {name.rpartition(".")[2] for name, module in modules.items() if _is_linear(module)}
+    linear = {name.rpartition(".")[2] for name, module in modules.items() if kind_of(module)}
     for pair in QUERY_VALUE_NAMES:
         if linear.issuperset(pair):
             return list(pair)

@@ -22,7 +22,7 @@ from gem_ds.models.load import DTYPES
 from gem_ds.planning.gathers import Gathers
 from gem_ds.planning.live import LiveBytes
 from gem_ds.planning.subject import Subject
-from gem_ds.select.methods import CALIBRATED_METHODS, SPARSE_METHODS
+from gem_ds.select.rules import CALIBRATED_METHODS, SPARSE_METHODS
 from gem_ds.sparse.gradients import buffered_layers
 from gem_ds.sparse.layers import TargetLayer
 from gem_ds.train.config import Arguments

@@ -15,8 +15,9 @@ from gem_ds.models.encoders import auto_class, head_names, is_encoder, num_posit
 from gem_ds.models.load import DTYPES, enable_checkpointing
 from gem_ds.models.loss import chunked_answer_loss, plain_output_layer, summed_answer_loss
 from gem_ds.planning.live import LiveBytes, flash_attention
-from gem_ds.select.methods import SPARSE_METHODS
-from gem_ds.sparse.layers import DenseGradientSink, Sink, TargetLayer, TargetLayers, drop
+from gem_ds.select.rules import SPARSE_METHODS
+from gem_ds.sparse.entries import WholeSink
+from gem_ds.sparse.layers import Sink, TargetLayer, TargetLayers, drop
 from gem_ds.sparse.sddmm import choose_kernel
 from gem_ds.sparse.sddmm.memory import temporary_bytes
 from gem_ds.train.config import Arguments
@@ -65,13 +66,13 @@ class Subject:
                 enable_checkpointing(model)
             self.model = self._prepare(model, targets)
         self.model.train()
-        gates = [part.gate for part in (self.layers, self.head_layers) if part is not None]
-        values = {id(gate.values) for gate in gates}
+        vectors = [part.vector for part in (self.layers, self.head_layers) if part is not None]
+        values = {id(vector.values) for vector in vectors}
         self.weights = [p for p in self.model.parameters() if id(p) not in values]
         self.trained = [p for p in self.weights if p.requires_grad]
         self.num_selected = targets.budget if self.layers is not None else 0
         self.num_trained = sum(p.numel() for p in self.trained)
-        self.num_trained += sum(gate.num_entries for gate in gates)
+        self.num_trained += sum(vector.num_entries for vector in vectors)
         self._loss = self._answer_loss() if not is_encoder(config) else _summed_logits
 
     def _prepare(self, model: Any, targets: Targets) -> Any:
@@ -89,13 +90,13 @@ class Subject:
         """Run the last micro-batch of a step, forward and backward."""
         with ExitStack() as stack:
             if self.layers is not None:
-                self.layers.gate.open = True
+                self.layers.vector.delivers = True
                 stack.enter_context(self.layers.sinks(self._training_sinks(self.layers)))
             if (head := self.head_layers) is not None:
-                head.gate.open = True
+                head.vector.delivers = True
                 # The place changes no size, and biases are few.
-                sink = DenseGradientSink(head.gate, 0, None)
-                stack.enter_context(head.sinks([sink] * len(head)))
+                sinks = [WholeSink(layer, head.vector, 0, None) for layer in head]
+                stack.enter_context(head.sinks(sinks))
             self._run(live)
 
     def calibrate(self, live: LiveBytes, take: Callable[[TargetLayer, Tensor], None]) -> None:
@@ -108,7 +109,7 @@ class Subject:
         assert self.layers is not None, "nothing is calibrated"
         parts = [part for part in (self.layers, self.head_layers) if part is not None]
         for part in parts:
-            part.gate.open = False
+            part.vector.delivers = False
         sinks = [
             lambda dy, x, layer=layer: take(layer, dy)  # type: ignore[misc]
             for layer in self.layers
@@ -174,18 +175,18 @@ class Subject:
         sinks: list[Sink] = []
         start = 0
         for layer in layers:
-            stop = start + layers.gate.num_entries * layer.numel // available
+            stop = start + layers.vector.num_entries * layer.numel // available
             sinks.append(self._sink(layer, start, stop))
             start = stop
         return sinks
 
     def _sink(self, layer: TargetLayer, start: int, stop: int) -> Sink:
-        """Holds what the kernel would, and the gate's buffer."""
+        """Holds what the kernel would, and the vector's buffer."""
         assert self.layers is not None
-        gate, kernel = self.layers.gate, self.args.method.sddmm_kernel
+        vector, kernel = self.layers.vector, self.args.method.sddmm_kernel
 
         def sink(dy: Tensor, x: Tensor) -> None:
-            gate.gradient(start, stop - start, dy.device)
+            vector.gradient(start, stop - start, dy.device)
             device = "cpu" if self.on_cpu else "cuda"
             name = (
                 choose_kernel(device, dy.dtype, layer.shape, stop - start)

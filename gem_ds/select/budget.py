@@ -47,8 +47,8 @@ def total_budget(density: float | str | Decimal, num_parameters: int) -> int:
     return total
 
 
-def allocate_budget(scores: Sequence[float], sizes: Sequence[int], total: int) -> list[int]:
-    """Share ``total`` entries among the layers in proportion to their scores.
+def allocate_budget(scores: Sequence[float], sizes: Sequence[int], budget: int) -> list[int]:
+    """Share ``budget`` entries among the layers in proportion to their scores.
 
     A layer whose ideal share reaches its size gets all its entries and leaves; the others share
     what remains, and so on. Those still there get the floors of their ideal shares, and what is
@@ -58,18 +58,18 @@ def allocate_budget(scores: Sequence[float], sizes: Sequence[int], total: int) -
     Args:
         scores: per layer s_l, finite and non-negative.
         sizes: per layer the number of its entries, n_l.
-        total: K, from 0 to ``sum(sizes)``.
+        budget: K, from 0 to ``sum(sizes)``.
 
     Returns:
-        Per layer k_l, with ``0 <= k_l <= n_l`` and a sum of ``total``.
+        Per layer k_l, with ``0 <= k_l <= n_l`` and a sum of ``budget``.
 
     Raises:
-        ValueError: if ``total`` is out of range, or a score is negative or not finite.
+        ValueError: if ``budget`` is out of range, or a score is negative or not finite.
     """
     assert len(scores) == len(sizes), "one score and one size per layer"
-    if not 0 <= total <= sum(sizes):
+    if not 0 <= budget <= sum(sizes):
         raise ValueError(
-            f"The budget is {total} entries, but the target matrices hold {sum(sizes)}: lower the "
+            f"The budget is {budget} entries, but the target matrices hold {sum(sizes)}: lower the "
             "density or target more modules."
         )
     if not all(math.isfinite(score) and score >= 0 for score in scores):
@@ -79,31 +79,31 @@ def allocate_budget(scores: Sequence[float], sizes: Sequence[int], total: int) -
         )
     budgets = list(sizes)
     remaining = list(range(len(sizes)))
-    left = total
+    left = budget
     while remaining:
         shares = _ideal_shares([scores[i] for i in remaining], [sizes[i] for i in remaining], left)
         open_layers = [i for i, share in zip(remaining, shares, strict=True) if share < sizes[i]]
         if len(open_layers) == len(remaining):
-            for i, budget in zip(remaining, _round_to_sum(shares, left), strict=True):
-                budgets[i] = budget
+            for i, share in zip(remaining, _round_to_sum(shares, left), strict=True):
+                budgets[i] = share
             break
         left -= sum(sizes[i] for i in remaining) - sum(sizes[i] for i in open_layers)
         remaining = open_layers
-    assert sum(budgets) == total, "budgets sum to K"
+    assert sum(budgets) == budget, "budgets sum to K"
     return budgets
 
 
-def _ideal_shares(scores: Sequence[float], sizes: Sequence[int], total: int) -> list[Fraction]:
-    """``total`` in exact proportion to the scores, or to the sizes if all scores are 0."""
+def _ideal_shares(scores: Sequence[float], sizes: Sequence[int], budget: int) -> list[Fraction]:
+    """``budget`` in exact proportion to the scores, or to the sizes if all scores are 0."""
     weights = [Fraction(w) for w in (scores if any(scores) else sizes)]
-    unit = Fraction(total) / (sum(weights) or 1)
+    unit = Fraction(budget) / (sum(weights) or 1)
     return [weight * unit for weight in weights]
 
 
-def _round_to_sum(shares: Sequence[Fraction], total: int) -> list[int]:
-    """Floors, plus one for the largest remainders (the first of equals) until ``total`` is met."""
+def _round_to_sum(shares: Sequence[Fraction], budget: int) -> list[int]:
+    """Floors, plus one for the largest remainders (the first of equals) until ``budget`` is met."""
     floors = [math.floor(share) for share in shares]
     by_remainder = sorted(range(len(shares)), key=lambda i: floors[i] - shares[i])
-    for i in by_remainder[: total - sum(floors)]:
+    for i in by_remainder[: budget - sum(floors)]:
         floors[i] += 1
     return floors

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gem_ds.select.budget import allocate_budget
 from gem_ds.select.rules import RULES, TargetShard
 from gem_ds.select.scores import Group, Solo
 from gem_ds.select.topk import top_k_indices
@@ -42,13 +41,13 @@ class Selection:
 
 def select_shards(
     shards: Sequence[TargetShard],
-    total: int,
+    budget: int,
     group: Group,
     *,
-    method: str = "gem",
+    rule: str = "gem",
     seed: int = 0,
 ) -> Selection:
-    """Select ``total`` entries of the matrices whose ranges the ranks hold.
+    """Select ``budget`` entries of the matrices whose ranges the ranks hold.
 
     The layers' scores are the same bits on every rank and the budgets follow from them in exact
     arithmetic, so each rank computes its own copy and nothing needs to be broadcast.
@@ -56,24 +55,23 @@ def select_shards(
     Args:
         shards: this rank's ranges, the layers in the same order on every rank. The ranges of a
             matrix ascend with the rank and cover it. Gradients are consumed.
-        total: K, the number of entries to select, from 1 to the sum of ``numel``.
+        budget: K, the number of entries to select, from 1 to the sum of ``numel``.
         group: the ranks.
-        method: one of :data:`gem_ds.select.methods.SPARSE_METHODS`.
-        seed: of methods that choose by chance.
+        rule: one of :data:`gem_ds.select.rules.RULES`.
+        seed: of rules that choose by chance.
 
     Returns:
         The selection; equal scores go to the lowest flat index, on any number of ranks.
 
     Raises:
-        ValueError: on every rank alike, if a score is not finite or ``total`` is out of range.
+        ValueError: on every rank alike, if a score is not finite or ``budget`` is out of range.
     """
     names = [shard.name for shard in shards]
     numels = [shard.numel for shard in shards]
-    _check_total(total, numels)
-    rule = RULES[method]
-    scores = [rule.entry_score(shard, seed) for shard in shards]
-    layer_scores = rule.layer_score(scores, shards, total, group)
-    budgets = allocate_budget(layer_scores, numels, total)
+    _check_budget(budget, numels)
+    chosen = RULES[rule]
+    scores = chosen.entry_score(shards, group, seed)
+    budgets, layer_scores = chosen.budgets(scores, shards, budget, group)
     indices = top_k_indices(scores, [shard.start for shard in shards], budgets, group)
     return Selection(
         names=names, numels=numels, layer_scores=layer_scores, budgets=budgets, indices=indices
@@ -82,27 +80,27 @@ def select_shards(
 
 @torch.no_grad()
 def select_entries(
-    gradients: Mapping[str, Tensor], weights: Mapping[str, Tensor], total: int
+    gradients: Mapping[str, Tensor], weights: Mapping[str, Tensor], budget: int
 ) -> dict[str, Tensor]:
-    """Select the ``total`` entries that GEM would train, from dense tensors in one process.
+    """Select the ``budget`` entries that GEM would train, from dense tensors in one process.
 
     Args:
         gradients: by parameter name, the gradient of the summed calibration loss. Any shape and
             floating dtype, contiguous or not; not modified.
         weights: by the same names, the weights, of the same shapes. Their order is the order of
             the layers, in which ties between budgets are broken.
-        total: K, the number of entries to select, from 1 to the number of entries given.
+        budget: K, the number of entries to select, from 1 to the number of entries given.
 
     Returns:
         By name, in the order of ``weights``, the sorted flat (row-major) indices, int64 [k_l], on
         the gradient's device.
 
     Raises:
-        ValueError: if names, shapes or dtypes do not fit, ``total`` is out of range, or a
+        ValueError: if names, shapes or dtypes do not fit, ``budget`` is out of range, or a
             gradient-to-weight ratio is not finite.
     """
     _check_tensors(gradients, weights)
-    _check_total(total, [weight.numel() for weight in weights.values()])
+    _check_budget(budget, [weight.numel() for weight in weights.values()])
     device = next(iter(gradients.values())).device  # a model may lie on several
     shards = [
         TargetShard(
@@ -115,17 +113,17 @@ def select_entries(
         )
         for name, weight in weights.items()
     ]
-    selection = select_shards(shards, total, Solo())
+    selection = select_shards(shards, budget, Solo())
     return {
         name: index.to(gradients[name].device)
         for name, index in zip(selection.names, selection.indices, strict=True)
     }
 
 
-def _check_total(total: int, numels: Sequence[int]) -> None:
-    if not 1 <= total <= sum(numels):
+def _check_budget(budget: int, numels: Sequence[int]) -> None:
+    if not 1 <= budget <= sum(numels):
         raise ValueError(
-            f"{total} entries cannot be selected from target matrices that hold {sum(numels)}: "
+            f"{budget} entries cannot be selected from target matrices that hold {sum(numels)}: "
             "change the density or the target modules."
         )
 

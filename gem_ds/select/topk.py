@@ -65,22 +65,22 @@ def top_k_indices(
     ]
 
 
-def count_among_largest(scores: Sequence[Tensor], total: int, group: Group) -> list[int]:
-    """How many entries of each layer are among the ``total`` largest of all layers together.
+def count_among_largest(scores: Sequence[Tensor], budget: int, group: Group) -> list[int]:
+    """How many entries of each layer are among the ``budget`` largest of all layers together.
 
     Equal scores go to the earlier layer.
 
     Args:
         scores: as :func:`top_k_indices`.
-        total: at most the entries of all layers.
+        budget: at most the entries of all layers.
         group: the ranks that hold the other ranges.
 
     Returns:
-        Per layer a count, the same on every rank, ``total`` in all.
+        Per layer a count, the same on every rank, ``budget`` in all.
     """
     candidates = [shard.view(torch.int32) for shard in scores]
     above = torch.zeros(len(scores), dtype=torch.int64, device=scores[0].device)
-    left = above.new_tensor([total])
+    left = above.new_tensor([budget])
     for shift, width in _DIGITS:
         histograms = torch.stack([_histogram(bits, shift, width) for bits in candidates])
         group.all_reduce(histograms, "sum")

@@ -17,17 +17,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from gem_ds.data.batches import Batches
+from gem_ds.data.batches import Batches, SummedLoss
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.engine import Engine
-from gem_ds.models.loss import SummedLoss
-from gem_ds.select.methods import CALIBRATED_METHODS
-from gem_ds.select.rules import TargetShard
+from gem_ds.select.rules import RULES, TargetShard
 from gem_ds.select.selection import Selection, select_shards
 from gem_ds.sparse.gradients import ShardReducer, make_sinks
-from gem_ds.sparse.layers import TargetLayers
+from gem_ds.sparse.layers import TargetLayer, TargetLayers
 
 #: The backward runs on the mean loss of a micro-batch times this, so that half-precision gradients
 #: stay in range; a power of two, so that taking it out again does not round.
@@ -39,26 +38,26 @@ def calibrate(
     layers: TargetLayers,
     batches: Batches,
     summed_loss: SummedLoss,
-    total: int,
+    budget: int,
     progress: Callable[[], None] = lambda: None,
     *,
-    method: str = "gem",
+    rule: str = "gem",
     seed: int = 0,
     buffer_gb: float = 0.0,
 ) -> Selection:
-    """Score every target entry over one epoch of ``batches`` and select ``total`` of them.
+    """Score every target entry over one epoch of ``batches`` and select ``budget`` of them.
 
-    A method that looks at no gradient reads no batch.
+    A rule that looks at no gradient reads no batch.
 
     Args:
         engine: holds the model; its weights are read, none is changed.
         layers: the target layers.
         batches: the calibration examples.
         summed_loss: the loss of one micro-batch, summed over its items.
-        total: K.
+        budget: K.
         progress: called after each step.
-        method: one of :data:`gem_ds.select.methods.SPARSE_METHODS`.
-        seed: of methods that choose by chance.
+        rule: one of :data:`gem_ds.select.rules.RULES`.
+        seed: of rules that choose by chance.
         buffer_gb: as :func:`sum_gradients`.
 
     Returns:
@@ -68,20 +67,20 @@ def calibrate(
         ValueError: the loss or a score is not finite, or no gradient reaches a target.
     """
     gradients: Sequence[Tensor | None] = [None] * len(layers)
-    if method in CALIBRATED_METHODS:
+    if RULES[rule].needs_gradient:
         gradients = sum_gradients(
             engine, layers, batches, summed_loss, progress, buffer_gb=buffer_gb
         )
-    return select(engine, layers, gradients, total, method=method, seed=seed)
+    return select(engine, layers, gradients, budget, rule=rule, seed=seed)
 
 
 def select(
     engine: Engine,
     layers: TargetLayers,
     gradients: Sequence[Tensor | None],
-    total: int,
+    budget: int,
     *,
-    method: str = "gem",
+    rule: str = "gem",
     seed: int = 0,
 ) -> Selection:
     """Score and select by gradients that are there: the second half of :func:`calibrate`.
@@ -89,10 +88,10 @@ def select(
     Args:
         engine: holds the model, whose weights are read.
         layers: the target layers.
-        gradients: of :func:`sum_gradients`, consumed; None each for a method that looks at none.
-        total: K.
-        method: one of :data:`gem_ds.select.methods.SPARSE_METHODS`.
-        seed: of methods that choose by chance.
+        gradients: of :func:`sum_gradients`, consumed; None each for a rule that looks at none.
+        budget: K.
+        rule: one of :data:`gem_ds.select.rules.RULES`.
+        seed: of rules that choose by chance.
 
     Returns:
         This rank's part of the selection.
@@ -102,19 +101,19 @@ def select(
     """
     shards = []
     for layer, gradient in zip(layers, gradients, strict=True):
-        start, _ = engine.shard_range(layer.weight)
+        start, _ = engine.weights.shard_range(layer.weight)
         shards.append(
             TargetShard(
                 name=layer.name,
                 numel=layer.numel,
                 start=start,
                 gradient=gradient,
-                weight=engine.read_shard(layer.weight),
+                weight=engine.weights.read_shard(layer.weight),
                 device=engine.device,
             )
         )
     with engine.comm.in_unison():
-        return select_shards(shards, total, engine.comm, method=method, seed=seed)
+        return select_shards(shards, budget, engine.comm, rule=rule, seed=seed)
 
 
 def sum_gradients(
@@ -138,22 +137,24 @@ def sum_gradients(
             network once (:func:`gem_ds.sparse.gradients.buffered_layers`).
 
     Returns:
-        Per layer, this rank's range (:meth:`Engine.shard_range`) of the flat gradient, fp32.
+        Per layer, this rank's range (:meth:`Weights.shard_range`) of the flat gradient, fp32.
 
     Raises:
         ValueError: the loss is not finite, or no gradient reaches a target.
     """
     reducer = ShardReducer(engine.comm)
-    sinks = make_sinks(engine, layers, reducer, buffer_gb)
+    sinks = make_sinks(engine.weights, layers, reducer, buffer_gb)
     engine.model.eval()  # no dropout: the gradient at the base weights is not a random quantity
-    with layers.sinks(sinks), _checkpointing_in_eval_mode(engine.model):
+    with layers.sinks(sinks), checkpointing_in_eval_mode(engine.model):
         for step, counts in enumerate(_largest_num_items(batches, engine.comm)):
             num_broken = torch.zeros((), device=engine.device)
             for batch, num_items in zip(batches.micro_batches(step), counts, strict=True):
                 for sink in sinks:
                     sink.scale = num_items / LOSS_SCALE
 
-                def mean_loss(model: nn.Module, batch: dict = batch, n: int = num_items) -> Tensor:
+                def mean_loss(
+                    model: nn.Module, batch: dict[str, Tensor] = batch, n: int = num_items
+                ) -> Tensor:
                     return summed_loss(model, batch) / n
 
                 loss = engine.backward(mean_loss, deliver=False, loss_scale=LOSS_SCALE)
@@ -167,8 +168,10 @@ def sum_gradients(
                     )
             progress()
     shards = [sink.take() for sink in sinks]
+    reached = torch.tensor([float(shard.any()) for shard in shards], device=engine.device)
+    engine.comm.all_reduce(reached, "max")
     with engine.comm.in_unison():
-        _refuse_without_gradient(layers, shards, engine.comm)
+        refuse_unreached(layers, reached.bool().tolist())
     return shards
 
 
@@ -179,11 +182,12 @@ def _largest_num_items(batches: Batches, comm: Comm) -> list[list[int]]:
     """
     own = [batches.num_items_by_micro_batch(step) for step in range(batches.steps_per_epoch)]
     largest = comm.all_reduce(torch.tensor(own, device=comm.device), "max")
-    return largest.clamp_(min=1).tolist()
+    counts: list[list[int]] = largest.clamp_(min=1).tolist()
+    return counts
 
 
 @contextmanager
-def _checkpointing_in_eval_mode(model: nn.Module) -> Iterator[None]:
+def checkpointing_in_eval_mode(model: nn.Module) -> Iterator[None]:
     """Checkpoint the blocks that training checkpoints; transformers itself does in train mode only.
 
     Without it calibration would need more memory than the training that it prepares.
@@ -194,7 +198,7 @@ def _checkpointing_in_eval_mode(model: nn.Module) -> Iterator[None]:
         if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
     ]
     for block in blocks:
-        block.forward = partial(block._gradient_checkpointing_func, block.forward)
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     try:
         yield
     finally:
@@ -202,10 +206,9 @@ def _checkpointing_in_eval_mode(model: nn.Module) -> Iterator[None]:
             del block.forward
 
 
-def _refuse_without_gradient(layers: TargetLayers, shards: list[Tensor], comm: Comm) -> None:
-    reached = torch.tensor([float(shard.any()) for shard in shards], device=comm.device)
-    comm.all_reduce(reached, "max")
-    flags = zip(layers, reached.tolist(), strict=True)
+def refuse_unreached(layers: Sequence[TargetLayer], reached: Sequence[bool]) -> None:
+    """Raise a ValueError that names the layers whose gradient is zero."""
+    flags = zip(layers, reached, strict=True)
     if unreached := [layer.name for layer, flag in flags if not flag]:
         raise ValueError(
             f"No gradient reaches {', '.join(unreached)}: leave such layers out of "

@@ -16,16 +16,53 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
 from gem_ds.distributed.comm import Comm
-from gem_ds.distributed.engine import Engine, numel
+from gem_ds.distributed.engine import Engine
+from gem_ds.distributed.weights import numel, shape_of
 from gem_ds.files.mask import index_dtype
-from gem_ds.sparse.layers import DenseGradientSink, Gate, GradientSink, TargetLayers
+from gem_ds.sparse.flat_values import FlatValues
+from gem_ds.sparse.layers import TargetLayer, TargetLayers
 from gem_ds.sparse.sddmm import Pattern, choose_kernel
+
+
+@dataclass(frozen=True)
+class SampledSink:
+    """Adds the gradient at one layer's selected entries to its slice of the vector's buffer."""
+
+    layer: TargetLayer
+    vector: FlatValues
+    start: int  # of this layer's slice
+    pattern: Pattern
+    kernel: str = "auto"
+
+    def __call__(self, *factors: Tensor) -> None:
+        """Add the gradient of one backward."""
+        out = self.vector.gradient(self.start, self.pattern.num_entries, factors[0].device)
+        self.layer.add_gradient_at(out, *factors, pattern=self.pattern, kernel=self.kernel)
+
+
+@dataclass(frozen=True)
+class WholeSink:
+    """Adds the whole gradient of a linear layer, and of its bias, to the vector's buffer."""
+
+    layer: TargetLayer
+    vector: FlatValues
+    start: int  # of the weight's slice
+    bias_start: int | None
+
+    def __call__(self, dy: Tensor, x: Tensor) -> None:
+        """Add the gradient of one backward."""
+        out = self.vector.gradient(self.start, self.layer.numel, dy.device)
+        self.layer.add_whole_gradient(out.view(self.layer.shape), dy, x, scale=1.0)
+        if self.bias_start is not None:
+            bias = self.vector.gradient(self.bias_start, dy.shape[1], dy.device)
+            bias += dy.sum(dim=0, dtype=torch.float32)
 
 
 class TrainedEntries:
@@ -33,34 +70,34 @@ class TrainedEntries:
 
     Args:
         engine: holds the model.
-        gate: holds the flat vector.
+        vector: the flat vector.
         parameters: the parameters, by name.
         flat_indices: per parameter all trained flat indices, int [k_l], ascending.
 
     Attributes:
         flat_indices: the same, on the engine's device, in the smallest dtype that fits.
         starts: per parameter where its slice of the flat vector begins.
-        total: K.
+        num_entries: K.
     """
 
     def __init__(
         self,
         engine: Engine,
-        gate: Gate,
+        vector: FlatValues,
         parameters: Mapping[str, nn.Parameter],
         flat_indices: Sequence[Tensor],
     ) -> None:
         self.engine = engine
-        self.gate = gate
+        self.vector = vector
         self.parameters = dict(parameters)
         self.flat_indices = [
             index.to(engine.device, index_dtype(numel(parameter)))
             for parameter, index in zip(parameters.values(), flat_indices, strict=True)
         ]
-        *self.starts, self.total = accumulate((i.numel() for i in flat_indices), initial=0)
-        assert self.total == gate.num_entries, "the gate was made for another K"
+        *self.starts, self.num_entries = accumulate((i.numel() for i in flat_indices), initial=0)
+        assert self.num_entries == vector.num_entries, "the vector was made for another K"
         self._writable = [
-            _part(index, engine.writable_range(parameter))
+            _part(index, engine.weights.writable_range(parameter))
             for parameter, index in zip(parameters.values(), self.flat_indices, strict=True)
         ]
 
@@ -72,12 +109,12 @@ class TrainedEntries:
     @property
     def shapes(self) -> list[tuple[int, ...]]:
         """The whole parameters' shapes."""
-        return [tuple(getattr(p, "ds_shape", p.shape)) for p in self.parameters.values()]
+        return [shape_of(parameter) for parameter in self.parameters.values()]
 
-    def split(self, vector: Tensor) -> dict[str, Tensor]:
+    def split(self, numbers: Tensor) -> dict[str, Tensor]:
         """Cut a flat vector [K] into the parameters' slices, by name."""
         sizes = [index.numel() for index in self.flat_indices]
-        return dict(zip(self.names, vector.split(sizes), strict=True))
+        return dict(zip(self.names, numbers.split(sizes), strict=True))
 
     def read(self) -> Tensor:
         """The parameters' present values at the entries: [K] in the model's dtype, on every rank.
@@ -86,13 +123,13 @@ class TrainedEntries:
         over the ranks keeps every bit, the sign of zero included.
         """
         engine = self.engine
-        values = torch.zeros(self.total, dtype=engine.dtype, device=engine.device)
+        values = torch.zeros(self.num_entries, dtype=engine.dtype, device=engine.device)
         for parameter, start, index in zip(
             self.parameters.values(), self.starts, self.flat_indices, strict=True
         ):
-            bounds = engine.shard_range(parameter)
+            bounds = engine.weights.shard_range(parameter)
             own = _part(index, bounds)
-            shard = engine.read_shard(parameter)
+            shard = engine.weights.read_shard(parameter)
             shard_index = (index[own] - bounds[0]).to(shard.device)
             values[start + own.start : start + own.stop] = shard[shard_index]
         bits = values.view(torch.int16 if values.element_size() == 2 else torch.int32)
@@ -105,11 +142,11 @@ class TrainedEntries:
         for (name, parameter), index, own in zip(
             self.parameters.items(), self.flat_indices, self._writable, strict=True
         ):
-            self.engine.write_entries(parameter, index, slices[name], own)
+            self.engine.weights.write_entries(parameter, index, slices[name], own)
 
     def values(self) -> Tensor:
         """The flat vector [K] in the model's dtype, whole, on every rank."""
-        return self.engine.gather_values(self.gate)
+        return self.engine.gather_values(self.vector)
 
     def start_from_weights(self) -> Tensor:
         """Set the masters to the entries as they are, with fresh moments; returns ``read()``."""
@@ -119,9 +156,9 @@ class TrainedEntries:
 
     def start_from(self, values: Tensor) -> None:
         """Set the masters to ``values`` [K], with fresh moments; the weights are as they were."""
-        zeros = torch.zeros(self.total, dtype=torch.float32, device=values.device)
+        zeros = torch.zeros(self.num_entries, dtype=torch.float32, device=values.device)
         state = {"master": values.float(), "exp_avg": zeros, "exp_avg_sq": zeros}
-        self.engine.set_state(state, num_updates=0, gate=self.gate)
+        self.engine.set_state(state, num_updates=0, vector=self.vector)
 
 
 class SelectedEntries(TrainedEntries):
@@ -144,7 +181,7 @@ class SelectedEntries(TrainedEntries):
         self.layers = layers
         self.kernel = kernel
         weights = {layer.name: layer.weight for layer in layers}
-        super().__init__(engine, layers.gate, weights, flat_indices)
+        super().__init__(engine, layers.vector, weights, flat_indices)
         self._patterns = [
             Pattern.of(index, layer.shape)
             for layer, index in zip(layers, self.flat_indices, strict=True)
@@ -154,11 +191,11 @@ class SelectedEntries(TrainedEntries):
         """While the block lasts, backward passes collect the entries' gradient."""
         return self.layers.sinks(self.sinks())
 
-    def sinks(self) -> list[GradientSink]:
+    def sinks(self) -> list[SampledSink]:
         """Per layer, what collects the gradient of its entries."""
         return [
-            GradientSink(self.gate, start, pattern, self.kernel)
-            for start, pattern in zip(self.starts, self._patterns, strict=True)
+            SampledSink(layer, self.vector, start, pattern, self.kernel)
+            for layer, start, pattern in zip(self.layers, self.starts, self._patterns, strict=True)
         ]
 
     def kernels(self) -> list[str]:
@@ -181,17 +218,17 @@ class HeadEntries(TrainedEntries):
         self.layers = layers
         parameters = head_parameters(layers.modules())
         indices = [torch.arange(numel(parameter)) for parameter in parameters.values()]
-        super().__init__(engine, layers.gate, parameters, indices)
+        super().__init__(engine, layers.vector, parameters, indices)
 
     def training(self) -> AbstractContextManager[None]:
         """While the block lasts, backward passes collect the entries' gradient."""
         return self.layers.sinks(self.sinks())
 
-    def sinks(self) -> list[DenseGradientSink]:
+    def sinks(self) -> list[WholeSink]:
         """Per layer, what collects the gradient of its weight and bias."""
         starts = dict(zip(self.names, self.starts, strict=True))
         return [
-            DenseGradientSink(self.gate, starts[layer.name], starts.get(_bias_name(layer.name)))
+            WholeSink(layer, self.vector, starts[layer.name], starts.get(_bias_name(layer.name)))
             for layer in self.layers
         ]
 

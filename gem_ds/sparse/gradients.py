@@ -3,7 +3,7 @@
 In each backward a layer hands its sink (x, dy), and the dense gradient ``dy^T x`` of one
 micro-batch is formed. Where it goes is the sink's kind:
 
-* :class:`StatisticsSink` sums it over the ranks into the ranges, at once, and drops it. The
+* :class:`ShardSink` sums it over the ranks into the ranges, at once, and drops it. The
   reduction of one layer runs while the backward goes on to the next one.
 * :class:`BufferedSink` adds it to a whole gradient on this rank, which crosses the network once, at
   the end. That takes memory (:func:`buffered_layers`), except on one rank, where the range is the
@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 
 from gem_ds.distributed.comm import Comm
-from gem_ds.distributed.engine import Engine
+from gem_ds.distributed.weights import Weights
 from gem_ds.sparse.layers import TargetLayer
-from gem_ds.sparse.sddmm import add_product, product
 
 _BYTES = 4  # of an fp32 number
 
@@ -58,7 +57,7 @@ class ShardReducer:
 
 
 @dataclass
-class StatisticsSink:
+class ShardSink:
     """Sums one layer's dense gradient into this rank's range of it, micro-batch by micro-batch.
 
     Attributes:
@@ -73,13 +72,12 @@ class StatisticsSink:
     shard: Tensor
     scale: float = 1.0
 
-    def __call__(self, dy: Tensor, x: Tensor) -> None:
+    def __call__(self, *factors: Tensor) -> None:
         """Add the gradient of one backward, over all ranks."""
-        padded = torch.empty(
-            self.partition_size * self.reducer.comm.world_size, dtype=torch.float32, device=x.device
-        )
+        length = self.partition_size * self.reducer.comm.world_size
+        padded = torch.empty(length, dtype=torch.float32, device=self.shard.device)
         padded[self.layer.numel :] = 0
-        product(dy, x, out=padded[: self.layer.numel].view(self.layer.shape))
+        self.layer.whole_gradient(padded[: self.layer.numel].view(self.layer.shape), *factors)
         self.reducer.add(self.shard, padded, self.scale)
 
     def take(self) -> Tensor:
@@ -103,10 +101,10 @@ class BufferedSink:
     length: int
     scale: float = 1.0
 
-    def __call__(self, dy: Tensor, x: Tensor) -> None:
+    def __call__(self, *factors: Tensor) -> None:
         """Add the gradient of one backward on this rank."""
         sums = self.whole[: self.layer.numel].view(self.layer.shape)
-        add_product(sums, dy, x, scale=self.scale)
+        self.layer.add_whole_gradient(sums, *factors, scale=self.scale)
 
     def take(self) -> Tensor:
         """Reduce; this rank's range of the gradient, fp32. The buffer is given away."""
@@ -116,23 +114,26 @@ class BufferedSink:
 
 
 def make_sinks(
-    engine: Engine, layers: Sequence[TargetLayer], reducer: ShardReducer, buffer_gb: float
-) -> list[StatisticsSink | BufferedSink]:
+    weights: Weights,
+    layers: Sequence[TargetLayer],
+    reducer: ShardReducer,
+    buffer_gb: float,
+) -> list[ShardSink | BufferedSink]:
     """A sink for each layer, buffered where :func:`buffered_layers` says so."""
-    comm = engine.comm
-    partitions = [engine.partition_size(layer.weight) for layer in layers]
+    comm = weights.comm
+    partitions = [weights.partition_size(layer.weight) for layer in layers]
     buffered = buffered_layers(partitions, comm.world_size, buffer_gb)
-    sinks: list[StatisticsSink | BufferedSink] = []
+    sinks: list[ShardSink | BufferedSink] = []
     for i, (layer, partition) in enumerate(zip(layers, partitions, strict=True)):
-        start, stop = engine.shard_range(layer.weight)
+        start, stop = weights.shard_range(layer.weight)
         if i in buffered:
             whole = torch.zeros(
-                partition * comm.world_size, dtype=torch.float32, device=engine.device
+                partition * comm.world_size, dtype=torch.float32, device=comm.device
             )
             sinks.append(BufferedSink(layer, comm, whole, stop - start))
         else:
-            shard = torch.zeros(stop - start, dtype=torch.float32, device=engine.device)
-            sinks.append(StatisticsSink(layer, reducer, partition, shard))
+            shard = torch.zeros(stop - start, dtype=torch.float32, device=comm.device)
+            sinks.append(ShardSink(layer, reducer, partition, shard))
     return sinks
 
 

@@ -1,31 +1,23 @@
-"""Target layers whose weight is frozen for autograd and trained entry by entry.
+"""Target layers: frozen for autograd, and each tells a sink what its weight's gradient is made of.
 
-Equivalent code first. For a target layer with frozen weight ``W`` [out, in] and inputs ``x``:
+Equivalent code first. For a linear layer with frozen weight ``W`` [out, in] and inputs ``x``:
 
     y = x @ W.T + b            forward, as before
     dx = dy @ W                backward, as before
     sink(dy, x)                backward, instead of ``W.grad = dy.T @ x``
 
-A *sink* is what a phase wants of the weight gradient: :class:`sparse.gradients.StatisticsSink`
-forms it whole, reduces it and drops it; :class:`GradientSink` adds its selected entries to a flat
-buffer.
-
-The trained entries of all layers are one flat parameter, ``Gate.values`` [K]; a task head that is
-trained whole is a second one, of all its entries. The gradient of such a parameter has to reach
-autograd after the last sink has run, and exactly once. That order comes from the graph: the
-gate's output, a scalar *anchor*, is an input of every target layer, so autograd runs the gate's
-backward when every target layer's backward is done, and the gate returns the whole buffer as the
-gradient of ``values``. The anchor also makes the first target layer run its backward although
-nothing below it is trained, and nothing below it then computes gradients at all.
-
-Does not work inside reentrant checkpointing, which runs a backward of its own for each block.
+A *sink* is what a phase wants of the weight's gradient. Calibration forms it whole, reduces it and
+drops it (:mod:`gem_ds.sparse.gradients`); training adds it at the selected entries to a slice of
+the flat vector's buffer (:mod:`gem_ds.sparse.entries`). Both ask the layer, since what its gradient
+is made of is its own business: a new kind of layer is one class here, and a line of :data:`KINDS`.
+Its weight is one parameter, read and written by flat index whatever its kind
+(:class:`gem_ds.distributed.weights.Weights`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,19 +25,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from gem_ds.sparse.sddmm import Pattern, add_product, add_sampled_product
+from gem_ds.distributed.weights import shape_of
+from gem_ds.sparse.flat_values import FlatValues
+from gem_ds.sparse.sddmm import Pattern, add_product, add_sampled_product, product
 
-Sink = Callable[[Tensor, Tensor], None]
-"""Takes (a [tokens, rows], b [tokens, columns]), where ``a^T b`` is the weight's gradient: (dy, x),
-or (x, dy) for transformers' Conv1D, which stores its weight as [in, out]."""
+Sink = Callable[..., None]
+"""Takes what :meth:`TargetLayer.whole_gradient` takes after ``out``."""
 
 
-def drop(dy: Tensor, x: Tensor) -> None:
+def drop(*_: Tensor) -> None:
     """The sink of layers whose gradient nobody wants: a head's, while others are calibrated."""
 
 
 class _AnchoredLinear(torch.autograd.Function):
-    """``y = x W^T + b`` that tells a sink (dy, x) and gives the weight no gradient."""
+    """The layer's own function, which tells a sink its factors and gives the weight no gradient."""
 
     @staticmethod
     def forward(
@@ -64,141 +57,119 @@ class _AnchoredLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         x, weight = ctx.saved_tensors
         layer: TargetLayer = ctx.layer
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = dy @ (weight.t() if layer.is_transposed else weight)
-        a, b = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+        dx = layer.input_gradient(dy, weight) if ctx.needs_input_grad[0] else None
+        factors = layer.factors(dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]))
         assert layer.sink is not None, f"{layer.name}: its sink left before the backward"
-        layer.sink(*((b, a) if layer.is_transposed else (a, b)))
+        layer.sink(*factors)
         return dx, None, None, None, None
 
 
-class _Anchor(torch.autograd.Function):
-    """A scalar that depends on ``values``; its backward returns the gate's buffer."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, gate: Gate) -> Tensor:
-        ctx.set_materialize_grads(False)  # the target layers send nothing back through the anchor
-        ctx.gate, ctx.dtype = gate, values.dtype
-        return values.new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor, None]:
-        return ctx.gate.take_gradient().to(ctx.dtype), None
-
-
-class Gate(nn.Module):
-    """Holds the trained entries of the whole model and hands their gradient to autograd.
-
-    Attributes:
-        values: [K] in the model's dtype, all layers' entries one after another.
-        open: while False, a forward pass gives an anchor that leads nowhere, and what the sinks
-            collect stays in the buffer; while True the backward delivers the buffer. A global batch
-            of several micro-batches opens the gate in the last one, so its gradient accumulates in
-            fp32 and crosses the network once.
-    """
-
-    def __init__(self, num_entries: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.values = nn.Parameter(torch.zeros(num_entries, dtype=dtype))
-        self.num_entries = num_entries
-        self.open = False
-        self.buffer: Tensor | None = None  # fp32 [K], made when the first sink asks for its slice
-
-    def forward(self) -> Tensor:
-        """The anchor of one forward pass: a scalar that requires grad."""
-        if self.open:
-            return _Anchor.apply(self.values, self)
-        return torch.zeros(
-            (), dtype=self.values.dtype, device=self.values.device, requires_grad=True
-        )
-
-    def gradient(self, start: int, length: int, device: torch.device) -> Tensor:
-        """The fp32 slice [length] from ``start`` of what is collected on ``device``, to add to."""
-        if self.buffer is None:
-            self.buffer = torch.zeros(self.num_entries, dtype=torch.float32, device=device)
-        return self.buffer[start : start + length]
-
-    def take_gradient(self) -> Tensor:
-        """The collected fp32 gradient [K]; the next call starts from zero."""
-        assert self.buffer is not None, "no target layer ran its backward"
-        gradient, self.buffer = self.buffer, None
-        return gradient
-
-
-@dataclass(frozen=True)
-class DenseGradientSink:
-    """Adds the whole gradient of one layer's weight, and of its bias, to the gate's buffer."""
-
-    gate: Gate
-    start: int  # of the weight's slice in the flat parameter
-    bias_start: int | None
-
-    def __call__(self, dy: Tensor, x: Tensor) -> None:
-        """Add the gradient of one backward."""
-        rows, columns = dy.shape[1], x.shape[1]
-        weight = self.gate.gradient(self.start, rows * columns, dy.device)
-        add_product(weight.view(rows, columns), dy, x)
-        if self.bias_start is not None:
-            bias = self.gate.gradient(self.bias_start, rows, dy.device)
-            bias += dy.sum(dim=0, dtype=torch.float32)
-
-
-@dataclass(frozen=True)
-class GradientSink:
-    """Adds the gradient at one layer's selected entries to its slice of the gate's buffer."""
-
-    gate: Gate
-    start: int  # of this layer's slice in the flat parameter
-    pattern: Pattern
-    kernel: str = "auto"
-
-    def __call__(self, dy: Tensor, x: Tensor) -> None:
-        """Add the gradient of one backward."""
-        gradient = self.gate.gradient(self.start, self.pattern.num_entries, dy.device)
-        add_sampled_product(gradient, dy, x, self.pattern, self.kernel)
-
-
 class TargetLayer:
-    """One linear layer of the model whose weight GEM selects from.
+    """A linear layer (``nn.Linear``) whose weight is a target.
 
     Attributes:
         name: the weight's name in ``model.named_parameters()``.
         weight: the parameter; its data may be partitioned by ZeRO-3.
         shape: of the whole weight, [rows, columns] as stored.
-        is_transposed: the weight is stored as [in, out] (Conv1D).
         sink: takes what the layer's backward knows; see :data:`Sink`.
+        anchor: of the present forward pass (:mod:`gem_ds.sparse.flat_values`).
     """
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name = name
-        self.module = module
+        self.module: Any = module
         self.weight = module.get_parameter("weight")
-        self.shape: tuple[int, int] = tuple(getattr(self.weight, "ds_shape", self.weight.shape))
-        self.is_transposed = isinstance(module, Conv1D)
+        rows, columns = shape_of(self.weight)
+        self.shape = (rows, columns)
         self.sink: Sink | None = None
+        self.anchor: Tensor | None = None
 
     @property
     def numel(self) -> int:
         """Entries of the whole weight."""
         return self.shape[0] * self.shape[1]
 
+    # Forward and backward
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the module computes while it is a target: the same as ever."""
+        module = self.module
+        if not torch.is_grad_enabled():
+            return self.linear(x, module.weight, module.bias)
+        y: Tensor = _AnchoredLinear.apply(x, module.weight, module.bias, self.anchor, self)
+        return y
+
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's own function of x, weight and bias."""
-        return F.linear(x, weight.t() if self.is_transposed else weight, bias)
+        return F.linear(x, weight, bias)
+
+    def input_gradient(self, dy: Tensor, weight: Tensor) -> Tensor:
+        """The gradient of x."""
+        return dy @ weight
+
+    def factors(self, dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Of dy and x, [tokens, features] each, the two a and b whose ``a^T b`` is the gradient."""
+        return dy, x
+
+    # The weight's gradient, of what a sink was told
+
+    def whole_gradient(self, out: Tensor, a: Tensor, b: Tensor) -> None:
+        """Overwrite ``out``, fp32 [rows, columns], with it."""
+        product(a, b, out=out)
+
+    def add_whole_gradient(self, out: Tensor, a: Tensor, b: Tensor, *, scale: float) -> None:
+        """Add ``scale`` times it to ``out``, fp32 [rows, columns]."""
+        add_product(out, a, b, scale=scale)
+
+    def add_gradient_at(
+        self, out: Tensor, a: Tensor, b: Tensor, *, pattern: Pattern, kernel: str
+    ) -> None:
+        """Add its entries at ``pattern`` to ``out``, fp32 [k]; the others are not computed."""
+        add_sampled_product(out, a, b, pattern, kernel)
+
+
+class Conv1DLayer(TargetLayer):
+    """transformers' Conv1D, a linear layer that stores its weight as [in, out]."""
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's own function of x, weight and bias."""
+        return F.linear(x, weight.t(), bias)
+
+    def input_gradient(self, dy: Tensor, weight: Tensor) -> Tensor:
+        """The gradient of x."""
+        return dy @ weight.t()
+
+    def factors(self, dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient is ``x^T dy``."""
+        return x, dy
+
+
+#: The forward of a module -> its kind. A subclass of the module that computes something else of its
+#: weight is none.
+KINDS: dict[Callable[..., Any], type[TargetLayer]] = {
+    nn.Linear.forward: TargetLayer,
+    Conv1D.forward: Conv1DLayer,
+}
+
+
+def kind_of(module: nn.Module) -> type[TargetLayer] | None:
+    """What kind of target a module can be, if any."""
+    if type(module).__name__ == "FalconLinear":  # the same product as nn.Linear's, written out
+        return TargetLayer
+    return KINDS.get(type(module).forward)
 
 
 class TargetLayers(Sequence[TargetLayer]):
-    """Linear layers of a model, in ``named_parameters`` order, behind one gate.
+    """The target layers of a model, in ``named_parameters`` order, and the flat vector they train.
 
-    Making it installs the gate (as a submodule of the model) and swaps the layers' forward;
-    :meth:`detach` undoes both. Every parameter of the model but those of gates is frozen.
+    Making it adds the vector to the model, as a submodule, and swaps the layers' forward;
+    :meth:`detach` undoes both. Every parameter of the model but those of flat vectors is frozen.
 
     Args:
         model: that the layers belong to.
         targets: the layers, by the names of their weights.
-        num_entries: entries of the gate's flat parameter.
-        gate_name: of the submodule.
+        num_entries: of the flat vector.
+        vector_name: of the submodule.
     """
 
     def __init__(
@@ -206,13 +177,13 @@ class TargetLayers(Sequence[TargetLayer]):
         model: nn.Module,
         targets: dict[str, nn.Module],
         num_entries: int,
-        gate_name: str = "gem_gate",
+        vector_name: str = "gem_entries",
     ) -> None:
         self.model = model
-        self.gate_name = gate_name
-        self.layers = [TargetLayer(name, module) for name, module in targets.items()]
+        self.vector_name = vector_name
+        self.layers = [_target_layer(name, module) for name, module in targets.items()]
         for module in model.modules():
-            if not isinstance(module, Gate):
+            if not isinstance(module, FlatValues):
                 for parameter in module.parameters(recurse=False):
                     parameter.requires_grad_(False)
         dtypes = {layer.weight.dtype for layer in self.layers}
@@ -221,12 +192,11 @@ class TargetLayers(Sequence[TargetLayer]):
                 f"The target layers have several dtypes ({', '.join(sorted(map(str, dtypes)))}): "
                 "pass --target_modules of one dtype."
             )
-        self.gate = Gate(num_entries, dtypes.pop())
-        model.add_module(gate_name, self.gate)
-        self._anchor: Tensor | None = None
-        self._hook = model.register_forward_pre_hook(self._renew_anchor)
+        self.vector = FlatValues(num_entries, dtypes.pop())
+        model.add_module(vector_name, self.vector)
+        self._hook = model.register_forward_pre_hook(self.renew_anchor)
         for layer in self.layers:
-            layer.module.forward = self._forward_of(layer)  # type: ignore[method-assign]
+            layer.module.forward = layer.forward
 
     def __getitem__(self, index: Any) -> Any:
         return self.layers[index]
@@ -238,18 +208,11 @@ class TargetLayers(Sequence[TargetLayer]):
         """The layers' modules, by the names of their weights."""
         return {layer.name: layer.module for layer in self.layers}
 
-    def _renew_anchor(self, *_: Any) -> None:
-        self._anchor = self.gate()
-
-    def _forward_of(self, layer: TargetLayer) -> Callable[[Tensor], Tensor]:
-        module: Any = layer.module
-
-        def forward(x: Tensor) -> Tensor:
-            if not torch.is_grad_enabled():
-                return layer.linear(x, module.weight, module.bias)
-            return _AnchoredLinear.apply(x, module.weight, module.bias, self._anchor, layer)
-
-        return forward
+    def renew_anchor(self, *_: Any) -> None:
+        """Give the layers the anchor of a new forward pass; the model's own call does it too."""
+        anchor = self.vector()
+        for layer in self.layers:
+            layer.anchor = anchor
 
     @contextmanager
     def sinks(self, sinks: Sequence[Sink]) -> Iterator[None]:
@@ -263,8 +226,14 @@ class TargetLayers(Sequence[TargetLayer]):
                 layer.sink = None
 
     def detach(self) -> None:
-        """Give the model its own forward back and take the gate away."""
+        """Give the model its own forward back and take the flat vector away."""
         self._hook.remove()
         for layer in self.layers:
             del layer.module.forward
-        delattr(self.model, self.gate_name)
+        delattr(self.model, self.vector_name)
+
+
+def _target_layer(name: str, module: nn.Module) -> TargetLayer:
+    kind = kind_of(module)
+    assert kind is not None, f"{name} belongs to a {type(module).__name__}, which is no target"
+    return kind(name, module)

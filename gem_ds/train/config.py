@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
-from gem_ds.select.methods import ADAPTER_METHODS, DENSE_METHODS, METHODS, SPARSE_METHODS
+from gem_ds.distributed.zero_config import Dtype
+from gem_ds.select.rules import SPARSE_METHODS
+from gem_ds.train.methods import DENSE_METHODS, METHODS, methods_help
 
-Dtype = Literal["fp32", "bf16", "fp16"]
 SddmmKernel = Literal["auto", "dense", "tiled", "gather", "library", "triton"]
 
 #: The schedules of transformers that are functions of the step alone.
@@ -130,11 +131,7 @@ class DataArguments:
 class MethodArguments:
     """What is trained."""
 
-    method: Method = _option(
-        "gem",
-        f"How to fine-tune: entries of frozen weights ({', '.join(SPARSE_METHODS)}), whole "
-        f"parameters ({', '.join(DENSE_METHODS)}) or an adapter ({', '.join(ADAPTER_METHODS)}).",
-    )
+    method: Method = _option("gem", f"How to fine-tune: {methods_help()}.")
     density: str | None = _option(
         None,
         "Sparse methods and shira: share of the model's parameters that is trained, in (0, 1] "

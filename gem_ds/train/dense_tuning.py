@@ -14,14 +14,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gem_ds.distributed.comm import Comm
-from gem_ds.distributed.dense import DenseEngine
-from gem_ds.distributed.engine import numel
+from gem_ds.distributed.engine import DenseEngine
+from gem_ds.distributed.weights import numel
 from gem_ds.files.atomic import atomic_folder
 from gem_ds.files.delta import Delta
 from gem_ds.files.mask import Mask, WeightInfo, checksum, dtype_name, index_dtype
 from gem_ds.models.adapters import add_adapter, is_of_head
-from gem_ds.select.methods import ADAPTER_METHODS, product_of
 from gem_ds.train.config import Arguments
+from gem_ds.train.methods import ADAPTER_METHODS, product_of
 from gem_ds.train.optimizer import make_dense_optimizer
 from gem_ds.train.prepare import PreparedRun
 from gem_ds.train.reporting import Reporter

@@ -28,11 +28,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from gem_ds.data.batches import Batches
-from gem_ds.distributed.dense import DenseEngine
-from gem_ds.distributed.engine import Engine
+from gem_ds.data.batches import Batches, SummedLoss
+from gem_ds.distributed.engine import DenseEngine, Engine
 from gem_ds.files.checkpoint import TrainerState
-from gem_ds.models.loss import SummedLoss
 from gem_ds.sparse.entries import HeadEntries, SelectedEntries
 
 StepEngine = Engine | DenseEngine

@@ -11,9 +11,8 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from gem_ds.data.batches import Batches
+from gem_ds.data.batches import Batches, SummedLoss
 from gem_ds.distributed.engine import Engine
-from gem_ds.models.loss import SummedLoss
 from gem_ds.sparse.entries import HeadEntries
 from gem_ds.sparse.layers import TargetLayers
 from gem_ds.train.fit import DivergedError, accumulate, seed_noise
@@ -52,8 +51,8 @@ def trained_head(
     rates, loss_scale = [group["lr"] for group in groups], engine.loss_scale
     engine.model.train()
 
-    def deliver_zeros(dy: Tensor, x: Tensor) -> None:  # the engine opens all gates
-        layers.gate.gradient(0, 0, dy.device)
+    def deliver_zeros(*factors: Tensor) -> None:  # a delivering backward delivers all vectors
+        layers.vector.gradient(0, 0, factors[0].device)
 
     with head.training(), layers.sinks([deliver_zeros] * len(layers)):
         for step in range(num_steps):

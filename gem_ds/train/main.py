@@ -22,8 +22,9 @@ from typing import Any
 
 import transformers
 
-from gem_ds.distributed.comm import Comm, PeerError
+from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.process_group import init_distributed, leave_distributed
+from gem_ds.errors import PeerError
 from gem_ds.train.arguments import as_flags, parse_arguments
 from gem_ds.train.config import Arguments
 from gem_ds.train.output_dir import clear_output_dir, output_dir_of_one_run

@@ -50,7 +50,7 @@ def refuse_losses(
     Args:
         output_dir: of the run.
         inputs: flag to what it names: perhaps a file or folder of this machine.
-        product: what the run leaves, as :func:`gem_ds.select.methods.product_of` calls it.
+        product: what the run leaves, as :func:`gem_ds.train.methods.product_of` calls it.
         overwrite: whether the run that the folder holds is deleted.
 
     Raises:

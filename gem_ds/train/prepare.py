@@ -24,10 +24,10 @@ from gem_ds.models.encoders import is_encoder, set_head
 from gem_ds.models.load import DTYPES, refuse_damaged_files, trainable_config
 from gem_ds.models.objective import Objective, objective_of
 from gem_ds.models.tokenizer import load_tokenizer, pad_token_id
-from gem_ds.select.methods import product_of
 from gem_ds.sparse.sddmm import check_kernel
 from gem_ds.train.config import Arguments
 from gem_ds.train.examples import RunData, encode_examples, fingerprint, load_examples
+from gem_ds.train.methods import product_of
 from gem_ds.train.optimizer import adam_of_bitsandbytes
 from gem_ds.train.output_dir import refuse_losses, refuse_run
 from gem_ds.train.reporting import find_trackers

@@ -14,9 +14,10 @@ from gem_ds.files.checkpoint import TrainerState
 from gem_ds.files.mask import Mask, WeightInfo, checksum, dtype_name
 from gem_ds.models.encoders import auto_class, is_encoder
 from gem_ds.models.load import DTYPES
-from gem_ds.select.methods import CALIBRATED_METHODS, SPARSE_METHODS, product_of
+from gem_ds.select.rules import CALIBRATED_METHODS, SPARSE_METHODS
 from gem_ds.sparse.entries import SelectedEntries
 from gem_ds.train.config import DEFAULT_DENSITY, Arguments
+from gem_ds.train.methods import product_of
 from gem_ds.train.prepare import PreparedRun
 
 #: How the model card calls ``eval_loss``.

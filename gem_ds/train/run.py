@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
-from gem_ds.data.batches import Batches, permutation
+from gem_ds.data.batches import Batches, SummedLoss, permutation
 from gem_ds.data.dataset import Dataset
 from gem_ds.data.metrics import score
 from gem_ds.data.packing import pack
@@ -18,16 +18,16 @@ from gem_ds.distributed.comm import Comm
 from gem_ds.files.checkpoint import TrainerState, delete_old_checkpoints
 from gem_ds.models.load import DTYPES, enable_checkpointing, load_for_training
 from gem_ds.models.loss import (
-    SummedLoss,
     answer_loss_of,
     refuse_leaking_rows,
     summed_answer_loss,
 )
 from gem_ds.models.predict import predict_all
-from gem_ds.select.methods import SPARSE_METHODS, product_of
+from gem_ds.select.rules import SPARSE_METHODS
 from gem_ds.train.config import Arguments
 from gem_ds.train.dense_tuning import DenseTuning
 from gem_ds.train.fit import StepResult, fit, mean_loss
+from gem_ds.train.methods import product_of
 from gem_ds.train.optimizer import make_scheduler
 from gem_ds.train.prepare import PreparedRun, batch_size_of_flags
 from gem_ds.train.reporting import Reporter, find_trackers, peak_memory_bytes

@@ -10,16 +10,16 @@ from dataclasses import replace
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gem_ds.data.batches import Batches
+from gem_ds.data.batches import Batches, SummedLoss
 from gem_ds.distributed.comm import Comm
-from gem_ds.distributed.engine import Engine, numel
+from gem_ds.distributed.engine import Engine
+from gem_ds.distributed.weights import numel
 from gem_ds.files.checkpoint import Checkpoint, TrainerState
 from gem_ds.files.delta import Delta
 from gem_ds.files.mask import Mask, dtype_name
-from gem_ds.models.loss import SummedLoss
 from gem_ds.models.targets import head_layers as layers_of_head
 from gem_ds.models.targets import targets_of
-from gem_ds.select.methods import CALIBRATED_METHODS
+from gem_ds.select.rules import CALIBRATED_METHODS
 from gem_ds.select.selection import Selection
 from gem_ds.sparse.calibrate import calibrate
 from gem_ds.sparse.entries import HeadEntries, SelectedEntries, gather_indices
@@ -46,7 +46,7 @@ def sparse_layers(
     """The layers that entries are selected from, and those of the head if there is one.
 
     Args:
-        model: gets their gates; all of it is frozen.
+        model: gets their flat vectors; all of it is frozen.
         targets: names of the target weights.
         budget: the number K of entries to be selected.
         head: names of the parameters of the head.
@@ -58,7 +58,7 @@ def sparse_layers(
     if not head:
         return layers, None
     size = sum(numel(model.get_parameter(name)) for name in head)
-    return layers, TargetLayers(model, layers_of_head(model, head), size, "gem_head_gate")
+    return layers, TargetLayers(model, layers_of_head(model, head), size, "gem_head")
 
 
 class SparseTuning:
@@ -93,11 +93,11 @@ class SparseTuning:
     ) -> None:
         self.args, self.prepared, self.comm = args, prepared, comm
         self.layers, head_layers = sparse_layers(model, prepared.targets, prepared.budget, head)
-        gates = [self.layers.gate]
+        vectors = [self.layers.vector]
         if head_layers is not None:
-            gates.append(head_layers.gate)
+            vectors.append(head_layers.vector)
         optimizer = make_sparse_optimizer(args.train)
-        self.engine = Engine(model, gates, optimizer, prepared.deepspeed, comm)
+        self.engine = Engine(model, vectors, optimizer, prepared.deepspeed, comm)
         self.head = HeadEntries(self.engine, head_layers) if head_layers is not None else None
         self.calibration_seconds = 0.0
         self.selection: Selection | None = None
@@ -110,7 +110,7 @@ class SparseTuning:
     @property
     def num_trainable(self) -> int:
         """Trained numbers, the head's included."""
-        return sum(part.total for part in self.parts)
+        return sum(part.num_entries for part in self.parts)
 
     def numbers(self) -> dict[str, float]:
         """What the log tells of the present step: how many selected weights have changed so far."""
@@ -169,7 +169,7 @@ class SparseTuning:
                 summed_loss,
                 self.prepared.budget,
                 progress=progress.advance,
-                method=method,
+                rule=method,
                 seed=self.args.train.seed,
                 buffer_gb=self.args.method.calibration_buffer_gb,
             )
@@ -212,7 +212,9 @@ class SparseTuning:
                 )
             reporter.say(f"Where the budget went:\n{budget_table(rows)}")
             if is_calibrated and (buffer_gb := method.calibration_buffer_gb):
-                partitions = [self.engine.partition_size(layer.weight) for layer in self.layers]
+                partitions = [
+                    self.engine.weights.partition_size(layer.weight) for layer in self.layers
+                ]
                 num_buffered = len(buffered_layers(partitions, self.comm.world_size, buffer_gb))
                 reporter.say(
                     f"{num_buffered} of {len(budgets)} target layers were buffered in calibration "
@@ -228,7 +230,7 @@ class SparseTuning:
         reporter.say(
             f"Training {prepared.budget:,} of {prepared.num_parameters:,} parameters "
             f"(density {prepared.budget / prepared.num_parameters:.4%})"
-            + (f" and a head of {self.head.total:,}" if self.head is not None else "")
+            + (f" and a head of {self.head.num_entries:,}" if self.head is not None else "")
             + f"; optimizer state on this rank: {self.engine.optimizer_state_bytes():,} bytes"
         )
         reporter.say(f"Kernels of the sampled gradient: {kernel_counts(self.entries.kernels())}")
@@ -244,7 +246,7 @@ class SparseTuning:
     def save_checkpoint(self, state: TrainerState) -> None:
         """Write a checkpoint of the present state; called on all ranks."""
         vectors = self.engine.get_state()
-        head = {} if self.head is None else self.engine.get_state(self.head.gate)
+        head = {} if self.head is None else self.engine.get_state(self.head.vector)
         with self.comm.agreement():
             if self.comm.is_main:
                 Checkpoint(
@@ -262,13 +264,14 @@ class SparseTuning:
         self.engine.set_state(checkpoint.vectors, checkpoint.num_updates)
         if self.head is not None:
             with self.comm.in_unison():
-                if checkpoint.head_size != self.head.total:
+                if checkpoint.head_size != self.head.num_entries:
                     raise ValueError(
                         f"The checkpoint has a head of {checkpoint.head_size:,} numbers and the "
-                        f"model one of {self.head.total:,}: pass the task that it was trained on."
+                        f"model one of {self.head.num_entries:,}: pass the task that it was "
+                        "trained on."
                     )
             self.engine.set_state(
-                checkpoint.head_vectors, checkpoint.num_updates, gate=self.head.gate
+                checkpoint.head_vectors, checkpoint.num_updates, vector=self.head.vector
             )
         self.engine.loss_scale = checkpoint.loss_scale
         for part in self.parts:

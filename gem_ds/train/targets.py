@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from gem_ds.distributed.engine import num_parameters
+from gem_ds.distributed.weights import num_parameters
 from gem_ds.files.mask import Mask
 from gem_ds.models.encoders import auto_class, head_names, is_encoder, without_head
 from gem_ds.models.targets import find_targets, targets_of
 from gem_ds.select.budget import total_budget
-from gem_ds.select.methods import DENSE_METHODS
 from gem_ds.train.config import DEFAULT_DENSITY, Arguments
+from gem_ds.train.methods import DENSE_METHODS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from gem_ds.comparison.plots import STYLES, rate_figure, score_figure, side_by_s
 from gem_ds.comparison.results import COSTS
 from gem_ds.comparison.table import tabulate
 from gem_ds.files.mask import Mask, WeightInfo
-from gem_ds.select.methods import METHODS
+from gem_ds.train.methods import METHODS
 
 
 def comparison_of(num_tasks: int) -> tuple[Comparison, pd.DataFrame, pd.DataFrame]:

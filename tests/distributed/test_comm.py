@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gem_ds.distributed.comm import Comm, PeerError, free_port
+from gem_ds.distributed.comm import Comm, free_port
+from gem_ds.errors import PeerError
 from tests.ranks import Cases, Outcomes, RankError, run_cases, run_ranks
 
 WORLD_SIZE = 3

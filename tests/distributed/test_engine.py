@@ -29,7 +29,8 @@ from gem_ds.distributed import engine as zero
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.optim import SparseAdamW
 from gem_ds.models.targets import find_targets
-from gem_ds.sparse.layers import GradientSink, TargetLayers
+from gem_ds.sparse.entries import SampledSink
+from gem_ds.sparse.layers import TargetLayers
 from gem_ds.sparse.sddmm import Pattern
 from tests.ranks import Cases, Outcomes, run_cases, run_ranks
 from tests.zero_bench import (
@@ -59,10 +60,14 @@ def read(bench: Bench) -> None:
     for layer in bench.layers:
         original = bench.dense.get_parameter(layer.name).detach()
         assert layer.shape == tuple(original.shape)
-        shard = engine.read_shard(layer.weight)
-        start, stop = engine.shard_range(layer.weight)
+        shard = engine.weights.read_shard(layer.weight)
+        start, stop = engine.weights.shard_range(layer.weight)
         assert (shard.dim(), shard.numel(), shard.dtype) == (1, stop - start, original.dtype)
-        assert stop - start <= engine.partition_size(layer.weight) == -(-layer.numel // world_size)
+        assert (
+            stop - start
+            <= engine.weights.partition_size(layer.weight)
+            == -(-layer.numel // world_size)
+        )
         bounds = torch.cat(bench.comm.all_gather(torch.tensor([start, stop]))).tolist()
         assert (bounds[0], bounds[-1]) == (0, layer.numel)
         assert bounds[1:-1:2] == bounds[2:-1:2], "each range begins where the one before ends"
@@ -72,11 +77,11 @@ def read(bench: Bench) -> None:
 
 def count(bench: Bench) -> None:
     """N counts every stored parameter whole."""
-    from gem_ds.distributed.engine import num_parameters
+    from gem_ds.distributed.weights import num_parameters
 
-    gate = bench.layers.gate.num_entries
+    trained = bench.layers.vector.num_entries
     dense = sum(parameter.numel() for parameter in bench.dense.parameters())
-    assert num_parameters(bench.engine.model) == dense + gate
+    assert num_parameters(bench.engine.model) == dense + trained
 
 
 def fresh_state(bench: Bench) -> None:
@@ -224,7 +229,7 @@ def closed_passes(bench: Bench) -> None:
             )
         assert loss.dim() == 0
         assert not loss.requires_grad
-        buffers.append(engine.gate.take_gradient())
+        buffers.append(engine.vectors[0].take_gradient())
         if bench.setting.stage == 3 and bench.setting.variant != "persistent":
             assert _whole_copies(bench) == 0
     assert torch.equal(buffers[1], 4 * buffers[0])
@@ -345,7 +350,8 @@ def _loading(cases: Cases, stage: int, folder: Path, comm: Comm) -> None:
     """A real model, loaded into partitions, with tied embeddings and checkpointed blocks."""
     from transformers.integrations import is_deepspeed_zero3_enabled
 
-    from gem_ds.distributed.engine import Engine, num_parameters, partitioned_loading
+    from gem_ds.distributed.engine import Engine
+    from gem_ds.distributed.weights import num_parameters, partitioned_loading
 
     config = Setting(stage, "fp32", "plain").config(comm.world_size)
     with cases(f"zero{stage}: loading"):
@@ -361,17 +367,17 @@ def _loading(cases: Cases, stage: int, folder: Path, comm: Comm) -> None:
         layers = TargetLayers(model, find_targets(model), 5 * len(shapes))
         assert {layer.name: layer.shape for layer in layers} == shapes
         engine = Engine(
-            model, [layers.gate], lambda params: SparseAdamW(params, **ADAM), config, comm
+            model, [layers.vector], lambda params: SparseAdamW(params, **ADAM), config, comm
         )
         for layer in layers:
-            shards = comm.all_gather(engine.read_shard(layer.weight))
+            shards = comm.all_gather(engine.weights.read_shard(layer.weight))
             assert torch.equal(torch.cat(shards), dense.get_parameter(layer.name).flatten())
     with cases(f"zero{stage}: gradient under checkpointing"):
         engine.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         engine.model.train()
         indices = [torch.arange(5, dtype=torch.int32) * 7 + i for i in range(len(layers))]
         sinks = [
-            GradientSink(layers.gate, 5 * i, Pattern.of(index, layer.shape))
+            SampledSink(layer, layers.vector, 5 * i, Pattern.of(index, layer.shape))
             for i, (index, layer) in enumerate(zip(indices, layers, strict=True))
         ]
         batches = [

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gem_ds.distributed import process_group
-from gem_ds.distributed.comm import PeerError
+from gem_ds.errors import PeerError
 from gem_ds.evaluate import sampling
 from gem_ds.evaluate.arguments import SamplingArguments
 from gem_ds.evaluate.decoding import Transformers

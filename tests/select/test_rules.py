@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gem_ds.select import scores as scores_module
-from gem_ds.select.methods import CALIBRATED_METHODS, SPARSE_METHODS
-from gem_ds.select.rules import TargetShard
+from gem_ds.select.rules import CALIBRATED_METHODS, SPARSE_METHODS, TargetShard
 from gem_ds.select.scores import Solo, _splitmix64, random_scores
 from gem_ds.select.selection import Selection, select_shards
 from gem_ds.select.topk import count_among_largest
@@ -76,7 +75,7 @@ def _select(
                     device=CPU,
                 )
             )
-        return select_shards(shards, total, group, method=method, seed=seed)
+        return select_shards(shards, total, group, rule=method, seed=seed)
 
     return run_threads(world_size, work)
 
@@ -125,7 +124,7 @@ def test_weights_are_left_as_they_are(method: str) -> None:
         )
         for name, weight in weights.items()
     ]
-    select_shards(shards, 40, Solo(), method=method)
+    select_shards(shards, 40, Solo(), rule=method)
     assert all(torch.equal(weights[name], weight) for name, weight in kept.items())
 
 
@@ -242,7 +241,7 @@ def _chosen(name: str, seed: int, size: int, count: int) -> set[int]:
     shard = TargetShard(
         name=name, numel=size, start=0, weight=torch.ones(size), gradient=None, device=CPU
     )
-    selection = select_shards([shard], count, Solo(), method="random", seed=seed)
+    selection = select_shards([shard], count, Solo(), rule="random", seed=seed)
     return set(selection.indices[0].tolist())
 
 

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gem_ds.select.methods import SPARSE_METHODS
-from gem_ds.select.rules import TargetShard
+from gem_ds.select.rules import SPARSE_METHODS, TargetShard
 from gem_ds.select.scores import Solo
 from gem_ds.select.selection import Selection, select_entries, select_shards
 from tests import oracle
@@ -166,7 +165,7 @@ def test_the_number_of_collectives_does_not_grow_with_the_layers(method: str) ->
             )
             for i in range(num_layers)
         ]
-        select_shards(shards, num_layers, group, method=method)
+        select_shards(shards, num_layers, group, rule=method)
         return group.num_calls
 
     assert num_calls(1, 50) == num_calls(2, 50) == num_calls(30, 50) == num_calls(2, 5000)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from gem_ds.data.batches import Batches
-from gem_ds.distributed.comm import Comm, PeerError
+from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.engine import Engine
 from gem_ds.distributed.process_group import init_distributed
+from gem_ds.errors import PeerError
 from gem_ds.models.loss import summed_answer_loss
 from gem_ds.models.targets import find_targets
 from gem_ds.select.selection import Selection
@@ -122,12 +123,12 @@ def _changes(engine: Engine, architecture: str, dtype: torch.dtype) -> list[str]
     original = dict(make_model(architecture, dtype).named_parameters())
     changed = []
     for name, parameter in engine.model.named_parameters():
-        if parameter is engine.gate.values:
+        if parameter is engine.vectors[0].values:
             continue
-        start, stop = engine.shard_range(parameter)
+        start, stop = engine.weights.shard_range(parameter)
         before = original[name].detach().flatten()[start:stop]
         if parameter.grad is not None or not torch.equal(
-            bits(engine.read_shard(parameter)), bits(before)
+            bits(engine.weights.read_shard(parameter)), bits(before)
         ):
             changed.append(name)
     return changed

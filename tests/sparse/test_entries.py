@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.process_group import init_distributed
-from gem_ds.sparse.entries import SelectedEntries, gather_indices
-from gem_ds.sparse.layers import GradientSink
+from gem_ds.sparse.entries import SampledSink, SelectedEntries, gather_indices
 from tests.ranks import Cases, Outcomes, run_cases
 from tests.tiny import Setting, bits, make_engine
 
@@ -100,8 +99,8 @@ class Bench:
     def assert_weights(self) -> None:
         """This rank's ranges, and the whole copies that it keeps, are the dense weights."""
         for layer, weight in zip(self.layers, self.dense.values(), strict=True):
-            start, stop = self.engine.shard_range(layer.weight)
-            shard = self.engine.read_shard(layer.weight)
+            start, stop = self.engine.weights.shard_range(layer.weight)
+            shard = self.engine.weights.read_shard(layer.weight)
             assert torch.equal(bits(shard), bits(weight.flatten()[start:stop])), layer.name
             if layer.weight.data.numel() == layer.numel:
                 whole = layer.weight.data.flatten()
@@ -115,7 +114,7 @@ def attributes(bench: Bench) -> None:
     """The layout of the flat vector."""
     entries = bench.entries
     assert entries.names == [f"{name}.weight" for name in SHAPES]
-    assert entries.total == K
+    assert entries.num_entries == K
     assert entries.starts == [0, 1, 3, 26, 26]
     for index, name in zip(entries.flat_indices, SHAPES, strict=True):
         assert index.dtype == torch.int32
@@ -141,7 +140,7 @@ def split(bench: Bench) -> None:
 def sinks(bench: Bench) -> None:
     """Each layer's sink adds to the layer's own slice."""
     made = bench.entries.sinks()
-    assert all(isinstance(sink, GradientSink) for sink in made)
+    assert all(isinstance(sink, SampledSink) for sink in made)
     expected = []
     for number, (sink, name) in enumerate(zip(made, SHAPES, strict=True)):
         rows, columns = SHAPES[name]
@@ -149,7 +148,7 @@ def sinks(bench: Bench) -> None:
         x = torch.randn(6, columns, generator=_generator(number + 50))
         sink(dy, x)
         expected.append((dy.double().t() @ x.double()).flatten()[_indices(name)])
-    gradient = bench.engine.gate.take_gradient()
+    gradient = bench.engine.vectors[0].take_gradient()
     torch.testing.assert_close(gradient, torch.cat(expected).float(), rtol=1e-5, atol=1e-5)
 
 

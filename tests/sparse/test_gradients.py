@@ -17,7 +17,7 @@ from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.process_group import init_distributed
 from gem_ds.models.targets import find_targets
 from gem_ds.sparse.calibrate import sum_gradients
-from gem_ds.sparse.gradients import BufferedSink, ShardReducer, StatisticsSink, buffered_layers
+from gem_ds.sparse.gradients import BufferedSink, ShardReducer, ShardSink, buffered_layers
 from gem_ds.sparse.layers import TargetLayer
 from tests import oracle
 from tests.ranks import run_ranks
@@ -104,7 +104,7 @@ def _outcome(comm: Comm, setting: Setting, buffer_gb: float) -> Outcome:
         shards = sum_gradients(engine, layers, batches, summed_loss, buffer_gb=buffer_gb)
     assert all(parameter.grad is None for parameter in engine.model.parameters())
     named = zip(layers, shards, strict=True)
-    partitions = [engine.partition_size(layer.weight) for layer in layers]
+    partitions = [engine.weights.partition_size(layer.weight) for layer in layers]
     return Outcome(
         gradients={layer.name: torch.cat(comm.all_gather(shard)) for layer, shard in named},
         lengths=traffic.lengths,
@@ -224,7 +224,7 @@ def test_both_sinks_weigh_each_micro_batch_by_its_scale() -> None:
     comm = Comm(torch.device("cpu"))
     layer = TargetLayer("w", nn.Linear(5, 4))
     reducer = ShardReducer(comm)
-    plain = StatisticsSink(layer, reducer, partition_size=20, shard=torch.zeros(20))
+    plain = ShardSink(layer, reducer, partition_size=20, shard=torch.zeros(20))
     buffered = BufferedSink(layer, comm, whole=torch.zeros(20), length=20)
     expected = torch.zeros(4, 5, dtype=torch.float64)
     for scale in (1.0, 0.0, 3 / 1024):

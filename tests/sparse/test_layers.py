@@ -24,7 +24,9 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from gem_ds.models.targets import find_targets
-from gem_ds.sparse.layers import Gate, GradientSink, TargetLayers
+from gem_ds.sparse.entries import SampledSink
+from gem_ds.sparse.flat_values import FlatValues
+from gem_ds.sparse.layers import Conv1DLayer, TargetLayer, TargetLayers
 from gem_ds.sparse.sddmm import Pattern, product
 
 VOCABULARY = 50
@@ -119,12 +121,11 @@ class Twins:
         layers = TargetLayers(model, targets, sum(index.numel() for index in indices))
         return cls(model, dense, layers, indices)
 
-    def sinks(self) -> list[GradientSink]:
+    def sinks(self) -> list[SampledSink]:
         """One sink per layer, each with its slice of the flat parameter."""
         starts = [sum(i.numel() for i in self.indices[:n]) for n in range(len(self.indices))]
-        gate = self.layers.gate
         return [
-            GradientSink(gate, start, Pattern.of(index, layer.shape))
+            SampledSink(layer, self.layers.vector, start, Pattern.of(index, layer.shape))
             for start, index, layer in zip(starts, self.indices, self.layers, strict=True)
         ]
 
@@ -174,7 +175,7 @@ def test_the_gradient_is_that_of_the_dense_model(name: str, checkpointed: bool) 
         _checkpoint_blocks(twins.model)
     runs = []
     twins.layers[-1].module.register_forward_pre_hook(lambda *_: runs.append(1))
-    twins.layers.gate.open = True
+    twins.layers.vector.delivers = True
     with twins.layers.sinks(twins.sinks()):
         loss = _loss(twins.model, seed=1)
         loss.backward()
@@ -182,7 +183,7 @@ def test_the_gradient_is_that_of_the_dense_model(name: str, checkpointed: bool) 
     expected = _loss(twins.dense, seed=1)
     expected.backward()
     torch.testing.assert_close(loss, expected)
-    gradient = twins.layers.gate.values.grad
+    gradient = twins.layers.vector.values.grad
     torch.testing.assert_close(gradient, twins.dense_gradient(), rtol=1e-5, atol=1e-8)
     assert (gradient != 0).all(), "every entry is reached"
 
@@ -214,18 +215,18 @@ def test_closed_passes_add_up_until_an_open_one_delivers(name: str, checkpointed
     twins = _twins(name)
     if checkpointed:
         _checkpoint_blocks(twins.model)
-    gate = twins.layers.gate
+    vector = twins.layers.vector
     for _ in range(2):  # a second global batch starts from zero
-        gate.values.grad = None
+        vector.values.grad = None
         twins.dense.zero_grad()
         with twins.layers.sinks(twins.sinks()):
             for seed in range(4):
-                assert gate.values.grad is None
-                gate.open = seed == 3
+                assert vector.values.grad is None
+                vector.delivers = seed == 3
                 _loss(twins.model, seed).backward()
                 _loss(twins.dense, seed).backward()
-        assert gate.buffer is None
-        torch.testing.assert_close(gate.values.grad, twins.dense_gradient(), rtol=1e-5, atol=1e-8)
+        assert vector.buffer is None
+        torch.testing.assert_close(vector.values.grad, twins.dense_gradient(), rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -233,12 +234,12 @@ def test_nothing_else_has_a_gradient(name: str, checkpointed: bool) -> None:
     twins = _twins(name)
     if checkpointed:
         _checkpoint_blocks(twins.model)
-    twins.layers.gate.open = True
+    twins.layers.vector.delivers = True
     with twins.layers.sinks(twins.sinks()):
         _loss(twins.model, seed=1).backward()
     named = dict(twins.model.named_parameters())
-    assert [n for n, p in named.items() if p.grad is not None] == ["gem_gate.values"]
-    assert [n for n, p in named.items() if p.requires_grad] == ["gem_gate.values"]
+    assert [n for n, p in named.items() if p.grad is not None] == ["gem_entries.values"]
+    assert [n for n, p in named.items() if p.requires_grad] == ["gem_entries.values"]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -287,10 +288,10 @@ def test_a_module_that_runs_twice_in_one_forward() -> None:
     x = torch.randn(4, 6)
     with twins.layers.sinks(twins.sinks()):
         for opened in (False, True):
-            twins.layers.gate.open = opened
+            twins.layers.vector.delivers = opened
             twins.model(x).square().sum().backward()
             twins.dense(x).square().sum().backward()
-    gradient = twins.layers.gate.values.grad
+    gradient = twins.layers.vector.values.grad
     torch.testing.assert_close(gradient, twins.dense_gradient(), rtol=1e-5, atol=1e-7)
 
 
@@ -299,11 +300,11 @@ def test_a_layer_that_does_not_run_gets_zeros() -> None:
     model = Twice()
     twins = Twins.of(model, {f"{n}.weight": getattr(model, n) for n in ("shared", "unused")})
     x = torch.randn(4, 6)
-    twins.layers.gate.open = True
+    twins.layers.vector.delivers = True
     with twins.layers.sinks(twins.sinks()):
         twins.model(x).square().sum().backward()
     twins.dense(x).square().sum().backward()
-    gradient = twins.layers.gate.values.grad
+    gradient = twins.layers.vector.values.grad
     torch.testing.assert_close(gradient, twins.dense_gradient(), rtol=1e-5, atol=1e-7)
     assert (gradient[5:] == 0).all()
 
@@ -329,18 +330,18 @@ def test_a_bf16_model_collects_in_fp32_and_delivers_in_bf16() -> None:
     model.between.weight.data.zero_()  # so that the first use of the layer gets no gradient
     model.between.bias.data.fill_(20.0)  # and the second gets ones, from tanh
     pattern = Pattern.of(torch.arange(6, dtype=torch.int32), (6, 6))
-    sink = GradientSink(layers.gate, 0, pattern)
+    sink = SampledSink(layers[0], layers.vector, 0, pattern)
     x = torch.ones(1, 6, dtype=torch.bfloat16)
     with layers.sinks([sink]):
         for scale in [1.0] + [2.0**-10] * 1024:
             (model(x).sum() * scale).backward()
-        assert layers.gate.buffer is not None
-        assert layers.gate.buffer.dtype == torch.float32
-        assert layers.gate.buffer.tolist() == [2.0] * 6
-        layers.gate.open = True
+        assert layers.vector.buffer is not None
+        assert layers.vector.buffer.dtype == torch.float32
+        assert layers.vector.buffer.tolist() == [2.0] * 6
+        layers.vector.delivers = True
         (model(x).sum() * 2.0).backward()
-    assert layers.gate.values.grad.dtype == torch.bfloat16
-    assert layers.gate.values.grad.tolist() == [4.0] * 6
+    assert layers.vector.values.grad.dtype == torch.bfloat16
+    assert layers.vector.values.grad.tolist() == [4.0] * 6
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -349,7 +350,7 @@ def test_the_forward_pass_is_that_of_the_model(name: str) -> None:
     ids = _ids(1)
     expected = twins.dense(input_ids=ids).logits
     assert torch.equal(twins.model(input_ids=ids).logits, expected)
-    with torch.no_grad():  # needs neither sinks nor an open gate
+    with torch.no_grad():  # needs no sinks
         assert torch.equal(twins.model(input_ids=ids).logits, expected)
     twins.model.eval()
     with torch.inference_mode():
@@ -359,11 +360,11 @@ def test_the_forward_pass_is_that_of_the_model(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_detach_gives_the_model_back(name: str) -> None:
     twins = _twins(name)
-    twins.layers.gate.open = True
+    twins.layers.vector.delivers = True
     with twins.layers.sinks(twins.sinks()):
         _loss(twins.model, seed=1).backward()
     weights = {n: p.detach() for n, p in twins.dense.named_parameters()}
-    assert "gem_gate.values" in twins.model.state_dict()
+    assert "gem_entries.values" in twins.model.state_dict()
     twins.layers.detach()
     assert dict(twins.model.named_parameters()).keys() == weights.keys()
     assert twins.model.state_dict().keys() == twins.dense.state_dict().keys()
@@ -385,11 +386,11 @@ def test_a_model_can_be_taken_up_again() -> None:
     twins = _twins("llama")
     twins.layers.detach()
     again = Twins.of(twins.model, find_targets(twins.model))
-    again.layers.gate.open = True
+    again.layers.vector.delivers = True
     with again.layers.sinks(again.sinks()):
         _loss(again.model, seed=1).backward()
     _loss(again.dense, seed=1).backward()
-    gradient = again.layers.gate.values.grad
+    gradient = again.layers.vector.values.grad
     torch.testing.assert_close(gradient, again.dense_gradient(), rtol=1e-5, atol=1e-8)
 
 
@@ -400,10 +401,10 @@ def test_layers_are_a_sequence_in_the_order_of_the_targets() -> None:
         f"transformer.h.{i}.attn.c_attn.weight" for i in range(3)
     ]
     layer = twins.layers[1]
-    assert layer.is_transposed
+    assert type(layer) is Conv1DLayer
     assert layer.shape == (24, 72)
     assert layer.weight is layer.module.weight
-    assert not _twins("llama").layers[0].is_transposed
+    assert type(_twins("llama").layers[0]) is TargetLayer
 
 
 def test_sinks_leave_with_their_block() -> None:
@@ -424,16 +425,16 @@ def test_sinks_leave_with_their_block() -> None:
         pass
 
 
-def test_a_gate_that_collected_nothing_says_so() -> None:
+def test_a_flat_vector_that_collected_nothing_says_so() -> None:
     with pytest.raises(AssertionError, match="no target layer ran its backward"):
-        Gate(3, torch.float32).take_gradient()
+        FlatValues(3, torch.float32).take_gradient()
 
 
-def test_a_gate_adds_to_the_slice_of_the_layer() -> None:
-    gate = Gate(5, torch.float32)
+def test_a_flat_vector_adds_to_the_slice_of_the_layer() -> None:
+    vector = FlatValues(5, torch.float32)
     for start, gradient in (3, [1.0, 2.0]), (0, [7.0]), (4, [0.5]):
-        part = gate.gradient(start, len(gradient), torch.device("cpu"))
+        part = vector.gradient(start, len(gradient), torch.device("cpu"))
         part += torch.tensor(gradient)
-    assert gate.take_gradient().tolist() == [7.0, 0.0, 0.0, 1.0, 2.5]
-    assert gate.buffer is None
-    assert gate.values.tolist() == [0.0] * 5
+    assert vector.take_gradient().tolist() == [7.0, 0.0, 0.0, 1.0, 2.5]
+    assert vector.buffer is None
+    assert vector.values.tolist() == [0.0] * 5

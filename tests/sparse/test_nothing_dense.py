@@ -68,7 +68,7 @@ def _weight_storages(engine: Engine) -> set[int]:
     places = set()
     for parameter in engine.model.parameters():
         for tensor in (parameter.data, parameter.ds_tensor.data):  # type: ignore[attr-defined]
-            if parameter is not engine.gate.values:
+            if parameter is not engine.vectors[0].values:
                 places.add(tensor.untyped_storage().data_ptr())
     return places
 

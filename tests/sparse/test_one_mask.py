@@ -164,7 +164,7 @@ class Holder:
         )
         if stage == 3:  # what lies behind a partition is nobody's business
             for layer in self.layers:
-                start, stop = self.engine.shard_range(layer.weight)
+                start, stop = self.engine.weights.shard_range(layer.weight)
                 partition: Tensor = layer.weight.ds_tensor  # type: ignore[attr-defined]
                 partition.data.view(-1)[stop - start :] = float("nan")
 
@@ -172,14 +172,14 @@ class Holder:
         """Select from this rank's ranges of dense statistics."""
         shards = []
         for layer, gradient in zip(self.layers, gradients.values(), strict=True):
-            start, stop = self.engine.shard_range(layer.weight)
+            start, stop = self.engine.weights.shard_range(layer.weight)
             shards.append(
                 TargetShard(
                     name=layer.name,
                     numel=layer.numel,
                     start=start,
                     gradient=gradient.flatten()[start:stop].clone(),
-                    weight=self.engine.read_shard(layer.weight),
+                    weight=self.engine.weights.read_shard(layer.weight),
                     device=self.engine.device,
                 )
             )

@@ -37,10 +37,10 @@ from gem_ds.models.choices import summed_pair_loss
 from gem_ds.models.encoders import head_names
 from gem_ds.models.loss import answer_loss_of, chunked_answer_loss
 from gem_ds.models.targets import find_targets
-from gem_ds.select.methods import ADAPTER_METHODS
 from gem_ds.train.config import MethodArguments, TrainArguments
 from gem_ds.train.dense_tuning import DenseTuning, trained_network
 from gem_ds.train.fit import fit
+from gem_ds.train.methods import ADAPTER_METHODS
 from tests.ranks import run_ranks
 from tests.tiny import Setting, make_model, naive_examples, naive_loss, random_examples
 from tests.tiny_classifier import NUM_EXAMPLES, make_classifier, naive_pair_loss, random_pairs

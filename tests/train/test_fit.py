@@ -58,7 +58,7 @@ class SkippingEngine:
         self.num_calls += 1
         if self.num_calls != SKIPPED + 1:
             return Engine.step(self.engine)
-        self.engine.gate.values.grad = None
+        self.engine.vectors[0].values.grad = None
         return False
 
 

@@ -138,7 +138,7 @@ class Inspector:
     def take_up_masters(self) -> None:
         """What is expected from now on."""
         for part in self.parts:
-            masters = part.split(self.engine.get_state(part.gate)["master"].to(self.engine.dtype))
+            masters = part.split(self.engine.get_state(part.vector)["master"].to(self.engine.dtype))
             for name, index in zip(part.names, part.flat_indices, strict=True):
                 self.expected[name].view(-1)[index.long()] = masters[name]
 
@@ -146,8 +146,8 @@ class Inspector:
         """Note what differs."""
         for name, whole in self.expected.items():
             parameter = self.engine.model.get_parameter(name)
-            start, stop = self.engine.shard_range(parameter)
-            pairs = [(self.engine.read_shard(parameter), whole.flatten()[start:stop])]
+            start, stop = self.engine.weights.shard_range(parameter)
+            pairs = [(self.engine.weights.read_shard(parameter), whole.flatten()[start:stop])]
             if parameter.data.numel() == whole.numel():
                 pairs.append((parameter.data, whole.view(parameter.data.shape)))
             for found, expected in pairs:
@@ -166,7 +166,7 @@ def _train(comm: Comm, plan: Plan) -> Outcome:
     tuning = SparseTuning(args, run, model, sorted(head_names(model)), comm)
     head = tuning.head
     assert head is not None
-    assert head.total == HEAD_SIZE
+    assert head.num_entries == HEAD_SIZE
     batches = Batches(
         random_pairs(),
         comm,
@@ -189,7 +189,7 @@ def _train(comm: Comm, plan: Plan) -> Outcome:
         tuning._select(batches, summed_pair_loss)
     assert scheduler.get_last_lr() == [g["lr"] for g in tuning.engine.optimizer.param_groups]
     assert torch.equal(bits(seen[1]), bits(untrained))
-    assert all(gate.buffer is None for gate in tuning.engine.gates)
+    assert all(vector.buffer is None for vector in tuning.engine.vectors)
     tuning.entries = SelectedEntries(tuning.engine, tuning.layers, list(indices.values()))
     inspector = Inspector(tuning.entries, head)
     inspector.compare("after calibration")

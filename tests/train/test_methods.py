@@ -18,8 +18,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from gem_ds.files.checkpoint import Checkpoint
 from gem_ds.files.delta import Delta, apply_delta
 from gem_ds.models.encoders import head_names, set_head
-from gem_ds.select.methods import METHODS, SPARSE_METHODS
+from gem_ds.select.rules import SPARSE_METHODS
 from gem_ds.train import main as train
+from gem_ds.train.methods import METHODS
 from tests.ranks import run_ranks
 from tests.tiny_model import REPOSITORY, Tiny, joined, make_tiny, one_rank
 from tests.tiny_tasks import make_bert, make_task, task_of

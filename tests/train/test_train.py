@@ -19,7 +19,8 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from gem_ds.distributed.comm import PeerError, free_port
+from gem_ds.distributed.comm import free_port
+from gem_ds.errors import PeerError
 from gem_ds.files.checkpoint import list_checkpoints
 from gem_ds.files.delta import Delta, apply_delta
 from gem_ds.files.mask import Mask

@@ -161,11 +161,11 @@ class Inspector:
             self.expected[name].view(-1)[index] = part
         self.num_steps += 1
         for name, parameter in self.engine.model.named_parameters():
-            if parameter is self.engine.gate.values:
+            if parameter is self.engine.vectors[0].values:
                 continue
             whole = self.expected[name].flatten()
-            start, stop = self.engine.shard_range(parameter)
-            self._compare(name, self.engine.read_shard(parameter), whole[start:stop])
+            start, stop = self.engine.weights.shard_range(parameter)
+            self._compare(name, self.engine.weights.read_shard(parameter), whole[start:stop])
             if parameter.data.numel() == whole.numel():
                 self._compare(f"the whole copy of {name}", parameter.data.flatten(), whole)
 

@@ -1,0 +1,170 @@
+"""The weights of a model whatever ZeRO makes of them: ranges, reading, writing.
+
+Facts of DeepSpeed 0.19 that this file rests on, each held by ``tests/distributed/test_engine.py``:
+
+* ZeRO-3 cuts a weight of n entries into ranges of ``ceil(n / world_size)``; the padding of the last
+  one is uninitialised memory.
+* Parameters below the persistence threshold keep a full copy in ``param.data`` between steps, and a
+  forward pass in train mode without gradients can leave copies of any: writing updates them too.
+* ZeRO-3 gathers weights on a stream of its own, which does not wait for what others have written.
+* Below stage 3 frozen weights are ordinary tensors, whole on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+
+from gem_ds.distributed.comm import Comm
+from gem_ds.distributed.zero_config import zero_stage
+
+
+def load_deepspeed() -> Any:
+    """The library, imported where it is first needed.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ValueError("This needs DeepSpeed: pip install deepspeed.") from error
+    return deepspeed
+
+
+def partitioned_loading(config: dict[str, Any]) -> AbstractContextManager[Any]:
+    """While the block lasts, ``from_pretrained`` loads weights straight into ZeRO-3 partitions.
+
+    Below stage 3 it does nothing.
+    """
+    if zero_stage(config) < 3:
+        return nullcontext()
+    load_deepspeed()
+    from transformers.integrations import HfDeepSpeedConfig
+
+    return nullcontext(HfDeepSpeedConfig(config))  # transformers keeps a weak reference to it
+
+
+def whole_weights(model: nn.Module, names: Collection[str]) -> AbstractContextManager[None]:
+    """While the block lasts, the named weights of a partitioned model are whole on every rank.
+
+    What the block writes into them, alike on all ranks, is kept. Names that the model does not
+    have are passed over. All ranks call this together.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    named = [parameters[name] for name in names if name in parameters]
+    gathered: AbstractContextManager[None] = load_deepspeed().zero.GatheredParameters(
+        named, modifier_rank=0
+    )
+    return gathered
+
+
+def numel(parameter: nn.Parameter) -> int:
+    """Entries of a whole parameter, partitioned or not."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def shape_of(parameter: nn.Parameter) -> tuple[int, ...]:
+    """The shape of a whole parameter, partitioned or not."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def num_parameters(model: nn.Module) -> int:
+    """N: entries of the model, each stored parameter once (tied weights once)."""
+    return sum(numel(parameter) for parameter in model.parameters())
+
+
+class Weights:
+    """A rank's view of the model's weights.
+
+    Args:
+        comm: the ranks.
+        stage: of ZeRO.
+        let_gathers_wait: called after a partition was written.
+    """
+
+    def __init__(
+        self, comm: Comm, stage: int = 0, let_gathers_wait: Callable[[], None] = lambda: None
+    ) -> None:
+        self.comm, self.stage, self._let_gathers_wait = comm, stage, let_gathers_wait
+
+    def shard_range(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """[start, stop) of the flat range of a weight that this rank scores.
+
+        The ZeRO-3 partition; below stage 3 the range of the same size. May be empty.
+        """
+        total = numel(parameter)
+        size = self.partition_size(parameter)
+        return min(self.comm.rank * size, total), min((self.comm.rank + 1) * size, total)
+
+    def partition_size(self, parameter: nn.Parameter) -> int:
+        """Length of every rank's range of a weight, padding included."""
+        if self.stage == 3:
+            return _partition(parameter).ds_numel  # type: ignore[attr-defined, no-any-return]
+        return -(-numel(parameter) // self.comm.world_size)
+
+    def read_shard(self, parameter: nn.Parameter) -> Tensor:
+        """This rank's range of a weight, 1-D, in the model's dtype; not to be written.
+
+        It stays where it lies: on the CPU if parameters are offloaded.
+        """
+        start, stop = self.shard_range(parameter)
+        if self.stage == 3:
+            return _partition(parameter).data.view(-1)[: stop - start]
+        return parameter.data.view(-1)[start:stop]
+
+    def read_whole(self, parameter: nn.Parameter) -> Tensor:
+        """A weight in its shape and the model's dtype, on every rank; not to be written."""
+        if self.stage < 3:
+            return parameter.data
+        # Not by GatheredParameters: a forward pass may have left a gathering of it in flight.
+        shard = _partition(parameter).data.view(-1).to(self.comm.device)
+        return self.comm.gather_shards(shard)[: numel(parameter)].view(shape_of(parameter))
+
+    def writable_range(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """[start, stop) of the flat range that :meth:`write_entries` reaches on this rank."""
+        return self.shard_range(parameter) if self.stage == 3 else (0, numel(parameter))
+
+    def write_entries(
+        self, parameter: nn.Parameter, flat_index: Tensor, values: Tensor, own: slice
+    ) -> None:
+        """Set entries of a weight, in this rank's part and in any full copy that it keeps.
+
+        Args:
+            parameter: the weight.
+            flat_index: int [k], all selected entries of the weight.
+            values: [k], their new values.
+            own: those of the k entries that lie in :meth:`writable_range`.
+        """
+        if self.stage < 3:
+            parameter.data.view(-1)[flat_index] = values
+            return
+        shard = _partition(parameter).data
+        shard_index = (flat_index[own] - self.shard_range(parameter)[0]).to(shard.device)
+        shard.view(-1)[shard_index] = values[own].to(shard.device)
+        if is_gathered(parameter):
+            parameter.data.view(-1)[flat_index] = values
+        self._let_gathers_wait()
+
+    def write_whole(self, parameter: nn.Parameter, values: Tensor) -> None:
+        """Set all entries of a flat parameter; the padding of this rank's part becomes zero."""
+        if self.stage < 3:
+            parameter.data.copy_(values)
+            return
+        start, stop = self.shard_range(parameter)
+        _partition(parameter).data.zero_()[: stop - start] = values[start:stop]
+        if is_gathered(parameter):
+            parameter.data.copy_(values)
+        self._let_gathers_wait()
+
+
+def is_gathered(parameter: nn.Parameter) -> bool:
+    """Whether a partitioned parameter has a full copy in ``data`` at the moment."""
+    return parameter.ds_status.name == "AVAILABLE"  # type: ignore[attr-defined, no-any-return]
+
+
+def _partition(parameter: nn.Parameter) -> Tensor:
+    return parameter.ds_tensor  # type: ignore[attr-defined, no-any-return]

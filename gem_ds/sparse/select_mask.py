@@ -1,0 +1,229 @@
+"""A mask of a model in memory: one process, any batches, no DeepSpeed.
+
+What ``launch/train.py --max_steps 0`` writes for the same examples, as a function. For each target
+weight one fp32 matrix stands, the sum of its gradients; nothing else dense is kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from decimal import Decimal
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gem_ds.distributed.weights import num_parameters
+from gem_ds.files.mask import Mask, WeightInfo, checksum, dtype_name, index_dtype
+from gem_ds.models.encoders import head_names, without_head
+from gem_ds.models.targets import find_targets
+from gem_ds.select.budget import total_budget
+from gem_ds.select.rules import RULES, TargetShard
+from gem_ds.select.scores import Solo
+from gem_ds.select.selection import select_shards
+from gem_ds.sparse.calibrate import checkpointing_in_eval_mode, refuse_unreached
+from gem_ds.sparse.layers import Sink, TargetLayer, TargetLayers
+
+#: What transformers calls the loss of a model -> the labels that it is the mean over.
+_LABELS_OF: dict[str, Callable[[Tensor], Tensor]] = {
+    "ForCausalLM": lambda labels: labels[..., 1:],
+    "ForMaskedLM": lambda labels: labels,
+    "ForTokenClassification": lambda labels: labels,
+}
+
+
+def select_mask(
+    model: nn.Module,
+    batches: Iterable[Any] = (),
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    *,
+    density: float | str | Decimal = "0.001",
+    target_modules: Sequence[str] | None = None,
+    rule: str = "gem",
+    seed: int = 0,
+    base_model: str | None = None,
+) -> Mask:
+    """Select the entries of a model that a rule would train.
+
+    Gradients are those at the weights as they are, in eval mode; gradient checkpointing stays on
+    where the model has it on. The model is left exactly as it was.
+
+    Args:
+        model: of transformers or any other, whole in this process.
+        batches: what ``loss`` takes, each once; a rule that looks at weights only reads none.
+        loss: takes the model and a batch and returns the SUMMED loss of the batch, not a mean. None
+            for models of transformers that return a loss of ``labels``: their mean over the label
+            tokens is turned into a sum, and batches are mappings of tensors.
+        density: the share of the model's parameters to select, in (0, 1].
+        target_modules: as the flag: module names, one regular expression or ``["all-linear"]``
+            (default: the query and value projections).
+        rule: one of :data:`gem_ds.select.rules.RULES`.
+        seed: of rules that choose by chance.
+        base_model: the name of the model for the mask's reader (default: what its config says).
+
+    Returns:
+        The mask; ``mask.save(path)`` makes a file that ``--mask`` takes.
+
+    Raises:
+        ValueError: in one sentence, what has to be changed.
+    """
+    if rule not in RULES:
+        raise ValueError(f"There is no rule {rule!r}: pass one of {', '.join(RULES)}.")
+    targets = _find_targets(model, target_modules)
+    budget = _budget(model, targets, density)
+    gradients: Sequence[Tensor | None] = [None] * len(targets)
+    with _left_as_it_was(model):
+        layers = TargetLayers(model, targets, num_entries=1)
+        try:
+            if RULES[rule].needs_gradient:
+                gradients = _sum_gradients(layers, batches, loss or _summed_loss)
+        finally:
+            layers.detach()
+    device = layers[0].weight.device  # a model may lie on several
+    shards = [
+        TargetShard(
+            name=layer.name,
+            numel=layer.numel,
+            start=0,
+            weight=layer.weight.detach().reshape(-1),
+            gradient=None if gradient is None else gradient.to(device),
+            device=device,
+        )
+        for layer, gradient in zip(layers, gradients, strict=True)
+    ]
+    chosen = select_shards(shards, budget, Solo(), rule=rule, seed=seed).indices
+    return Mask(
+        indices={
+            layer.name: index.to("cpu", index_dtype(layer.numel))
+            for layer, index in zip(layers, chosen, strict=True)
+        },
+        weights={
+            shard.name: WeightInfo(
+                shape=layer.shape,
+                dtype=dtype_name(shard.weight.dtype),
+                checksum=checksum(shard.weight[index.to(shard.weight.device)]),
+            )
+            for layer, shard, index in zip(layers, shards, chosen, strict=True)
+        },
+        base_model=base_model or _name_of(model),
+        method=rule,
+        settings={"density": str(density), "seed": seed},
+    )
+
+
+def _find_targets(model: nn.Module, names: Sequence[str] | None) -> dict[str, nn.Module]:
+    if any(p.is_meta or hasattr(p, "ds_id") for p in model.parameters()):
+        raise ValueError(
+            "The model is not whole in this process: load it without ZeRO-3 and device_map, or run "
+            "launch/train.py --max_steps 0."
+        )
+    head = head_names(model) if isinstance(model, PreTrainedModel) else set()
+    targets = {n: module for n, module in find_targets(model, names).items() if n not in head}
+    for name, module in targets.items():
+        if "forward" in vars(module):
+            raise ValueError(
+                f"{name} belongs to a layer whose forward was replaced, as accelerate's hooks do: "
+                "load the model without device_map."
+            )
+    return targets
+
+
+def _budget(
+    model: nn.Module, targets: Mapping[str, nn.Module], density: float | str | Decimal
+) -> int:
+    num_entries = num_parameters(
+        without_head(model) if isinstance(model, PreTrainedModel) else model
+    )
+    budget = total_budget(density, num_entries)
+    available = sum(model.get_parameter(name).numel() for name in targets)
+    if budget > available:
+        raise ValueError(
+            f"A density of {density} of {num_entries:,} parameters is {budget:,} entries, but the "
+            f"{len(targets)} target layers hold {available:,}: lower it or widen target_modules."
+        )
+    return budget
+
+
+def _name_of(model: nn.Module) -> str:
+    return str(getattr(getattr(model, "config", None), "_name_or_path", "")) or type(model).__name__
+
+
+def _sum_gradients(
+    layers: TargetLayers, batches: Iterable[Any], loss: Callable[[Any, Any], Tensor]
+) -> list[Tensor]:
+    """Per layer the gradient of the loss summed over the batches, fp32, flat."""
+    sums = [
+        torch.zeros(layer.numel, dtype=torch.float32, device=layer.weight.device)
+        for layer in layers
+    ]
+    sinks = [_adding(layer, total) for layer, total in zip(layers, sums, strict=True)]
+    number = 0
+    with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(layers.sinks(sinks))
+        stack.enter_context(checkpointing_in_eval_mode(layers.model))
+        for number, batch in enumerate(batches, start=1):
+            layers.renew_anchor()  # for a loss that does not call the model as a whole
+            value = loss(layers.model, batch)
+            if value.numel() != 1 or not value.requires_grad:
+                raise ValueError(
+                    "The loss must be one number that depends on the target layers: return the sum "
+                    "of the batch's losses, not detached."
+                )
+            if not math.isfinite(value.item()):
+                raise ValueError(
+                    f"The loss of batch {number} is not finite: check the model and the data (is "
+                    "there a label?), or use bfloat16 or float32."
+                )
+            value.backward()
+    if not number:
+        raise ValueError("There are no batches: pass at least one, or a rule that needs none.")
+    refuse_unreached(layers, [bool(total.any()) for total in sums])
+    return sums
+
+
+def _adding(layer: TargetLayer, total: Tensor) -> Sink:
+    def sink(*factors: Tensor) -> None:
+        layer.add_whole_gradient(total.view(layer.shape), *factors, scale=1.0)
+
+    return sink
+
+
+def _summed_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """The model's own loss, a mean, times the number of labels that it is the mean over."""
+    kind = getattr(model, "loss_type", None) or "ForCausalLM"  # as transformers itself falls back
+    if kind not in _LABELS_OF or "labels" not in batch:
+        raise ValueError(
+            "Pass loss, which takes the model and a batch and returns the summed loss: without it "
+            "the model must be a language model and the batch have labels."
+        )
+    device = next(model.parameters()).device
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    num_items = (_LABELS_OF[kind](batch["labels"]) != -100).sum()
+    summed: Tensor = model(**batch).loss * num_items
+    return summed
+
+
+@contextmanager
+def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Within the block the model is in eval mode and caches nothing; then all is as before."""
+    training = {module: module.training for module in model.modules()}
+    requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    use_cache = getattr(config, "use_cache", None)
+    model.eval()
+    if use_cache is not None:
+        config.use_cache = False  # a checkpointed block would write to the cache twice
+    try:
+        yield
+    finally:
+        if use_cache is not None:
+            config.use_cache = use_cache
+        for module, flag in training.items():
+            module.training = flag
+        for parameter, flag in requires_grad.items():
+            parameter.requires_grad_(flag)
