@@ -183,7 +183,7 @@ def group_by_length(order: Tensor, lengths: Tensor, batches: Tensor, batch_size:
     Returns:
         int64 [n], not to be changed.
     """
-    windows = order.split(_WINDOW * batch_size)
+    windows = torch.split(order, _WINDOW * batch_size)
     rows = torch.cat([window[lengths[window].argsort(stable=True)] for window in windows])
     whole = rows[: len(batches) * batch_size].view(-1, batch_size)
     return torch.cat([whole[batches].flatten(), rows[len(batches) * batch_size :]])

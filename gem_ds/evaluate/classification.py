@@ -36,10 +36,10 @@ from gem_ds.evaluate.evaluator import metrics_line
 from gem_ds.evaluate.provenance import model_facts, sha256_of_examples, versions
 from gem_ds.evaluate.sampling import RESULTS_FILE, deepspeed_config, joined_ranks, load_model
 from gem_ds.files.atomic import make_folder, save_json
+from gem_ds.models.choices import predict_all
 from gem_ds.models.encoders import is_encoder, num_positions
 from gem_ds.models.load import ModelFiles, open_model
 from gem_ds.models.objective import Predictor, objective_of
-from gem_ds.models.predict import predict_all
 from gem_ds.models.tokenizer import pad_token_id, refuse_foreign_tokens
 
 RANKING = (

@@ -16,14 +16,65 @@ a sequence of its own, so B examples are a forward pass of B times the number of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gem_ds.data.dataset import IGNORED_LABEL
+from gem_ds.data.dataset import IGNORED_LABEL, Dataset
+from gem_ds.distributed.comm import Comm
 from gem_ds.models.loss import answer_labels, answer_logits
+
+Predict = Callable[[nn.Module, dict[str, Tensor]], Tensor]
+"""Takes a model and a batch of n examples; index of the answer int64 [n] (-1 if a score is NaN), or
+the number fp32 [n]."""
+
+
+@torch.no_grad()
+def predict_all(
+    model: nn.Module,
+    dataset: Dataset,
+    predict: Predict,
+    comm: Comm,
+    *,
+    batch_size: int,
+    pad_token_id: int,
+) -> list[int] | list[float]:
+    """The prediction for each row, in order; the same on every rank. All ranks call this together.
+
+    Batches are cut as they are on one rank and dealt out in turn, so predictions are the same on
+    any number of ranks. All run the same number of forward passes, as ZeRO-3 demands: one that has
+    no batch left runs one without rows.
+
+    Args:
+        model: is put into eval mode.
+        dataset: what ``predict`` reads.
+        predict: of one batch.
+        comm: the ranks.
+        batch_size: rows per rank and forward pass.
+        pad_token_id: fills sequences up to the longest.
+
+    Raises:
+        ValueError: a score is not finite, so that there is no best one.
+    """
+    model.eval()
+    own: list[list[int] | list[float]] = []
+    for start in range(0, len(dataset), batch_size * comm.world_size):
+        first = start + batch_size * comm.rank
+        batch = dataset.collate(range(first, min(first + batch_size, len(dataset))), pad_token_id)
+        own.append(predict(model, {k: v.to(comm.device) for k, v in batch.items()}).tolist())
+    turns = zip(*comm.gather_objects(own), strict=True)
+    predictions = [prediction for turn in turns for part in turn for prediction in part]
+    assert len(predictions) == len(dataset)
+    with comm.in_unison():
+        if not all(p >= 0 if isinstance(p, int) else math.isfinite(p) for p in predictions):
+            raise ValueError(
+                "The model's scores are not finite: check the model, or use bf16 or fp32 instead "
+                "of fp16."
+            )
+    return predictions
 
 
 def summed_candidate_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

@@ -83,10 +83,7 @@ def _add_gradients(
     d_weight: Tensor | None,
     d_bias: Tensor | None,
 ) -> Tensor:
-    """The summed loss of a chunk of rows; adds its gradients to those that are given.
-
-    Labels are [rows, 1]. What is as large as the chunk's logits ends with the call.
-    """
+    """The summed loss of a chunk, labels [rows, 1]; adds to the gradients that are given."""
     logits = F.linear(hidden, weight, bias)
     log_probs = torch.log_softmax(logits, dim=1, dtype=torch.float32)
     del logits
@@ -125,4 +122,5 @@ def summed_cross_entropy(
     if not torch.is_grad_enabled():  # a trained weight asks for its gradient all the same
         hidden, weight = hidden.detach(), weight.detach()
         bias = None if bias is None else bias.detach()
-    return _SummedCrossEntropy.apply(hidden, weight, bias, labels)
+    loss: Tensor = _SummedCrossEntropy.apply(hidden, weight, bias, labels)  # type: ignore[no-untyped-call]
+    return loss

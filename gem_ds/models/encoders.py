@@ -57,8 +57,8 @@ def num_positions(config: PretrainedConfig) -> int | None:
     text_config: Any = config.get_text_config()
     limit = getattr(text_config, "max_position_embeddings", None)
     if limit and config.model_type in _SHIFTED_POSITIONS:
-        return limit - text_config.pad_token_id - 1
-    return limit or None
+        limit -= text_config.pad_token_id + 1
+    return int(limit) if limit else None
 
 
 def set_head(config: PretrainedConfig, name: str, task: TaskData) -> None:
@@ -131,7 +131,8 @@ def head_names(model: Any) -> set[str]:
 
 def without_head(model: Any) -> nn.Module:
     """The part of a model whose parameters N counts: all of a decoder, an encoder's base model."""
-    return model.base_model if is_encoder(model.config) else model
+    base: nn.Module = model.base_model if is_encoder(model.config) else model
+    return base
 
 
 @torch.no_grad()

@@ -77,12 +77,8 @@ def _at_answers(states: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
 def answer_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """The logits that answer tokens are read from, and no others where the output layer is plain.
 
-    Args:
-        model: as :func:`summed_answer_loss`.
-        batch: as there.
-
-    Returns:
-        [n, V], in the model's dtype, for the n ``answer_positions``.
+    [n, V] in the model's dtype, for the n ``answer_positions``; arguments as
+    :func:`summed_answer_loss`.
     """
     layer = plain_output_layer(model)
     if layer is None:
@@ -136,7 +132,8 @@ def answer_loss_of(model: nn.Module, comm: Comm) -> SummedLoss:
 def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """What the model returns for logits: [B, T, V]."""
     inputs = {key: value for key, value in batch.items() if key not in _OF_THE_LOSS}
-    return model(**inputs, use_cache=False).logits
+    logits: Tensor = model(**inputs, use_cache=False).logits
+    return logits
 
 
 def plain_output_layer(model: nn.Module) -> nn.Linear | None:
@@ -158,7 +155,7 @@ def plain_output_layer(model: nn.Module) -> nn.Linear | None:
 @contextmanager
 def _forward_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """While the block lasts, the module computes ``forward``; its hooks stay."""
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     try:
         yield
     finally:

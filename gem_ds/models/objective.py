@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from gem_ds.data.batches import SummedLoss
@@ -24,6 +23,7 @@ from gem_ds.data.dataset import Dataset
 from gem_ds.data.encode import encode_candidates, encode_pairs, encode_texts
 from gem_ds.data.tasks import Example, Kind
 from gem_ds.models.choices import (
+    Predict,
     predict_candidates,
     predict_pairs,
     summed_candidate_loss,
@@ -33,10 +33,6 @@ from gem_ds.models.loss import summed_answer_loss
 
 Encode = Callable[[Sequence[Example], PreTrainedTokenizerBase, int], Dataset]
 """Examples, tokenizer and max_length to a dataset."""
-
-Predict = Callable[[nn.Module, dict[str, Tensor]], Tensor]
-"""Takes a model and a batch of n examples; index of the answer int64 [n] (-1 if a score is NaN), or
-the number fp32 [n]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +52,6 @@ class Objective:
     predictor: Predictor | None
 
 
-_WRITING = (encode_texts, summed_answer_loss)
-_RANKING = Predictor(encode=encode_candidates, predict=predict_candidates)
-_HEAD = Predictor(encode=encode_pairs, predict=predict_pairs)
-
-
 def objective_of(
     kind: Kind, *, is_encoder: bool, classification_loss: Literal["tokens", "candidates"] = "tokens"
 ) -> Objective:
@@ -70,18 +61,19 @@ def objective_of(
         ValueError: the loss needs candidates and there are none, or an encoder's head has its own.
     """
     has_candidates = kind in ("labels", "choices") and not is_encoder
-    if classification_loss == "candidates" and not has_candidates:
-        raise ValueError(
-            "--classification_loss candidates is for causal models on tasks with candidates: leave "
-            "it out."
+    ranking = Predictor(encode=encode_candidates, predict=predict_candidates)
+    if classification_loss == "candidates":
+        if not has_candidates:
+            raise ValueError(
+                "--classification_loss candidates is for causal models on tasks with candidates: "
+                "leave it out."
+            )
+        return Objective(
+            encode=encode_candidates, summed_loss=summed_candidate_loss, predictor=ranking
         )
     if is_encoder:
         assert kind != "text", "gem_ds.models.encoders.set_head refuses it"
-        return Objective(encode=encode_pairs, summed_loss=summed_pair_loss, predictor=_HEAD)
-    encode, summed_loss = (
-        (encode_candidates, summed_candidate_loss)
-        if classification_loss == "candidates"
-        else _WRITING
-    )
-    predictor = _RANKING if has_candidates else None
-    return Objective(encode=encode, summed_loss=summed_loss, predictor=predictor)
+        head = Predictor(encode=encode_pairs, predict=predict_pairs)
+        return Objective(encode=encode_pairs, summed_loss=summed_pair_loss, predictor=head)
+    predictor = ranking if has_candidates else None
+    return Objective(encode=encode_texts, summed_loss=summed_answer_loss, predictor=predictor)

@@ -16,13 +16,13 @@ from gem_ds.data.packing import pack
 from gem_ds.data.predictions import save_predictions
 from gem_ds.distributed.comm import Comm
 from gem_ds.files.checkpoint import TrainerState, delete_old_checkpoints
+from gem_ds.models.choices import predict_all
 from gem_ds.models.load import DTYPES, enable_checkpointing, load_for_training
 from gem_ds.models.loss import (
     answer_loss_of,
     refuse_leaking_rows,
     summed_answer_loss,
 )
-from gem_ds.models.predict import predict_all
 from gem_ds.select.rules import SPARSE_METHODS
 from gem_ds.train.config import Arguments
 from gem_ds.train.dense_tuning import DenseTuning
