@@ -38,13 +38,21 @@ def extract_program(completion: str, entry_point: str | None = None) -> str:
         completion: Any text; none makes this fail.
         entry_point: The function that is wanted; without it any definition will do.
     """
+    found = find_program(completion, entry_point)
+    if found is not None:
+        return found
     texts = _between_marks(completion)
-    for text in texts:
+    return next(filter(str.strip, texts), texts[0])
+
+
+def find_program(completion: str, entry_point: str | None = None) -> str | None:
+    """As `extract_program`, but None where nothing defines the entry point."""
+    for text in _between_marks(completion):
         for candidate in _candidates(text, entry_point):
             tree = parse(candidate)
             if tree is not None and _defines(tree, entry_point):
                 return _without_last_word(candidate, tree)
-    return next(filter(str.strip, texts), texts[0])
+    return None
 
 
 def parse(text: str) -> ast.Module | None:

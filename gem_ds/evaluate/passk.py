@@ -1,7 +1,8 @@
 """pass@k on benchmarks of programs: sample programs, run them in the sandbox, estimate.
 
     python -m eval.passk --model_name_or_path M [--delta F] [--data_dir D] --output_dir O
-        [--n 10 --k 1 10 --temperature 0.8 --top_p 0.95] [--sanitized] [--num_fewshot 0]
+        [--task mbpp|humaneval] [--n 10 --k 1 10 --temperature 0.8 --top_p 0.95]
+        [--sanitized] [--num_fewshot 0]
 
     samples -> programs -> verdicts of the sandbox -> pass@k per problem -> mean, interval
 
@@ -28,7 +29,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from gem_ds.evaluate import mbpp
+from gem_ds.evaluate import humaneval, mbpp
 from gem_ds.evaluate.arguments import SamplingArguments, option
 from gem_ds.evaluate.evaluator import Asked, Report, evaluate, refuse_other_prompts
 from gem_ds.evaluate.generation import GenerationSettings
@@ -73,6 +74,7 @@ class Benchmark(Protocol):
 #: `data_dir`, `limit` and these flags.
 TASKS: dict[str, tuple[type | None, Callable[..., Benchmark]]] = {
     "mbpp": (mbpp.MbppArguments, mbpp.load),
+    "humaneval": (None, humaneval.load),
 }
 OWN_FLAGS = [flags for flags, _ in TASKS.values() if flags is not None]
 
