@@ -56,21 +56,13 @@ class Interval:
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """What the paired bootstrap says of a task.
+    """What the paired bootstrap says of a task."""
 
-    Attributes:
-        reference: the method that the others are measured against.
-        scores: of each method.
-        differences: of the others.
-        losses: differences of the loss, where learning rates are chosen by it.
-        note: what a reader must know of them; empty if nothing.
-    """
-
-    reference: str
-    scores: Mapping[str, Interval] = field(default_factory=dict)
-    differences: Mapping[str, Interval] = field(default_factory=dict)
-    losses: Mapping[str, Interval] = field(default_factory=dict)
-    note: str = ""
+    reference: str  # the method that the others are measured against
+    scores: Mapping[str, Interval] = field(default_factory=dict)  # of each method
+    differences: Mapping[str, Interval] = field(default_factory=dict)  # of the others
+    losses: Mapping[str, Interval] = field(default_factory=dict)  # the same of the loss, if wanted
+    note: str = ""  # what a reader must know
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -86,13 +78,8 @@ def resample_scores(
 ) -> Scores:
     """A method's metric on the resamples, which are the same for every method of as many runs.
 
-    Args:
-        runs: one of each seed, on the same n examples; to be compared, in the same order of seeds.
-        metric: by name.
-        num_resamples: b.
-
-    Raises:
-        ValueError: the predictions do not allow the metric.
+    The runs are one of each seed, on the same n examples, in the same order of seeds. Raises
+    ValueError where the predictions do not allow the metric.
     """
     num_examples = len(runs[0].ids)
     chunks = []
@@ -143,11 +130,9 @@ def _counts(drawn: np.ndarray) -> np.ndarray:
 
 
 def compare_methods(comparison: Comparison, runs: pd.DataFrame) -> Findings:
-    """The paired bootstrap on one task, over the seeds that both sides have.
+    """The paired bootstrap on one task's finished final runs, over the seeds that both sides have.
 
-    Args:
-        comparison: the file.
-        runs: lines of the finished final runs of the task (:mod:`gem_ds.comparison.table`).
+    They are lines of the frame that :mod:`gem_ds.comparison.table` makes.
     """
     methods = {str(name): own.set_index("seed") for name, own in runs.groupby("method", sort=False)}
     reference = REFERENCE if REFERENCE in methods else next(iter(methods), REFERENCE)
@@ -189,11 +174,7 @@ def compare_methods(comparison: Comparison, runs: pd.DataFrame) -> Findings:
 
 
 def refuse_other_examples(runs: Sequence[Predictions]) -> None:
-    """Refuse runs that were not scored on the same examples.
-
-    Raises:
-        ValueError: they were not.
-    """
+    """Refuse runs that were not scored on the same examples."""
     for run in runs:
         if run.ids != runs[0].ids or run.references != runs[0].references:
             raise ValueError("the runs were not scored on the same examples.")

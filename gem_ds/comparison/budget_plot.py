@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -18,18 +19,15 @@ TEXT = "#333333"
 
 def budget_figure(task: str, masks: Mapping[str, Mask]) -> Figure:
     """A panel per method: share of its entries by layer (down) and module (across)."""
-    names = list(dict.fromkeys(name for mask in masks.values() for name in mask.indices))
-    places = {name: place_of(name) for name in names}
+    places = {name: place_of(name) for mask in masks.values() for name in mask.indices}
     layers = sorted({layer for layer, _ in places.values()})
     modules = list(dict.fromkeys(module for _, module in places.values()))
     grids = {}
     for method, mask in masks.items():
         grid = np.full((len(layers), len(modules)), np.nan)
         for name, index in mask.indices.items():
-            layer, module = places[name]
-            spot = layers.index(layer), modules.index(module)
-            share = 100 * index.numel() / mask.num_selected
-            grid[spot] = share + (0 if np.isnan(grid[spot]) else grid[spot])
+            spot = layers.index(places[name][0]), modules.index(places[name][1])
+            grid[spot] = np.nansum([grid[spot], 100 * index.numel() / mask.num_selected])
         grids[method] = grid
     top = max(float(np.nanmax(grid)) for grid in grids.values())
     lines = math.ceil(len(grids) / 4)
@@ -42,12 +40,10 @@ def budget_figure(task: str, masks: Mapping[str, Mask]) -> Figure:
     for axes, (method, grid) in zip(panels.flat, grids.items(), strict=False):
         image = axes.imshow(grid, cmap="viridis", vmin=0, vmax=top, aspect="auto")
         axes.set_title(method, fontsize=10.5, color=TEXT)
-        axes.set_xticks(range(len(modules)), short_names(modules), rotation=30, ha="right")
-        for label in axes.get_xticklabels():
-            label.set_rotation_mode("anchor")
-        step = math.ceil(len(layers) / 16)
-        shown = range(0, len(layers), step)
-        axes.set_yticks(list(shown), ["" if layers[i] < 0 else str(layers[i]) for i in shown])
+        names = short_names(modules)
+        axes.set_xticks(range(len(names)), names, rotation=30, ha="right", rotation_mode="anchor")
+        shown = range(0, len(layers), math.ceil(len(layers) / 16))
+        axes.set_yticks(shown, ["" if layers[i] < 0 else str(layers[i]) for i in shown])
         axes.tick_params(length=0, labelsize=8.5, colors=TEXT)
         axes.spines[:].set_visible(False)
         if grid.size <= 60 and len(modules) <= 4:
@@ -74,10 +70,9 @@ def _write_in(axes: Axes, grid: np.ndarray, top: float) -> None:
     """The numbers into the fields, light on dark and dark on light."""
     for (line, column), value in np.ndenumerate(grid):
         if not np.isnan(value):
+            look: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8}
             colour = "black" if value > 0.6 * top else "white"
-            axes.text(
-                column, line, f"{value:.1f}", ha="center", va="center", color=colour, fontsize=8
-            )
+            axes.text(column, line, f"{value:.1f}", color=colour, **look)
 
 
 def short_names(modules: Sequence[str]) -> list[str]:

@@ -30,7 +30,7 @@ from gem_ds.comparison.cells import (
 )
 from gem_ds.comparison.grid import Comparison
 from gem_ds.comparison.results import read_result, read_training
-from gem_ds.files.atomic import delete, save_json, try_lock
+from gem_ds.files.atomic import delete, try_lock
 
 CELL_FILE, LOG_FILE = "cell.json", "log.txt"
 
@@ -41,33 +41,26 @@ WEIGHTS = ("delta.safetensors", "adapter", "model")
 PATIENCE = 3.0
 
 
-def is_finished(comparison: Comparison, cell: Cell) -> bool:
-    """Whether a cell's results are whole."""
+def is_finished(comparison: Comparison, cell: Cell, *, training_only: bool = False) -> bool:
+    """Whether a cell's results, or those of its training alone, are whole."""
     with suppress(ValueError):
-        return bool(read_result(comparison, cell))
+        folder = folder_of(comparison, cell)
+        return bool(read_training(folder) if training_only else read_result(comparison, cell))
     return False
 
 
-def is_trained(comparison: Comparison, cell: Cell) -> bool:
-    """Whether those of its training are."""
-    with suppress(ValueError):
-        return bool(read_training(folder_of(comparison, cell)))
-    return False
-
-
-def save_commands(comparison: Comparison, cell: Cell) -> None:
-    """Write cell.json; raises OSError."""
-    save_json(folder_of(comparison, cell) / CELL_FILE, _commands(comparison, cell))
+def commands_of(comparison: Comparison, cell: Cell) -> dict[str, str]:
+    """What cell.json holds."""
+    commands = {"train": training_command(comparison, cell)}
+    if evaluate := evaluation_command(comparison, cell):
+        commands["evaluate"] = evaluate
+    return {name: shlex.join(words) for name, words in commands.items()}
 
 
 def refuse_other_commands(comparison: Comparison, cell: Cell) -> None:
-    """Refuse a folder whose run is not the one that the file now asks for.
-
-    Raises:
-        ValueError: says what differs.
-    """
+    """Refuse a folder whose run is not the one that the file now asks for."""
     folder = folder_of(comparison, cell)
-    path, wanted = folder / CELL_FILE, _commands(comparison, cell)
+    path, wanted = folder / CELL_FILE, commands_of(comparison, cell)
     if not path.exists():
         if folder.is_dir() and set(os.listdir(folder)) - {LOG_FILE}:
             raise ValueError(
@@ -88,10 +81,7 @@ def refuse_other_commands(comparison: Comparison, cell: Cell) -> None:
 def lock(log: IO[bytes], folder: Path) -> None:
     """Hold the log for as long as anyone has it open, the child that inherits it above all.
 
-    So a process that has outlived its comparison is noticed.
-
-    Raises:
-        ValueError: another process holds it.
+    So a process that has outlived its comparison is noticed, and refused.
     """
     deadline = time.monotonic() + PATIENCE
     while not try_lock(log):
@@ -123,14 +113,6 @@ def last_line(log: Path) -> str:
     text = log.read_bytes()[-10_000:].decode(errors="replace").replace("\r", "\n")
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     return lines[-1] if lines else ""
-
-
-def _commands(comparison: Comparison, cell: Cell) -> dict[str, str]:
-    """The commands of a cell as cell.json has them."""
-    train = training_command(comparison, cell)
-    evaluate = evaluation_command(comparison, cell)
-    commands = {"train": shlex.join(train)}
-    return commands if evaluate is None else commands | {"evaluate": shlex.join(evaluate)}
 
 
 def _difference(found: dict[str, str], wanted: dict[str, str]) -> str:

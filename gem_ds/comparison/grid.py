@@ -222,11 +222,7 @@ class Comparison:
 
 
 def read_comparison(path: Path) -> Comparison:
-    """Read and check the file of a comparison.
-
-    Raises:
-        ValueError: one sentence that names the file and what to change in it.
-    """
+    """Read and check the file of a comparison; ValueError names it and what to change in it."""
     try:
         return parse_comparison(yaml.safe_load(path.read_text(encoding="utf-8")))
     except OSError as error:
@@ -239,11 +235,7 @@ def read_comparison(path: Path) -> Comparison:
 
 
 def parse_comparison(content: object) -> Comparison:
-    """The same for the file's content.
-
-    Raises:
-        ValueError: one sentence that names the key.
-    """
+    """The same for the file's content; ValueError names the key."""
     comparison: Comparison = _mapping(Comparison)(content, "")
     shared, methods = comparison.learning_rates, {}
     for name, method in comparison.methods.items():

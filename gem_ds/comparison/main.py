@@ -67,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.model_name_or_path is not None:
         common = comparison.common | {"model_name_or_path": args.model_name_or_path}
         comparison = replace(comparison, common=common)
-    comparison = moved(comparison, output_dir=args.output_dir, data_dir=args.data_dir)
+    comparison = with_data_in(comparison, args.data_dir)
+    if args.output_dir is not None:
+        comparison = replace(comparison, output_dir=args.output_dir)
     with output_dir_of_one_run(comparison.output_dir):
         num_failed = compare(comparison)
     print(f"Wrote table.md, table.csv, cells.csv and pictures to {comparison.output_dir}")
@@ -75,11 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def narrowed(comparison: Comparison, tasks: Sequence[str]) -> Comparison:
-    """The same comparison of some of its tasks only, in its order.
-
-    Raises:
-        ValueError: the file has no such task.
-    """
+    """The same comparison of some of its tasks only, in its order."""
     for name in tasks:
         if name not in comparison.tasks:
             raise ValueError(
@@ -90,17 +88,8 @@ def narrowed(comparison: Comparison, tasks: Sequence[str]) -> Comparison:
     return replace(comparison, tasks=chosen)
 
 
-def moved(comparison: Comparison, *, output_dir: Path | None, data_dir: Path | None) -> Comparison:
-    """The same comparison with its data and output elsewhere.
-
-    Args:
-        comparison: the file.
-        output_dir: replaces its own.
-        data_dir: its tasks' folders are below this one.
-
-    Raises:
-        ValueError: a task's folder is not there, or ``data_dir`` is given and no task has one.
-    """
+def with_data_in(comparison: Comparison, data_dir: Path | None) -> Comparison:
+    """The same comparison with its tasks' folders, which must be there, below ``data_dir``."""
     if data_dir and not any(task.data_dir for task in comparison.tasks.values()):
         raise ValueError(
             "--data_dir replaces where the tasks' folders lie, and none of the tasks has one: give "
@@ -115,7 +104,7 @@ def moved(comparison: Comparison, *, output_dir: Path | None, data_dir: Path | N
                 f"holds {task.data_dir}."
             )
         tasks[name] = replace(task, data_dir=folder)
-    return replace(comparison, tasks=tasks, output_dir=output_dir or comparison.output_dir)
+    return replace(comparison, tasks=tasks)
 
 
 def compare(comparison: Comparison) -> int:
@@ -135,12 +124,11 @@ def compare(comparison: Comparison) -> int:
         for task in comparison.tasks
     }
     table = tabulate(comparison, cells, rates, findings)
-    texts = {
-        "table.md": markdown(comparison, table, cells, findings, failures),
-        "table.csv": table_csv(table),
-        "cells.csv": cells_csv(comparison, cells),
-    }
-    for name, text in texts.items():
+    for name, text in (
+        ("table.md", markdown(comparison, table, cells, findings, failures)),
+        ("table.csv", table_csv(table)),
+        ("cells.csv", cells_csv(comparison, cells)),
+    ):
         write = partial(Path.write_text, data=text, encoding="utf-8")
         atomic_write(comparison.output_dir / name, write)
     write_plots(comparison, table, cells)

@@ -25,15 +25,7 @@ Metric = Callable[[Sequence[Any], Sequence[Any], np.ndarray], np.ndarray]
 
 
 def metric_on(predictions: Predictions, name: str, weights: np.ndarray) -> np.ndarray:
-    """A run's metric under weightings of the examples.
-
-    Args:
-        predictions: of n examples.
-        name: of the metric; one that `METRICS` does not know is the mean of ``correct``.
-        weights: [b, n] how often each example counts.
-
-    Returns:
-        [b] values.
+    """A run's metric, [b] values of [b, n] weightings of its n examples.
 
     Raises:
         ValueError: the predictions do not allow this metric.

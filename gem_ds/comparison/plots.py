@@ -47,11 +47,7 @@ MAX_COLUMNS = 3
 
 
 def write_plots(comparison: Comparison, table: pd.DataFrame, cells: pd.DataFrame) -> None:
-    """Write the pictures that there is something to show in.
-
-    Raises:
-        OSError: a file cannot be written.
-    """
+    """Write the pictures that there is something to show in."""
     folder = comparison.output_dir
     if any(table.num_seeds > 0):
         save(score_figure(table), folder / "score_vs_parameters.png")
@@ -79,19 +75,9 @@ def score_figure(table: pd.DataFrame) -> Figure:
         unit, done = unit_of(own), own[own.num_seeds > 0]
         places = side_by_side(list(done.num_trainable))
         for row, place in zip(done.itertuples(), places, strict=True):
-            colour, marker = STYLES[row.method]
-            axes.errorbar(
-                place,
-                row.mean * unit.factor,
-                yerr=None if math.isnan(row.std) else row.std * unit.factor,
-                color=colour,
-                marker=marker,
-                markersize=_size(marker),
-                elinewidth=1.2,
-                capsize=2.5,
-                linestyle="none",
-                zorder=_order(row.method),
-            )
+            error = None if math.isnan(row.std) else row.std * unit.factor
+            bar: dict[str, Any] = {"elinewidth": 1.2, "capsize": 2.5, "linestyle": "none"}
+            axes.errorbar(place, row.mean * unit.factor, yerr=error, **bar, **_look(row.method))
         note = " (equal ones side by side)" if places != list(done.num_trainable) else ""
         _finish(axes, task, f"trained parameters{note}", unit.label)
         if places:
@@ -108,15 +94,19 @@ def rate_figure(comparison: Comparison, table: pd.DataFrame, cells: pd.DataFrame
         own, seen = table[table.task == task], []
         unit = Unit(next(filter(None, own.dev_metric), "score"))
         for row in own.itertuples():
-            colour, marker = STYLES[row.method]
             scores = aim_of(comparison, finished(cells, task, "dev", row.method))[1] * unit.factor
             if scores.empty:
                 continue
             seen += list(scores)
-            line: dict[str, Any] = {"color": colour, "marker": marker, "lw": 1.4, "ms": 6}
-            axes.plot(list(scores.index), list(scores), zorder=_order(row.method), **line)
-            ring: dict[str, Any] = {"mfc": "none", "mec": colour, "mew": 1.3, "linestyle": "none"}
-            axes.plot([row.learning_rate], [scores[row.learning_rate]], marker="o", ms=13, **ring)
+            look, rate = _look(row.method), row.learning_rate
+            axes.plot(list(scores.index), list(scores), lw=1.4, **look | {"ms": 6})
+            ring: dict[str, Any] = {
+                "mfc": "none",
+                "mec": look["color"],
+                "mew": 1.3,
+                "linestyle": "none",
+            }
+            axes.plot([rate], [scores[rate]], marker="o", ms=13, **ring)
         _finish(axes, f"{task}, development split", "learning rate", unit.label)
         grids = (comparison.methods[method].learning_rates for method in own.method)
         _span(axes, [rate for grid in grids for rate in grid], margin=1.5)
@@ -170,41 +160,28 @@ def _span(axes: Axes, values: Sequence[float], *, margin: float) -> None:
     axes.set_xlim(low / stretch, high * stretch)
 
 
-def _order(method: str) -> float:
-    """What lies on top: the method that the others are measured against."""
-    return 4.0 if method == REFERENCE else 3.0
-
-
-def _size(marker: str) -> float:
-    """A star looks smaller than the others."""
-    return 11 if marker == "*" else 7
+def _look(method: str) -> dict[str, Any]:
+    """How its points are drawn; what the others are measured against lies on top."""
+    colour, marker = STYLES[method]
+    size = 11 if marker == "*" else 7  # a star looks smaller than the others
+    order = 4.0 if method == REFERENCE else 3.0
+    return {"color": colour, "marker": marker, "ms": size, "zorder": order}
 
 
 def _legend(figure: Figure, table: pd.DataFrame, *, rings: bool = False) -> None:
     """One legend for all panels, beside them."""
-    handles = []
-    for method in table.method.unique():
-        colour, marker = STYLES[method]
-        look: dict[str, Any] = {
-            "color": colour,
-            "marker": marker,
-            "ms": _size(marker),
-            "linestyle": "none",
-        }
-        handles.append(Line2D([], [], label=method, **look))
+    methods = table.method.unique()
+    handles = [Line2D([], [], ls="none", label=name, **_look(name)) for name in methods]
     if rings:
-        handles.append(
-            Line2D([], [], mfc="none", mec=TEXT, marker="o", ms=11, ls="none", label="chosen")
-        )
+        look: dict[str, Any] = {"mfc": "none", "mec": TEXT, "marker": "o", "ms": 11, "ls": "none"}
+        handles.append(Line2D([], [], label="chosen", **look))
     figure.legend(handles=handles, loc="outside right center", frameon=False, labelcolor=TEXT)
 
 
 def side_by_side(counts: Sequence[float]) -> list[float]:
     """Abscissas, those of (nearly) equal counts a little apart so that none hides another."""
-    places = list(counts)
-    ordered = sorted(range(len(counts)), key=lambda i: counts[i])
-    groups: list[list[int]] = []
-    for index in ordered:
+    places, groups = list(counts), list[list[int]]()
+    for index in sorted(range(len(counts)), key=lambda i: counts[i]):
         if groups and counts[index] <= counts[groups[-1][0]] * 1.1:
             groups[-1].append(index)
         else:

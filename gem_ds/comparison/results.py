@@ -28,12 +28,8 @@ VERDICTS_FILE = "eval/verdicts.jsonl"
 
 #: Numbers that all_results.json must hold, beside the score.
 COSTS = (
-    "num_trainable",
-    "num_parameters",
-    "peak_memory_bytes",
-    "seconds_per_step",
-    "calibration_seconds",
-    "optimizer_state_bytes",
+    *("num_trainable", "num_parameters", "peak_memory_bytes"),
+    *("seconds_per_step", "calibration_seconds", "optimizer_state_bytes"),
 )
 
 
@@ -52,29 +48,19 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Predictions:
-    """What a run said of each example, in the dataset's order.
-
-    Attributes:
-        ids: of the examples.
-        correct: [n] share that is right, NaN where right and wrong mean nothing.
-        predictions: [n] labels, numbers or texts.
-        references: [n] the same of the dataset.
-    """
+    """What a run said of each of the n examples, in the dataset's order."""
 
     ids: list[Any]
-    correct: np.ndarray
-    predictions: list[Any]
-    references: list[Any]
+    correct: np.ndarray  # [n] share that is right, NaN where right and wrong mean nothing
+    predictions: list[Any]  # labels, numbers or texts
+    references: list[Any]  # the same of the dataset
 
 
 def read_training(folder: Path) -> Result:
-    """The result of the training program.
+    """The result of the training program; ValueError where it is absent or not whole.
 
     Its score is the task's main metric, which comes first, or where the answers are generated, so
     that it has none, the loss on the held-out examples.
-
-    Raises:
-        ValueError: it is absent or not whole.
     """
     path = folder / RESULTS_FILE
     content = _read_json(path)
@@ -93,11 +79,7 @@ def read_training(folder: Path) -> Result:
 
 
 def read_result(comparison: Comparison, cell: Cell) -> Result:
-    """The result of a run, evaluation included.
-
-    Raises:
-        ValueError: it is absent or not whole.
-    """
+    """The result of a run, evaluation included; ValueError where it is absent or not whole."""
     folder, evaluation = folder_of(comparison, cell), evaluation_of(comparison, cell)
     result = read_training(folder)
     if comparison.choose_by == "loss" and math.isinf(result.loss):
@@ -113,11 +95,7 @@ def read_result(comparison: Comparison, cell: Cell) -> Result:
 
 
 def read_predictions(comparison: Comparison, cell: Cell) -> Predictions:
-    """What a finished run said of each example of its split.
-
-    Raises:
-        ValueError: the file is absent or not whole.
-    """
+    """What a finished run said of each example of its split; ValueError as `read_result`."""
     folder, evaluation = folder_of(comparison, cell), evaluation_of(comparison, cell)
     if evaluation is not None:
         return _read_verdicts(folder / VERDICTS_FILE, evaluation.correct)
@@ -142,13 +120,8 @@ def _read_verdicts(path: Path, field: str) -> Predictions:
             raise ValueError(f"{path} has no verdict {field} of some samples")
         is_right = verdict == "passed" if isinstance(verdict, str) else float(verdict)
         judged.setdefault(row["task_id"], []).append(float(is_right))
-    nothing = [None] * len(judged)
-    return Predictions(
-        ids=list(judged),
-        correct=np.array([np.mean(values) for values in judged.values()]),
-        predictions=nothing,
-        references=nothing,
-    )
+    correct, nothing = np.array([np.mean(v) for v in judged.values()]), [None] * len(judged)
+    return Predictions(ids=[*judged], correct=correct, predictions=nothing, references=nothing)
 
 
 def _is_number(value: object) -> TypeGuard[float]:

@@ -17,23 +17,23 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, Any
 
 from gem_ds.comparison.cell_folder import (
+    CELL_FILE,
     LOG_FILE,
     clear,
+    commands_of,
     discard,
     is_finished,
-    is_trained,
     last_line,
     lock,
     refuse_other_commands,
-    save_commands,
 )
 from gem_ds.comparison.cells import Cell, evaluation_command, folder_of, training_command
 from gem_ds.comparison.grid import Comparison
 from gem_ds.comparison.results import read_result
-from gem_ds.files.atomic import make_folder
+from gem_ds.files.atomic import make_folder, save_json
 
 #: Seconds that a child has after SIGTERM, which ends training after the present step.
 GRACE = 30.0
@@ -64,10 +64,7 @@ class Runner:
         self.num_signals = 0
 
     def run(self, cells: Sequence[Cell]) -> dict[Cell, str]:
-        """Bring cells to their end; finished ones are left as they are.
-
-        Returns:
-            Those that failed, with the last line of their log.
+        """Bring cells to their end; returns those that failed, with the last line of their log.
 
         Raises:
             ValueError: a folder holds other commands, or a process that is still at work.
@@ -93,62 +90,46 @@ class Runner:
                     for slot, child in list(children.items()):
                         if child.process.poll() is not None:
                             del children[slot]
-                            following = self.end(child, failures)
-                            if following is not None:
+                            if following := self.end(child, failures):
                                 children[slot] = following
             finally:
                 self.stop(list(children.values()))
         return failures
 
     def start(self, cell: Cell, slot: int) -> _Child:
-        """Start the first command of a cell that has not come to its end.
-
-        Raises:
-            ValueError: an earlier process still writes there, or there is no such program.
-            OSError: the folder cannot be written to.
-        """
+        """Start the first command of a cell that has not come to its end."""
         folder = folder_of(self.comparison, cell)
         make_folder(folder)
         with open(folder / LOG_FILE, "ab") as log:
             lock(log, folder)
-            is_training = not is_trained(self.comparison, cell)
+            is_training = not is_finished(self.comparison, cell, training_only=True)
             if is_training:
                 clear(folder)
                 log.truncate(0)
-                save_commands(self.comparison, cell)
+                save_json(folder / CELL_FILE, commands_of(self.comparison, cell))
                 command = training_command(self.comparison, cell)
             else:
                 command = evaluation_command(self.comparison, cell) or []
-            return _Child(
-                cell=cell,
-                slot=slot,
-                process=self.spawn(command, slot, log),
-                is_training=is_training,
-            )
+            process = self.spawn(command, slot, log)
+            return _Child(cell=cell, slot=slot, process=process, is_training=is_training)
 
     def spawn(self, command: Sequence[str], slot: int, log: IO[bytes]) -> subprocess.Popen[bytes]:
         """Start a command in a session of its own, out of reach of the terminal's Ctrl-C."""
         words = [sys.executable if command[0] == "python" else command[0], *command[1:]]
         bin_folder = str(Path(sys.executable).parent)  # where the launchers of this environment are
-        environment = os.environ | {
-            "PATH": os.pathsep.join((bin_folder, os.environ.get("PATH", os.defpath))),
-            "PYTHONUNBUFFERED": "1",
-        }
+        threads = max(1, len(os.sched_getaffinity(0)) // self.comparison.num_parallel)
+        environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONUNBUFFERED": "1"}
+        search_path = (bin_folder, os.environ.get("PATH", os.defpath))
+        environment["PATH"] = os.pathsep.join(search_path)
         if self.comparison.devices is not None:
             environment["CUDA_VISIBLE_DEVICES"] = self.comparison.devices[slot]
-        cores = len(os.sched_getaffinity(0))
-        environment.setdefault(
-            "OMP_NUM_THREADS", str(max(1, cores // self.comparison.num_parallel))
-        )
         try:
-            return subprocess.Popen(
-                words,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-            )
+            streams: dict[str, Any] = {
+                "stdin": subprocess.DEVNULL,
+                "stdout": log,
+                "stderr": subprocess.STDOUT,
+            }
+            return subprocess.Popen(words, env=environment, start_new_session=True, **streams)
         except (FileNotFoundError, PermissionError) as error:
             raise ValueError(f"{words[0]} cannot be started: {error.strerror}.") from None
 
@@ -157,10 +138,10 @@ class Runner:
         cell, folder = child.cell, folder_of(self.comparison, child.cell)
         status = child.process.returncode
         _signal_group(child.process, signal.SIGKILL)  # whatever a failed launcher has left behind
-        if status == 0 and child.is_training and is_trained(self.comparison, cell):
-            if not is_finished(self.comparison, cell):
+        if status != 0 or not is_finished(self.comparison, cell):
+            is_trained = is_finished(self.comparison, cell, training_only=True)
+            if status == 0 and child.is_training and is_trained:
                 return replace(self.start(cell, child.slot), started=child.started)
-        elif status != 0 or not is_finished(self.comparison, cell):
             how = f"exit status {status}" if status else "no whole results"
             failures[cell] = f"{last_line(folder / LOG_FILE) or 'nothing printed'} ({how})"
         self.num_done += 1

@@ -61,9 +61,7 @@ def aim_of(comparison: Comparison, tried: pd.DataFrame) -> tuple[str, pd.Series]
     return next(iter(tried.metric), ""), by_rate.score
 
 
-def choose_rates(
-    comparison: Comparison, cells: pd.DataFrame
-) -> dict[tuple[str, str], float | None]:
+def choose_rates(comparison: Comparison, cells: pd.DataFrame) -> Rates:
     """The learning rate of every task and method, from the finished runs of the search."""
     rates: dict[tuple[str, str], float | None] = {}
     for task in comparison.tasks:
@@ -91,20 +89,12 @@ def tabulate(
     """A line per task and method, in the order of the file: the columns of table.csv."""
     records = []
     for (task, method), rate in rates.items():
-        grid, tried = (
-            comparison.methods[method].learning_rates,
-            finished(cells, task, "dev", method),
-        )
-        runs = finished(cells, task, "test", method)
+        grid = comparison.methods[method].learning_rates
+        tried, runs = (finished(cells, task, split, method) for split in ("dev", "test"))
         metric, values = aim_of(comparison, tried)
         mean, std = mean_and_std(runs.score)
-        record = {
-            "task": task,
-            "method": method,
-            "metric": next(iter(runs.metric), ""),
-            "mean": mean,
-            "std": std,
-        }
+        record = {"task": task, "method": method, "metric": next(iter(runs.metric), "")}
+        record |= {"mean": mean, "std": std}
         if comparison.choose_by == "loss":
             record |= _intervals(findings[task].scores.get(method), runs.loss)
         record |= {
@@ -158,19 +148,14 @@ def averages(table: pd.DataFrame, cells: pd.DataFrame) -> dict[str, list[float]]
     return means
 
 
-def csv_text(frame: pd.DataFrame) -> str:
-    """A frame as CSV; what is not a number stays empty."""
-    return str(frame.to_csv(index=False, lineterminator="\n"))
-
-
 def table_csv(table: pd.DataFrame) -> str:
-    """The text of table.csv."""
+    """The text of table.csv; what is not a number stays empty."""
     counts = [name for name in COSTS if name.startswith("num_")]
     whole = (table[counts].astype(float) // 1).astype("Int64")
-    return csv_text(table.assign(**whole))
+    return str(table.assign(**whole).to_csv(index=False, lineterminator="\n"))
 
 
 def cells_csv(comparison: Comparison, cells: pd.DataFrame) -> str:
     """The text of cells.csv."""
     left_out = ["cell"] if comparison.choose_by == "loss" else ["cell", "loss"]
-    return csv_text(cells.drop(columns=left_out))
+    return str(cells.drop(columns=left_out).to_csv(index=False, lineterminator="\n"))

@@ -26,18 +26,20 @@ from gem_ds.models.tokenizer import load_tokenizer
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Exports; the flags are those of ``_parser``.
-
-    Raises:
-        ValueError, OSError: as `export`.
-    """
-    arguments = _parser().parse_args(argv)
-    export(
-        arguments.model_name_or_path,
-        arguments.delta,
-        arguments.output_dir,
-        overwrite=arguments.overwrite_output_dir,
+    """The program; raises what `export` does."""
+    parser = argparse.ArgumentParser(
+        prog="launch/export.py",
+        description="Write an ordinary Hugging Face folder from a base model and a delta.",
     )
+    base_help = "base model of the delta: a folder or a name on the Hugging Face Hub"
+    replace_help = "replace output_dir as a whole if a model is in it"
+    parser.add_argument("--model_name_or_path", required=True, help=base_help)
+    parser.add_argument("--delta", type=Path, required=True, help="delta.safetensors of a run")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder to create")
+    parser.add_argument("--overwrite_output_dir", action="store_true", help=replace_help)
+    args = parser.parse_args(argv)
+    overwrite = args.overwrite_output_dir
+    export(args.model_name_or_path, args.delta, args.output_dir, overwrite=overwrite)
 
 
 def export(base: str, delta_path: Path, output_dir: Path, *, overwrite: bool = False) -> None:
@@ -61,14 +63,9 @@ def export(base: str, delta_path: Path, output_dir: Path, *, overwrite: bool = F
     model = _load_base(base, revision, delta)
     apply_delta(model, delta)
     tokenizer = load_tokenizer(base, revision)
-
-    def write(folder: Path) -> None:
-        model.save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-
     output_dir.parent.mkdir(parents=True, exist_ok=True)
-    atomic_folder(output_dir, write)
+    parts = [part for part in (model, tokenizer) if part is not None]
+    atomic_folder(output_dir, lambda folder: [part.save_pretrained(folder) for part in parts])
     print(
         f"{output_dir}: {base} with {delta.mask.num_selected:,} trained values in "
         f"{len(delta.values)} weights" + ("" if tokenizer else "; the base has no tokenizer")
@@ -83,15 +80,13 @@ def _check_output_dir(output_dir: Path, base: str, delta_path: Path, overwrite: 
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"output_dir {output_dir} is a file: choose another name")
     if output_dir.is_dir() and any(output_dir.iterdir()):
+        problem = f"output_dir {output_dir} is not empty"
         if not overwrite:
-            raise ValueError(
-                f"output_dir {output_dir} is not empty: choose another folder or pass "
-                "--overwrite_output_dir"
-            )
+            raise ValueError(f"{problem}: choose another folder or pass --overwrite_output_dir")
         if not (output_dir / "config.json").is_file():
             raise ValueError(
-                f"output_dir {output_dir} is not empty and holds no model (no config.json), so it "
-                "is not overwritten: choose another folder"
+                f"{problem} and holds no model (no config.json), so it is not overwritten: choose "
+                "another folder"
             )
 
 
@@ -101,9 +96,13 @@ def _load_base(base: str, revision: str, delta: Delta) -> PreTrainedModel:
     names = config.architectures or []
     model_class: Any = getattr(transformers, names[0], None) if names else None
     if delta.head:
-        model_class = AutoModelForSequenceClassification
-        names = [model_class.__name__]
-        set_labels(config, _labels_of(delta))
+        model_class, labels = AutoModelForSequenceClassification, delta.mask.settings.get("labels")
+        if not isinstance(labels, list) or not labels:
+            raise ValueError(
+                "the delta has a task head and does not say for which labels: make it again with "
+                "launch/train.py"
+            )
+        set_labels(config, labels)
     if model_class is None:
         raise ValueError(
             f"the config.json of {base} names no class of transformers under 'architectures' "
@@ -114,37 +113,7 @@ def _load_base(base: str, revision: str, delta: Delta) -> PreTrainedModel:
     )
     if missing := set(report["missing_keys"]) - delta.head.keys():
         raise ValueError(
-            f"{base} lacks {len(missing)} weights of {names[0]}, for example {min(missing)!r}: "
-            "pass a complete model"
+            f"{base} lacks {len(missing)} weights of {model_class.__name__}, for example "
+            f"{min(missing)!r}: pass a complete model"
         )
     return model
-
-
-def _labels_of(delta: Delta) -> list[str]:
-    labels = delta.mask.settings.get("labels")
-    if not isinstance(labels, list) or not labels:
-        raise ValueError(
-            "the delta has a task head and does not say for which labels: make it again with "
-            "launch/train.py"
-        )
-    return labels
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="launch/export.py",
-        description="Write an ordinary Hugging Face folder from a base model and a delta.",
-    )
-    parser.add_argument(
-        "--model_name_or_path",
-        required=True,
-        help="base model of the delta: a folder or a name on the Hugging Face Hub",
-    )
-    parser.add_argument("--delta", type=Path, required=True, help="delta.safetensors of a run")
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder to create")
-    parser.add_argument(
-        "--overwrite_output_dir",
-        action="store_true",
-        help="replace output_dir as a whole if a model is in it",
-    )
-    return parser

@@ -27,6 +27,7 @@ ITEMS = _words(
 )
 CONTAINERS = _words("bags baskets boxes drawers jars rows shelves")
 DAYS = _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
+DONE_BY_THE_DAY = _words("sold made counted packed")
 DIGIT_WORDS = _words("one two three four five six seven eight nine ten")
 
 SHEET_LINES = 10
@@ -125,14 +126,18 @@ def _chain(rng: random.Random) -> str:
     return f"{first}+{second}{step}: {first}+{second}={middle}, {_equation(f'{middle}{step}')}"
 
 
-def _gain(rng: random.Random) -> tuple[str, list[str]]:
-    name, item, a, b = rng.choice(NAMES), rng.choice(ITEMS), _number(rng), _number(rng)
+Problem = tuple[str, list[str]]
+"""The question, and its steps."""
+
+
+def _gain(rng: random.Random) -> Problem:
+    name, item, a, b = _owner(rng)
     got = rng.choice(("finds", "buys", "gets", "makes"))
     ask = f"How many {item} does {name} have now?"
     return f"{name} has {a} {item} and {got} {b} more. {ask}", [f"{a}+{b}"]
 
 
-def _loss(rng: random.Random) -> tuple[str, list[str]]:
+def _loss(rng: random.Random) -> Problem:
     name, item, b = rng.choice(NAMES), rng.choice(ITEMS), _number(rng)
     a = b + rng.randint(1, 60)
     lost = rng.choice(("sells", "loses", "gives away", "uses"))
@@ -140,60 +145,58 @@ def _loss(rng: random.Random) -> tuple[str, list[str]]:
     return f"{name} has {a} {item} and {lost} {b} of them. {ask}", [f"{a}-{b}"]
 
 
-def _gain_then_loss(rng: random.Random) -> tuple[str, list[str]]:
-    name, item, a, b = rng.choice(NAMES), rng.choice(ITEMS), _number(rng), _number(rng)
+def _gain_then_loss(rng: random.Random) -> Problem:
+    name, item, a, b = _owner(rng)
     c = rng.randint(1, a + b)
     story = f"{name} has {a} {item}. On {rng.choice(DAYS)} {name} gets {b} and later sells {c}."
     return f"{story} How many {item} are left?", [f"{a}+{b}", f"{a + b}-{c}"]
 
 
-def _loss_then_gain(rng: random.Random) -> tuple[str, list[str]]:
-    name, item, b, c = rng.choice(NAMES), rng.choice(ITEMS), _number(rng), _number(rng)
+def _loss_then_gain(rng: random.Random) -> Problem:
+    name, item, b, c = _owner(rng)
     a = b + rng.randint(1, 60)
     story = f"{name} has {a} {item}. On {rng.choice(DAYS)} {name} sells {b} and then buys {c}."
     return f"{story} How many {item} does {name} have now?", [f"{a}-{b}", f"{a - b}+{c}"]
 
 
-def _groups(rng: random.Random) -> tuple[str, list[str]]:
+def _groups(rng: random.Random) -> Problem:
     item, groups, a, b = rng.choice(ITEMS), rng.choice(CONTAINERS), *_factors(rng)
     story = f"There are {a} {groups} with {b} {item} each."
     return f"{story} How many {item} are there in all?", [f"{a}*{b}"]
 
 
-def _groups_and_rest(rng: random.Random) -> tuple[str, list[str]]:
+def _groups_and_rest(rng: random.Random) -> Problem:
     item, groups, a, b = rng.choice(ITEMS), rng.choice(CONTAINERS), *_factors(rng)
     name, c = rng.choice(NAMES), _number(rng)
     story = f"{name} has {a} {groups} with {b} {item} each and {c} other {item}."
     return f"{story} How many {item} does {name} have?", [f"{a}*{b}", f"{a * b}+{c}"]
 
 
-def _together(rng: random.Random) -> tuple[str, list[str]]:
-    first, second = _two_of(rng, NAMES)
+def _together(rng: random.Random) -> Problem:
+    first, second = rng.sample(NAMES, 2)
     item, a, b = rng.choice(ITEMS), _number(rng), _number(rng)
     story = f"{first} has {a} {item} and {second} has {b} {item}."
     return f"{story} How many {item} do they have together?", [f"{a}+{b}"]
 
 
-def _gain_then_together(rng: random.Random) -> tuple[str, list[str]]:
-    first, second = _two_of(rng, NAMES)
+def _gain_then_together(rng: random.Random) -> Problem:
+    first, second = rng.sample(NAMES, 2)
     item, a, b, c = rng.choice(ITEMS), *(_number(rng) for _ in range(3))
     story = f"{first} has {a} {item}. {second} has {b} {item} and gets {c} more."
     return f"{story} How many {item} do they have together?", [f"{b}+{c}", f"{a}+{b + c}"]
 
 
-def _three_days(rng: random.Random) -> tuple[str, list[str]]:
-    name, item, a, b, c = rng.choice(NAMES), rng.choice(ITEMS), *(_number(rng) for _ in range(3))
-    first, second = _two_of(rng, DAYS)
-    sold = rng.choice(("sold", "made", "counted", "packed"))
+def _three_days(rng: random.Random) -> Problem:
+    (name, item, a, b), c = _owner(rng), _number(rng)
+    (first, second), sold = rng.sample(DAYS, 2), rng.choice(DONE_BY_THE_DAY)
     story = f"On {first} {name} {sold} {a} {item}. On {second} {name} {sold} {b} and later {c}."
     return f"{story} How many {item} was that in all?", [f"{a}+{b}", f"{a + b}+{c}"]
 
 
-def _two_days(rng: random.Random) -> tuple[str, list[str]]:
+def _two_days(rng: random.Random) -> Problem:
     """Return a problem that asks for one day or for both: the question decides."""
-    name, item, a, b = rng.choice(NAMES), rng.choice(ITEMS), _number(rng), _number(rng)
-    first, second = _two_of(rng, DAYS)
-    sold = rng.choice(("sold", "made", "counted", "packed"))
+    name, item, a, b = _owner(rng)
+    (first, second), sold = rng.sample(DAYS, 2), rng.choice(DONE_BY_THE_DAY)
     story = f"On {first} {name} {sold} {a} {item}. On {second} {name} {sold} {b} {item}."
     if rng.random() < 0.5:
         return f"{story} How many {item} was that on both days?", [f"{a}+{b}"]
@@ -201,25 +204,23 @@ def _two_days(rng: random.Random) -> tuple[str, list[str]]:
     return f"{story} How many {item} was that on {day}?", [f"{value}+0"]
 
 
-def _price(rng: random.Random) -> tuple[str, list[str]]:
+def _price(rng: random.Random) -> Problem:
     """Return a problem with one number too many: the thing asked for decides."""
-    name, (first, second) = rng.choice(NAMES), _two_of(rng, ITEMS)
-    a, b = rng.randint(2, 20), rng.randint(2, 20)
-    count = rng.randint(2, 9)
+    name, (first, second) = rng.choice(NAMES), rng.sample(ITEMS, 2)
+    a, b, count = rng.randint(2, 20), rng.randint(2, 20), rng.randint(2, 9)
     item, price = rng.choice(((first, a), (second, b)))
     story = f"In the shop {first} cost {a} coins each and {second} cost {b} coins each."
     return f"{story} How many coins does {name} pay for {count} {item}?", [f"{count}*{price}"]
 
 
-PROBLEMS: tuple[Callable[[random.Random], tuple[str, list[str]]], ...] = (
+PROBLEMS: tuple[Callable[[random.Random], Problem], ...] = (
     *(_gain, _loss, _gain_then_loss, _loss_then_gain, _groups, _groups_and_rest),
     *(_together, _gain_then_together, _three_days, _two_days, _price),
 )
 
 
-def _two_of(rng: random.Random, values: tuple[str, ...]) -> tuple[str, str]:
-    first, second = rng.sample(values, 2)
-    return first, second
+def _owner(rng: random.Random) -> tuple[str, str, int, int]:
+    return rng.choice(NAMES), rng.choice(ITEMS), _number(rng), _number(rng)
 
 
 def _factors(rng: random.Random) -> tuple[int, int]:
@@ -257,6 +258,4 @@ def _parity_function(rng: random.Random) -> Function:
     return "next_step", body, lambda x: x + (even if x % 2 == 0 else odd)
 
 
-FUNCTIONS: tuple[Callable[[random.Random], Function], ...] = (
-    *(_add_function, _times_function, _shift_function, _limit_function, _parity_function),
-)
+FUNCTIONS = (_add_function, _times_function, _shift_function, _limit_function, _parity_function)

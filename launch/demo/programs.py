@@ -12,12 +12,12 @@ taught: it goes on where the header of the function ends.
 """
 
 import argparse
-import json
 import random
 from collections.abc import Callable
 from pathlib import Path
 
 from launch.demo.corpus import DIGIT_WORDS
+from launch.demo.task import write_lines
 
 FIRST_ID = 11  # of MBPP's test split
 
@@ -30,11 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output_dir", required=True, help="folder to write the file to")
     parser.add_argument("--seed", type=int, default=31, help="fixes the numbers in the tests")
     args = parser.parse_args(argv)
-
-    text = "".join(json.dumps(row) + "\n" for row in generate_rows(args.seed))
-    output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "mbpp.jsonl").write_text(text, encoding="utf-8")
+    write_lines(Path(args.output_dir, "mbpp.jsonl"), generate_rows(args.seed))
 
 
 def generate_rows(seed: int) -> list[Row]:

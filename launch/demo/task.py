@@ -13,9 +13,10 @@ for equations that training has not shown.
 import argparse
 import json
 import random
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from launch.demo.corpus import DAYS, ITEMS, NAMES
+from launch.demo.corpus import DAYS, DONE_BY_THE_DAY, ITEMS, NAMES
 
 Example = dict[str, str]
 
@@ -30,14 +31,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     examples = generate_examples(args.seed, args.train_examples + args.test_examples)
-    output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    for name, part in (
-        ("train.jsonl", examples[: args.train_examples]),
-        ("test.jsonl", examples[args.train_examples :]),
-    ):
-        text = "".join(json.dumps(example) + "\n" for example in part)
-        (output_dir / name).write_text(text, encoding="utf-8")
+    write_lines(Path(args.output_dir, "train.jsonl"), examples[: args.train_examples])
+    write_lines(Path(args.output_dir, "test.jsonl"), examples[args.train_examples :])
+
+
+def write_lines(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Write a file of one JSON object a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def generate_examples(seed: int, count: int) -> list[Example]:
@@ -78,7 +79,7 @@ def _question(rng: random.Random, first: int, relation: str, link: str) -> str:
     frame = rng.randrange(3)
     if frame == 0:
         name, (day, other) = rng.choice(NAMES), rng.sample(DAYS, 2)
-        sold = rng.choice(("sold", "made", "counted", "packed"))
+        sold = rng.choice(DONE_BY_THE_DAY)
         story = (
             f"On {day} {name} {sold} {first} {item}. On {other} it was {relation} {link} on {day}."
         )

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gem_ds.comparison.cell_folder import refuse_other_commands, save_commands
+from gem_ds.comparison.cell_folder import CELL_FILE, commands_of, refuse_other_commands
 from gem_ds.comparison.cells import (
     Cell,
     evaluation_command,
@@ -22,6 +22,7 @@ from gem_ds.comparison.cells import (
     training_command,
 )
 from gem_ds.comparison.grid import parse_comparison, read_comparison
+from gem_ds.files.atomic import save_json
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -204,7 +205,7 @@ def test_outside_of_a_checkout_the_module_runs_and_goes_on_with_what_was_begun(
     monkeypatch.chdir(REPOSITORY)
     inside = parse_comparison(content)
     folder_of(inside, cell).mkdir(parents=True)
-    save_commands(inside, cell)
+    save_json(folder_of(inside, cell) / CELL_FILE, commands_of(inside, cell))
     assert " launch/train.py --" in (folder_of(inside, cell) / "cell.json").read_text()
     monkeypatch.chdir(tmp_path)
     outside = parse_comparison(content)
