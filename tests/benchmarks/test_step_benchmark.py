@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from benchmarks.steps.shapes import SHAPES, adapter_size
 from tests.tiny_model import REPOSITORY
 
 METHODS = ("gem", "full")
@@ -45,3 +46,10 @@ def test_gem_keeps_twelve_bytes_an_entry_and_sends_at_most_twenty(numbers):
     assert full["others"] >= 4 * full["num_trainable"]
     assert 12 * full["num_trainable"] <= full["state_bytes"]
     assert gem["checkpoint_bytes"] < 0.05 * full["checkpoint_bytes"]
+
+
+def test_adapters_train_at_least_as_much_with_the_smallest_rank_that_does():
+    config = SHAPES["tiny"](None)
+    for density in (0.001, 0.01, 0.2):
+        rank, reached = adapter_size(config, density)
+        assert reached - reached / rank < density <= reached
