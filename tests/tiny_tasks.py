@@ -109,6 +109,16 @@ def make_task(kind: Kind, num_train: int = 21, num_test: int = 5) -> TaskData:
     return TaskData(examples[:num_train], examples[num_train:], kind, labels)
 
 
+def choice(
+    prompt: str, candidates: tuple[str, ...], answer: int, pairs: Any = (), **more: Any
+) -> ChoiceExample:
+    """An example whose target is the right one of its candidates."""
+    target = candidates[answer]
+    return ChoiceExample(
+        prompt=prompt, target=target, candidates=candidates, answer=answer, pairs=pairs, **more
+    )
+
+
 @contextmanager
 def task_of(kind: Kind) -> Iterator[None]:
     """Trainings find these examples, whatever task they name."""

@@ -46,7 +46,7 @@ def add_adapter(
         seed: of the first values.
         rank: of LoRA or SHiRA.
         lora_alpha: LoRA's scale, times its rank.
-        lora_dropout: before LoRA's layers.
+        lora_dropout: share of LoRA's inputs that is dropped.
 
     Raises:
         ValueError: peft does not know where IA3 belongs in this model.

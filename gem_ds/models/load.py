@@ -18,12 +18,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import (
-    AutoConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -152,14 +147,8 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
 class ModelFiles:
     """A model that is to be evaluated, known but for its weights.
 
-    Attributes:
-        name: Folder or Hub name of the (base) model.
-        revision: Its revision on the Hub.
-        dtype: Of the weights to be; "auto" where the files decide when they are loaded.
-        config: The model's configuration.
-        tokenizer: The model's tokenizer.
-        delta: What is to be applied, if anything.
-        adapter: Folder of the peft adapter that is put into it, if any.
+    `name` and `adapter` are folders or Hub names; `dtype` is "auto" where the files decide when
+    they are loaded.
     """
 
     name: str
@@ -254,12 +243,7 @@ def load_weights(files: ModelFiles, device: torch.device) -> PreTrainedModel:
 def load_partitioned(files: ModelFiles, deepspeed: Mapping[str, Any]) -> PreTrainedModel:
     """The model in ZeRO-3 partitions over the ranks, all of which are in this call.
 
-    Args:
-        files: What to load.
-        deepspeed: As `gem_ds.distributed.zero_config.inference_config` gives it.
-
-    Raises:
-        ValueError: As `load_weights`, on all ranks alike.
+    As `load_weights`, without an adapter; `deepspeed` is what `inference_config` gives.
     """
     from gem_ds.distributed.engine import prepare_inference
     from gem_ds.distributed.weights import partitioned_loading, whole_weights

@@ -144,10 +144,6 @@ def head_layers(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
 
 
 def targets_of(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
-    """The linear layers that own the named weights, in ``named_parameters`` order.
-
-    Raises:
-        ValueError: a name is not the weight of a linear layer that nothing else uses.
-    """
+    """The linear layers that own the named weights, in their order; raises as `find_targets`."""
     modules = "|".join(re.escape(name.removesuffix(".weight")) for name in names)
     return find_targets(model, [f"(?:{modules})"])  # as an expression a name is no suffix

@@ -80,10 +80,7 @@ def test_packed_rows_by_hand():
     packed = replace(THREE, groups=torch.tensor([0, 2, 3]), is_packed=True)
     assert lists_of(packed.collate([0, 1], pad_token_id=9)) == {
         "input_ids": [[11, 12, 13, 21, 22, 23, 24], [31, 32, 9, 9, 9, 9, 9]],
-        "labels": [
-            [-100, 12, 13, -100, -100, -100, 24],
-            [-100, 32, -100, -100, -100, -100, -100],
-        ],
+        "labels": [[-100, 12, 13, -100, -100, -100, 24], [-100, 32, -100, -100, -100, -100, -100]],
         "answer_positions": [0, 1, 5, 7],
         "position_ids": [[0, 1, 2, 0, 1, 2, 3], [0, 1, 0, 1, 2, 3, 4]],
     }

@@ -1,11 +1,10 @@
 """Metrics: by hand, against plain formulas written out here, and where a formula has no value."""
 
 import math
-from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gem_ds.data.metrics import METRICS, normalised, read_number, score
@@ -195,38 +194,7 @@ def test_arrays_are_predictions_too():
     assert result == {"pearson": pytest.approx(1.0), "spearman": pytest.approx(1.0)}
 
 
-PAIRS_OF_LABELS = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=30)
-
-
-def f1_of(label, pairs):
-    hits = sum(a == b == label for a, b in pairs)
-    wrong = sum((a == label) + (b == label) for a, b in pairs) - 2 * hits
-    return Fraction(2 * hits, 2 * hits + wrong) if hits else Fraction(0)
-
-
-@given(PAIRS_OF_LABELS)
-def test_labels_agree_with_the_formulas(pairs):
-    truth, guess = zip(*pairs, strict=True)
-    right = sum(a == b for a, b in pairs) / len(pairs)
-    occurring = {*truth, *guess}
-    macro = sum(f1_of(label, pairs) for label in occurring) / len(occurring)
-    result = score("cb", choices(truth), guess)
-    assert result == {"accuracy": pytest.approx(right), "macro_f1": pytest.approx(float(macro))}
-
-
-@given(PAIRS_OF_LABELS)
-def test_two_labels_agree_with_the_formulas(pairs):
-    pairs = [(min(a, 1), min(b, 1)) for a, b in pairs]
-    truth, guess = zip(*pairs, strict=True)
-    assert score("mrpc", choices(truth), guess)["f1"] == pytest.approx(float(f1_of(1, pairs)))
-    counts = [pairs.count(pair) for pair in [(1, 1), (0, 0), (0, 1), (1, 0)]]
-    tp, tn, fp, fn = counts
-    product = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
-    expected = (tp * tn - fp * fn) / math.sqrt(product) if product else 0.0
-    result = score("cola", choices(truth), guess)
-    assert result["matthews_correlation"] == pytest.approx(expected)
-
-
+@settings(max_examples=30, deadline=None)
 @given(
     st.lists(
         st.tuples(st.floats(0, 5), st.floats(-1e300, 1e300, allow_subnormal=False)), min_size=1
@@ -238,6 +206,7 @@ def test_correlations_have_a_value_whatever_is_predicted(pairs):
         assert -1.0 - 1e-9 <= value <= 1.0 + 1e-9
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.text(), st.text(min_size=1))
 def test_a_text_against_itself_and_another(text, answer):
     result = score("squad", squad((answer,)), [text])

@@ -5,7 +5,8 @@ from collections import Counter
 import datasets
 import pytest
 
-from gem_ds.data.tasks import ChoiceExample, NumberExample, TaskData, load_task
+from gem_ds.data.tasks import NumberExample, TaskData, load_task
+from tests.tiny_tasks import choice
 
 #: By task: what a file starts with, a row, the same row as the Hub has it, and its example.
 CASES = {
@@ -13,11 +14,10 @@ CASES = {
         None,
         "gj04\t0\t*\tThey drank the pub.",
         {"sentence": "They drank the pub.", "label": 0, "idx": 0},
-        ChoiceExample(
+        choice(
             prompt=(
                 "They drank the pub.\nQuestion: Is this sentence grammatically acceptable?\nAnswer:"
             ),
-            target=" no",
             candidates=(" no", " yes"),
             answer=0,
             pairs=(("They drank the pub.", None),),
@@ -27,9 +27,8 @@ CASES = {
         "sentence\tlabel",
         'a "smile \t1',  # the spare space is the data set's own
         {"sentence": 'a "smile ', "label": 1, "idx": 0},
-        ChoiceExample(
+        choice(
             prompt='a "smile\nQuestion: Is this review negative or positive?\nAnswer:',
-            target=" positive",
             candidates=(" negative", " positive"),
             answer=1,
             pairs=(('a "smile', None),),
@@ -39,12 +38,11 @@ CASES = {
         "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String",
         '1\t7\t8\tHe said "yes.\tYes, he said.',
         {"sentence1": 'He said "yes.', "sentence2": "Yes, he said.", "label": 1, "idx": 0},
-        ChoiceExample(
+        choice(
             prompt=(
                 'Sentence 1: He said "yes.\nSentence 2: Yes, he said.\n'
                 "Question: Do both sentences mean the same thing?\nAnswer:"
             ),
-            target=" yes",
             candidates=(" no", " yes"),
             answer=1,
             pairs=(('He said "yes.', "Yes, he said."),),
@@ -69,12 +67,11 @@ CASES = {
         "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate",
         "5\t11\t12\tHow old is he?\tWhat is his age?\t1",
         {"question1": "How old is he?", "question2": "What is his age?", "label": 1, "idx": 0},
-        ChoiceExample(
+        choice(
             prompt=(
                 "Question 1: How old is he?\nQuestion 2: What is his age?\n"
                 "Question: Do both questions ask the same thing?\nAnswer:"
             ),
-            target=" yes",
             candidates=(" no", " yes"),
             answer=1,
             pairs=(("How old is he?", "What is his age?"),),
@@ -85,9 +82,8 @@ CASES = {
         "sentence1_parse\tsentence2_parse\tsentence1\tsentence2\tlabel1\tgold_label",
         "0\t1\t1n\tfiction\t( a )\t( b )\t(R a)\t(R b)\tHe sat.\tHe stood.\tneutral\tcontradiction",
         {"premise": "He sat.", "hypothesis": "He stood.", "label": 2, "idx": 0},
-        ChoiceExample(
+        choice(
             prompt="He sat.\nQuestion: He stood. True, False or Neither?\nAnswer:",
-            target=" False",
             candidates=(" True", " Neither", " False"),
             answer=2,
             pairs=(("He sat.", "He stood."),),
@@ -97,11 +93,10 @@ CASES = {
         "index\tquestion\tsentence\tlabel",
         "0\tWho won?\tIt rained.\tnot_entailment",
         {"question": "Who won?", "sentence": "It rained.", "label": 1, "idx": 0},
-        ChoiceExample(
+        choice(
             prompt=(
                 "Who won?\nIt rained.\nQuestion: Does this sentence answer the question?\nAnswer:"
             ),
-            target=" no",
             candidates=(" yes", " no"),
             answer=1,
             pairs=(("Who won?", "It rained."),),
@@ -111,9 +106,8 @@ CASES = {
         "index\tsentence1\tsentence2\tlabel",
         "0\tA dog ran.\tAn animal ran.\tentailment",
         {"sentence1": "A dog ran.", "sentence2": "An animal ran.", "label": 0, "idx": 0},
-        ChoiceExample(
+        choice(
             prompt="A dog ran.\nQuestion: An animal ran. True or False?\nAnswer:",
-            target=" True",
             candidates=(" True", " False"),
             answer=0,
             pairs=(("A dog ran.", "An animal ran."),),
@@ -123,9 +117,8 @@ CASES = {
         "index\tsentence1\tsentence2\tlabel",
         "0\tIt fell.\tThe cup fell.\t1",
         {"sentence1": "It fell.", "sentence2": "The cup fell.", "label": 1, "idx": 0},
-        ChoiceExample(
+        choice(
             prompt="It fell.\nQuestion: The cup fell. True or False?\nAnswer:",
-            target=" True",
             candidates=(" False", " True"),
             answer=1,
             pairs=(("It fell.", "The cup fell."),),
@@ -201,12 +194,11 @@ def test_rte_is_read_whole(gem_data_dir):
     data = load_task("rte", data_dir=str(gem_data_dir / "glue" / "RTE"))
     assert counts(data.train) == {" True": 1249, " False": 1241}
     assert counts(data.test) == {" True": 146, " False": 131}
-    assert data.train[0] == ChoiceExample(
+    assert data.train[0] == choice(
         prompt=(
             "No Weapons of Mass Destruction Found in Iraq Yet.\n"
             "Question: Weapons of Mass Destruction Found in Iraq. True or False?\nAnswer:"
         ),
-        target=" False",
         candidates=(" True", " False"),
         answer=1,
         pairs=(
@@ -224,9 +216,8 @@ def test_cola_is_read_whole(gem_data_dir):
     assert counts(data.train) == {" no": 2162, " yes": 5088}
     assert counts(data.test) == {" no": 322, " yes": 721}
     sentence = "The sailors rode the breeze clear of the rocks."
-    assert data.test[0] == ChoiceExample(
+    assert data.test[0] == choice(
         prompt=f"{sentence}\nQuestion: Is this sentence grammatically acceptable?\nAnswer:",
-        target=" yes",
         candidates=(" no", " yes"),
         answer=1,
         pairs=((sentence, None),),

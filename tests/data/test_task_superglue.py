@@ -6,9 +6,10 @@ from collections import Counter
 import datasets
 import pytest
 
-from gem_ds.data.tasks import ChoiceExample, TaskData, load_task
+from gem_ds.data.tasks import TaskData, load_task
 from gem_ds.train.config import DataArguments
 from gem_ds.train.examples import load_examples
+from tests.tiny_tasks import choice
 
 FOLDERS = {
     "boolq": "BoolQ",
@@ -56,12 +57,11 @@ NO_YES = {"candidates": (" no", " yes")}
 EXAMPLES = {
     "boolq": (
         11,
-        ChoiceExample(
+        choice(
             prompt=(
                 f"{OKALOOSA}\nQuestion: is northwest florida state college a 4 year college?\n"
                 "Answer:"
             ),
-            target=" yes",
             answer=1,
             pairs=(("is northwest florida state college a 4 year college", OKALOOSA),),
             **NO_YES,
@@ -69,9 +69,8 @@ EXAMPLES = {
     ),
     "cb": (
         23,
-        ChoiceExample(
+        choice(
             prompt=f"{JED}\nQuestion: Jed should ask. True, False or Neither?\nAnswer:",
-            target=" False",
             candidates=(" True", " False", " Neither"),
             answer=1,
             pairs=((JED, "Jed should ask"),),
@@ -79,9 +78,8 @@ EXAMPLES = {
     ),
     "copa": (
         0,
-        ChoiceExample(
+        choice(
             prompt="The chandelier shattered on the floor because",
-            target=" the chandelier dropped from the ceiling.",
             candidates=(
                 " the chandelier dropped from the ceiling.",
                 " the chandelier's lights flickered on and off.",
@@ -101,9 +99,8 @@ EXAMPLES = {
     ),
     "rte": (
         21,
-        ChoiceExample(
+        choice(
             prompt=f"{KERRY}\nQuestion: Kerry shot Bush. True or False?\nAnswer:",
-            target=" False",
             candidates=(" True", " False"),
             answer=1,
             pairs=((KERRY, "Kerry shot Bush."),),
@@ -111,12 +108,11 @@ EXAMPLES = {
     ),
     "wic": (
         11,
-        ChoiceExample(
+        choice(
             prompt=(
                 "Sentence 1: Catch fire.\nSentence 2: Catch the mood.\n"
                 'Question: Does the word "catch" have the same meaning in both sentences?\nAnswer:'
             ),
-            target=" yes",
             answer=1,
             pairs=(("catch: Catch fire.", "Catch the mood."),),
             **NO_YES,
@@ -124,11 +120,10 @@ EXAMPLES = {
     ),
     "wsc": (
         25,
-        ChoiceExample(
+        choice(
             prompt=(
                 f'Passage: {MARKED}\nQuestion: Does the pronoun "*him*" refer to "*John*"?\nAnswer:'
             ),
-            target=" yes",
             answer=1,
             pairs=((MARKED, "him refers to John."),),
             **NO_YES,
@@ -234,7 +229,7 @@ MULTIRC = {
             {"question": "Q?", "answers": [{"text": "a", "label": 1}, {"text": "b", "label": 0}]},
             {"question": "R?", "answers": [{"text": "c", "label": 0}]},
         ],
-    },
+    }
 }
 WSC = {
     "text": "Ann saw Eve; she waved.",

@@ -111,11 +111,7 @@ def test_the_likeliest_candidate_is_predicted_however_batches_are_cut(tiny, exam
 def test_ties_go_to_the_first_candidate(tiny):
     model, tokenizer = tiny
     twins = ChoiceExample(
-        prompt="red so",
-        target=" blue",
-        candidates=(" blue", " blue", " blue"),
-        answer=2,
-        pairs=(),
+        prompt="red so", target=" blue", candidates=(" blue", " blue", " blue"), answer=2, pairs=()
     )
     with torch.no_grad():
         assert predict_candidates(model, batch_of([twins], tokenizer)).tolist() == [0]

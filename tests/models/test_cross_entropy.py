@@ -72,7 +72,7 @@ def assert_same(given: Inputs, factor: float, relative: float) -> None:
         torch.testing.assert_close(own, whole, rtol=relative, atol=relative * scale + 1e-7)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_size_cut_anywhere(data: st.DataObject) -> None:
     """Chunks of one row to more than all; also those that end with the rows."""

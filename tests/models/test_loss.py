@@ -186,15 +186,11 @@ def test_the_loss_is_that_of_examples_alone(loss_of: Any) -> None:
     torch.testing.assert_close(loss_of(model, batch_of(packed=True)), alone, rtol=1e-5, atol=0)
 
 
-def test_packed_rows() -> None:
-    assert_same(make(MAKERS["llama"]), batch_of(packed=True))
-
-
 def test_a_frozen_output_layer() -> None:
     """As where entries are selected from other layers: the gradient goes through it."""
     model = make(MAKERS["llama"])
     model.lm_head.weight.requires_grad_(False)
-    assert_same(model, batch_of())
+    assert_same(model, batch_of(packed=True))
 
 
 def test_checkpointed_blocks() -> None:
@@ -260,11 +256,7 @@ def test_the_output_layer_is_itself_again_after_an_error() -> None:
     with pytest.raises(IndexError):
         chunked_answer_loss(
             model,
-            {
-                "input_ids": tokens,
-                "labels": tokens,
-                "answer_positions": answer_positions(tokens),
-            },
+            {"input_ids": tokens, "labels": tokens, "answer_positions": answer_positions(tokens)},
         )
     assert "forward" not in vars(model.lm_head)
     assert model(input_ids=tokens - 1).logits.shape == (1, 3, VOCABULARY)
@@ -341,13 +333,6 @@ def test_answer_logits_are_no_more_than_the_answers() -> None:
     with LargestTensor() as largest:
         answer_logits(model, batch)
     assert largest.num_entries == len(batch["answer_positions"]) * vocabulary
-
-
-def test_answer_logits_of_no_rows() -> None:
-    model = make(MAKERS["tied llama"])
-    logits = answer_logits(model, EXAMPLES.collate([], PAD_TOKEN_ID))
-    assert logits.shape == (0, VOCABULARY)
-    assert gradients(model, logits.sum())
 
 
 # On ranks
