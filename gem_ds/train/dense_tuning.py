@@ -37,13 +37,6 @@ def trained_network(
 ) -> Any:
     """The model, or peft's around it, where what ``--method`` trains requires grad and no more.
 
-    Args:
-        model: is changed.
-        args: the flags.
-        targets: names of the target weights; empty where the method has none.
-        shira_rank: with SHiRA its rank.
-        head: names of the parameters of the head.
-
     Raises:
         ValueError: there is nothing to train but the head.
     """
@@ -71,15 +64,7 @@ def trained_network(
 
 
 class DenseTuning:
-    """Whole parameters of a model, and its head if it has one.
-
-    Args:
-        args: the flags.
-        prepared: the run.
-        model: the base model.
-        head: names of the parameters of the head; they are trained at the head's learning rate.
-        comm: the ranks.
-    """
+    """Whole parameters of a model, and its head if it has one."""
 
     def __init__(
         self,

@@ -35,16 +35,6 @@ def trained_head(
     All ranks enter and leave together. The optimizer is the engine's, its rates fall linearly from
     ``learning_rate`` to 0; they and fp16's loss scale are as before at the end. Masters and moments
     are set anew by whoever trains next (:meth:`sparse.entries.TrainedEntries.start_from_weights`).
-
-    Args:
-        engine: holds the model.
-        layers: the target layers, none of whose entries changes.
-        head: what is trained.
-        batches: for as many epochs as the steps need.
-        summed_loss: the loss of one micro-batch, summed over its items.
-        num_steps: of the optimizer.
-        learning_rate: of the head in the first step.
-        seed: of dropout.
     """
     first = head.start_from_weights()
     groups = engine.optimizer.param_groups

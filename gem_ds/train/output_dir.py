@@ -47,12 +47,6 @@ def refuse_losses(
 ) -> None:
     """Refuse a run that would delete its own inputs, or replace what is no run's.
 
-    Args:
-        output_dir: of the run.
-        inputs: flag to what it names: perhaps a file or folder of this machine.
-        product: what the run leaves, as :func:`gem_ds.train.methods.product_of` calls it.
-        overwrite: whether the run that the folder holds is deleted.
-
     Raises:
         ValueError: names the one or the other.
     """
@@ -96,10 +90,6 @@ def output_dir_of_one_run(output_dir: Path) -> Iterator[None]:
 
 def clear_output_dir(output_dir: Path, *, overwrite: bool) -> None:
     """Delete what a killed run left half written; files that are no run's stay. Rank 0 only.
-
-    Args:
-        output_dir: is there, and this run's.
-        overwrite: delete the run that it holds, too.
 
     Raises:
         OSError: something cannot be deleted.

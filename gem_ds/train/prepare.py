@@ -175,13 +175,6 @@ def resolve_deepspeed(
 ) -> dict[str, Any]:
     """The engine's configuration.
 
-    Args:
-        written: the DeepSpeed JSON as read; empty for stage 0.
-        args: the flags.
-        config: the model's.
-        budget: K, or 0.
-        world_size: the ranks.
-
     Raises:
         ValueError: the JSON contradicts a flag, or asks for what cannot be done.
     """

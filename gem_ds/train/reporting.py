@@ -94,14 +94,6 @@ class Reporter:
     ``metrics.jsonl`` gets one line per log entry, flushed at once. On a resume it is rewritten to
     what the checkpoint knew, so that no step stands in it twice.
 
-    Args:
-        output_dir: where ``metrics.jsonl`` and the TensorBoard folder lie.
-        state: progress so far; what is logged and what is yet to be is added on every rank.
-        is_main: rank 0.
-        trackers: names of :func:`find_trackers`.
-        is_shown: show progress.
-        flags: what the trackers record of the run.
-
     Raises:
         OSError: ``metrics.jsonl`` cannot be written.
     """

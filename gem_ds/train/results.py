@@ -54,14 +54,7 @@ def method_of(args: Arguments, prepared: PreparedRun) -> str:
 def make_mask(
     args: Arguments, prepared: PreparedRun, entries: SelectedEntries, base: Tensor
 ) -> Mask:
-    """The mask of a run, with what a later user needs to know of it.
-
-    Args:
-        args: the flags.
-        prepared: the run.
-        entries: what it trains.
-        base: [K] on the CPU, the selected weights before training, in the model's dtype.
-    """
+    """The mask of a run, with what a later user needs to know of it."""
     parts = entries.split(base)
     return Mask(
         indices={
@@ -90,12 +83,6 @@ def save_results(
     results: Mapping[str, Any],
 ) -> None:
     """Write trainer_state.json, all_results.json and the model card.
-
-    Args:
-        args: the flags.
-        prepared: the run.
-        state: where the run stopped.
-        results: numbers by name, and under ``eval_metrics`` the task's own.
 
     Raises:
         OSError: a file cannot be written; those before it are whole.

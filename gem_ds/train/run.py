@@ -49,14 +49,7 @@ STEP_SETTINGS = (
 
 
 class Run:
-    """Model, engine, data and progress of one run.
-
-    Args:
-        args: the flags.
-        prepared: the run.
-        comm: the ranks.
-        kind: what is trained of the model (default: what ``--method`` says).
-    """
+    """Model, engine, data and progress of one run."""
 
     def __init__(
         self,

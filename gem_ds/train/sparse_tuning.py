@@ -43,17 +43,7 @@ from gem_ds.train.summary import (
 def sparse_layers(
     model: nn.Module, targets: Sequence[str], budget: int, head: Sequence[str]
 ) -> tuple[TargetLayers, TargetLayers | None]:
-    """The layers that entries are selected from, and those of the head if there is one.
-
-    Args:
-        model: gets their flat vectors; all of it is frozen.
-        targets: names of the target weights.
-        budget: the number K of entries to be selected.
-        head: names of the parameters of the head.
-
-    Returns:
-        Both; None where ``head`` is empty.
-    """
+    """The layers that entries are selected from, and those of the head if there is one."""
     layers = TargetLayers(model, targets_of(model, targets), budget)
     if not head:
         return layers, None
@@ -63,13 +53,6 @@ def sparse_layers(
 
 class SparseTuning:
     """The selected entries of a frozen model, and all entries of its head if it has one.
-
-    Args:
-        args: the flags.
-        prepared: the run.
-        model: the base model.
-        head: names of the parameters of the head; they are trained whole.
-        comm: the ranks.
 
     Attributes:
         entries: what is trained of the target layers, once it is selected.
@@ -119,13 +102,7 @@ class SparseTuning:
     # Before the first step
 
     def start(self, batches: Batches, summed_loss: SummedLoss, *, is_shown: bool = False) -> None:
-        """Select the entries, or take up the mask's; then go to where the checkpoint stopped.
-
-        Args:
-            batches: the calibration examples.
-            summed_loss: of one micro-batch.
-            is_shown: show how far the calibration has come.
-        """
+        """Select the entries, or take up the mask's; then go to where the checkpoint stopped."""
         prepared = self.prepared
         if prepared.mask is None:
             started = time.perf_counter()

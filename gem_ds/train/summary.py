@@ -13,11 +13,7 @@ NEARLY_ZERO = 1e-4
 
 
 def budget_table(rows: Iterable[tuple[str, int, int, float]]) -> str:
-    """Where the budget went, a line per layer.
-
-    Args:
-        rows: per layer its weight's name, entries, selected entries and layer score.
-    """
+    """Where the budget went, a line per layer."""
     rows = list(rows)
     total = sum(budget for _, _, budget, _ in rows)
     width = max(len(name) for name, *_ in rows)
@@ -48,12 +44,7 @@ def effective_layers(budgets: Iterable[int]) -> float:
 
 
 def selection_shape(budgets: Iterable[int], base: Tensor) -> dict[str, float]:
-    """How concentrated the budget is, and how many of the selected weights are nearly zero.
-
-    Args:
-        budgets: selected entries per layer.
-        base: [K], the selected weights before training.
-    """
+    """How concentrated the budget is, and how many of the selected weights are nearly zero."""
     return {
         "effective_layers": effective_layers(budgets),
         "selected_near_zero": int((base.float().abs() < NEARLY_ZERO).sum()),

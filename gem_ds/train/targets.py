@@ -39,11 +39,6 @@ class Targets:
 def settle_targets(args: Arguments, config: PretrainedConfig, mask: Mask | None) -> Targets:
     """What of a model a run changes, found on a model without weights.
 
-    Args:
-        args: the flags.
-        config: the model's.
-        mask: where the entries are settled already.
-
     Raises:
         ValueError: in one sentence, what does not fit.
     """

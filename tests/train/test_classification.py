@@ -51,9 +51,9 @@ class Case:
 OTHER_ENCODERS = {"roberta": None, "deberta-v2": None, "modernbert": "Wqkv"}
 
 CASES = [
-    *(Case(kind, "bert", stage) for kind in ("labels", "choices", "number") for stage in (0, 3)),
-    *(Case(kind, "model", 3, loss) for kind in ("labels", "choices") for loss in ("candidates",)),
-    Case("choices", "model", 0, "candidates"),
+    *(Case(kind, "bert", 0) for kind in ("labels", "choices", "number")),
+    Case("labels", "bert", 3),
+    *(Case(kind, "model", 3, "candidates") for kind in ("labels", "choices")),
     Case("labels", "model", 3),
     Case("number", "model", 0),
     Case("labels", "bert_without_pooler", 3),
@@ -84,7 +84,7 @@ def flags(tiny: Tiny, case: Case, folder: str, world_size: int, *switches: str, 
             "max_length": 40 if "bert" in case.model else 128,
             "per_device_train_batch_size": 4 // world_size,
             "per_device_eval_batch_size": 2,
-            "max_steps": 12,
+            "max_steps": 7,
             "logging_steps": 1,
         }
         | more,
@@ -125,17 +125,16 @@ def test_two_ranks_train_as_one_does(trained: Trained, case: Case) -> None:
     With 21 training and 5 held-out examples in batches of 4 a rank has none in some batches.
     """
     alone, together = losses(trained(1, case)), losses(trained(2, case))
-    assert len(alone) > 12
+    assert len(alone) > 7
     assert together == pytest.approx(alone, rel=2e-4)
     metrics = [trained(size, case).get("eval_metrics", {}) for size in (1, 2)]
     assert metrics[0] == pytest.approx(metrics[1], rel=1e-3)
     assert ("eval_metrics" in trained(1, case)) == (case.kind != "number" or "bert" in case.model)
 
 
-@pytest.mark.parametrize("kind", ["labels", "choices", "number"])
-def test_stages_train_alike(trained: Trained, kind: Kind) -> None:
+def test_stages_train_alike(trained: Trained) -> None:
     """The head's first values are the same whether weights are partitioned or not."""
-    whole, partitioned = (losses(trained(2, Case(kind, "bert", stage))) for stage in (0, 3))
+    whole, partitioned = (losses(trained(2, Case("labels", "bert", stage))) for stage in (0, 3))
     assert partitioned == pytest.approx(whole, rel=2e-4)
 
 

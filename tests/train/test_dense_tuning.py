@@ -59,7 +59,7 @@ TRAIN = TrainArguments(
     head_learning_rate=0.03,
     adam_beta1=0.8,
     adam_beta2=0.95,
-    adam_epsilon=1e-3,  # see test_training
+    adam_epsilon=1e-3,  # see test_head
     weight_decay=0.1,
 )
 
@@ -83,24 +83,25 @@ class Plan:
         )
 
 
-KINDS = [("full", "llama"), ("bitfit", "opt"), ("lora", "llama")]
 EXACT = [
-    *(Plan(method, model, Setting(stage)) for method, model in KINDS for stage in range(4)),
-    *(Plan(method, model, Setting(2), 3) for method, model in KINDS),
-    *(Plan(method, model, Setting(3, variant="gathered"), 1) for method, model in KINDS),
-    Plan("full", "opt", Setting(1), 8),
+    Plan("full", "llama", Setting(0)),
+    Plan("full", "llama", Setting(3, variant="gathered"), 1),
     Plan("full", "llama", Setting(3, variant="offload"), 3),
-    *(Plan(method, "bert", Setting(stage)) for method in ("full", "bitfit") for stage in (2, 3)),
-    *(Plan("lora", "bert", Setting(stage), 3) for stage in (0, 3)),
-    *(Plan("ia3", "llama", Setting(stage)) for stage in (1, 3)),
-    *(Plan("shira", "llama", Setting(stage)) for stage in (0, 2)),
+    Plan("full", "opt", Setting(1), 8),
+    Plan("full", "bert", Setting(3)),
+    Plan("bitfit", "opt", Setting(2), 3),
+    Plan("bitfit", "bert", Setting(3)),
+    Plan("lora", "llama", Setting(0)),
+    Plan("lora", "bert", Setting(3), 3),
+    Plan("ia3", "llama", Setting(3)),
+    Plan("shira", "llama", Setting(2)),
 ]
 ROUNDED = [
-    *(Plan("full", "llama", Setting(stage, "bf16")) for stage in range(4)),
-    *(Plan("lora", "bert", Setting(stage, "bf16")) for stage in (0, 3)),
+    Plan("full", "llama", Setting(0, "bf16")),
+    Plan("full", "llama", Setting(3, "bf16")),
+    Plan("lora", "bert", Setting(3, "bf16")),
 ]
-ALONE = [plan for plan in EXACT if plan.micro_batch_size == 3 or plan.setting == Setting(3)]
-PLANS = {1: ALONE, 2: [*EXACT, *ROUNDED]}
+PLANS = {1: [EXACT[2], EXACT[8]], 2: [*EXACT, *ROUNDED]}
 RUNS = [(size, plan) for size, plans in PLANS.items() for plan in plans]
 EXACT_RUNS = [(size, plan) for size, plan in RUNS if plan in EXACT]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
 from unittest import mock
 
 import pytest
@@ -15,7 +16,7 @@ from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.engine import Engine
 from gem_ds.distributed.process_group import init_distributed
 from gem_ds.files.checkpoint import TrainerState
-from gem_ds.models.loss import summed_answer_loss
+from gem_ds.models.loss import refuse_leaking_rows, summed_answer_loss
 from gem_ds.sparse.entries import SelectedEntries
 from gem_ds.train.fit import DivergedError, StepResult, fit, mean_loss
 from tests.ranks import run_ranks
@@ -140,3 +141,13 @@ def _evaluated_twice() -> list[float]:
 def test_the_held_out_loss_knows_no_dropout() -> None:
     ((first, second),) = run_ranks(1, _evaluated_twice)
     assert first == second
+
+
+@pytest.mark.parametrize(("architecture", "leaks"), [("opt", True), ("llama", False)])
+def test_packing_is_refused_where_examples_see_each_other(architecture: str, leaks: bool) -> None:
+    model = make_model(architecture)
+    for micro_batch_size in (1, 3):
+        args = (model, torch.device("cpu"), model.config.vocab_size, micro_batch_size)
+        refused = "packed examples see each other: leave --packing out"
+        with pytest.raises(ValueError, match=refused) if leaks else nullcontext():
+            refuse_leaking_rows(*args)

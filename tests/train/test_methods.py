@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from contextlib import ExitStack, redirect_stdout
 from io import StringIO
@@ -41,22 +42,13 @@ RUNS: list[tuple[str, str, str, int]] = [
     *((f"{m}_bert", m, BERT, 3) for m in SPARSE_METHODS),
     ("again", "gem", BERT, 3),
     ("supertuning_whole", "supertuning", BERT, 0),
-    *((f"full{stage}", "full", MODEL, stage) for stage in (0, 3)),
-    *((f"lora{stage}", "lora", MODEL, stage) for stage in (0, 3)),
-    *((f"ia3{stage}", "ia3", MODEL, stage) for stage in (0, 3)),
-    *((f"shira{stage}", "shira", MODEL, stage) for stage in (0, 2)),
+    ("full3", "full", MODEL, 3),
     *((f"bitfit{stage}", "bitfit", BERT, stage) for stage in (0, 3)),
     *((f"lora_bert{stage}", "lora", BERT, stage) for stage in (0, 3)),
     ("ia3_bert", "ia3", BERT, 3),
     ("shira_bert", "shira", BERT, 2),
     *((f"full_bert{stage}", "full", BERT, stage) for stage in (0, 3)),
-    *(
-        (f"{method}_bf16_{model}", method, model, 3)
-        for method in ("lora", "full")
-        for model in (BERT, MODEL)
-    ),
-    ("gem_bf16", "gem", BERT, 3),
-    ("lora_again", "lora", MODEL, 3),
+    *((f"{method}_bf16", method, BERT, 3) for method in ("gem", "lora", "full")),
     ("full_again", "full", MODEL, 3),
 ]
 
@@ -188,12 +180,8 @@ def test_adapters_of_an_encoder_come_with_its_trained_head(
 @pytest.mark.parametrize(
     ("whole", "partitioned", "file"),
     [
-        ("full0", "full3", "model/model.safetensors"),
         ("full_bert0", "full_bert3", "model/model.safetensors"),
-        ("lora0", "lora3", "adapter/adapter_model.safetensors"),
         ("lora_bert0", "lora_bert3", "adapter/adapter_model.safetensors"),
-        ("ia30", "ia33", "adapter/adapter_model.safetensors"),
-        ("shira0", "shira2", "adapter/adapter_model.safetensors"),
         ("supertuning_whole", "supertuning_bert", "delta.safetensors"),
         ("bitfit0", "bitfit3", "delta.safetensors"),
     ],
@@ -214,7 +202,6 @@ def test_stages_write_the_same(
     ("name", "again", "file"),
     [
         ("gem_bert", "again", "delta.safetensors"),
-        ("lora3", "lora_again", "adapter/adapter_model.safetensors"),
         ("full3", "full_again", "model/model.safetensors"),
     ],
 )
@@ -300,7 +287,7 @@ def test_a_head_goes_on_where_it_was(tiny: Tiny, results) -> None:
     assert (folder / "delta.safetensors").read_bytes() == expected
 
 
-@pytest.mark.parametrize(("world_size", "stage"), [(1, 0), (3, 2), (1, 3)])
+@pytest.mark.parametrize(("world_size", "stage"), [(1, 0), (3, 2)])
 def test_a_head_goes_on_on_other_ranks_at_another_stage(
     tiny: Tiny, sober: Path, world_size: int, stage: int
 ) -> None:
@@ -317,42 +304,32 @@ def test_a_head_goes_on_on_other_ranks_at_another_stage(
 
 # Refused
 
+#: Method, model, further flags, and what the sentence says.
+REFUSALS: list[tuple[str, str, dict[str, object], str]] = [
+    ("gim", MODEL, {}, f"--method must be one of {', '.join(METHODS)}, not gim"),
+    ("gem", MODEL, {"optimizer": "adamw_8bit"}, "adamw_8bit is for --method full"),
+    ("full", MODEL, {"optimizer": "adam"}, "--optimizer must be one of adamw, adamw_8bit, not"),
+    ("full", MODEL, {"optimizer": "adamw_8bit"}, "needs bitsandbytes: pip install bitsandb"),
+    ("bitfit", MODEL, {}, "model has no biases, which is what --method bitfit trains"),
+    ("shira", MODEL, {}, "whole weights, and ZeRO stage 3 cuts them"),
+    ("full", MODEL, {"mask": "m"}, "selects no entries: leave --mask out"),
+    ("full", MODEL, {"sddmm_kernel": "tiled"}, "no entries: leave --sddmm_kernel out"),
+    ("full", MODEL, {"max_steps": 0}, "--max_steps 0 writes a mask"),
+    ("full", MODEL, {"save_steps": 2}, "writes no checkpoints: leave --save_steps out"),
+    ("lora", MODEL, {"lora_r": 999}, "--lora_r 999 is more than .* target layer, 16: lower it"),
+    ("shira", MODEL, {"density": "1"}, "lower --density"),
+    ("shira", MODEL, {"density": "0.014"}, "a multiple of 224 entries here, and"),
+    ("ia3", UNMAPPED, {}, "where IA3 belongs in a granite model: name the layers"),
+]
 
-@pytest.mark.parametrize(
-    ("method", "model", "more", "sentence"),
-    [
-        ("gim", MODEL, {}, f"--method must be one of {', '.join(METHODS)}, not gim"),
-        ("gem", MODEL, {"optimizer": "adamw_8bit"}, "adamw_8bit is for --method full"),
-        ("full", MODEL, {"optimizer": "adam"}, "--optimizer must be one of adamw, adamw_8bit, not"),
-        ("full", MODEL, {"optimizer": "adamw_8bit"}, "needs bitsandbytes: pip install bitsandb"),
-        ("bitfit", MODEL, {}, "model has no biases, which is what --method bitfit trains"),
-        ("shira", MODEL, {}, "whole weights, and ZeRO stage 3 cuts them"),
-        ("full", MODEL, {"mask": "m"}, "selects no entries: leave --mask out"),
-        ("full", MODEL, {"sddmm_kernel": "tiled"}, "no entries: leave --sddmm_kernel out"),
-        ("full", MODEL, {"max_steps": 0}, "--max_steps 0 writes a mask"),
-        ("full", MODEL, {"save_steps": 2}, "writes no checkpoints: leave --save_steps out"),
-        ("lora", MODEL, {"lora_r": 0}, "--lora_r must be at least 1"),
-        ("lora", MODEL, {"lora_r": 999}, "--lora_r 999 is more than .* target layer, 16: lower it"),
-        ("shira", MODEL, {"density": "1"}, "lower --density"),
-        (
-            "shira",
-            MODEL,
-            {"density": "0.014"},
-            "a multiple of 224 entries here, and",
-        ),
-        (
-            "ia3",
-            UNMAPPED,
-            {},
-            "where IA3 belongs in a granite model: name the layers",
-        ),
-    ],
-)
-def test_what_cannot_be_done_is_one_sentence(
-    tiny: Tiny, method: str, model: str, more: dict[str, object], sentence: str
-) -> None:
-    flags = _flags(tiny, "refused", method, model, 3, **more)
-    without_bitsandbytes = mock.patch.dict("sys.modules", {"bitsandbytes.optim": None})
-    with one_rank(), without_bitsandbytes, pytest.raises(ValueError, match=sentence) as refusal:
-        train.main(flags)
-    assert "\n" not in str(refusal.value)
+
+def test_what_cannot_be_done_is_one_sentence(tiny: Tiny) -> None:
+    problems = []
+    with one_rank(), mock.patch.dict("sys.modules", {"bitsandbytes.optim": None}):
+        for method, model, more, sentence in REFUSALS:
+            with pytest.raises(ValueError, match=r"\S") as refusal:
+                train.main(_flags(tiny, "refused", method, model, 3, **more))
+            told = str(refusal.value)
+            if "\n" in told or not re.search(sentence, told):
+                problems.append((sentence, told))
+    assert problems == []

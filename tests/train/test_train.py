@@ -18,7 +18,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
 
+import gem_ds
 from gem_ds.distributed.comm import free_port
 from gem_ds.errors import PeerError
 from gem_ds.files.checkpoint import list_checkpoints
@@ -131,11 +133,8 @@ def test_a_run_leaves_everything(whole):
         assert len(metrics(whole, key)) == 5, key
     for key in ("effective_layers", "selected_near_zero"):
         assert len(metrics(whole, key)) == 1, key
-
-
-def test_the_losses_fall(whole):
-    assert metrics(whole, "loss")[-1] < metrics(whole, "loss")[0]
-    assert metrics(whole, "eval_loss")[-1] < metrics(whole, "eval_loss")[0]
+    for key in ("loss", "eval_loss"):
+        assert metrics(whole, key)[-1] < metrics(whole, key)[0], key
 
 
 def test_the_model_card_says_what_was_done(whole, tiny):
@@ -150,7 +149,7 @@ def test_the_model_card_says_what_was_done(whole, tiny):
 
 @pytest.mark.parametrize(
     "switches",
-    [[], ["--bf16"], ["--deepspeed", str(ZERO3)], ["--bf16", "--deepspeed", str(ZERO3)]],
+    [[], ["--bf16", "--deepspeed", str(ZERO3)]],
 )
 def test_the_exported_model_is_base_plus_delta_and_has_the_loss_of_the_run(
     tiny, tmp_path, switches
@@ -229,59 +228,73 @@ def test_a_mask_serves_another_dtype(tiny, whole, tmp_path):
     apply_delta(AutoModelForCausalLM.from_pretrained(tiny.model, dtype=torch.bfloat16), delta)
 
 
-def test_a_recipe_gives_the_flags_and_flags_win(tiny, whole, tmp_path):
-    flags = tiny.flags(tmp_path / "run", num_train_epochs=3, logging_steps=4)
-    pairs = dict(zip(flags[:-1:2], flags[1::2], strict=True))
-    recipe = {name.removeprefix("--"): value for name, value in pairs.items()} | {"max_steps": 1}
-    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe | {"disable_tqdm": True}))
-    train.main(["--config", str(tmp_path / "recipe.yaml"), "--max_steps", "-1"])
+def _finetune(calls: list[dict[str, Any]]) -> list[gem_ds.RunResult]:
+    """One call after another, each joining and leaving by itself, as in a notebook."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name)
+    verbosity = logging.get_verbosity()
+    results = [gem_ds.finetune(**call) for call in calls]
+    assert logging.get_verbosity() == verbosity
+    return results
+
+
+def test_python_runs_what_the_command_line_does(tiny, whole, tmp_path):
+    """With numbers as numbers, on top of a recipe, and twice in a process."""
+    recipe = {"task": "gsm8k", "data_dir": str(tiny.data), "logging_steps": 4, "max_steps": 1}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    values = {"density": 0.02, "learning_rate": 0.01, "per_device_train_batch_size": 4}
+    common = {"config": tmp_path / "recipe.yaml", "model_name_or_path": tiny.model} | values
+    more = {"method": "lora", "density": None, "eval_strategy": "no", "output_dir": tmp_path / "a"}
+    calls = [common | {"output_dir": tmp_path / "run", "max_steps": -1}, common | more]
+    ((result, lora),) = run_ranks(1, _finetune, calls)
     assert_same_delta(tmp_path / "run", whole)
+    assert result.output_dir == tmp_path / "run"
+    assert result.results == json.loads((tmp_path / "run" / "all_results.json").read_text())
+    assert result.log_history[-1]["step"] == 18
+    assert Mask.load(result.mask).num_selected == Delta.load(result.delta).mask.num_selected == 475
+    assert (result.adapter, result.model, result.metrics, result.stopped) == (None, None, {}, False)
+    assert (lora.adapter, lora.mask, lora.delta) == (tmp_path / "a" / "adapter", None, None)
+    assert "last_eval_loss" not in lora.results
+    with pytest.raises(ValueError, match=r"^There is no flag --densty: see --help\.$"):
+        gem_ds.finetune(**common, output_dir=tmp_path / "new", densty=0.1)
+    with pytest.raises(ValueError, match=r"--max_steps: invalid int value: '1\.5'"):
+        gem_ds.finetune(**common, output_dir=tmp_path / "new", max_steps=1.5)
 
 
-@pytest.mark.parametrize(
-    "switches",
-    [
-        ["--gradient_checkpointing"],
-        ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "4"],
-        ["--per_device_train_batch_size", "3", "--gradient_accumulation_steps", "1"],
-    ],
-)
-def test_how_a_step_is_computed_changes_nothing(tiny, tmp_path, switches):
+def test_the_held_out_loss_comes_when_it_is_asked_for_and_of_so_many_examples(tiny, tmp_path):
+    values = {"max_steps": 4, "max_eval_samples": 2, "logging_steps": 3, "eval_strategy": "steps"}
+    train.main(tiny.flags(tmp_path / "run", **values))
+    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 3, 4]
+    two = tmp_path / "two.jsonl"
+    two.write_text("".join((tiny.data / "test.jsonl").read_text().splitlines(keepends=True)[:2]))
+    loss = naive_loss(AutoModelForCausalLM.from_pretrained(tiny.model), tiny, two)
+    assert metrics(tmp_path / "run", "eval_loss")[0] == pytest.approx(loss, rel=1e-5)
+
+
+def test_how_a_step_is_computed_changes_nothing(tiny, whole, tmp_path):
     """Recomputation and the cut into micro-batches; a step of 3 is another step, as a control."""
-    mask = tmp_path / "mask"
-    train.main(tiny.flags(mask, max_steps=0))
-    values = {"max_steps": 7, "mask": mask / "mask.safetensors"}
+    values = {"max_steps": 7, "mask": whole / "mask.safetensors", "density": None}
     train.main(tiny.flags(tmp_path / "plain", **values))
-    train.main(tiny.flags(tmp_path / "other", *switches, **values))
-    if "3" in switches:
-        with pytest.raises(AssertionError):
-            assert_close_deltas(tmp_path / "other", tmp_path / "plain")
-    else:
+    train.main(tiny.flags(tmp_path / "again", "--gradient_checkpointing", **values))
+    cut = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    train.main(tiny.flags(tmp_path / "cut", **values | cut))
+    train.main(tiny.flags(tmp_path / "other", **values | {"per_device_train_batch_size": 3}))
+    assert_close_deltas(tmp_path / "again", tmp_path / "plain")
+    assert_close_deltas(tmp_path / "cut", tmp_path / "plain")
+    with pytest.raises(AssertionError):
         assert_close_deltas(tmp_path / "other", tmp_path / "plain")
 
 
-@pytest.mark.parametrize("deepspeed", [None, ZERO3])
-def test_packing_reads_the_same_examples_in_fewer_rows(tiny, tmp_path, deepspeed):
+def test_packing_reads_the_same_examples_in_fewer_rows(tiny, tmp_path):
     """One step over all examples is the same step, packed or not."""
-    values = {"max_steps": 1, "per_device_train_batch_size": 22, "deepspeed": deepspeed}
+    values = {"max_steps": 1, "per_device_train_batch_size": 22, "deepspeed": ZERO3}
     train.main(tiny.flags(tmp_path / "rows", **values))
     train.main(tiny.flags(tmp_path / "packed", "--packing", **values | {"max_length": 128}))
     assert_close_deltas(tmp_path / "packed", tmp_path / "rows")
     assert metrics(tmp_path / "packed", "eval_loss") == pytest.approx(
         metrics(tmp_path / "rows", "eval_loss"), rel=1e-5
     )
-
-
-def test_calibration_takes_the_first_examples_of_the_order(tiny, whole, tmp_path):
-    def indices(count: int) -> dict[str, torch.Tensor]:
-        folder = tmp_path / str(count)
-        train.main(tiny.flags(folder, max_steps=0, calibration_examples=count))
-        return Mask.load(folder / "mask.safetensors").indices
-
-    full = Mask.load(whole / "mask.safetensors").indices
-    assert all(torch.equal(index, full[name]) for name, index in indices(22).items())
-    assert all(torch.equal(index, full[name]) for name, index in indices(99).items())
-    assert not all(torch.equal(index, full[name]) for name, index in indices(2).items())
 
 
 def test_own_fields_and_chat_messages_are_trained_on(tiny, tmp_path):
@@ -317,18 +330,14 @@ def test_own_fields_and_chat_messages_are_trained_on(tiny, tmp_path):
     assert metrics(tmp_path / "gsm8k", "eval_loss")
 
 
-def test_tensorboard_gets_the_metrics(tiny, tmp_path):
+def test_only_so_many_checkpoints_are_kept_and_tensorboard_gets_the_metrics(tiny, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    flags = {"max_steps": 3, "logging_steps": 1, "report_to": "tensorboard"}
-    train.main(tiny.flags(tmp_path, **flags))
+    flags = {"max_steps": 5, "save_steps": 1, "save_total_limit": 2, "logging_steps": 1}
+    train.main(tiny.flags(tmp_path, **flags, report_to="tensorboard"))
+    assert list(list_checkpoints(tmp_path)) == [4, 5]
     board = accumulator.EventAccumulator(str(tmp_path / TENSORBOARD_FOLDER)).Reload()
     shown = [event.value for event in board.Scalars("loss")]
     assert shown == pytest.approx(metrics(tmp_path, "loss"), rel=1e-6)
-
-
-def test_only_so_many_checkpoints_are_kept(tiny, tmp_path):
-    train.main(tiny.flags(tmp_path, max_steps=5, save_steps=1, save_total_limit=2))
-    assert list(list_checkpoints(tmp_path)) == [4, 5]
 
 
 def test_a_finished_run_can_be_made_longer_or_overwritten(tiny, tmp_path):
@@ -428,26 +437,6 @@ def _shorten(flags: list[str], folder: Path) -> list[str]:
     return [str(step) if text == str(SLOW["max_steps"]) else text for text in flags]
 
 
-def test_sigterm_saves_and_ends_well(tiny, tmp_path):
-    flags = tiny.flags(tmp_path / "run", **SLOW)
-    process = _start([sys.executable, "launch/train.py", *flags])
-    _wait_for(_has_logged(tmp_path / "run", 3), process)
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, out
-    assert "Traceback" not in out
-    assert "Warning" not in out
-    (step,) = list_checkpoints(tmp_path / "run")
-    assert out.splitlines()[-1] == (
-        f"Stopped by SIGTERM after step {step}; go on with --resume_from_checkpoint last"
-    )
-    resumed = [*_shorten(flags, tmp_path / "run"), "--resume_from_checkpoint", "last"]
-    undisturbed = _shorten(flags, tmp_path / "run")
-    undisturbed[undisturbed.index("--output_dir") + 1] = str(tmp_path / "undisturbed")
-    run_ranks(1, mains, resumed, undisturbed)
-    assert_same_delta(tmp_path / "run", tmp_path / "undisturbed")
-
-
 def _terminated_on_one_rank(flags: list[str], victim: int, step: int) -> bool:
     """On each rank: run; the victim gets a SIGTERM after a step. Whether it was stopped."""
 
@@ -467,8 +456,13 @@ def test_sigterm_on_one_rank_stops_all(tiny, tmp_path):
     assert list(list_checkpoints(tmp_path)) == [3], "the step after which all ranks knew of it"
 
 
-def _error_of_each(flags_by_rank: list[list[str]], unreadable_on: int = -1) -> str:
-    """What ends this rank's run, where one rank may not find the weights."""
+def _errors(cases: list[tuple[list[list[str]], int]]) -> list[str]:
+    """What ends this rank's runs: its flags in each, and which rank does not find the weights."""
+    with joined():
+        return [_error_of(flags[int(os.environ["RANK"])], rank) for flags, rank in cases]
+
+
+def _error_of(flags: list[str], unreadable_on: int) -> str:
     rank = int(os.environ["RANK"])
     read = AutoModelForCausalLM.from_pretrained
 
@@ -478,24 +472,25 @@ def _error_of_each(flags_by_rank: list[list[str]], unreadable_on: int = -1) -> s
         return read(*args, **kwargs)
 
     patched = mock.patch.object(AutoModelForCausalLM, "from_pretrained", from_pretrained)
-    with joined(), patched, pytest.raises((ValueError, PeerError)) as caught:
-        train.main(flags_by_rank[rank])
+    with patched, pytest.raises((ValueError, PeerError)) as caught:
+        train.main(flags)
     return str(caught.value)
 
 
-@pytest.mark.parametrize("flag", [{"method": "ratio"}, {"calibration_examples": 3}, {"seed": 5}])
-def test_ranks_with_other_flags_are_refused(tiny, tmp_path, flag):
+def test_ranks_that_differ_stop_together(tiny, tmp_path):
     """They would wait for each other in different collectives."""
-    flags = [tiny.flags(tmp_path), tiny.flags(tmp_path, **flag)]
-    for error in run_ranks(2, _error_of_each, flags):
+    plain = tiny.flags(tmp_path)
+    others: list[dict[str, object]] = [
+        {"method": "ratio"},
+        {"calibration_examples": 3},
+        {"seed": 5},
+    ]
+    cases = [([plain, tiny.flags(tmp_path, **flag)], -1) for flag in others]
+    (*told, unreadable), (*followed, stopped) = run_ranks(2, _errors, [*cases, ([plain] * 2, 1)])
+    for error in told + followed:
         assert error.startswith("The ranks do not see the same run")
-
-
-def test_weights_that_one_rank_cannot_read_stop_all(tiny, tmp_path):
-    flags = [tiny.flags(tmp_path)] * 2
-    told, followed = run_ranks(2, _error_of_each, flags, 1)
-    assert told == "On rank 1: there is no network"
-    assert followed == "Rank 1 stopped: there is no network"
+    assert unreadable == "On rank 1: there is no network"
+    assert stopped == "Rank 1 stopped: there is no network"
 
 
 def test_a_resumed_run_tells_which_flags_have_changed(tiny, tmp_path, capsys):
@@ -525,6 +520,7 @@ def test_two_ranks_under_the_launcher_stop_and_go_on(tiny, tmp_path):
     out, _ = process.communicate(timeout=240)
     (step,) = list_checkpoints(tmp_path / "run")
     assert process.returncode != 0, "the launcher itself was told to end"
+    assert "Warning" not in out
     assert f"Stopped by SIGTERM after step {step}; go on with" in out
     assert "Traceback" not in out
     flags = _shorten(flags, tmp_path / "run")
