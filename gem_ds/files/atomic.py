@@ -1,15 +1,11 @@
 """Writing files that are whole or absent, and reading back the safetensors files of GEM.
 
 Writing: everything goes to a temporary name in the same folder, is flushed to the disk and only
-then renamed. Whatever interrupts a write (an exception, a kill, a full disk, a power cut), the real
-name holds either the earlier content or the new content. A process that is killed outright may
-leave a temporary behind; its name starts with a dot and ends with ``.tmp`` (`leftovers` finds it).
+then renamed. Whatever interrupts a write, the real name holds either the earlier content or the
+new one. A killed process may leave a temporary, ``.<name>.<8 digits>.tmp`` (`leftovers` finds it).
 
 Reading: a GEM file is an ordinary safetensors file whose string metadata has the single key
-``gem``. Its value is one JSON object, so that numbers, lists and nulls survive; ``kind`` and
-``format_version`` are in it beside the fields of the caller.
-
-What the tensors mean is the business of `files.mask`, `files.delta` and `files.checkpoint`.
+``gem``. Its value is one JSON object: ``kind``, ``format_version`` and the caller's fields.
 """
 
 from __future__ import annotations
@@ -49,15 +45,11 @@ _NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL, errno.EBAD
 
 
 def atomic_write(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Writes one file so that `path` never holds a part of it.
-
-    Args:
-        path: The file to create or replace; its folder must exist.
-        write: Receives the temporary path, in the same folder, and creates the file there.
+    """Writes one file, by `write(temporary path)`, so that `path` never holds a part of it.
 
     Raises:
-        OSError: The file could not be written, for example because the disk is full. `errno` is
-            kept, the message says what to do, the earlier file is whole, the temporary is gone.
+        OSError: For example the disk is full. `errno` is kept, the message says what to do, the
+            earlier file is whole, the temporary is gone.
     """
     path = Path(path)
     with _temporary(path) as temporary:
@@ -68,18 +60,10 @@ def atomic_write(path: str | Path, write: Callable[[Path], object]) -> None:
 
 
 def atomic_folder(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Writes a folder of files so that `path` never holds a part of it.
+    """Writes a folder, which `write` fills, as `atomic_write` does a file.
 
-    What stands at `path` is replaced as a whole. A folder cannot be exchanged in one step, so an
-    earlier one is moved aside first, to a name beside it that ends with ``.old``; only a kill
-    between the two renames leaves it there.
-
-    Args:
-        path: The folder to create or replace; its parent must exist.
-        write: Receives the temporary folder, which exists and is empty, and fills it.
-
-    Raises:
-        OSError: As `atomic_write`.
+    A folder cannot be exchanged in one step, so an earlier one is moved aside first, to a name
+    beside it that ends with ``.old``; only a kill between the two renames leaves it there.
     """
     path = Path(path)
     with _temporary(path) as temporary:
@@ -107,12 +91,7 @@ def delete(path: Path) -> None:
 
 
 def try_lock(file: int | IO[bytes]) -> bool:
-    """Locks an open file or folder until the last copy of its descriptor is closed.
-
-    Returns:
-        False if another process holds it. True, too, on a network file system without locks, where
-        nobody can be kept out.
-    """
+    """Locks an open file or folder until the last copy of its descriptor is closed."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -124,11 +103,7 @@ def try_lock(file: int | IO[bytes]) -> bool:
 
 
 def make_folder(path: str | Path) -> None:
-    """Makes a folder with its parents, and sees whether files can be written in it.
-
-    Raises:
-        OSError: It cannot be made or written to; the message says what to do.
-    """
+    """Makes a folder with its parents, and sees whether files can be written in it."""
     path = Path(path)
     with _explained(path):
         path.mkdir(parents=True, exist_ok=True)
@@ -145,12 +120,6 @@ def save_tensors(
     The bytes are made in memory first (two transient copies of the tensors, which hold selected
     entries only): safetensors' own file writer hides the number of an `OSError` and creates files
     that only their owner can read.
-
-    Args:
-        path: The file to create or replace.
-        tensors: Name to tensor, on any device, of any strides; they may share memory.
-        metadata: JSON values by field name, without `kind` and `format_version`.
-        kind: What the file holds, for example ``gem_mask``; `load_tensors` must be given the same.
 
     Raises:
         OSError: As `atomic_write`.
@@ -173,13 +142,6 @@ def save_json(path: str | Path, obj: Any) -> None:
 
 def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Reads a GEM safetensors file of one kind.
-
-    Args:
-        path: The file.
-        kind: The kind that it must have, as given to `save_tensors`.
-
-    Returns:
-        The tensors by name, on the CPU, and the metadata without `kind` and `format_version`.
 
     Raises:
         FileNotFoundError: There is no such file.

@@ -50,9 +50,7 @@ _TRAINED = """\
 {base} fine-tuned on {task} with {method}: {num_trainable:,} trained parameters beside a base of
 {num_parameters:,} ({density:.4%})."""
 
-_GEM = """\
-GEM, gradient-to-weight ratio and entropy-guided masking
-([arXiv 2508.16191](https://arxiv.org/abs/2508.16191))"""
+_GEM = "GEM ([arXiv 2508.16191](https://arxiv.org/abs/2508.16191))"
 
 _FILES = {
     "delta": "| `delta.safetensors` | the trained values, in {dtype} |",
@@ -113,25 +111,7 @@ def model_card(
     auto_class: str = "AutoModelForCausalLM",
     num_labels: int | None = None,
 ) -> str:
-    """The model card of a run: Markdown with YAML front matter.
-
-    Args:
-        base_model: Hub name or folder of the base model.
-        task: What it was fine-tuned on, for the reader.
-        method: How; with a mask, what that says of its entries.
-        product: What the run left.
-        has_mask: Whether entries of frozen weights were trained, which a mask names.
-        num_trainable: Trained numbers, of a task head too.
-        num_parameters: Entries of the base model (N), each stored parameter once.
-        dtype: The model's dtype by its torch name, for example ``bfloat16``.
-        settings: Settings of the run worth showing, name to value.
-        results: Metric name to value after training.
-        base_results: The same metrics of the base model, where they were measured.
-        revision: Revision of the base model.
-        dataset: Hub name of the dataset, where it has one.
-        auto_class: The transformers class that loads the base model as it was trained.
-        num_labels: Outputs of the classification head that this class adds, if it adds one.
-    """
+    """The model card of a run: Markdown with YAML front matter."""
     method, task = _one_line(method), _one_line(task)
     told = "GEM" if method == "gem" else method
     title = _one_line(f"{Path(base_model).name} fine-tuned on {task} with {told}")
@@ -159,6 +139,11 @@ def model_card(
         )
         for name, value in results.items()
     ]
+    header: tuple[str, ...] = ("Metric", "Base model", "Fine-tuned")
+    before = base_results or {}
+    rows = [(name, before.get(name, "not measured"), value) for name, value in results.items()]
+    if not before:
+        header, rows = ("Metric", "Fine-tuned"), list(results.items())  # type: ignore[arg-type]
     is_public = _is_hub_name(base_model)  # the Hub refuses other names
     metadata = ModelCardData(
         library_name="gem_ds",
@@ -174,7 +159,7 @@ def model_card(
         title=title,
         what=(_SELECTED if has_mask else _TRAINED).format(**facts),
         files="\n".join(_FILES[f].format(**facts) for f in (product, *["mask"] * has_mask)),
-        results=_results_table(results, base_results or {}),
+        results=_table(header, rows) if rows else "This run was not evaluated.",
         use=_USE[product].format(**facts),
         settings=_table(("Setting", "Value"), settings.items()),
     )
@@ -185,25 +170,15 @@ def _is_hub_name(name: str) -> bool:
     return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None and not Path(name).is_dir()
 
 
-def _results_table(results: Mapping[str, float], base_results: Mapping[str, float]) -> str:
-    """Metric by metric, the base model's value (if there is one) beside the trained model's."""
-    if not results:
-        return "This run was not evaluated."
-    if not base_results:
-        return _table(("Metric", "Fine-tuned"), results.items())
-    rows = [(name, base_results.get(name, "not measured"), results[name]) for name in results]
-    return _table(("Metric", "Base model", "Fine-tuned"), rows)
-
-
 def _table(header: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> str:
     """A Markdown table."""
+
+    def cell(value: object) -> str:
+        text = f"{value:.4g}" if isinstance(value, float) else str(value)
+        return _one_line(text).replace("|", "\\|")
+
     lines = [header, ("---",) * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
-
-
-def _cell(value: object) -> str:
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return _one_line(text).replace("|", "\\|")
+    return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines)
 
 
 def _one_line(text: str) -> str:

@@ -8,9 +8,8 @@
       trainer_state.json      step, epoch and log history, with the names of transformers
 
 There is no position in the data, no state of a random generator and none of the learning-rate
-schedule: they are functions of the seed, the step (:class:`gem_ds.data.batches.BatchSchedule`,
-:func:`train.fit.seed_noise`) and the number of updates. A folder has its name only while it is
-whole, so a killed run leaves none that is half.
+schedule: they are functions of the seed, the step and the number of updates. A folder has its name
+only while it is whole, so a killed run leaves none that is half.
 """
 
 from __future__ import annotations
@@ -103,11 +102,7 @@ class Checkpoint:
         return repr((vectors, numbers))
 
     def save(self, output_dir: Path) -> Path:
-        """Write ``checkpoint-N``.
-
-        Raises:
-            OSError: for example a full disk; earlier checkpoints are untouched.
-        """
+        """Write ``checkpoint-N``; raises OSError as :func:`atomic_folder`."""
         folder = output_dir / f"checkpoint-{self.state.global_step}"
         atomic_folder(folder, self._write)
         return folder
@@ -187,11 +182,7 @@ def delete_old_checkpoints(output_dir: Path, limit: int) -> None:
 
 
 def find_checkpoint(output_dir: Path, resume_from: str) -> Path:
-    """The checkpoint that ``--resume_from_checkpoint`` means.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The checkpoint that ``--resume_from_checkpoint`` means."""
     if resume_from != "last":
         return Path(resume_from)
     if checkpoints := list_checkpoints(output_dir):

@@ -5,11 +5,9 @@
                          head.<name>              a dense parameter trained beside the mask, if any
                          metadata                 that of the mask, and the names of the head
 
-Values are absolute, not differences: base + delta is an overwrite, with no rounding, and gives the
-trained model bit for bit. Applying works on a whole model in one process, on any device; the
-weights are written in place and the values that they replace are kept, so that
-`AppliedDelta.revert` gives the base back bit for bit. ZeRO partitions are written by
-`distributed.engine`, not here.
+Values are absolute, not differences: base + delta is an overwrite, with no rounding. Applying works
+on a whole model in one process, on any device; the values that are replaced are kept, so that
+`AppliedDelta.revert` gives the base back bit for bit. ZeRO partitions are not written here.
 """
 
 from __future__ import annotations
@@ -17,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +64,8 @@ class Delta:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of all weights; a ValueError if they have more than one."""
-        return getattr(torch, self.mask.dtype)
+        dtype: torch.dtype = getattr(torch, self.mask.dtype)
+        return dtype
 
     def save(self, path: str | Path) -> None:
         """Writes the delta file, atomically; raises OSError as `files.atomic.atomic_write`."""
@@ -90,7 +88,10 @@ class Delta:
         with explaining(path, "pass the delta.safetensors that launch/train.py wrote"):
             mask = unpack_mask(tensors, metadata)
             values = take_tensors(tensors, mask.weights, "values")
-            head = _take_head(tensors, metadata_field(metadata, "head", list))
+            names = metadata_field(metadata, "head", list)
+            if missing := [name for name in names if f"head.{name}" not in tensors]:
+                raise ValueError(f"the head's parameter {missing[0]!r} is missing")
+            head = {name: tensors.pop(f"head.{name}") for name in names}
             refuse_leftover(tensors)
             return cls(mask=mask, values=values, head=head)
 
@@ -144,17 +145,17 @@ def apply_delta(model: nn.Module, delta: Delta) -> AppliedDelta:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     delta.mask.check_model(shapes, type(model).__name__)
-    _check_head(parameters, delta.head)
-    _check_dtypes(parameters, {**delta.values, **delta.head})
+    _check_parameters(parameters, delta)
     base = {name: _read(parameters[name], delta.mask.indices[name]) for name in delta.values}
     _check_base(delta, base)
-    replaced = [(parameters[name], delta.mask.indices[name], base[name]) for name in base]
-    dense = [(parameters[name], None, parameters[name].detach().clone()) for name in delta.head]
+    replaced: list[tuple[nn.Parameter, Tensor | None, Tensor]] = []
     for name, values in delta.values.items():
+        replaced.append((parameters[name], delta.mask.indices[name], base[name]))
         _write(parameters[name], delta.mask.indices[name], values)
     for name, values in delta.head.items():
+        replaced.append((parameters[name], None, parameters[name].detach().clone()))
         _write(parameters[name], None, values)
-    return AppliedDelta([*replaced, *dense])
+    return AppliedDelta(replaced)
 
 
 def _check_values(name: str, values: Tensor, mask: Mask) -> None:
@@ -172,27 +173,16 @@ def _check_values(name: str, values: Tensor, mask: Mask) -> None:
         raise ValueError(f"the values of {name!r} hold NaN or infinity")
 
 
-def _take_head(tensors: dict[str, Tensor], names: list[Any]) -> dict[str, Tensor]:
-    """Takes the head's parameters out of `tensors`."""
-    for name in names:
-        if f"head.{name}" not in tensors:
-            raise ValueError(f"the head's parameter {name!r} is missing")
-    return {name: tensors.pop(f"head.{name}") for name in names}
-
-
-def _check_head(parameters: Mapping[str, nn.Parameter], head: Mapping[str, Tensor]) -> None:
-    """Refuses a model without the head's parameters."""
-    for name, values in head.items():
+def _check_parameters(parameters: Mapping[str, nn.Parameter], delta: Delta) -> None:
+    """Refuses a model without the head's parameters, or in another dtype, which is not exact."""
+    for name, values in delta.head.items():
         if name not in parameters or parameters[name].shape != values.shape:
             raise ValueError(
                 f"the delta has a task head with {name!r} of shape {tuple(values.shape)}, which "
                 "the model does not have: load it with the class that was trained"
             )
 
-
-def _check_dtypes(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
-    """Refuses a model in another dtype: base values could not be compared, nor be exact."""
-    for name, expected in values.items():
+    for name, expected in {**delta.values, **delta.head}.items():
         if parameters[name].dtype != expected.dtype:
             raise ValueError(
                 f"the delta is {dtype_name(expected.dtype)} and the model has {name!r} in "

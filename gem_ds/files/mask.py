@@ -5,12 +5,9 @@
                         metadata                 base model and revision, method and settings, and
                                                  per weight its shape, dtype and base checksum
 
-The checksum covers the base model's values at the indices, in the model's dtype. It decides whether
-a mask or a delta meets the weights that it was made for; the name of the model is only for the
-reader.
-A `Mask` that exists is valid: it checks itself when it is made, from a file or otherwise.
-
-How entries are chosen is the business of `gem_ds.sparse.calibrate`.
+The checksum of the base model's values at the indices decides whether a mask or a delta meets the
+weights that it was made for; the name of the model is for the reader. A `Mask` that exists is valid,
+as it checks itself. How entries are chosen is told in `gem_ds.select`.
 """
 
 from __future__ import annotations
@@ -113,15 +110,7 @@ class Mask:
         return mask
 
     def check_model(self, shapes: Mapping[str, tuple[int, ...]], model: str) -> None:
-        """Refuses a model that lacks a weight of the mask or has it in another shape.
-
-        Args:
-            shapes: Parameter name to full shape, of the model at hand.
-            model: How to call that model in the message.
-
-        Raises:
-            ValueError: Names the first weight that does not fit.
-        """
+        """Refuses a `model` that lacks a weight of the mask or has it in another shape."""
         remedy = f"use the base model that it was made for, {self.base_model}"
         for name, info in self.weights.items():
             if name not in shapes:
@@ -135,11 +124,9 @@ class Mask:
                 )
 
     def differing_weights(self, values: Mapping[str, Tensor]) -> list[str]:
-        """Names of the weights whose base values, in the mask's dtype, are not the recorded ones.
+        """Names of the weights that have not the recorded values [k_l] at the mask's indices.
 
-        Args:
-            values: For each weight of the mask, the model's values (k_l,) at its indices. A weight
-                in another dtype than the mask's is left out.
+        Weights in another dtype than the mask's cannot be compared and are left out.
         """
         return [
             name
@@ -149,15 +136,7 @@ class Mask:
         ]
 
     def check_base(self, values: Mapping[str, Tensor]) -> None:
-        """Refuses base weights other than those that the mask was made for.
-
-        Args:
-            values: For each weight of the mask, the model's values (k_l,) at its indices. A weight
-                in another dtype than the mask's cannot be compared and is left out.
-
-        Raises:
-            ValueError: A weight in the mask's dtype has other values.
-        """
+        """Refuses base weights other than the mask's; `values` as for `differing_weights`."""
         if differing := self.differing_weights(values):
             raise ValueError(other_base("mask", self, differing))
 
@@ -205,17 +184,16 @@ def pack_mask(mask: Mask) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def unpack_mask(tensors: dict[str, Tensor], metadata: Mapping[str, Any]) -> Mask:
-    """The inverse of `pack_mask`.
-
-    Args:
-        tensors: Tensors of the file by name; those of the mask are taken out.
-        metadata: Metadata of the file; fields of others are ignored.
-
-    Raises:
-        ValueError: A field or tensor is missing, mistyped or invalid.
-    """
+    """The inverse of `pack_mask`; takes the mask's tensors out of those of the file."""
     described = metadata_field(metadata, "weights", dict)
-    weights = {name: _unpack_weight(metadata_field(described, name, dict)) for name in described}
+    weights = {}
+    for name in described:
+        entry = metadata_field(described, name, dict)
+        weights[name] = WeightInfo(
+            shape=tuple(metadata_field(entry, "shape", list)),
+            dtype=metadata_field(entry, "dtype", str),
+            checksum=metadata_field(entry, "checksum", str),
+        )
     return Mask(
         indices=take_tensors(tensors, weights, "indices"),
         weights=weights,
@@ -240,14 +218,6 @@ def refuse_leftover(tensors: Mapping[str, Tensor]) -> None:
     """Raises a ValueError if a file holds tensors that nothing in its metadata accounts for."""
     if tensors:
         raise ValueError(f"it holds tensor {min(tensors)!r}, which its metadata does not describe")
-
-
-def _unpack_weight(entry: Mapping[str, Any]) -> WeightInfo:
-    return WeightInfo(
-        shape=tuple(metadata_field(entry, "shape", list)),
-        dtype=metadata_field(entry, "dtype", str),
-        checksum=metadata_field(entry, "checksum", str),
-    )
 
 
 def _check_weight(name: str, info: WeightInfo) -> None:

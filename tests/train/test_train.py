@@ -257,7 +257,7 @@ def test_python_runs_what_the_command_line_does(tiny, whole, tmp_path):
     assert "last_eval_loss" not in lora.results
     with pytest.raises(ValueError, match=r"^There is no flag --densty: see --help\.$"):
         gem_ds.finetune(**common, output_dir=tmp_path / "new", densty=0.1)
-    with pytest.raises(ValueError, match=r"--max_steps: invalid int value: '1\.5'"):
+    with pytest.raises(ValueError, match=r"invalid int value: '1\.5'"):
         gem_ds.finetune(**common, output_dir=tmp_path / "new", max_steps=1.5)
 
 
