@@ -6,8 +6,8 @@
                                                  per weight its shape, dtype and base checksum
 
 The checksum of the base model's values at the indices decides whether a mask or a delta meets the
-weights that it was made for; the name of the model is for the reader. A `Mask` that exists is valid,
-as it checks itself. How entries are chosen is told in `gem_ds.select`.
+weights that it was made for; the name of the model is for the reader. A `Mask` that exists is
+valid, as it checks itself. How entries are chosen is told in `gem_ds.select`.
 """
 
 from __future__ import annotations

@@ -25,9 +25,9 @@ def trained_head(
     head: HeadEntries,
     batches: Batches,
     summed_loss: SummedLoss,
-    *,
     num_steps: int,
     learning_rate: float,
+    *,
     seed: int,
 ) -> Iterator[None]:
     """While the block lasts, the head's values are those after ``num_steps`` of training it alone.

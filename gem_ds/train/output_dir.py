@@ -28,11 +28,7 @@ _MODEL_CARD = "README.md"
 
 
 def refuse_run(output_dir: Path) -> None:
-    """Refuse a folder that holds a run.
-
-    Raises:
-        ValueError: it does; says how to go on.
-    """
+    """Refuse a folder that holds a run; the sentence says how to go on."""
     if _entries_of_run(output_dir):
         is_resumable = bool(list_checkpoints(output_dir))
         go_on = "--resume_from_checkpoint last to go on with it, " if is_resumable else ""
@@ -45,11 +41,7 @@ def refuse_run(output_dir: Path) -> None:
 def refuse_losses(
     output_dir: Path, inputs: Mapping[str, str | None], product: str, *, overwrite: bool
 ) -> None:
-    """Refuse a run that would delete its own inputs, or replace what is no run's.
-
-    Raises:
-        ValueError: names the one or the other.
-    """
+    """Refuse a run that would delete its inputs, by flag, or replace what is no run's."""
     doomed = [entry.resolve() for entry in _doomed(output_dir, overwrite)]
     for flag, source in inputs.items():
         if source is None or not Path(source).exists():
@@ -69,12 +61,7 @@ def refuse_losses(
 
 @contextmanager
 def output_dir_of_one_run(output_dir: Path) -> Iterator[None]:
-    """Make the folder, and hold it against a second run for the length of the block. Rank 0 only.
-
-    Raises:
-        ValueError: another run holds it.
-        OSError: it cannot be made or written to.
-    """
+    """Make the folder, and hold it against a second run while the block lasts. Rank 0 only."""
     make_folder(output_dir)
     descriptor = os.open(output_dir, os.O_RDONLY)
     try:
@@ -89,11 +76,7 @@ def output_dir_of_one_run(output_dir: Path) -> Iterator[None]:
 
 
 def clear_output_dir(output_dir: Path, *, overwrite: bool) -> None:
-    """Delete what a killed run left half written; files that are no run's stay. Rank 0 only.
-
-    Raises:
-        OSError: something cannot be deleted.
-    """
+    """Delete what a killed run left half written, or all of a run; the rest stays. Rank 0 only."""
     remove_leftovers(output_dir)
     for entry in _doomed(output_dir, overwrite):
         delete(entry)

@@ -76,7 +76,7 @@ class PreparedRun:
 
     def digest(self) -> str:
         """A fingerprint of what all ranks must agree on before they meet in a collective."""
-        indices = [] if self.mask is None else [checksum(i) for i in self.mask.indices.values()]
+        indices = None if self.mask is None else _entries(self.mask)
         checkpoint = None if self.checkpoint is None else self.checkpoint.digest()
         parts = (
             self.identity,
@@ -173,11 +173,7 @@ def resolve_deepspeed(
     budget: int,
     world_size: int,
 ) -> dict[str, Any]:
-    """The engine's configuration.
-
-    Raises:
-        ValueError: the JSON contradicts a flag, or asks for what cannot be done.
-    """
+    """The engine's configuration: the DeepSpeed JSON ``written`` with what the flags say."""
     train, text_config = args.train, config.get_text_config()
     hidden_size: int = text_config.hidden_size  # type: ignore[attr-defined]
     return resolve_config(
@@ -212,7 +208,7 @@ def _load_checkpoint(args: Arguments, output_dir: Path) -> Checkpoint | None:
         raise ValueError("--overwrite_output_dir would delete what --resume_from_checkpoint needs.")
     folder = find_checkpoint(output_dir, args.train.resume_from_checkpoint)
     checkpoint = Checkpoint.load(folder)
-    if args.method.mask and not _same_entries(Mask.load(args.method.mask), checkpoint.mask):
+    if args.method.mask and _entries(Mask.load(args.method.mask)) != _entries(checkpoint.mask):
         raise ValueError("The checkpoint trains other entries than --mask: leave --mask out.")
     if folder.resolve().parent != output_dir.resolve():
         refuse_run(output_dir)
@@ -230,10 +226,9 @@ def _load_checkpoint(args: Arguments, output_dir: Path) -> Checkpoint | None:
     return checkpoint
 
 
-def _same_entries(mask: Mask, other: Mask) -> bool:
-    return mask.indices.keys() == other.indices.keys() and all(
-        torch.equal(indices, other.indices[name]) for name, indices in mask.indices.items()
-    )
+def _entries(mask: Mask) -> dict[str, str]:
+    """Fingerprints of the entries of each weight."""
+    return {name: checksum(indices) for name, indices in mask.indices.items()}
 
 
 def _resumed_identity(before: RunIdentity, now: RunIdentity) -> RunIdentity:

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import closing
+from functools import cached_property
 from typing import Any
 
 from gem_ds.data.batches import Batches, SummedLoss, permutation
@@ -18,11 +19,7 @@ from gem_ds.distributed.comm import Comm
 from gem_ds.files.checkpoint import TrainerState, delete_old_checkpoints
 from gem_ds.models.choices import predict_all
 from gem_ds.models.load import DTYPES, enable_checkpointing, load_for_training
-from gem_ds.models.loss import (
-    answer_loss_of,
-    refuse_leaking_rows,
-    summed_answer_loss,
-)
+from gem_ds.models.loss import answer_loss_of, refuse_leaking_rows, summed_answer_loss
 from gem_ds.select.rules import SPARSE_METHODS
 from gem_ds.train.config import Arguments
 from gem_ds.train.dense_tuning import DenseTuning
@@ -60,9 +57,7 @@ class Run:
     ) -> None:
         self.args, self.prepared, self.comm = args, prepared, comm
         self.started = time.perf_counter()
-        self.train_batches = self.batches(
-            prepared.data.train, prepared.global_batch_size, args.train.per_device_train_batch_size
-        )
+        self.train_batches = self.batches(prepared.data.train)
         with comm.in_unison():
             self.state = self.initial_state()
         model, head = load_for_training(
@@ -135,26 +130,33 @@ class Run:
             return summed_loss
         return answer_loss_of(self.engine.model, self.comm)
 
-    def batches(self, dataset: Dataset, global_batch_size: int, micro_batch_size: int) -> Batches:
-        """A dataset as this rank's batches."""
+    @cached_property
+    def held_out(self) -> Batches | None:
+        """The held-out examples, if there are any."""
+        test = self.prepared.data.test
+        return self.batches(test, held_out=True) if len(test) else None
+
+    def batches(self, dataset: Dataset, *, held_out: bool = False) -> Batches:
+        """A dataset as this rank's batches, in the sizes of training or of evaluation."""
+        train = self.args.train
         if self.args.data.packing:
             dataset = pack(dataset, self.args.data.max_length)
+        num_rows, size = self.prepared.global_batch_size, train.per_device_train_batch_size
+        if held_out:
+            size = train.per_device_eval_batch_size
+            num_rows = size * self.comm.world_size
         return Batches(
             dataset,
             self.comm,
-            global_batch_size=global_batch_size,
-            micro_batch_size=micro_batch_size,
+            global_batch_size=num_rows,
+            micro_batch_size=size,
             seed=self.args.train.seed,
             pad_token_id=self.prepared.pad_token_id,
             group_by_length=self.args.data.train_sampling_strategy == "group_by_length",
         )
 
     def initial_state(self) -> TrainerState:
-        """Progress at the start: none, or the checkpoint's.
-
-        Raises:
-            ValueError: the checkpoint is further than the run should go.
-        """
+        """Progress at the start: none, or the checkpoint's."""
         train = self.args.train
         state = self.prepared.checkpoint.state if self.prepared.checkpoint else TrainerState()
         settings = {name: getattr(train, name) for name in STEP_SETTINGS}
@@ -176,10 +178,11 @@ class Run:
 
     def calibration_batches(self) -> Batches:
         """The first examples of the shuffled order."""
-        examples, size = self.prepared.data.train, self.args.train.per_device_train_batch_size
+        examples = self.prepared.data.train
         order = permutation(len(examples), self.args.train.seed, epoch=0)
-        chosen = examples.select(order[: self.args.method.calibration_examples].tolist())
-        return self.batches(chosen, self.prepared.global_batch_size, size)
+        return self.batches(
+            examples.select(order[: self.args.method.calibration_examples].tolist())
+        )
 
     def describe(self, reporter: Reporter) -> None:
         """Say what will be trained and on what, and where the run begins."""
@@ -211,22 +214,8 @@ class Run:
         """Step, log, evaluate, save; then write what a finished run leaves."""
         train, state = self.args.train, self.state
         epoch = self.train_batches.steps_per_epoch
-        size = train.per_device_eval_batch_size
-        test = (
-            self.batches(self.prepared.data.test, size * self.comm.world_size, size)
-            if len(self.prepared.data.test)
-            else None
-        )
-
-        def evaluate() -> None:
-            if test is not None and train.eval_strategy != "no":
-                progress = reporter.progress("Held-out loss", test.steps_per_epoch, "batch")
-                with closing(progress):
-                    loss = mean_loss(self.engine, test, self.summed_loss, progress.advance)
-                self.log(reporter, {"eval_loss": loss})
-
         if state.global_step == 0:
-            evaluate()
+            self.evaluate(reporter)
         reporter.start()
         for step in fit(
             self.engine,
@@ -243,7 +232,7 @@ class Run:
             if self.is_due(train.logging_steps):
                 self.log(reporter, reporter.averages() | self.numbers_of(step))
             if self.is_due(train.steps_between_evaluations or epoch) and not step.is_stopping:
-                evaluate()
+                self.evaluate(reporter)
             if step.is_stopping or self.is_due(train.save_steps or epoch):
                 self.save_checkpoint()
         if state.global_step < state.max_steps:
@@ -254,6 +243,14 @@ class Run:
             )
             return {}
         return self.finish(reporter)
+
+    def evaluate(self, reporter: Reporter) -> None:
+        """Log the held-out loss, where it is asked for."""
+        if (batches := self.held_out) is None or self.args.train.eval_strategy == "no":
+            return
+        with closing(reporter.progress("Held-out loss", batches.steps_per_epoch, "batch")) as bar:
+            loss = mean_loss(self.engine, batches, self.summed_loss, bar.advance)
+        self.log(reporter, {"eval_loss": loss})
 
     def is_due(self, interval: int) -> bool:
         """Whether what happens every ``interval`` steps, and at the end, happens now."""
@@ -292,10 +289,7 @@ class Run:
         self.has_unproven_checkpoint = False
 
     def measure(self) -> dict[str, float]:
-        """The task's metrics of the trained model; writes each prediction. None for written ones.
-
-        All ranks call this together.
-        """
+        """The task's metrics of the trained model; none of written answers. Writes predictions."""
         prepared, data = self.prepared, self.prepared.data
         if prepared.objective.predictor is None or not data.questions:
             return {}
@@ -319,18 +313,14 @@ class Run:
             "num_trainable": self.tuning.num_trainable,
             "num_parameters": self.prepared.num_parameters,
             "global_step": self.state.global_step,
-            "calibration_seconds": round(self.sparse.calibration_seconds, 3)
-            if self.sparse
-            else 0.0,
+            "calibration_seconds": round(getattr(self.sparse, "calibration_seconds", 0.0), 3),
             "seconds_per_step": round(statistics.median(self.step_seconds or [0.0]), 4),
             "optimizer_state_bytes": self.engine.optimizer_state_bytes(),
             "peak_memory_bytes": comm.largest(peak_memory_bytes(self.engine.device)),
             "runtime_seconds": round(time.perf_counter() - self.started, 1),
         } | (self.sparse.numbers() if self.sparse else {})
-        history = self.state.log_history
         for key in ("loss", "eval_loss"):
-            values = [entry[key] for entry in history if key in entry]
-            if values:
+            if values := [entry[key] for entry in self.state.log_history if key in entry]:
                 results |= {f"first_{key}": values[0], f"last_{key}": values[-1]}
         self.tuning.save_weights()  # first: a measurement that fails costs no training
         if metrics := self.measure():

@@ -154,21 +154,19 @@ class SparseTuning:
     @contextmanager
     def calibrating(self, batches: Batches, summed_loss: SummedLoss) -> Iterator[None]:
         """While the block lasts, a head is one that was trained, and its gradient is dropped."""
+        if self.head is None:
+            yield
+            return
         with ExitStack() as stack:
-            if self.head is not None:
-                if num_steps := self.args.method.head_steps:
-                    trained = trained_head(
-                        self.engine,
-                        self.layers,
-                        self.head,
-                        batches,
-                        summed_loss,
-                        num_steps=num_steps,
-                        learning_rate=self.args.train.head_learning_rate,
-                        seed=self.args.train.seed,
+            if num_steps := self.args.method.head_steps:
+                rate, seed = self.args.train.head_learning_rate, self.args.train.seed
+                engine, layers, head = self.engine, self.layers, self.head
+                stack.enter_context(
+                    trained_head(
+                        engine, layers, head, batches, summed_loss, num_steps, rate, seed=seed
                     )
-                    stack.enter_context(trained)
-                stack.enter_context(self.head.layers.sinks([drop] * len(self.head.layers)))
+                )
+            stack.enter_context(self.head.layers.sinks([drop] * len(self.head.layers)))
             yield
 
     def describe(self, reporter: Reporter) -> dict[str, float]:
@@ -197,12 +195,11 @@ class SparseTuning:
                     f"{num_buffered} of {len(budgets)} target layers were buffered in calibration "
                     f"(--calibration_buffer_gb {buffer_gb:g})"
                 )
-        if prepared.mask is not None and (other := prepared.mask.dtype) != dtype_name(
-            self.engine.dtype
-        ):
+        dtype = dtype_name(self.engine.dtype)
+        if prepared.mask is not None and (other := prepared.mask.dtype) != dtype:
             reporter.say(
-                f"The mask was made in {other} and this run is in {dtype_name(self.engine.dtype)}, "
-                "so it could not be checked that the base values are the same"
+                f"The mask was made in {other} and this run is in {dtype}, so it could not be "
+                "checked that the base values are the same"
             )
         reporter.say(
             f"Training {prepared.budget:,} of {prepared.num_parameters:,} parameters "
