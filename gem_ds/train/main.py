@@ -31,6 +31,8 @@ from gem_ds.train.output_dir import clear_output_dir, output_dir_of_one_run
 from gem_ds.train.prepare import PreparedRun, prepare
 from gem_ds.train.run import Run
 
+_LIBRARY: Any = transformers.utils.logging  # has no types
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
@@ -104,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> RunResult:
                     overwrite = args.train.overwrite_output_dir
                     clear_output_dir(prepared.output_dir, overwrite=overwrite)
             if args.train.disable_tqdm or not (comm.is_main and sys.stderr.isatty()):
-                transformers.utils.logging.disable_progress_bar()
+                _LIBRARY.disable_progress_bar()
             run = Run(args, prepared, comm)
             results = run.run()
     except (ValueError, OSError, PeerError):
@@ -131,15 +133,14 @@ def main(argv: Sequence[str] | None = None) -> RunResult:
 @contextmanager
 def _silent_libraries() -> Iterator[None]:
     """While the block lasts, transformers tells errors only."""
-    logging = transformers.utils.logging
-    verbosity, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
+    verbosity, has_bar = _LIBRARY.get_verbosity(), _LIBRARY.is_progress_bar_enabled()
+    _LIBRARY.set_verbosity_error()
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
+        _LIBRARY.set_verbosity(verbosity)
         if has_bar:
-            logging.enable_progress_bar()
+            _LIBRARY.enable_progress_bar()
 
 
 def _refuse_other_runs(args: Arguments, prepared: PreparedRun, comm: Comm) -> None:

@@ -47,7 +47,8 @@ def make_dense_optimizer(
     adam: Any = partial(AdamW, fused=True)
     if train.optimizer == "adamw_8bit":
         adam = adam_of_bitsandbytes()
-    return adam(groups, lr=train.learning_rate, **_adam(train))
+    optimizer: Optimizer = adam(groups, lr=train.learning_rate, **_adam(train))
+    return optimizer
 
 
 def _adam(train: TrainArguments) -> dict[str, Any]:

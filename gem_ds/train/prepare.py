@@ -174,8 +174,7 @@ def resolve_deepspeed(
     world_size: int,
 ) -> dict[str, Any]:
     """The engine's configuration: the DeepSpeed JSON ``written`` with what the flags say."""
-    train, text_config = args.train, config.get_text_config()
-    hidden_size: int = text_config.hidden_size  # type: ignore[attr-defined]
+    train = args.train
     return resolve_config(
         dict(written),
         RunShape(
@@ -184,7 +183,7 @@ def resolve_deepspeed(
             gradient_accumulation_steps=train.gradient_accumulation_steps,
             max_grad_norm=train.max_grad_norm,
             dtype=train.dtype,
-            hidden_size=hidden_size,
+            hidden_size=config.get_text_config().hidden_size,
             num_selected=budget,
         ),
     )
