@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from gem_ds.distributed.zero_config import read_config, zero_stage
 from gem_ds.planning.forecast import Forecast, Setting, forecast, is_offloaded
@@ -12,7 +13,7 @@ from gem_ds.planning.forecast import Forecast, Setting, forecast, is_offloaded
 #: Share of the memory that the forecast leaves to what it does not count.
 HEADROOM = 0.1
 
-_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+_REPOSITORY = Path(__file__).resolve().parents[2]
 _MOST_RANKS = 4096
 _BATCH_SIZES = (
     *("train_batch_size", "train_micro_batch_size_per_gpu"),
@@ -40,14 +41,27 @@ def changes(setting: Setting) -> Iterator[tuple[list[str], Setting]]:
     The batch of a step stays the same until ranks are added. Batch sizes that the DeepSpeed JSON
     spells out are taken to follow the flags.
     """
-    flags: dict[str, str] = {}  # a later value takes the earlier's place
-    kept = {key: value for key, value in setting.deepspeed.items() if key not in _BATCH_SIZES}
+    train, deepspeed = setting.args.train, setting.deepspeed
+    batch = {}
+    if (size := train.per_device_train_batch_size) > 1:
+        batch["per_device_train_batch_size"] = "1"
+        batch["gradient_accumulation_steps"] = f"{train.gradient_accumulation_steps * size}"
+    if train.per_device_eval_batch_size > 1:
+        batch["per_device_eval_batch_size"] = "1"
+    partitions = zero_stage(dict(deepspeed)) == 3
+    offloads = partitions and is_offloaded(deepspeed["zero_optimization"], "offload_param")
+    kept = {key: value for key, value in deepspeed.items() if key not in _BATCH_SIZES}
     setting = replace(setting, deepspeed=kept)
-    for change in (_checkpoint, _cut_batch, _partition, _offload):
-        changed = change(setting)
-        if changed is not None:
-            changed_flags, setting = changed
-            flags |= changed_flags
+    flags: dict[str, str] = {}  # a later value takes the earlier's place
+    for added, is_set in (
+        ({"gradient_checkpointing": ""}, train.gradient_checkpointing),
+        (batch, not batch),
+        ({"deepspeed": "ds_configs/zero3.json"}, partitions),
+        ({"deepspeed": "ds_configs/zero3_offload.json"}, offloads),
+    ):
+        if not is_set:
+            flags |= added
+            setting = _with(setting, added)
             yield _words(flags), setting
     while setting.world_size < _MOST_RANKS:
         setting = replace(setting, world_size=2 * setting.world_size)
@@ -55,48 +69,12 @@ def changes(setting: Setting) -> Iterator[tuple[list[str], Setting]]:
 
 
 def _words(flags: dict[str, str]) -> list[str]:
-    return [f"{flag} {value}".strip() for flag, value in flags.items()]
+    return [f"--{flag} {value}".strip() for flag, value in flags.items()]
 
 
-_Change = tuple[dict[str, str], Setting]  # flags with their values, the setting then
-
-
-def _checkpoint(setting: Setting) -> _Change | None:
-    if setting.args.train.gradient_checkpointing:
-        return None
-    return {"--gradient_checkpointing": ""}, _with(setting, gradient_checkpointing=True)
-
-
-def _cut_batch(setting: Setting) -> _Change | None:
-    train = setting.args.train
-    cut = {}
-    if (size := train.per_device_train_batch_size) > 1:
-        cut["per_device_train_batch_size"] = 1
-        cut["gradient_accumulation_steps"] = train.gradient_accumulation_steps * size
-    if train.per_device_eval_batch_size > 1:
-        cut["per_device_eval_batch_size"] = 1
-    if not cut:
-        return None
-    return {f"--{name}": f"{value}" for name, value in cut.items()}, _with(setting, **cut)
-
-
-def _partition(setting: Setting) -> _Change | None:
-    if zero_stage(dict(setting.deepspeed)) == 3:
-        return None
-    return _on(setting, "zero3.json")
-
-
-def _offload(setting: Setting) -> _Change | None:
-    if is_offloaded(setting.deepspeed["zero_optimization"], "offload_param"):
-        return None
-    return _on(setting, "zero3_offload.json")
-
-
-def _with(setting: Setting, **train: object) -> Setting:
+def _with(setting: Setting, flags: dict[str, str]) -> Setting:
+    if "deepspeed" in flags:
+        return replace(setting, deepspeed=read_config(_REPOSITORY / flags["deepspeed"]))
+    values: dict[str, Any] = {name: int(value) if value else True for name, value in flags.items()}
     args = setting.args
-    return replace(setting, args=replace(args, train=replace(args.train, **train)))
-
-
-def _on(setting: Setting, config: str) -> _Change:
-    changed = replace(setting, deepspeed=read_config(_CONFIGS / config))
-    return {"--deepspeed": f"ds_configs/{config}"}, changed
+    return replace(setting, args=replace(args, train=replace(args.train, **values)))

@@ -9,7 +9,7 @@ the CUDA context, NCCL's buffers, the allocator's fragments.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -103,8 +103,9 @@ def forecast(setting: Setting) -> Forecast:
     training = rank.run(subject.step, rank.lasting())
     weight_gathers = 0 if rank.gathers is None else rank.gathers.num_bytes
     calibration: Mapping[str, int] = {}
+    calibration_messages = 0
     if setting.args.method.method in CALIBRATED_METHODS:
-        calibration = rank.calibration()
+        calibration, calibration_messages = rank.calibration()
     return Forecast(
         num_parameters=targets.num_parameters,
         num_trained=subject.num_trained,
@@ -115,7 +116,7 @@ def forecast(setting: Setting) -> Forecast:
         state=3 * _FP32 * subject.num_trained * (rank.world_size if rank.stage == 0 else 1),
         weight_gathers=weight_gathers,
         step_messages=rank.step_messages(),
-        calibration_messages=rank.calibration_messages() if calibration else 0,
+        calibration_messages=calibration_messages,
     )
 
 
@@ -124,16 +125,16 @@ class _Rank:
 
     def __init__(self, setting: Setting, deepspeed: Mapping[str, Any], subject: Subject) -> None:
         self.setting, self.subject = setting, subject
-        self.world_size = setting.world_size
-        zero = deepspeed["zero_optimization"]
-        self.zero = zero
+        self.world_size, self.on_cpu = setting.world_size, setting.on_cpu
+        self.zero = deepspeed["zero_optimization"]
         self.stage = zero_stage(dict(deepspeed))
         self.itemsize = subject.weights[0].element_size()
-        self.offloads_weights = is_offloaded(zero, "offload_param")
-        self.offloads_state = is_offloaded(zero, "offload_optimizer")
+        self.offloads_weights = is_offloaded(self.zero, "offload_param")
+        #: entries of the largest weight that ZeRO-3 keeps whole
+        self.threshold: int = self.zero.get("stage3_param_persistence_threshold", 100_000)
         self.is_sparse = setting.args.method.method in SPARSE_METHODS
         sent_as = deepspeed.get("communication_data_type")
-        self.message_itemsize = DTYPES[sent_as].itemsize if sent_as else self.itemsize
+        self.message_itemsize: int = DTYPES[sent_as].itemsize if sent_as else self.itemsize
         self.gathers = self.make_gathers()
 
     def part(self, num_entries: int) -> int:
@@ -152,27 +153,22 @@ class _Rank:
         if self.stage < 3:
             return Counter({"weights": self.itemsize * sum(numels)})
         shards = sum(map(self.part, numels))
-        copies = sum(n for n in numels if n <= self.persistence_threshold)
+        copies = sum(n for n in numels if n <= self.threshold)
         on_device = shards * (not self.offloads_weights) + copies * (self.world_size > 1)
         return Counter({"weights": self.itemsize * on_device})
-
-    @property
-    def persistence_threshold(self) -> int:
-        """Entries of the largest weight that ZeRO-3 keeps whole."""
-        return self.zero.get("stage3_param_persistence_threshold", 100_000)
 
     def trained(self) -> Counter[str]:
         """Masters, moments and what else follows the number of trained values."""
         total = self.subject.num_trained
         own = total if self.stage == 0 else self.part(total)
-        masters_are_weights = self.stage == 0 and self.itemsize == _FP32
-        moments = 2 if masters_are_weights else 3
-        held = Counter({"masters and moments": _FP32 * moments * own * (not self.offloads_state)})
+        words = 2 if self.stage == 0 and self.itemsize == _FP32 else 3  # masters may be the weights
+        if is_offloaded(self.zero, "offload_optimizer"):
+            words = 0
+        held = Counter({"masters and moments": _FP32 * words * own})
         if self.is_sparse:
-            values = total if self.stage < 3 else own
-            held["selected values"] = self.itemsize * values
+            held["selected values"] = self.itemsize * (total if self.stage < 3 else own)
             held["indices"] = _FP32 * total
-            if self.setting.on_cpu:  # what a GPU's host keeps: the values before, the mask
+            if self.on_cpu:  # what a GPU's host keeps: the values before, the mask
                 held["indices"] += (self.itemsize + _FP32) * self.subject.num_selected
         elif self.stage >= 2:
             held["gradients"] = self.itemsize * own
@@ -185,24 +181,20 @@ class _Rank:
     ) -> Mapping[str, int]:
         """Let the subject run a micro-batch; returns what a rank holds at the peak of it.
 
-        Args:
-            act: runs it.
-            lasting: bytes by kind that are held meanwhile.
-            steps: whether gradients are reduced and a step follows.
+        ``act`` runs it, while the bytes of ``lasting`` are held; a step follows if ``steps``.
         """
-        model = self.subject.model
         knows_order = self.gathers is None or self.gathers.knows_order
         for _ in range(1 if knows_order else 2):
             self.subject.release()
             live = LiveBytes()
-            live.know(model)
+            live.know(self.subject.model)
             for kind, num_bytes in lasting.items():
                 live.add(kind, num_bytes)
             with ExitStack() as stack:
                 if self.gathers is not None:
                     stack.enter_context(self.gathers.step(live))
                 if steps:
-                    stack.enter_context(self.reduction(live))
+                    self.reduce(live, stack)
                 act(live)
             if steps:
                 self.take_step(live)
@@ -214,15 +206,14 @@ class _Rank:
             return None
         return Gathers(
             self.subject.model,
-            persistence_threshold=self.persistence_threshold,
+            persistence_threshold=self.threshold,
             prefetch_size=self.zero.get("stage3_prefetch_bucket_size", 50_000_000),
             max_live=int(self.zero.get("stage3_max_live_parameters", 1e9)),
-            copies=self.setting.on_cpu and self.world_size > 1,
+            copies=self.on_cpu and self.world_size > 1,
         )
 
-    def reduction(self, live: LiveBytes) -> ExitStack:
-        """While gradients are made: those of trained weights leave when they have been sent."""
-        stack = ExitStack()
+    def reduce(self, live: LiveBytes, stack: ExitStack) -> None:
+        """Until the stack ends, gradients of trained weights leave when they have been sent."""
         if self.stage >= 2:
             for weight in self.subject.trained:
                 handle = weight.register_post_accumulate_grad_hook(_drop_gradient)
@@ -231,49 +222,45 @@ class _Rank:
             bucket = min(self.zero["reduce_bucket_size"], self.subject.num_trained)
             buckets = 2 if self.zero.get("overlap_comm", self.stage == 3) else 1
             live.add("messages", self.message_itemsize * bucket * buckets)
-        return stack
 
     def take_step(self, live: LiveBytes) -> None:
         """What the optimizer's step holds beside what lasts."""
         total = self.subject.num_trained
-        if self.stage == 0:
-            if self.world_size > 1:  # gradients are copied into a message
-                live.add("messages", self.message_itemsize * min(total, _ALLREDUCE_SIZE))
-            if self.itemsize < _FP32:
-                live.add("gradients", _FP32 * total)
-        else:
+        if self.stage >= 1:
             live.add("gradients", _FP32 * self.part(total))
+            return
+        if self.world_size > 1:  # gradients are copied into a message
+            live.add("messages", self.message_itemsize * min(total, _ALLREDUCE_SIZE))
+        if self.itemsize < _FP32:
+            live.add("gradients", _FP32 * total)
 
     def evaluation(self) -> Mapping[str, int]:
         """What is held at the peak of a batch of held-out examples."""
         self.gathers = self.make_gathers()  # the order is that of a forward pass alone
         return self.run(self.subject.evaluate, self.lasting(), steps=False)
 
-    # Calibration
-
-    def calibration(self) -> Mapping[str, int]:
-        """What is held at the peak of a micro-batch of calibration."""
+    def calibration(self) -> tuple[Mapping[str, int], int]:
+        """What is held at the peak of a micro-batch of calibration, and what it sends."""
         layers = self.subject.layers
         assert layers is not None
-        buffered = self.buffered(layers)
-        lasting = self.lasting()
-        for layer in layers:
-            size = layer.numel if layer.name in buffered else self.part(layer.numel)
-            lasting["statistics"] += _FP32 * size
+        parts = [self.part(layer.numel) for layer in layers]
+        buffer_gb = self.setting.args.method.calibration_buffer_gb
+        buffered = {layers[i].name for i in buffered_layers(parts, self.world_size, buffer_gb)}
+        whole = sum(layer.numel for layer in layers if layer.name in buffered)
+        shared = sum(self.part(layer.numel) for layer in layers if layer.name not in buffered)
+        lasting = self.lasting() + Counter({"statistics": _FP32 * (whole + shared)})
         live = LiveBytes()
         before = 0  # bytes of the product that is on its way
 
         def take(layer: TargetLayer, dy: Tensor) -> None:
             nonlocal before
             if layer.name in buffered:
-                whole = _FP32 * layer.numel
-                adds_product = self.itemsize < _FP32 and not self.setting.on_cpu
-                with live.held("products", whole * adds_product):  # gem_ds.sparse.sddmm.add_product
-                    pass
-                return
+                adds_product = self.itemsize < _FP32 and not self.on_cpu
+                with live.held("products", _FP32 * layer.numel * adds_product):
+                    return  # gem_ds.sparse.sddmm.add_product
             size = _FP32 * self.world_size * self.part(layer.numel)
             live.add("products", size)
-            with live.held("messages", size * self.setting.on_cpu):  # gloo copies what it sends
+            with live.held("messages", size * self.on_cpu):  # gloo copies what it sends
                 live.add("products", -before)
             before = size
 
@@ -282,16 +269,8 @@ class _Rank:
             live, before = current, 0
             self.subject.calibrate(live, take)
 
-        return self.run(act, lasting)
-
-    def buffered(self, layers: Sequence[TargetLayer]) -> set[str]:
-        """Names of the layers whose whole gradient is kept."""
-        buffer_gb = self.setting.args.method.calibration_buffer_gb
-        partitions = [self.part(layer.numel) for layer in layers]
-        chosen = buffered_layers(partitions, self.world_size, buffer_gb)
-        return {layers[i].name for i in chosen}
-
-    # The network
+        messages = _FP32 * self.world_size * shared * (self.world_size > 1)
+        return self.run(act, lasting), messages
 
     def step_messages(self) -> int:
         """Gradients; and at stages 1 and 2, or of sparse values, what each rank has updated."""
@@ -300,19 +279,6 @@ class _Rank:
         values = self.itemsize * total * (has_values and self.world_size > 1)
         return self.message_itemsize * total + values
 
-    def calibration_messages(self) -> int:
-        """Whole products of the layers that are not buffered."""
-        layers = self.subject.layers
-        assert layers is not None
-        if self.world_size == 1:
-            return 0
-        buffered = self.buffered(layers)
-        return sum(
-            _FP32 * self.world_size * self.part(layer.numel)
-            for layer in layers
-            if layer.name not in buffered
-        )
-
 
 def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
@@ -320,4 +286,4 @@ def _drop_gradient(parameter: Tensor) -> None:
 
 def is_offloaded(zero: Mapping[str, Any], what: str) -> bool:
     """Whether the host holds what a section of DeepSpeed's configuration names."""
-    return zero.get(what, {}).get("device", "none") == "cpu"
+    return bool(zero.get(what, {}).get("device", "none") == "cpu")

@@ -15,7 +15,7 @@ the queue, and is not gathered ahead though the weight may be let go before.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,14 +51,11 @@ class Gathers:
         max_live: int,
         copies: bool,
     ) -> None:
-        self.prefetch_size, self.max_live = prefetch_size, max_live
-        self.copies = copies
+        self.prefetch_size, self.max_live, self.copies = prefetch_size, max_live, copies
         self.num_bytes = 0
         self._weights = {
             module: [
-                parameter
-                for parameter in module.parameters(recurse=False)
-                if parameter.numel() > persistence_threshold
+                p for p in module.parameters(recurse=False) if p.numel() > persistence_threshold
             ]
             for module in model.modules()
         }
@@ -88,30 +85,30 @@ class Gathers:
         yield
         for handle in handles:
             handle.remove()
-        for weight in list(self._held):
-            self._release(weight)
+        self._release(list(self._held))
         self._forwards.clear()
         self._backwards.clear()
 
     def _after_forward(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
         """Let the weights go, and be there again when the gradient of the output arrives."""
-        is_recomputed = torch._C._current_graph_task_id() != -1  # within a backward pass
-        self._end(module, self._forwards, keeps_trained=is_recomputed)
-        if is_recomputed:
+        weights = self._weights[module]
+        if torch._C._current_graph_task_id() != -1:  # recomputed, within a backward pass
+            self._end(self._forwards, weights, stays=[w for w in weights if w.requires_grad])
             return  # gradients pass through what the first forward made
+        self._end(self._forwards, weights)
         output, read = _first_with_gradient(outputs), _first_with_gradient(inputs)
         if output is not None and output.grad_fn is not None:
-            self._backwards.update(self._weights[module])
+            self._backwards.update(weights)
             # A node's hook runs after those of the tensor, so the module above has ended.
             output.grad_fn.register_prehook(lambda _: self._start(module))
         if read is not None:
-            read.register_hook(lambda _: self._end(module, self._backwards))
+            read.register_hook(lambda _: self._end(self._backwards, weights))
 
     def _start(self, module: nn.Module) -> None:
         number = len(self._runs)
         self._runs.append(module)
-        for weight in self._weights[module]:
-            self._gather(weight)
+        for own in self._weights[module]:
+            self._gather(own)
         while self._queue and self._queue[0][0] <= number:
             self._queue.popleft()
         left = min(self.prefetch_size, self.max_live - sum(w.numel() for w in self._held))
@@ -121,16 +118,6 @@ class Gathers:
                 left -= weight.numel()
                 self._gather(weight)
 
-    def _end(
-        self, module: nn.Module, to_come: Counter[Tensor], *, keeps_trained: bool = False
-    ) -> None:
-        """A pass of the module has ended; of the same direction others may be to come."""
-        to_come.subtract(self._weights[module])
-        for weight in self._weights[module]:
-            is_kept = to_come[weight] > 0 or (keeps_trained and weight.requires_grad)
-            if weight in self._held and not is_kept:
-                self._release(weight)
-
     def _gather(self, weight: Tensor) -> None:
         if weight not in self._held:
             self._held.add(weight)
@@ -139,9 +126,19 @@ class Gathers:
             with self._live.held("messages", weight.nbytes * self.copies):
                 pass
 
-    def _release(self, weight: Tensor) -> None:
-        self._held.remove(weight)
-        self._live.add(self.KIND, -weight.nbytes)
+    def _end(
+        self, to_come: Counter[Tensor], weights: list[nn.Parameter], stays: Iterable[Tensor] = ()
+    ) -> None:
+        """A pass of a module has ended; of the same direction others may be to come."""
+        to_come.subtract(weights)
+        kept = {*stays, *(weight for weight in weights if to_come[weight] > 0)}
+        self._release(weight for weight in weights if weight not in kept)
+
+    def _release(self, weights: Iterable[Tensor]) -> None:
+        for weight in weights:
+            if weight in self._held:
+                self._held.remove(weight)
+                self._live.add(self.KIND, -weight.nbytes)
 
 
 def _first_with_gradient(values: Any) -> Tensor | None:

@@ -99,7 +99,7 @@ def _memory_lines(found: Forecast) -> list[str]:
     ]
 
 
-def judge(setting: Setting, found: Forecast, memory_gb: float) -> str:
+def advise(setting: Setting, found: Forecast, memory_gb: float) -> str:
     """Whether it fits, and what makes it fit."""
     usable = f"{(1 - HEADROOM) * memory_gb:g} GB (a tenth of {memory_gb:g} GB is left to libraries)"
     if fits(found, memory_gb * GB):
@@ -136,4 +136,4 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = forecast(setting)
     print(describe(setting, found))
     if own.gpu_memory_gb is not None:
-        print(f"\n{judge(setting, found, own.gpu_memory_gb)}")
+        print(f"\n{advise(setting, found, own.gpu_memory_gb)}")
