@@ -128,7 +128,7 @@ class _Rank:
         self.world_size, self.on_cpu = setting.world_size, setting.on_cpu
         self.zero = deepspeed["zero_optimization"]
         self.stage = zero_stage(dict(deepspeed))
-        self.itemsize = subject.weights[0].element_size()
+        self.itemsize: int = subject.weights[0].element_size()
         self.offloads_weights = is_offloaded(self.zero, "offload_param")
         #: entries of the largest weight that ZeRO-3 keeps whole
         self.threshold: int = self.zero.get("stage3_param_persistence_threshold", 100_000)
@@ -274,7 +274,7 @@ class _Rank:
 
     def step_messages(self) -> int:
         """Gradients; and at stages 1 and 2, or of sparse values, what each rank has updated."""
-        total = self.subject.num_trained
+        total: int = self.subject.num_trained
         has_values = self.stage in (1, 2) or (self.stage == 3 and self.is_sparse)
         values = self.itemsize * total * (has_values and self.world_size > 1)
         return self.message_itemsize * total + values

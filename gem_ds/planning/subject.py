@@ -110,10 +110,7 @@ class Subject:
         parts = [part for part in (self.layers, self.head_layers) if part is not None]
         for part in parts:
             part.vector.delivers = False
-        sinks = [
-            lambda dy, x, layer=layer: take(layer, dy)  # type: ignore[misc]
-            for layer in self.layers
-        ]
+        sinks = [lambda dy, x, layer=layer: take(layer, dy) for layer in self.layers]
         with ExitStack() as stack:
             stack.enter_context(self.layers.sinks(sinks))
             if (head := self.head_layers) is not None:
@@ -209,4 +206,5 @@ class Subject:
 def _summed_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Stands for the loss of an encoder's head, which is small."""
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    return model(**inputs).logits.float().sum()
+    logits: Tensor = model(**inputs).logits
+    return logits.float().sum()
