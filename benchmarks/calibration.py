@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM
 
 from gem_ds.data.batches import Batches, SummedLoss
 from gem_ds.distributed.process_group import init_distributed, leave_distributed
-from gem_ds.sparse.layers import calibrate as calibration
+from gem_ds.sparse import calibrate as calibration
 from gem_ds.train.arguments import parse_arguments
 from gem_ds.train.prepare import prepare
 from gem_ds.train.run import Run

@@ -155,9 +155,12 @@ def test_tables_hold_the_means_by_hand(setting: Setting) -> None:
     assert {cell["status"] for cell in cells} == {"finished"}
 
 
-def test_a_second_start_runs_nothing_and_a_new_seed_runs_alone(setting: Setting) -> None:
+def test_a_later_start_runs_what_is_missing_and_refuses_other_commands(setting: Setting) -> None:
     setting.run()
     setting.calls()
+    assert not list(setting.out.glob("rte/*/*/*/checkpoint-*"))
+    kept = {path.parts[-3] for path in setting.out.glob("rte/*/*/*/delta.safetensors")}
+    assert kept == {"test"}  # a search needs no weights
     before = (setting.out / "table.md").read_text()
     setting.run()
     assert setting.calls() == []
@@ -165,15 +168,18 @@ def test_a_second_start_runs_nothing_and_a_new_seed_runs_alone(setting: Setting)
     setting.content["seeds"] = [42, 43, 44, 45]
     setting.run()
     assert setting.calls() == ["rte gem 0.01 45 test", "rte full 0.001 45 test"]
-
-
-def test_half_written_results_run_again(setting: Setting) -> None:
-    setting.run()
-    setting.calls()
     path = setting.out / "rte/gem/test/lr1e-02_seed43/all_results.json"
     path.write_text(path.read_text()[:40])
     setting.run()
     assert setting.calls() == ["rte gem 0.01 43 test"]
+    setting.content["common"] = {"model_name_or_path": "other"}
+    with pytest.raises(ValueError, match=r"rte/gem/dev/lr1e-03_seed42 holds a run of another"):
+        setting.run()
+    setting.content["common"] = {}
+    setting.content["dev_examples"] = 8
+    with pytest.raises(ValueError, match=r"--dev_examples: 7, now 8\): delete that folder, or ch"):
+        setting.run()
+    assert setting.calls() == []
 
 
 def test_a_failed_run_is_reported_and_the_others_go_on(
@@ -210,19 +216,6 @@ def test_a_rate_that_fails_is_not_chosen(setting: Setting) -> None:
     text = (setting.out / "table.md").read_text()
     assert "| gem | **1e-03: 80.0** | 1e-02: failed | 1e-01: 80.0 |" in text
     assert "The learning rate of gem lies at the edge of its grid" in text
-
-
-def test_a_changed_command_is_refused_before_anything_runs(setting: Setting) -> None:
-    setting.run()
-    setting.calls()
-    setting.content["common"] = {"model_name_or_path": "other"}
-    with pytest.raises(ValueError, match=r"rte/gem/dev/lr1e-03_seed42 holds a run of another"):
-        setting.run()
-    setting.content["common"] = {}
-    setting.content["dev_examples"] = 8
-    with pytest.raises(ValueError, match=r"--dev_examples: 7, now 8\): delete that folder, or ch"):
-        setting.run()
-    assert setting.calls() == []
 
 
 def test_a_folder_of_something_else_is_left_alone(setting: Setting) -> None:
@@ -282,13 +275,6 @@ def test_runs_at_once_share_the_machine(setting: Setting) -> None:
     assert len(logs) == 12
     assert {log[1] for log in logs} == {threads}
     assert {log[2] for log in logs} == {"3", "5"}
-
-
-def test_finished_runs_keep_no_checkpoints_and_searches_no_weights(setting: Setting) -> None:
-    setting.run()
-    assert not list(setting.out.glob("rte/*/*/*/checkpoint-*"))
-    kept = {path.parts[-3] for path in setting.out.glob("rte/*/*/*/delta.safetensors")}
-    assert kept == {"test"}
 
 
 def test_pictures_are_png_files_of_sensible_size(setting: Setting) -> None:
