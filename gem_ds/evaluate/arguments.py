@@ -80,16 +80,15 @@ def check_arguments(arguments: SamplingArguments) -> None:
                 "--adapter goes into a model that is whole on each rank: leave --deepspeed out."
             )
     if arguments.backend == "vllm":
-        if arguments.adapter is not None:
-            raise ValueError(
-                "--backend vllm takes no --adapter: merge it with peft and pass the model's folder "
-                "as --model_name_or_path."
-            )
-        if arguments.delta is not None:
-            raise ValueError(
-                "--backend vllm takes no --delta: write the model with launch/export.py and pass "
-                "its folder as --model_name_or_path."
-            )
+        for flag, merge in (
+            ("adapter", "merge it with peft"),
+            ("delta", "write the model with launch/export.py"),
+        ):
+            if getattr(arguments, flag) is not None:
+                raise ValueError(
+                    f"--backend vllm takes no --{flag}: {merge} and pass the model's folder as "
+                    "--model_name_or_path."
+                )
         if arguments.deepspeed is not None or int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError(
                 "--backend vllm spreads over the GPUs by itself: start it with plain python and "

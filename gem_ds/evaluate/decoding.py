@@ -45,15 +45,9 @@ _FILLER = 0  # masked out, so any token will do
 class Transformers:
     """A transformers model, whole on this rank or partitioned over all.
 
-    Its own sampling parameters and penalties are ignored.
-
-    Args:
-        model: A causal language model in eval mode.
-        tokenizer: The model's tokenizer.
-        settings: When a completion ends, and how its tokens are chosen.
-        batch_size: Requests per batch.
-        synced_ranks: The model's weights are partitioned over ranks, all of which answer a batch at
-            the same time: each runs as many forward passes as the one that needs most.
+    It must be in eval mode; its own sampling parameters and penalties are ignored. With
+    `synced_ranks` its weights are partitioned over ranks, all of which answer a batch at the same
+    time: each runs as many forward passes as the one that needs most.
     """
 
     def __init__(
@@ -147,10 +141,7 @@ def choose(logits: Tensor, uniforms: Tensor, *, temperature: float, top_p: float
 class NextToken(LogitsProcessor):
     """Leaves each row one token to choose; where decoding is greedy, checks the logits only.
 
-    Args:
-        requests: Of the batch's rows.
-        settings: Temperature, top_p and seed.
-        width: Tokens of the padded prompts, so that the position in a completion is known.
+    `width` is that of the padded prompts, so that the position in a completion is known.
     """
 
     def __init__(
@@ -281,11 +272,11 @@ def _text_after(
 ) -> str:
     """The text of `ids` where they follow `context`: at a start, decoders drop a space."""
     before, whole = (
-        tokenizer.decode(
-            tokens, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        str(
+            tokenizer.decode(
+                tokens, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+            )
         )
         for tokens in (context, context + ids)
     )
-    assert isinstance(before, str)
-    assert isinstance(whole, str)
     return whole[len(before) :]

@@ -75,8 +75,8 @@ def evaluate(
     """Evaluate a model: sample, judge, write the files and print the result.
 
     Args:
-        program: For the help.
-        description: For the help.
+        program: For the help, as `description`.
+        description: What it does.
         flags: The dataclasses of the evaluator's own flags.
         ask: Receives the shared flags and its own.
         argv: The flags; None takes those of this process.

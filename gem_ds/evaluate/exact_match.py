@@ -43,11 +43,7 @@ class Match:
 
 
 #: The rules by the names under which they are reported, and their fields of `Match`.
-RULES = {
-    "strict-match": "strict_match",
-    "flexible-extract": "flexible_extract",
-    "numeric": "numeric",
-}
+RULES = {name.replace("_", "-"): name for name in ("strict_match", "flexible_extract", "numeric")}
 
 
 def compare(output: str, answer: str) -> Match:

@@ -46,15 +46,8 @@ Key = tuple[str, int]
 class GenerationSettings:
     """How completions are made, apart from what must not change them (the batch size).
 
-    Attributes:
-        max_new_tokens: The longest completion, in tokens.
-        stop_strings: A completion ends before the first of these.
-        temperature: Divides the logits; 0 is greedy.
-        top_p: Tokens are drawn from the fewest most likely ones that have this share together.
-        seed: Of the noise; nothing is drawn when greedy.
-
-    Raises:
-        ValueError: A value is out of its range; the sentence names the flag.
+    A completion ends before the first stop string. Temperature divides the logits, 0 is greedy;
+    tokens are drawn from the fewest most likely ones that have the share top_p together.
     """
 
     max_new_tokens: int
@@ -82,13 +75,7 @@ class GenerationSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One completion that is wanted.
-
-    Attributes:
-        key: Which sample of which problem.
-        prompt_ids: The prompt's tokens, at least one.
-        limit: The most tokens that the completion may have.
-    """
+    """One completion that is wanted: after these tokens, of at most `limit` ones."""
 
     key: Key
     prompt_ids: list[int]
@@ -129,11 +116,7 @@ def make_requests(
 ) -> list[Request]:
     """Encode prompts, and refuse those which the model cannot read; needs no weights.
 
-    Args:
-        files: Of the model.
-        prompts: By task id.
-        keys: Which samples are wanted.
-        max_new_tokens: The longest completion; near the end of the model's positions it is cut.
+    Near the end of the model's positions `max_new_tokens` is cut.
 
     Raises:
         ValueError: A prompt fills the model's positions, has tokens which the model lacks, or

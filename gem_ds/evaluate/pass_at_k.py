@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from math import comb
 from typing import Any
@@ -27,23 +26,6 @@ CONFIDENCE = 0.95
 NUM_RESAMPLES = 10_000
 
 
-@dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """A score in [0, 1] and its confidence interval."""
-
-    score: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Counts:
-    """Of one problem: how many samples there are, and how many of them are right."""
-
-    num_samples: int
-    num_correct: int
-
-
 def results_of(
     verdicts: Sequence[Mapping[str, Any]],
     task_ids: Sequence[str],
@@ -51,34 +33,27 @@ def results_of(
     *,
     isolation: str,
 ) -> dict[str, Any]:
-    """The scores and what they were counted on, as results.json has them.
-
-    Args:
-        verdicts: Of programs, as verdicts.jsonl has them.
-        task_ids: All problems, with samples or without.
-        ks: The k of pass@k.
-        isolation: The sandbox's level.
+    """The scores of all problems and what they were counted on, as results.json has them.
 
     Raises:
         ValueError: A problem has samples, but fewer than k.
     """
     tried = Counter(verdict["task_id"] for verdict in verdicts)
     right = Counter(v["task_id"] for v in verdicts if v["status"] == "passed")
-    counts = {name: Counts(num_samples=tried[name], num_correct=right[name]) for name in task_ids}
+    counts = {name: (tried[name], right[name]) for name in task_ids}
     statuses = Counter(verdict["status"] for verdict in verdicts)
     in_jail = [verdict["status"] for verdict in verdicts if verdict["in_jail"]]
     scores = {}
     for k in ks:
-        estimate = mean_pass_at_k(counts, k)
-        interval = [estimate.low, estimate.high]
-        scores[f"pass@{k}"] = {"score": estimate.score, "confidence_interval": interval}
+        score, interval = mean_pass_at_k(counts, k)
+        scores[f"pass@{k}"] = {"score": score, "confidence_interval": list(interval)}
     return {
         "n": max(tried.values(), default=0),
         "k": list(ks),
         "scores": scores,
         "confidence": CONFIDENCE,
         "num_problems": len(task_ids),
-        "without_samples": without_samples(counts),
+        "without_samples": [name for name in task_ids if not tried[name]],
         "verdicts": {status: statuses[status] for status in STATUSES},
         "tested_in_jail": {"samples": len(in_jail), "passed": in_jail.count("passed")},
         "isolation": isolation,
@@ -118,11 +93,13 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return float(_exact(n, c, k))
 
 
-def mean_pass_at_k(counts: Mapping[str, Counts], k: int, *, seed: int = 0) -> Estimate:
-    """pass@k over all problems.
+def mean_pass_at_k(
+    counts: Mapping[str, tuple[int, int]], k: int, *, seed: int = 0
+) -> tuple[float, tuple[float, float]]:
+    """pass@k over all problems, in [0, 1], and its confidence interval.
 
     Args:
-        counts: By problem; one without samples counts as zero.
+        counts: By problem, its samples and how many are right; one without counts as zero.
         k: Samples that a user would try.
         seed: Of the bootstrap.
 
@@ -132,21 +109,15 @@ def mean_pass_at_k(counts: Mapping[str, Counts], k: int, *, seed: int = 0) -> Es
     if not counts:
         raise ValueError("There are no problems, so there is no score.")
     values = []
-    for name, count in counts.items():
-        if 0 < count.num_samples < k:
+    for name, (n, c) in counts.items():
+        if 0 < n < k:
             raise ValueError(
-                f"{name} has {count.num_samples} samples and pass@{k} needs at least {k}: lower k "
-                "or draw more samples."
+                f"{name} has {n} samples and pass@{k} needs at least {k}: lower k or draw more "
+                "samples."
             )
-        known = count.num_samples > 0
-        values.append(_exact(count.num_samples, count.num_correct, k) if known else Fraction(0))
-    low, high = bootstrap_interval([float(value) for value in values], seed=seed)
-    return Estimate(score=float(sum(values, Fraction(0)) / len(values)), low=low, high=high)
-
-
-def without_samples(counts: Mapping[str, Counts]) -> list[str]:
-    """The problems that count as zero because nobody tried them."""
-    return [name for name, count in counts.items() if count.num_samples == 0]
+        values.append(_exact(n, c, k) if n else Fraction(0))
+    interval = bootstrap_interval([float(value) for value in values], seed=seed)
+    return float(sum(values, Fraction(0)) / len(values)), interval
 
 
 def bootstrap_interval(

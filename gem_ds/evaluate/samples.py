@@ -29,17 +29,7 @@ SAMPLES_FILE = "samples.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One completion of one prompt.
-
-    Attributes:
-        task_id: Which problem, for example "gsm8k/test/17" or "mbpp/11".
-        sample: Which of the problem's samples, from 0.
-        prompt: What the model read.
-        completion: What it wrote, raw, up to the stop string or eos; it continues the prompt.
-        finish_reason: "eos", "stop" (a stop string) or "length".
-        num_tokens: Tokens that were generated.
-        settings: What the sample depends on besides, JSON values by name.
-    """
+    """One line: a completion of a prompt, raw, up to the stop string or eos."""
 
     task_id: str
     sample: int

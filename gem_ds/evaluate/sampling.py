@@ -63,11 +63,7 @@ def sample_all(
     Earlier results and verdicts are deleted before the file changes, so that none lie beside
     samples that they were not counted on.
 
-    Args:
-        arguments: The shared flags; `limit` is the caller's to apply.
-        prompts: Task id to prompt.
-        settings: How completions are made.
-        num_samples: Samples of each prompt.
+    `arguments.limit` is the caller's to apply.
 
     Returns:
         The samples, by task in the order of `prompts` and then by number; None on every rank but

@@ -20,15 +20,7 @@ _PART = 1024
 
 
 class Vllm:
-    """A model in vLLM, spread over all visible GPUs of this machine by tensor parallelism.
-
-    Args:
-        files: The model's name, revision and dtype.
-        settings: How completions are made.
-
-    Raises:
-        ValueError: vLLM is not installed.
-    """
+    """A model in vLLM, spread over all visible GPUs of this machine by tensor parallelism."""
 
     synced_ranks = False
 

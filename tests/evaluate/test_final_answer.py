@@ -58,7 +58,7 @@ def test_the_rule_that_found_the_answer_is_named(text, rule):
     assert (found.value, found.rule) == (18, rule)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     value=st.decimals(-(10**12), 10**12, places=2),
     lead=st.sampled_from(["#### ", "so it is ", r"\boxed{", "The answer is **"]),
@@ -70,7 +70,7 @@ def test_a_number_is_read_however_it_is_written(value, lead, tail):
         assert value_of(f"12 - 3 = 9\n{lead}{written}{tail}") == expected, written
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     whole=st.integers(0, 10**6), above=st.integers(1, 99), below=st.integers(1, 99), data=st.data()
 )
@@ -108,7 +108,7 @@ WORDS = st.lists(
 ).map("".join)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(text=HARSH | WORDS)
 def test_no_text_is_too_strange(text):
     found = final_answer(text)
@@ -138,9 +138,9 @@ UNITS = [
 
 @pytest.mark.parametrize("lead", ["", "#### 5. "])
 def test_time_grows_with_the_text_and_not_with_its_square(lead):
-    """A pattern that backtracks would take minutes: each text is 8 times as long as an output."""
+    """A pattern that backtracks would take minutes: each text is 4 times as long as an output."""
     for unit in UNITS:
-        text = lead + unit * (8_000 // len(unit))
+        text = lead + unit * (4_000 // len(unit))
         started = time.process_time()
         final_answer(text)
-        assert time.process_time() - started < 2, f"repeated {unit!r}"
+        assert time.process_time() - started < 1, f"repeated {unit!r}"

@@ -8,13 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gem_ds.evaluate.pass_at_k import (
-    Counts,
-    bootstrap_interval,
-    mean_pass_at_k,
-    pass_at_k,
-    without_samples,
-)
+from gem_ds.evaluate.pass_at_k import bootstrap_interval, mean_pass_at_k, pass_at_k
 
 
 def by_counting(n: int, c: int, k: int) -> Fraction:
@@ -64,21 +58,20 @@ def test_what_has_no_value_is_refused(n, c, k, message):
         pass_at_k(n, c, k)
 
 
-def counts(*pairs: tuple[int, int]) -> dict[str, Counts]:
-    return {f"mbpp/{i}": Counts(num_samples=n, num_correct=c) for i, (n, c) in enumerate(pairs, 11)}
+def counts(*pairs: tuple[int, int]) -> dict[str, tuple[int, int]]:
+    return {f"mbpp/{i}": pair for i, pair in enumerate(pairs, 11)}
 
 
 def test_the_score_is_the_mean_over_problems():
     results = counts((4, 1), (4, 4), (4, 0))
-    assert mean_pass_at_k(results, 1).score == pytest.approx((1 / 4 + 1 + 0) / 3)
-    assert mean_pass_at_k(results, 2).score == pytest.approx((1 / 2 + 1 + 0) / 3)
+    assert mean_pass_at_k(results, 1)[0] == pytest.approx((1 / 4 + 1 + 0) / 3)
+    assert mean_pass_at_k(results, 2)[0] == pytest.approx((1 / 2 + 1 + 0) / 3)
 
 
-def test_problems_nobody_tried_count_as_zero_and_are_named():
+def test_problems_nobody_tried_count_as_zero():
     """A denominator of tried problems would reward a run that gave up on the hard ones."""
     results = counts((2, 2), (0, 0), (2, 2), (0, 0))
-    assert mean_pass_at_k(results, 1).score == 0.5
-    assert without_samples(results) == ["mbpp/12", "mbpp/14"]
+    assert mean_pass_at_k(results, 1)[0] == 0.5
 
 
 def test_too_few_samples_of_a_problem_are_an_error_that_names_it():
@@ -119,11 +112,11 @@ def test_the_interval_is_that_of_a_loop_over_resamples(values):
 def test_the_interval_covers_the_truth_as_often_as_it_says():
     rng = np.random.default_rng(0)
     inside = 0
-    for seed in range(400):
+    for seed in range(200):
         values = rng.binomial(10, 0.3, size=100) / 10
         low, high = bootstrap_interval(values.tolist(), seed=seed, num_resamples=1000)
         inside += low <= 0.3 <= high
-    assert 0.91 <= inside / 400 <= 0.98
+    assert 0.91 <= inside / 200 <= 0.98
 
 
 def test_the_interval_depends_on_the_seed_alone():

@@ -112,39 +112,21 @@ def test_a_file_of_one_sample_a_problem_has_no_pass_at_10(folder, sandbox):
         run(folder, "--k", "10")
 
 
-def bad_files(folder: Path) -> dict[str, tuple[list[dict | str], str]]:
-    """By name the lines of a file and the sentence it must lead to."""
-    good = [sample(folder, i, 0) for i in (11, 12, 13)]
-    cut = json.dumps(good[2])[:-20]
-    foreign = good[2] | {"task_id": "mbpp/14"}
-    return {
-        "duplicate": ([*good, good[1]], r"line 4: .*'mbpp/12'"),
-        "missing": (good[:2], "lacks 1 of 3 samples"),
-        "foreign": ([*good, foreign], "holds samples of 'mbpp/14', which is no problem of"),
-        "truncated": ([*good[:2], cut], "line 3: this is not JSON"),
-        "without a field": ([{"task_id": "mbpp/11"}], "line 1: "),
-        "mixed": (
-            [*good[:2], good[2] | {"settings": SETTINGS | {"temperature": 0.2}}],
-            "mixes runs: sample 0 of 'mbpp/13' was drawn with other settings",
-        ),
-        "other prompts": (
-            [*good[:2], good[2] | {"prompt": "Do."}],
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task_id": "mbpp/14"}, "holds samples of 'mbpp/14', which is no problem of"),
+        ({"task_id": "mbpp/12"}, r"line 3: .*'mbpp/12'"),
+        ({"settings": SETTINGS | {"temperature": 0.2}}, "mixes runs: sample 0 of 'mbpp/13' was"),
+        (
+            {"prompt": "Do."},
             "The prompt of mbpp/13 is not what these data and 0 worked problems give",
         ),
-        "empty": ([""], "is empty"),
-    }
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("duplicate", "missing", "foreign", "truncated"),
-        *("without a field", "mixed", "other prompts", "empty"),
     ],
 )
-def test_a_bad_file_is_refused_in_one_sentence(folder, name):
-    lines, message = bad_files(folder)[name]
-    write(folder, *lines)
+def test_a_bad_file_is_refused_in_one_sentence(folder, changes, message):
+    """What a line may be at all is told in test_samples.py."""
+    write(folder, *(sample(folder, i, 0) for i in (11, 12)), sample(folder, 13, 0) | changes)
     with pytest.raises(ValueError, match=message) as caught:
         run(folder)
     assert "\n" not in str(caught.value)
