@@ -14,6 +14,8 @@ import warnings
 from collections.abc import Sequence
 from importlib import import_module
 
+from gem_ds.errors import Interrupted, PeerError, sentence_of
+
 #: Each has a ``main(argv)``, which raises what is wrong as a sentence.
 PROGRAMS = {
     "train": "gem_ds.train.main",
@@ -73,9 +75,6 @@ def run(program: str, argv: Sequence[str] | None = None) -> int:
 def _ending(error: Exception) -> tuple[str, int]:
     """What is told of an error that a user can mend, and the exit status; raises any other."""
     from safetensors import SafetensorError
-
-    from gem_ds.comparison.runner import Interrupted
-    from gem_ds.errors import PeerError, sentence_of
 
     if isinstance(error, PeerError):
         return "", 1

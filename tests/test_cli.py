@@ -13,8 +13,7 @@ import pytest
 from safetensors import SafetensorError
 
 from gem_ds import cli
-from gem_ds.comparison.runner import Interrupted
-from gem_ds.errors import PeerError
+from gem_ds.errors import Interrupted, PeerError
 
 
 def end(monkeypatch: pytest.MonkeyPatch, outcome: Any) -> int:

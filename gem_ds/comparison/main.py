@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Raises:
         ValueError, OSError: the file, a folder or the launcher is at fault, in one sentence.
-        gem_ds.comparison.runner.Interrupted: by a signal.
+        gem_ds.errors.Interrupted: by a signal.
     """
     parser = argparse.ArgumentParser(
         prog="launch/compare.py",

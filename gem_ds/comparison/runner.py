@@ -33,16 +33,13 @@ from gem_ds.comparison.cell_folder import (
 from gem_ds.comparison.cells import Cell, evaluation_command, folder_of, training_command
 from gem_ds.comparison.grid import Comparison
 from gem_ds.comparison.results import read_result
+from gem_ds.errors import Interrupted
 from gem_ds.files.atomic import make_folder, save_json
 
 #: Seconds that a child has after SIGTERM, which ends training after the present step.
 GRACE = 30.0
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-class Interrupted(Exception):  # noqa: N818 - it is no error
-    """The user stopped the comparison; the children are gone."""
 
 
 @dataclass(kw_only=True)

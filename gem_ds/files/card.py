@@ -14,6 +14,9 @@ from typing import Literal
 
 from huggingface_hub import EvalResult, ModelCardData
 
+#: What of the results is no measurement of held-out examples.
+TRAINING_LOSS = "training loss"
+
 _CARD = """\
 ---
 {metadata}
@@ -138,6 +141,7 @@ def model_card(
             metric_value=value,
         )
         for name, value in results.items()
+        if name != TRAINING_LOSS  # which measures the training examples
     ]
     header: tuple[str, ...] = ("Metric", "Base model", "Fine-tuned")
     before = base_results or {}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gem_ds.data.tasks import hub_dataset
 from gem_ds.files.atomic import atomic_write, save_json
-from gem_ds.files.card import model_card
+from gem_ds.files.card import TRAINING_LOSS, model_card
 from gem_ds.files.checkpoint import TrainerState
 from gem_ds.files.mask import Mask, WeightInfo, checksum, dtype_name
 from gem_ds.models.encoders import auto_class, is_encoder
@@ -115,7 +115,7 @@ def save_results(
         results=results.get("eval_metrics", {})
         | {
             name: results[f"last_{key}"]
-            for name, key in (("training loss", "loss"), (HELD_OUT, "eval_loss"))
+            for name, key in ((TRAINING_LOSS, "loss"), (HELD_OUT, "eval_loss"))
             if f"last_{key}" in results
         },
         base_results={HELD_OUT: results["first_eval_loss"]} if "first_eval_loss" in results else {},

@@ -24,7 +24,7 @@ FACTS = {
     "num_parameters": 1_000_000,
     "dtype": "bfloat16",
     "settings": {"learning_rate": 2e-5, "targets": ["q", "v"], "seed": 42},
-    "results": {"strict-match": 0.4375, "eval_loss": 1.5},
+    "results": {"strict-match": 0.4375, "training loss": 0.5, "eval_loss": 1.5},
     "base_results": {"strict-match": 0.125},
 }
 
