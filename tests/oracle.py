@@ -52,6 +52,14 @@ def ratio(gradient: Tensor, weight: Tensor) -> Tensor:
     return gradient.detach().float().abs() / (weight.detach().float().abs() + 1e-8)
 
 
+def damped_ratio(gradient: Tensor, weight: Tensor) -> Tensor:
+    """|g| / (|w| + 0.1 rms(w)) in fp32; rms(w) over the whole matrix."""
+    magnitude = weight.detach().float().abs()
+    squares = [w * w for w in magnitude.double().flatten().tolist()]
+    damping = max(0.1 * math.sqrt(math.fsum(squares) / len(squares)), 1e-8)
+    return gradient.detach().float().abs() / (magnitude + damping)
+
+
 def ratio_sum(r: Tensor) -> float:
     return math.fsum(r.double().flatten().tolist())
 
@@ -162,9 +170,11 @@ def select_by(
             scores[name] = weight.detach().float().abs()
         elif method in ("gem", "ratio"):
             scores[name] = ratio(gradients[name], weight)
+        elif method == "damped":
+            scores[name] = damped_ratio(gradients[name], weight)
         else:
             scores[name] = gradients[name].detach().float().abs()
-    by_entropy = method in ("gem", "entropy_gradient")
+    by_entropy = method in ("gem", "entropy_gradient", "damped")
     of_layers = [layer_score(s) if by_entropy else 1.0 for s in scores.values()]
     shares = budgets(of_layers, [s.numel() for s in scores.values()], total)
     return {name: mask(s, k) for (name, s), k in zip(scores.items(), shares, strict=True)}

@@ -18,12 +18,14 @@ from torch import Tensor
 
 from gem_ds.select.budget import allocate_budget
 from gem_ds.select.scores import (
+    EPSILON,
     Group,
     gradient_magnitude_,
     gradient_to_weight_ratio_,
     layer_statistics,
     random_scores,
     refuse_not_finite,
+    root_mean_squares,
     weight_magnitude,
 )
 from gem_ds.select.topk import count_among_largest
@@ -50,6 +52,9 @@ class TargetShard:
     gradient: Tensor | None
     device: torch.device
 
+
+#: Of the damped ratio: what is added to |w|, in root mean squares of the weight.
+DAMPING = 0.1
 
 Shards = Sequence[TargetShard]
 
@@ -80,6 +85,24 @@ class Rule:
 
 def _ratio(shards: Shards, group: Group, seed: int) -> list[Tensor]:
     return [gradient_to_weight_ratio_(_gradient_of(shard), shard.weight) for shard in shards]
+
+
+def _damped_ratio(shards: Shards, group: Group, seed: int) -> list[Tensor]:
+    scales = root_mean_squares(
+        [shard.weight for shard in shards],
+        [shard.numel for shard in shards],
+        [shard.name for shard in shards],
+        shards[0].device,
+        group,
+    )
+    return [
+        gradient_to_weight_ratio_(
+            _gradient_of(shard),
+            shard.weight,
+            max(DAMPING * scale, EPSILON),  # of a matrix of zeros too the ratio is finite
+        )
+        for shard, scale in zip(shards, scales, strict=True)
+    ]
 
 
 def _gradient(shards: Shards, group: Group, seed: int) -> list[Tensor]:
@@ -181,6 +204,13 @@ RULES = {
         budgets=one_threshold,
         needs_gradient=False,
         help="the largest |w| of all layers together (arXiv 2607.09287)",
+    ),
+    "damped": Rule(
+        entry_score=_damped_ratio,
+        budgets=in_proportion_to(_norm_times_entropy),
+        needs_gradient=True,
+        help=f"as gem with |g| / (|w| + {DAMPING:g} rms(w)), so that weights next to 0 do not "
+        "decide the budgets",
     ),
 }
 

@@ -86,13 +86,14 @@ def chunks(shard: Tensor) -> Sequence[Tensor]:
 
 
 @torch.no_grad()
-def gradient_to_weight_ratio_(gradient: Tensor, weight: Tensor) -> Tensor:
-    """Overwrite ``gradient`` with ``|gradient| / (|weight| + 1e-8)``, computed in fp32.
+def gradient_to_weight_ratio_(gradient: Tensor, weight: Tensor, damping: float = EPSILON) -> Tensor:
+    """Overwrite ``gradient`` with ``|gradient| / (|weight| + damping)``, computed in fp32.
 
     Args:
         gradient: fp32 [n].
         weight: [n], any floating dtype; may lie on another device. Only one chunk of it exists in
             fp32 at a time.
+        damping: keeps the ratio finite where the weight is 0.
 
     Returns:
         ``gradient``.
@@ -101,7 +102,7 @@ def gradient_to_weight_ratio_(gradient: Tensor, weight: Tensor) -> Tensor:
     assert gradient.shape == weight.shape, "a gradient has its weight's shape"
     for numerator, part in zip(chunks(gradient), chunks(weight), strict=True):
         magnitude = part.to(device=gradient.device, dtype=torch.float32).abs()
-        numerator.abs_().div_(magnitude.add_(EPSILON))
+        numerator.abs_().div_(magnitude.add_(damping))
     return gradient
 
 
@@ -167,6 +168,43 @@ def refuse_not_finite(scores: Sequence[Tensor], names: Sequence[str], group: Gro
     _largest_scores(scores, names, group)
 
 
+@torch.no_grad()
+def root_mean_squares(
+    weights: Sequence[Tensor],
+    numels: Sequence[int],
+    names: Sequence[str],
+    device: torch.device,
+    group: Group,
+) -> list[float]:
+    """``sqrt(sum(w^2) / n)`` of each layer, from every rank's range of its weight, cast to fp32.
+
+    Args:
+        weights: per layer this rank's range [m], any floating dtype; may lie on another device.
+        numels: per layer the number of entries over all ranks.
+        names: per layer its name, for the error.
+        device: on which ``group`` reduces.
+        group: the ranks that hold the other ranges.
+
+    Returns:
+        The same bits on every rank and for every way to cut the matrices.
+
+    Raises:
+        ValueError: on every rank alike, if a weight on any rank is infinite or not a number.
+    """
+    peaks = [_peak((part.float().abs() for part in chunks(w)), device) for w in weights]
+    shifts = [math.frexp(peak)[1] for peak in _refuse(torch.stack(peaks), names, group)]
+
+    def square(layer: int, chunk: Tensor, scratch: Sequence[Tensor]) -> Iterator[Tensor]:
+        yield scratch[0].copy_(chunk.float()).mul_(2.0 ** -shifts[layer]).square_()
+
+    bits = [_num_bits(numel) for numel in numels]
+    (squares,) = _sums(square, 1, weights, bits, device, group)
+    return [
+        math.ldexp(math.sqrt(total / numel), shift)
+        for total, numel, shift in zip(squares, numels, shifts, strict=True)
+    ]
+
+
 def layer_statistics(
     ratios: Sequence[Tensor], numels: Sequence[int], names: Sequence[str], group: Group
 ) -> LayerStatistics:
@@ -195,7 +233,8 @@ def layer_statistics(
         yield ratio
 
     bits = [_num_bits(numel) for numel in numels]
-    squares, sums = _sums(square_and_ratio, 2, ratios, bits, group)
+    device = ratios[0].device
+    squares, sums = _sums(square_and_ratio, 2, ratios, bits, device, group)
     ratio_sum = [math.ldexp(s, shift) for s, shift in zip(sums, shifts, strict=True)]
     ratio_norm = [math.ldexp(math.sqrt(s), shift) for s, shift in zip(squares, shifts, strict=True)]
 
@@ -208,7 +247,7 @@ def layer_statistics(
         term = torch.add(share, EPSILON, out=scratch[1]).log_().mul_(share)
         yield term.mul_(-(2.0 ** -shifts[layer]))  # below 0 where p + 1e-8 exceeds 1
 
-    (sums,) = _sums(surprise, 1, ratios, bits, group)
+    (sums,) = _sums(surprise, 1, ratios, bits, device, group)
     entropy = [max(0.0, math.ldexp(s, shift)) for s, shift in zip(sums, shifts, strict=True)]
 
     score = [norm * h for norm, h in zip(ratio_norm, entropy, strict=True)]
@@ -222,10 +261,21 @@ _Terms = Callable[[int, Tensor, Sequence[Tensor]], Iterable[Tensor]]
 
 def _largest_scores(scores: Sequence[Tensor], names: Sequence[str], group: Group) -> list[float]:
     """The largest score of each layer; refuses a layer that holds an infinity or a NaN."""
-    maxima = torch.zeros(len(scores), dtype=torch.float32, device=scores[0].device)
-    for layer, shard in enumerate(scores):
-        if shard.numel():
-            maxima[layer] = shard.amax()
+    device = scores[0].device
+    return _refuse(torch.stack([_peak([score], device) for score in scores]), names, group)
+
+
+def _peak(parts: Iterable[Tensor], device: torch.device) -> Tensor:
+    """The largest of non-negative numbers; a NaN if there is one, 0 if there is nothing."""
+    peak = torch.zeros((), dtype=torch.float32, device=device)
+    for part in parts:
+        if part.numel():
+            peak = torch.maximum(peak, part.amax().to(device))
+    return peak
+
+
+def _refuse(maxima: Tensor, names: Sequence[str], group: Group) -> list[float]:
+    """The ranks' largest of each layer's maxima; refuses a layer that has an infinity or a NaN."""
     broken = ~maxima.isfinite()  # amax hands a NaN on
     rows = torch.stack([maxima.masked_fill(broken, 0.0), broken.float()])
     largest, refused = group.all_reduce(rows, "max").tolist()
@@ -235,7 +285,8 @@ def _largest_scores(scores: Sequence[Tensor], names: Sequence[str], group: Group
             f"The scores of {culprits} are not finite: look for inf or NaN in the calibration loss "
             "and in these weights, or calibrate in bf16 or fp32."
         )
-    return largest
+    peaks: list[float] = largest
+    return peaks
 
 
 def _num_bits(numel: int) -> int:
@@ -244,13 +295,17 @@ def _num_bits(numel: int) -> int:
 
 
 def _sums(
-    terms: _Terms, num_kinds: int, ratios: Sequence[Tensor], bits: Sequence[int], group: Group
+    terms: _Terms,
+    num_kinds: int,
+    shards: Sequence[Tensor],
+    bits: Sequence[int],
+    device: torch.device,
+    group: Group,
 ) -> list[list[float]]:
     """Over all ranks the sum of each kind of term and layer, each correctly rounded."""
-    device = ratios[0].device
-    sums = torch.zeros(num_kinds, len(ratios), 2, dtype=torch.int64, device=device)
+    sums = torch.zeros(num_kinds, len(shards), 2, dtype=torch.int64, device=device)
     buffers = torch.empty(3, CHUNK, dtype=torch.float64, device=device)
-    for layer, shard in enumerate(ratios):
+    for layer, shard in enumerate(shards):
         parts: list[Tensor] = []
         for chunk in chunks(shard):
             *scratch, spare = buffers[:, : chunk.numel()]
