@@ -161,6 +161,8 @@ def select_by(
     """The selection of any sparse method: by name, in the order of ``weights``, the bool mask."""
     if method == "supertuning":
         return _largest_of_all(weights, total)
+    if method == "ratio_global":
+        return _largest_of_all({n: ratio(gradients[n], w) for n, w in weights.items()}, total)
     scores: dict[str, Tensor] = {}
     for name, weight in weights.items():
         if method == "random":
@@ -180,14 +182,14 @@ def select_by(
     return {name: mask(s, k) for (name, s), k in zip(scores.items(), shares, strict=True)}
 
 
-def _largest_of_all(weights: Mapping[str, Tensor], total: int) -> dict[str, Tensor]:
-    """The largest magnitudes of all matrices together, ties to the earlier one, then index."""
+def _largest_of_all(scores: Mapping[str, Tensor], total: int) -> dict[str, Tensor]:
+    """The largest absolute scores of all matrices together, ties to the earlier one, then index."""
     pool = [
         (-abs(value), layer, index, name)
-        for layer, (name, weight) in enumerate(weights.items())
-        for index, value in enumerate(weight.detach().float().flatten().tolist())
+        for layer, (name, score) in enumerate(scores.items())
+        for index, value in enumerate(score.detach().float().flatten().tolist())
     ]
-    masks = {name: torch.zeros(weight.shape, dtype=torch.bool) for name, weight in weights.items()}
+    masks = {name: torch.zeros(score.shape, dtype=torch.bool) for name, score in scores.items()}
     for _, _, index, name in sorted(pool)[:total]:
         masks[name].view(-1)[index] = True
     return masks

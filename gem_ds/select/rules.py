@@ -212,6 +212,12 @@ RULES = {
         help=f"as gem with |g| / (|w| + {DAMPING:g} rms(w)), so that weights next to 0 do not "
         "decide the budgets",
     ),
+    "ratio_global": Rule(
+        entry_score=_ratio,
+        budgets=one_threshold,
+        needs_gradient=True,
+        help="the largest |g| / |w| of all layers together (compare GaLLoP, arXiv 2510.19778)",
+    ),
 }
 
 SPARSE_METHODS = tuple(RULES)

@@ -169,7 +169,7 @@ def test_the_number_of_collectives_does_not_grow_with_the_layers(method: str) ->
         return group.num_calls
 
     assert num_calls(1, 50) == num_calls(2, 50) == num_calls(30, 50) == num_calls(2, 5000)
-    assert num_calls(30, 50) <= 8
+    assert num_calls(30, 50) <= 9
 
 
 def test_a_higher_gradient_on_a_smaller_weight_wins() -> None:
