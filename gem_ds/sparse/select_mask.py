@@ -195,7 +195,7 @@ def _adding(layer: TargetLayer, total: Tensor) -> Sink:
 def _summed_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """The model's own loss, a mean, times the number of labels that it is the mean over."""
     kind = getattr(model, "loss_type", None) or "ForCausalLM"  # as transformers itself falls back
-    if kind not in _LABELS_OF or "labels" not in batch:
+    if kind not in _LABELS_OF or not isinstance(batch, Mapping) or "labels" not in batch:
         raise ValueError(
             "Pass loss, which takes the model and a batch and returns the summed loss: without it "
             "the model must be a language model and the batch have labels."

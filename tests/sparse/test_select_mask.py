@@ -1,0 +1,166 @@
+"""A mask from Python: the launcher's for the same examples, and a model that is left as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import gem_ds
+from gem_ds.files.mask import Mask
+from gem_ds.train import main as train
+from gem_ds.train.arguments import parse_arguments
+from gem_ds.train.prepare import prepare
+from tests import oracle
+from tests.tiny import (
+    checkpointed,
+    make_model,
+    naive_examples,
+    naive_loss,
+    random_examples,
+)
+from tests.tiny_model import Tiny, make_tiny, one_rank
+
+DENSITY = "0.02"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def _labelled(tokens: Tensor, prompt_length: int) -> dict[str, Tensor]:
+    labels = tokens.clone()
+    labels[:prompt_length] = -100
+    return {"input_ids": tokens[None], "labels": labels[None]}
+
+
+def test_the_mask_is_the_launchers_and_a_run_takes_it(tiny: Tiny, tmp_path: Path) -> None:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(tiny.model)
+    with one_rank():
+        prepared = prepare(parse_arguments(tiny.flags(tmp_path / "none")), world_size=1)
+        data = prepared.data.train
+        batches = [_labelled(*e) for e in naive_examples(data, range(len(data)))]
+        for rule in ("gem", "damped", "ratio_global", "magnitude", "random"):
+            folder = tmp_path / rule
+            train.main(tiny.flags(folder, method=rule, max_steps=0, seed=3))
+            launched = Mask.load(folder / "mask.safetensors")
+            reads = batches if rule not in ("magnitude", "random") else ()
+            found = gem_ds.select_mask(model, reads, density=DENSITY, rule=rule, seed=3)
+            assert list(found.indices) == list(launched.indices)
+            for name, index in launched.indices.items():
+                assert torch.equal(found.indices[name], index), f"{rule}: {name}"
+            assert found.weights == launched.weights
+            assert (found.method, found.base_model) == (rule, str(tiny.model))
+            assert found.settings.items() <= launched.settings.items()
+        found.save(tmp_path / "mine.safetensors")
+        flags = {"mask": tmp_path / "mine.safetensors", "density": None, "max_steps": 1}
+        train.main(tiny.flags(tmp_path / "run", **flags))
+        assert (tmp_path / "run" / "delta.safetensors").exists()
+
+
+def _everything(model: nn.Module) -> list[object]:
+    """What of a model a call may have changed."""
+    return [
+        list(model.state_dict()),
+        [(id(m), m.training, sorted(vars(m)), len(m._forward_pre_hooks)) for m in model.modules()],
+        [(id(p), p.requires_grad, p.grad) for p in model.parameters()],
+        getattr(getattr(model, "config", None), "use_cache", None),
+    ]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt", "bert"])
+@pytest.mark.parametrize("is_checkpointed", [False, True], ids=["plain", "checkpointed"])
+def test_gradients_are_dense_autograds_in_eval_mode(
+    architecture: str, is_checkpointed: bool
+) -> None:
+    model = make_model(architecture)
+    if is_checkpointed:
+        checkpointed(model)
+    model.train()
+    next(model.parameters()).requires_grad_(False)
+    dataset = random_examples(9)
+    before, weights = _everything(model), {n: w.clone() for n, w in model.state_dict().items()}
+    mask = gem_ds.select_mask(model, naive_examples(dataset, range(9)), naive_loss, density="0.01")
+    assert _everything(model) == before
+    assert all(torch.equal(w, model.state_dict()[n]) for n, w in weights.items())
+    dense = make_model(architecture).eval()
+    named = {name: dense.get_parameter(name) for name in mask.indices}
+    gradients = oracle.summed_gradients(
+        dense, naive_examples(dataset, range(9)), naive_loss, list(named)
+    )
+    expected = oracle.select(gradients, named, mask.num_selected)
+    for name, index in mask.indices.items():
+        assert index.tolist() == expected[name].flatten().nonzero()[:, 0].tolist()
+
+
+class Plain(nn.Module):
+    """No model of transformers; one layer that nothing uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(5, 4), nn.Linear(4, 3)
+        self.unused = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, 5] to [batch, 3]."""
+        return self.outer(self.inner(x).tanh())
+
+
+def _squares(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x).square().sum()
+
+
+def test_any_model_of_torch_will_do() -> None:
+    torch.manual_seed(0)
+    model, x = Plain().requires_grad_(False), torch.randn(6, 5)
+    mask = gem_ds.select_mask(
+        model, [x], _squares, density="0.3", target_modules=["inner", "outer"]
+    )
+    assert mask.num_selected == int(0.3 * sum(p.numel() for p in model.parameters()))
+    assert mask.base_model == "Plain"
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def _detached(model: nn.Module, x: Tensor) -> Tensor:
+    return _squares(model, x).detach()
+
+
+def _not_finite(model: nn.Module, x: Tensor) -> Tensor:
+    return _squares(model, x) * torch.inf
+
+
+@pytest.mark.parametrize(
+    ("loss", "options", "message"),
+    [
+        (_squares, {"rule": "gim"}, "no rule 'gim': pass one of gem,"),
+        (_squares, {"density": "0.99"}, "lower it or widen target_modules"),
+        (_squares, {"target_modules": ["outer", "unused"]}, "No gradient reaches unused.weight"),
+        (_detached, {}, "return the sum of the batch's losses, not detached"),
+        (_not_finite, {}, "loss of batch 1 is not finite"),
+        (None, {}, "Pass loss, which takes the model and a batch"),
+        (_squares, {"batches": []}, "no batches: pass at least one"),
+    ],
+)
+def test_what_is_refused_leaves_the_model_as_it_was(
+    loss: Callable[[nn.Module, Tensor], Tensor] | None, options: dict, message: str
+) -> None:
+    model = Plain()
+    settings = {"density": "0.1", "target_modules": ["inner"], "batches": [torch.randn(2, 5)]}
+    before = _everything(model)
+    with pytest.raises(ValueError, match=message):
+        gem_ds.select_mask(model, loss=loss, **settings | options)
+    assert _everything(model) == before
+
+
+def test_a_model_that_lies_elsewhere_is_refused() -> None:
+    with pytest.raises(ValueError, match="not whole in this process"):
+        gem_ds.select_mask(Plain().to("meta"), target_modules=["inner"], rule="magnitude")
+    model = Plain()
+    model.inner.forward = model.inner.forward
+    with pytest.raises(ValueError, match="forward was replaced"):
+        gem_ds.select_mask(model, target_modules=["inner"], rule="magnitude", density="0.1")
