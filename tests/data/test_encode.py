@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from gem_ds.data.encode import encode_candidates, encode_pairs, encode_prompt, encode_texts
-from gem_ds.data.tasks import ChoiceExample, Example, load_task
-from tests.tiny_tasks import KINDS, bert_tokenizer, make_task
+from gem_ds.data.tasks import Example
+from tests.tiny_tasks import KINDS, bert_tokenizer, choice, make_task
 
 CORPUS = ["Question: How many clips?\nAnswer: She sold 48 clips.\n#### 72", "xyz xyz xyz"] * 20
 TEMPLATE = (
@@ -24,6 +24,7 @@ TEMPLATE = (
 )
 CHAT = [{"role": "user", "content": "How many?"}]
 WIDE = 10_000
+HABITS = [(False, False), (True, False), (False, True), (True, True)]
 
 
 def sequences(dataset):
@@ -59,7 +60,8 @@ def byte_level(*, add_bos=False, add_eos=False, **names):
 
 
 @pytest.fixture(scope="module")
-def sentencepiece_folder(tmp_path_factory):
+def tokenizers(tmp_path_factory):
+    """Both families, with each habit of adding special tokens."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(line for text in CORPUS for line in text.split("\n")),
@@ -74,27 +76,17 @@ def sentencepiece_folder(tmp_path_factory):
     )
     folder = tmp_path_factory.mktemp("sentencepiece")
     (folder / "tokenizer.model").write_bytes(model.getvalue())
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tokenizers(sentencepiece_folder):
-    """Both families, with each habit of adding special tokens."""
-    habits = [(False, False), (True, False), (False, True), (True, True)]
-    return {
-        (family, bos, eos): byte_level(add_bos=bos, add_eos=eos)
-        if family == "byte-level"
-        else LlamaTokenizer.from_pretrained(
-            sentencepiece_folder, add_bos_token=bos, add_eos_token=eos
+    found = {}
+    for bos, eos in HABITS:
+        found["byte-level", bos, eos] = byte_level(add_bos=bos, add_eos=eos)
+        found["sentencepiece", bos, eos] = LlamaTokenizer.from_pretrained(
+            folder, add_bos_token=bos, add_eos_token=eos
         )
-        for family in ("byte-level", "sentencepiece")
-        for bos, eos in habits
-    }
+    return found
 
 
 @pytest.mark.parametrize("family", ["byte-level", "sentencepiece"])
-@pytest.mark.parametrize("add_bos", [False, True])
-@pytest.mark.parametrize("add_eos", [False, True])
+@pytest.mark.parametrize(("add_bos", "add_eos"), HABITS)
 def test_encode_is_what_the_tokenizer_does_with_the_whole_text(
     tokenizers, family, add_bos, add_eos
 ):
@@ -142,11 +134,8 @@ def test_an_empty_prompt_is_the_bos_token():
     assert encode_prompt("", tokenizer) == [0]
     with pytest.raises(ValueError, match="empty prompt and the tokenizer has no bos"):
         encode(example, byte_level(bos_token=None))
-
-
-def test_a_tokenizer_without_eos_is_refused():
     with pytest.raises(ValueError, match="no end-of-sequence token"):
-        encode(Example(prompt="x", target="y"), byte_level(eos_token=None))
+        encode(example, byte_level(eos_token=None))
 
 
 @pytest.mark.parametrize("family", ["byte-level", "sentencepiece"])
@@ -189,12 +178,6 @@ def test_a_long_answer_is_cut_and_a_long_prompt_refused():
         encode_texts([short, example], tokenizer, prompt_length)
 
 
-def test_errors_count_examples_across_chunks():
-    examples = [Example(prompt="a", target="b")] * 2500 + [Example(prompt="a" * 99, target="b")]
-    with pytest.raises(ValueError, match="Example 2501 has a prompt of 99 tokens"):
-        encode_texts(examples, byte_level(), 9)
-
-
 def test_a_dataset_is_its_examples_encoded_one_by_one(tokenizers):
     tokenizer = tokenizers["sentencepiece", True, False]
     examples = [Example(prompt=f"How many {i}?", target=f" {i}" * (i % 5)) for i in range(1100)]
@@ -205,18 +188,9 @@ def test_a_dataset_is_its_examples_encoded_one_by_one(tokenizers):
     assert [(texts[i], int(dataset.prompt_lengths[i])) for i in indices] == single
     assert dataset.num_items(indices) == sum(len(ids) - length for ids, length in single)
     assert dataset.tokens.dtype == dataset.prompt_lengths.dtype == torch.int32
-
-
-def test_real_gsm8k_decodes_to_its_text(gem_data_dir):
-    examples = load_task("gsm8k", data_dir=str(gem_data_dir / "gsm8k")).test[:200]
-    tokenizer = byte_level(add_bos=True)
-    dataset = encode_texts(examples, tokenizer, 4096)
-    assert dataset.num_truncated == 0
-    for example, ids, length in zip(
-        examples, sequences(dataset), dataset.prompt_lengths, strict=True
-    ):
-        assert tokenizer.decode(ids[1:length]) == example.prompt
-        assert tokenizer.decode(ids[length:-1]) == example.target
+    long = Example(prompt="a" * 99, target="b")
+    with pytest.raises(ValueError, match="Example 1101 has a prompt of 101 tokens"):
+        encode_texts([*examples, long], tokenizer, 12)
 
 
 # Candidates
@@ -232,17 +206,11 @@ def test_candidates_are_encoded_without_eos():
     assert {len(e.candidates) for e in examples} == {2, 3}
     assert dataset.answers.tolist() == [e.answer for e in examples]
     assert len(dataset) == len(examples) == dataset.num_items(range(len(dataset)))
-    assert dataset.lengths[2] == sum(
-        len(tokenizer(f"{examples[2].prompt}{candidate}")["input_ids"])
-        for candidate in examples[2].candidates
-    )
 
 
 def test_candidates_that_are_too_long_are_counted_by_example_and_named():
     tokenizer = byte_level()
-    short = ChoiceExample(
-        prompt="ab", target="c", candidates=("c", "d"), answer=0, pairs=(("ab", None),)
-    )
+    short = choice("ab", ("c", "d"), 0, (("ab", None),))
     long = replace(short, candidates=("cdef", "ghij"))
     dataset = encode_candidates([short, long, long], tokenizer, 4)
     assert (dataset.num_truncated, dataset.longest) == (2, 4)
@@ -271,7 +239,7 @@ def test_pairs_are_encoded_as_the_tokenizer_does(kind):
     assert dataset.answers.tolist() == pytest.approx(values)
 
 
-def test_the_longer_text_of_a_pair_is_cut():
+def test_the_longer_text_of_a_pair_is_cut_and_types_are_of_tokenizers_that_have_them():
     (example, *_), tokenizer = make_task("labels").train, bert_tokenizer()
     long, short = (replace(example, pairs=((text, "blue"),)) for text in ("red " * 10, "red"))
     dataset = encode_pairs([long, short], tokenizer, 8)
@@ -279,13 +247,8 @@ def test_the_longer_text_of_a_pair_is_cut():
     assert (dataset.num_truncated, dataset.longest) == (1, 8)
     with pytest.raises(ValueError, match=r"3 special tokens .* raise --max_length"):
         encode_pairs([long], tokenizer, 3)
-
-
-def test_single_sentences_and_tokenizers_without_types():
-    single = replace(make_task("labels").train[0], pairs=(("red blue", None),))
-    tokenizer = bert_tokenizer()
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
-    dataset = encode_pairs([single], tokenizer, 40)
+    dataset = encode_pairs([replace(example, pairs=(("red blue", None),))], tokenizer, 40)
     assert sequences(dataset) == [tokenizer("red blue")["input_ids"]]
     assert "token_type_ids" not in dataset.collate([0], 0)
 
@@ -300,13 +263,10 @@ def test_single_sentences_and_tokenizers_without_types():
     ],
 )
 def test_a_selection_is_its_examples_encoded_alone(encode_all, tokenizer, examples):
-    """And what is learnt is part of the fingerprint: tokens, answers, the order of the rows."""
+    """As where a part of the examples is trained on."""
     dataset = encode_all(examples, tokenizer, 60)
-    indices = [3, 0, 3]
-    selected, same = (
-        dataset.select(indices),
-        encode_all([examples[i] for i in indices], tokenizer, 60),
-    )
+    selected = dataset.select([3, 0, 3])
+    same = encode_all([examples[i] for i in (3, 0, 3)], tokenizer, 60)
     assert selected.fingerprint() == same.fingerprint()
     assert selected.truncated.tolist() == same.truncated.tolist()
     assert len(dataset.select([])) == len(encode_all([], tokenizer, 60)) == 0

@@ -8,22 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gem_ds.data.metrics import METRICS, normalised, read_number, score
-from gem_ds.data.tasks import AnswerExample, ChoiceExample, NumberExample
+from gem_ds.data.tasks import AnswerExample, NumberExample
 from gem_ds.data.tasks.catalog import TASKS
+from tests.tiny_tasks import choice
 
 
 def choices(answers, num_labels=3, groups=None):
-    candidates = tuple(f" {i}" for i in range(num_labels))
+    candidates, groups = tuple(f" {i}" for i in range(num_labels)), groups or [""] * len(answers)
     return [
-        ChoiceExample(
-            prompt="p",
-            target=candidates[answer],
-            candidates=candidates,
-            answer=answer,
-            pairs=(("p", None),),
-            group="" if groups is None else groups[i],
-        )
-        for i, answer in enumerate(answers)
+        choice("p", candidates, answer, (("p", None),), group=group)
+        for answer, group in zip(answers, groups, strict=True)
     ]
 
 
@@ -56,7 +50,7 @@ GUESS = [1, 1, 1, 0, 1, 1, 0]
 
 def test_two_labels_by_hand():
     examples = choices(TRUTH, num_labels=2)
-    assert score("rte", examples, GUESS) == {"accuracy": pytest.approx(4 / 7)}
+    assert score("rte", examples, np.array(GUESS)) == {"accuracy": pytest.approx(4 / 7)}
     expected = {"accuracy": pytest.approx(4 / 7), "f1": pytest.approx(6 / 9)}
     assert score("mrpc", examples, GUESS) == expected
     assert score("qqp", examples, GUESS) == expected
@@ -82,24 +76,20 @@ def test_multirc_counts_answers_and_whole_questions():
 def test_stsb_by_hand():
     """Ranks 1 2 3 4 against 1 3 2 4: Spearman 1 - 6 * 2 / (4 * 15) = 0.8."""
     truth, guess = [0.0, 1.0, 2.0, 5.0], [1.0, 3.0, 2.0, 4.0]
-    result = score("stsb", numbers(truth), guess)
+    result = score("stsb", numbers(truth), np.array(guess, dtype=np.float32))
     assert result == {
         "pearson": pytest.approx(np.corrcoef(truth, guess)[0, 1]),
         "spearman": pytest.approx(0.8),
     }
 
 
-@pytest.mark.parametrize("guess", [0, 1])
-def test_a_constant_guess_is_worth_nothing(guess):
+def test_what_a_formula_leaves_undefined_counts_nothing():
     """Without a warning, which would be an error here, and never NaN."""
-    assert score("cola", choices(TRUTH), [guess] * 7) == {"matthews_correlation": 0.0}
-    assert score("cola", choices([guess] * 7), [guess] * 7) == {"matthews_correlation": 0.0}
-    assert score("stsb", numbers([1.0, 2.0]), [2.5, 2.5]) == {"pearson": 0.0, "spearman": 0.0}
-    assert score("stsb", numbers([2.0, 2.0]), [1.0, 2.5]) == {"pearson": 0.0, "spearman": 0.0}
-    assert score("stsb", numbers([2.0]), [2.0]) == {"pearson": 0.0, "spearman": 0.0}
-
-
-def test_f1_without_positives_is_zero():
+    for guess in (0, 1):
+        for truth in (TRUTH, [guess] * 7):
+            assert score("cola", choices(truth), [guess] * 7) == {"matthews_correlation": 0.0}
+    for truth, guesses in (([1.0, 2.0], [2.5, 2.5]), ([2.0, 2.0], [1.0, 2.5]), ([2.0], [2.0])):
+        assert score("stsb", numbers(truth), guesses) == {"pearson": 0.0, "spearman": 0.0}
     assert score("mrpc", choices([0, 0]), [0, 0]) == {"accuracy": 1.0, "f1": 0.0}
     assert score("multirc", choices([0, 0]), [0, 0]) == {"f1a": 0.0, "exact_match": 1.0}
 
@@ -113,14 +103,9 @@ def test_squad_takes_the_answer_that_fits_best():
 
 
 def test_record_takes_the_name_that_fits_best():
-    example = ChoiceExample(
-        prompt="p",
-        target=" Darius Henderson",
-        candidates=(" Darius Henderson", " Lee", " Henderson", " Henderson Road"),
-        answer=0,
-        pairs=(("p", "q"),) * 4,
-        answers=("Darius Henderson", "Henderson"),
-    )
+    names = (" Darius Henderson", " Lee", " Henderson", " Henderson Road")
+    answers = ("Darius Henderson", "Henderson")
+    example = choice("p", names, 0, (("p", "q"),) * 4, answers=answers)
 
     def judged(prediction):
         return tuple(score("record", [example], [prediction]).values())
@@ -136,7 +121,6 @@ def test_record_takes_the_name_that_fits_best():
         ("The Cat.", "cat"),
         ("  an  apple\na day ", "apple day"),
         ("theatre", "theatre"),
-        ("U.S.", "us"),
         ("well-known", "wellknown"),
         ("Ana\u2019s", "ana\u2019s"),
         ("The", ""),
@@ -150,8 +134,6 @@ def test_text_is_normalised_as_the_official_script_does(text, expected):
     ("text", "expected"),
     [
         (" 3.8", 3.8),
-        (" 3.8.", 3.8),
-        ("It is 4 out of 5", 4.0),
         (" 4/5", 4.0),
         (" 3.6 / 5.", 3.6),
         (" 1/2", 0.5),
@@ -186,12 +168,6 @@ def test_a_number_is_read_from_what_a_model_wrote(text, expected):
 def test_what_cannot_be_judged_is_refused(task, examples, predictions, message):
     with pytest.raises(ValueError, match=message):
         score(task, examples, predictions)
-
-
-def test_arrays_are_predictions_too():
-    assert score("rte", choices([0, 1]), np.array([0, 1])) == {"accuracy": 1.0}
-    result = score("stsb", numbers([0.0, 5.0]), np.array([1, 2], dtype=np.float32))
-    assert result == {"pearson": pytest.approx(1.0), "spearman": pytest.approx(1.0)}
 
 
 @settings(max_examples=30, deadline=None)

@@ -7,24 +7,11 @@ import pytest
 
 from gem_ds.data.metrics import score
 from gem_ds.data.predictions import save_predictions
-from gem_ds.data.tasks import ChoiceExample, Example, NumberExample, load_task
+from gem_ds.data.tasks import Example, NumberExample
+from tests.tiny_tasks import choice
 
 NAMES = (" Darius Henderson", " Lee", " the Henderson", " Henderson Road")
 PREDICTIONS = [0, 1, 2, 3, 3]
-
-
-def examples(answers: tuple[str, ...]) -> list[Example]:
-    return [
-        ChoiceExample(
-            prompt="p",
-            target=NAMES[0],
-            candidates=NAMES,
-            answer=0,
-            pairs=(("p", "q"),) * len(NAMES),
-            answers=answers,
-        )
-        for _ in PREDICTIONS
-    ]
 
 
 def correct_of(folder: Path, examples: list[Example], predictions: list[float]) -> list[float]:
@@ -43,26 +30,14 @@ def correct_of(folder: Path, examples: list[Example], predictions: list[float]) 
 )
 def test_the_mean_of_what_is_correct_is_the_main_metric(tmp_path, task, answers, expected):
     """The comparison's intervals are those of this mean and stand beside the metric."""
-    asked = examples(answers)
+    pairs = (("p", "q"),) * len(NAMES)
+    asked = [choice("p", NAMES, 0, pairs, answers=answers)] * len(PREDICTIONS)
     correct = correct_of(tmp_path, asked, PREDICTIONS)
     assert correct == pytest.approx(expected)
     main = next(iter(score(task, asked, PREDICTIONS).values()))
     assert sum(correct) / len(correct) == pytest.approx(main)
 
 
-def test_on_the_real_task_too(tmp_path, gem_data_dir):
-    asked = load_task("record", data_dir=str(gem_data_dir / "superglue" / "ReCoRD")).train
-    predictions: list[float] = [
-        i % len(e.candidates) for i, e in enumerate(asked) if isinstance(e, ChoiceExample)
-    ]
-    correct = correct_of(tmp_path, asked, predictions)
-    main = score("record", asked, predictions)["f1"]
-    assert 0 < main < 1
-    assert sum(correct) / len(correct) == pytest.approx(main)
-
-
 def test_a_number_is_neither_right_nor_wrong(tmp_path):
-    asked: list[Example] = [
-        NumberExample(prompt="p", target=" 2.0", pairs=(("p", "q"),), value=2.0)
-    ]
-    assert correct_of(tmp_path, asked, [2.0]) == [None]
+    asked = NumberExample(prompt="p", target=" 2.0", pairs=(("p", "q"),), value=2.0)
+    assert correct_of(tmp_path, [asked], [2.0]) == [None]

@@ -8,8 +8,6 @@ import pytest
 
 from gem_ds.data.tasks import Example, load_task
 from gem_ds.data.tasks.mbpp import SPLITS, Problem, load_problems, prompt_of, target_of
-from gem_ds.train import main as train
-from tests.tiny_model import make_tiny, one_rank
 
 FULL_ROW = {
     "text": "Add.",
@@ -44,38 +42,31 @@ def sanitized(tmp_path, content) -> str:
     return str(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("is_sanitized", "sizes"),
-    [
-        (False, {"prompt": 10, "test": 500, "validation": 90, "train": 374}),
-        (True, {"prompt": 7, "test": 257, "validation": 43, "train": 120}),
-    ],
-)
-def test_every_problem_is_there_and_in_one_split(gem_data_dir, is_sanitized, sizes):
-    dataset = load_problems(gem_data_dir / "mbpp", sanitized=is_sanitized)
-    assert {name: len(dataset.split(name)) for name in SPLITS} == sizes
-    assert len(dataset.problems) == sum(sizes.values())
-    for name, ids in SPLITS.items():
-        assert all(problem.task_id in ids for problem in dataset.split(name))
-    file = "sanitized-mbpp.json" if is_sanitized else "mbpp.jsonl"
-    content = (gem_data_dir / "mbpp" / file).read_bytes()
-    assert dataset.source == file
-    assert dataset.sha256 == hashlib.sha256(content).hexdigest()
-
-
-def test_problems_keep_the_text_of_the_dataset(gem_data_dir):
-    path = gem_data_dir / "mbpp" / "mbpp.jsonl"
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    problems = load_problems(path.parent).problems
-    assert list(problems) == [row["task_id"] for row in rows]
-    for row in rows:
-        assert problems[row["task_id"]] == Problem(
+def test_every_problem_is_there_as_written_and_in_one_split(gem_data_dir):
+    for is_sanitized, file, sizes in (
+        (False, "mbpp.jsonl", [10, 500, 90, 374]),
+        (True, "sanitized-mbpp.json", [7, 257, 43, 120]),
+    ):
+        dataset = load_problems(gem_data_dir / "mbpp", sanitized=is_sanitized)
+        names = ("prompt", "test", "validation", "train")
+        assert [len(dataset.split(name)) for name in names] == sizes
+        assert len(dataset.problems) == sum(sizes)
+        for name, ids in SPLITS.items():
+            assert all(problem.task_id in ids for problem in dataset.split(name))
+        content = (gem_data_dir / "mbpp" / file).read_bytes()
+        assert dataset.source == file
+        assert dataset.sha256 == hashlib.sha256(content).hexdigest()
+    rows = (gem_data_dir / "mbpp" / "mbpp.jsonl").read_text(encoding="utf-8").splitlines()
+    assert list(load_problems(gem_data_dir / "mbpp").problems.values()) == [
+        Problem(
             task_id=row["task_id"],
             text=row["text"],
             code=row["code"],
             tests=tuple(row["test_list"]),
             setup=row["test_setup_code"],
         )
+        for row in map(json.loads, rows)
+    ]
 
 
 def test_the_train_split_is_trained_on_and_the_test_split_is_not_shown(gem_data_dir):
@@ -87,41 +78,14 @@ def test_the_train_split_is_trained_on_and_the_test_split_is_not_shown(gem_data_
             assert example.prompt == prompt_of(problems[task_id].text, problems[task_id].tests)
             assert "\r" not in example.target
             assert example.target.split() == target_of(problems[task_id].code).split()
-
-
-def test_a_published_problem_reads_as_written_out_here(gem_data_dir):
-    data = load_task("mbpp", data_dir=str(gem_data_dir / "mbpp"))
-    assert data.train[3] == Example(  # task 604
-        prompt="You are an expert Python programmer, and here is your task: Write a function to "
-        "reverse words in a given string. Your code should pass these tests:\n\n"
-        'assert reverse_words("python program")==("program python")\n'
-        'assert reverse_words("java language")==("language java")\n'
-        'assert reverse_words("indian man")==("man indian")\n[BEGIN]\n',
-        target="def reverse_words(s):\n        return ' '.join(reversed(s.split()))\n[DONE]",
-    )
+    target = "def reverse_words(s):\n        return ' '.join(reversed(s.split()))\n[DONE]"
+    assert data.train[3].target == target  # as published
 
 
 def test_prompt_and_target_have_the_published_form(tmp_path):
     data = load_task("mbpp", data_dir=full(tmp_path, FULL_ROW, FULL_ROW | {"task_id": 511}))
     assert data.train == [Example(prompt=PROMPT, target="def f(x):\n  return x\n[DONE]")]
     assert data.test == data.train
-
-
-def test_the_sanitized_names_mean_the_same(tmp_path):
-    problem = load_problems(sanitized(tmp_path, [SANITIZED_ROW]), sanitized=True).problems[11]
-    assert (problem.text, problem.setup) == ("Add.", "import math\nimport re")
-
-
-def test_a_model_is_trained_on_it(tmp_path):
-    tiny = make_tiny(tmp_path)
-    model = tiny.variant("long", max_position_embeddings=512)
-    rows = [FULL_ROW | {"task_id": i} for i in (511, 601, 602, 603, 604)]
-    data, out = full(tmp_path, *rows), tmp_path / "out"
-    values = {"task": "mbpp", "data_dir": data, "model_name_or_path": model, "max_steps": 2}
-    with one_rank():
-        train.main(tiny.flags(out, max_length=512, **values))
-    results = json.loads((out / "all_results.json").read_text())
-    assert results["last_eval_loss"] < results["first_eval_loss"]
 
 
 @pytest.mark.parametrize(
@@ -137,6 +101,9 @@ def test_without_a_folder_the_hub_is_asked(monkeypatch, tmp_path, is_sanitized, 
     assert list(dataset.problems) == [row["task_id"], 12]
     assert dataset.source == f"google-research-datasets/mbpp ({name})"
     assert dataset.sha256 == load_problems(None, sanitized=is_sanitized).sha256
+    if is_sanitized:
+        problem = dataset.problems[11]
+        assert (problem.text, problem.setup) == ("Add.", "import math\nimport re")
     write = sanitized if is_sanitized else lambda folder, rows: full(folder, *rows)
     folder = write(tmp_path, [row, row | {"task_id": 12}])
     assert load_problems(folder, sanitized=is_sanitized).problems == dataset.problems
@@ -150,15 +117,12 @@ def without(row, field):
     ("bad", "message"),
     [
         (without(FULL_ROW, "task_id"), "'task_id' must be a whole number from 1 to 974, not None"),
-        (FULL_ROW | {"task_id": "7"}, "'task_id' must be .* not '7'"),
         (FULL_ROW | {"task_id": True}, "'task_id' must be .* not True"),
         (FULL_ROW | {"task_id": 975}, "'task_id' must be .* not 975"),
         (FULL_ROW | {"task_id": 602}, "another problem with task_id 602"),
         (without(FULL_ROW, "text"), "no field 'text'"),
-        (without(FULL_ROW, "code"), "no field 'code'"),
         (without(FULL_ROW, "test_setup_code"), "no field 'test_setup_code'"),
         (without(FULL_ROW, "test_list"), "'test_list' must be a list of strings; it is missing"),
-        (FULL_ROW | {"test_list": "assert"}, "'test_list' must be .*; it is a string"),
         (FULL_ROW | {"test_list": ["a", 1]}, "entry 2 of 'test_list' must be a string"),
         (FULL_ROW | {"test_list": []}, "problem 601 has no tests"),
     ],
@@ -173,10 +137,8 @@ def test_a_bad_line_is_named(tmp_path, bad, message):
     ("content", "message"),
     [
         ([SANITIZED_ROW, without(SANITIZED_ROW, "prompt")], r"entry 2: .*another problem"),
-        ([without(SANITIZED_ROW, "prompt")], r"entry 1: there is no field 'prompt'"),
         ([SANITIZED_ROW | {"test_imports": "import math"}], r"entry 1: .*'test_imports' must be"),
         ('[{"task_id": 1}', r"sanitized-mbpp\.json, line 1: this is not JSON"),
-        ({"task_id": 1}, "must be one JSON list of objects"),
         ([1], "must be one JSON list of objects"),
     ],
 )

@@ -26,22 +26,15 @@ EXAMPLE = AnswerExample(
 )
 
 
-def test_an_official_file_becomes_examples(tmp_path):
+def test_files_and_the_hub_give_the_same_examples(tmp_path, monkeypatch):
     (tmp_path / "train-v1.1.json").write_text(json.dumps(DOCUMENT))
     assert load_task("squad", data_dir=str(tmp_path)) == TaskData(train=[EXAMPLE], test=[])
     (tmp_path / "dev-v1.1.json").write_text(json.dumps(DOCUMENT))
     data = load_task("squad", data_dir=str(tmp_path))
     assert (data.test, data.kind) == ([EXAMPLE], "text")
 
-
-def test_the_hub_gives_the_same_examples(monkeypatch):
-    row = {
-        "id": "a1",
-        "title": "Super_Bowl_50",
-        "context": CONTEXT,
-        "question": "Who won?",
-        "answers": {"text": ANSWERS, "answer_start": [4, 0, 4]},
-    }
+    row = {"id": "a1", "title": "Super_Bowl_50", "context": CONTEXT, "question": "Who won?"}
+    row["answers"] = {"text": ANSWERS, "answer_start": [4, 0, 4]}
 
     def load_dataset(*names):
         assert names == ("rajpurkar/squad",)
@@ -57,7 +50,6 @@ def test_the_hub_gives_the_same_examples(monkeypatch):
         ('{"data": [\n}', r"line 2: this is not JSON \(.*column 1\)"),
         (b"\xff\xfe\xfa", r"is not UTF-8"),
         ("[]", r"must hold an object with a list of articles, 'data'"),
-        ('{"data": []}', r"must hold an object with a list of articles"),
         ('{"data": [{}, 3]}', r"article 2: an article must be an object"),
         (json.dumps(DOCUMENT).replace("title", "name"), r"article 1: there is no field 'title'"),
         ('{"data": [{"title": "t"}]}', r"article 1: the field 'paragraphs' must be a list of obj"),

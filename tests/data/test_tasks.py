@@ -11,15 +11,6 @@ from gem_ds.data.tasks import Example, hub_dataset, load_task, task_names
 from gem_ds.data.tasks.jsonl import read_jsonl
 from gem_ds.train.config import DataArguments
 
-NATALIA = (
-    "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in "
-    "May. How many clips did Natalia sell altogether in April and May?"
-)
-NATALIA_ANSWER = (
-    "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\n"
-    "Natalia sold 48+24 = <<48+24=72>>72 clips altogether in April and May.\n#### 72"
-)
-
 
 def write_lines(path, *lines):
     path.write_bytes(b"\n".join(x if isinstance(x, bytes) else x.encode() for x in lines))
@@ -36,8 +27,12 @@ FIELDS = {"prompt_field": "p", "target_field": "t"}
 def test_gsm8k_folder_has_every_example_in_the_published_form(gem_data_dir):
     data = load_task("gsm8k", data_dir=str(gem_data_dir / "gsm8k"))
     assert (len(data.train), len(data.test)) == (7473, 1319)
-    assert data.train[0] == Example(
-        prompt=f"Question: {NATALIA}\nAnswer:", target=f" {NATALIA_ANSWER}"
+    asked, answered = data.train[0].prompt, data.train[0].target
+    assert asked.startswith("Question: Natalia sold clips to 48 of her friends in April, and then ")
+    assert asked.endswith(" How many clips did Natalia sell altogether in April and May?\nAnswer:")
+    assert answered == (
+        " Natalia sold 48/2 = <<48/2=24>>24 clips in May.\n"
+        "Natalia sold 48+24 = <<48+24=72>>72 clips altogether in April and May.\n#### 72"
     )
     for example in data.train + data.test:
         assert "\n#### " in example.target
@@ -47,30 +42,22 @@ def test_gsm8k_folder_has_every_example_in_the_published_form(gem_data_dir):
 def test_gsm8k_without_a_folder_asks_the_hub_for_the_main_set(monkeypatch):
     def load_dataset(*names):
         assert names == ("openai/gsm8k", "main")
-        return {
-            "train": [{"question": "q", "answer": "a"}],
-            "test": [{"question": "r", "answer": "b"}],
-        }
+        return {part: [{"question": part, "answer": "a"}] for part in ("train", "test")}
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     data = load_task("gsm8k", data_dir=None)
-    assert data.train == [Example(prompt="Question: q\nAnswer:", target=" a")]
-    assert data.test == [Example(prompt="Question: r\nAnswer:", target=" b")]
+    for part in ("train", "test"):
+        (example,) = getattr(data, part)
+        assert example == Example(prompt=f"Question: {part}\nAnswer:", target=" a")
 
 
-@pytest.mark.parametrize("option", ["train_file", "test_file", "prompt_field", "target_field"])
-def test_gsm8k_refuses_options_it_would_ignore(option):
-    with pytest.raises(ValueError, match=f"--{option} has no meaning for --task gsm8k"):
-        load_task("gsm8k", data_dir="anywhere", **{option: "x"})
-
-
-def test_gsm8k_names_the_file_that_is_missing(tmp_path):
+def test_tasks_that_cannot_be_loaded_are_refused(tmp_path):
+    for option in ("train_file", "test_file", "prompt_field", "target_field"):
+        with pytest.raises(ValueError, match=f"--{option} has no meaning for --task gsm8k"):
+            load_task("gsm8k", data_dir="anywhere", **{option: "x"})
     write_lines(tmp_path / "train.jsonl", '{"question": "q", "answer": "a"}')
     with pytest.raises(ValueError, match=r"There is no file .*test\.jsonl"):
         load_task("gsm8k", data_dir=str(tmp_path))
-
-
-def test_an_unknown_task_is_answered_with_the_known_ones():
     with pytest.raises(ValueError, match=r"no task 'gsm9k': pass one of boolq, .* gsm8k, jsonl, "):
         load_task("gsm9k", data_dir=None)
 
@@ -108,11 +95,8 @@ def test_a_chat_line_ends_in_its_target(tmp_path):
     data = load_lines(tmp_path, json.dumps({"messages": messages}))
     expected = [{"role": role, "content": content} for role, content in turns[:-1]]
     assert data.train == [Example(prompt=expected, target="b")]
-
-
-def test_named_fields_win_over_messages(tmp_path):
     data = load_lines(tmp_path, '{"messages": 3, "p": "x", "t": "y"}', **FIELDS)
-    assert data.train == [Example(prompt="x", target="y")]
+    assert data.train == [Example(prompt="x", target="y")], "named fields win"
 
 
 def test_a_folder_gives_train_and_test(tmp_path):
@@ -147,15 +131,12 @@ GOOD = '{"p": "x", "t": "y"}'
     [
         ('{"p": "x", "t": "y"', r"not JSON \(.*column 20"),
         ("[1]", "must be a JSON object, not a list"),
-        ("7", "must be a JSON object, not a number"),
         ('{"p": "x", "q": "y"}', r"no field 't'; the line has 'p', 'q'"),
         ("{}", r"no field 'p'; the line has no fields"),
         ('{"p": null, "t": "y"}', "'p' must be a string, not null"),
         ('{"p": "x", "t": 1.5}', "'t' must be a string, not a number"),
-        ('{"p": "x", "t": true}', "'t' must be a string, not true or false"),
         ('{"p": "x", "t": "ab\\ud83d"}', "'t' holds half of a surrogate pair at character 3"),
         (b'{"p": "\xff", "t": "y"}', "byte 8 of the line is not UTF-8"),
-        ("{'p': 'x'}", "not JSON"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, bad, message):
@@ -168,7 +149,6 @@ def test_a_bad_line_is_named(tmp_path, bad, message):
     [
         ({"a": "x", "b": "y"}, r"pass --prompt_field and --target_field, each one of 'a', 'b'"),
         ({"messages": "x"}, "'messages' must be a list, not a string"),
-        ({"messages": []}, "must end with the assistant message"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "at least one message before it"),
         ({"messages": [{"role": "user", "content": "x"}] * 2}, "must end with the assistant"),
         ({"messages": [{"role": "user", "content": "x"}, 3]}, "message 2 must be an object"),
@@ -182,12 +162,11 @@ def test_a_bad_chat_line_is_named(tmp_path, bad, message):
         load_lines(tmp_path, good, json.dumps(bad))
 
 
-@pytest.mark.parametrize("content", [b"", b"\n \r\n", b"\xef\xbb\xbf"])
-def test_an_empty_file_is_refused(tmp_path, content):
-    path = tmp_path / "x.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"x\.jsonl is empty"):
-        load_task("jsonl", data_dir=str(path))
+def test_an_empty_file_is_refused(tmp_path):
+    for content in (b"", b"\n \r\n", b"\xef\xbb\xbf"):
+        (tmp_path / "x.jsonl").write_bytes(content)
+        with pytest.raises(ValueError, match=r"x\.jsonl is empty"):
+            load_task("jsonl", data_dir=str(tmp_path / "x.jsonl"))
 
 
 def test_the_place_and_both_fields_must_be_given(tmp_path):

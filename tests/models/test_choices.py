@@ -29,7 +29,7 @@ from gem_ds.models.choices import (
 )
 from gem_ds.models.encoders import head_names, initialise_head, set_head
 from tests.tiny_model import make_tiny
-from tests.tiny_tasks import KINDS, bert_tokenizer, make_bert, make_task
+from tests.tiny_tasks import KINDS, bert_tokenizer, choice, make_bert, make_task
 
 # Candidates of a causal model
 
@@ -37,16 +37,12 @@ from tests.tiny_tasks import KINDS, bert_tokenizer, make_bert, make_task
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     """A causal model and its tokenizer."""
-    folder = make_tiny(tmp_path_factory.mktemp("tiny")).model
-    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(
-        folder
-    )
+    path = make_tiny(tmp_path_factory.mktemp("tiny")).model
+    return AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
 
 
-@pytest.fixture(scope="module")
-def examples() -> list[Any]:
-    """With two or three candidates, of different lengths."""
-    return make_task("choices").train
+#: With two or three candidates, of different lengths.
+EXAMPLES: list[Any] = make_task("choices").train
 
 
 def naive_scores(model: Any, tokenizer: Any, example: ChoiceExample) -> Tensor:
@@ -61,58 +57,53 @@ def naive_scores(model: Any, tokenizer: Any, example: ChoiceExample) -> Tensor:
     return torch.stack(scores)
 
 
-def naive_loss(model: Any, tokenizer: Any, examples: list[Any]) -> Tensor:
-    losses = [
-        F.cross_entropy(naive_scores(model, tokenizer, e), torch.tensor(e.answer)) for e in examples
-    ]
-    return torch.stack(losses).sum()
-
-
 def batch_of(examples: list[Any], tokenizer: Any) -> dict[str, Tensor]:
     dataset = encode_candidates(examples, tokenizer, 128)
     return dataset.collate(range(len(dataset)), pad_token_id=0)
 
 
-def test_scores_are_those_of_each_candidate_alone(tiny, examples):
+def assert_same(model: Any, loss: Tensor, expected: Tensor, absolute: float) -> None:
+    """The same loss and the same gradient of every parameter."""
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    found, naive = (
+        torch.autograd.grad(each, list(model.parameters())) for each in (loss, expected)
+    )
+    for gradient, other in zip(found, naive, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-4, atol=absolute)
+
+
+def test_scores_loss_and_gradient_are_those_of_each_candidate_alone(tiny):
     """Padding, neighbours or the order of rows would change a likelihood."""
     model, tokenizer = tiny
-    with torch.no_grad():
-        found = mean_log_likelihoods(model, batch_of(examples, tokenizer))
-        expected = torch.cat([naive_scores(model, tokenizer, e) for e in examples])
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    batch = batch_of(EXAMPLES, tokenizer)
+    scores = [naive_scores(model, tokenizer, e) for e in EXAMPLES]
+    found = mean_log_likelihoods(model, batch)
+    torch.testing.assert_close(found, torch.cat(scores), rtol=1e-5, atol=1e-6)
+    losses = [
+        F.cross_entropy(own, torch.tensor(e.answer))
+        for own, e in zip(scores, EXAMPLES, strict=True)
+    ]
+    loss = summed_candidate_loss(model, batch)
+    assert_same(model, loss, torch.stack(losses).sum(), absolute=1e-6)
 
 
-def test_the_loss_and_its_gradient_are_those_of_naive_code(tiny, examples):
+def test_the_likeliest_candidate_is_predicted_however_batches_are_cut(tiny):
     model, tokenizer = tiny
-    parameters = list(model.parameters())
-    loss = summed_candidate_loss(model, batch_of(examples, tokenizer))
-    expected = naive_loss(model, tokenizer, examples)
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
-    found = torch.autograd.grad(loss, parameters)
-    for gradient, naive in zip(found, torch.autograd.grad(expected, parameters), strict=True):
-        torch.testing.assert_close(gradient, naive, rtol=1e-4, atol=1e-6)
-
-
-def test_the_likeliest_candidate_is_predicted_however_batches_are_cut(tiny, examples):
-    model, tokenizer = tiny
+    dataset = encode_candidates(EXAMPLES, tokenizer, 128)
     with torch.no_grad():
-        expected = [int(naive_scores(model, tokenizer, e).argmax()) for e in examples]
-    assert len(set(expected)) > 1
-    dataset = encode_candidates(examples, tokenizer, 128)
-    for size in (1, 4, len(examples)):
-        found: list[int] = []
-        for first in range(0, len(dataset), size):
-            rows = range(first, min(first + size, len(dataset)))
-            with torch.no_grad():
+        expected = [int(naive_scores(model, tokenizer, e).argmax()) for e in EXAMPLES]
+        assert len(set(expected)) > 1
+        for size in (1, 4, len(EXAMPLES)):
+            found: list[int] = []
+            for first in range(0, len(dataset), size):
+                rows = range(first, min(first + size, len(dataset)))
                 found += predict_candidates(model, dataset.collate(rows, 0)).tolist()
-        assert found == expected
+            assert found == expected
 
 
 def test_ties_go_to_the_first_candidate(tiny):
     model, tokenizer = tiny
-    twins = ChoiceExample(
-        prompt="red so", target=" blue", candidates=(" blue", " blue", " blue"), answer=2, pairs=()
-    )
+    twins = choice("red so", (" blue",) * 3, 2)
     with torch.no_grad():
         assert predict_candidates(model, batch_of([twins], tokenizer)).tolist() == [0]
     scores = torch.tensor([[1.0, 3.0, 3.0], [2.0, 2.0, -torch.inf], [1.0, torch.nan, 2.0]])
@@ -149,7 +140,6 @@ def naive_head_loss(model: Any, task: TaskData) -> Any:
     """Transformers' own loss, one example at a time."""
     losses = []
     for example in task.train:
-        assert hasattr(example, "pairs")
         inputs = inputs_of(example.pairs)
         if task.kind == "choices":
             scores = model(**inputs).logits[:, 0]
@@ -161,30 +151,21 @@ def naive_head_loss(model: Any, task: TaskData) -> Any:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_heads_loss_and_its_gradient_are_those_of_transformers(folder, kind):
+def test_the_heads_loss_and_predictions_are_those_of_transformers(folder, kind):
+    """Of each example alone: they may not depend on the batch."""
     task = make_task(kind)
-    model = load(folder, task)
     dataset = dataset_of(task)
-    loss = summed_pair_loss(model, dataset.collate(range(len(dataset)), 0))
-    expected = naive_head_loss(model, task)
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
-    parameters = list(model.parameters())
-    found = torch.autograd.grad(loss, parameters)
-    for gradient, naive in zip(found, torch.autograd.grad(expected, parameters), strict=True):
-        torch.testing.assert_close(gradient, naive, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_predictions_do_not_depend_on_the_batch(folder, kind):
-    task = make_task(kind)
-    model, dataset = load(folder, task, seed=6), dataset_of(task)
+    batch = dataset.collate(range(len(dataset)), 0)
+    model = load(folder, task)
+    loss = summed_pair_loss(model, batch)
+    assert_same(model, loss, naive_head_loss(model, task), absolute=1e-4)
+    model, expected = load(folder, task, seed=6), []
     with torch.no_grad():
-        expected = []
         for example in task.train:
             logits = model(**inputs_of(example.pairs)).logits
             scores = logits[:, 0] if kind == "choices" else logits[0]
             expected.append(float(scores[0] if kind == "number" else scores.argmax()))
-        found = predict_pairs(model, dataset.collate(range(len(dataset)), 0)).tolist()
+        found = predict_pairs(model, batch).tolist()
     assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
     assert len(set(expected)) > 1
 
@@ -194,7 +175,7 @@ def test_no_examples_are_a_batch_without_items(tiny, folder, kind):
     """A rank without rows runs forward and backward too, and must add nothing."""
     if kind == "candidates":
         model, tokenizer = tiny
-        dataset = encode_candidates(make_task("choices").train, tokenizer, 128)
+        dataset = encode_candidates(EXAMPLES, tokenizer, 128)
         loss_of, predict = summed_candidate_loss, predict_candidates
     else:
         model, dataset = load(folder, make_task(kind)), dataset_of(make_task(kind))

@@ -89,30 +89,24 @@ def test_an_encoder_reads_as_many_tokens_as_it_tells(model_type: str) -> None:
 
 
 @pytest.mark.parametrize("model_type", HEADS)
-def test_a_saved_classifier_is_trained_from_where_it_is(tmp_path: Path, model_type: str) -> None:
+def test_the_head_is_the_same_layers_saved_or_not(tmp_path: Path, model_type: str) -> None:
+    """A saved classifier is trained from where it is."""
     saved = make_encoder(model_type)
-    saved.save_pretrained(tmp_path)
-    model, head = load(tmp_path)
+    saved.save_pretrained(tmp_path / "whole")
+    model, head = load(tmp_path / "whole")
     layers = head_layers(model, head)
     assert sorted(layers) == sorted(f"{owner}.weight" for owner in HEADS[model_type])
     for name in head:
         torch.testing.assert_close(model.get_parameter(name), saved.get_parameter(name))
-
-
-@pytest.mark.parametrize("model_type", sorted(HEADS.keys() - {"modernbert"}))
-def test_the_head_of_a_base_model_is_the_same(tmp_path: Path, model_type: str) -> None:
-    model = make_encoder(model_type)
-    model.base_model.save_pretrained(tmp_path)
-    bare, head = load(tmp_path)
-    assert set(head) == head_names(bare) == head_names(model)
-
-
-def test_a_modernbert_without_the_norm_of_its_head_is_refused(tmp_path: Path) -> None:
-    make_encoder("modernbert").base_model.save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"for example head\.norm\.weight: pass a complete model\.$"
-    ):
-        load(tmp_path)
+    saved.base_model.save_pretrained(tmp_path / "base")
+    if model_type == "modernbert":  # its head has a norm, which a seed cannot make
+        with pytest.raises(
+            ValueError, match=r"example head\.norm\.weight: pass a complete model\.$"
+        ):
+            load(tmp_path / "base")
+        return
+    bare, head = load(tmp_path / "base")
+    assert set(head) == head_names(bare) == head_names(saved)
 
 
 @pytest.mark.parametrize(

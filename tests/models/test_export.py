@@ -32,17 +32,12 @@ SCRIPT = Path(cli.__file__).parents[1] / "launch" / "export.py"
 
 def tiny_model(architecture: str) -> PreTrainedModel:
     torch.manual_seed(1)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "vocab_size": 24, "num_attention_heads": 2}
     if architecture == "opt":  # the output layer is tied to the embedding
-        sizes = {"ffn_dim": 16, "word_embed_proj_dim": 8, "max_position_embeddings": 16}
-        return OPTForCausalLM(
-            OPTConfig(
-                vocab_size=24, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, **sizes
-            )
-        )
-    config = LlamaConfig if architecture == "llama" else BertConfig
-    model = LlamaForCausalLM if architecture == "llama" else BertForSequenceClassification
-    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2}
-    return model(config(vocab_size=24, num_attention_heads=2, **sizes))
+        return OPTForCausalLM(OPTConfig(**sizes, ffn_dim=16, word_embed_proj_dim=8))
+    if architecture == "bert":
+        return BertForSequenceClassification(BertConfig(**sizes, intermediate_size=16))
+    return LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=16))
 
 
 def state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -88,8 +83,10 @@ def refusal(capfd, argv: list[str]) -> str:
     return lines[0]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("architecture", ["llama", "opt", "bert"])
+@pytest.mark.parametrize(
+    ("architecture", "dtype"),
+    [("llama", torch.float32), ("opt", torch.bfloat16), ("bert", torch.float16)],
+)
 def test_the_folder_is_base_plus_delta_to_the_bit(tmp_path, architecture, dtype):
     model = tiny_model(architecture).to(dtype)
     delta = save_run(tmp_path, model)
@@ -136,43 +133,38 @@ def test_the_tokenizer_goes_along(tmp_path):
 
 def test_an_output_folder_in_use_is_kept_unless_told(tmp_path, capfd):
     save_run(tmp_path, tiny_model("llama"))
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "notes.txt").write_text("mine")
+    out = tmp_path / "out"
+    out.write_text("mine")
+    assert "is a file" in refusal(capfd, arguments(tmp_path))
+    assert out.read_text() == "mine"
+    out.unlink()
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
     assert "--overwrite_output_dir" in refusal(capfd, arguments(tmp_path))
     overwrite = arguments(tmp_path, "--overwrite_output_dir")
     assert "holds no model" in refusal(capfd, overwrite)
-    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
-    (tmp_path / "out" / "config.json").write_text("{}")
+    assert (out / "notes.txt").read_text() == "mine"
+    (out / "config.json").write_text("{}")
     assert cli.run("export", overwrite) == 0
-    assert not (tmp_path / "out" / "notes.txt").exists()
-    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-
-
-def test_an_empty_output_folder_is_filled_and_missing_parents_are_made(tmp_path):
-    save_run(tmp_path, tiny_model("llama"))
-    (tmp_path / "out").mkdir()
-    assert cli.run("export", arguments(tmp_path)) == 0
+    assert not (out / "notes.txt").exists()
+    AutoModelForCausalLM.from_pretrained(out)
+    shutil.rmtree(out)
+    out.mkdir()
+    assert cli.run("export", arguments(tmp_path)) == 0, "an empty folder is filled"
     deeper = [*arguments(tmp_path)[:-1], str(tmp_path / "a" / "b")]
     assert cli.run("export", deeper) == 0
     assert (tmp_path / "a" / "b" / "config.json").exists()
 
 
-@pytest.mark.parametrize("output_dir", ["base", "base/../base", ".", "link", "delta.safetensors"])
-def test_the_sources_are_never_overwritten(tmp_path, capfd, output_dir):
+def test_the_sources_are_never_overwritten(tmp_path, capfd):
     save_run(tmp_path, tiny_model("llama"))
     (tmp_path / "link").symlink_to(tmp_path / "base")
     (tmp_path / "config.json").write_text("{}")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    argv = [*arguments(tmp_path)[:-1], str(tmp_path / output_dir), "--overwrite_output_dir"]
-    assert "is or holds" in refusal(capfd, argv)
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
-
-
-def test_an_output_that_is_a_file_is_refused(tmp_path, capfd):
-    save_run(tmp_path, tiny_model("llama"))
-    (tmp_path / "out").write_text("mine")
-    assert "is a file" in refusal(capfd, arguments(tmp_path))
-    assert (tmp_path / "out").read_text() == "mine"
+    for output_dir in ("base", "base/../base", ".", "link", "delta.safetensors"):
+        argv = [*arguments(tmp_path)[:-1], str(tmp_path / output_dir), "--overwrite_output_dir"]
+        assert "is or holds" in refusal(capfd, argv)
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 def other_base(folder: Path) -> None:

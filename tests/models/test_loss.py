@@ -163,43 +163,35 @@ def assert_same(model: nn.Module, batch: dict[str, Tensor], relative: float = 1e
 
 
 @pytest.mark.parametrize("name", MAKERS)
-class TestSame:
-    """What is computed in chunks is what whole logits give."""
-
-    def test_loss_and_gradients(self, name: str, comm: Comm) -> None:
-        model = make(MAKERS[name])
+def test_what_is_computed_in_chunks_is_what_whole_logits_give(name: str, comm: Comm) -> None:
+    """In bf16 both round the logits; a model that returns them in fp32 changes none of them."""
+    for dtype, relative in ((torch.float32, 1e-5), (torch.bfloat16, 0.03)):
+        model = make(MAKERS[name]).to(dtype)
         assert answer_loss_of(model, comm) is chunked_answer_loss
-        assert_same(model, batch_of())
+        assert_same(model, batch_of(), relative)
 
-    def test_in_bf16(self, name: str, comm: Comm) -> None:
-        """Both round the logits; a model that returns them in fp32 changes none of them."""
-        model = make(MAKERS[name]).bfloat16()
-        assert answer_loss_of(model, comm) is chunked_answer_loss
-        assert_same(model, batch_of(), relative=0.03)
+
+def loss_alone(model: nn.Module) -> Tensor:
+    """The sum of the examples' losses, each by itself."""
+    return sum(naive_loss(model, e) for e in naive_examples(EXAMPLES, range(len(EXAMPLES))))  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("loss_of", [summed_answer_loss, chunked_answer_loss])
 def test_the_loss_is_that_of_examples_alone(loss_of: Any) -> None:
     model = make(MAKERS["llama"])
-    alone = sum(naive_loss(model, e) for e in naive_examples(EXAMPLES, range(len(EXAMPLES))))
-    torch.testing.assert_close(loss_of(model, batch_of()), alone, rtol=1e-5, atol=0)
-    torch.testing.assert_close(loss_of(model, batch_of(packed=True)), alone, rtol=1e-5, atol=0)
+    for packed in (False, True):
+        found = loss_of(model, batch_of(packed=packed))
+        torch.testing.assert_close(found, loss_alone(model), rtol=1e-5, atol=0)
 
 
-def test_a_frozen_output_layer() -> None:
-    """As where entries are selected from other layers: the gradient goes through it."""
+def test_parts_that_are_trained_and_blocks_that_are_recomputed() -> None:
+    """Through a frozen output layer the gradient goes on to the layers that are selected from."""
     model = make(MAKERS["llama"])
     model.lm_head.weight.requires_grad_(False)
     assert_same(model, batch_of(packed=True))
-
-
-def test_checkpointed_blocks() -> None:
     assert_same(checkpointed(make(MAKERS["llama"])).train(), batch_of())  # type: ignore[arg-type]
-
-
-def test_an_adapter() -> None:
-    model = get_peft_model(make(MAKERS["llama"]), LoraConfig(r=2, target_modules=["q_proj"]))
-    assert_same(model, batch_of())
+    adapted = LoraConfig(r=2, target_modules=["q_proj"])
+    assert_same(get_peft_model(make(MAKERS["llama"]), adapted), batch_of())
 
 
 def test_no_rows_are_a_batch_of_weight_zero() -> None:
@@ -211,25 +203,35 @@ def test_no_rows_are_a_batch_of_weight_zero() -> None:
         assert gradient.abs().max() == 0
 
 
-@pytest.mark.parametrize("name", CHANGING)
-def test_models_that_change_their_logits_get_those_of_the_answers(name: str, comm: Comm) -> None:
-    model = make(CHANGING[name])
+class NotCalling(LlamaForCausalLM):
+    """Reads the weight of its output layer without calling the layer."""
+
+    def forward(self, input_ids: Any, attention_mask: Any = None, **_: Any) -> Any:  # type: ignore[override]
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return CausalLMOutput(logits=hidden @ self.lm_head.weight.t())
+
+
+class Doubling(LlamaForCausalLM):
+    """Changes its logits in place."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits.mul_(2)
+        return output
+
+
+@pytest.mark.parametrize("name", [*CHANGING, "not calling"])
+def test_models_whose_logits_are_not_their_output_layers_keep_them(name: str, comm: Comm) -> None:
+    makers = CHANGING | {"not calling": lambda: NotCalling(LlamaConfig(**SIZES))}
+    model = make(makers[name])
     assert answer_loss_of(model, comm) is summed_answer_loss
-    alone = sum(naive_loss(model, e) for e in naive_examples(EXAMPLES, range(len(EXAMPLES))))
-    torch.testing.assert_close(summed_answer_loss(model, batch_of()), alone, rtol=1e-5, atol=0)
-    with pytest.raises(AssertionError, match="changed its logits"):
-        chunked_answer_loss(model, batch_of())
-
-
-def test_a_model_that_changes_its_logits_in_place_keeps_them_whole(comm: Comm) -> None:
-    class Doubling(LlamaForCausalLM):
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            output = super().forward(*args, **kwargs)
-            output.logits.mul_(2)
-            return output
-
-    model = make(lambda: Doubling(LlamaConfig(**SIZES)))
-    assert answer_loss_of(model, comm) is summed_answer_loss
+    found = summed_answer_loss(model, batch_of())
+    torch.testing.assert_close(found, loss_alone(model), rtol=1e-5, atol=0)
+    if name in CHANGING:
+        with pytest.raises(AssertionError, match="changed its logits"):
+            chunked_answer_loss(model, batch_of())
+    doubling = make(lambda: Doubling(LlamaConfig(**SIZES)))
+    assert answer_loss_of(doubling, comm) is summed_answer_loss
 
 
 def test_output_layers_that_are_more_than_a_product_keep_them_whole(comm: Comm) -> None:
@@ -295,25 +297,6 @@ def test_a_step_makes_nothing_of_the_size_of_the_logits(choose: Any) -> None:
 def lora_on_the_output() -> nn.Module:
     adapted = LoraConfig(r=2, target_modules=["lm_head"])
     return get_peft_model(make(MAKERS["llama"]), adapted)  # type: ignore[arg-type]
-
-
-class NotCalling(LlamaForCausalLM):
-    """Reads the weight of its output layer without calling the layer."""
-
-    def forward(self, input_ids: Any, attention_mask: Any = None, **_: Any) -> Any:  # type: ignore[override]
-        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        return CausalLMOutput(logits=hidden @ self.lm_head.weight.t())
-
-
-def not_calling() -> nn.Module:
-    return NotCalling(LlamaConfig(**SIZES))
-
-
-def test_a_model_that_does_not_call_its_output_layer_keeps_its_logits(comm: Comm) -> None:
-    model = make(not_calling)
-    assert answer_loss_of(model, comm) is summed_answer_loss
-    alone = sum(naive_loss(model, e) for e in naive_examples(EXAMPLES, range(len(EXAMPLES))))
-    torch.testing.assert_close(summed_answer_loss(model, batch_of()), alone, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("name", [*MAKERS, *CHANGING, "lora"])
