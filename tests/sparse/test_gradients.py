@@ -33,7 +33,7 @@ from tests.tiny import (
 )
 
 NUM_EXAMPLES = 17
-NUM_STEPS = {1: 3, 2: 2, 3: 1}  # of two micro-batches of up to three examples on each rank
+NUM_STEPS = {1: 3, 2: 2}  # of two micro-batches of up to three examples on each rank
 ARCHITECTURE = "llama"  # query weights of 200 entries, value weights of 40; two of each
 SOME = 0.6e-6  # gigabytes: room for both value weights, and for one of the query weights on 2 ranks
 
@@ -116,7 +116,7 @@ def _outcome(comm: Comm, setting: Setting, buffer_gb: float) -> Outcome:
 
 def _outcomes() -> dict[str, Outcome]:
     comm = init_distributed()
-    settings = (Setting(0), Setting(3), Setting(2, "bf16"))
+    settings = (Setting(3), Setting(2, "bf16"))
     return {
         f"{setting} {buffer_gb:g}": _outcome(comm, setting, buffer_gb)
         for setting in settings
@@ -140,19 +140,16 @@ def _error(gradients: Tensors, expected: Tensors) -> float:
 
 
 @pytest.mark.parametrize("buffer_gb", [0.0, SOME, 1.0])
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2])
 class TestSums:
     """Each size of the buffer gives the same sums, and takes what it says."""
 
-    @pytest.mark.parametrize("stage", [0, 3])
-    def test_are_the_oracles(
-        self, outcomes: Callable, world_size: int, buffer_gb: float, stage: int
-    ) -> None:
+    def test_are_the_oracles(self, outcomes: Callable, world_size: int, buffer_gb: float) -> None:
         model = make_model(ARCHITECTURE).eval()
         examples = naive_examples(random_examples(NUM_EXAMPLES), range(NUM_EXAMPLES))
         names = list(find_targets(model))
         expected = oracle.summed_gradients(model, examples, naive_loss, names)
-        for outcome in outcomes(world_size, Setting(stage), buffer_gb):
+        for outcome in outcomes(world_size, Setting(3), buffer_gb):
             assert list(outcome.gradients) == names
             assert _error(outcome.gradients, expected) <= 1e-5
 
@@ -168,7 +165,7 @@ class TestSums:
     def test_cross_the_network_once_where_they_are_buffered(
         self, outcomes: Callable, world_size: int, buffer_gb: float
     ) -> None:
-        num_buffered = {0.0: 0, SOME: 3 if world_size == 2 else 2, 1.0: 4}[buffer_gb]
+        num_buffered = {0.0: 0, SOME: 3, 1.0: 4}[buffer_gb]
         if world_size == 1:
             num_buffered = 4  # the range is the whole matrix
         num_passes = 2 * NUM_STEPS[world_size]
