@@ -107,7 +107,7 @@ class BaseEngine:
                     parameter.grad = None
                 return False
         self._engine.step()
-        return self._engine.was_step_applied()
+        return bool(self._engine.was_step_applied())
 
     @property
     def grad_norm(self) -> Tensor | float | None:
@@ -115,7 +115,8 @@ class BaseEngine:
 
         Whoever turns it into a number waits for the device.
         """
-        return self._engine.get_global_grad_norm()
+        norm: Tensor | float | None = self._engine.get_global_grad_norm()
+        return norm
 
     @property
     def lowers_loss_scale(self) -> bool:

@@ -44,12 +44,13 @@ class SparseAdamW(torch.optim.Optimizer):
 
     def reset_state(self, param: Tensor) -> dict[str, Any]:
         """Make or clear the state of ``param``: zero moments, no steps taken. Returns it."""
-        self.state[param] = {
+        state = {
             "step": 0,
             "exp_avg": torch.zeros_like(param, requires_grad=False),
             "exp_avg_sq": torch.zeros_like(param, requires_grad=False),
         }
-        return self.state[param]
+        self.state[param] = state
+        return state
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]

@@ -43,7 +43,7 @@ def partitioned_loading(config: dict[str, Any]) -> AbstractContextManager[Any]:
     if zero_stage(config) < 3:
         return nullcontext()
     load_deepspeed()
-    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     return nullcontext(HfDeepSpeedConfig(config))  # transformers keeps a weak reference to it
 

@@ -97,7 +97,7 @@ def zero_stage(config: dict[str, Any]) -> int:
     stage = _section(config, "zero_optimization").get("stage", 0)
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
         raise ValueError(f"zero_optimization.stage must be 0, 1, 2 or 3, not {stage!r}.")
-    return stage
+    return int(stage)
 
 
 def resolve_config(config: dict[str, Any], shape: RunShape) -> dict[str, Any]:

@@ -156,7 +156,7 @@ def _signed(word: int) -> int:
 
 def _shift_right(x: Tensor, count: int) -> Tensor:
     """A shift that fills with zeros, not with the sign."""
-    return (x >> count) & (2 ** (64 - count) - 1)
+    return torch.bitwise_and(x >> count, 2 ** (64 - count) - 1)
 
 
 def refuse_not_finite(scores: Sequence[Tensor], names: Sequence[str], group: Group) -> None:

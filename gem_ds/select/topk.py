@@ -175,7 +175,7 @@ def _with_digit(bits: Tensor, shift: int, width: int, value: int) -> Tensor:
 
 
 def _digit(bits: Tensor, shift: int, width: int) -> Tensor:
-    return (bits >> shift) & (2**width - 1)
+    return torch.bitwise_and(bits >> shift, 2**width - 1)
 
 
 def _digit_of_kth(histograms: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
