@@ -44,7 +44,7 @@ class SparseAdamW(torch.optim.Optimizer):
 
     def reset_state(self, param: Tensor) -> dict[str, Any]:
         """Make or clear the state of ``param``: zero moments, no steps taken. Returns it."""
-        state = {
+        state: dict[str, Any] = {
             "step": 0,
             "exp_avg": torch.zeros_like(param, requires_grad=False),
             "exp_avg_sq": torch.zeros_like(param, requires_grad=False),

@@ -94,7 +94,7 @@ def zero_stage(config: dict[str, Any]) -> int:
     Raises:
         ValueError: it is not one of 0, 1, 2, 3.
     """
-    stage = _section(config, "zero_optimization").get("stage", 0)
+    stage: int = _section(config, "zero_optimization").get("stage", 0)
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
         raise ValueError(f"zero_optimization.stage must be 0, 1, 2 or 3, not {stage!r}.")
     return int(stage)

@@ -108,9 +108,10 @@ def _load_base(base: str, revision: str, delta: Delta) -> PreTrainedModel:
             f"the config.json of {base} names no class of transformers under 'architectures' "
             f"(found {names}): name there the class that the model was trained as"
         )
-    model, report = model_class.from_pretrained(
+    loaded: tuple[PreTrainedModel, dict[str, Any]] = model_class.from_pretrained(
         base, config=config, revision=revision, dtype=delta.dtype, output_loading_info=True
     )
+    model, report = loaded
     if missing := set(report["missing_keys"]) - delta.head.keys():
         raise ValueError(
             f"{base} lacks {len(missing)} weights of {model_class.__name__}, for example "

@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _strict_match(folder: Path) -> float:
     results = json.loads((folder / "results.json").read_text())
-    return results["exact_match"]["strict-match"]["accuracy"]
+    return float(results["exact_match"]["strict-match"]["accuracy"])
 
 
 if __name__ == "__main__":

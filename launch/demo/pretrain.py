@@ -100,9 +100,10 @@ def train_tokenizer(seed: int) -> LlamaTokenizer:
     )
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "tokenizer.model").write_bytes(proto.getvalue())
-        return LlamaTokenizer.from_pretrained(
+        tokenizer: LlamaTokenizer = LlamaTokenizer.from_pretrained(
             folder, add_prefix_space=False, add_bos_token=False, pad_token="<pad>"
         )
+    return tokenizer
 
 
 def build_model(tokenizer: LlamaTokenizer) -> LlamaForCausalLM:
