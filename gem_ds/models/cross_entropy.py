@@ -122,5 +122,5 @@ def summed_cross_entropy(
     if not torch.is_grad_enabled():  # a trained weight asks for its gradient all the same
         hidden, weight = hidden.detach(), weight.detach()
         bias = None if bias is None else bias.detach()
-    loss: Tensor = _SummedCrossEntropy.apply(hidden, weight, bias, labels)  # type: ignore[no-untyped-call]
+    loss: Tensor = _SummedCrossEntropy.apply(hidden, weight, bias, labels)
     return loss
