@@ -159,7 +159,5 @@ class Comm:
 
 def free_port() -> int:
     """A TCP port of this machine that nobody listens on."""
-    store = dist.TCPStore(  # type: ignore[attr-defined]
-        "127.0.0.1", 0, is_master=True, wait_for_workers=False
-    )
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     return int(store.port)

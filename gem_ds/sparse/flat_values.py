@@ -54,7 +54,7 @@ class FlatValues(nn.Module):
     def forward(self) -> Tensor:
         """The anchor of one forward pass: a scalar that requires grad."""
         if self.delivers:
-            anchor: Tensor = _Anchor.apply(self.values, self)  # type: ignore[no-untyped-call]
+            anchor: Tensor = _Anchor.apply(self.values, self)
             return anchor
         return torch.zeros(
             (), dtype=self.values.dtype, device=self.values.device, requires_grad=True

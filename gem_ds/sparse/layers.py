@@ -96,9 +96,7 @@ class TargetLayer:
         module = self.module
         if not torch.is_grad_enabled():
             return self.linear(x, module.weight, module.bias)
-        y: Tensor = _AnchoredLinear.apply(  # type: ignore[no-untyped-call]
-            x, module.weight, module.bias, self.anchor, self
-        )
+        y: Tensor = _AnchoredLinear.apply(x, module.weight, module.bias, self.anchor, self)
         return y
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

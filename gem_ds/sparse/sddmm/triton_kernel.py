@@ -30,8 +30,8 @@ from gem_ds.sparse.sddmm.kernels import Pattern
 ENTRIES, TOKENS = 16, 128  # 2,048 sums: 16 registers of each of 128 threads
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _kernel(  # type: ignore[no-untyped-def]
+@triton.jit
+def _kernel(
     out,
     dy,
     x,
