@@ -133,26 +133,16 @@ def _text(rng: random.Random) -> str:
 def _labelled(rng: random.Random) -> ChoiceExample:
     first, second = _text(rng), _text(rng)
     answer = rng.randrange(2)
-    return ChoiceExample(
-        prompt=f"{first} {'very ' * answer}? {second}:",
-        target=(" True", " False")[answer],
-        candidates=(" True", " False"),
-        answer=answer,
-        pairs=((f"{first}{' very' * answer}", second),),
-    )
+    pair = (f"{first}{' very' * answer}", second)
+    return choice(f"{first} {'very ' * answer}? {second}:", (" True", " False"), answer, (pair,))
 
 
 def _choice(rng: random.Random) -> ChoiceExample:
     """Two or three choices of different lengths."""
     premise, answer = _text(rng), rng.randrange(2)
     texts = [_text(rng) for _ in range(rng.randint(2, 3))]
-    return ChoiceExample(
-        prompt=f"{premise} so",
-        target=f" {texts[answer]}",
-        candidates=tuple(f" {text}" for text in texts),
-        answer=answer,
-        pairs=tuple((premise, text) for text in texts),
-    )
+    pairs = tuple((premise, text) for text in texts)
+    return choice(f"{premise} so", tuple(f" {text}" for text in texts), answer, pairs)
 
 
 def _number(rng: random.Random) -> NumberExample:

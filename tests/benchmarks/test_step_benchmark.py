@@ -4,40 +4,28 @@ import json
 import subprocess
 import sys
 
-import pytest
-
 from benchmarks.steps.shapes import SHAPES, adapter_size
 from tests.tiny_model import REPOSITORY
 
 METHODS = ("gem", "full")
 
 
-@pytest.fixture(scope="module")
-def numbers(tmp_path_factory):
-    """What two ranks at ZeRO-3 needed, by contender."""
-    folder = tmp_path_factory.mktemp("step")
+def test_gem_keeps_twelve_bytes_an_entry_and_sends_at_most_twenty(tmp_path):
+    """Masters and two moments in fp32; the gradient, and the values for the write-back."""
     command = [sys.executable, "benchmarks/step.py", "--shape", "tiny", "--world_size", "2"]
     command += ["--stage", "3", "--tokens", "16", "--rounds", "2", "--steps", "1"]
-    command += ["--contenders", *METHODS, "--density", "0.01", "--output_dir", str(folder)]
+    command += ["--contenders", *METHODS, "--density", "0.01", "--output_dir", str(tmp_path)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    table = (folder / "table.md").read_text()
+    table = (tmp_path / "table.md").read_text()
     assert done.stdout.endswith(table)
     assert [line.split("|")[1].strip() for line in table.splitlines()[4:]] == list(METHODS)
-    return json.loads((folder / "numbers.json").read_text())
-
-
-def test_every_contender_was_timed_in_every_round(numbers):
-    assert set(numbers) == set(METHODS)
-    for found in numbers.values():
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    for found in (numbers[method] for method in METHODS):
         assert len(found["seconds"]) == 2
         assert min(found["seconds"]) > 0
         assert found["peak_bytes"] > 0
         assert found["weights"] > 0  # at stage 3 all gather the frozen weights
-
-
-def test_gem_keeps_twelve_bytes_an_entry_and_sends_at_most_twenty(numbers):
-    """Masters and two moments in fp32; the gradient, and the values for the write-back."""
     gem, full = numbers["gem"], numbers["full"]
     k = gem["num_trainable"]
     padding = 2 * 12  # one entry more on one rank

@@ -5,7 +5,6 @@ The real programs run once, on the embedded model; else a stand-in trains.
 
 from __future__ import annotations
 
-import csv
 import re
 from pathlib import Path
 
@@ -28,14 +27,12 @@ def test_the_rate_with_the_least_held_out_loss_is_chosen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAKE_CALLS", str(tmp_path / "calls.txt"))
+    rates = {"gem": ["1e-3", "1e-2", "1e-1"], "full": ["1e-4", "1e-3", "1e-2"]}
     content = {
         "program": str(Path(__file__).with_name("fake_train.py")),
         "seeds": [42],
         "dev_examples": 7,
-        "methods": {
-            "gem": {"learning_rates": ["1e-3", "1e-2", "1e-1"]},
-            "full": {"learning_rates": ["1e-4", "1e-3", "1e-2"]},
-        },
+        "methods": {name: {"learning_rates": own} for name, own in rates.items()},
         "tasks": {"gsm8k": None},
     }
     assert compare_in(tmp_path, content) == 0
@@ -43,9 +40,7 @@ def test_the_rate_with_the_least_held_out_loss_is_chosen(
     assert "### Learning rates: eval loss on the development split" in text
     assert "| gem | 1e-03: 0.200 | **1e-02: 0.100** | 1e-01: 0.200 |" in text
     assert "| gem | 0.200 | 1e-02 |" in text
-    with open(tmp_path / "out/table.csv") as file:
-        rates = {row["method"]: float(row["learning_rate"]) for row in csv.DictReader(file)}
-    assert rates == {"gem": 0.01, "full": 0.001}
+    assert "| full | 0.200 | 1e-03 |" in text
 
 
 def test_the_real_programs_fill_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given
@@ -62,39 +62,25 @@ def changed(path: str, value: object) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("path", "value", "sentence"),
     [
-        (
-            "methdos",
-            {},
-            "the file has the unknown key 'methdos'; known: choose_by, common, dev_examples, "
-            "devices, launcher, learning_rates, methods, num_parallel, output_dir, program, seeds, "
-            "tasks.",
-        ),
+        ("methdos", {}, "the file has the unknown key 'methdos'; known: choose_by, common, dev_ex"),
         ("seeds", [], "seeds must be a list of at least one value."),
         ("seeds", [1, 2, 1], "seeds has 1 more than once."),
         ("seeds", [1.5], "each of seeds must be a whole number of at least 0, not 1.5."),
         ("seeds", 42, "seeds must be a list of at least one value."),
         ("dev_examples", 0, "dev_examples must be a whole number of at least 1, not 0."),
-        (
-            "tasks.rte.dev_examples",
-            "9",
-            "tasks.rte.dev_examples must be a whole number of at least 1, not '9'.",
-        ),
+        ("tasks.rte.dev_examples", "9", "tasks.rte.dev_examples must be a whole number of at lea"),
         ("num_parallel", True, "num_parallel must be a whole number of at least 1, not True."),
         ("methods", {}, "methods must map at least one name to its settings."),
-        ("methods", {"gme": None}, "methods has the unknown method 'gme'; known: bitfit, e"),
+        ("methods", {"gme": None}, "methods has the unknown method 'gme'; known: bitfit, "),
         ("methods.gem", {"rates": [1]}, "methods.gem has the unknown key 'rates'; known: flags,"),
-        ("methods.gem", {"learning_rates": []}, "methods.gem.learning_rates must be a list"),
         ("methods.gem", {"learning_rates": [0.001, "1e-3"]}, "has 0.001 more than once."),
         ("learning_rates", [-1], "each of learning_rates must be a number above 0, not -1."),
         ("learning_rates", ["fast"], "must be a number above 0, not 'fast'."),
-        ("learning_rates", [True], "must be a number above 0, not True."),
         ("learning_rates", None, "methods.gem has no learning_rates: give them there or at the"),
         ("tasks", [], "tasks must map at least one name to its settings."),
         ("tasks", {"rtee": {}}, "tasks has the unknown task 'rtee'; known: boolq, cb, cola, "),
-        ("tasks", {"../rte": {}}, "tasks has the unknown task '../rte'; known: boolq, cb, cola, "),
         ("tasks", {None: {}}, "tasks has the unknown task None; known: boolq, cb, cola, "),
         ("tasks.rte.data_dir", 3, "tasks.rte.data_dir must be a text, not 3."),
-        ("tasks.gsm8k.evaluate.score", 1, "tasks.gsm8k.evaluate.score must be a text, not 1."),
         ("tasks.gsm8k.evaluate.score", None, "tasks.gsm8k.evaluate.score is missing."),
         ("tasks.gsm8k.evaluate", {}, "tasks.gsm8k.evaluate.command is missing."),
         ("tasks.gsm8k.evaluate.command", "a 'b", "cannot be split into words: No closing"),
@@ -107,7 +93,6 @@ def changed(path: str, value: object) -> dict[str, Any]:
         ("common", {"--bf16": True}, "common: write flag names without dashes, not '--bf16'."),
         ("tasks.rte.flags", [], "tasks.rte.flags must map flag names to values."),
         ("common.density", {}, "common.density must be a value or a list of values."),
-        ("launcher", [], "launcher must be a list of at least one value."),
         ("launcher", "deepspeed", "launcher must be a list of at least one value."),
         ("output_dir", "", "output_dir must be a path, not ''."),
         ("choose_by", "f1", "choose_by must be score or loss, not 'f1'."),
@@ -119,14 +104,11 @@ def test_a_mistake_is_one_sentence(path: str, value: object, sentence: str) -> N
     assert "\n" not in str(caught.value)
 
 
-def test_too_few_devices_are_refused() -> None:
-    with pytest.raises(ValueError, match="each of the 2 runs that num_parallel starts at once"):
-        parse_comparison(CONTENT | {"num_parallel": 2, "devices": [0]})
-
-
 def test_missing_keys_and_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="seeds is missing"):
         parse_comparison({key: value for key, value in CONTENT.items() if key != "seeds"})
+    with pytest.raises(ValueError, match="each of the 2 runs that num_parallel starts at once"):
+        parse_comparison(CONTENT | {"num_parallel": 2, "devices": [0]})
     with pytest.raises(ValueError, match="cannot be read: No such file"):
         read_comparison(tmp_path / "none.yaml")
     (tmp_path / "bad.yaml").write_text("seeds: [")
@@ -134,9 +116,13 @@ def test_missing_keys_and_files_are_named(tmp_path: Path) -> None:
         read_comparison(tmp_path / "bad.yaml")
 
 
+def cell_of(task: str, method: str, split: Literal["dev", "test"] = "test") -> Cell:
+    return Cell(task=task, method=method, learning_rate=2e-4, seed=42, split=split)
+
+
 def test_commands_are_what_the_file_says() -> None:
     comparison = parse_comparison(CONTENT)
-    cell = Cell(task="rte", method="lora", learning_rate=2e-4, seed=42, split="test")
+    cell = cell_of("rte", "lora")
     assert " ".join(training_command(comparison, cell)) == (
         "deepspeed --num_gpus 8 launch/train.py --density 1 --bf16 true --target_modules q v "
         "--max_length 128 --method lora --task rte --data_dir glue/RTE --seed 42 "
@@ -144,26 +130,21 @@ def test_commands_are_what_the_file_says() -> None:
         "--output_dir out/rte/lora/test/lr2e-04_seed42 --overwrite_output_dir true"
     )
     assert evaluation_command(comparison, cell) is None
-    cell = Cell(task="gsm8k", method="lora", learning_rate=2e-4, seed=42, split="test")
+    cell = cell_of("gsm8k", "lora")
     folder = folder_of(comparison, cell)
     assert " ".join(evaluation_command(comparison, cell) or []) == (
         f"python -m eval.gsm8k --model M --adapter {folder}/adapter --to {folder}/eval"
     )
 
 
-def test_a_small_task_may_hold_out_fewer_examples() -> None:
-    comparison = parse_comparison(changed("tasks.rte.dev_examples", 50))
-    for task, held_out in (("rte", "50"), ("gsm8k", "100")):
-        cell = Cell(task=task, method="gem", learning_rate=1e-3, seed=42, split="dev")
-        words = training_command(comparison, cell)
+def test_a_task_may_hold_out_fewer_examples_and_a_method_leave_a_flag_out() -> None:
+    content = changed("tasks.rte.dev_examples", 50)
+    content["methods"]["lora"]["flags"] = {"target_modules": None}
+    comparison = parse_comparison(content)
+    for task, method, held_out in (("rte", "gem", "50"), ("gsm8k", "lora", "100")):
+        words = training_command(comparison, cell_of(task, method, "dev"))
         assert words[words.index("--dev_examples") + 1] == held_out
-
-
-def test_a_flag_that_a_method_sets_to_null_is_left_out() -> None:
-    comparison = parse_comparison(changed("methods.lora.flags", {"target_modules": None}))
-    for method, is_there in (("gem", True), ("lora", False)):
-        cell = Cell(task="rte", method=method, learning_rate=2e-4, seed=42, split="test")
-        assert ("--target_modules" in training_command(comparison, cell)) == is_there
+        assert ("--target_modules" in words) == (method == "gem")
 
 
 def test_cells_of_the_search_have_the_first_seed_and_the_development_split() -> None:
@@ -173,8 +154,7 @@ def test_cells_of_the_search_have_the_first_seed_and_the_development_split() -> 
     assert len(search) == 4
     final = final_cells(comparison, {("rte", "gem"): 0.01, ("rte", "lora"): None})
     assert [(c.method, c.seed, c.split) for c in final] == [
-        ("gem", 42, "test"),
-        ("gem", 43, "test"),
+        ("gem", seed, "test") for seed in (42, 43)
     ]
 
 
@@ -185,9 +165,8 @@ def test_a_rate_is_its_text_and_no_two_share_a_folder(first: float, second: floa
 
 
 def test_rates_are_readable() -> None:
-    assert [rate_text(x) for x in (0.01, 1.5e-3, 3.0, 20.0)] == [
-        "1e-02", "1.5e-03", "3e+00", "2e+01",
-    ]  # fmt: skip
+    texts = {0.01: "1e-02", 1.5e-3: "1.5e-03", 3.0: "3e+00", 20.0: "2e+01"}
+    assert {rate: rate_text(rate) for rate in texts} == texts
 
 
 @pytest.mark.parametrize(
@@ -201,7 +180,7 @@ def test_outside_of_a_checkout_the_module_runs_and_goes_on_with_what_was_begun(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launcher: list[object], start: str
 ) -> None:
     content = CONTENT | {"output_dir": str(tmp_path / "out"), "launcher": launcher}
-    cell = Cell(task="rte", method="lora", learning_rate=2e-4, seed=42, split="test")
+    cell = cell_of("rte", "lora")
     monkeypatch.chdir(REPOSITORY)
     inside = parse_comparison(content)
     folder_of(inside, cell).mkdir(parents=True)

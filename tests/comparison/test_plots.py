@@ -74,7 +74,7 @@ def assert_tidy(figure: Figure) -> None:
             assert any(low <= tick <= high for tick in axes.get_xticks())  # a number to read
 
 
-@pytest.mark.parametrize("num_tasks", [1, 2, 8])
+@pytest.mark.parametrize("num_tasks", [1, 8])
 def test_all_methods_on_several_tasks_are_readable(num_tasks: int) -> None:
     comparison, table, cells = comparison_of(num_tasks)
     assert_tidy(score_figure(table))
@@ -83,7 +83,7 @@ def test_all_methods_on_several_tasks_are_readable(num_tasks: int) -> None:
 
 @pytest.mark.parametrize(
     "losses",
-    [(0.007, 0.06, 2.1), (3.6, 5.2, 5.6), (0.68, 0.69, 0.7), (0.06, 2.0, 300), (0.007, 1.0, 1e6)],
+    [(0.007, 0.06, 2.1), (0.68, 0.69, 0.7), (0.007, 1.0, 1e6)],
 )
 def test_losses_are_told_apart_beside_one_that_is_far_off(losses: tuple[float, ...]) -> None:
     comparison, table, _ = comparison_of(1)
@@ -103,7 +103,7 @@ def test_losses_are_told_apart_beside_one_that_is_far_off(losses: tuple[float, .
     assert any(low <= tick <= high for tick in axes.get_yticks())
 
 
-@pytest.mark.parametrize(("num_layers", "num_methods"), [(1, 1), (6, 5), (48, 7)])
+@pytest.mark.parametrize(("num_layers", "num_methods"), [(1, 1), (48, 7)])
 def test_budgets_of_small_and_large_models_are_readable(num_layers: int, num_methods: int) -> None:
     modules = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
     names = [f"model.layers.{i}.{m}.weight" for i in range(num_layers) for m in modules]
@@ -132,14 +132,11 @@ def test_methods_of_equal_budget_stand_side_by_side(counts: list[float]) -> None
 
 
 def test_weights_are_placed_by_their_names() -> None:
-    assert place_of("bert.encoder.layer.3.attention.self.query.weight") == (
-        3,
-        "attention.self.query",
-    )
-    assert place_of("model.decoder.layers.11.fc1.weight") == (11, "fc1")
-    assert place_of("pooler.dense.weight") == (-1, "pooler.dense")
-    assert short_names(["attention.self.query", "attention.output.dense", "output.dense"]) == [
-        "query",
-        "attention.output.dense",
-        "output.dense",
-    ]
+    names = {
+        "bert.encoder.layer.3.attention.self.query.weight": (3, "attention.self.query"),
+        "model.decoder.layers.11.fc1.weight": (11, "fc1"),
+        "pooler.dense.weight": (-1, "pooler.dense"),
+    }
+    assert {name: place_of(name) for name in names} == names
+    long = ["attention.self.query", "attention.output.dense", "output.dense"]
+    assert short_names(long) == ["query", *long[1:]]

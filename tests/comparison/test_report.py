@@ -152,24 +152,19 @@ def test_differences_that_cannot_be_computed_say_why(tmp_path: Path) -> None:
     assert "Difference from" not in text
 
 
-@pytest.mark.parametrize(
-    ("score", "note"), [(0.5, ""), (0.6, "Of the share of right answers, which is not the metric")]
-)
-def test_a_bootstrap_of_another_quantity_than_the_metric_says_so(
-    tmp_path: Path, score: float, note: str
-) -> None:
+def test_a_bootstrap_of_another_quantity_than_the_metric_says_so(tmp_path: Path) -> None:
     comparison = comparison_in(tmp_path, a=Task())
     answers = [
         {"id": i, "correct": i % 2, "prediction": "\u2028", "reference": 0} for i in range(4)
     ]
     for method in ("full", "gem"):
         save_answers(save_run(comparison, cell_of("a", method, 1), "x", 0), answers)
-    scores: Scores = {("a", method): {1: score} for method in ("full", "gem")}
-    text, (_, _, findings) = report(comparison, scores, "exact_match")
-    assert findings["a"].reference == "gem"  # wherever it stands
-    assert findings["a"].note.startswith(note)
-    assert bool(findings["a"].note) == bool(note)
-    assert "Intervals are not corrected for the number of comparisons." in text
+    for score, note in ((0.5, ""), (0.6, "Of the share of right answers, which is not the metric")):
+        scores: Scores = {("a", method): {1: score} for method in ("full", "gem")}
+        text, (_, _, findings) = report(comparison, scores, "exact_match")
+        assert findings["a"].reference == "gem"  # wherever it stands
+        assert findings["a"].note[: len(note) or None] == note
+        assert "Intervals are not corrected for the number of comparisons." in text
 
 
 def test_losses_stand_beside_scores_where_rates_are_chosen_by_them(tmp_path: Path) -> None:
@@ -207,18 +202,14 @@ def test_losses_stand_beside_scores_where_rates_are_chosen_by_them(tmp_path: Pat
 
 
 def test_a_run_without_the_loss_that_rates_are_chosen_by_is_not_whole(tmp_path: Path) -> None:
-    cell = cell_of("a", "gem", 1)
-    save_run(comparison_in(tmp_path, a=Task()), cell, "accuracy", 0.5, math.nan)
-    assert read_result(comparison_in(tmp_path, a=Task()), cell).score == 0.5
+    comparison, cell = comparison_in(tmp_path, a=Task()), cell_of("a", "gem", 1)
+    save_run(comparison, cell, "accuracy", 0.5, math.nan)
+    assert read_result(comparison, cell).score == 0.5
     with pytest.raises(ValueError, match="has no number last_eval_loss"):
-        read_result(comparison_in(tmp_path, choose_by="loss", a=Task()), cell)
-
-
-def test_a_pipe_in_a_log_does_not_break_the_report(tmp_path: Path) -> None:
-    comparison = comparison_in(tmp_path, a=Task())
+        read_result(replace(comparison, choose_by="loss"), cell)
     _, frames = report(comparison, {("a", "gem"): {1: 0.5, 2: 0.5}})
     text = markdown(comparison, *frames, {cell_of("a", "full", 1): "a|b"})
-    assert "## Failed runs\n\n* a full at 1e-01, seed 1, test: a|b" in text
+    assert "## Failed runs\n\n* a full at 1e-01, seed 1, test: a|b" in text  # a pipe in a log
 
 
 @pytest.mark.parametrize(
@@ -234,21 +225,17 @@ def test_results_that_lack_something_are_not_whole(
     tmp_path: Path, change: dict, sentence: str
 ) -> None:
     content = dict.fromkeys(COSTS, 1) | {"eval_metrics": {"accuracy": 0.5, "f1": 0.1}}
-    path = tmp_path / "all_results.json"
-    path.write_text(json.dumps(content))
-    assert (read_training(tmp_path).metric, read_training(tmp_path).score) == ("accuracy", 0.5)
-    path.write_text(json.dumps(content | change))
+
+    def read(change: dict) -> tuple[str, float]:
+        (tmp_path / "all_results.json").write_text(json.dumps(content | change))
+        found = read_training(tmp_path)
+        return found.metric, found.score
+
+    losses = {"first_eval_loss": 3.0, "last_eval_loss": 2.0}
+    assert read({}) == read(losses) == ("accuracy", 0.5)
+    assert read(losses | {"eval_metrics": {}}) == ("eval_loss", 2.0)
     with pytest.raises(ValueError, match=sentence):
-        read_training(tmp_path)
-
-
-def test_a_training_without_metrics_is_scored_by_its_held_out_loss(tmp_path: Path) -> None:
-    content = dict.fromkeys(COSTS, 1) | {"first_eval_loss": 3.0, "last_eval_loss": 2.0}
-    path = tmp_path / "all_results.json"
-    path.write_text(json.dumps(content))
-    assert (read_training(tmp_path).metric, read_training(tmp_path).score) == ("eval_loss", 2.0)
-    path.write_text(json.dumps(content | {"eval_metrics": {"accuracy": 0.5}}))
-    assert (read_training(tmp_path).metric, read_training(tmp_path).score) == ("accuracy", 0.5)
+        read(change)
 
 
 def test_verdicts_are_averaged_over_the_samples_of_a_problem(tmp_path: Path) -> None:
