@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from gem_ds.files.atomic import atomic_folder
 from gem_ds.files.delta import Delta, apply_delta
 from gem_ds.models.encoders import set_labels
-from gem_ds.models.tokenizer import load_tokenizer
+from gem_ds.models.tokenizer import has_tokenizer, load_tokenizer
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -62,7 +62,7 @@ def export(base: str, delta_path: Path, output_dir: Path, *, overwrite: bool = F
     revision = (delta.mask.revision if base == delta.mask.base_model else None) or "main"
     model = _load_base(base, revision, delta)
     apply_delta(model, delta)
-    tokenizer = load_tokenizer(base, revision)
+    tokenizer = load_tokenizer(base, revision) if has_tokenizer(base, revision) else None
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     parts = [part for part in (model, tokenizer) if part is not None]
     atomic_folder(output_dir, lambda folder: [part.save_pretrained(folder) for part in parts])

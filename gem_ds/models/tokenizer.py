@@ -16,6 +16,11 @@ _TOKENIZER_FILES = (
 )
 
 
+def has_tokenizer(model: str, revision: str | None = None) -> bool:
+    """Whether a tokenizer lies with a model, given its folder or Hub name."""
+    return any(has_file(model, name, revision=revision or "main") for name in _TOKENIZER_FILES)
+
+
 def load_tokenizer(
     model: str, revision: str | None = None, *, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
@@ -25,11 +30,10 @@ def load_tokenizer(
         ValueError: There is none (transformers builds an empty one for a known architecture without
             files, which must not be used as if it were the model's), or it cannot be loaded.
     """
-    revision = revision or "main"
     try:
-        if any(has_file(model, name, revision=revision) for name in _TOKENIZER_FILES):
+        if has_tokenizer(model, revision):
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                model, revision=revision, trust_remote_code=trust_remote_code
+                model, revision=revision or "main", trust_remote_code=trust_remote_code
             )
             return tokenizer
     except (OSError, ValueError, RuntimeError) as error:
