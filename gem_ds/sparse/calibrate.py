@@ -197,13 +197,16 @@ def checkpointing_in_eval_mode(model: nn.Module) -> Iterator[None]:
         for module in model.modules()
         if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
     ]
+    own = [vars(block).get("forward") for block in blocks]  # where the class's was replaced
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     try:
         yield
     finally:
-        for block in blocks:
+        for block, forward in zip(blocks, own, strict=True):
             del block.forward
+            if forward is not None:
+                block.forward = forward
 
 
 def refuse_unreached(layers: Sequence[TargetLayer], reached: Sequence[bool]) -> None:

@@ -57,8 +57,12 @@ class _AnchoredLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         x, weight = ctx.saved_tensors
         layer: TargetLayer = ctx.layer
-        dx = layer.input_gradient(dy, weight) if ctx.needs_input_grad[0] else None
-        factors = layer.factors(dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]))
+        # Under autocast the product was one in dy's dtype.
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = layer.input_gradient(dy, weight.to(dy.dtype)).to(x.dtype)
+        tokens = x.reshape(-1, x.shape[-1]).to(dy.dtype)
+        factors = layer.factors(dy.reshape(-1, dy.shape[-1]), tokens)
         assert layer.sink is not None, f"{layer.name}: its sink left before the backward"
         layer.sink(*factors)
         return dx, None, None, None, None
@@ -169,7 +173,7 @@ class TargetLayers(Sequence[TargetLayer]):
         model: that the layers belong to.
         targets: the layers, by the names of their weights.
         num_entries: of the flat vector.
-        vector_name: of the submodule.
+        vector_name: of the submodule; None keeps a vector that is never stepped out of the model.
     """
 
     def __init__(
@@ -177,7 +181,7 @@ class TargetLayers(Sequence[TargetLayer]):
         model: nn.Module,
         targets: dict[str, nn.Module],
         num_entries: int,
-        vector_name: str = "gem_entries",
+        vector_name: str | None = "gem_entries",
     ) -> None:
         self.model = model
         self.vector_name = vector_name
@@ -193,7 +197,8 @@ class TargetLayers(Sequence[TargetLayer]):
                 "pass --target_modules of one dtype."
             )
         self.vector = FlatValues(num_entries, dtypes.pop())
-        model.add_module(vector_name, self.vector)
+        if vector_name is not None:
+            model.add_module(vector_name, self.vector)
         self._hook = model.register_forward_pre_hook(self.renew_anchor)
         for layer in self.layers:
             layer.module.forward = layer.forward
@@ -230,7 +235,8 @@ class TargetLayers(Sequence[TargetLayer]):
         self._hook.remove()
         for layer in self.layers:
             del layer.module.forward
-        delattr(self.model, self.vector_name)
+        if self.vector_name is not None:
+            delattr(self.model, self.vector_name)
 
 
 def _target_layer(name: str, module: nn.Module) -> TargetLayer:

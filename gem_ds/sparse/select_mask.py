@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from decimal import Decimal
 from typing import Any
 
@@ -75,8 +75,9 @@ def select_mask(
     targets = _find_targets(model, target_modules)
     budget = _budget(model, targets, density)
     gradients: Sequence[Tensor | None] = [None] * len(targets)
-    with _left_as_it_was(model):
-        layers = TargetLayers(model, targets, num_entries=1)
+    # Whatever the caller's mode is, as an evaluation's.
+    with torch.inference_mode(False), torch.enable_grad(), _left_as_it_was(model):
+        layers = TargetLayers(model, targets, num_entries=1, vector_name=None)
         try:
             if RULES[rule].needs_gradient:
                 gradients = _sum_gradients(layers, batches, loss or _summed_loss)
@@ -161,10 +162,7 @@ def _sum_gradients(
     ]
     sinks = [_adding(layer, total) for layer, total in zip(layers, sums, strict=True)]
     number = 0
-    with ExitStack() as stack:
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(layers.sinks(sinks))
-        stack.enter_context(checkpointing_in_eval_mode(layers.model))
+    with layers.sinks(sinks), checkpointing_in_eval_mode(layers.model):
         for number, batch in enumerate(batches, start=1):
             layers.renew_anchor()  # for a loss that does not call the model as a whole
             value = loss(layers.model, batch)
@@ -194,7 +192,9 @@ def _adding(layer: TargetLayer, total: Tensor) -> Sink:
 
 def _summed_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """The model's own loss, a mean, times the number of labels that it is the mean over."""
-    kind = getattr(model, "loss_type", None) or "ForCausalLM"  # as transformers itself falls back
+    kind = getattr(model, "loss_type", "")
+    if kind is None and hasattr(model, "generate"):  # transformers knows it by no name: GPT-2's
+        kind = "ForCausalLM"
     if kind not in _LABELS_OF or not isinstance(batch, Mapping) or "labels" not in batch:
         raise ValueError(
             "Pass loss, which takes the model and a batch and returns the summed loss: without it "

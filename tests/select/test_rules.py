@@ -155,6 +155,15 @@ def test_what_is_not_finite_is_refused_by_name(method: str, bad: float, world_si
         _select(method, gradients, weights, 5, world_size)
 
 
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_damped_refuses_an_infinite_weight(world_size: int) -> None:
+    """Its root mean square is no number, though the ratio to it would be 0."""
+    gradients, weights = _random()
+    weights["v"][-1, -1] = -torch.inf
+    with pytest.raises(ValueError, match="of v are not finite"):
+        _select("damped", gradients, weights, 5, world_size)
+
+
 # The largest of all layers together
 
 

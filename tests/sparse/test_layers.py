@@ -210,6 +210,29 @@ def test_a_sink_is_given_the_factors_of_the_whole_gradient(name: str) -> None:
         torch.testing.assert_close(seen[layer.name], gradient, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.parametrize("module", [nn.Linear(7, 5), Conv1D(5, 7)], ids=["linear", "conv1d"])
+def test_under_autocast_the_gradients_are_autograds(module: nn.Module) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, 7, requires_grad=True)
+
+    def backward(model: nn.Module) -> Tensor | None:
+        x.grad = None
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(x).float().square().sum()
+        loss.backward()
+        return x.grad
+
+    model = nn.Sequential(module)
+    expected, weight = backward(copy.deepcopy(model)), module.get_parameter("weight")
+    backward(model)
+    whole, weight.grad = weight.grad, None
+    layers = TargetLayers(model, {"0.weight": module}, 1, vector_name=None)
+    seen: list[Tensor] = []
+    with layers.sinks([lambda a, b: seen.append(product(a, b))]):
+        assert torch.equal(backward(model), expected)
+    torch.testing.assert_close(seen[0], whole, rtol=2**-7, atol=0)  # autograd's is rounded to bf16
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2, transposed"])
 def test_closed_passes_add_up_until_an_open_one_delivers(name: str, checkpointed: bool) -> None:
     twins = _twins(name)

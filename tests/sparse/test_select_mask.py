@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import gem_ds
 from gem_ds.files.mask import Mask
@@ -81,6 +83,8 @@ def test_gradients_are_dense_autograds_in_eval_mode(
     model = make_model(architecture)
     if is_checkpointed:
         checkpointed(model)
+        block = next(m for m in model.modules() if isinstance(m, GradientCheckpointingLayer))
+        block.forward = block.forward  # as libraries do that replace it; it is to stay
     model.train()
     next(model.parameters()).requires_grad_(False)
     dataset = random_examples(9)
@@ -124,6 +128,46 @@ def test_any_model_of_torch_will_do() -> None:
     assert mask.num_selected == int(0.3 * sum(p.numel() for p in model.parameters()))
     assert mask.base_model == "Plain"
     assert not any(p.requires_grad for p in model.parameters())
+    chain = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).eval()  # calls what it holds
+    found = gem_ds.select_mask(chain, [x], _squares, density="0.2", target_modules=["0", "2"])
+    weights = {name: chain.get_parameter(name) for name in ("0.weight", "2.weight")}
+    gradients = dict(
+        zip(weights, torch.autograd.grad(_squares(chain, x), list(weights.values())), strict=True)
+    )
+    expected = gem_ds.select_entries(gradients, weights, found.num_selected)
+    assert {n: i.tolist() for n, i in found.indices.items()} == {
+        n: i.tolist() for n, i in expected.items()
+    }
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_callers_mode_and_calls_of_the_model_do_not_matter(mode: type) -> None:
+    dataset = random_examples(4)
+    examples = naive_examples(dataset, range(4))
+    expected = gem_ds.select_mask(make_model("llama"), examples, naive_loss, density="0.01")
+
+    def loss_of_two(model: nn.Module, pair: tuple) -> Tensor:
+        return naive_loss(model, pair[0]) + naive_loss(model, pair[1])
+
+    model = checkpointed(make_model("llama"))
+    with mode():
+        pairs = (pair for pair in [examples[:2], examples[2:]])
+        mask = gem_ds.select_mask(model, pairs, loss_of_two, density="0.01")
+    assert mask.weights == expected.weights
+
+
+class Unknown(Plain):
+    """Answers labels with a loss, and nobody says what it is the mean over."""
+
+    def forward(self, x: Tensor, labels: Tensor) -> SimpleNamespace:
+        """A loss."""
+        return SimpleNamespace(loss=super().forward(x)[labels].square().mean())
+
+
+def test_a_loss_that_is_not_known_is_not_guessed() -> None:
+    batch = {"x": torch.randn(2, 5), "labels": torch.tensor([0, 1])}
+    with pytest.raises(ValueError, match="Pass loss, which takes the model and a batch"):
+        gem_ds.select_mask(Unknown(), [batch], density="0.1", target_modules=["inner"])
 
 
 def _detached(model: nn.Module, x: Tensor) -> Tensor:
