@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -91,8 +92,20 @@ def test_json_comes_back(tmp_path):
 # Writing is all or nothing
 
 
+def write_within(folder: Path) -> None:
+    (folder / "within").mkdir()
+    (folder / "within" / "f").write_text("new")
+
+
+@pytest.mark.parametrize(
+    ("write_whole", "write", "expected"),
+    [
+        (atomic_write, lambda path: path.write_text("new"), {"sync file": 1}),
+        (atomic_folder, write_within, {"sync file": 1, "sync folder": 2}),
+    ],
+)
 def test_content_is_on_the_disk_before_the_name_and_the_name_before_the_return(
-    tmp_path, monkeypatch
+    tmp_path, monkeypatch, write_whole, write, expected
 ):
     calls = []
     fsync, replace = os.fsync, os.replace
@@ -108,8 +121,10 @@ def test_content_is_on_the_disk_before_the_name_and_the_name_before_the_return(
 
     monkeypatch.setattr(os, "fsync", logged_fsync)
     monkeypatch.setattr(os, "replace", logged_replace)
-    atomic_write(tmp_path / "f", lambda temporary: temporary.write_text("new"))
-    assert calls == ["sync file", "rename", "sync folder"]
+    write_whole(tmp_path / "f", write)
+    place = calls.index("rename")
+    assert Counter(calls[:place]) == expected
+    assert calls[place:] == ["rename", "sync folder"]
 
 
 @pytest.mark.parametrize(
