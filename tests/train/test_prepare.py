@@ -9,6 +9,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,24 @@ def test_the_identity_is_that_of_the_data_and_their_order(tiny):
     write_jsonl(tiny.folder / "turned" / "train.jsonl", rows[::-1])
     shutil.copy(tiny.data / "test.jsonl", tiny.folder / "turned")
     assert plan_of(tiny, data_dir=tiny.folder / "turned").identity.data != plain.data
+
+
+def test_the_digest_is_of_all_that_the_ranks_must_agree_on(tiny, run):
+    """A rank that differs in one of these would wait for others in another collective."""
+    plan = plan_of(tiny)
+    plans = [
+        plan,
+        replace(plan, identity=replace(plan.identity, seed=5)),
+        replace(plan, data=replace(plan.data, test=plan.data.train)),
+        replace(plan, targets=plan.targets[1:]),
+        replace(plan, num_parameters=plan.num_parameters + 1),
+        replace(plan, total=plan.total + 1),
+        replace(plan, deepspeed=plan.deepspeed | {"gradient_clipping": 0.5}),
+        replace(plan, mask=Mask.load(run / "mask.safetensors")),
+        *(replace(plan, checkpoint=Checkpoint.load(run / f"checkpoint-{n}")) for n in (2, 4)),
+    ]
+    assert len({plan.digest() for plan in plans}) == len(plans)
+    assert plan_of(tiny).digest() == plan.digest()
 
 
 def test_a_mask_settles_targets_and_budget(tiny, run):
