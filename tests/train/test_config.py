@@ -124,6 +124,13 @@ def test_methods_that_have_target_layers_take_them(method):
     check(method=method, target_modules=["q_proj"])
 
 
+def test_the_defaults_of_a_step_are_those_of_transformers():
+    train = TrainArguments()
+    assert (train.adam_beta1, train.adam_beta2, train.adam_epsilon) == (0.9, 0.999, 1e-8)
+    assert (train.weight_decay, train.max_grad_norm) == (0.0, 1.0)
+    assert (train.lr_scheduler_type, train.warmup_steps) == ("linear", 0)
+
+
 def test_steps_make_epochs_irrelevant():
     check(max_steps=0, num_train_epochs=0.0)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 from contextlib import nullcontext
+from dataclasses import dataclass
 from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from gem_ds.data.batches import Batches
@@ -18,13 +19,22 @@ from gem_ds.distributed.process_group import init_distributed
 from gem_ds.files.checkpoint import TrainerState
 from gem_ds.models.loss import refuse_leaking_rows, summed_answer_loss
 from gem_ds.sparse.entries import SelectedEntries
-from gem_ds.train.fit import DivergedError, StepResult, fit, mean_loss
+from gem_ds.train.fit import DivergedError, StepResult, fit, mean_loss, seed_noise
 from tests.ranks import run_ranks
-from tests.tiny import PAD_TOKEN_ID, Setting, make_engine, make_model, random_examples
+from tests.tiny import (
+    PAD_TOKEN_ID,
+    Setting,
+    make_engine,
+    make_model,
+    naive_examples,
+    naive_loss,
+    random_examples,
+)
 
 K = 40
 SKIPPED = 2  # the step, from 0, whose gradient is not finite
 NUM_STEPS = 5
+NUM_EXAMPLES = 6
 
 
 def _entries(comm: Comm, architecture: str = "llama") -> SelectedEntries:
@@ -36,11 +46,11 @@ def _entries(comm: Comm, architecture: str = "llama") -> SelectedEntries:
     return entries
 
 
-def _batches(comm: Comm) -> Batches:
+def _batches(comm: Comm, global_batch_size: int = 4) -> Batches:
     return Batches(
-        random_examples(6),
+        random_examples(NUM_EXAMPLES),
         comm,
-        global_batch_size=4,
+        global_batch_size=global_batch_size,
         micro_batch_size=2,
         seed=0,
         pad_token_id=PAD_TOKEN_ID,
@@ -131,16 +141,75 @@ def test_a_loss_or_gradient_that_is_not_finite_ends_the_run_on_every_rank() -> N
     assert second[-1]
 
 
-def _evaluated_twice() -> list[float]:
+@dataclass
+class Losses:
+    """What one of two ranks has found without a change of the weights.
+
+    Attributes:
+        noisy: the held-out loss, twice, of a model that drops out in train mode.
+        held_out: that of another model.
+        trained: the mean loss of its first step on the same examples.
+        was_training: whether that model was in train mode, for each micro-batch of both.
+    """
+
+    noisy: list[float]
+    held_out: float
+    trained: float
+    was_training: list[bool]
+
+
+def _losses() -> Losses:
     comm = init_distributed()
-    entries = _entries(comm, "opt")  # it drops out 30 % in train mode
-    entries.engine.model.train()
-    return [mean_loss(entries.engine, _batches(comm), summed_answer_loss) for _ in range(2)]
+    engine = _entries(comm, "opt").engine  # it drops out 30 % in train mode
+    engine.model.train()
+    noisy = [mean_loss(engine, _batches(comm), summed_answer_loss) for _ in range(2)]
+    entries = _entries(comm)
+    engine, modes = entries.engine, []
+
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        modes.append(engine.model.training)
+        return summed_answer_loss(model, batch)
+
+    held_out = mean_loss(engine, _batches(comm), loss)
+    scheduler = LambdaLR(engine.optimizer, lambda _: 1.0)
+    whole = _batches(comm, global_batch_size=NUM_EXAMPLES)
+    (step,) = fit(engine, [entries], whole, loss, scheduler, TrainerState(max_steps=1), seed=0)
+    return Losses(noisy, held_out, step.loss, modes)
 
 
-def test_the_held_out_loss_knows_no_dropout() -> None:
-    ((first, second),) = run_ranks(1, _evaluated_twice)
-    assert first == second
+@pytest.fixture(scope="module")
+def losses() -> list[Losses]:
+    """By rank."""
+    return run_ranks(2, _losses)
+
+
+def test_the_held_out_loss_knows_no_dropout(losses: list[Losses]) -> None:
+    for found in losses:
+        assert found.noisy[0] == found.noisy[1]
+
+
+def test_losses_are_the_mean_over_the_ranks_examples(losses: list[Losses]) -> None:
+    model, dataset = make_model("llama"), random_examples(NUM_EXAMPLES)
+    examples = naive_examples(dataset, range(NUM_EXAMPLES))
+    with torch.no_grad():
+        total = sum(float(naive_loss(model, example)) for example in examples)
+    mean = pytest.approx(total / dataset.num_items(range(NUM_EXAMPLES)), rel=1e-5)
+    assert [(found.held_out, found.trained) for found in losses] == [(mean, mean)] * 2
+
+
+def test_a_step_after_an_evaluation_is_in_train_mode_again(losses: list[Losses]) -> None:
+    for found in losses:
+        assert found.was_training == [False] * 2 + [True] * 2
+
+
+def test_noise_is_that_of_the_seed_the_step_and_the_rank() -> None:
+    drawn = []
+    for key in itertools.product((0, 1), repeat=3):
+        for _ in range(2):
+            seed_noise(*key)
+            drawn.append(tuple(torch.rand(4).tolist()))
+    assert drawn[::2] == drawn[1::2]
+    assert len(set(drawn)) == 8
 
 
 @pytest.mark.parametrize(("architecture", "leaks"), [("opt", True), ("llama", False)])

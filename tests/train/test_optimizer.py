@@ -1,4 +1,7 @@
-"""What --optimizer adamw_8bit makes, with a stand-in for bitsandbytes, which few machines have."""
+"""The schedule after a resume, and what --optimizer adamw_8bit makes.
+
+With a stand-in for bitsandbytes, which few machines have.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from torch import nn
 
 from gem_ds.train.arguments import parse_arguments
 from gem_ds.train.config import TrainArguments
-from gem_ds.train.optimizer import make_dense_optimizer
+from gem_ds.train.optimizer import make_dense_optimizer, make_scheduler
 from gem_ds.train.prepare import prepare
 
 
@@ -59,3 +62,37 @@ def test_eight_bits_get_the_groups_and_what_the_flags_say(
     assert [(group["params"], group["lr"]) for group in optimizer.param_groups] == expected
     for group in optimizer.param_groups:
         assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.4, 0.5), 0.6, 0.3)
+
+
+@pytest.mark.parametrize(("warmup_steps", "expected"), [(0.25, 2), (0.2, 2), (1, 1), (3.0, 3)])
+def test_a_warmup_below_one_is_a_share_of_all_steps(warmup_steps: float, expected: int) -> None:
+    train = TrainArguments(learning_rate=0.1, warmup_steps=warmup_steps)
+    optimizer = make_dense_optimizer(train, [nn.Parameter(torch.zeros(2))], [])
+    rates = []
+    scheduler = make_scheduler(train, optimizer, 8, 0)
+    for _ in range(8):
+        rates += scheduler.get_last_lr()
+        optimizer.step()
+        scheduler.step()
+    assert rates.index(max(rates)) == expected
+
+
+def test_a_resumed_schedule_goes_on_where_it_stopped() -> None:
+    """After as many updates as were applied, in the warmup and behind it, for every group."""
+    train = TrainArguments(learning_rate=0.1, head_learning_rate=0.2, warmup_steps=3)
+
+    def rates_from(num_updates: int) -> list[list[float]]:
+        body, head = [nn.Parameter(torch.zeros(2))], [nn.Parameter(torch.zeros(3))]
+        optimizer = make_dense_optimizer(train, body, head)
+        scheduler = make_scheduler(train, optimizer, 8, num_updates)
+        rates = []
+        for _ in range(num_updates, 8):
+            rates.append(scheduler.get_last_lr())
+            optimizer.step()
+            scheduler.step()
+        return rates
+
+    whole = rates_from(0)
+    assert whole[3] == [0.1, 0.2]
+    for num_updates in (1, 5):
+        assert rates_from(num_updates) == whole[num_updates:]

@@ -8,6 +8,8 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -20,6 +22,7 @@ from gem_ds.files.delta import Delta
 from gem_ds.files.mask import Mask
 from gem_ds.models import export
 from gem_ds.models.targets import find_targets
+from gem_ds.train.config import TrainArguments
 from gem_ds.train.run import Run
 from gem_ds.train.sparse_tuning import SparseTuning
 from tests import oracle
@@ -216,6 +219,18 @@ def test_a_bf16_weight_does_not_show_a_small_update(tiny, tmp_path):
         mains(flags)
     results = json.loads((tmp_path / "all_results.json").read_text())
     assert 0 < results["changed_share"] < 0.5, "only weights near zero have places that fine"
+
+
+@pytest.mark.parametrize(
+    ("epochs", "max_steps", "expected"), [(1.5, -1, 8), (2, -1, 10), (2, 3, 3)]
+)
+def test_a_part_of_an_epoch_is_rounded_up_to_steps(epochs, max_steps, expected):
+    run: Any = SimpleNamespace(
+        prepared=SimpleNamespace(checkpoint=None),
+        args=SimpleNamespace(train=TrainArguments(num_train_epochs=epochs, max_steps=max_steps)),
+        train_batches=SimpleNamespace(steps_per_epoch=5),
+    )
+    assert Run.initial_state(run).max_steps == expected
 
 
 def test_predictions_that_fail_cost_no_training(tiny, tmp_path, monkeypatch):
