@@ -10,13 +10,16 @@ exit, or none in time, says nothing of the tests: then the fault is broken.
 
 from __future__ import annotations
 
+import sys
+
+sys.path.pop(0)  # this script's folder: its `select` is not Python's
+
 import argparse
 import os
 import re
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 import tomllib

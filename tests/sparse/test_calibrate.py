@@ -252,6 +252,7 @@ class Oddities:
     Attributes:
         dead: the error where attention's output is cut off in the second block.
         unused: the error where a target is never called.
+        one_row: the error where a layer's gradient lies in the first rank's range only.
         diverged: the error where the loss of the last rank alone is not finite, in step 2.
         after: statistics of a calibration in the engine that has just refused one.
         before: of the same one in the same engine, before.
@@ -261,6 +262,7 @@ class Oddities:
 
     dead: str
     unused: str
+    one_row: str
     diverged: str
     before: Tensors
     after: Tensors
@@ -293,6 +295,14 @@ def _all_oddities() -> Oddities:
     args = (engine, layers, _batches(comm), summed_answer_loss, K)
     unused = _error_of(lambda: calibrate(*args))
 
+    reached_at_one = make_model("llama")
+    first_only = torch.eye(reached_at_one.config.hidden_size)[0]
+    reached_at_one.model.layers[1].mlp.down_proj.register_forward_hook(
+        lambda module, inputs, y: y * first_only
+    )
+    engine, layers = make_engine(setting, comm, reached_at_one, K)
+    one_row = _error_of(lambda: sum_gradients(engine, layers, _batches(comm), summed_answer_loss))
+
     engine, layers = make_engine(setting, comm, make_model("llama"), K)
 
     def statistics(num_examples: int = NUM_EXAMPLES) -> Tensors:
@@ -316,7 +326,7 @@ def _all_oddities() -> Oddities:
     model = make_model("llama", torch.bfloat16)
     engine, layers = make_engine(Setting(3, "bf16"), comm, model, K)
     bf16 = statistics()
-    return Oddities(dead, unused, diverged, before, after, single, bf16)
+    return Oddities(dead, unused, one_row, diverged, before, after, single, bf16)
 
 
 @pytest.fixture(scope="module")
@@ -336,6 +346,10 @@ def test_target_without_gradient_is_refused_by_name_on_every_rank(oddities: list
 def test_target_that_is_never_called_is_refused_by_name(oddities: list[Oddities]) -> None:
     for account in oddities:
         assert account.unused.startswith("No gradient reaches spare.weight:")
+
+
+def test_gradient_in_the_range_of_one_rank_is_enough(oddities: list[Oddities]) -> None:
+    assert [account.one_row for account in oddities] == ["no error"] * 2
 
 
 def test_loss_that_is_not_finite_on_one_rank_is_refused_on_every_rank(
