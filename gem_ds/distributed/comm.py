@@ -157,6 +157,11 @@ class Comm:
             raise PeerError(str(error)) from error
 
 
+def is_joined() -> bool:
+    """Whether this process is in a group already, whoever has joined it."""
+    return dist.is_initialized()
+
+
 def free_port() -> int:
     """A TCP port of this machine that nobody listens on."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

@@ -10,7 +10,8 @@ import logging
 import os
 import sys
 import time
-from contextlib import redirect_stdout, suppress
+from collections.abc import Mapping
+from contextlib import ExitStack, redirect_stdout, suppress
 from datetime import timedelta
 from io import StringIO
 from pathlib import Path
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 from torch.utils.cpp_extension import get_default_build_root
 
-from gem_ds.distributed.comm import Comm, free_port
+from gem_ds.distributed.comm import Comm, free_port, is_joined
 from gem_ds.distributed.weights import load_deepspeed
 
 #: Where launchers that set no RANK say how many processes they have started.
@@ -26,6 +27,9 @@ _NUM_PROCESSES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 
 #: Seconds. A rank that loads the op has it for less than the one, compiling takes a minute.
 _SHORT_LOCK, _OLD_LOCK = 5, 600
+
+#: What leaving undoes: what joining has changed in this process, which may go on.
+_leaving = ExitStack()
 
 
 def init_distributed() -> Comm:
@@ -36,8 +40,10 @@ def init_distributed() -> Comm:
                 "Several processes and no RANK: start them with deepspeed or torchrun, under Slurm "
                 "one torchrun on each node."
             )
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+        own = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        own["MASTER_PORT"] = str(free_port())
+        os.environ.update(own)
+        _leaving.callback(_unset, own)
     deepspeed = load_deepspeed()
     deepspeed.utils.logger.setLevel(logging.ERROR)  # it warns of our optimizer, on each rank
     accelerator = deepspeed.accelerator.get_accelerator()
@@ -45,10 +51,13 @@ def init_distributed() -> Comm:
         _wait_for_locks(is_telling=os.environ.get("LOCAL_RANK", "0") == "0")
     else:
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    was_joined = is_joined()
     with redirect_stdout(StringIO()):  # each rank would print that it has built an op
         deepspeed.init_distributed(
             accelerator.communication_backend_name(), verbose=False, timeout=_patience()
         )
+    if not was_joined:
+        _leaving.callback(_destroy)
     comm = Comm(torch.device(accelerator.current_device_name()))
     if comm.device.type == "cpu":
         _unlink_buffer(comm)
@@ -96,7 +105,22 @@ def _wait_for_locks(*, is_telling: bool) -> None:
 
 
 def leave_distributed() -> None:
-    """Leave the process group; DeepSpeed forgets it too, so this process may join another."""
+    """Undo what joining has done; this process may join another group.
+
+    A group that was there before stays: it is the caller's.
+    """
+    _leaving.close()
+
+
+def _destroy() -> None:
+    """Leave the group; DeepSpeed forgets it too."""
     deepspeed = load_deepspeed()
     if deepspeed.comm.is_initialized():
         deepspeed.comm.destroy_process_group()
+
+
+def _unset(variables: Mapping[str, str]) -> None:
+    """A later program of this process is under no launcher either."""
+    for name, value in variables.items():
+        if os.environ.get(name) == value:
+            del os.environ[name]

@@ -11,25 +11,42 @@ import pytest
 import torch
 
 from gem_ds.distributed import process_group
+from gem_ds.distributed.comm import is_joined
 from gem_ds.distributed.process_group import init_distributed, leave_distributed
 from tests.ranks import run_ranks
 
+VARIABLES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+
 
 def _without_a_launcher() -> list[tuple[int, int, int]]:
+    for name in VARIABLES:
+        del os.environ[name]
     seen = []
     for _ in range(2):  # a process may leave one group and join another
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-            del os.environ[name]
         comm = init_distributed()
         total = comm.all_reduce(torch.ones(1), "sum")
         seen.append((comm.rank, comm.world_size, int(total)))
         leave_distributed()
+        assert not VARIABLES & os.environ.keys(), "a later program would think it was launched"
+        assert not is_joined()
     leave_distributed()  # nothing to leave
     return seen
 
 
 def test_one_process_needs_no_launcher() -> None:
     assert run_ranks(1, _without_a_launcher) == [[(0, 1, 1)] * 2]
+
+
+def _in_a_group_of_the_caller() -> int:
+    torch.distributed.init_process_group("gloo")  # noqa: TID251
+    comm = init_distributed()
+    leave_distributed()
+    assert os.environ.keys() >= VARIABLES
+    return int(comm.all_reduce(torch.ones(1), "sum"))
+
+
+def test_a_group_of_the_caller_stays() -> None:
+    assert run_ranks(2, _in_a_group_of_the_caller) == [2, 2]
 
 
 @pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])

@@ -235,6 +235,7 @@ def _finetune(calls: list[dict[str, Any]]) -> list[gem_ds.RunResult]:
     verbosity = logging.get_verbosity()
     results = [gem_ds.finetune(**call) for call in calls]
     assert logging.get_verbosity() == verbosity
+    assert "RANK" not in os.environ
     return results
 
 
