@@ -52,7 +52,7 @@ _INFINITY = float("inf")
 _NOT_NEGATIVE = Limit("a finite number of at least 0", lambda value: 0 <= value < _INFINITY)
 
 Count = Annotated[int, Limit("at least 1", lambda count: count >= 1)]
-CountOrNone = Annotated[int, _NOT_NEGATIVE]
+CountFromZero = Annotated[int, _NOT_NEGATIVE]
 Amount = Annotated[float, _NOT_NEGATIVE]
 Positive = Annotated[float, Limit("above 0", lambda value: 0 < value < _INFINITY)]
 Share = Annotated[float, Limit("at least 0 and below 1", lambda share: 0 <= share < 1)]
@@ -114,7 +114,7 @@ class DataArguments:
     train_examples: Count | None = _option(
         None, "Train on so many examples only; which ones does not depend on the seed."
     )
-    dev_examples: CountOrNone = _option(
+    dev_examples: CountFromZero = _option(
         0, "Take so many training examples as a development set; the same ones for every seed."
     )
     max_eval_samples: Count | None = _option(
@@ -150,7 +150,7 @@ class MethodArguments:
         None,
         "Calibrated methods: look at the first N examples of the shuffled order (default: all).",
     )
-    calibration_head_steps: CountOrNone | None = _option(
+    calibration_head_steps: CountFromZero | None = _option(
         None,
         "Calibrated methods on an encoder: first train its head alone for so many steps on the "
         "calibration examples, so that gradients are not those of a random head; training itself "

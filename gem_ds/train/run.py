@@ -246,7 +246,7 @@ class Run:
 
     def evaluate(self, reporter: Reporter) -> None:
         """Log the held-out loss, where it is asked for."""
-        if (batches := self.held_out) is None or self.args.train.eval_strategy == "no":
+        if self.args.train.eval_strategy == "no" or (batches := self.held_out) is None:
             return
         with closing(reporter.progress("Held-out loss", batches.steps_per_epoch, "batch")) as bar:
             loss = mean_loss(self.engine, batches, self.summed_loss, bar.advance)

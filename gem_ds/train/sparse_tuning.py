@@ -134,10 +134,10 @@ class SparseTuning:
         """Score and select."""
         method = self.args.method.method
         is_shown = is_shown and method in CALIBRATED_METHODS
-        progress = Progress("Calibrating", batches.steps_per_epoch, "batch", is_shown=is_shown)
         with ExitStack() as stack:
             if method in CALIBRATED_METHODS:
                 stack.enter_context(self.calibrating(batches, summed_loss))
+            progress = Progress("Calibrating", batches.steps_per_epoch, "batch", is_shown=is_shown)
             stack.callback(progress.close)
             return calibrate(
                 self.engine,
