@@ -29,10 +29,22 @@ PROGRAMS = {
     "plan": "gem_ds.planning.main",
 }
 
+_ABOUT = {
+    "train": "fine-tune a model; writes delta.safetensors",
+    "eval gsm8k": "exact match on GSM8K",
+    "eval passk": "pass@k on MBPP or HumanEval, in a sandbox",
+    "eval classification": "GLUE and SuperGLUE: candidates' likelihoods, or an encoder's head",
+    "eval squad": "SQuAD, and STS-B by a causal model",
+    "eval score": "score samples.jsonl again, without a model",
+    "export": "base model and delta to a Hugging Face folder",
+    "compare": "methods x tasks x seeds x learning rates, of one YAML file",
+    "plan": "what a run needs, from config.json alone",
+}
+
 USAGE = f"""\
 usage: gem-ds PROGRAM [flags]
 
-{chr(10).join(f"    gem-ds {name}" for name in PROGRAMS)}
+{chr(10).join(f"    gem-ds {name:20} {_ABOUT[name]}" for name in PROGRAMS)}
 
 `gem-ds PROGRAM --help` tells its flags. On several GPUs: deepspeed --module gem_ds.train [flags]"""
 

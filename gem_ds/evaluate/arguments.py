@@ -13,6 +13,7 @@ import torch
 from transformers import HfArgumentParser
 
 from gem_ds.distributed.zero_config import read_config
+from gem_ds.flags import HelpFormatter
 
 
 def option(default: Any, text: str) -> Any:
@@ -56,6 +57,7 @@ def parser_of(program: str, description: str, *flags: type) -> HfArgumentParser:
         prog=f"python -m {program}",
         description=description,
         allow_abbrev=False,
+        formatter_class=HelpFormatter,
     )
 
 

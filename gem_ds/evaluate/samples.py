@@ -226,7 +226,7 @@ def _refuse_missing(path: Path, samples: list[Sample], ids: list[str]) -> None:
         raise ValueError(
             f"{path} lacks {len(ids) * num_samples - len(there)} of {len(ids) * num_samples} "
             f"samples, for example sample {first[1]} of {first[0]!r}: sample again with the same "
-            "flags to complete it."
+            "flags to complete it, or pass --limit for the first problems alone or --allow_missing."
         )
 
 

@@ -17,7 +17,7 @@ way: in a heavy tail most terms, squares above all, are far below ``top * 2^-b``
 are the same bits for any number of ranks and any cut, and the error of a sum is that of its terms.
 
 The other scores that sparse fine-tuning knows, the gradient's or the weight's magnitude or chance,
-go through the same sums. Nothing here decides what to select: methods.py, budget.py and topk.py do.
+go through the same sums. Nothing here decides what to select: rules.py, budget.py and topk.py do.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def select_mask(
     loss: Callable[[Any, Any], Tensor] | None = None,
     *,
     density: float | str | Decimal = "0.001",
-    target_modules: Sequence[str] | None = None,
+    target_modules: Sequence[str] | str | None = None,
     rule: str = "gem",
     seed: int = 0,
     base_model: str | None = None,
@@ -58,7 +58,7 @@ def select_mask(
             for models of transformers that return a loss of ``labels``: their mean over the label
             tokens is turned into a sum, and batches are mappings of tensors.
         density: the share of the model's parameters to select, in (0, 1].
-        target_modules: as the flag: module names, one regular expression or ``["all-linear"]``
+        target_modules: as the flag: module names, one regular expression or ``"all-linear"``
             (default: the query and value projections).
         rule: one of :data:`gem_ds.select.rules.RULES`.
         seed: of rules that choose by chance.
@@ -72,7 +72,8 @@ def select_mask(
     """
     if rule not in RULES:
         raise ValueError(f"There is no rule {rule!r}: pass one of {', '.join(RULES)}.")
-    targets = _find_targets(model, target_modules)
+    names = [target_modules] if isinstance(target_modules, str) else target_modules
+    targets = _find_targets(model, names)
     budget = _budget(model, targets, density)
     gradients: Sequence[Tensor | None] = [None] * len(targets)
     # Whatever the caller's mode is, as an evaluation's.

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from numbers import Number
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
 
+from gem_ds.flags import HelpFormatter
 from gem_ds.train.config import (
     Arguments,
     DataArguments,
@@ -40,6 +43,7 @@ def parse_arguments(argv: Sequence[str], needed: Sequence[str] = _NEEDED) -> Arg
         prog="launch/train.py",
         description="Fine-tune a language model with GEM on DeepSpeed.",
         allow_abbrev=False,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--config", metavar="RECIPE.yaml", help="YAML file of flags; flags win.")
     if recipe := parser.parse_known_args(argv)[0].config:
@@ -60,12 +64,19 @@ def parse_arguments(argv: Sequence[str], needed: Sequence[str] = _NEEDED) -> Arg
 
 
 def as_flags(values: Mapping[str, Any]) -> list[str]:
-    """Values by the names of their flags, as a command line; None leaves a flag out."""
+    """Values by the names of their flags, as a command line; None leaves a flag out.
+
+    Raises:
+        ValueError: a value is of a kind that no flag takes, such as a mask in memory.
+    """
     flags = []
     for name, value in values.items():
         if isinstance(value, (list, tuple)):
             flags += [f"--{name}", *map(str, value)]
         elif value is not None:
+            if not isinstance(value, (str, Number, os.PathLike)):  # truth values are numbers
+                remedy = "save it and pass the file's path" if name == "mask" else "see --help"
+                raise ValueError(f"{name} cannot be a {type(value).__name__}: {remedy}.")
             flags.append(f"--{name}={value}")  # in one word, which may begin with a minus
     return flags
 

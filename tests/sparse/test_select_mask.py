@@ -208,3 +208,10 @@ def test_a_model_that_lies_elsewhere_is_refused() -> None:
     model.inner.forward = model.inner.forward
     with pytest.raises(ValueError, match="forward was replaced"):
         gem_ds.select_mask(model, target_modules=["inner"], rule="magnitude", density="0.1")
+
+
+def test_one_name_or_expression_needs_no_list() -> None:
+    model, choice = Plain(), {"rule": "magnitude", "density": "0.1"}
+    in_list = gem_ds.select_mask(model, target_modules=["inner"], **choice)  # type: ignore[arg-type]
+    alone = gem_ds.select_mask(model, target_modules="inner", **choice)  # type: ignore[arg-type]
+    assert alone.indices.keys() == in_list.indices.keys() == {"inner.weight"}

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from gem_ds.train.arguments import as_flags, parse_arguments
 from gem_ds.train.config import (
+    DEFAULT_DENSITY,
     DataArguments,
     MethodArguments,
     ModelArguments,
@@ -217,3 +218,18 @@ def test_help_names_every_flag(capsys):
     assert caught.value.code == 0
     text = capsys.readouterr().out
     assert all(f"--{name}" in text for name in [*OTHER, "config"])
+
+
+def test_help_tells_a_default_once_and_none_at_all(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "(default: None)" not in text
+    assert f"(default: {DEFAULT_DENSITY})" in text
+    assert "(default: gem)" in text
+
+
+@pytest.mark.parametrize("value", [{"a": 1}, object()])
+def test_a_value_that_no_flag_takes_is_refused_by_its_kind(value):
+    with pytest.raises(ValueError, match=r"^mask cannot be a \w+: save it"):
+        as_flags({"mask": value})

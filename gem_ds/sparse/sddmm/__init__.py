@@ -7,8 +7,8 @@ For a linear layer ``y = x W^T`` the gradient is ``G = dy^T x``, shape [out, in]
   :func:`add_sampled_product`.
 
 Results are fp32 whatever the inputs are, so that sums over micro-batches do not round to bf16.
-Several kernels compute the same; which one is used when stands in :mod:`sparse.sddmm.choice`, with
-the measurements behind it.
+Several kernels compute the same; which one is used when stands in
+:mod:`gem_ds.sparse.sddmm.choice`, with the measurements behind it.
 
     dense     the whole product, picked and dropped
     tiled     the same by tiles of rows; nothing larger than a tile is made

@@ -1,4 +1,4 @@
-"""The kernels that torch alone can express; what they compute is told in :mod:`sparse.sddmm`.
+"""The kernels that torch alone can express; :mod:`gem_ds.sparse.sddmm` tells what they compute.
 
 Beside its result a kernel makes what its docstring names, and drops it when it returns. What lasts
 from step to step is the :class:`Pattern`: the flat indices, which the caller holds anyway, and the
