@@ -121,12 +121,14 @@ class Reporter:
             lines = "".join(json.dumps(entry) + "\n" for entry in state.log_history)
             atomic_write(self._path, lambda path: path.write_text(lines))
             first_step = state.global_step + 1
-            if trackers:
-                self._stack.enter_context(_one_process())
-            for name in trackers:
-                tracker = _start_tracker(name, output_dir, first_step, flags or {})
-                self._stack.callback(tracker.finish)
-                self._trackers.append(tracker)
+            with ExitStack() as stack:  # those that have begun end if the next one cannot
+                if trackers:
+                    stack.enter_context(_one_process())
+                for name in trackers:
+                    tracker = _start_tracker(name, output_dir, first_step, flags or {})
+                    stack.callback(tracker.finish)
+                    self._trackers.append(tracker)
+                self._stack = stack.pop_all()
 
     def progress(self, what: str, total: int, unit: str) -> Progress:
         """Of a loop beside the training itself."""

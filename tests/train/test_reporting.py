@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate import PartialState
 
 from gem_ds.files.checkpoint import TrainerState
 from gem_ds.train import reporting
@@ -164,12 +165,22 @@ def test_a_tracker_gets_the_flags_and_the_numbers(tmp_path, monkeypatch):
         def finish(self) -> None:
             calls.append("finish")
 
+    class Broken(Tracker):
+        def start(self) -> None:
+            raise OSError("no server")
+
     monkeypatch.setitem(reporting.LOGGER_TYPE_TO_CLASS, "wandb", Tracker)
     flags = {"seed": 3}
     reporter = make_reporter(tmp_path, TrainerState(), trackers=["wandb"], flags=flags)
     reporter.log({"loss": 1.5})
     reporter.close()
     assert calls == ["gem_ds", "start", flags, ({"loss": 1.5}, 0), "finish"]
+    del calls[:]
+    monkeypatch.setitem(reporting.LOGGER_TYPE_TO_CLASS, "mlflow", Broken)
+    with pytest.raises(OSError, match="no server"):
+        make_reporter(tmp_path, TrainerState(), trackers=["wandb", "mlflow"])
+    assert calls[-1] == "finish"
+    assert not PartialState._shared_state
 
 
 def test_the_averages_are_of_the_steps_since_the_last_question(tmp_path):
