@@ -1,5 +1,6 @@
 # make demo   set everything up and fine-tune the embedded model on its task (two ranks, ZeRO-3)
 # make test   set everything up and run all checks
+# make check  lint, types and the fast tests
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,7 +10,7 @@ export TORCH_EXTENSIONS_DIR := $(abspath $(VENV))/torch_extensions
 # torch looks there for ninja, launchers for python
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test lint install clean
+.PHONY: demo test check lint install clean
 .DEFAULT_GOAL := demo
 
 install: $(VENV)/.installed
@@ -26,8 +27,13 @@ demo: install
 	bash launch/demo/run.sh
 
 # A module's tests stay together, since they share what it trains; many tests start ranks of their own.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+	$(PYTEST)
+
+check: lint
+	$(PYTEST) -m "not slow"
 
 lint: install
 	$(BIN)/ruff check .

@@ -4,8 +4,12 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from benchmarks.steps.shapes import SHAPES, adapter_size
 from tests.tiny_model import REPOSITORY
+
+pytestmark = pytest.mark.slow  # starts engines or programs
 
 METHODS = ("gem", "full")
 

@@ -20,6 +20,8 @@ import yaml
 from gem_ds.comparison import main as compare
 from gem_ds.files.mask import Mask, WeightInfo
 
+pytestmark = pytest.mark.slow  # starts engines or programs
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 FAKE = str(Path(__file__).with_name("fake_train.py"))
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -13,6 +13,8 @@ import yaml
 
 from gem_ds.comparison import main as compare
 
+pytestmark = pytest.mark.slow  # starts engines or programs
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 RECIPE = REPOSITORY / "launch" / "recipes" / "compare_demo.yaml"
 

@@ -50,6 +50,8 @@ from tests.zero_bench import (
     some_vectors,
 )
 
+pytestmark = pytest.mark.slow  # starts engines or programs
+
 # The checks. Each begins in any state of the bench and leaves it usable.
 
 

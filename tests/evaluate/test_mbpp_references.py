@@ -14,6 +14,8 @@ from gem_ds.evaluate.passk import verdicts_of
 from gem_ds.evaluate.samples import Sample
 from gem_ds.evaluate.sandbox import Sandbox
 
+pytestmark = pytest.mark.slow  # starts engines or programs
+
 #: Whose tests make or compare objects of the solution's own classes, so that its code has a say.
 IN_JAIL = {
     "mbpp/367": "the setup builds trees of the solution's class Node",

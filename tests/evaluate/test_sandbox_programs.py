@@ -27,6 +27,8 @@ from gem_ds.evaluate.sandbox import Program, Sandbox, Verdict
 from gem_ds.evaluate.sandbox.pool import LEVELS, WEAK_LEVELS, problem_of
 from gem_ds.evaluate.sandbox.room import code_folder
 
+pytestmark = pytest.mark.slow  # starts engines or programs
+
 FOLDER = Path(__file__).with_name("sandbox_programs")
 EXPECTED = {
     "honest": ["passed"],

@@ -27,6 +27,8 @@ from gem_ds import cli
 from gem_ds.files.delta import Delta
 from gem_ds.files.mask import Mask, WeightInfo, checksum, dtype_name
 
+pytestmark = pytest.mark.slow  # starts engines or programs
+
 SCRIPT = Path(cli.__file__).parents[1] / "launch" / "export.py"
 
 

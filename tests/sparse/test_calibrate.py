@@ -38,6 +38,8 @@ from tests.tiny import (
     summed_loss_of,
 )
 
+pytestmark = pytest.mark.slow  # starts engines or programs
+
 NUM_EXAMPLES = 17
 MICRO_BATCH_SIZE = 3
 K = 61

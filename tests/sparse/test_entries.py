@@ -16,6 +16,8 @@ from gem_ds.sparse.entries import SampledSink, SelectedEntries, gather_indices
 from tests.ranks import Cases, Outcomes, run_cases
 from tests.tiny import Setting, bits, make_engine
 
+pytestmark = pytest.mark.slow  # starts engines or programs
+
 #: What differs in reading and writing; every stage, dtype and variant is test_engine.py's.
 SETTINGS = {
     1: [Setting(0)],

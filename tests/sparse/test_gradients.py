@@ -32,6 +32,8 @@ from tests.tiny import (
     summed_loss_of,
 )
 
+pytestmark = pytest.mark.slow  # starts engines or programs
+
 NUM_EXAMPLES = 17
 NUM_STEPS = {1: 3, 2: 2}  # of two micro-batches of up to three examples on each rank
 ARCHITECTURE = "llama"  # query weights of 200 entries, value weights of 40; two of each

@@ -36,6 +36,8 @@ from gem_ds.sparse.layers import Sink, TargetLayers
 from tests.ranks import run_ranks
 from tests.tiny import PAD_TOKEN_ID, Setting, fit_entries, make_engine, random_examples
 
+pytestmark = pytest.mark.slow  # starts engines or programs
+
 WORLD_SIZE = 2
 HIDDEN_SIZE = 64
 TARGET_SIZE = HIDDEN_SIZE**2  # entries of each target

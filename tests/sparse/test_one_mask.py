@@ -41,6 +41,8 @@ from tests.tiny import (
     random_examples,
 )
 
+pytestmark = pytest.mark.slow  # starts engines or programs
+
 WORLD_SIZES = (1, 3, 4)
 STAGES = (1, 3)  # below stage 3 all have the same ranges
 SHAPES = {

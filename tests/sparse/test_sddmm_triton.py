@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # starts engines or programs
+
 
 def test_the_kernel_is_right() -> None:
     pytest.importorskip("triton")

@@ -33,6 +33,8 @@ from tests.ranks import run_ranks
 from tests.tiny_model import REPOSITORY, Tiny, joined, make_tiny, one_rank
 from tests.tiny_tasks import NAMES, make_bert, make_encoder, make_task, task_of
 
+pytestmark = pytest.mark.slow  # starts engines or programs
+
 
 @dataclass(frozen=True)
 class Case:

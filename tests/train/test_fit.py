@@ -31,6 +31,8 @@ from tests.tiny import (
     random_examples,
 )
 
+pytestmark = pytest.mark.slow  # starts engines or programs
+
 K = 40
 SKIPPED = 2  # the step, from 0, whose gradient is not finite
 NUM_STEPS = 5

@@ -40,6 +40,8 @@ from tests.ranks import run_ranks
 from tests.tiny import Setting, bits
 from tests.tiny_classifier import NUM_EXAMPLES, make_classifier, naive_pair_loss, random_pairs
 
+pytestmark = pytest.mark.slow  # starts engines or programs
+
 NUM_STEPS = 9
 NUM_HEAD_STEPS = 4  # of the head alone, before the calibration
 GLOBAL_BATCH_SIZE = 8  # the last batch of an epoch has one example: some ranks have none

@@ -27,6 +27,8 @@ from gem_ds.train.reporting import Reporter
 from tests.ranks import RankError, run_ranks
 from tests.tiny_model import REPOSITORY, Tiny, mains, make_tiny
 
+pytestmark = pytest.mark.slow  # starts engines or programs
+
 NUM_STEPS = 10
 
 

@@ -30,6 +30,8 @@ from tests.ranks import run_ranks
 from tests.tiny import Example, assert_selected_up_to_rounding, bits, naive_loss
 from tests.tiny_model import REPOSITORY, Tiny, joined, mains, make_tiny, one_rank
 
+pytestmark = pytest.mark.slow  # starts engines or programs
+
 NUM_STEPS = 9
 BATCH_SIZE = 4
 SEED = 42
