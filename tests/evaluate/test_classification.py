@@ -28,7 +28,10 @@ from tests.ranks import run_ranks
 from tests.tiny_model import REPOSITORY, Tiny, make_tiny
 from tests.tiny_tasks import NAMES, bert_tokenizer, make_bert, make_task
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft
+pytestmark = [
+    pytest.mark.slow,  # starts engines or programs
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),  # peft,
+]
 
 ZERO3 = str(REPOSITORY / "ds_configs" / "zero3.json")
 

@@ -22,7 +22,10 @@ from tests.ranks import Cases, run_cases
 from tests.tiny import DS_CONFIGS
 from tests.tiny_model import make_tiny, one_rank
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+pytestmark = [
+    pytest.mark.slow,  # starts engines or programs
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+]
 
 #: Batches of 2, 2 (alone in their rounds, so that rank 1 is idle), 4, 4 and 4.
 PROMPTS = {f"task/{i}": f"Say {'so ' * (i % 4)}{i}" for i in range(6)} | {

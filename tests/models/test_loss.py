@@ -54,9 +54,12 @@ from tests.tiny import (
     random_examples,
 )
 
-pytestmark = pytest.mark.filterwarnings(  # of peft's calls
-    "ignore:`is_gradient_checkpointing`:FutureWarning"
-)
+pytestmark = [
+    pytest.mark.slow,  # starts engines or programs
+    pytest.mark.filterwarnings(  # of peft's calls
+        "ignore:`is_gradient_checkpointing`:FutureWarning"
+    ),
+]
 
 VOCABULARY = 40
 EXAMPLES = random_examples(5)

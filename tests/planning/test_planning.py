@@ -26,9 +26,12 @@ from gem_ds.planning.main import main
 from gem_ds.train.arguments import parse_arguments
 from tests.tiny_model import REPOSITORY
 
-pytestmark = pytest.mark.filterwarnings(  # of peft's calls
-    "ignore:`is_gradient_checkpointing`:FutureWarning"
-)
+pytestmark = [
+    pytest.mark.slow,  # starts engines or programs
+    pytest.mark.filterwarnings(  # of peft's calls
+        "ignore:`is_gradient_checkpointing`:FutureWarning"
+    ),
+]
 
 CONFIGS = REPOSITORY / "ds_configs"
 HEADS = {"num_hidden_layers": 2, "num_attention_heads": 2}

@@ -29,7 +29,10 @@ from gem_ds.train import run
 from tests.ranks import run_ranks
 from tests.tiny_model import REPOSITORY, Tiny, joined, make_tiny, one_rank, write_jsonl
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.distributed:FutureWarning")
+pytestmark = [
+    pytest.mark.slow,  # starts engines or programs
+    pytest.mark.filterwarnings("ignore:`torch.distributed:FutureWarning"),
+]
 
 LAYER = "model.layers.0.self_attn.v_proj.weight"
 

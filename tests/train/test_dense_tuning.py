@@ -45,7 +45,8 @@ from tests.ranks import run_ranks
 from tests.tiny import Setting, make_model, naive_examples, naive_loss, random_examples
 from tests.tiny_classifier import NUM_EXAMPLES, make_classifier, naive_pair_loss, random_pairs
 
-pytestmark = [  # of peft's calls
+pytestmark = [
+    pytest.mark.slow,  # starts engines or programs  # of peft's calls
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning"),
 ]

@@ -27,6 +27,7 @@ from tests.tiny_model import REPOSITORY, Tiny, joined, make_tiny, one_rank
 from tests.tiny_tasks import make_bert, make_task, task_of
 
 pytestmark = [
+    pytest.mark.slow,  # starts engines or programs
     pytest.mark.filterwarnings("ignore:`torch.distributed:FutureWarning"),
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
 ]

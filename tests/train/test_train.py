@@ -41,6 +41,7 @@ from tests.tiny_model import (
 )
 
 pytestmark = [
+    pytest.mark.slow,  # starts engines or programs
     pytest.mark.filterwarnings("ignore:`torch.distributed:FutureWarning"),
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
 ]
