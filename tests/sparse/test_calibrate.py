@@ -298,10 +298,9 @@ def _all_oddities() -> Oddities:
     unused = _error_of(lambda: calibrate(*args))
 
     reached_at_one = make_model("llama")
-    first_only = torch.eye(reached_at_one.config.hidden_size)[0]
-    reached_at_one.model.layers[1].mlp.down_proj.register_forward_hook(
-        lambda module, inputs, y: y * first_only
-    )
+    v_proj = reached_at_one.model.layers[1].self_attn.v_proj
+    is_first = torch.arange(v_proj.out_features) < 1
+    v_proj.register_forward_hook(lambda module, inputs, y: y * is_first)
     engine, layers = make_engine(setting, comm, reached_at_one, K)
     one_row = _error_of(lambda: sum_gradients(engine, layers, _batches(comm), summed_answer_loss))
 
