@@ -140,7 +140,7 @@ def test_the_digest_is_of_all_that_the_ranks_must_agree_on(tiny, run):
         replace(plan, data=replace(plan.data, test=plan.data.train)),
         replace(plan, targets=plan.targets[1:]),
         replace(plan, num_parameters=plan.num_parameters + 1),
-        replace(plan, total=plan.total + 1),
+        replace(plan, budget=plan.budget + 1),
         replace(plan, deepspeed=plan.deepspeed | {"gradient_clipping": 0.5}),
         replace(plan, mask=Mask.load(run / "mask.safetensors")),
         *(replace(plan, checkpoint=Checkpoint.load(run / f"checkpoint-{n}")) for n in (2, 4)),
