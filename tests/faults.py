@@ -113,9 +113,9 @@ def run(fault: Fault) -> tuple[str, str]:
     return verdict, f"{verdict}  {time.perf_counter() - started:5.1f} s  {fault.name}: {told}"
 
 
-def check(faults: Sequence[Fault], option: str) -> int:
+def check(faults: Sequence[Fault], options: Sequence[str]) -> int:
     """Print what cannot be put in, and what pytest says of all tests; returns the exit status."""
-    status, output = run_pytest(ROOT, option, *sorted({t for f in faults for t in f.tests}))
+    status, output = run_pytest(ROOT, *options, *sorted({t for f in faults for t in f.tests}))
     print(output if status else f"The tests of {len(faults)} faults are as they should be.")
     for fault in faults:
         try:
@@ -131,12 +131,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tests/faults.py", allow_abbrev=False)
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("-j", type=int, default=1, metavar="N", help="faults at a time")
-    for name, option in (("--check", "--collect-only"), ("--clean", "-rfE")):
-        parser.add_argument(name, dest="option", action="store_const", const=option)
+    for name, option in (("--check", "--collect-only --keep-duplicates"), ("--clean", "-rfE")):
+        parser.add_argument(name, dest="options", action="store_const", const=option.split())
     arguments = parser.parse_args(argv)
     faults = read_faults(arguments.names)
-    if arguments.option:
-        return check(faults, arguments.option)
+    if arguments.options:
+        return check(faults, arguments.options)
     started, verdicts = time.perf_counter(), []
     with ThreadPoolExecutor(arguments.j) as executor:
         for verdict, line in executor.map(run, faults):
