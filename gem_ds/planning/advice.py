@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from gem_ds.distributed.zero_config import read_config, zero_stage
+from gem_ds.distributed.zero_config import zero_stage
 from gem_ds.planning.forecast import Forecast, Setting, forecast, is_offloaded
 
 #: Share of the memory that the forecast leaves to what it does not count.
 HEADROOM = 0.1
 
-_REPOSITORY = Path(__file__).resolve().parents[2]
+_ON_CPU = {"device": "cpu"}
+
+#: What these files of the repository say to a forecast; an installed package is without them.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "ds_configs/zero3.json": {"zero_optimization": {"stage": 3}},
+    "ds_configs/zero3_offload.json": {
+        "zero_optimization": {"stage": 3, "offload_optimizer": _ON_CPU, "offload_param": _ON_CPU}
+    },
+}
 _MOST_RANKS = 4096
 _BATCH_SIZES = (
     *("train_batch_size", "train_micro_batch_size_per_gpu"),
@@ -74,7 +81,7 @@ def _words(flags: dict[str, str]) -> list[str]:
 
 def _with(setting: Setting, flags: dict[str, str]) -> Setting:
     if "deepspeed" in flags:
-        return replace(setting, deepspeed=read_config(_REPOSITORY / flags["deepspeed"]))
+        return replace(setting, deepspeed=CONFIGS[flags["deepspeed"]])
     values: dict[str, Any] = {name: int(value) if value else True for name, value in flags.items()}
     args = setting.args
     return replace(setting, args=replace(args, train=replace(args.train, **values)))

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, FalconConfig, GPTJConfig, LlamaConfig, OPTConfig
 
 from gem_ds.distributed.zero_config import read_config
+from gem_ds.planning import advice
 from gem_ds.planning.advice import HEADROOM, changes, fits, least_change
 from gem_ds.planning.forecast import Setting, forecast
 from gem_ds.planning.gathers import Gathers
@@ -363,6 +364,13 @@ def test_batch_sizes_that_the_json_spells_out_follow_a_change() -> None:
 
 
 # The command
+
+
+@pytest.mark.parametrize("file", advice.CONFIGS)
+def test_advice_knows_the_repositorys_configurations_without_their_files(file: str) -> None:
+    setting = setting_of("--bf16")
+    read, known = read_config(REPOSITORY / file), advice.CONFIGS[file]
+    assert forecast(replace(setting, deepspeed=known)) == forecast(replace(setting, deepspeed=read))
 
 
 def test_the_command_needs_a_configuration_only(
