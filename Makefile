@@ -27,7 +27,8 @@ demo: install
 	bash launch/demo/run.sh
 
 # A module's tests stay together, since they share what it trains; many tests start ranks of their own.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile \
+	--no-loadscope-reorder
 
 test: lint
 	$(PYTEST)

@@ -14,6 +14,11 @@ settings.register_profile("any_speed", deadline=None)
 settings.load_profile("any_speed")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long begins first, so that no worker is left alone with it at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(scope="session")
 def gem_data_dir() -> Path:
     """The folder of real data: GEM_DATA_DIR, by default ../shared/data beside the repository."""

@@ -39,7 +39,7 @@ HEADS = {"num_hidden_layers": 2, "num_attention_heads": 2}
 LLAMA = LlamaConfig(
     hidden_size=256,
     intermediate_size=512,
-    num_hidden_layers=2,
+    num_hidden_layers=3,
     num_attention_heads=4,
     num_key_value_heads=2,
     vocab_size=1000,
@@ -185,9 +185,9 @@ def test_state_is_twelve_bytes_for_each_selected_entry_and_shared_from_stage_1(
     stage: int, dtype: str
 ) -> None:
     flags = [] if dtype == "fp32" else ["--bf16"]
-    found = forecast(setting_of("--density", "0.0101", *flags, stage=stage, world_size=3))
+    found = forecast(setting_of("--density", "0.01", *flags, stage=stage, world_size=3))
     k = found.num_trained
-    assert k == int(0.0101 * found.num_parameters)
+    assert k == int(0.01 * found.num_parameters)
     assert k % 3, "the ranks' parts are rounded up"
     assert found.state == 12 * k * (3 if stage == 0 else 1)
     own = k if stage == 0 else -(-k // 3)
@@ -201,7 +201,7 @@ def test_a_rank_holds_its_share_of_the_weights_at_stage_3_only() -> None:
     shares = [forecast(setting_of("--bf16", world_size=n)).training["weights"] for n in (1, 2, 8)]
     assert shares[0] == whole
     persistent = 10 * 256  # entries below which weights stay whole: those of the norms
-    small = 2 * sum(n for n in [256] * 5 if n <= persistent)
+    small = 2 * sum(n for n in [256] * 7 if n <= persistent)
     for n, share in zip((2, 8), shares[1:], strict=True):
         assert share == pytest.approx(whole / n + small, rel=1e-3)
 
@@ -233,7 +233,7 @@ def test_the_head_of_an_encoder_is_trained_and_sent(method: str) -> None:
 
 
 def test_statistics_are_shared_and_a_buffer_keeps_whole_gradients() -> None:
-    targets = 2 * (256 * 256 + 256 * 128)
+    targets = 3 * (256 * 256 + 256 * 128)
     plain = forecast(setting_of())
     assert plain.calibration["statistics"] == 4 * targets / 4
     assert plain.calibration_messages == 4 * targets
@@ -282,13 +282,14 @@ def test_recomputing_and_smaller_batches_hold_fewer_activations() -> None:
     assert activations("--per_device_train_batch_size", "1") < 0.7 * whole
 
 
-def test_evaluation_is_a_forward_pass_of_its_own_batch() -> None:
+@pytest.mark.parametrize("stage", [0, 3])
+def test_evaluation_is_a_forward_pass_of_its_own_batch(stage: int) -> None:
     def held(size: int) -> Any:
-        return forecast(setting_of("--per_device_eval_batch_size", f"{size}"))
+        return forecast(setting_of("--per_device_eval_batch_size", f"{size}", stage=stage))
 
     few, many = held(32), held(64)
     factor = many.evaluation[LiveBytes.OWN] / few.evaluation[LiveBytes.OWN]
-    assert factor == pytest.approx(2, rel=0.15)
+    assert factor == pytest.approx(2, rel=0.1)
     assert many.training == few.training
     assert many.peak == sum(many.evaluation.values()), "a large batch is the peak of a run"
     alike = held(2)  # as in training, whose backward pass needs more
