@@ -1,8 +1,9 @@
 """The suite of honest, hostile and awkward programs: right verdicts, and nothing got out or stayed.
 
-The programs lie in tests/sandbox_programs, a file for each family. Each has the statuses that are
-right for it, its family's if it names none. A program that tries to escape says what came of it, so
-that its tests pass where it was held. A name between two @ signs is replaced:
+The programs lie in sandbox_programs, a file for each family, and all run at every level and in
+every way that this machine has. Each has the statuses that are right for it, its family's if it
+names none. A program that tries to escape says what came of it, so that its tests pass where it was
+held. A name between two @ signs is replaced:
 
     @code@       the folder that the package is imported from
     @canary@     a file outside, which must stay as it is
@@ -10,6 +11,7 @@ that its tests pass where it was held. A name between two @ signs is replaced:
     @parent@     the parent's process id
     @marker@     a name that nothing else on this machine has
     @attempt@    a function that says 'held' if each of some calls is refused
+    @equal@      a class whose objects equal everything
 """
 
 import os
@@ -17,8 +19,8 @@ import secrets
 import socket
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +32,8 @@ from gem_ds.evaluate.sandbox.room import code_folder
 pytestmark = pytest.mark.slow  # starts engines or programs
 
 FOLDER = Path(__file__).with_name("sandbox_programs")
+#: a level, and whether each program gets a fresh interpreter
+WAYS = [("bubblewrap", True), ("namespaces", False), ("namespaces", True), ("landlock", False)]
 EXPECTED = {
     "honest": ["passed"],
     "forged": ["failed"],
@@ -37,8 +41,7 @@ EXPECTED = {
     "time": ["timeout"],
     "awkward": ["failed"],
 }
-TIMEOUT = {"time": 0.7}
-MEMORY_MB = 512
+TIMEOUT = {"time": 0.4}  # all others must have time on a loaded machine too
 ATTEMPT = """
 def attempt(*calls):
     for call in calls:
@@ -49,25 +52,16 @@ def attempt(*calls):
         return repr(found)
     return 'held'
 """
-#: A level, and whether each program gets a fresh interpreter; what runs in that way: how the tests
-#: are judged, and what becomes of programs that end oddly, is the same in all.
-HELD = ("honest", "escape")
-WAYS = {
-    ("bubblewrap", True): (*HELD, "time"),
-    ("namespaces", False): tuple(EXPECTED),
-    ("namespaces", True): HELD,
-    ("landlock", False): (*HELD, "time"),
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """A program, and the statuses that are right for it."""
-
-    name: str
-    job: Program
-    expected: list[str]
-    not_at: list[str]  # levels that do not promise the verdict
+EQUAL = """
+class Equal:
+    def __eq__(self, other): return True
+    def __ne__(self, other): return False
+    def __hash__(self): return 0
+    def __getattr__(self, name): return self
+    def __call__(self, *args): return self
+    __lt__ = __le__ = __gt__ = __ge__ = __contains__ = __eq__
+    __sub__ = __rsub__ = __add__ = __radd__ = __abs__ = lambda self, *args: self
+"""
 
 
 class World:
@@ -78,17 +72,15 @@ class World:
         self.folder = folder
         self.canary = folder / "canary"
         self.canary.write_text(self.marker)
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.unix_listeners = [socket.socket(socket.AF_UNIX) for _ in range(2)]
-        for listener, name in zip(
-            self.unix_listeners, (f"\0{self.marker}", f"{self.canary}.socket"), strict=True
-        ):
-            listener.bind(name)
-            listener.listen()
+        self.listeners = [socket.create_server(("127.0.0.1", 0))]
+        for name in (f"\0{self.marker}", f"{self.canary}.socket"):
+            self.listeners.append(socket.socket(socket.AF_UNIX))
+            self.listeners[-1].bind(name)
+            self.listeners[-1].listen()
         self.tensor = torch.ones(1000)  # the parent has torch loaded, and holds something in it
 
     def close(self) -> None:
-        for listener in (self.listener, *self.unix_listeners):
+        for listener in self.listeners:
             listener.close()
 
     def prepare(self, text: str) -> str:
@@ -96,10 +88,11 @@ class World:
         values = {
             "code": code_folder(),
             "canary": str(self.canary),
-            "listener": str(self.listener.getsockname()[1]),
+            "listener": str(self.listeners[0].getsockname()[1]),
             "parent": str(os.getpid()),
             "marker": self.marker,
             "attempt": ATTEMPT,
+            "equal": EQUAL,
             "surrogate": "\ud800",
             "nested": "(" * 500 + "1" + ")" * 500,
         }
@@ -107,22 +100,18 @@ class World:
             text = text.replace(f"@{name}@", value)
         return text
 
-    def case(self, family: str, name: str) -> Case:
-        """A program of the suite."""
-        options = PROGRAMS[family][name]
-        job = Program(
-            self.prepare(options["program"]),
-            tuple(map(self.prepare, options["tests"])),
-            setup=options.get("setup", ""),
-            timeout=options.get("timeout", TIMEOUT.get(family, 20.0)),
-            memory_mb=MEMORY_MB,
-        )
-        right = options.get("expected", EXPECTED[family])
-        return Case(name, job, right, options.get("not_at", []))
-
-
-PROGRAMS = {family: tomllib.loads((FOLDER / f"{family}.toml").read_text()) for family in EXPECTED}
-FORGED = PROGRAMS["forged"].keys()
+    def programs(self) -> Iterator[tuple[dict[str, Any], Program]]:
+        """All programs of the suite, and what is known of each."""
+        for family, expected in EXPECTED.items():
+            for name, known in tomllib.loads((FOLDER / f"{family}.toml").read_text()).items():
+                program = Program(
+                    self.prepare(known["program"]),
+                    tuple(map(self.prepare, known["tests"])),
+                    setup=known.get("setup", ""),
+                    timeout=known.get("timeout", TIMEOUT.get(family, 20.0)),
+                    memory_mb=512,
+                )
+                yield {"name": name, "family": family, "expected": expected} | known, program
 
 
 class Run:
@@ -130,18 +119,17 @@ class Run:
 
     def __init__(self, world: World, level: str, fresh: bool) -> None:
         self.level, self.world = level, world
-        families = WAYS[level, fresh]
-        cases = [world.case(family, name) for family in families for name in PROGRAMS[family]]
+        cases, programs = zip(*world.programs(), strict=True)
         other = Program("def f(): return 'other_solution'", ("assert f() == 'other_solution'",))
         os.environ["A_SECRET"] = "SECRET"
         before = _surroundings(world.marker)
         with Sandbox(2, level, allow_weak=True, fresh=fresh) as sandbox:
             assert all(v.status == "passed" for v in sandbox.check_all([other] * 6))
             servers, first = _descendants(), sandbox.processes()
-            results = sandbox.check_all([case.job for case in cases])
-            self.verdicts: dict[str, tuple[Case, Verdict]] = {
-                case.name: (case, verdict) for case, verdict in zip(cases, results, strict=True)
-            }
+            verdicts = sandbox.check_all(programs)
+            self.verdicts: list[tuple[dict[str, Any], Verdict]] = list(
+                zip(cases, verdicts, strict=True)
+            )
             self.survivors = _descendants() - servers
             self.num_replaced = sum(a != b for a, b in zip(first, sandbox.processes(), strict=True))
         del os.environ["A_SECRET"]
@@ -179,7 +167,7 @@ def _descendants() -> set[int]:
     scope="module", params=WAYS, ids=lambda way: f"{way[0]}-{'fresh' if way[1] else 'forked'}"
 )
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """The suite at one level, or a skip that names the level and says why."""
+    """The whole suite at one level, or a skip that names the level and says why."""
     level, fresh = request.param
     if problem := problem_of(level, fresh):
         pytest.skip(f"{level}: {problem}")
@@ -189,14 +177,13 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 
 def test_every_verdict_is_right(run: Run) -> None:
-    promised = [(c, v) for c, v in run.verdicts.values() if run.level not in c.not_at]
-    assert [(c.name, v) for c, v in promised if v.status not in c.expected] == []
-    for _, verdict in run.verdicts.values():
+    for case, verdict in run.verdicts:
+        if run.level not in case.get("not_at", []):  # levels that do not promise it
+            assert verdict.status in case["expected"], (case["name"], verdict)
+        assert (case["family"], verdict.status) != ("forged", "passed")
         assert verdict.isolation == run.level
         assert verdict.detail.isprintable()
         assert len(verdict.detail) < 400
-    forged = [verdict.status for case, verdict in run.verdicts.values() if case.name in FORGED]
-    assert "passed" not in forged
 
 
 def test_nothing_outside_was_changed_reached_or_left_behind(run: Run) -> None:
@@ -204,7 +191,7 @@ def test_nothing_outside_was_changed_reached_or_left_behind(run: Run) -> None:
     assert world.canary.read_text() == world.marker
     assert sorted(path.name for path in world.folder.iterdir()) == ["canary", "canary.socket"]
     assert world.tensor.sum() == 1000
-    for listener in (world.listener, *world.unix_listeners):
+    for listener in world.listeners:
         listener.setblocking(False)
         with pytest.raises(BlockingIOError):
             listener.accept()
@@ -215,6 +202,8 @@ def test_nothing_outside_was_changed_reached_or_left_behind(run: Run) -> None:
     assert run.num_replaced == 0, "a server died, and a job was tried again: no verdict would tell"
 
 
-def test_a_namespaced_level_runs_here() -> None:
-    """Otherwise all of the above would be skipped, and nobody would see it."""
+def test_all_families_run_at_all_levels_and_one_with_namespaces_is_here() -> None:
+    """Otherwise the above would be skipped, and nobody would see it."""
+    assert {path.stem for path in FOLDER.iterdir()} == set(EXPECTED)
+    assert {level for level, _ in WAYS} == set(LEVELS)
     assert any(problem_of(level) is None for level in LEVELS if level not in WEAK_LEVELS)
