@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "gem_ds"
 #: but for models and sparse: what sparse has of models is which layers are targets and what a head
 #: is, and models have kinds of layers and products of sparse.
 ORDER = [
-    {"errors", "flags"},
+    {"errors", "flags", "progress"},
     {"select"},
     {"distributed"},
     {"files"},

@@ -21,11 +21,11 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from gem_ds.distributed.process_group import leave_distributed
 from gem_ds.train import main as train
+from tests.tiny_tokenizers import byte_level
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CHAT_TEMPLATE = (
@@ -74,7 +74,7 @@ class Tiny:
 def make_tiny(folder: Path) -> Tiny:
     """Write model, tokenizer and data into ``folder``."""
     tiny = Tiny(folder, folder / "model", folder / "data")
-    tokenizer = _tokenizer()
+    tokenizer = byte_level(chat_template=CHAT_TEMPLATE)
     tokenizer.save_pretrained(tiny.model)
     config = LlamaConfig(
         hidden_size=32,
@@ -135,20 +135,6 @@ def one_rank() -> Iterator[None]:
                 yield
         finally:
             torch.set_num_threads(num_threads)
-
-
-def _tokenizer() -> PreTrainedTokenizerFast:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        chat_template=CHAT_TEMPLATE,
-    )
 
 
 def _sum(rng: random.Random) -> dict[str, object]:

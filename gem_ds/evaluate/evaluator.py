@@ -11,6 +11,7 @@ shares the last step only.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from gem_ds.evaluate.provenance import versions
 from gem_ds.evaluate.samples import Sample
 from gem_ds.evaluate.sampling import RESULTS_FILE, VERDICTS_FILE, sample_all
 from gem_ds.files.atomic import atomic_write, save_json
+from gem_ds.progress import loading_bars
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +95,12 @@ def evaluate(
     arguments, *own = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     started = time.perf_counter()
     check_arguments(arguments)
-    asked = ask(arguments, *own)
-    samples = sample_all(arguments, asked.prompts, asked.settings, num_samples=asked.num_samples)
+    is_main = int(os.environ.get("RANK", 0)) == 0
+    with loading_bars(is_shown=is_main and not arguments.disable_tqdm):
+        asked = ask(arguments, *own)
+        samples = sample_all(
+            arguments, asked.prompts, asked.settings, num_samples=asked.num_samples
+        )
     if samples is None:
         return {}
     report = asked.report(samples)

@@ -24,10 +24,9 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol
-
-from tqdm import tqdm
 
 from gem_ds.evaluate import humaneval, mbpp
 from gem_ds.evaluate.arguments import SamplingArguments, option
@@ -37,6 +36,7 @@ from gem_ds.evaluate.pass_at_k import results_of, summary
 from gem_ds.evaluate.samples import Sample
 from gem_ds.evaluate.sandbox import Program, Sandbox
 from gem_ds.evaluate.sandbox.pool import best_level, num_processors
+from gem_ds.progress import Progress
 
 
 class Benchmark(Protocol):
@@ -264,7 +264,7 @@ def verdicts_of(
     jobs = [replace(benchmark.program(s.task_id, s.completion), **limits) for s in samples]
     distinct = list(dict.fromkeys(jobs))
     verdicts = {}
-    with tqdm(total=len(distinct), desc="Judging", unit="program", disable=not show_bar) as bar:
+    with closing(Progress("Judging", len(distinct), "program", is_shown=show_bar)) as progress:
         for job, verdict in zip(distinct, sandbox.check_all(distinct), strict=True):
             verdicts[job] = {
                 "status": verdict.status,
@@ -272,7 +272,7 @@ def verdicts_of(
                 "in_jail": verdict.in_jail,
                 "program": job.program,
             }
-            bar.update()
+            progress.advance()
     return [
         {"task_id": sample.task_id, "sample": sample.sample, **verdicts[job]}
         for sample, job in zip(samples, jobs, strict=True)

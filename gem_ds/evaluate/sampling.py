@@ -21,13 +21,12 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from gem_ds.distributed.comm import Comm
@@ -46,6 +45,7 @@ from gem_ds.evaluate.generation import (
 from gem_ds.evaluate.provenance import model_facts
 from gem_ds.evaluate.samples import SAMPLES_FILE, Sample, SampleLog
 from gem_ds.models.load import ModelFiles, load_partitioned, load_weights, open_model
+from gem_ds.progress import Progress
 
 RESULTS_FILE = "results.json"
 VERDICTS_FILE = "verdicts.jsonl"
@@ -187,19 +187,16 @@ def _sample_pending(
     if comm.is_main:
         for name in (RESULTS_FILE, VERDICTS_FILE):
             Path(arguments.output_dir, name).unlink(missing_ok=True)
-    with tqdm(
-        desc="Sampling",
-        unit="sample",
-        total=len(plan.requests),
-        initial=len(done),
-        disable=arguments.disable_tqdm or not comm.is_main,
-    ) as bar:
+    is_shown = comm.is_main and not arguments.disable_tqdm
+    total, initial = len(plan.requests), len(done)
+    progress = Progress("Sampling", total, "sample", initial=initial, is_shown=is_shown)
+    with closing(progress):
         for batches in _rounds(backend.batches(plan.requests), done, comm.world_size):
             finished = _answer(batches, backend, comm)
             with comm.agreement():
                 if comm.is_main:
                     plan.log.append(finished)
-            bar.update(sum(request.key not in done for request, _ in finished))
+            progress.advance(sum(request.key not in done for request, _ in finished))
 
 
 def _rounds(

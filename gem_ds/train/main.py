@@ -25,6 +25,7 @@ import transformers
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.process_group import init_distributed, leave_distributed
 from gem_ds.errors import PeerError
+from gem_ds.progress import loading_bars
 from gem_ds.train.arguments import as_flags, parse_arguments
 from gem_ds.train.config import Arguments
 from gem_ds.train.output_dir import clear_output_dir, output_dir_of_one_run
@@ -105,8 +106,8 @@ def main(argv: Sequence[str] | None = None) -> RunResult:
                     stack.enter_context(output_dir_of_one_run(prepared.output_dir))
                     overwrite = args.train.overwrite_output_dir
                     clear_output_dir(prepared.output_dir, overwrite=overwrite)
-            if args.train.disable_tqdm or not (comm.is_main and sys.stderr.isatty()):
-                _LIBRARY.disable_progress_bar()
+            show_bars = comm.is_main and not args.train.disable_tqdm
+            stack.enter_context(loading_bars(is_shown=show_bars))
             run = Run(args, prepared, comm)
             results = run.run()
     except (ValueError, OSError, PeerError):
@@ -133,14 +134,12 @@ def main(argv: Sequence[str] | None = None) -> RunResult:
 @contextmanager
 def _silent_libraries() -> Iterator[None]:
     """While the block lasts, transformers tells errors only."""
-    verbosity, has_bar = _LIBRARY.get_verbosity(), _LIBRARY.is_progress_bar_enabled()
+    verbosity = _LIBRARY.get_verbosity()
     _LIBRARY.set_verbosity_error()
     try:
         yield
     finally:
         _LIBRARY.set_verbosity(verbosity)
-        if has_bar:
-            _LIBRARY.enable_progress_bar()
 
 
 def _refuse_other_runs(args: Arguments, prepared: PreparedRun, comm: Comm) -> None:

@@ -6,10 +6,8 @@ import json
 import os
 import resource
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,72 +18,10 @@ from tqdm import tqdm
 
 from gem_ds.files.atomic import atomic_write
 from gem_ds.files.checkpoint import TrainerState
+from gem_ds.progress import Progress
 
 #: Within the output folder.
 TENSORBOARD_FOLDER = "tensorboard"
-
-#: At most so often, in seconds, a loop tells a log file how far it has come.
-INTERVAL = 30.0
-
-
-class Progress:
-    """How far a loop has come, on standard error: a bar on a terminal, else lines for a log file.
-
-    Args:
-        what: is going on, for example ``Training``.
-        total: rounds of the loop.
-        unit: what a round is called.
-        initial: rounds that were done before.
-        is_shown: False hides it.
-        interval: seconds between lines; None leaves them to :meth:`tell`.
-    """
-
-    def __init__(
-        self,
-        what: str,
-        total: int,
-        unit: str,
-        *,
-        initial: int = 0,
-        is_shown: bool,
-        interval: float | None = INTERVAL,
-    ) -> None:
-        self._what, self._total, self._unit, self._done = what, total, unit, initial
-        self._initial, self._is_shown, self._interval = initial, is_shown, interval
-        self._started = self._told = time.monotonic()
-        self._bar: tqdm[Any] | None = None
-        if is_shown and sys.stderr.isatty():
-            self._bar = tqdm(
-                total=total, initial=initial, desc=what, unit=unit, dynamic_ncols=True, leave=None
-            )
-
-    def advance(self) -> None:
-        """Count a round."""
-        self._done += 1
-        if self._bar is not None:
-            self._bar.update()
-        elif self._interval is not None and time.monotonic() - self._told > self._interval:
-            self.tell()
-
-    def tell(self, text: str = "") -> None:
-        """Show some numbers of the present round."""
-        if self._bar is not None:
-            self._bar.set_postfix_str(text)
-        elif self._is_shown:
-            self._told = time.monotonic()
-            pace = (self._told - self._started) / max(self._done - self._initial, 1)
-            left = timedelta(seconds=round(pace * (self._total - self._done)))
-            parts = [
-                f"{self._what}: {self._unit} {self._done} of {self._total}",
-                text,
-                f"{left} left",
-            ]
-            print(", ".join(filter(None, parts)), file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        """Nothing more comes."""
-        if self._bar is not None:
-            self._bar.close()
 
 
 class Reporter:

@@ -19,6 +19,7 @@ from gem_ds.files.delta import Delta
 from gem_ds.files.mask import Mask, dtype_name
 from gem_ds.models.targets import head_layers as layers_of_head
 from gem_ds.models.targets import targets_of
+from gem_ds.progress import Progress
 from gem_ds.select.rules import CALIBRATED_METHODS
 from gem_ds.select.selection import Selection
 from gem_ds.sparse.calibrate import calibrate
@@ -29,7 +30,7 @@ from gem_ds.train.config import Arguments
 from gem_ds.train.head_first import trained_head
 from gem_ds.train.optimizer import make_sparse_optimizer
 from gem_ds.train.prepare import PreparedRun
-from gem_ds.train.reporting import Progress, Reporter
+from gem_ds.train.reporting import Reporter
 from gem_ds.train.results import make_mask
 from gem_ds.train.summary import (
     NEARLY_ZERO,

@@ -1,10 +1,8 @@
 """Tokens of each kind of answer: their borders, what is cut, and what is refused."""
 
-import io
 from dataclasses import replace
 
 import pytest
-import sentencepiece
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +12,7 @@ from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 from gem_ds.data.encode import encode_candidates, encode_pairs, encode_prompt, encode_texts
 from gem_ds.data.tasks import Example
 from tests.tiny_tasks import KINDS, bert_tokenizer, choice, make_task
+from tests.tiny_tokenizers import save_sentencepiece
 
 CORPUS = ["Question: How many clips?\nAnswer: She sold 48 clips.\n#### 72", "xyz xyz xyz"] * 20
 TEMPLATE = (
@@ -62,20 +61,8 @@ def byte_level(*, add_bos=False, add_eos=False, **names):
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory):
     """Both families, with each habit of adding special tokens."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(line for text in CORPUS for line in text.split("\n")),
-        model_writer=model,
-        vocab_size=340,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    folder = tmp_path_factory.mktemp("sentencepiece")
-    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    lines = [line for text in CORPUS for line in text.split("\n")]
+    folder = save_sentencepiece(tmp_path_factory.mktemp("sentencepiece"), lines, vocab_size=340)
     found = {}
     for bos, eos in HABITS:
         found["byte-level", bos, eos] = byte_level(add_bos=bos, add_eos=eos)

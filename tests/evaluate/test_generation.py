@@ -1,14 +1,11 @@
 """Batched generation against one prompt at a time without a cache, and against scripted models."""
 
-import io
 import math
 
 import pytest
-import sentencepiece
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     GenerationConfig,
     LlamaConfig,
@@ -16,7 +13,6 @@ from transformers import (
     LlamaTokenizer,
     OPTConfig,
     OPTForCausalLM,
-    PreTrainedTokenizerFast,
 )
 
 from gem_ds.data.encode import encode_prompt
@@ -25,42 +21,18 @@ from gem_ds.evaluate.generation import GenerationSettings, make_batches, make_re
 from gem_ds.files.delta import Delta
 from gem_ds.files.mask import Mask, WeightInfo, checksum, dtype_name
 from gem_ds.models.load import ModelFiles, load_weights, open_model
+from tests.tiny_tokenizers import byte_level, save_sentencepiece
 
 CPU = torch.device("cpu")
 PROMPTS = ["a", "Question: why?", "bc", "How many clips are in 12 boxes?", "", "é €", "a", "zz top"]
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
-def byte_level(*added: str) -> PreTrainedTokenizerFast:
-    """A tokenizer of bytes, with bos 0, eos 1, and further whole strings as tokens."""
-    vocabulary = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<s>", "</s>"])
-    tokenizer.add_tokens(list(added))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", model_max_length=10_000
-    )
-
-
 @pytest.fixture(scope="module")
 def sentencepiece_tokenizer(tmp_path_factory) -> LlamaTokenizer:
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["Question: How many clips?", "Answer: 48", "ab ba"] * 20),
-        model_writer=model,
-        vocab_size=300,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
     folder = tmp_path_factory.mktemp("sentencepiece")
-    (folder / "tokenizer.model").write_bytes(model.getvalue())
-    return LlamaTokenizer.from_pretrained(folder)
+    lines = ["Question: How many clips?", "Answer: 48", "ab ba"] * 20
+    return LlamaTokenizer.from_pretrained(save_sentencepiece(folder, lines, vocab_size=300))
 
 
 def tiny_model(architecture: str, **options):

@@ -14,7 +14,7 @@ from gem_ds.evaluate import gsm8k
 from gem_ds.evaluate.samples import read_samples
 from gem_ds.files.delta import Delta
 from gem_ds.files.mask import Mask, WeightInfo, checksum
-from tests.evaluate.test_generation import byte_level
+from tests.tiny_tokenizers import byte_level
 
 ANSWERS = ("#### 7", "#### 8", "#### 8", "#### 8", "#### 7.00")
 
@@ -97,10 +97,12 @@ def samples_of(folder) -> list[dict]:
 def test_the_base_model_is_sampled_and_scored(folder, capsys):
     results = gsm8k.main(arguments(folder))
     assert counts(results) == [1, 1, 2]  # 7.00 is 7 by value, not as a string
-    assert capsys.readouterr().out == (
+    out, err = capsys.readouterr()
+    assert out == (
         "exact match: strict-match 1/5 = 20.0 %, flexible-extract 1/5 = 20.0 %, "
         "numeric 2/5 = 40.0 %\n"
     )
+    assert err == "", "no bar is drawn into a log file"
     assert json.loads((folder / "out" / "results.json").read_text()) == json.loads(
         json.dumps(results)
     )
@@ -128,6 +130,16 @@ def test_the_base_model_is_sampled_and_scored(folder, capsys):
         "samples.jsonl",
         "verdicts.jsonl",
     ]
+
+
+def test_on_a_terminal_bars_are_drawn_unless_they_are_unwanted(folder, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    gsm8k.main(arguments(folder, "--disable_tqdm"))
+    assert capsys.readouterr().err == ""
+    gsm8k.main(arguments(folder, "--overwrite_output_dir"))
+    err = capsys.readouterr().err
+    assert "Loading weights: " in err
+    assert "Sampling: 100%" in err
 
 
 def test_results_say_what_they_rest_on(folder):
