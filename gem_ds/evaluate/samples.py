@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gem_ds.data.tasks.jsonl import Line, parse_jsonl, read_jsonl
+from gem_ds.data.tasks.lines import Line, parse_jsonl, read_jsonl
 from gem_ds.evaluate.generation import Completion, Key, Prompt, Request
 from gem_ds.files.atomic import atomic_write
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
+from gem_ds.data.tasks import task_names
 from gem_ds.distributed.zero_config import Dtype
 from gem_ds.select.rules import SPARSE_METHODS
 from gem_ds.train.methods import DENSE_METHODS, METHODS, methods_help
@@ -85,10 +86,7 @@ class DataArguments:
     """The task and its examples."""
 
     task: str | None = _option(
-        None,
-        "What to train on: gsm8k, mbpp, squad; of GLUE cola, sst2, mrpc, stsb, qqp, mnli (or "
-        "mnli_mismatched, held out that is), qnli, rte, wnli; of SuperGLUE boolq, cb, copa, "
-        "multirc, record, rte, wic, wsc; or jsonl for your own file.",
+        None, f"What to train on: {', '.join(task_names())} (jsonl is your own file)."
     )
     data_dir: str | None = _option(
         None, "Folder with the task's files; without it the task is loaded from the Hub."

@@ -8,7 +8,7 @@ import datasets
 import pytest
 
 from gem_ds.data.tasks import Example, hub_dataset, load_task, task_names
-from gem_ds.data.tasks.jsonl import read_jsonl
+from gem_ds.data.tasks.lines import read_jsonl
 from gem_ds.train.config import DataArguments
 
 

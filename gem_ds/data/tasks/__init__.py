@@ -39,28 +39,18 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerExample(Example):
-    """An example whose answer is free text; `target` is the first of several that are accepted.
+    """An example whose answer is free text; `target` is the first of several that are accepted."""
 
-    Attributes:
-        answers: Every accepted text, without the space that `target` starts with.
-        passage: What the question is about; several questions may share one.
-    """
-
-    answers: tuple[str, ...]
-    passage: str
+    answers: tuple[str, ...]  # every accepted text, without the space that `target` starts with
+    passage: str  # what the question is about; several questions may share one
 
 
 @dataclass(frozen=True, kw_only=True)
 class NumberExample(Example):
-    """An example whose answer is a number; `target` writes it with one decimal.
+    """An example whose answer is a number; `target` writes it with one decimal."""
 
-    Attributes:
-        pairs: One: what an encoder reads to regress the number.
-        value: The number, as exact as the dataset has it.
-    """
-
-    pairs: tuple[Pair, ...]
-    value: float
+    pairs: tuple[Pair, ...]  # one: what an encoder reads to regress the number
+    value: float  # as exact as the dataset has it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,31 +77,22 @@ class ChoiceExample(Example):
 class TaskData:
     """The examples of a task.
 
-    Attributes:
-        train: What to learn from.
-        test: Held out; may be empty. Where a benchmark keeps the labels of its test set to itself,
-            this is its validation set.
-        kind: What an answer is; says the class of the examples.
-        labels: For kind "labels" their names, in the order of the dataset: `answer` counts them.
+    `test` is held out and may be empty. Where a benchmark keeps the labels of its test set to
+    itself, it is the validation set.
     """
 
     train: list[Example]
     test: list[Example]
-    kind: Kind = "text"
-    labels: tuple[str, ...] = ()
+    kind: Kind = "text"  # says the class of the examples
+    labels: tuple[str, ...] = ()  # of kind "labels", in the dataset's order: `answer` counts them
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """What the user said about where the examples are; None means the family's own default.
 
-    Attributes:
-        data_dir: Folder that holds the task's files; None loads the task from the Hub, where the
-            family knows its address.
-        train_file: Training file, for families that read the user's own files.
-        test_file: Held-out file, likewise.
-        prompt_field: JSON field that holds the prompt, likewise.
-        target_field: JSON field that holds the target, likewise.
+    Without `data_dir` a task is loaded from the Hub. The others are for families that read the
+    user's own files: which ones, and the JSON fields that hold prompt and target.
     """
 
     data_dir: str | None = None
@@ -120,22 +101,8 @@ class Source:
     prompt_field: str | None = None
     target_field: str | None = None
 
-    def refuse_own_fields(self, task: str) -> None:
-        """Raise ValueError if file or field names are given to a family that fixes its own."""
-        for option in ("train_file", "test_file", "prompt_field", "target_field"):
-            if getattr(self, option) is not None:
-                raise ValueError(
-                    f"--{option} has no meaning for --task {task}, whose files and fields are "
-                    f"fixed: leave it out, or pass --task jsonl."
-                )
 
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """How a task is loaded, and its address on the Hub if it has one."""
-
-    load: Callable[[Source], TaskData]
-    hub: str | None = None
+Load = Callable[[Source], TaskData]
 
 
 def load_task(name: str, **said: str | None) -> TaskData:
@@ -152,7 +119,15 @@ def load_task(name: str, **said: str | None) -> TaskData:
     families = _families()
     if name not in families:
         raise ValueError(f"There is no task {name!r}: pass one of {', '.join(task_names())}.")
-    return families[name].load(Source(**said))
+    load, hub = families[name]
+    source = Source(**said)
+    for option in ("train_file", "test_file", "prompt_field", "target_field"):
+        if hub is not None and getattr(source, option) is not None:
+            raise ValueError(
+                f"--{option} has no meaning for --task {name}, whose files and fields are fixed: "
+                f"leave it out, or pass --task jsonl."
+            )
+    return load(source)
 
 
 def task_names() -> list[str]:
@@ -162,20 +137,23 @@ def task_names() -> list[str]:
 
 def hub_dataset(name: str) -> str | None:
     """Where the Hub has the task `name`; None for the user's own files."""
-    return _families()[name].hub
+    return _families()[name][1]
 
 
-def _families() -> dict[str, Family]:
-    """Every task by name; imports here, as each family imports the classes above."""
+def _families() -> dict[str, tuple[Load, str | None]]:
+    """How each task is loaded, and its address on the Hub if it has one.
+
+    Imports here, as each family imports the classes above.
+    """
     from gem_ds.data.tasks import catalog, classification, gsm8k, jsonl, mbpp, squad
 
     return {
-        "gsm8k": Family(load=gsm8k.load, hub=gsm8k.HUB_DATASET),
-        "jsonl": Family(load=jsonl.load),
-        "mbpp": Family(load=mbpp.load, hub=mbpp.HUB_DATASET),
-        "squad": Family(load=squad.load, hub=squad.HUB_DATASET),
+        "gsm8k": (gsm8k.load, gsm8k.HUB_DATASET),
+        "jsonl": (jsonl.load, None),
+        "mbpp": (mbpp.load, mbpp.HUB_DATASET),
+        "squad": (squad.load, squad.HUB_DATASET),
         **{
-            name: Family(load=partial(classification.load, name, task), hub=task.hub[0])
+            name: (partial(classification.load, task), task.hub[0])
             for name, task in catalog.TASKS.items()
         },
     }

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 
 from gem_ds.data.tasks.classification import ClassificationTask, Files
@@ -34,15 +35,14 @@ from gem_ds.data.tasks.superglue import (
 GLUE = "nyu-mll/glue"
 SUPERGLUE = "aps/super_glue"
 
-_TSV = Files(train="train.tsv", test="dev.tsv")
-_JSONL = Files(train="train.jsonl", test="val.jsonl")
+_tsv = partial(Files, train="train.tsv", test="dev.tsv")
+_jsonl = partial(Files, train="train.jsonl", test="val.jsonl")
 _ZERO_ONE = ("0", "1")
 
 _MNLI = ClassificationTask(
     hub=(GLUE, "mnli"),
     files=(
-        replace(
-            _TSV,
+        _tsv(
             test="dev_matched.tsv",
             names={"premise": "sentence1", "hypothesis": "sentence2", "label": "gold_label"},
         ),
@@ -59,9 +59,7 @@ TASKS: Mapping[str, ClassificationTask] = MappingProxyType(
     {
         "cola": ClassificationTask(
             hub=(GLUE, "cola"),
-            files=(
-                replace(_TSV, header=("source", "label", "mark", "sentence"), labels=_ZERO_ONE),
-            ),
+            files=(_tsv(header=("source", "label", "mark", "sentence"), labels=_ZERO_ONE),),
             labels=("unacceptable", "acceptable"),
             prompt="{sentence}\nQuestion: Is this sentence grammatically acceptable?\nAnswer:",
             answers=(" no", " yes"),
@@ -69,7 +67,7 @@ TASKS: Mapping[str, ClassificationTask] = MappingProxyType(
         ),
         "sst2": ClassificationTask(
             hub=(GLUE, "sst2"),
-            files=(replace(_TSV, labels=_ZERO_ONE),),
+            files=(_tsv(labels=_ZERO_ONE),),
             labels=("negative", "positive"),
             prompt="{sentence}\nQuestion: Is this review negative or positive?\nAnswer:",
             answers=(" negative", " positive"),
@@ -78,8 +76,7 @@ TASKS: Mapping[str, ClassificationTask] = MappingProxyType(
         "mrpc": ClassificationTask(
             hub=(GLUE, "mrpc"),
             files=(
-                replace(
-                    _TSV,
+                _tsv(
                     names={"sentence1": "#1 String", "sentence2": "#2 String", "label": "Quality"},
                     labels=_ZERO_ONE,
                 ),
@@ -94,7 +91,7 @@ TASKS: Mapping[str, ClassificationTask] = MappingProxyType(
         ),
         "stsb": ClassificationTask(
             hub=(GLUE, "stsb"),
-            files=(replace(_TSV, names={"label": "score"}),),
+            files=(_tsv(names={"label": "score"}),),
             kind="number",
             prompt=(
                 "Sentence 1: {sentence1}\nSentence 2: {sentence2}\n"
@@ -105,9 +102,7 @@ TASKS: Mapping[str, ClassificationTask] = MappingProxyType(
         ),
         "qqp": ClassificationTask(
             hub=(GLUE, "qqp"),
-            files=(
-                replace(_TSV, names={"label": "is_duplicate"}, labels=_ZERO_ONE, skip_short=True),
-            ),
+            files=(_tsv(names={"label": "is_duplicate"}, labels=_ZERO_ONE, skip_short=True),),
             labels=("not_duplicate", "duplicate"),
             prompt=(
                 "Question 1: {question1}\nQuestion 2: {question2}\n"
@@ -124,7 +119,7 @@ TASKS: Mapping[str, ClassificationTask] = MappingProxyType(
         ),
         "qnli": ClassificationTask(
             hub=(GLUE, "qnli"),
-            files=(_TSV,),
+            files=(_tsv(),),
             labels=("entailment", "not_entailment"),
             prompt=(
                 "{question}\n{sentence}\nQuestion: Does this sentence answer the question?\nAnswer:"
@@ -134,10 +129,7 @@ TASKS: Mapping[str, ClassificationTask] = MappingProxyType(
         ),
         "rte": ClassificationTask(
             hub=(GLUE, "rte"),
-            files=(
-                _TSV,
-                replace(_JSONL, names={"sentence1": "premise", "sentence2": "hypothesis"}),
-            ),
+            files=(_tsv(), _jsonl(names={"sentence1": "premise", "sentence2": "hypothesis"})),
             labels=("entailment", "not_entailment"),
             prompt="{sentence1}\nQuestion: {sentence2} True or False?\nAnswer:",
             answers=(" True", " False"),
@@ -145,7 +137,7 @@ TASKS: Mapping[str, ClassificationTask] = MappingProxyType(
         ),
         "wnli": ClassificationTask(
             hub=(GLUE, "wnli"),
-            files=(replace(_TSV, labels=_ZERO_ONE),),
+            files=(_tsv(labels=_ZERO_ONE),),
             labels=("not_entailment", "entailment"),
             prompt="{sentence1}\nQuestion: {sentence2} True or False?\nAnswer:",
             answers=(" False", " True"),
@@ -153,7 +145,7 @@ TASKS: Mapping[str, ClassificationTask] = MappingProxyType(
         ),
         "boolq": ClassificationTask(
             hub=(SUPERGLUE, "boolq"),
-            files=(replace(_JSONL, labels=(False, True)),),
+            files=(_jsonl(labels=(False, True)),),
             labels=("False", "True"),
             prompt="{passage}\nQuestion: {question}?\nAnswer:",
             answers=(" no", " yes"),
@@ -161,7 +153,7 @@ TASKS: Mapping[str, ClassificationTask] = MappingProxyType(
         ),
         "cb": ClassificationTask(
             hub=(SUPERGLUE, "cb"),
-            files=(_JSONL,),
+            files=(_jsonl(),),
             labels=("entailment", "contradiction", "neutral"),
             prompt="{premise}\nQuestion: {hypothesis}. True, False or Neither?\nAnswer:",
             answers=(" True", " False", " Neither"),
@@ -169,7 +161,7 @@ TASKS: Mapping[str, ClassificationTask] = MappingProxyType(
         ),
         "copa": ClassificationTask(
             hub=(SUPERGLUE, "copa"),
-            files=(replace(_JSONL, labels=(0, 1)),),
+            files=(_jsonl(labels=(0, 1)),),
             kind="choices",
             labels=("choice1", "choice2"),
             derive=derive_copa,
@@ -179,7 +171,7 @@ TASKS: Mapping[str, ClassificationTask] = MappingProxyType(
         ),
         "multirc": ClassificationTask(
             hub=(SUPERGLUE, "multirc"),
-            files=(replace(_JSONL, labels=(0, 1), unfold=unfold_multirc),),
+            files=(_jsonl(labels=(0, 1), unfold=unfold_multirc),),
             labels=("False", "True"),
             group=("paragraph", "question"),
             prompt="{paragraph}\nQuestion: {question}\nAnswer: {answer}\nIs this answer correct?",
@@ -188,7 +180,7 @@ TASKS: Mapping[str, ClassificationTask] = MappingProxyType(
         ),
         "record": ClassificationTask(
             hub=(SUPERGLUE, "record"),
-            files=(replace(_JSONL, unfold=unfold_record),),
+            files=(_jsonl(unfold=unfold_record),),
             kind="choices",
             group=("passage", "query"),
             derive=derive_record,
@@ -198,7 +190,7 @@ TASKS: Mapping[str, ClassificationTask] = MappingProxyType(
         ),
         "wic": ClassificationTask(
             hub=(SUPERGLUE, "wic"),
-            files=(replace(_JSONL, labels=(False, True)),),
+            files=(_jsonl(labels=(False, True)),),
             labels=("False", "True"),
             prompt=(
                 "Sentence 1: {sentence1}\nSentence 2: {sentence2}\n"
@@ -209,7 +201,7 @@ TASKS: Mapping[str, ClassificationTask] = MappingProxyType(
         ),
         "wsc": ClassificationTask(
             hub=(SUPERGLUE, "wsc.fixed"),
-            files=(replace(_JSONL, labels=(False, True), unfold=unfold_wsc),),
+            files=(_jsonl(labels=(False, True), unfold=unfold_wsc),),
             labels=("False", "True"),
             derive=derive_wsc,
             prompt=(

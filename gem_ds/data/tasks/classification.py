@@ -11,14 +11,13 @@ Texts lose the white space around them, which some data sets have by accident.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from gem_ds.data.tasks import ChoiceExample, Example, Kind, NumberExample, Pair, Source, TaskData
-from gem_ds.data.tasks.hub import read_hub
-from gem_ds.data.tasks.jsonl import Line, read_jsonl
-from gem_ds.data.tasks.tsv import read_tsv
+from gem_ds.data.tasks.lines import Line, read_hub, read_jsonl, read_tsv
 
 #: The ends of the scale on which numbers are.
 SCALE = (0.0, 5.0)
@@ -26,25 +25,15 @@ SCALE = (0.0, 5.0)
 
 @dataclass(frozen=True, kw_only=True)
 class Files:
-    """How a benchmark's own files differ from the Hub's rows.
-
-    Attributes:
-        train: The training file; its suffix says whether it is TSV or JSONL.
-        test: The validation file.
-        header: Names of the columns, for a TSV that has none.
-        names: By the Hub's name of a field, the file's where it is another.
-        labels: What the file writes for each label; None if it writes their names.
-        unfold: Makes rows of the Hub's shape out of a nested one.
-        skip_short: Whether rows of a TSV that lack cells are left out, as the Hub leaves them out.
-    """
+    """How a benchmark's own files differ from the Hub's rows; a suffix says if TSV or JSONL."""
 
     train: str
     test: str
-    header: tuple[str, ...] = ()
-    names: Mapping[str, str] = field(default_factory=dict)
-    labels: tuple[object, ...] | None = None
-    unfold: Callable[[Line], list[Line]] | None = None
-    skip_short: bool = False
+    header: tuple[str, ...] = ()  # names of the columns, for a TSV that has none
+    names: Mapping[str, str] = field(default_factory=dict)  # the Hub's of a field -> the file's
+    labels: tuple[object, ...] | None = None  # what is written for each; None: their names
+    unfold: Callable[[Line], list[Line]] | None = None  # a nested row -> rows of the Hub's shape
+    skip_short: bool = False  # whether rows of a TSV that lack cells are left out, as by the Hub
 
     def read(self, path: Path, label_names: Sequence[str]) -> Iterator[Line]:
         """The rows of a file in the Hub's shape."""
@@ -59,9 +48,8 @@ class Files:
     def _renamed(self, line: Line) -> Line:
         fields = dict(line.fields)
         for name, own in self.names.items():
-            if own not in fields:
-                raise line.error(f"there is no field {own!r}; the line has {line.field_names()}.")
-            fields[name] = fields.pop(own)
+            fields[name] = line.value(own)
+            del fields[own]
         return replace(line, fields=fields)
 
 
@@ -70,58 +58,45 @@ class ClassificationTask:
     """One task as data; the templates name fields of a row in braces.
 
     Attributes:
-        hub: Address and configuration on the Hub.
         files: The forms in which a folder may hold it.
-        kind: What an answer is.
         labels: Names of the labels in the Hub's order (of choices: just how many there are; none
             where `derive` gives the label).
         prompt: Template of what a causal model reads.
         answers: Template of what it writes, for each label; of choices one for all, which may name
             the fields of each of the row's `options`. A number needs none.
         pair: Templates of what an encoder reads; of choices likewise, once for each.
-        test_split: The Hub's name of the validation set.
-        group: The parts of the row's `idx` that say what is judged together.
-        derive: Further fields for the templates.
     """
 
-    hub: tuple[str, str]
+    hub: tuple[str, str]  # address and configuration
     files: tuple[Files, ...]
     kind: Kind = "labels"
     labels: tuple[str, ...] = ()
     prompt: str
     answers: tuple[str, ...] = ()
     pair: Pair
-    test_split: str = "validation"
-    group: tuple[str, ...] = ()
-    derive: Callable[[Line], Mapping[str, object]] | None = None
+    test_split: str = "validation"  # the Hub's name of the validation set
+    group: tuple[str, ...] = ()  # the parts of a row's `idx` that say what is judged together
+    derive: Callable[[Line], Mapping[str, object]] | None = None  # further fields for the templates
 
 
-def load(name: str, task: ClassificationTask, source: Source) -> TaskData:
+def load(task: ClassificationTask, source: Source) -> TaskData:
     """Load the training and validation sets; the benchmarks publish no labels of the test sets.
 
-    Args:
-        name: The task's, for messages.
-        task: What it is.
-        source: `data_dir` holds the benchmark's own files, perhaps without the validation file;
-            None loads the task from the Hub.
-
-    Raises:
-        ValueError: An option that does not apply, or a file is missing or at fault.
+    `data_dir` holds the benchmark's own files, perhaps without the validation file.
     """
-    source.refuse_own_fields(name)
+    parts: list[Iterable[Line]]
     if source.data_dir is None:
         written = range(len(task.labels))
-        train, test = (
-            [_example(task, _numbered(row, written)) for row in read_hub(task.hub, split)]
+        parts = [
+            [_numbered(row, written) for row in read_hub(task.hub, split)]
             for split in ("train", task.test_split)
-        )
+        ]
     else:
         folder = Path(source.data_dir)
         files = _present(folder, task.files)
-        train = [_example(task, row) for row in files.read(folder / files.train, task.labels)]
-        test = []
-        if (folder / files.test).is_file():
-            test = [_example(task, row) for row in files.read(folder / files.test, task.labels)]
+        paths = (folder / files.train, folder / files.test)
+        parts = [files.read(path, task.labels) if path.is_file() else [] for path in paths]
+    train, test = ([_example(task, row) for row in rows] for rows in parts)
     labels = task.labels if task.kind == "labels" else ()
     return TaskData(train=train, test=test, kind=task.kind, labels=labels)
 
@@ -140,9 +115,7 @@ def _numbered(row: Line, written: Sequence[object]) -> Line:
     if not written:
         return row
     spellings = [json.dumps(label) for label in written]
-    if "label" not in row.fields:
-        raise row.error(f"there is no field 'label'; the line has {row.field_names()}.")
-    label = json.dumps(row.fields["label"])
+    label = json.dumps(row.value("label"))
     if label not in spellings:
         raise row.error(f"the label is {label}; it must be one of {', '.join(spellings)}.")
     return replace(row, fields={**row.fields, "label": spellings.index(label)})
@@ -190,18 +163,8 @@ def _number_example(task: ClassificationTask, row: Line) -> NumberExample:
     )
 
 
-@dataclass(frozen=True)
-class _Texts:
-    """The fields of a row as a template asks for them."""
-
-    row: Line
-
-    def __getitem__(self, name: str) -> str:
-        return self.row.text(name).strip()
-
-
 def _fill(template: str, row: Line) -> str:
-    return template.format_map(_Texts(row))
+    return re.sub(r"\{(\w+)\}", lambda name: row.text(name[1]).strip(), template)
 
 
 def _fill_pair(pair: Pair, row: Line) -> Pair:

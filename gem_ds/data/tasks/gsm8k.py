@@ -11,8 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gem_ds.data.tasks import Example, Source, TaskData
-from gem_ds.data.tasks.hub import read_hub
-from gem_ds.data.tasks.jsonl import Line, read_jsonl
+from gem_ds.data.tasks.lines import Line, read_hub, read_jsonl
 
 HUB_DATASET = "openai/gsm8k"
 
@@ -28,16 +27,7 @@ def target_of(answer: str) -> str:
 
 
 def load(source: Source) -> TaskData:
-    """Load train (7473) and test (1319) from a folder, or from the Hub if no folder is given.
-
-    Args:
-        source: `data_dir` holds `train.jsonl` and `test.jsonl` with the fields `question` and
-            `answer`; None loads `openai/gsm8k` through `datasets`.
-
-    Raises:
-        ValueError: An option that does not apply, or a missing or malformed file.
-    """
-    source.refuse_own_fields("gsm8k")
+    """Load train (7473) and test (1319), from `train.jsonl` and `test.jsonl` or from the Hub."""
     if source.data_dir is None:
         train, test = (read_hub((HUB_DATASET, "main"), split) for split in ("train", "test"))
     else:

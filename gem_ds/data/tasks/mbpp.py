@@ -26,7 +26,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from gem_ds.data.tasks import Example, Source, TaskData
-from gem_ds.data.tasks.jsonl import Line, read_json, read_jsonl
+from gem_ds.data.tasks.lines import Line, numbered, read_json, read_jsonl
 
 HUB_DATASET = "google-research-datasets/mbpp"
 FULL_FILE = "mbpp.jsonl"
@@ -45,43 +45,25 @@ SPLITS: Mapping[str, range] = MappingProxyType(
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    r"""One problem.
-
-    Attributes:
-        task_id: Its number, which also says its split.
-        text: What is asked for.
-        code: The reference solution, as the dataset has it (many with `\r\n` line ends).
-        tests: Assert statements.
-        setup: Code that the tests need, often none; it may use what the solution defines.
-    """
+    """One problem; its id also says its split."""
 
     task_id: int
     text: str
-    code: str
-    tests: tuple[str, ...]
-    setup: str
+    code: str  # the reference solution, as the dataset has it (many with `\r\n` line ends)
+    tests: tuple[str, ...]  # assert statements
+    setup: str  # code that the tests need, often none; it may use what the solution defines
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """The problems by id, in the order of their source, and what tells this source from another.
-
-    Attributes:
-        problems: By `task_id`.
-        source: The file's name, or the Hub's name and configuration.
-        sha256: Of the file's bytes; from the Hub, of its rows as sorted JSON, one to a line.
-    """
+    """The problems by id, in the order of their source, and what tells this source from another."""
 
     problems: dict[int, Problem]
-    source: str
-    sha256: str
+    source: str  # the file's name, or the Hub's name and configuration
+    sha256: str  # of the file's bytes; from the Hub, of its rows as sorted JSON, one to a line
 
     def split(self, name: str) -> list[Problem]:
-        """The problems of a split of `SPLITS`, by id.
-
-        Raises:
-            ValueError: There are none.
-        """
+        """The problems of a split of `SPLITS`, by id; ValueError if there are none."""
         ids = SPLITS[name]
         if not (found := sorted(self.problems.keys() & set(ids))):
             raise ValueError(
@@ -110,14 +92,7 @@ def load(source: Source) -> TaskData:
 
     The test split stays unseen, for `eval.passk`. Line ends of the solutions are made `\n`: a
     carriage return is an accident of the file and not worth a token to learn.
-
-    Args:
-        source: `data_dir` holds `mbpp.jsonl`; None loads the Hub's dataset through `datasets`.
-
-    Raises:
-        ValueError: An option that does not apply, or a missing or malformed file.
     """
-    source.refuse_own_fields("mbpp")
     dataset = load_problems(source.data_dir)
     return TaskData(
         train=[_example(problem) for problem in dataset.split("train")],
@@ -126,37 +101,26 @@ def load(source: Source) -> TaskData:
 
 
 def load_problems(data_dir: str | Path | None, *, sanitized: bool = False) -> Dataset:
-    """Load all problems of the full or the sanitized set.
-
-    Args:
-        data_dir: Folder with `mbpp.jsonl` or `sanitized-mbpp.json`; None loads from the Hub.
-        sanitized: Which of the two.
+    """Load all problems of the full or the sanitized set, from the Hub if there is no folder.
 
     Raises:
         ValueError: The file is missing or malformed, a problem lacks a field or has no tests, or an
             id occurs twice or belongs to no split; the sentence names the place.
     """
     if data_dir is None:
-        return _from_hub(sanitized)
-    path = Path(data_dir) / (SANITIZED_FILE if sanitized else FULL_FILE)
-    rows = _read_list(path) if sanitized else read_jsonl(path)
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Dataset(problems=_problems(rows, sanitized), source=path.name, sha256=sha256)
+        from datasets import load_dataset
 
-
-def _from_hub(sanitized: bool) -> Dataset:
-    from datasets import load_dataset
-
-    name = "sanitized" if sanitized else "full"
-    splits = load_dataset(HUB_DATASET, name)
-    fields = [dict(row) for split in splits.values() for row in split]
-    rows = [Line(Path(HUB_DATASET), i, row, "row") for i, row in enumerate(fields, start=1)]
-    canonical = "".join(json.dumps(row, sort_keys=True) + "\n" for row in fields)
-    return Dataset(
-        problems=_problems(rows, sanitized),
-        source=f"{HUB_DATASET} ({name})",
-        sha256=hashlib.sha256(canonical.encode()).hexdigest(),
-    )
+        name = "sanitized" if sanitized else "full"
+        source = f"{HUB_DATASET} ({name})"
+        fields = [dict(row) for split in load_dataset(HUB_DATASET, name).values() for row in split]
+        rows = numbered(Path(HUB_DATASET), fields, "row")
+        content = "".join(json.dumps(row, sort_keys=True) + "\n" for row in fields).encode()
+    else:
+        path = Path(data_dir, SANITIZED_FILE if sanitized else FULL_FILE)
+        source, rows = path.name, _read_list(path) if sanitized else read_jsonl(path)
+        content = path.read_bytes()
+    sha256 = hashlib.sha256(content).hexdigest()
+    return Dataset(problems=_problems(rows, sanitized), source=source, sha256=sha256)
 
 
 def _read_list(path: Path) -> list[Line]:
@@ -164,16 +128,20 @@ def _read_list(path: Path) -> list[Line]:
     values = read_json(path)
     if not (isinstance(values, list) and all(isinstance(value, dict) for value in values)):
         raise ValueError(f"{path} must be one JSON list of objects: download it again.")
-    return [Line(path, i, fields, "entry") for i, fields in enumerate(values, start=1)]
+    return numbered(path, values, "entry")
 
 
 def _problems(rows: list[Line], sanitized: bool) -> dict[int, Problem]:
     problems: dict[int, Problem] = {}
+    text, setup = ("prompt", "test_imports") if sanitized else ("text", "test_setup_code")
     for row in rows:
-        task_id = _task_id(row)
+        task_id = row.fields.get("task_id")
+        if type(task_id) is not int or not 1 <= task_id <= 974:
+            raise row.error(
+                f"the field 'task_id' must be a whole number from 1 to 974, not {task_id!r}."
+            )
         if task_id in problems:
             raise row.error(f"there is another problem with task_id {task_id}: remove one of them.")
-        text, setup = ("prompt", "test_imports") if sanitized else ("text", "test_setup_code")
         problems[task_id] = Problem(
             task_id=task_id,
             text=row.text(text),
@@ -184,13 +152,6 @@ def _problems(rows: list[Line], sanitized: bool) -> dict[int, Problem]:
         if not problems[task_id].tests:
             raise row.error(f"problem {task_id} has no tests, so that any program would pass.")
     return problems
-
-
-def _task_id(row: Line) -> int:
-    value = row.fields.get("task_id")
-    if type(value) is int and any(value in ids for ids in SPLITS.values()):
-        return value
-    raise row.error(f"the field 'task_id' must be a whole number from 1 to 974, not {value!r}.")
 
 
 def _example(problem: Problem) -> Example:

@@ -12,8 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from gem_ds.data.tasks import AnswerExample, Example, Source, TaskData
-from gem_ds.data.tasks.hub import read_hub
-from gem_ds.data.tasks.jsonl import Line, read_json
+from gem_ds.data.tasks.lines import Line, numbered, read_hub, read_json
 
 HUB_DATASET = "rajpurkar/squad"
 TRAIN_FILE = "train-v1.1.json"
@@ -28,14 +27,8 @@ def prompt_of(title: str, context: str, question: str) -> str:
 def load(source: Source) -> TaskData:
     """Load train (87599 questions), and dev (10570) as held-out: the test set is not public.
 
-    Args:
-        source: `data_dir` holds `train-v1.1.json` and perhaps `dev-v1.1.json`, the official files;
-            None loads `rajpurkar/squad` through `datasets`.
-
-    Raises:
-        ValueError: An option that does not apply, or a missing or malformed file.
+    `data_dir` holds `train-v1.1.json` and perhaps `dev-v1.1.json`, the official files.
     """
-    source.refuse_own_fields("squad")
     if source.data_dir is None:
         return TaskData(train=_from_hub("train"), test=_from_hub("validation"))
     train, test = (Path(source.data_dir) / name for name in (TRAIN_FILE, TEST_FILE))
@@ -71,7 +64,7 @@ def _articles(path: Path) -> list[Line]:
         raise ValueError(f"{path} must hold an object with a list of articles, 'data'.")
     if wrong := [i for i, article in enumerate(articles, 1) if not isinstance(article, dict)]:
         raise ValueError(f"{path}, article {wrong[0]}: an article must be an object.")
-    return [Line(path, number, fields, "article") for number, fields in enumerate(articles, 1)]
+    return numbered(path, articles, "article")
 
 
 def _example(title: str, context: str, question: Line, answers: Iterable[str]) -> AnswerExample:

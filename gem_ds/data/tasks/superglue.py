@@ -12,7 +12,7 @@ import string
 from collections.abc import Mapping
 from dataclasses import replace
 
-from gem_ds.data.tasks.jsonl import Line
+from gem_ds.data.tasks.lines import Line
 
 #: What joins a premise of copa to a choice.
 CONNECTIVES = {"cause": "because", "effect": "so"}
