@@ -175,16 +175,17 @@ def test_memory_is_bounded_for_all_processes_together() -> None:
     ],
 )
 def test_roles(program, tests, setup, candidate, modules) -> None:
-    roles = assign_roles(program, tests, setup=setup)
+    roles = assign_roles(Program(program, tuple(tests), setup))
     assert (list(roles.candidate), list(roles.modules)) == (candidate, modules)
 
 
 def test_a_setup_is_shared_no_further_than_the_program_needs() -> None:
     setup = "import sys\nsys.setrecursionlimit(5000)\nMOD = 7\nBASE = MOD\nEXPECTED = 3\nprint(MOD)"
-    roles = assign_roles("def f(x): return x", ["assert f(3) == EXPECTED"], setup=setup)
+    tests = ("assert f(3) == EXPECTED",)
+    roles = assign_roles(Program("def f(x): return x", tests, setup))
     assert roles.program_setup == "import sys\nsys.setrecursionlimit(5000)"
     assert not roles.shares_setup
-    roles = assign_roles("def f(x): return x % BASE", ["assert f(3) == EXPECTED"], setup=setup)
+    roles = assign_roles(Program("def f(x): return x % BASE", tests, setup))
     assert roles.program_setup.splitlines()[2:] == ["MOD = 7", "BASE = MOD"]
     assert roles.shares_setup
 
@@ -298,7 +299,7 @@ def test_where_no_level_works_each_one_says_why(monkeypatch, allow_weak: bool) -
     monkeypatch.setattr(
         pool,
         "problem_of",
-        lambda level, fresh=False: f"The isolation level 'x' does not work here: no {level} today.",
+        lambda level, fresh=False: f"no {level} today",
     )
     with pytest.raises(SandboxUnavailableError) as refused:
         Sandbox(allow_weak=allow_weak)

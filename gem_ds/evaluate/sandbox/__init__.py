@@ -11,7 +11,7 @@ as plain data (`judge`). The files, from the caller to the kernel:
     wire                     plain data between judge and candidate
     candidate                the program's process
     jails, room, confine     what it is kept in, what it sees there, what it has given up
-    processes, kernel
+    kernel
 
 Memory is counted per process and together, but for what /tmp and /dev/shm hold (64 MiB each) and
 what lies in the buffers of pipes and sockets.

@@ -5,12 +5,10 @@
     files and TCP, by Landlock                        `keep_files`
     system calls, by seccomp                          `SystemCallFilter`
 
-That filter is a list of refusals, not of permissions: honest programs use most of the rest, and the
-namespaces already hide what those calls could act on. Refused are also memory that no limit counts
-(memfd, System V and POSIX queues, larger socket buffers), every socket but a connected pair, and
-new namespaces, in which a candidate would have all capabilities.
-
-What fails raises `OSError`.
+That filter is a list of refusals: honest programs use most of the rest, and the namespaces hide
+what it could act on. Refused are also memory that no limit counts (memfd, System V and POSIX
+queues, larger socket buffers), every socket but a connected pair, and new namespaces, in which a
+candidate would have all capabilities. What fails raises `OSError`.
 """
 
 from __future__ import annotations
@@ -27,18 +25,18 @@ from gem_ds.evaluate.sandbox import kernel
 
 # Limits and privileges
 
-MAX_FILE_BYTES = 32 << 20
-MAX_PROCESSES = 128  # of candidates; threads count too
-MAX_DESCRIPTORS = 64  # each may hold a buffer that nobody counts
-
+_MAX_PROCESSES = 128  # of candidates; threads count too
+_LIMITS = {
+    resource.RLIMIT_FSIZE: 32 << 20,
+    resource.RLIMIT_NOFILE: 64,  # each may hold a buffer that nobody counts
+    resource.RLIMIT_CORE: 0,
+    resource.RLIMIT_MEMLOCK: 1 << 16,
+}
 _MOST_DESCRIPTORS = 1 << 20  # that a process may have at all (fs.nr_open)
 
 
 def keep_only(descriptors: Iterable[int]) -> None:
-    """Closes every descriptor from 3 on but these.
-
-    Not only up to the limit of descriptors: it may have been lowered since some were opened.
-    """
+    """Closes every descriptor from 3 on but these, those above a lowered limit too."""
     start = 3
     for descriptor in sorted(descriptors):
         os.closerange(start, descriptor)
@@ -49,16 +47,9 @@ def keep_only(descriptors: Iterable[int]) -> None:
 def limit(num_others: int = 0) -> None:
     """Limits the calling process in what its descendants shall not have and it does not need.
 
-    `num_others` are threads that the kernel counts with the candidates' processes and that are none
-    of theirs: those of the same user, where he has no number of his own in there.
+    `num_others` are threads of the same user that the kernel counts with the candidates' processes.
     """
-    for kind, most in (
-        (resource.RLIMIT_FSIZE, MAX_FILE_BYTES),
-        (resource.RLIMIT_NPROC, num_others + MAX_PROCESSES),
-        (resource.RLIMIT_NOFILE, MAX_DESCRIPTORS),
-        (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_MEMLOCK, 1 << 16),
-    ):
+    for kind, most in (*_LIMITS.items(), (resource.RLIMIT_NPROC, num_others + _MAX_PROCESSES)):
         _limit(kind, most)
     kernel.drop_bounding_set()
 
@@ -76,10 +67,9 @@ def _limit(kind: int, most: int) -> None:
 
 
 def drop_privileges(identity: int | None) -> None:
-    """Gives up all capabilities, for good, and becomes user and group `identity`.
+    """Gives up all capabilities, for good; from here on the process dies with its parent.
 
-    Without one (an ordinary user has none to spare) the process stays who it is. It dies with its
-    parent from here on.
+    It becomes user and group `identity`, if there is one: an ordinary user has none to spare.
     """
     if identity is not None:
         os.setgroups([])
@@ -98,24 +88,20 @@ _VERSION_FLAG, _PATH_BENEATH = 1, 1
 _EXECUTE, _WRITE_FILE, _READ_FILE, _READ_FOLDER = 1, 2, 4, 8
 _OF_FILES = _EXECUTE | _WRITE_FILE | _READ_FILE | 1 << 14  # what a rule on a file may grant
 _READ_ONLY = _EXECUTE | _READ_FILE | _READ_FOLDER
-_ALL_FILES = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}
-_MIN_VERSION = 3  # from which on truncating is refused too
+_ALL_FILES = {3: (1 << 15) - 1, 5: (1 << 16) - 1}  # by version; 3 is the first to refuse truncating
 _ALL_TCP, _ALL_SCOPES = 3, 3  # bind and connect; signals and abstract sockets of others
 
 
 def landlock_version() -> int:
     """The kernel's Landlock version, if it has one that is of use."""
     found = kernel.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), _VERSION_FLAG)
-    if found < _MIN_VERSION:
+    if found < min(_ALL_FILES):
         raise OSError(errno.ENOSYS, f"this kernel has Landlock {found}, and 3 is the least")
     return found
 
 
 def keep_files(readable: Iterable[str], writable: Iterable[str]) -> None:
-    """Leaves the calling process these files and folders and no TCP, for good.
-
-    It must have given up new privileges before.
-    """
+    """Leaves a process that has given up new privileges these paths and no TCP, for good."""
     version = landlock_version()
     files = _ALL_FILES[max(v for v in _ALL_FILES if v <= version)]
     refused = [files, *[_ALL_TCP] * (version >= 4), *[_ALL_SCOPES] * (version >= 6)]
@@ -178,16 +164,12 @@ class SystemCallFilter:
     """A seccomp filter, made once and then applied in any number of forks."""
 
     def __init__(self) -> None:
-        self._rules = _rules(kernel.MACHINE)
+        self._rules = _rules()
         self._program = _Program(len(self._rules) // 8, self._rules)
-        self._pointer = ctypes.byref(self._program)
 
     def install(self) -> None:
-        """Applies it to the calling process, for good, and to all that it starts.
-
-        The process must have given up new privileges before.
-        """
-        kernel.prctl(kernel.PR_SET_SECCOMP, _FILTER_MODE, self._pointer)
+        """Applies it, for good, to a process that has given up new privileges and all it starts."""
+        kernel.prctl(kernel.PR_SET_SECCOMP, _FILTER_MODE, ctypes.byref(self._program))
 
     def as_file(self) -> int:
         """A new open file in memory that holds the rules."""
@@ -200,8 +182,9 @@ class _Program(ctypes.Structure):
     _fields_ = [("length", ctypes.c_ushort), ("rules", ctypes.c_char_p)]
 
 
-def _rules(machine: str) -> bytes:
+def _rules() -> bytes:
     """The filter as an array of struct sock_filter."""
+    machine = kernel.MACHINE
     if machine not in _COLUMN:
         raise OSError(errno.ENOSYS, f"no seccomp filter is known for {machine}")
     column = _COLUMN[machine]

@@ -10,10 +10,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable
-from typing import Protocol
 
 from gem_ds.evaluate.sandbox import candidate, confine, kernel, room
-from gem_ds.evaluate.sandbox.processes import ProcessTable, adopt_orphans, fork
+from gem_ds.evaluate.sandbox.kernel import ProcessTable, adopt_orphans, fork
 
 ENVIRONMENT = {
     "HOME": "/tmp",
@@ -35,24 +34,6 @@ def command(folder: str, module: str, function: str, *arguments: object) -> list
     return [room.interpreter(), "-s", "-S", "-P", "-c", source]
 
 
-class Jail(Protocol):
-    """What `gem_ds.evaluate.sandbox.server` asks of a level."""
-
-    processes: ProcessTable
-
-    def start_judge(self, judge: Callable[[], None]) -> int:
-        """Runs `judge` in a new process of the returned number."""
-
-    def start_candidate(self, job: int, channel: int, memory_mb: int) -> int:
-        """Confines the calling judge, which has read no test yet, and starts its candidate.
-
-        Of the judge's open files the candidate keeps these two. Returns its process's number.
-        """
-
-    def clear(self) -> None:
-        """Ends what is left when the judge's process has ended."""
-
-
 class NamespaceJail:
     """Own user, pid, mount, network, ipc and uts namespaces; see `gem_ds.evaluate.sandbox.room`.
 
@@ -64,27 +45,30 @@ class NamespaceJail:
     def __init__(self, fresh: bool) -> None:
         self._fresh = fresh
         self._filter = confine.SystemCallFilter()
-        self._room = room.enter()
+        self._room = room.Room()
         self.processes = self._room.processes
         sys.path[:] = [folder for folder in sys.path if not folder.startswith(room.SCRATCH)]
         confine.limit()
 
     def start_judge(self, judge: Callable[[], None]) -> int:
-        """See `Jail`."""
-        room.enter_cell()
+        """Runs `judge` in a new process of the returned number."""
+        self._room.enter_cell()
         pid = fork(judge)
-        room.leave_cell(self._room)
+        self._room.leave_cell()
         return pid
 
     def start_candidate(self, job: int, channel: int, memory_mb: int) -> int:
-        """See `Jail`."""
+        """Confines the calling judge, which has read no test yet, and starts its candidate.
+
+        Of the judge's open files the candidate keeps these two. Returns its process's number.
+        """
         os.setpgid(0, 0)  # signals to one's own group would leave the pid namespace
         confine.drop_privileges(self._room.identity)
         self._filter.install()
         return fork(lambda: self._become_candidate(job, channel, memory_mb))
 
     def clear(self) -> None:
-        """See `Jail`; the kernel has done it."""
+        """Ends what is left when the judge's process has ended: the kernel has done it."""
 
     def _become_candidate(self, job: int, channel: int, memory_mb: int) -> None:
         confine.keep_only([job, channel])
@@ -95,7 +79,39 @@ class NamespaceJail:
         candidate.main(job, channel)
 
 
-class BubblewrapJail:
+class _RoomlessJail:
+    """What the levels without a room of ours share; methods as those of `NamespaceJail`."""
+
+    def __init__(self) -> None:
+        self._filter = confine.SystemCallFilter()
+        self._readable = list(room.sources())
+        self._identity, self._judge_identity = room.lend(self._readable)
+        self.processes = ProcessTable()
+        adopt_orphans()
+        # Where the candidate is this user, his other threads count with its own.
+        confine.limit(self.processes.threads_of(os.getuid()) if self._identity is None else 0)
+
+    def start_judge(self, judge: Callable[[], None]) -> int:
+        """Runs `judge` in a new process."""
+        return fork(judge)
+
+    def start_candidate(self, job: int, channel: int, memory_mb: int) -> int:
+        """Starts the candidate, and then confines the calling judge."""
+        adopt_orphans()
+        pid = fork(lambda: self._become_candidate(job, channel, memory_mb))
+        confine.drop_privileges(self._judge_identity)
+        self._filter.install()
+        return pid
+
+    def clear(self) -> None:
+        """Kills all that descends from the server."""
+        self.processes.end_descendants(self._identity)
+
+    def _become_candidate(self, job: int, channel: int, memory_mb: int) -> None:
+        raise NotImplementedError
+
+
+class BubblewrapJail(_RoomlessJail):
     """What `NamespaceJail` has, built by bubblewrap, which may where we may not.
 
     Each candidate gets a bubblewrap and a fresh interpreter; only a room of its own making could
@@ -103,30 +119,14 @@ class BubblewrapJail:
     """
 
     def __init__(self, fresh: bool) -> None:
-        self._filter = confine.SystemCallFilter()
         programs = [f"{folder}/bwrap" for folder in os.defpath.split(":")]
-        program = next((path for path in programs if os.access(path, os.X_OK)), None)
-        if program is None:
+        found = next((path for path in programs if os.access(path, os.X_OK)), None)
+        if found is None:
             raise FileNotFoundError("bubblewrap is not installed (apt-get install bubblewrap)")
-        self._program = program
-        self._identity, self._judge_identity, self.processes = _settle(room.sources())
+        self._program = found
+        super().__init__()
 
-    def start_judge(self, judge: Callable[[], None]) -> int:
-        """See `Jail`."""
-        return fork(judge)
-
-    def start_candidate(self, job: int, channel: int, memory_mb: int) -> int:
-        """See `Jail`."""
-        pid = fork(lambda: self._become_bubblewrap(job, channel, memory_mb))
-        confine.drop_privileges(self._judge_identity)
-        self._filter.install()
-        return pid
-
-    def clear(self) -> None:
-        """See `Jail`."""
-        self.processes.end_descendants(self._identity)
-
-    def _become_bubblewrap(self, job: int, channel: int, memory_mb: int) -> None:
+    def _become_candidate(self, job: int, channel: int, memory_mb: int) -> None:
         confine.keep_only([job, channel])
         confine.limit_memory(memory_mb)
         confine.drop_privileges(self._identity)
@@ -151,7 +151,7 @@ class BubblewrapJail:
         return [*words, "--remount-ro", "/", "--chdir", room.SCRATCH[0], "--seccomp", str(rules)]
 
 
-class LandlockJail:
+class LandlockJail(_RoomlessJail):
     """Landlock, seccomp and limits: files and TCP are out of reach, processes are not hidden.
 
     Weak: there is one pid, network and ipc namespace for all, the disk is limited by the size of
@@ -160,31 +160,21 @@ class LandlockJail:
     """
 
     def __init__(self, fresh: bool) -> None:
-        self._filter = confine.SystemCallFilter()
         confine.landlock_version()
-        self._readable = list(room.sources())
-        self._identity, self._judge_identity, self.processes = _settle(self._readable)
+        super().__init__()
         self._scratch = ""
 
     def start_judge(self, judge: Callable[[], None]) -> int:
-        """See `Jail`."""
+        """Gives it a folder that only its candidate may use."""
         self._scratch = f"/tmp/gem_ds-sandbox-{os.getpid()}-{os.urandom(8).hex()}"
         os.mkdir(self._scratch, 0o700)
         if self._identity is not None:
             os.chown(self._scratch, self._identity, self._identity)
-        return fork(judge)
-
-    def start_candidate(self, job: int, channel: int, memory_mb: int) -> int:
-        """See `Jail`."""
-        adopt_orphans()
-        pid = fork(lambda: self._become_candidate(job, channel, memory_mb))
-        confine.drop_privileges(self._judge_identity)
-        self._filter.install()
-        return pid
+        return super().start_judge(judge)
 
     def clear(self) -> None:
-        """See `Jail`."""
-        self.processes.end_descendants(self._identity)
+        """Removes that folder too."""
+        super().clear()
         import shutil  # here, because its libraries would make each fork dearer at every level
 
         shutil.rmtree(self._scratch, ignore_errors=True)  # the candidate may have been before us
@@ -212,16 +202,7 @@ def _become_fresh(
     os.execve(words[0], words, environment)
 
 
-def _settle(paths: Iterable[str]) -> tuple[int | None, int | None, ProcessTable]:
-    """Prepares a server that has no room of ours; identities of candidate and judge come back."""
-    identity, judge_identity = room.lend(list(paths))
-    table = ProcessTable()
-    adopt_orphans()
-    # Where the candidate is this user, his other threads count with its own.
-    confine.limit(table.threads_of(os.getuid()) if identity is None else 0)
-    return identity, judge_identity, table
-
-
+Jail = NamespaceJail | BubblewrapJail | LandlockJail
 JAILS: dict[str, Callable[[bool], Jail]] = {
     "bubblewrap": BubblewrapJail,
     "namespaces": NamespaceJail,

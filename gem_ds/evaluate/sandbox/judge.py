@@ -51,18 +51,11 @@ def judge(
     modules: Sequence[str],
     had_a_say: bool,
 ) -> tuple[str, str, bool]:
-    """Runs tests against the program at the other end.
+    """Runs tests against the program at the channel's other end.
 
-    Args:
-        channel: The way into the jail.
-        setup: Runs first, in the tests' namespace.
-        tests: The source of each.
-        names: The program's names that setup and tests use.
-        modules: Modules that they use and the program is expected to have imported.
-        had_a_say: Whether the candidate's code has had a say already.
-
-    Returns:
-        The status, a line that explains it, and whether the candidate's own code had a say.
+    `names` are the program's that setup and tests use, `modules` what they use and the program is
+    expected to have imported; `had_a_say` is whether the candidate's code has had a say already.
+    Returns the status, a line that explains it, and whether the candidate's code had a say.
     """
     jail = _Conversation(channel, had_a_say or len(names) > 1)
     where = "the program"
@@ -244,13 +237,11 @@ class Remote:
             yield from iterator
             return
         count = 1  # one first: the second item may never come
-        items = self._jail.ask("take", iterator, count)
-        while items:
+        while items := self._jail.ask("take", iterator, count):
             yield from items
             if len(items) < count:
                 return
             count = min(2 * count, _MAX_TAKEN)
-            items = self._jail.ask("take", iterator, count)
 
     def __next__(self) -> Any:
         for item in self._jail.ask("take", self, 1):

@@ -1,8 +1,7 @@
 """The caller's side: workers, and the order of jobs and verdicts.
 
 The calling process may hold torch and a model: it never forks, it only starts one server per worker
-(`gem_ds.evaluate.sandbox.server`) and passes it files. Each worker is given its next job while it
-is at one.
+(`server`) and passes it files. Each worker is given its next job while it is at one.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import itertools
 import os
 import select
 import socket
@@ -126,28 +126,26 @@ class Sandbox:
 
         `programs` is read as workers become free. One thread at a time may use a sandbox.
         """
-        source = iter(programs)
         open_jobs: deque[Job] = deque()
-        is_exhausted = False
-        while True:
-            while not is_exhausted and len(open_jobs) < _MAX_OPEN and self._idlest().has_room:
-                program = next(source, None)
-                if program is None:
-                    is_exhausted = True
+        for program in itertools.chain(programs, [None]):
+            if program is not None:
+                open_jobs.append(Job(program, self.isolation))
+                if open_jobs[-1].verdict is None:
+                    self._idlest().submit(open_jobs[-1])
+            while open_jobs:
+                if (verdict := open_jobs[0].verdict) is not None:
+                    open_jobs.popleft()
+                    yield verdict
+                elif program is None or len(open_jobs) == _MAX_OPEN or self._is_full():
+                    self._collect()
                 else:
-                    open_jobs.append(Job(program, self.isolation))
-                    if open_jobs[-1].verdict is None:
-                        self._idlest().submit(open_jobs[-1])
-            while open_jobs and (verdict := open_jobs[0].verdict) is not None:
-                open_jobs.popleft()
-                yield verdict
-            if not open_jobs and is_exhausted:
-                return
-            if open_jobs or not self._idlest().has_room:  # for what an earlier call has left
-                self._collect()
+                    break
 
     def _idlest(self) -> _Worker:
         return min(self._workers, key=lambda worker: len(worker.jobs))
+
+    def _is_full(self) -> bool:
+        return len(self._idlest().jobs) >= _AHEAD
 
     def _collect(self) -> None:
         """Waits until a server answers, and settles what it answered."""
@@ -173,11 +171,6 @@ class _Worker:
         self._reports: deque[int] = deque()
         self._start()
 
-    @property
-    def has_room(self) -> bool:
-        """Whether it can be given another job now."""
-        return len(self.jobs) < _AHEAD
-
     def _start(self) -> None:
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
@@ -198,12 +191,16 @@ class _Worker:
 
     def submit(self, job: Job) -> None:
         """Gives the server a job, which it may start on later."""
-        files = [_file_of(message) for message in job.messages()]
+        files = []
+        for message in job.messages():
+            files.append(os.memfd_create("job", os.MFD_CLOEXEC))
+            os.write(files[-1], message)
         report, written = os.pipe()
+        files.append(written)
         limits = Encoder().encode((job.program.timeout, job.program.memory_mb))
         with contextlib.suppress(OSError):  # if the server has ended, `collect` will see it
-            socket.send_fds(self.control, [limits], [*files, written])
-        for file in (*files, written):
+            socket.send_fds(self.control, [limits], files)
+        for file in files:
             os.close(file)
         self.jobs.append(job)
         self._reports.append(report)
@@ -247,13 +244,6 @@ class _Worker:
             self.process.wait()
 
 
-def _file_of(message: bytes) -> int:
-    """An open file in memory that holds a message."""
-    file = os.memfd_create("job", os.MFD_CLOEXEC)
-    os.write(file, message)
-    return file
-
-
 def num_processors() -> int:
     """How many processors this process may use, and so the most workers of a sandbox."""
     return len(os.sched_getaffinity(0))
@@ -265,8 +255,8 @@ def problem_of(level: str, fresh: bool = False) -> str | None:
     try:
         with Sandbox(1, level, allow_weak=True, fresh=fresh) as sandbox:
             (verdict,) = sandbox.check_all([_PROBE])
-    except ValueError as error:
-        return str(error)
+    except SandboxUnavailableError as error:
+        return str(error.__cause__)
     return None if verdict.status == "passed" else f"{verdict.status}: {verdict.detail}"
 
 
@@ -278,12 +268,11 @@ def best_level(allow_weak: bool = False) -> str:
     """
     reasons = []
     for level in LEVELS:
-        if level in WEAK_LEVELS and not allow_weak:
-            continue
-        problem = problem_of(level)
-        if problem is None:
-            return level
-        reasons.append(f"{level}: {problem.rpartition('does not work here: ')[2].rstrip('.')}")
+        if allow_weak or level not in WEAK_LEVELS:
+            problem = problem_of(level)
+            if problem is None:
+                return level
+            reasons.append(f"{level}: {problem}")
     weak = "" if allow_weak else ", or pass --allow-weak-sandbox for Landlock, which limits less"
     raise SandboxUnavailableError(
         f"No sandbox{'' if allow_weak else ' with namespaces'} works here ({'; '.join(reasons)}): "

@@ -12,9 +12,9 @@ import builtins
 import math
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from gem_ds.evaluate.sandbox.wire import Decoder, Encoder
 
@@ -74,9 +74,7 @@ class Job:
         self.isolation = isolation
         self.verdict: Verdict | None = None
         self.num_lost = 0  # servers that ended over it
-        self.roles = assign_roles(
-            program.program, program.tests, setup=program.setup, entry_point=program.entry_point
-        )
+        self.roles = assign_roles(program)
         self.in_jail = self.roles.in_jail
         if sum(map(len, (program.program, program.setup, *program.tests))) > _MAX_SOURCE:
             self._decide("failed", "program and tests together are larger than 3 MiB")
@@ -113,8 +111,7 @@ class Job:
         self.verdict = Verdict(status, self.isolation, detail, self.in_jail or had_a_say)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Roles:
+class Roles(NamedTuple):
     """What runs where."""
 
     #: the candidate's names in setup and tests
@@ -131,23 +128,20 @@ class Roles:
     in_jail: bool
 
 
-def assign_roles(
-    program: str, tests: Sequence[str], *, setup: str = "", entry_point: str | None = None
-) -> Roles:
+def assign_roles(job: Program) -> Roles:
     """Reads the sources; nothing is run. A source that does not parse defines and uses nothing."""
-    setup_tree = _parse(setup)
-    trusted = [setup_tree, *map(_parse, tests)]
-    used, given = _names(trusted), _names([setup_tree])
-    own = _names([_parse(program) if len(program) <= _MAX_PARSED else _parse("")])
+    setup = _parse(job.setup)
+    used, given = _names([setup, *map(_parse, job.tests)]), _names([setup])
+    own = _names([_parse(job.program if len(job.program) <= _MAX_PARSED else "")])
     foreign = used.read - used.bound
     candidate = {name for name in foreign if not hasattr(builtins, name)}
-    modules = (candidate & own.imported & sys.stdlib_module_names) - {entry_point}
+    modules = (candidate & own.imported & sys.stdlib_module_names) - {job.entry_point}
     candidate -= modules
-    if entry_point is not None:
-        candidate.add(entry_point)
+    if job.entry_point is not None:
+        candidate.add(job.entry_point)
     elif not candidate:  # a task may want a function of a builtin's name
         candidate = foreign & own.bound
-    shared = _shared(setup_tree, given.imported, own.read - own.bound)
+    shared = _shared(setup, given.imported, own.read - own.bound)
     return Roles(
         candidate=tuple(sorted(candidate)),
         modules=tuple(sorted(modules)),

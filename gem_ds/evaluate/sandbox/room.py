@@ -1,6 +1,6 @@
 """The room in which a worker's candidates run: namespaces of their own, and next to no files.
 
-`enter` is called once by each worker's server, which lives in the room from then on:
+Each worker's server makes itself a `Room` and lives in it from then on:
 
     user     the server has every capability here, and none outside
     pid      the server is its first process: when it ends, all within is killed
@@ -8,15 +8,14 @@
     network  no interface but the loopback one, and that is down
     ipc, uts of its own
 
-`enter_cell` is called for each candidate: a cell adds a pid, a mount and an ipc namespace, in which
-/tmp and /dev/shm are empty and of limited size. The server starts a judge in it and leaves it.
+For each candidate it enters a cell, a further pid, mount and ipc namespace in which /tmp and
+/dev/shm are empty and of limited size, starts a judge in it and leaves it.
 
 A candidate of root's must not be root, whom the kernel neither counts nor refuses, so root lends it
 another identity: in the room an unprivileged one of the room's own, at the levels that have no room
 of ours a number that nobody else has (`lend`). The interpreter may lie under root's own home: the
 way to it is built anew in the room, open to all, or opened in a mount namespace of the server's. An
-ordinary user has one identity only, so the candidate has it too, in a room that holds nothing of
-the user's.
+ordinary user's candidate has his identity, in a room that holds nothing of his.
 """
 
 from __future__ import annotations
@@ -24,21 +23,16 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from typing import NamedTuple
 
 from gem_ds.evaluate.sandbox import kernel
-from gem_ds.evaluate.sandbox.processes import ProcessTable, fork
+from gem_ds.evaluate.sandbox.kernel import ProcessTable, fork
 
 SCRATCH = ("/tmp", "/dev/shm")  # all that a candidate may write to
 SCRATCH_MB = 64  # in each of them
 CODE = "/sandbox"  # the room's folder with the package `gem_ds.evaluate.sandbox`
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 
-_OF_A_CELL = {
-    "pid": kernel.CLONE_NEWPID,
-    "mnt": kernel.CLONE_NEWNS,
-    "ipc": kernel.CLONE_NEWIPC,
-}
+_OF_A_CELL = {"pid": kernel.CLONE_NEWPID, "mnt": kernel.CLONE_NEWNS, "ipc": kernel.CLONE_NEWIPC}
 _OF_A_ROOM = sum(_OF_A_CELL.values()) | (
     kernel.CLONE_NEWUSER | kernel.CLONE_NEWNET | kernel.CLONE_NEWUTS
 )
@@ -50,55 +44,46 @@ _FILES = ("/etc/ld.so.cache", "/etc/localtime")
 _NO_DEVICES = kernel.MS_NOSUID | kernel.MS_NODEV
 
 
-class Room(NamedTuple):
-    """What the server keeps of the way into the room; no child may keep any of it."""
+class Room:
+    """A room, and what its server keeps of the way into it; no child may keep any of that."""
 
-    #: user and group for candidates to take, or None if there is only the present one
-    identity: int | None
-    #: open files: the server's own namespaces, by their kinds, to come back to from a cell
-    namespaces: dict[int, int]
-    #: the processes as they are seen outside
-    processes: ProcessTable
+    def __init__(self) -> None:
+        """Moves the calling process into a new room, as a child of itself that this returns in.
 
+        The calling process waits for it and then ends too. Raises `OSError` where the kernel, or
+        what confines this process already, does not allow it.
+        """
+        uid, gid = os.geteuid(), os.getegid()
+        #: user and group for candidates to take, or None if there is only the present one
+        self.identity = 1 if uid == 0 else None
+        if uid == 0:
+            _unshare_with_lent_identity()
+        else:
+            kernel.unshare(_OF_A_ROOM)
+            _write("/proc/self/setgroups", "deny")
+            _write("/proc/self/uid_map", f"0 {uid} 1")
+            _write("/proc/self/gid_map", f"0 {gid} 1")
+        kernel.mount("", "/", flags=kernel.MS_REC | kernel.MS_PRIVATE)
+        _become_child()
+        self.processes = ProcessTable()  # as they are seen outside
+        self._namespaces = {
+            kind: os.open(f"/proc/self/ns/{name}", os.O_RDONLY) for name, kind in _OF_A_CELL.items()
+        }
+        _build()
+        kernel.pivot_root(_STAGE)
+        kernel.restrict_mount("/", kernel.MOUNT_ATTR_RDONLY, recursive=False)
 
-def enter() -> Room:
-    """Moves the calling process into a new room, as a child of itself that this returns in.
+    def enter_cell(self) -> None:
+        """Moves the caller into a new cell, whose first process will be the caller's next child."""
+        kernel.unshare(sum(_OF_A_CELL.values()))
+        options = f"size={SCRATCH_MB}m,nr_inodes=16384,mode=1777"
+        for folder in SCRATCH:
+            kernel.mount("tmpfs", folder, "tmpfs", _NO_DEVICES, options)
 
-    The calling process waits for it and then ends too. Raises `OSError` where the kernel, or what
-    confines this process already, does not allow it.
-    """
-    uid, gid = os.geteuid(), os.getegid()
-    if uid == 0:
-        _unshare_with_lent_identity()
-    else:
-        kernel.unshare(_OF_A_ROOM)
-        _write("/proc/self/setgroups", "deny")
-        _write("/proc/self/uid_map", f"0 {uid} 1")
-        _write("/proc/self/gid_map", f"0 {gid} 1")
-    kernel.mount("", "/", flags=kernel.MS_REC | kernel.MS_PRIVATE)
-    _become_child()
-    processes = ProcessTable()
-    namespaces = {
-        kind: os.open(f"/proc/self/ns/{name}", os.O_RDONLY) for name, kind in _OF_A_CELL.items()
-    }
-    _build()
-    kernel.pivot_root(_STAGE)
-    kernel.restrict_mount("/", kernel.MOUNT_ATTR_RDONLY, recursive=False)
-    return Room(1 if uid == 0 else None, namespaces, processes)
-
-
-def enter_cell() -> None:
-    """Moves the caller into a new cell, whose first process will be the caller's next child."""
-    kernel.unshare(sum(_OF_A_CELL.values()))
-    options = f"size={SCRATCH_MB}m,nr_inodes=16384,mode=1777"
-    for folder in SCRATCH:
-        kernel.mount("tmpfs", folder, "tmpfs", _NO_DEVICES, options)
-
-
-def leave_cell(room: Room) -> None:
-    """Moves the caller back; the cell lasts as long as its first process."""
-    for kind, namespace in room.namespaces.items():
-        kernel.setns(namespace, kind)
+    def leave_cell(self) -> None:
+        """Moves the caller back; the cell lasts as long as its first process."""
+        for kind, namespace in self._namespaces.items():
+            kernel.setns(namespace, kind)
 
 
 def _unshare_with_lent_identity() -> None:

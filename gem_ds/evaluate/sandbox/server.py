@@ -1,9 +1,9 @@
 """A worker's server: a lean process that starts a judge for each program.
 
-It is started by `exec`, so it holds nothing of its parent but three standard streams and the
+It is started by `exec`, and so holds nothing of its parent but three standard streams and the
 control socket. It never reads a job: parent and children share those as files in memory. A judge
-starts the candidate before it reads the tests, so a candidate has never passed through any memory
-that held a test, an expected value or another solution.
+starts the candidate before it reads the tests, so a candidate has never passed through memory that
+held a test, an expected value or another solution.
 
     parent (torch, the model)
       └─ server                receives (limits, files) on the control socket, enforces the limits
@@ -26,7 +26,7 @@ from collections.abc import Callable
 from gem_ds.evaluate.sandbox import candidate, confine
 from gem_ds.evaluate.sandbox.jails import JAILS, Jail
 from gem_ds.evaluate.sandbox.judge import judge
-from gem_ds.evaluate.sandbox.processes import Reaper, fork
+from gem_ds.evaluate.sandbox.kernel import Reaper, fork
 from gem_ds.evaluate.sandbox.wire import Channel, Decoder, Encoder
 
 NUM_FILES = 3  # of a job: what the candidate reads, what the judge reads, where it reports
@@ -53,7 +53,7 @@ def serve(descriptor: int, level: str, fresh: bool, processor: int) -> None:
     # hand-over costs a third less.
     os.sched_setaffinity(0, {processor})
     os.setsid()  # a Ctrl-C is the parent's to handle
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no handler: see `processes.Reaper`
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no handler: see `kernel.Reaper`
     try:
         jail = JAILS[level](fresh)
     except OSError as error:
