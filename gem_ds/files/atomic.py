@@ -51,12 +51,8 @@ def atomic_write(path: str | Path, write: Callable[[Path], object]) -> None:
         OSError: For example the disk is full. `errno` is kept, the message says what to do, the
             earlier file is whole, the temporary is gone.
     """
-    path = Path(path)
-    with _temporary(path) as temporary:
+    with _replacing(Path(path)) as temporary:
         write(temporary)
-        _flush(temporary)
-        os.replace(temporary, path)
-        _flush_folder(path.parent)
 
 
 def atomic_folder(path: str | Path, write: Callable[[Path], object]) -> None:
@@ -65,15 +61,9 @@ def atomic_folder(path: str | Path, write: Callable[[Path], object]) -> None:
     A folder cannot be exchanged in one step, so an earlier one is moved aside first, to a name
     beside it that ends with ``.old``; only a kill between the two renames leaves it there.
     """
-    path = Path(path)
-    with _temporary(path) as temporary:
+    with _replacing(Path(path)) as temporary:
         temporary.mkdir()
         write(temporary)
-        for entry in temporary.rglob("*"):
-            _flush_folder(entry) if entry.is_dir() else _flush(entry)
-        _flush_folder(temporary)
-        _replace_folder(temporary, path)
-        _flush_folder(path.parent)
 
 
 def leftovers(path: Path) -> list[Path]:
@@ -115,14 +105,11 @@ def make_folder(path: str | Path) -> None:
 def save_tensors(
     path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], *, kind: str
 ) -> None:
-    """Writes a GEM safetensors file, atomically.
+    """Writes a GEM safetensors file, atomically; raises as `atomic_write`.
 
     The bytes are made in memory first (two transient copies of the tensors, which hold selected
     entries only): safetensors' own file writer hides the number of an `OSError` and creates files
     that only their owner can read.
-
-    Raises:
-        OSError: As `atomic_write`.
     """
     assert metadata.keys().isdisjoint({"kind", "format_version"}), "reserved fields"
     header = {"kind": kind, "format_version": FORMAT_VERSION, **metadata}
@@ -144,9 +131,8 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
     """Reads a GEM safetensors file of one kind.
 
     Raises:
-        FileNotFoundError: There is no such file.
         ValueError: It is a folder, truncated, not safetensors, not written by GEM, of another kind
-            or of a newer format.
+            or of a newer format; FileNotFoundError if there is none.
     """
     path = Path(path)
     noun = kind.removeprefix("gem_")
@@ -166,17 +152,26 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
 
 
 def metadata_field(metadata: Mapping[str, Any], name: str, types: type | tuple[type, ...]) -> Any:
-    """Returns one field of a file's metadata; a ValueError names it if it is absent or mistyped."""
+    """One field of a file's metadata; a ValueError names it if it is absent or mistyped."""
     if name not in metadata or not isinstance(metadata[name], types):
         raise ValueError(f"the metadata field {name!r} is missing or has a wrong type")
     return metadata[name]
 
 
 @contextmanager
-def explaining(path: str | Path, remedy: str) -> Iterator[None]:
-    """Puts `path` before and `remedy` after the ValueErrors raised inside, in one sentence."""
+def taking_tensors(
+    path: str | Path, kind: str, remedy: str
+) -> Iterator[tuple[dict[str, Tensor], dict[str, Any]]]:
+    """Reads as `load_tensors`, for a block that takes every tensor out of the mapping.
+
+    The ValueErrors raised inside are told with `path` before and `remedy` after them.
+    """
+    tensors, metadata = load_tensors(path, kind)
     try:
-        yield
+        yield tensors, metadata
+        if tensors:
+            name = min(tensors)
+            raise ValueError(f"it holds tensor {name!r}, which its metadata does not describe")
     except ValueError as error:
         raise ValueError(f"{path} cannot be used: {error}; {remedy}") from error
 
@@ -187,11 +182,11 @@ def _parse_header(path: Path, noun: str, kind: str, metadata: Mapping[str, str])
     if METADATA_KEY not in metadata:
         raise ValueError(f"{path} is a safetensors file without GEM metadata: {remedy}")
     try:
-        header = json.loads(metadata[METADATA_KEY])
-    except json.JSONDecodeError as error:
+        header: Any = json.loads(metadata[METADATA_KEY])
+        if not isinstance(header, dict):
+            raise ValueError("not a JSON object")
+    except ValueError as error:
         raise ValueError(f"{path} has damaged GEM metadata ({error}): {remedy}") from error
-    if not isinstance(header, dict):
-        raise ValueError(f"{path} has damaged GEM metadata (not a JSON object): {remedy}")
     found, version = header.pop("kind", None), header.pop("format_version", None)
     if found != kind:
         raise ValueError(f"{path} is of kind {found!r}, not {kind!r}: {remedy}")
@@ -206,12 +201,16 @@ def _parse_header(path: Path, noun: str, kind: str, metadata: Mapping[str, str])
 
 
 @contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
-    """Yields an unused name beside `path`, explains OSErrors, and leaves nothing at that name."""
+def _replacing(path: Path) -> Iterator[Path]:
+    """An unused name beside `path`; what the block leaves there is `path` afterwards."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with _explained(path):
             yield temporary
+            for entry in (*temporary.rglob("*"), temporary):
+                _flush(entry)
+            _replace(temporary, path)
+            _flush(path.parent)
     finally:
         delete(temporary)
 
@@ -222,7 +221,8 @@ def _explained(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        number = _error_number(error)
+        in_text = re.search(r"\(os error (\d+)\)", str(error))  # as safetensors tells the number
+        number = error.errno if isinstance(error, OSError) else in_text and int(in_text[1])
         if number is None:
             raise
         raise OSError(
@@ -232,17 +232,9 @@ def _explained(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _error_number(error: OSError | SafetensorError) -> int | None:
-    """The errno behind an exception; safetensors tells it only in the text of its own."""
-    if isinstance(error, OSError):
-        return error.errno
-    match = re.search(r"\(os error (\d+)\)", str(error))
-    return int(match[1]) if match else None
-
-
-def _replace_folder(source: Path, path: Path) -> None:
+def _replace(source: Path, path: Path) -> None:
     """Renames `source` to `path`, over what stands there; puts that back if the rename fails."""
-    if not path.is_dir():
+    if not (source.is_dir() and path.is_dir()):
         os.replace(source, path)
         return
     earlier = path.with_name(f".{path.name}.{secrets.token_hex(4)}.old")
@@ -256,18 +248,13 @@ def _replace_folder(source: Path, path: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Waits until the content of `path` is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Waits until a file's content, or a folder's names where it can do that, are on the disk."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _flush_folder(path: Path) -> None:
-    """Waits until the names in `path` are on the disk, where the file system can do that."""
-    try:
-        _flush(path)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:  # some network file systems flush no folders
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise

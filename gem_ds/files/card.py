@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -96,87 +97,92 @@ gem-ds export --model_name_or_path {base_argument} --delta delta.safetensors \\
 }
 
 
-def model_card(
-    *,
-    base_model: str,
-    task: str,
-    method: str,
-    product: Literal["delta", "adapter", "model"],
-    has_mask: bool,
-    num_trainable: int,
-    num_parameters: int,
-    dtype: str,
-    settings: Mapping[str, object],
-    results: Mapping[str, float],
-    base_results: Mapping[str, float] | None = None,
-    revision: str | None = None,
-    dataset: str | None = None,
-    auto_class: str = "AutoModelForCausalLM",
-    num_labels: int | None = None,
-) -> str:
-    """The model card of a run: Markdown with YAML front matter."""
-    method, task = _one_line(method), _one_line(task)
-    told = "GEM" if method == "gem" else method
-    title = _one_line(f"{Path(base_model).name} fine-tuned on {task} with {told}")
-    load_arguments = [repr(base_model)] + ([f"revision={revision!r}"] if revision else [])
-    load_arguments += [f"num_labels={num_labels}"] if num_labels else []
-    facts = {
-        "base": f"`{_one_line(base_model)}`" + (f" (revision `{revision}`)" if revision else ""),
-        "base_argument": shlex.quote(base_model),
-        "method": _GEM if method == "gem" else f"`{method}`",
-        "num_trainable": num_trainable,
-        "num_parameters": num_parameters,
-        "density": num_trainable / num_parameters,
-        "task": task,
-        "dtype": dtype,
-        "auto_class": auto_class,
-        "load_arguments": ", ".join(load_arguments),
-    }
-    measured = [
-        EvalResult(
-            task_type="text-classification" if num_labels else "text-generation",
-            dataset_type=dataset or task,
-            dataset_name=task,
-            metric_type=name,
-            metric_value=value,
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """What a run's card tells; `text` is the file."""
+
+    base_model: str
+    revision: str | None = None
+    auto_class: str = "AutoModelForCausalLM"
+    num_labels: int | None = None
+    task: str
+    dataset: str | None = None
+    method: str
+    product: Literal["delta", "adapter", "model"]
+    has_mask: bool
+    num_trainable: int
+    num_parameters: int
+    dtype: str
+    settings: Mapping[str, object]
+    results: Mapping[str, float]
+    base_results: Mapping[str, float] = field(default_factory=dict)
+
+    def text(self) -> str:
+        """Markdown with YAML front matter."""
+        facts = vars(self) | {
+            "task": _one_line(self.task),
+            "base": f"`{_one_line(self.base_model)}`"
+            + (f" (revision `{self.revision}`)" if self.revision else ""),
+            "base_argument": shlex.quote(self.base_model),
+            "load_arguments": self._load_arguments(),
+            "method": _GEM if self.method == "gem" else f"`{_one_line(self.method)}`",
+            "density": self.num_trainable / self.num_parameters,
+        }
+        told = "GEM" if self.method == "gem" else self.method
+        title = _one_line(f"{Path(self.base_model).name} fine-tuned on {self.task} with {told}")
+        files = (self.product, *["mask"] * self.has_mask)
+        return _CARD.format(
+            metadata=self._metadata(title).to_yaml(),
+            title=title,
+            what=(_SELECTED if self.has_mask else _TRAINED).format(**facts),
+            files="\n".join(_FILES[file].format(**facts) for file in files),
+            results=self._results() if self.results else "This run was not evaluated.",
+            use=_USE[self.product].format(**facts),
+            settings=_table(("Setting", "Value"), self.settings.items()),
         )
-        for name, value in results.items()
-        if name != TRAINING_LOSS  # which measures the training examples
-    ]
-    header: tuple[str, ...] = ("Metric", "Base model", "Fine-tuned")
-    before = base_results or {}
-    rows = [(name, before.get(name, "not measured"), value) for name, value in results.items()]
-    if not before:
-        header, rows = ("Metric", "Fine-tuned"), list(results.items())  # type: ignore[arg-type]
-    is_public = _is_hub_name(base_model)  # the Hub refuses other names
-    metadata = ModelCardData(
-        library_name="gem_ds",
-        base_model=base_model if is_public else None,
-        base_model_relation="finetune" if is_public else None,
-        datasets=[dataset] if dataset is not None and _is_hub_name(dataset) else None,
-        tags=[method, *["sparse-fine-tuning"] * has_mask, "deepspeed", task],
-        model_name=title,
-        eval_results=measured or None,
-    )
-    return _CARD.format(
-        metadata=metadata.to_yaml(),
-        title=title,
-        what=(_SELECTED if has_mask else _TRAINED).format(**facts),
-        files="\n".join(_FILES[f].format(**facts) for f in (product, *["mask"] * has_mask)),
-        results=_table(header, rows) if rows else "This run was not evaluated.",
-        use=_USE[product].format(**facts),
-        settings=_table(("Setting", "Value"), settings.items()),
-    )
+
+    def _load_arguments(self) -> str:
+        given = {"revision": self.revision, "num_labels": self.num_labels}
+        named = [f"{name}={value!r}" for name, value in given.items() if value]
+        return ", ".join([repr(self.base_model), *named])
+
+    def _metadata(self, title: str) -> ModelCardData:
+        base_model = self.base_model if _is_hub_name(self.base_model) else None
+        method, task, dataset = _one_line(self.method), _one_line(self.task), self.dataset
+        measured = [
+            EvalResult(
+                task_type="text-classification" if self.num_labels else "text-generation",
+                dataset_type=dataset or task,
+                dataset_name=task,
+                metric_type=name,
+                metric_value=value,
+            )
+            for name, value in self.results.items()
+            if name != TRAINING_LOSS  # which measures the training examples
+        ]
+        return ModelCardData(
+            library_name="gem_ds",
+            base_model=base_model,
+            base_model_relation=base_model and "finetune",
+            datasets=[dataset] if dataset is not None and _is_hub_name(dataset) else None,
+            tags=[method, *["sparse-fine-tuning"] * self.has_mask, "deepspeed", task],
+            model_name=title,
+            eval_results=measured or None,
+        )
+
+    def _results(self) -> str:
+        if not self.base_results:
+            return _table(("Metric", "Fine-tuned"), self.results.items())
+        rows = [(k, self.base_results.get(k, "not measured"), v) for k, v in self.results.items()]
+        return _table(("Metric", "Base model", "Fine-tuned"), rows)
 
 
 def _is_hub_name(name: str) -> bool:
-    """Whether `name` is ``repository`` or ``owner/repository`` and no folder on this machine."""
+    """Whether the Hub takes it: ``repository`` or ``owner/repository``, and no folder here."""
     return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None and not Path(name).is_dir()
 
 
 def _table(header: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> str:
-    """A Markdown table."""
-
     def cell(value: object) -> str:
         text = f"{value:.4g}" if isinstance(value, float) else str(value)
         return _one_line(text).replace("|", "\\|")

@@ -55,40 +55,24 @@ class TrainerState:
 
 @dataclass(frozen=True, kw_only=True)
 class RunIdentity:
-    """What a run must keep from one session to the next; the world size is not in it.
+    """What a run must keep from one session to the next; the world size is not in it."""
 
-    Attributes:
-        global_batch_size: examples per step, over all ranks.
-        seed: of the order of the data.
-        data: fingerprint of the encoded training examples, their rows and the kind of their order.
-    """
-
-    global_batch_size: int
-    seed: int
-    data: str
+    global_batch_size: int  # examples per step, over all ranks
+    seed: int  # of the order of the data
+    data: str  # fingerprint of the encoded examples, their rows and the kind of their order
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """Everything that a run needs to go on.
-
-    Attributes:
-        mask: the entries; vectors below are in its order.
-        vectors: ``master``, ``exp_avg``, ``exp_avg_sq``: fp32 [K].
-        head_vectors: the same of a task head, all of its entries; empty if there is none.
-        num_updates: optimizer updates applied (fewer than steps where fp16 skipped some).
-        loss_scale: of fp16.
-        identity: see :class:`RunIdentity`.
-        state: progress.
-    """
+    """Everything that a run needs to go on."""
 
     mask: Mask
-    vectors: dict[str, Tensor]
-    num_updates: int
-    loss_scale: float
+    vectors: dict[str, Tensor]  # by `STATE_KEYS`: fp32 [K], in the mask's order
+    num_updates: int  # those applied: fewer than steps where fp16 skipped some
+    loss_scale: float  # of fp16
     identity: RunIdentity
     state: TrainerState
-    head_vectors: dict[str, Tensor] = field(default_factory=dict)
+    head_vectors: dict[str, Tensor] = field(default_factory=dict)  # of a task head, if there is one
 
     @property
     def head_size(self) -> int:

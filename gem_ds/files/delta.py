@@ -15,25 +15,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gem_ds.files.atomic import explaining, load_tensors, metadata_field, save_tensors
-from gem_ds.files.mask import (
-    Mask,
-    dtype_name,
-    other_base,
-    pack_mask,
-    refuse_leftover,
-    take_tensors,
-    unpack_mask,
-)
+from gem_ds.files.atomic import metadata_field, save_tensors, taking_tensors
+from gem_ds.files.mask import Mask, dtype_name, pack_mask, take_tensors, unpack_mask
 
 DELTA_KIND = "gem_delta"
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Delta:
     """The trained values at the entries of a mask.
 
@@ -51,15 +44,17 @@ class Delta:
     head: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in self.mask.weights:
-            if name not in self.values:
-                raise ValueError(f"weight {name!r} has indices but no values")
+        for name in sorted(self.mask.weights.keys() ^ self.values.keys()):
+            has, lacks = ("values", "indices") if name in self.values else ("indices", "values")
+            raise ValueError(f"weight {name!r} has {has} but no {lacks}")
         for name, values in self.values.items():
-            if name not in self.mask.weights:
-                raise ValueError(f"weight {name!r} has values but no indices")
             _check_values(name, values, self.mask)
         if both := self.head.keys() & self.values.keys():
             raise ValueError(f"weight {min(both)!r} is in the mask and in the head")
+
+    def __repr__(self) -> str:
+        head = f", and a head of {sum(h.numel() for h in self.head.values()):,}" * bool(self.head)
+        return f"Delta(values of {self.mask!r}{head})"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -84,15 +79,14 @@ class Delta:
             FileNotFoundError: There is no such file.
             ValueError: It is no delta file, or what it holds is invalid; says which weight.
         """
-        tensors, metadata = load_tensors(path, DELTA_KIND)
-        with explaining(path, "pass the delta.safetensors that launch/train.py wrote"):
+        remedy = "pass the delta.safetensors that launch/train.py wrote"
+        with taking_tensors(path, DELTA_KIND, remedy) as (tensors, metadata):
             mask = unpack_mask(tensors, metadata)
             values = take_tensors(tensors, mask.weights, "values")
             names = metadata_field(metadata, "head", list)
             if missing := [name for name in names if f"head.{name}" not in tensors]:
                 raise ValueError(f"the head's parameter {missing[0]!r} is missing")
             head = {name: tensors.pop(f"head.{name}") for name in names}
-            refuse_leftover(tensors)
             return cls(mask=mask, values=values, head=head)
 
 
@@ -146,16 +140,12 @@ def apply_delta(model: nn.Module, delta: Delta) -> AppliedDelta:
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     delta.mask.check_model(shapes, type(model).__name__)
     _check_parameters(parameters, delta)
-    base = {name: _read(parameters[name], delta.mask.indices[name]) for name in delta.values}
+    entries = delta.mask.indices | dict.fromkeys(delta.head)
+    base = {name: _read(parameters[name], index) for name, index in entries.items()}
     _check_base(delta, base)
-    replaced: list[tuple[nn.Parameter, Tensor | None, Tensor]] = []
-    for name, values in delta.values.items():
-        replaced.append((parameters[name], delta.mask.indices[name], base[name]))
-        _write(parameters[name], delta.mask.indices[name], values)
-    for name, values in delta.head.items():
-        replaced.append((parameters[name], None, parameters[name].detach().clone()))
-        _write(parameters[name], None, values)
-    return AppliedDelta(replaced)
+    for name, values in (delta.values | delta.head).items():
+        _write(parameters[name], entries[name], values)
+    return AppliedDelta([(parameters[name], entries[name], base[name]) for name in entries])
 
 
 def _check_values(name: str, values: Tensor, mask: Mask) -> None:
@@ -192,30 +182,26 @@ def _check_parameters(parameters: Mapping[str, nn.Parameter], delta: Delta) -> N
 
 def _check_base(delta: Delta, base: Mapping[str, Tensor]) -> None:
     """Refuses base values other than the recorded ones; `base` are the model's at the entries."""
-    differing = delta.mask.differing_weights(base)
-    if not differing:
-        return
-    if all(torch.equal(base[name], delta.values[name].to(base[name].device)) for name in base):
+    is_applied = all(torch.equal(base[n], v.to(base[n].device)) for n, v in delta.values.items())
+    if is_applied and delta.mask.differing_weights(base):
         raise ValueError(
             "the delta seems to be applied already, the model holds its values: revert it first"
         )
-    raise ValueError(other_base("delta", delta.mask, differing))
+    delta.mask.check_base(base, "delta")
 
 
-def _read(parameter: nn.Parameter, flat_indices: Tensor) -> Tensor:
-    """The entries of `parameter` at row-major flat indices, as a new tensor (k,), any strides."""
-    return parameter.detach()[_coordinates(parameter, flat_indices)]
+def _read(parameter: nn.Parameter, flat_indices: Tensor | None) -> Tensor:
+    """A copy of the entries of `parameter` at flat indices, or of all where these are None."""
+    return parameter.detach()[_place(parameter, flat_indices)].clone()
 
 
 @torch.no_grad()
 def _write(parameter: nn.Parameter, flat_indices: Tensor | None, values: Tensor) -> None:
-    """Overwrites entries of `parameter` in place; all of them where `flat_indices` is None."""
-    if flat_indices is None:
-        parameter.copy_(values)
-    else:
-        parameter[_coordinates(parameter, flat_indices)] = values.to(parameter.device)
+    parameter[_place(parameter, flat_indices)] = values.to(parameter.device)
 
 
-def _coordinates(parameter: nn.Parameter, flat_indices: Tensor) -> tuple[Tensor, ...]:
+def _place(parameter: nn.Parameter, flat_indices: Tensor | None) -> Any:
     """One index tensor per dimension; unlike a flat view these reach non-contiguous parameters."""
+    if flat_indices is None:
+        return ...
     return torch.unravel_index(flat_indices.to(parameter.device, torch.int64), parameter.shape)

@@ -13,7 +13,7 @@ valid, as it checks itself. How entries are chosen is told in `gem_ds.select`.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -23,27 +23,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gem_ds.files.atomic import explaining, load_tensors, metadata_field, save_tensors
+from gem_ds.files.atomic import metadata_field, save_tensors, taking_tensors
 
 MASK_KIND = "gem_mask"
+
+#: Fields of a mask that stand in its metadata as they are.
+_FIELDS: dict[str, Any] = {
+    "base_model": str,
+    "revision": (str, NoneType),
+    "method": str,
+    "settings": dict,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightInfo:
-    """What a mask knows about one weight matrix of the base model.
+    """What a mask knows about a weight matrix of the base model."""
 
-    Attributes:
-        shape: Its full shape, whatever the ranks hold of it.
-        dtype: The model's dtype by its torch name, for example ``bfloat16``.
-        checksum: `checksum` of the base values at the mask's indices, in that dtype.
-    """
+    shape: tuple[int, ...]  # the full one, whatever the ranks hold of it
+    dtype: str  # as torch names it: bfloat16
+    checksum: str  # of the base values at the mask's indices, in that dtype
 
-    shape: tuple[int, ...]
-    dtype: str
-    checksum: str
+    @classmethod
+    def of(cls, shape: Sequence[int], base: Tensor) -> WeightInfo:
+        """Of a weight of full `shape` whose base values at the indices are `base` (k_l,)."""
+        return cls(shape=tuple(shape), dtype=dtype_name(base.dtype), checksum=checksum(base))
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Mask:
     """The selected entries of a model.
 
@@ -69,14 +76,20 @@ class Mask:
     def __post_init__(self) -> None:
         if not self.weights:
             raise ValueError("the mask has no weights")
-        for name in self.weights:
-            if name not in self.indices:
-                raise ValueError(f"weight {name!r} is described but has no indices")
-        for name, indices in self.indices.items():
-            if name not in self.weights:
-                raise ValueError(f"weight {name!r} has indices but is not described")
-            _check_weight(name, self.weights[name])
-            _check_indices(name, indices, self.weights[name].shape)
+        for name in sorted(self.weights.keys() ^ self.indices.keys()):
+            described, other = "is described but has no indices", "has indices but is not described"
+            raise ValueError(f"weight {name!r} {described if name in self.weights else other}")
+        for name, info in self.weights.items():
+            _check_weight(name, info)
+            _check_indices(name, self.indices[name], info.shape)
+
+    def __repr__(self) -> str:
+        total = sum(prod(info.shape) for info in self.weights.values())
+        return (
+            f"Mask({self.method}: {self.num_selected:,} of {total:,} entries "
+            f"({self.num_selected / total:.4%}) in {len(self.weights)} weights of "
+            f"{self.base_model})"
+        )
 
     @property
     def num_selected(self) -> int:
@@ -103,11 +116,9 @@ class Mask:
             FileNotFoundError: There is no such file.
             ValueError: It is no mask file, or what it holds is invalid; says which weight.
         """
-        tensors, metadata = load_tensors(path, MASK_KIND)
-        with explaining(path, "make the mask again with launch/train.py --max_steps 0"):
-            mask = unpack_mask(tensors, metadata)
-            refuse_leftover(tensors)
-        return mask
+        remedy = "make the mask again with launch/train.py --max_steps 0"
+        with taking_tensors(path, MASK_KIND, remedy) as content:
+            return unpack_mask(*content)
 
     def check_model(self, shapes: Mapping[str, tuple[int, ...]], model: str) -> None:
         """Refuses a `model` that lacks a weight of the mask or has it in another shape."""
@@ -135,19 +146,18 @@ class Mask:
             and checksum(values[name]) != info.checksum
         ]
 
-    def check_base(self, values: Mapping[str, Tensor]) -> None:
-        """Refuses base weights other than the mask's; `values` as for `differing_weights`."""
+    def check_base(self, values: Mapping[str, Tensor], noun: str = "mask") -> None:
+        """Refuses base weights other than those that a mask, or the delta on it, was made for.
+
+        `values` are as for `differing_weights`.
+        """
         if differing := self.differing_weights(values):
-            raise ValueError(other_base("mask", self, differing))
-
-
-def other_base(noun: str, mask: Mask, differing: list[str]) -> str:
-    """The sentence for a mask or delta (`noun`) that meets other base weights."""
-    revision = f" at revision {mask.revision}" if mask.revision else ""
-    return (
-        f"this {noun} was made for other base weights ({len(differing)} of {len(mask.weights)} "
-        f"weights differ, the first is {differing[0]!r}): use {mask.base_model}{revision}"
-    )
+            revision = f" at revision {self.revision}" if self.revision else ""
+            raise ValueError(
+                f"this {noun} was made for other base weights ({len(differing)} of "
+                f"{len(self.weights)} weights differ, the first is {differing[0]!r}): use "
+                f"{self.base_model}{revision}"
+            )
 
 
 def index_dtype(numel: int) -> torch.dtype:
@@ -173,13 +183,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 def pack_mask(mask: Mask) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the metadata of a mask, as they stand in its file."""
     tensors = {f"{name}.indices": indices for name, indices in mask.indices.items()}
-    metadata = {
-        "base_model": mask.base_model,
-        "revision": mask.revision,
-        "method": mask.method,
-        "settings": mask.settings,
-        "weights": {name: asdict(info) for name, info in mask.weights.items()},
-    }
+    metadata = {field: getattr(mask, field) for field in _FIELDS}
+    metadata["weights"] = {name: asdict(info) for name, info in mask.weights.items()}
     return tensors, metadata
 
 
@@ -197,10 +202,7 @@ def unpack_mask(tensors: dict[str, Tensor], metadata: Mapping[str, Any]) -> Mask
     return Mask(
         indices=take_tensors(tensors, weights, "indices"),
         weights=weights,
-        base_model=metadata_field(metadata, "base_model", str),
-        revision=metadata_field(metadata, "revision", (str, NoneType)),
-        method=metadata_field(metadata, "method", str),
-        settings=metadata_field(metadata, "settings", dict),
+        **{field: metadata_field(metadata, field, types) for field, types in _FIELDS.items()},
     )
 
 
@@ -214,14 +216,7 @@ def take_tensors(
     return {name: tensors.pop(f"{name}.{part}") for name in weights}
 
 
-def refuse_leftover(tensors: Mapping[str, Tensor]) -> None:
-    """Raises a ValueError if a file holds tensors that nothing in its metadata accounts for."""
-    if tensors:
-        raise ValueError(f"it holds tensor {min(tensors)!r}, which its metadata does not describe")
-
-
 def _check_weight(name: str, info: WeightInfo) -> None:
-    """Refuses a description that no weight can have."""
     if not info.shape or not all(type(size) is int and size > 0 for size in info.shape):
         raise ValueError(f"weight {name!r} has the impossible shape {info.shape}")
     dtype = getattr(torch, info.dtype, None)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gem_ds.distributed.weights import num_parameters
-from gem_ds.files.mask import Mask, WeightInfo, checksum, dtype_name, index_dtype
+from gem_ds.files.mask import Mask, WeightInfo, index_dtype
 from gem_ds.models.encoders import head_names, without_head
 from gem_ds.models.targets import find_targets
 from gem_ds.select.budget import total_budget
@@ -103,11 +103,7 @@ def select_mask(
             for layer, index in zip(layers, chosen, strict=True)
         },
         weights={
-            shard.name: WeightInfo(
-                shape=layer.shape,
-                dtype=dtype_name(shard.weight.dtype),
-                checksum=checksum(shard.weight[index.to(shard.weight.device)]),
-            )
+            shard.name: WeightInfo.of(layer.shape, shard.weight[index.to(shard.weight.device)])
             for layer, shard, index in zip(layers, shards, chosen, strict=True)
         },
         base_model=base_model or _name_of(model),

@@ -18,7 +18,7 @@ from gem_ds.distributed.engine import DenseEngine
 from gem_ds.distributed.weights import numel
 from gem_ds.files.atomic import atomic_folder
 from gem_ds.files.delta import Delta
-from gem_ds.files.mask import Mask, WeightInfo, checksum, dtype_name, index_dtype
+from gem_ds.files.mask import Mask, WeightInfo, index_dtype
 from gem_ds.models.adapters import add_adapter, is_of_head
 from gem_ds.train.config import Arguments
 from gem_ds.train.methods import ADAPTER_METHODS, product_of
@@ -137,12 +137,7 @@ class DenseTuning:
                 for name, value in biases.items()
             },
             weights={
-                name: WeightInfo(
-                    shape=tuple(value.shape),
-                    dtype=dtype_name(value.dtype),
-                    checksum=checksum(self.base[name]),
-                )
-                for name, value in biases.items()
+                name: WeightInfo.of(value.shape, self.base[name]) for name, value in biases.items()
             },
             base_model=str(self.args.model.model_name_or_path),
             revision=self.args.model.revision,

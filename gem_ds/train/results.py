@@ -9,9 +9,9 @@ from torch import Tensor
 
 from gem_ds.data.tasks import hub_dataset
 from gem_ds.files.atomic import atomic_write, save_json
-from gem_ds.files.card import TRAINING_LOSS, model_card
+from gem_ds.files.card import TRAINING_LOSS, ModelCard
 from gem_ds.files.checkpoint import TrainerState
-from gem_ds.files.mask import Mask, WeightInfo, checksum, dtype_name
+from gem_ds.files.mask import Mask, WeightInfo, dtype_name
 from gem_ds.models.encoders import auto_class, is_encoder
 from gem_ds.models.load import DTYPES
 from gem_ds.select.rules import CALIBRATED_METHODS, SPARSE_METHODS
@@ -62,12 +62,7 @@ def make_mask(
             for layer, index in zip(entries.layers, entries.flat_indices, strict=True)
         },
         weights={
-            layer.name: WeightInfo(
-                shape=layer.shape,
-                dtype=dtype_name(base.dtype),
-                checksum=checksum(parts[layer.name]),
-            )
-            for layer in entries.layers
+            layer.name: WeightInfo.of(layer.shape, parts[layer.name]) for layer in entries.layers
         },
         base_model=str(args.model.model_name_or_path),
         revision=args.model.revision,
@@ -92,7 +87,7 @@ def save_results(
     save_json(folder / "all_results.json", dict(results))
     train = args.train
     dataset = None if args.data.data_dir else hub_dataset(str(args.data.task))
-    card = model_card(
+    card = ModelCard(
         base_model=str(args.model.model_name_or_path),
         revision=args.model.revision,
         task=str(args.data.task),
@@ -122,7 +117,7 @@ def save_results(
         auto_class=auto_class(prepared.config).__name__,
         num_labels=prepared.config.num_labels if is_encoder(prepared.config) else None,
     )
-    atomic_write(folder / "README.md", lambda path: path.write_text(card, encoding="utf-8"))
+    atomic_write(folder / "README.md", lambda path: path.write_text(card.text(), encoding="utf-8"))
 
 
 def _density(args: Arguments, prepared: PreparedRun) -> dict[str, object]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from gem_ds.files.checkpoint import (
     list_checkpoints,
     remove_leftovers,
 )
-from gem_ds.files.mask import Mask, WeightInfo, checksum
+from gem_ds.files.mask import Mask, WeightInfo
 
 FILES = ("mask.safetensors", "optimizer.safetensors", "trainer_state.json")
 
@@ -39,10 +40,7 @@ def make_checkpoint(step: int, counts: tuple[int, ...] = (3, 2), seed: int = 0) 
         f"layer.{i}.weight": torch.randperm(64, generator=generator)[:k].sort().values.int()
         for i, k in enumerate(counts)
     }
-    infos = {
-        name: WeightInfo(shape=(8, 8), dtype="float32", checksum=checksum(index.float()))
-        for name, index in indices.items()
-    }
+    infos = {name: WeightInfo.of((8, 8), index.float()) for name, index in indices.items()}
     return Checkpoint(
         mask=Mask(indices=indices, weights=infos, base_model="m", settings={"density": "0.1"}),
         vectors={name: torch.randn(total, generator=generator) for name in STATE_KEYS},
@@ -201,11 +199,6 @@ def test_a_full_disk_leaves_the_earlier_ones_whole(small_disk):
     assert not list(small_disk.glob(".*")), "and no temporary"
 
 
-def _truncate(folder: Path, name: str) -> None:
-    path = folder / name
-    path.write_bytes(path.read_bytes()[:-5])
-
-
 def _spoil_vectors(folder: Path, **vectors: torch.Tensor | None) -> None:
     checkpoint = Checkpoint.load(folder)
     kept = {name: v for name, v in (checkpoint.vectors | vectors).items() if v is not None}
@@ -214,17 +207,16 @@ def _spoil_vectors(folder: Path, **vectors: torch.Tensor | None) -> None:
 
 
 DAMAGES = {
-    "no optimizer": lambda f: (f / "optimizer.safetensors").unlink(),
-    "no mask": lambda f: (f / "mask.safetensors").unlink(),
-    "no state": lambda f: (f / "trainer_state.json").unlink(),
-    "truncated optimizer": lambda f: _truncate(f, "optimizer.safetensors"),
-    "truncated mask": lambda f: _truncate(f, "mask.safetensors"),
-    "truncated state": lambda f: _truncate(f, "trainer_state.json"),
-    "other state": lambda f: (f / "trainer_state.json").write_text('{"a": 1}'),
-    "mask for optimizer": lambda f: shutil.copy(
-        f / "mask.safetensors", f / "optimizer.safetensors"
-    ),
-    "mask of another size": lambda f: make_checkpoint(5, (4, 2)).mask.save(f / "mask.safetensors"),
+    **{f"no {name}": lambda f, name=name: (f / name).unlink() for name in FILES},
+    **{
+        f"{name} truncated": lambda f, name=name: os.truncate(
+            f / name, os.path.getsize(f / name) - 5
+        )
+        for name in FILES
+    },
+    "other state": lambda f: (f / FILES[2]).write_text('{"a": 1}'),
+    "mask for optimizer": lambda f: shutil.copy(f / FILES[0], f / FILES[1]),
+    "mask of another size": lambda f: make_checkpoint(5, (4, 2)).mask.save(f / FILES[0]),
     "a moment missing": lambda f: _spoil_vectors(f, exp_avg_sq=None),
     "a vector too many": lambda f: _spoil_vectors(f, momentum=torch.zeros(5)),
     "half precision": lambda f: _spoil_vectors(f, master=torch.zeros(5, dtype=torch.bfloat16)),
@@ -237,12 +229,8 @@ def test_a_damaged_checkpoint_is_refused_in_one_sentence(tmp_path, damage):
     folder = make_checkpoint(5).save(tmp_path)
     Checkpoint.load(folder)
     DAMAGES[damage](folder)
-    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+    is_none = damage == "no optimizer.safetensors"
+    message = "is not a checkpoint of gem_ds" if is_none else re.escape(str(folder))
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
         Checkpoint.load(folder)
-    assert str(folder) in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="is not a checkpoint of gem_ds"):
-        Checkpoint.load(tmp_path)

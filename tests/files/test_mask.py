@@ -2,22 +2,16 @@
 
 import hashlib
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gem_ds.files.atomic import load_tensors, save_tensors
-from gem_ds.files.mask import (
-    MASK_KIND,
-    Mask,
-    WeightInfo,
-    checksum,
-    dtype_name,
-    index_dtype,
-    pack_mask,
-)
+from gem_ds.files.atomic import save_tensors
+from gem_ds.files.mask import MASK_KIND, Mask, WeightInfo, checksum, index_dtype, pack_mask
 
 SETTINGS = {"density": 0.001, "seed": 3, "targets": ["q", "v"], "calibration_examples": None}
 
@@ -30,12 +24,7 @@ def make_mask(**changes: object) -> Mask:
     """A mask of two weights, "b" before "a", of a bf16 base whose weights are 0, 1, 2, ..."""
     indices = {"b": int32(0, 5, 11), "a": int32()}
     shapes = {"b": (3, 4), "a": (2, 2)}
-    weights = {
-        name: WeightInfo(
-            shape=shapes[name], dtype="bfloat16", checksum=checksum(indices[name].bfloat16())
-        )
-        for name in indices
-    }
+    weights = {n: WeightInfo.of(shapes[n], index.bfloat16()) for n, index in indices.items()}
     fields = {"indices": indices, "weights": weights, "base_model": "owner/base"}
     return Mask(**{**fields, "revision": "abc", "settings": SETTINGS, **changes})
 
@@ -51,13 +40,6 @@ def assert_same(left: Mask, right: Mask) -> None:
 
 
 # Round trips
-
-
-def test_a_mask_comes_back_from_its_file(tmp_path):
-    mask = make_mask()
-    assert mask.num_selected == 3
-    mask.save(tmp_path / "mask.safetensors")
-    assert_same(Mask.load(tmp_path / "mask.safetensors"), mask)
 
 
 @settings(deadline=None, max_examples=50)
@@ -92,26 +74,16 @@ def test_indices_are_int64_exactly_where_int32_would_not_do(tmp_path):
 # Checksums
 
 
-def test_the_checksum_is_sha256_of_the_bytes():
-    one_and_minus_zero = b"\x80\x3f" + b"\x00\x80"  # bf16, little-endian
-    values = torch.tensor([1.0, -0.0], dtype=torch.bfloat16)
-    assert checksum(values) == hashlib.sha256(one_and_minus_zero).hexdigest()
-    assert checksum(values) != checksum(torch.tensor([1.0, 0.0], dtype=torch.bfloat16))
-    assert checksum(values) != checksum(values.float())
-    assert checksum(torch.stack([values, values], dim=1)[:, 0]) == checksum(values)  # strided
-    assert checksum(torch.stack([values, values], dim=1)[:1, 0]) == checksum(values[:1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_checksum_is_sha256_of_the_bytes(dtype):
+    raw = torch.randint(256, (32,), dtype=torch.uint8)
+    values = raw.view(dtype)
+    assert checksum(values) == hashlib.sha256(bytes(raw.tolist())).hexdigest()
+    strided = torch.stack([values, values], dim=1)
+    assert checksum(strided[:, 0]) == checksum(values)
+    assert checksum(strided[:1, 0]) == checksum(values[:1])
     assert checksum(values[:0]) == hashlib.sha256(b"").hexdigest()
-
-
-@settings(deadline=None)
-@given(content=st.binary(min_size=8, max_size=80), data=st.data())
-def test_the_checksum_sees_every_bit_in_every_dtype(content, data):
-    raw = torch.tensor(list(content[: len(content) // 4 * 4]), dtype=torch.uint8)
-    flipped = raw.clone()
-    flipped[data.draw(st.integers(0, len(raw) - 1))] ^= 1 << data.draw(st.integers(0, 7))
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert checksum(raw.view(dtype)) == hashlib.sha256(bytes(raw.tolist())).hexdigest()
-        assert checksum(flipped.view(dtype)) != checksum(raw.view(dtype))
+    assert checksum(torch.tensor([-0.0], dtype=dtype)) != checksum(torch.tensor([0.0], dtype=dtype))
 
 
 # Invalid masks
@@ -142,17 +114,23 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("message", DAMAGES)
-def test_a_file_with_bad_tensors_is_refused(tmp_path, message):
-    path = tmp_path / "mask.safetensors"
-    tensors, metadata = pack_mask(make_mask())
-    changed = {**tensors, **DAMAGES[message]}
-    tensors = {name: tensor for name, tensor in changed.items() if tensor is not None}
+def refuse(path: Path, tensors: dict[str, Any], metadata: dict[str, Any], message: str) -> None:
     save_tensors(path, tensors, metadata, kind=MASK_KIND)
     with pytest.raises(ValueError, match=message) as caught:
         Mask.load(path)
     assert str(caught.value).startswith(f"{path} cannot be used: ")
     assert "make the mask again" in str(caught.value)
+
+
+@pytest.mark.parametrize("message", DAMAGES)
+def test_a_file_with_bad_tensors_is_refused(tmp_path, message):
+    tensors, metadata = pack_mask(make_mask())
+    changed = {**tensors, **DAMAGES[message]}
+    whole = {name: tensor for name, tensor in changed.items() if tensor is not None}
+    refuse(tmp_path / "mask.safetensors", whole, metadata, message)
+
+
+BF16 = {"dtype": "bfloat16", "checksum": ""}
 
 
 @pytest.mark.parametrize(
@@ -162,23 +140,23 @@ def test_a_file_with_bad_tensors_is_refused(tmp_path, message):
         ("weights", {}, "no weights"),
         ("weights", {"b": 3}, "'b' is missing or has a wrong type"),
         ("weights", {"b": {"shape": [3, 4], "dtype": "bfloat16"}}, "'checksum' is missing"),
-        ("weights", {"b": {"shape": 12, "dtype": "bfloat16", "checksum": ""}}, "'shape'"),
-        ("weights", {"b": {"shape": [0], "dtype": "bfloat16", "checksum": ""}}, "impossible shape"),
-        ("weights", {"b": {"shape": ["3"], "dtype": "bfloat16", "checksum": ""}}, "impossible"),
-        ("weights", {"b": {"shape": [], "dtype": "bfloat16", "checksum": ""}}, "impossible shape"),
-        ("weights", {"b": {"shape": [3, 4], "dtype": "int8", "checksum": ""}}, "dtype 'int8'"),
-        ("weights", {"b": {"shape": [3, 4], "dtype": "nn", "checksum": ""}}, "dtype 'nn'"),
+        ("weights", {"b": {"shape": 12, **BF16}}, "'shape'"),
+        *(
+            ("weights", {"b": {"shape": shape, **BF16}}, "impossible shape")
+            for shape in ([0], ["3"], [])
+        ),
+        *(
+            ("weights", {"b": {"shape": [3, 4], **BF16, "dtype": dtype}}, f"dtype '{dtype}'")
+            for dtype in ("int8", "nn")
+        ),
         ("base_model", 3, "'base_model' is missing or has a wrong type"),
         ("settings", [], "'settings'"),
     ],
 )
 def test_a_file_with_bad_metadata_is_refused(tmp_path, field, value, message):
-    path = tmp_path / "mask.safetensors"
     tensors, metadata = pack_mask(make_mask())
     del tensors["a.indices"], metadata["weights"]["a"]
-    save_tensors(path, tensors, {**metadata, field: value}, kind=MASK_KIND)
-    with pytest.raises(ValueError, match=message):
-        Mask.load(path)
+    refuse(tmp_path / "mask.safetensors", tensors, {**metadata, field: value}, message)
 
 
 def test_indices_without_a_description_and_the_reverse_are_refused():
@@ -189,18 +167,7 @@ def test_indices_without_a_description_and_the_reverse_are_refused():
         replace(mask, weights={"b": mask.weights["b"]})
 
 
-def test_a_delta_file_is_no_mask(tmp_path):
-    save_tensors(tmp_path / "f", *pack_mask(make_mask()), kind="gem_delta")
-    with pytest.raises(ValueError, match="pass a mask file"):
-        Mask.load(tmp_path / "f")
-    assert load_tensors(tmp_path / "f", "gem_delta")[0]
-
-
 # Another model
-
-
-def test_a_model_with_all_weights_in_their_shapes_is_accepted():
-    make_mask().check_model({"other": (9,), "a": (2, 2), "b": torch.Size([3, 4])}, "tiny")
 
 
 @pytest.mark.parametrize(
@@ -212,6 +179,7 @@ def test_a_model_with_all_weights_in_their_shapes_is_accepted():
     ],
 )
 def test_a_model_that_does_not_fit_is_refused(shapes, message):
+    make_mask().check_model({"other": (9,), "a": (2, 2), "b": torch.Size([3, 4])}, "tiny")
     with pytest.raises(ValueError, match=message):
         make_mask().check_model(shapes, "tiny")
 
@@ -220,15 +188,7 @@ def test_other_base_weights_are_refused_and_other_dtypes_left_out():
     mask = make_mask()
     values = {name: indices.bfloat16() for name, indices in mask.indices.items()}
     mask.check_base(values)
-    with pytest.raises(
-        ValueError, match=r"1 of 2 .* first is 'b'\): use owner/base at revision abc"
-    ):
+    sentence = r"1 of 2 .* first is 'b'\): use owner/base at revision abc"
+    with pytest.raises(ValueError, match=sentence):
         mask.check_base({**values, "b": values["b"] + 1})
-    in_fp32 = {**values, "b": values["b"].float() + 1}
-    mask.check_base(in_fp32)
-    assert mask.differing_weights(in_fp32) == []
-
-
-def test_dtype_names_lead_back_to_the_dtype():
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert getattr(torch, dtype_name(dtype)) is dtype
+    mask.check_base({**values, "b": values["b"].float() + 1})

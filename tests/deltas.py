@@ -1,0 +1,44 @@
+"""Deltas of a model in memory: some entries of some weights, with other values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from gem_ds.files.delta import Delta
+from gem_ds.files.mask import Mask, WeightInfo, index_dtype
+
+
+def make_delta(
+    model: nn.Module,
+    chosen: Mapping[str, Sequence[int]],
+    base_model: str = "base",
+    values: Sequence[float] | None = None,
+) -> Delta:
+    """A delta of the chosen flat indices, found with plain Python over a flat copy.
+
+    The trained values are ``values`` in each weight, or depend on the base's and differ from them.
+    """
+    indices, weights, trained = {}, {}, {}
+    for name, positions in chosen.items():
+        weight = model.get_parameter(name).detach()
+        base = weight.contiguous().flatten()[list(positions)]
+        indices[name] = torch.tensor(positions, dtype=index_dtype(weight.numel()))
+        weights[name] = WeightInfo.of(weight.shape, base)
+        other = base.float().nan_to_num().clamp(-9, 9) * 1.5 + 1
+        trained[name] = (other if values is None else torch.tensor(values)).to(weight.dtype)
+    settings = {"density": 0.1}
+    mask = Mask(indices=indices, weights=weights, base_model=base_model, settings=settings)
+    return Delta(mask=mask, values=trained)
+
+
+def bytes_of(tensor: Tensor) -> bytes:
+    """Its numbers' bytes in row-major order, whatever its layout."""
+    return bytes(tensor.detach().clone(memory_format=torch.contiguous_format).untyped_storage())
+
+
+def bits(model: nn.Module) -> dict[str, bytes]:
+    """The bytes of every parameter; tied ones stand there under each of their names."""
+    return {name: bytes_of(p) for name, p in model.named_parameters(remove_duplicate=False)}
