@@ -74,12 +74,11 @@ def sums_up_to(
 ) -> Iterator[list[Tensor]]:
     """The gradient summed over the first n examples of ``order``, for each n of ``ends``."""
     sums = [torch.zeros(layer.numel) for layer in tuning.layers]
-    size = run.args.train.per_device_train_batch_size
     summed_loss = run.prepared.objective.summed_loss
     with tuning.calibrating(run.calibration_batches(), summed_loss):
         for start, stop in zip([0, *ends[:-1]], ends, strict=True):
             examples = run.prepared.data.train.select(order[start:stop].tolist())
-            batches = run.batches(examples, size, size)
+            batches = run.batches(examples)
             more = sum_gradients(tuning.engine, tuning.layers, batches, summed_loss)
             sums = [total + gradient for total, gradient in zip(sums, more, strict=True)]
             yield sums

@@ -52,9 +52,10 @@ def download(folder: Path) -> Path:
 
 def convert(source: Path, folder: Path) -> None:
     """Save a GGUF file as an ordinary folder of Hugging Face."""
-    place = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
-    tokenizer = AutoTokenizer.from_pretrained(**place)
-    read = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    read = AutoModelForCausalLM.from_pretrained(
+        source.parent, gguf_file=source.name, dtype=torch.float32
+    )
     # Saving is refused while the config says that the weights are quantized.
     config = type(read.config).from_dict(
         {k: v for k, v in read.config.to_dict().items() if k != "quantization_config"}

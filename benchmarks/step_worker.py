@@ -116,7 +116,8 @@ class Contender:
         with profile(activities=activities) as record:
             self.step(1)
         operations = record.key_averages()
-        return operations.table(f"self_{device}_time_total", row_limit=15, max_name_column_width=50)
+        order = f"self_{device}_time_total"
+        return str(operations.table(order, row_limit=15, max_name_column_width=50))
 
     def sum(self, value: int) -> int:
         """Over the ranks."""

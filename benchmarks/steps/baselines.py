@@ -86,4 +86,5 @@ def _masked(module: Any, share: float) -> nn.Parameter:
     module.register_buffer("mask", (torch.rand(weight.shape) < share).to(weight))
     module.trainable = nn.Parameter(torch.zeros_like(weight))
     module.forward = lambda x: F.linear(x, weight + module.trainable * module.mask, module.bias)
-    return module.trainable
+    trainable: nn.Parameter = module.trainable
+    return trainable

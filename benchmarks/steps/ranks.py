@@ -99,6 +99,7 @@ def needs_of(name: str, flags: Sequence[str], world_size: int) -> dict[str, Any]
     ranks = Ranks.start(name, flags, world_size, is_weighed=True)
     try:
         ranks.ask("step 2")  # ZeRO-3 gathers ahead once it knows the order
-        return ranks.ask("count") | ranks.ask("report")
+        found: dict[str, Any] = ranks.ask("count") | ranks.ask("report")
+        return found
     finally:
         ranks.close()

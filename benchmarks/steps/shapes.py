@@ -98,6 +98,7 @@ def adapter_size(config: PretrainedConfig, density: float) -> tuple[int, float]:
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    per_rank = sum(sum(module.weight.shape) for module in find_targets(model).values())
+    weights: list[Any] = [module.weight for module in find_targets(model).values()]
+    per_rank = sum(sum(weight.shape) for weight in weights)
     rank = math.ceil(density * num_parameters / per_rank)
     return rank, rank * per_rank / num_parameters
