@@ -156,7 +156,7 @@ def _plan(arguments: SamplingArguments, own: ClassificationArguments) -> _Plan:
             f"not fit behind the prompt within the max_length of {max_length}, and a part of one "
             "has another likelihood: raise --max_length, or shorten or remove these examples."
         )
-    vocab_size = files.text_config.vocab_size
+    vocab_size = files.config.get_text_config().vocab_size
     refuse_foreign_tokens(questions.largest_token, vocab_size)
     return _Plan(
         files=files,

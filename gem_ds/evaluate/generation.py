@@ -122,7 +122,7 @@ def make_requests(
         ValueError: A prompt fills the model's positions, has tokens which the model lacks, or
             cannot be encoded (`encode_prompt`).
     """
-    positions, vocab_size = num_positions(files.config), files.text_config.vocab_size
+    positions, vocab_size = num_positions(files.config), files.config.get_text_config().vocab_size
     prompt_ids, limits = {}, {}
     for task_id, prompt in prompts.items():
         prompt_ids[task_id] = ids = encode_prompt(prompt, files.tokenizer)

@@ -110,7 +110,7 @@ def deepspeed_config(arguments: SamplingArguments, files: ModelFiles) -> dict[st
     return inference_config(
         read_config(arguments.deepspeed),
         dtype=files.dtype,
-        hidden_size=files.text_config.hidden_size,
+        hidden_size=files.config.get_text_config().hidden_size,
     )
 
 

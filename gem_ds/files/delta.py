@@ -12,8 +12,9 @@ on a whole model in one process, on any device; the values that are replaced are
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,13 @@ class Delta:
         dtype: torch.dtype = getattr(torch, self.mask.dtype)
         return dtype
 
+    def by_weight(self) -> Iterator[Delta]:
+        """The delta in parts of one weight each, so that one weight at a time need be whole."""
+        for i, (name, values) in enumerate(self.values.items()):
+            indices, weights = {name: self.mask.indices[name]}, {name: self.mask.weights[name]}
+            mask = replace(self.mask, indices=indices, weights=weights)
+            yield Delta(mask=mask, values={name: values}, head={} if i else self.head)
+
     def save(self, path: str | Path) -> None:
         """Writes the delta file, atomically; raises OSError as `files.atomic.atomic_write`."""
         indices, metadata = pack_mask(self.mask)
@@ -90,7 +98,7 @@ class Delta:
             return cls(mask=mask, values=values, head=head)
 
 
-class AppliedDelta:
+class AppliedDelta(ExitStack):
     """A delta that stands in a model; keeps the base values and can put them back.
 
     As a context manager it reverts on leaving:
@@ -100,23 +108,12 @@ class AppliedDelta:
         ...  # the base model again, bit for bit
     """
 
-    def __init__(self, replaced: list[tuple[nn.Parameter, Tensor | None, Tensor]]) -> None:
-        self._replaced = replaced
-
     def revert(self) -> None:
         """Puts the base values back, bit for bit; a second call does nothing.
 
         The model may have moved to another device since, but must have kept its dtype.
         """
-        while self._replaced:
-            _write(*self._replaced[-1])
-            self._replaced.pop()
-
-    def __enter__(self) -> AppliedDelta:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.revert()
+        self.close()
 
 
 def apply_delta(model: nn.Module, delta: Delta) -> AppliedDelta:
@@ -143,9 +140,11 @@ def apply_delta(model: nn.Module, delta: Delta) -> AppliedDelta:
     entries = delta.mask.indices | dict.fromkeys(delta.head)
     base = {name: _read(parameters[name], index) for name, index in entries.items()}
     _check_base(delta, base)
+    applied = AppliedDelta()
     for name, values in (delta.values | delta.head).items():
+        applied.callback(_write, parameters[name], entries[name], base[name])
         _write(parameters[name], entries[name], values)
-    return AppliedDelta([(parameters[name], entries[name], base[name]) for name in entries])
+    return applied
 
 
 def _check_values(name: str, values: Tensor, mask: Mask) -> None:

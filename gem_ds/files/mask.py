@@ -104,6 +104,10 @@ class Mask:
             raise ValueError(f"the weights have several dtypes ({', '.join(sorted(dtypes))})")
         return dtypes.pop()
 
+    def revision_of(self, base: str) -> str:
+        """The revision of a base model; the recorded one means nothing in another repository."""
+        return (self.revision if base == self.base_model else None) or "main"
+
     def save(self, path: str | Path) -> None:
         """Writes the mask file, atomically; raises OSError as `files.atomic.atomic_write`."""
         save_tensors(path, *pack_mask(self), kind=MASK_KIND)

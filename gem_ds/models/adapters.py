@@ -35,49 +35,30 @@ def add_adapter(
 ) -> Any:
     """Put a new adapter on a model; all but it and the head, which is trained whole, is frozen.
 
-    LoRA and SHiRA change the target layers of the sparse methods; SHiRA trains about K entries. IA3
-    scales what peft's own table names for the architecture, unless there are targets.
-
-    Args:
-        model: is changed.
-        method: lora, shira or ia3.
-        targets: names of the target weights; IA3 may have none.
-        head: names of the parameters of the head.
-        seed: of the first values.
-        rank: of LoRA or SHiRA.
-        lora_alpha: LoRA's scale, times its rank.
-        lora_dropout: share of LoRA's inputs that is dropped.
-
-    Raises:
-        ValueError: peft does not know where IA3 belongs in this model.
+    LoRA and SHiRA, of a rank, change the layers of the weights `targets`; SHiRA trains about K
+    entries. IA3 scales what peft's own table names for the architecture, unless there are targets.
     """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it warns
-    from peft import IA3Config, LoraConfig, PeftConfig, ShiraConfig, get_peft_model
+    import peft
 
     torch.manual_seed(seed)
-    modules = [name.removesuffix(".weight") for name in targets]
-    common: dict[str, Any] = {
-        "modules_to_save": sorted({name.rpartition(".")[0] for name in head}) or None
-    }
-    config: PeftConfig
+    config_class: Any
+    options: dict[str, Any] = {"target_modules": [name.removesuffix(".weight") for name in targets]}
     if method == "lora":
-        config = LoraConfig(
-            r=rank,
-            lora_alpha=lora_alpha,  # type: ignore[arg-type]
-            lora_dropout=lora_dropout,
-            target_modules=modules,
-            **common,
-        )
+        config_class = peft.LoraConfig
+        options |= {"r": rank, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
     elif method == "shira":
-        config = ShiraConfig(r=rank, target_modules=modules, **common)
-    elif modules:
-        config = IA3Config(target_modules=modules, feedforward_modules=[], **common)
+        config_class = peft.ShiraConfig
+        options["r"] = rank
     else:
-        config = IA3Config(**common)
+        config_class = peft.IA3Config
+        options = options | {"feedforward_modules": []} if targets else {}
+    head_modules = sorted({name.rpartition(".")[0] for name in head})
+    config = config_class(modules_to_save=head_modules or None, **options)
     try:
         # In the model's dtype: the optimizer keeps fp32 masters of what DeepSpeed trains, and its
         # stage 3 takes no two dtypes.
-        return get_peft_model(model, config, autocast_adapter_dtype=False)
+        adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
     except ValueError as error:
         if method != "ia3":
             raise
@@ -85,6 +66,10 @@ def add_adapter(
             f"peft does not know where IA3 belongs in a {model.config.model_type} model: name the "
             "layers with --target_modules."
         ) from error
+    for key, value in vars(config).items():
+        if isinstance(value, set):  # which peft would write in another order in each run
+            setattr(config, key, sorted(value))
+    return adapted
 
 
 def is_of_head(name: str, head: Sequence[str]) -> bool:
@@ -93,22 +78,14 @@ def is_of_head(name: str, head: Sequence[str]) -> bool:
 
 
 def check_adapter(folder: str) -> None:
-    """Refuse what can be seen to be no adapter.
-
-    Raises:
-        ValueError: The folder holds none, or peft is not installed.
-    """
+    """Refuse what can be seen to be no adapter, and to be without peft."""
     if not Path(folder, _CONFIG).is_file():
         raise ValueError(f"--adapter {folder} holds no {_CONFIG}: pass the folder of an adapter.")
     _import_peft()
 
 
 def adapted_names(folder: str) -> set[str]:
-    """Names of the model's own parameters that the adapter replaces: a head, mostly.
-
-    Raises:
-        ValueError: Its weights cannot be read.
-    """
+    """Names of the model's own parameters that the adapter replaces: a head, mostly."""
     return {name.removeprefix("base_model.model.") for name in _weights(folder)}
 
 
@@ -116,9 +93,6 @@ def half_precision(folder: str) -> str | None:
     """The torch name of the 16-bit dtype that the adapter was trained and saved in; None for fp32.
 
     One in fp32 may have been trained beside a model of 16 bits: so peft does it by default.
-
-    Raises:
-        ValueError: Its weights cannot be read.
     """
     dtypes = {weight.dtype for weight in _weights(folder).values() if weight.is_floating_point()}
     half = dtypes & {torch.bfloat16, torch.float16}
@@ -126,11 +100,7 @@ def half_precision(folder: str) -> str | None:
 
 
 def put_adapter(model: PreTrainedModel, folder: str) -> None:
-    """Put a trained adapter into a model, in place.
-
-    Raises:
-        ValueError: It does not fit the model, or is no part of its layers (a learnt prompt).
-    """
+    """Put a trained adapter into a model, in place; a learnt prompt, no part of it, is refused."""
     peft = _import_peft()
     is_raised = half_precision(folder) is None  # to fp32, as in training
     try:

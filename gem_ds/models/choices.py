@@ -46,18 +46,7 @@ def predict_all(
 
     Batches are cut as they are on one rank and dealt out in turn, so predictions are the same on
     any number of ranks. All run the same number of forward passes, as ZeRO-3 demands: one that has
-    no batch left runs one without rows.
-
-    Args:
-        model: is put into eval mode.
-        dataset: what ``predict`` reads.
-        predict: of one batch.
-        comm: the ranks.
-        batch_size: rows per rank and forward pass.
-        pad_token_id: fills sequences up to the longest.
-
-    Raises:
-        ValueError: a score is not finite, so that there is no best one.
+    no batch left runs one without rows. The model is put into eval mode.
     """
     model.eval()
     own: list[list[int] | list[float]] = []
@@ -79,7 +68,8 @@ def predict_all(
 
 def summed_candidate_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """The loss of a batch of `encode_candidates`, summed over its examples; fp32 scalar."""
-    return _summed_choice_loss(_candidate_scores(model, batch), batch["answers"])
+    scores = _candidate_scores(model, batch)
+    return F.cross_entropy(scores, batch["answers"], reduction="sum")
 
 
 def predict_candidates(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -92,7 +82,7 @@ def summed_pair_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     outputs, answers = _head_outputs(model, batch), batch["answers"]
     if answers.is_floating_point():
         return (outputs[:, 0] - answers).square().sum()
-    return _summed_choice_loss(outputs, answers)
+    return F.cross_entropy(outputs, answers, reduction="sum")
 
 
 def predict_pairs(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -136,8 +126,3 @@ def _head_outputs(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 def _in_groups(scores: Tensor, candidates: Tensor) -> Tensor:
     """Scores [S] of rows as [n, C] of groups (`rows_of_groups`), -inf where there is no row."""
     return scores[candidates.clamp(min=0)].masked_fill(candidates < 0, -torch.inf)
-
-
-def _summed_choice_loss(scores: Tensor, answers: Tensor) -> Tensor:
-    """Cross-entropy of scores [n, C] (fp32, -inf where there is no candidate), summed over n."""
-    return F.cross_entropy(scores, answers, reduction="sum")

@@ -53,14 +53,9 @@ class _SummedCrossEntropy(torch.autograd.Function):
         num_rows = rows_of_chunk(weight.shape[0])
         for start in range(0, len(labels), num_rows):
             rows = slice(start, start + num_rows)
+            d_rows = None if d_hidden is None else d_hidden[rows]
             loss += _add_gradients(
-                hidden[rows],
-                weight,
-                bias,
-                labels[rows, None],
-                None if d_hidden is None else d_hidden[rows],
-                d_weight,
-                d_bias,
+                (hidden[rows], weight, bias), labels[rows, None], (d_rows, d_weight, d_bias)
             )
         ctx.save_for_backward(*gradients)
         return loss
@@ -75,20 +70,17 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
 
 def _add_gradients(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    inputs: tuple[Tensor, Tensor, Tensor | None],
     labels: Tensor,
-    d_hidden: Tensor | None,
-    d_weight: Tensor | None,
-    d_bias: Tensor | None,
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
 ) -> Tensor:
     """The summed loss of a chunk, labels [rows, 1]; adds to the gradients that are given."""
+    (hidden, weight, bias), (d_hidden, d_weight, d_bias) = inputs, gradients
     logits = F.linear(hidden, weight, bias)
     log_probs = torch.log_softmax(logits, dim=1, dtype=torch.float32)
     del logits
     loss = -log_probs.gather(1, labels).sum()
-    if d_hidden is None and d_weight is None and d_bias is None:
+    if all(gradient is None for gradient in gradients):
         return loss
     d_logits = log_probs.exp_()
     d_logits.scatter_add_(1, labels, d_logits.new_full(labels.shape, -1.0))
@@ -105,19 +97,12 @@ def _add_gradients(
 def summed_cross_entropy(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
 ) -> Tensor:
-    """Sum of the cross-entropies of ``hidden @ weight.T + bias`` against the labels.
+    """Sum of the cross-entropies of ``hidden @ weight.T + bias`` against the labels: fp32 scalar.
 
-    Logits are rounded to the dtype of the hidden states and then taken to fp32, as where a model
-    returns its logits and the loss is computed in fp32. Gradients are summed over chunks in fp32.
-
-    Args:
-        hidden: [n, H]; n may be 0.
-        weight: [V, H], of the same dtype.
-        bias: [V] or None.
-        labels: int64 [n], each in [0, V).
-
-    Returns:
-        fp32 scalar. A backward pass goes through it once.
+    For `hidden` [n, H] (n may be 0), `weight` [V, H] and `bias` [V], of one dtype, and `labels`
+    int64 [n]. Logits are rounded to that dtype and then taken to fp32, as where a model returns its
+    logits and the loss is computed in fp32. Gradients are summed over chunks in fp32; a backward
+    pass goes through once.
     """
     if not torch.is_grad_enabled():  # a trained weight asks for its gradient all the same
         hidden, weight = hidden.detach(), weight.detach()

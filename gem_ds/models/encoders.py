@@ -16,7 +16,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
 
 from gem_ds.data.tasks import TaskData
@@ -58,17 +58,7 @@ def num_positions(config: PretrainedConfig) -> int | None:
 
 
 def set_head(config: PretrainedConfig, name: str, task: TaskData) -> None:
-    """Give the configuration of an encoder the head that a task needs; leave a decoder's alone.
-
-    Args:
-        config: of the model; is changed.
-        name: what a sentence calls the model.
-        task: what it is to learn.
-
-    Raises:
-        ValueError: the task's answers are text, which an encoder cannot write, or the model's files
-            hold a head with other outputs.
-    """
+    """Give the configuration of an encoder the head that a task needs; leave a decoder's alone."""
     if not is_encoder(config):
         return
     if task.kind == "text":
@@ -109,10 +99,7 @@ def _refuse_other_outputs(config: PretrainedConfig, name: str, labels: Sequence[
 
 
 def head_names(model: Any) -> set[str]:
-    """Names of the parameters of an encoder's classification head; a decoder has none.
-
-    These are the linear layers' outside the base model, and of its pooler.
-    """
+    """Names of the parameters of an encoder's classification head; a decoder has none."""
     if not is_encoder(model.config):
         return set()
     base = f"{model.base_model_prefix}."
@@ -133,22 +120,12 @@ def without_head(model: Any) -> nn.Module:
 
 @torch.no_grad()
 def initialise_head(model: nn.Module, names: Collection[str], std: float, seed: int) -> None:
-    """Set new parameters: matrices normal(0, std), biases 0.
-
-    Args:
-        model: whole in this process (:func:`gem_ds.distributed.weights.whole_weights`).
-        names: of the new parameters.
-        std: the configuration's ``initializer_range``.
-        seed: of the run.
-    """
+    """Set new parameters, whole in this process: matrices normal(0, std), biases 0."""
     for name in names:
         parameter = model.get_parameter(name)
-        parameter.copy_(_first_values(name, parameter.shape, std, seed))
-
-
-def _first_values(name: str, shape: torch.Size, std: float, seed: int) -> Tensor:
-    if len(shape) == 1:
-        return torch.zeros(shape)
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.randn(shape, generator=generator) * std
+        if parameter.dim() == 1:
+            parameter.zero_()
+            continue
+        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)

@@ -5,8 +5,8 @@
 The base is loaded by the class that its config.json names, or by the one for sequence
 classification if the delta has a task head, in the delta's dtype; the delta is applied, and model
 and tokenizer are saved. The folder appears under its name when it is whole, not
-before. Processors of images or sound are not copied.
-One process, no accelerator: the model must fit into this machine's memory.
+before. Processors of images or sound are not copied. One process, no accelerator: the model must
+fit into this machine's memory.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from gem_ds.files.atomic import atomic_folder
 from gem_ds.files.delta import Delta, apply_delta
 from gem_ds.models.encoders import set_labels
 from gem_ds.models.tokenizer import has_tokenizer, load_tokenizer
+from gem_ds.progress import loading_bars
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -39,27 +40,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--overwrite_output_dir", action="store_true", help=replace_help)
     args = parser.parse_args(argv)
     overwrite = args.overwrite_output_dir
-    export(args.model_name_or_path, args.delta, args.output_dir, overwrite=overwrite)
+    with loading_bars(is_shown=True):
+        export(args.model_name_or_path, args.delta, args.output_dir, overwrite=overwrite)
 
 
 def export(base: str, delta_path: Path, output_dir: Path, *, overwrite: bool = False) -> None:
-    """Applies a delta to its base model and saves the result as a Hugging Face folder.
-
-    Args:
-        base: Folder or Hub name of the base model.
-        delta_path: The delta file.
-        output_dir: The folder to create; its parents are created too.
-        overwrite: Whether a model folder that stands there is replaced.
-
-    Raises:
-        ValueError: `output_dir` may not be written, or the delta does not fit the base.
-        OSError: A file cannot be read or written.
-    """
+    """Applies a delta to its base model, a folder or Hub name, and saves a Hugging Face folder."""
     output_dir = output_dir.resolve()
     _check_output_dir(output_dir, base, delta_path, overwrite)
     delta = Delta.load(delta_path)
-    # A revision is meaningful in the repository that it was recorded for only.
-    revision = (delta.mask.revision if base == delta.mask.base_model else None) or "main"
+    revision = delta.mask.revision_of(base)
     model = _load_base(base, revision, delta)
     apply_delta(model, delta)
     tokenizer = load_tokenizer(base, revision) if has_tokenizer(base, revision) else None

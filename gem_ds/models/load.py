@@ -3,27 +3,26 @@
     trainable_config, refuse_damaged_files -> load_for_training            the base model
     open_model -> load_weights, or load_partitioned over the ranks         with delta or adapter
 
-What can be refused without weights is refused before any is read. DeepSpeed is imported where a
-model is partitioned: it takes longer than a small evaluation.
+DeepSpeed is imported where a model is partitioned: it takes longer than a small evaluation.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import (
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    WEIGHTS_INDEX_NAME,
-    WEIGHTS_NAME,
+from transformers import (
+    AutoConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    utils,
 )
 
 from gem_ds.data.tasks import TaskData
@@ -37,7 +36,17 @@ from gem_ds.models.tokenizer import load_tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-_WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+#: Words of the RuntimeErrors of torch and transformers for which the files are at fault. Any other
+#: is the machine's or the program's, such as a rank that was lost.
+_OF_THE_FILES = (
+    *("loading state_dict", "weight conversion", "conversion of the weights"),
+    *("PytorchStreamReader", "corrupt"),
+)
+
+_WEIGHT_FILES = (
+    *(utils.SAFE_WEIGHTS_NAME, utils.SAFE_WEIGHTS_INDEX_NAME),
+    *(utils.WEIGHTS_NAME, utils.WEIGHTS_INDEX_NAME),
+)
 
 #: Neither encoders nor causal: they write, but transformers gives their whole input both ways.
 _SEES_ANSWERS = ("cpmant", "xlnet")
@@ -46,11 +55,7 @@ _SEES_ANSWERS = ("cpmant", "xlnet")
 def trainable_config(
     name: str, revision: str | None = None, *, trust_remote_code: bool = False
 ) -> PretrainedConfig:
-    """The configuration of a model that is to be trained, with or without weights.
-
-    Raises:
-        ValueError: it cannot be loaded, or is not of a model that GEM can train.
-    """
+    """The configuration of a model that GEM can train, with or without weights."""
     if name.startswith(("/", ".")) and not Path(name).is_dir():
         raise ValueError(f"--model_name_or_path {name} is no folder: check the path.")
     config = _read_config(name, revision, trust_remote_code=trust_remote_code)
@@ -99,24 +104,10 @@ def load_for_training(
     seed: int,
     **options: Any,
 ) -> tuple[PreTrainedModel, list[str]]:
-    """The base model, partitioned while it loads at ZeRO stage 3. All ranks call this together.
+    """The base model, partitioned while it loads at ZeRO stage 3, and its head's parameters' names.
 
-    Parameters of an encoder's head that the files lack get their first values here.
-
-    Args:
-        name: folder or Hub name.
-        config: as :func:`trainable_config` gives it, and :func:`models.encoders.set_head` leaves.
-        deepspeed: the resolved DeepSpeed configuration.
-        comm: the ranks.
-        dtype: of the weights to be.
-        seed: of the run.
-        options: for `from_pretrained`, such as a revision; None leaves one out.
-
-    Returns:
-        The model, and the names of the parameters of its head.
-
-    Raises:
-        ValueError: its files cannot be read, lack a weight or have it in another shape.
+    All ranks call this together. Parameters of an encoder's head that the files lack get their
+    first values here. `options` are those of `from_pretrained`; None leaves one out.
     """
     from gem_ds.distributed.weights import partitioned_loading, whole_weights
 
@@ -135,34 +126,23 @@ def load_for_training(
 
 
 def enable_checkpointing(model: PreTrainedModel) -> None:
-    """Let the blocks of a model recompute their activations in the backward pass.
-
-    Not reentrantly: a reentrant block runs a backward of its own (see :mod:`gem_ds.sparse.layers`).
-    """
+    """Let the blocks of a model recompute their activations in the backward pass."""
     enable = getattr(model, "activation_checkpointing_enable", None)
+    # A reentrant block would run a backward of its own (see `gem_ds.sparse.layers`).
     (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFiles:
-    """A model that is to be evaluated, known but for its weights.
+    """A model that is to be evaluated, known but for its weights."""
 
-    `name` and `adapter` are folders or Hub names; `dtype` is "auto" where the files decide when
-    they are loaded.
-    """
-
-    name: str
+    name: str  # folder or Hub name
     revision: str
-    dtype: str
+    dtype: str  # "auto" where the files decide when they are loaded
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     delta: Delta | None
     adapter: str | None = None
-
-    @property
-    def text_config(self) -> Any:
-        """The part of the configuration that speaks of the language model."""
-        return self.config.get_text_config()
 
 
 def open_model(
@@ -173,20 +153,10 @@ def open_model(
     dtype: str = "auto",
     task: TaskData | None = None,
 ) -> ModelFiles:
-    """Read everything but the weights.
+    """Read everything but the weights of a base model and the delta or adapter on it.
 
-    Args:
-        name: Folder or Hub name of the (base) model.
-        delta_path: delta.safetensors of a run on that model.
-        adapter: Folder of a peft adapter of that model.
-        dtype: "float32", "bfloat16", "float16", or "auto": that of the delta or of an adapter of 16
-            bits, without one that of the model's files.
-        task: What the model classifies; None for a causal model that generates.
-
-    Raises:
-        ValueError: The model or its tokenizer cannot be read or is not there, the delta is invalid
-            or of another dtype, there is no such adapter, or an encoder should write.
-        FileNotFoundError: There is no such delta.
+    A `dtype` of "auto" is that of the delta or of an adapter of 16 bits, without one that of the
+    model's files. Without a `task` to classify the model must write.
     """
     delta = None if delta_path is None else Delta.load(delta_path)
     if adapter is not None:
@@ -194,14 +164,13 @@ def open_model(
         dtype = (half_precision(adapter) or dtype) if dtype == "auto" else dtype
     revision = "main"
     if delta is not None:
+        revision = delta.mask.revision_of(name)
         if dtype not in ("auto", dtype_name(delta.dtype)):
             raise ValueError(
                 f"--dtype {dtype} cannot hold the delta, whose values are "
                 f"{dtype_name(delta.dtype)}: leave --dtype out."
             )
         dtype = dtype_name(delta.dtype)
-        if delta.mask.base_model == name:  # elsewhere a revision is another's
-            revision = delta.mask.revision or revision
     config = _read_config(name, revision)
     tokenizer = load_tokenizer(name, revision)
     if dtype == "auto" and isinstance(config.dtype, torch.dtype):
@@ -225,12 +194,7 @@ def open_model(
 
 
 def load_weights(files: ModelFiles, device: torch.device) -> PreTrainedModel:
-    """The whole model on one device, delta or adapter applied, in eval mode.
-
-    Raises:
-        ValueError: The weights cannot be loaded or are not whole, the delta is of another base, or
-            the adapter does not fit.
-    """
+    """The whole model on one device, delta or adapter applied, in eval mode."""
     model = _load_base(files)
     if files.delta is not None:
         apply_delta(model, files.delta)
@@ -250,23 +214,11 @@ def load_partitioned(files: ModelFiles, deepspeed: Mapping[str, Any]) -> PreTrai
 
     with partitioned_loading(dict(deepspeed)):
         model = _load_base(files)
-    for part in _by_weight(files.delta) if files.delta is not None else ():
+    for part in files.delta.by_weight() if files.delta is not None else ():
         with whole_weights(model, [*part.values, *part.head]):
             apply_delta(model, part)
     prepare_inference(model, dict(deepspeed))
     return model
-
-
-def _by_weight(delta: Delta) -> Iterator[Delta]:
-    """The delta in parts of one weight each, so that one weight at a time need be whole."""
-    for i, name in enumerate(delta.values):
-        mask = replace(
-            delta.mask,
-            indices={name: delta.mask.indices[name]},
-            weights={name: delta.mask.weights[name]},
-        )
-        head = {} if i else delta.head
-        yield Delta(mask=mask, values={name: delta.values[name]}, head=head)
 
 
 def _load_base(files: ModelFiles) -> PreTrainedModel:
@@ -282,12 +234,10 @@ def _load_base(files: ModelFiles) -> PreTrainedModel:
     return model
 
 
-def _read_config(
-    name: str, revision: str | None, *, trust_remote_code: bool = False
-) -> PretrainedConfig:
+def _read_config(name: str, revision: str | None, **options: bool) -> PretrainedConfig:
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
-            name, revision=revision or "main", trust_remote_code=trust_remote_code
+            name, revision=revision or "main", **options
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise _unloadable(name, error) from error
@@ -297,7 +247,7 @@ def _read_config(
 def _from_pretrained(
     name: str, config: PretrainedConfig, **options: Any
 ) -> tuple[PreTrainedModel | None, set[str], list[str]]:
-    """The model; which weights its files lack; and have in another shape (perhaps without a model).
+    """The model, which weights its files lack, and which have another shape (perhaps without it).
 
     What they lack holds random numbers.
     """
@@ -312,6 +262,8 @@ def _from_pretrained(
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if wrong := re.findall(r"size mismatch for (\S+):", str(error)):
             return None, set(), wrong
+        if isinstance(error, RuntimeError) and not any(w in str(error) for w in _OF_THE_FILES):
+            raise
         raise _unloadable(name, error) from error
     return model, set(report["missing_keys"]), [key for key, *_ in report["mismatched_keys"]]
 

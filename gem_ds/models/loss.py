@@ -12,8 +12,7 @@ so that not even those stand whole. Most models end in a plain linear layer and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -28,14 +27,10 @@ _OF_THE_LOSS = ("labels", "answer_positions")  # of a batch, what the model does
 
 
 def summed_answer_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Sum of next-token losses at the labelled positions.
+    """Sum of next-token losses at a batch's labelled positions: fp32 scalar.
 
-    Args:
-        model: a causal language model of transformers, or an engine around one.
-        batch: as :func:`gem_ds.data.dataset.Dataset.collate` lays it out.
-
-    Returns:
-        fp32 scalar; 0 where nothing is labelled.
+    The model is a causal one of transformers, or an engine around one; the batch is laid out as
+    :func:`gem_ds.data.dataset.Dataset.collate` does it.
     """
     logits = answer_logits(model, batch).float()
     return F.cross_entropy(logits, answer_labels(batch), reduction="sum")
@@ -50,17 +45,13 @@ def chunked_answer_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor
     layer = plain_output_layer(model)
     assert layer is not None, "answer_loss_of chose this loss"
     labels = answer_labels(batch)
-    losses = []
 
     def loss_of(hidden: Tensor) -> Tensor:
         answers = _at_answers(hidden, batch)
-        loss = summed_cross_entropy(answers, layer.weight, layer.bias, labels)
-        losses.append(loss.view(1, 1, 1))
-        return losses[-1]
+        return summed_cross_entropy(answers, layer.weight, layer.bias, labels).view(1, 1, 1)
 
-    with _forward_of(layer, loss_of):
-        loss = _logits(model, batch)
-    assert [loss.data_ptr()] == [own.data_ptr() for own in losses], "the model changed its logits"
+    loss, own = _logits_through(loss_of, layer, model, batch)
+    assert [loss.data_ptr()] == [o.data_ptr() for o in own], "the model changed its logits"
     return loss.view(())
 
 
@@ -75,24 +66,19 @@ def _at_answers(states: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def answer_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """The logits that answer tokens are read from, and no others where the output layer is plain.
+    """The logits that the n answer tokens are read from: [n, V] in the model's dtype.
 
-    [n, V] in the model's dtype, for the n ``answer_positions``; arguments as
-    :func:`summed_answer_loss`.
+    Where the output layer is plain no others are computed.
     """
     layer = plain_output_layer(model)
     if layer is None:
         return _at_answers(_logits(model, batch), batch)
-    is_shortened = False
 
     def shortened(hidden: Tensor) -> Tensor:
-        nonlocal is_shortened
-        is_shortened = True
         return F.linear(_at_answers(hidden, batch)[None], layer.weight, layer.bias)
 
-    with _forward_of(layer, shortened):
-        logits = _logits(model, batch)
-    if not is_shortened:  # the model reads the layer's weight without calling it
+    logits, own = _logits_through(shortened, layer, model, batch)
+    if not own:  # the model reads the layer's weight without calling it
         return _at_answers(logits, batch)
     assert logits.shape[:2] == (1, len(batch["answer_positions"])), "the model reshaped its logits"
     return logits[0]
@@ -107,10 +93,7 @@ def answer_loss_of(model: nn.Module, comm: Comm) -> SummedLoss:
     product (those of adapters, quantized ones, one whose own weights are selected from) and those
     that the model does not call need the logits of all tokens. A forward pass of a few tokens
     compares the model's logits with what the layer returned; it leaves the model in eval mode. All
-    ranks call this together.
-
-    Returns:
-        :func:`chunked_answer_loss` or :func:`summed_answer_loss`, the same on all ranks.
+    ranks call this together and find the same.
     """
     layer = plain_output_layer(model)
     if layer is None:
@@ -152,14 +135,21 @@ def plain_output_layer(model: nn.Module) -> nn.Linear | None:
     return layer if is_plain else None
 
 
-@contextmanager
-def _forward_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """While the block lasts, the module computes ``forward``; its hooks stay."""
-    module.forward = forward
+def _logits_through(
+    forward: Callable[[Tensor], Tensor], layer: Any, model: nn.Module, batch: Mapping[str, Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """The model's logits while its output layer computes `forward`, and what that returned."""
+    own: list[Tensor] = []
+
+    def recorded(hidden: Tensor) -> Tensor:
+        own.append(forward(hidden))
+        return own[-1]
+
+    layer.forward = recorded  # its hooks stay
     try:
-        yield
+        return _logits(model, batch), own
     finally:
-        del module.forward
+        del layer.forward
 
 
 @torch.no_grad()
@@ -171,9 +161,6 @@ def refuse_leaking_rows(
     Two sequences share each row of a micro-batch, laid out as `Dataset.collate` does it; the first
     one's tokens are changed, and the logits of the second must not move. (Flash attention reads the
     borders in a micro-batch of one row only, so the size matters.) All ranks call this together.
-
-    Raises:
-        ValueError: they moved.
     """
     length = 4
     ids = torch.arange(2 * length, device=device) % vocab_size

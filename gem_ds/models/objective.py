@@ -55,11 +55,7 @@ class Objective:
 def objective_of(
     kind: Kind, *, is_encoder: bool, classification_loss: Literal["tokens", "candidates"] = "tokens"
 ) -> Objective:
-    """The objective of a task of some kind.
-
-    Raises:
-        ValueError: the loss needs candidates and there are none, or an encoder's head has its own.
-    """
+    """The objective of a task of some kind; refuses a loss of candidates where there are none."""
     has_candidates = kind in ("labels", "choices") and not is_encoder
     ranking = Predictor(encode=encode_candidates, predict=predict_candidates)
     if classification_loss == "candidates":
@@ -68,9 +64,8 @@ def objective_of(
                 "--classification_loss candidates is for causal models on tasks with candidates: "
                 "leave it out."
             )
-        return Objective(
-            encode=encode_candidates, summed_loss=summed_candidate_loss, predictor=ranking
-        )
+        loss = summed_candidate_loss
+        return Objective(encode=encode_candidates, summed_loss=loss, predictor=ranking)
     if is_encoder:
         assert kind != "text", "gem_ds.models.encoders.set_head refuses it"
         head = Predictor(encode=encode_pairs, predict=predict_pairs)

@@ -31,20 +31,11 @@ ALL_LINEAR = "all-linear"
 def find_targets(
     model: nn.Module, target_modules: Sequence[str] | None = None
 ) -> dict[str, nn.Module]:
-    """The linear layers that GEM selects from, by the names of their weights.
+    """The linear layers that GEM selects from, by their weights' names, in the parameters' order.
 
-    Args:
-        model: a transformers model, whole or partitioned.
-        target_modules: None for the query and value projections of the architecture; module-name
-            suffixes such as ``["q_proj", "v_proj"]``; one regular expression that a whole module
-            name must match; or ``["all-linear"]``, every linear layer but the output layer.
-
-    Returns:
-        weight name -> module, in ``named_parameters`` order.
-
-    Raises:
-        ValueError: a name matches nothing, a match is no linear layer, a weight is tied to another
-            module, or the architecture fuses the projections; the sentence says what to pass.
+    ``target_modules`` is None for the query and value projections of the architecture; module-name
+    suffixes such as ``["q_proj", "v_proj"]``; one regular expression that a whole module name must
+    match; or ``["all-linear"]``, every linear layer but the output layer.
     """
     modules = {name: module for name, module in model.named_modules() if name}
     patterns = list(target_modules) if target_modules else _default_targets(model, modules)
@@ -80,7 +71,13 @@ def _matching(modules: dict[str, nn.Module], patterns: list[str]) -> dict[str, n
     for pattern in patterns:
         matching = {n: m for n, m in modules.items() if n == pattern or n.endswith(f".{pattern}")}
         if not matching and len(patterns) == 1:
-            matching = {n: m for n, m in modules.items() if _full_match(pattern, n)}
+            try:
+                matching = {n: m for n, m in modules.items() if re.fullmatch(pattern, n)}
+            except re.error as error:
+                raise ValueError(
+                    f"--target_modules {pattern} is neither a module name nor a regular "
+                    f"expression: {error}."
+                ) from None
         if not matching:
             linear = {n.rpartition(".")[2] for n, m in modules.items() if kind_of(m)}
             raise ValueError(
@@ -89,16 +86,6 @@ def _matching(modules: dict[str, nn.Module], patterns: list[str]) -> dict[str, n
             )
         chosen |= matching
     return chosen
-
-
-def _full_match(pattern: str, name: str) -> bool:
-    try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error as error:
-        raise ValueError(
-            f"--target_modules {pattern} is neither a module name nor a regular expression: "
-            f"{error}."
-        ) from None
 
 
 def _default_targets(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
@@ -121,12 +108,7 @@ def _default_targets(model: nn.Module, modules: dict[str, nn.Module]) -> list[st
 
 
 def head_layers(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
-    """The linear layers that own the named parameters of a task head, by their weights' names.
-
-    Raises:
-        ValueError: a parameter is not the weight or bias of a linear layer, or one of a layer's two
-            is not named.
-    """
+    """The whole linear layers that own the parameters of a task head, by their weights' names."""
     owners: dict[str, set[str]] = {}
     for name in names:
         owner, _, part = name.rpartition(".")

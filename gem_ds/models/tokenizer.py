@@ -24,11 +24,9 @@ def has_tokenizer(model: str, revision: str | None = None) -> bool:
 def load_tokenizer(
     model: str, revision: str | None = None, *, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, given its folder or Hub name.
+    """The tokenizer of a model, given its folder or Hub name, which must hold one.
 
-    Raises:
-        ValueError: There is none (transformers builds an empty one for a known architecture without
-            files, which must not be used as if it were the model's), or it cannot be loaded.
+    Without files transformers builds an empty one for a known architecture.
     """
     try:
         if has_tokenizer(model, revision):
@@ -51,11 +49,7 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
 
 
 def refuse_foreign_tokens(largest: int, vocab_size: int) -> None:
-    """Beyond the embedding a GPU would only report a failed kernel.
-
-    Raises:
-        ValueError: the largest token is none of the model's.
-    """
+    """Beyond the embedding a GPU would only report a failed kernel."""
     if largest >= vocab_size:
         raise ValueError(
             f"The tokenizer makes token {largest} and the model knows {vocab_size} tokens: save "
