@@ -338,10 +338,10 @@ def printed_by(program: str, *flags: str) -> str:
 #: Makes a process one of a user with one number, in an interpreter of his own.
 BECOME_ORDINARY = """
 import os, resource, sys
-from gem_ds.evaluate.sandbox import Program, Sandbox, confine, room
+from gem_ds.evaluate.sandbox import Program, Sandbox, confine, jails, room
 if os.geteuid() == 0:
     sys.executable = room.interpreter()
-    room.lend(list(room.sources()))
+    jails.open_to_all(list(room.sources()))
     os.setgroups([])
     os.setresgid(*[54321] * 3)
     os.setresuid(*[54321] * 3)

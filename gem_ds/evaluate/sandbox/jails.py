@@ -1,82 +1,20 @@
-"""Ways to start a candidate alone, by level; each is made once per server.
+"""The levels, ways to start a candidate alone; each is made once per server.
 
 At every level the judge's process starts the candidate, and each is confined. Where the judge is
-the first process of a pid namespace, it has the candidate's identity and the kernel keeps signals
-from it; at the other levels it has one of its own, if root lends them.
+the first process of a pid namespace (`room`), it has the candidate's identity and the kernel keeps
+signals from it; at the other levels it has one of its own, if root lends them. The interpreter may
+lie under root's own home: the way to it is then opened in a mount namespace of the server's.
 """
 
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from gem_ds.evaluate.sandbox import candidate, confine, kernel, room
 from gem_ds.evaluate.sandbox.kernel import ProcessTable, adopt_orphans, fork
 
-ENVIRONMENT = {
-    "HOME": "/tmp",
-    "LANG": "C.UTF-8",
-    "MALLOC_ARENA_MAX": "1",  # an arena per thread would use up the address space
-    "PATH": "/usr/bin:/bin",
-    "PYTHONHASHSEED": "0",  # the same sample gets the same verdict
-}
-
-
-def command(folder: str, module: str, function: str, *arguments: object) -> list[str]:
-    """A fresh interpreter that calls a function of ours, found in `folder` and nothing else there.
-
-    The folder may be that of all installed packages, from which programs are not to import.
-    """
-    source = f"import sys; sys.path.append({folder!r}); "
-    source += f"from gem_ds.evaluate.sandbox.{module} import {function}; sys.path.pop(); "
-    source += f"{function}(*{arguments})"
-    return [room.interpreter(), "-s", "-S", "-P", "-c", source]
-
-
-class NamespaceJail:
-    """Own user, pid, mount, network, ipc and uts namespaces; see `gem_ds.evaluate.sandbox.room`.
-
-    The judge is process 1 of the cell's pid namespace: when it ends, the kernel kills the rest. It
-    is deaf to signals from within, and there is no /proc to see it by. It shares the candidate's
-    identity, filter and files, but imports nothing from where the candidate may write.
-    """
-
-    def __init__(self, fresh: bool) -> None:
-        self._fresh = fresh
-        self._filter = confine.SystemCallFilter()
-        self._room = room.Room()
-        self.processes = self._room.processes
-        sys.path[:] = [folder for folder in sys.path if not folder.startswith(room.SCRATCH)]
-        confine.limit()
-
-    def start_judge(self, judge: Callable[[], None]) -> int:
-        """Runs `judge` in a new process of the returned number."""
-        self._room.enter_cell()
-        pid = fork(judge)
-        self._room.leave_cell()
-        return pid
-
-    def start_candidate(self, job: int, channel: int, memory_mb: int) -> int:
-        """Confines the calling judge, which has read no test yet, and starts its candidate.
-
-        Of the judge's open files the candidate keeps these two. Returns its process's number.
-        """
-        os.setpgid(0, 0)  # signals to one's own group would leave the pid namespace
-        confine.drop_privileges(self._room.identity)
-        self._filter.install()
-        return fork(lambda: self._become_candidate(job, channel, memory_mb))
-
-    def clear(self) -> None:
-        """Ends what is left when the judge's process has ended: the kernel has done it."""
-
-    def _become_candidate(self, job: int, channel: int, memory_mb: int) -> None:
-        confine.keep_only([job, channel])
-        confine.limit_memory(memory_mb)
-        os.chdir(room.SCRATCH[0])
-        if self._fresh:
-            _become_fresh(job, channel, ENVIRONMENT)
-        candidate.main(job, channel)
+_FIRST_LENT = 1_000_000_000  # identity: far from what systems and containers give out
 
 
 class _RoomlessJail:
@@ -85,7 +23,12 @@ class _RoomlessJail:
     def __init__(self) -> None:
         self._filter = confine.SystemCallFilter()
         self._readable = list(room.sources())
-        self._identity, self._judge_identity = room.lend(self._readable)
+        self._identity: int | None = None
+        self._judge_identity: int | None = None
+        if os.geteuid() == 0:
+            open_to_all(self._readable)
+            self._identity = _FIRST_LENT + 2 * os.getpid()  # no other process has it
+            self._judge_identity = self._identity + 1
         self.processes = ProcessTable()
         adopt_orphans()
         # Where the candidate is this user, his other threads count with its own.
@@ -133,7 +76,7 @@ class BubblewrapJail(_RoomlessJail):
         rules = self._filter.as_file()
         os.set_inheritable(rules, True)
         # No environment: its first process keeps it in sight.
-        _become_fresh(job, channel, {}, [*self._command(rules), "--"])
+        room.become_fresh(job, channel, {}, [*self._command(rules), "--"])
 
     def _command(self, rules: int) -> list[str]:
         words = [self._program, "--unshare-all", "--new-session", "--die-with-parent"]
@@ -146,7 +89,7 @@ class BubblewrapJail(_RoomlessJail):
             words += ["--dev-bind", device, device]
         for folder in room.SCRATCH:
             words += ["--size", str(room.SCRATCH_MB << 20), "--tmpfs", folder]
-        for name, value in ENVIRONMENT.items():
+        for name, value in room.ENVIRONMENT.items():
             words += ["--setenv", name, value]
         return [*words, "--remount-ro", "/", "--chdir", room.SCRATCH[0], "--seccomp", str(rules)]
 
@@ -192,19 +135,35 @@ class LandlockJail(_RoomlessJail):
         candidate.main(job, channel)
 
 
-def _become_fresh(
-    job: int, channel: int, environment: dict[str, str], prefix: Iterable[str] = ()
-) -> None:
-    """Becomes a fresh interpreter in a room, started by another program if there is a prefix."""
-    for descriptor in (job, channel):
-        os.set_inheritable(descriptor, True)
-    words = [*prefix, *command(room.CODE, "candidate", "main", job, channel)]
-    os.execve(words[0], words, environment)
+def open_to_all(paths: list[str]) -> None:
+    """Gives the calling process, root's, a view of the files in which anyone can read `paths`."""
+    hidden = [path for path in paths if _closed_folder(path)]
+    if not hidden:
+        return
+    kernel.unshare(kernel.CLONE_NEWNS)
+    kernel.mount("", "/", flags=kernel.MS_REC | kernel.MS_PRIVATE)
+    trees = [(path, os.path.isdir(path), kernel.open_tree(path)) for path in hidden]
+    for path, is_folder, tree in trees:
+        while closed := _closed_folder(path):  # to be covered by one that leads to the paths only
+            kernel.mount("tmpfs", closed, "tmpfs", room.NO_DEVICES, "mode=755,size=1m")
+        room.make_target(path, is_folder=is_folder)
+        kernel.move_mount(tree, path)
+        os.close(tree)
 
 
-Jail = NamespaceJail | BubblewrapJail | LandlockJail
+def _closed_folder(path: str) -> str | None:
+    """The first folder on the way to `path` that is not open to all."""
+    parts = path.split("/")
+    for length in range(2, len(parts)):
+        folder = "/".join(parts[:length])
+        if os.path.isdir(folder) and not os.stat(folder).st_mode & 0o001:
+            return folder
+    return None
+
+
+Jail = room.NamespaceJail | BubblewrapJail | LandlockJail
 JAILS: dict[str, Callable[[bool], Jail]] = {
     "bubblewrap": BubblewrapJail,
-    "namespaces": NamespaceJail,
+    "namespaces": room.NamespaceJail,
     "landlock": LandlockJail,
 }

@@ -17,9 +17,8 @@ import subprocess
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 
-from gem_ds.evaluate.sandbox.jails import ENVIRONMENT, command
 from gem_ds.evaluate.sandbox.program import Job, Program, SandboxUnavailableError, Verdict
-from gem_ds.evaluate.sandbox.room import code_folder
+from gem_ds.evaluate.sandbox.room import ENVIRONMENT, code_folder, command
 from gem_ds.evaluate.sandbox.wire import Decoder, Encoder
 
 LEVELS = ("bubblewrap", "namespaces", "landlock")  # the best first
@@ -168,7 +167,6 @@ class _Worker:
         processors = sorted(os.sched_getaffinity(0))  # another run beside this begins elsewhere
         self._arguments = (level, fresh, processors[(os.getpid() + number) % len(processors)])
         self.jobs: deque[Job] = deque()
-        self._reports: deque[int] = deque()
         self._start()
 
     def _start(self) -> None:
@@ -195,15 +193,12 @@ class _Worker:
         for message in job.messages():
             files.append(os.memfd_create("job", os.MFD_CLOEXEC))
             os.write(files[-1], message)
-        report, written = os.pipe()
-        files.append(written)
         limits = Encoder().encode((job.program.timeout, job.program.memory_mb))
         with contextlib.suppress(OSError):  # if the server has ended, `collect` will see it
             socket.send_fds(self.control, [limits], files)
         for file in files:
             os.close(file)
         self.jobs.append(job)
-        self._reports.append(report)
 
     def collect(self) -> None:
         """Settles the oldest job by the server's answer, or starts anew where there is none."""
@@ -215,8 +210,7 @@ class _Worker:
             self._recover()
             return
         job = self.jobs.popleft()
-        with os.fdopen(self._reports.popleft(), "rb") as report:
-            job.settle(Decoder().decode(answer), report.read())
+        job.settle(*Decoder().decode(answer))
         if job.verdict is None:
             self.submit(job)
 
@@ -235,8 +229,6 @@ class _Worker:
     def close(self) -> None:
         """Ends the server, and with it all that it started."""
         self.control.close()
-        while self._reports:
-            os.close(self._reports.popleft())
         try:
             self.process.wait(timeout=_GRACE)
         except subprocess.TimeoutExpired:

@@ -1,6 +1,6 @@
 """The room in which a worker's candidates run: namespaces of their own, and next to no files.
 
-Each worker's server makes itself a `Room` and lives in it from then on:
+Each worker's server builds one and lives in it from then on:
 
     user     the server has every capability here, and none outside
     pid      the server is its first process: when it ends, all within is killed
@@ -11,11 +11,9 @@ Each worker's server makes itself a `Room` and lives in it from then on:
 For each candidate it enters a cell, a further pid, mount and ipc namespace in which /tmp and
 /dev/shm are empty and of limited size, starts a judge in it and leaves it.
 
-A candidate of root's must not be root, whom the kernel neither counts nor refuses, so root lends it
-another identity: in the room an unprivileged one of the room's own, at the levels that have no room
-of ours a number that nobody else has (`lend`). The interpreter may lie under root's own home: the
-way to it is built anew in the room, open to all, or opened in a mount namespace of the server's. An
-ordinary user's candidate has his identity, in a room that holds nothing of his.
+A candidate of root's must not be root, whom the kernel neither counts nor refuses: it gets an
+unprivileged identity of the room's own. An ordinary user's has his, in a room that holds nothing of
+his. The way to an interpreter under root's own home is built anew, open to all.
 """
 
 from __future__ import annotations
@@ -23,39 +21,52 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable, Iterable
 
-from gem_ds.evaluate.sandbox import kernel
+from gem_ds.evaluate.sandbox import candidate, confine, kernel
 from gem_ds.evaluate.sandbox.kernel import ProcessTable, fork
 
 SCRATCH = ("/tmp", "/dev/shm")  # all that a candidate may write to
 SCRATCH_MB = 64  # in each of them
 CODE = "/sandbox"  # the room's folder with the package `gem_ds.evaluate.sandbox`
+ENVIRONMENT = {
+    "HOME": "/tmp",
+    "LANG": "C.UTF-8",
+    "MALLOC_ARENA_MAX": "1",  # an arena per thread would use up the address space
+    "PATH": "/usr/bin:/bin",
+    "PYTHONHASHSEED": "0",  # the same sample gets the same verdict
+}
+NO_DEVICES = kernel.MS_NOSUID | kernel.MS_NODEV
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 
 _OF_A_CELL = {"pid": kernel.CLONE_NEWPID, "mnt": kernel.CLONE_NEWNS, "ipc": kernel.CLONE_NEWIPC}
 _OF_A_ROOM = sum(_OF_A_CELL.values()) | (
     kernel.CLONE_NEWUSER | kernel.CLONE_NEWNET | kernel.CLONE_NEWUTS
 )
-_LENT = 65534  # the number, outside, of the identity that root lends in a room
-_FIRST_LENT = 1_000_000_000  # and without one: far from what systems and containers give out
+_LENT = 65534  # the number, outside, of the identity that root lends
 _STAGE = "/proc"  # where the room is built: there on every system, and no library lies in it
 _LIBRARIES = ("/lib", "/lib32", "/lib64", "/usr/lib", "/usr/lib32", "/usr/lib64")
 _FILES = ("/etc/ld.so.cache", "/etc/localtime")
-_NO_DEVICES = kernel.MS_NOSUID | kernel.MS_NODEV
 
 
-class Room:
-    """A room, and what its server keeps of the way into it; no child may keep any of that."""
+class NamespaceJail:
+    """The level of namespaces that we build ourselves.
 
-    def __init__(self) -> None:
+    The judge is process 1 of the cell's pid namespace: when it ends, the kernel kills the rest. It
+    is deaf to signals from within, and there is no /proc to see it by. It shares the candidate's
+    identity, filter and files, but imports nothing from where the candidate may write.
+    """
+
+    def __init__(self, fresh: bool) -> None:
         """Moves the calling process into a new room, as a child of itself that this returns in.
 
         The calling process waits for it and then ends too. Raises `OSError` where the kernel, or
         what confines this process already, does not allow it.
         """
+        self._fresh = fresh
+        self._filter = confine.SystemCallFilter()
         uid, gid = os.geteuid(), os.getegid()
-        #: user and group for candidates to take, or None if there is only the present one
-        self.identity = 1 if uid == 0 else None
+        self._identity = 1 if uid == 0 else None
         if uid == 0:
             _unshare_with_lent_identity()
         else:
@@ -65,25 +76,47 @@ class Room:
             _write("/proc/self/gid_map", f"0 {gid} 1")
         kernel.mount("", "/", flags=kernel.MS_REC | kernel.MS_PRIVATE)
         _become_child()
-        self.processes = ProcessTable()  # as they are seen outside
-        self._namespaces = {
+        self.processes = ProcessTable()
+        self._namespaces = {  # to come back to from a cell; no child may keep any of these files
             kind: os.open(f"/proc/self/ns/{name}", os.O_RDONLY) for name, kind in _OF_A_CELL.items()
         }
         _build()
         kernel.pivot_root(_STAGE)
         kernel.restrict_mount("/", kernel.MOUNT_ATTR_RDONLY, recursive=False)
+        sys.path[:] = [folder for folder in sys.path if not folder.startswith(SCRATCH)]
+        confine.limit()
 
-    def enter_cell(self) -> None:
-        """Moves the caller into a new cell, whose first process will be the caller's next child."""
+    def start_judge(self, judge: Callable[[], None]) -> int:
+        """Runs `judge` in a new process of the returned number, the first one of a new cell."""
         kernel.unshare(sum(_OF_A_CELL.values()))
         options = f"size={SCRATCH_MB}m,nr_inodes=16384,mode=1777"
         for folder in SCRATCH:
-            kernel.mount("tmpfs", folder, "tmpfs", _NO_DEVICES, options)
-
-    def leave_cell(self) -> None:
-        """Moves the caller back; the cell lasts as long as its first process."""
+            kernel.mount("tmpfs", folder, "tmpfs", NO_DEVICES, options)
+        pid = fork(judge)
         for kind, namespace in self._namespaces.items():
             kernel.setns(namespace, kind)
+        return pid
+
+    def start_candidate(self, job: int, channel: int, memory_mb: int) -> int:
+        """Confines the calling judge, which has read no test yet, and starts its candidate.
+
+        Of the judge's open files the candidate keeps these two. Returns its process's number.
+        """
+        os.setpgid(0, 0)  # signals to one's own group would leave the pid namespace
+        confine.drop_privileges(self._identity)
+        self._filter.install()
+        return fork(lambda: self._become_candidate(job, channel, memory_mb))
+
+    def clear(self) -> None:
+        """Ends what is left when the judge's process has ended: the kernel has done it."""
+
+    def _become_candidate(self, job: int, channel: int, memory_mb: int) -> None:
+        confine.keep_only([job, channel])
+        confine.limit_memory(memory_mb)
+        os.chdir(SCRATCH[0])
+        if self._fresh:
+            become_fresh(job, channel, ENVIRONMENT)
+        candidate.main(job, channel)
 
 
 def _unshare_with_lent_identity() -> None:
@@ -140,6 +173,27 @@ def interpreter() -> str:
     return os.path.realpath(sys.executable)
 
 
+def command(folder: str, module: str, function: str, *arguments: object) -> list[str]:
+    """A fresh interpreter that calls a function of ours, found in `folder` and nothing else there.
+
+    The folder may be that of all installed packages, from which programs are not to import.
+    """
+    source = f"import sys; sys.path.append({folder!r}); "
+    source += f"from gem_ds.evaluate.sandbox.{module} import {function}; sys.path.pop(); "
+    source += f"{function}(*{arguments})"
+    return [interpreter(), "-s", "-S", "-P", "-c", source]
+
+
+def become_fresh(
+    job: int, channel: int, environment: dict[str, str], prefix: Iterable[str] = ()
+) -> None:
+    """Becomes a fresh interpreter in a room, started by another program if there is a prefix."""
+    for descriptor in (job, channel):
+        os.set_inheritable(descriptor, True)
+    words = [*prefix, *command(CODE, "candidate", "main", job, channel)]
+    os.execve(words[0], words, environment)
+
+
 def sources() -> dict[str, str]:
     """What a room shows, and where: an interpreter, libraries, the candidate's side of us."""
     paths = [*_library_folders(), *filter(os.path.exists, (*_FILES, interpreter()))]
@@ -165,67 +219,26 @@ def _build() -> None:
     protect = kernel.MOUNT_ATTR_RDONLY | kernel.MOUNT_ATTR_NOSUID
     for source, target in sources().items():
         if os.path.islink(source) and os.path.isdir(source):
-            _make_target(_STAGE + os.path.dirname(target), is_folder=True)
+            make_target(_STAGE + os.path.dirname(target), is_folder=True)
             os.symlink(os.readlink(source), _STAGE + target)
         else:
             _bind(source, _STAGE + target, protect | kernel.MOUNT_ATTR_NODEV)
     for device in DEVICES:
         _bind(device, _STAGE + device, protect)
     for folder in SCRATCH:
-        _make_target(_STAGE + folder, is_folder=True)
+        make_target(_STAGE + folder, is_folder=True)
 
 
 def _bind(source: str, target: str, attributes: int) -> None:
-    _make_target(target, is_folder=os.path.isdir(source))
+    make_target(target, is_folder=os.path.isdir(source))
     kernel.mount(source, target, flags=kernel.MS_BIND | kernel.MS_REC)
     kernel.restrict_mount(target, attributes, recursive=True)
 
 
-def _make_target(path: str, *, is_folder: bool) -> None:
+def make_target(path: str, *, is_folder: bool) -> None:
     """Makes an empty folder or file to mount on, where there is none."""
     if is_folder:
         os.makedirs(path, 0o755, exist_ok=True)
     elif not os.path.exists(path):
         os.makedirs(os.path.dirname(path), 0o755, exist_ok=True)
         os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o644))
-
-
-# Without a room
-
-
-def lend(paths: list[str]) -> tuple[int | None, int | None]:
-    """The identities that candidate and judge are to take, who can then read `paths`.
-
-    Two numbers that no other process has, or none for a server that is not root's. Raises `OSError`
-    if there is none to lend, or the paths cannot be opened to it.
-    """
-    if os.geteuid() != 0:
-        return None, None
-    hidden = [path for path in paths if _closed_folder(path)]
-    if hidden:
-        kernel.unshare(kernel.CLONE_NEWNS)
-        kernel.mount("", "/", flags=kernel.MS_REC | kernel.MS_PRIVATE)
-        _open_way(hidden)
-    number = _FIRST_LENT + 2 * os.getpid()
-    return number, number + 1
-
-
-def _closed_folder(path: str) -> str | None:
-    """The first folder on the way to `path` that is not open to all."""
-    parts = path.split("/")
-    for length in range(2, len(parts)):
-        folder = "/".join(parts[:length])
-        if os.path.isdir(folder) and not os.stat(folder).st_mode & 0o001:
-            return folder
-    return None
-
-
-def _open_way(paths: list[str]) -> None:
-    """Covers each closed folder with an empty one that leads to the paths only."""
-    trees = [(path, os.path.isdir(path), kernel.open_tree(path)) for path in paths]
-    for path, is_folder, tree in trees:
-        while closed := _closed_folder(path):
-            kernel.mount("tmpfs", closed, "tmpfs", _NO_DEVICES, "mode=755,size=1m")
-        _make_target(path, is_folder=is_folder)
-        kernel.move_mount(tree, path)
-        os.close(tree)

@@ -7,7 +7,7 @@ held a test, an expected value or another solution.
 
     parent (torch, the model)
       └─ server                receives (limits, files) on the control socket, enforces the limits
-           └─ judge            starts the candidate, then reads the tests; reports to the parent
+           └─ judge            starts the candidate, then reads the tests; reports to the server
                 └─ candidate   reads the program, answers the judge
 """
 
@@ -29,7 +29,7 @@ from gem_ds.evaluate.sandbox.judge import judge
 from gem_ds.evaluate.sandbox.kernel import Reaper, fork
 from gem_ds.evaluate.sandbox.wire import Channel, Decoder, Encoder
 
-NUM_FILES = 3  # of a job: what the candidate reads, what the judge reads, where it reports
+_NUM_FILES = 2  # of a job: what the candidate reads, what the judge reads
 _PERIOD = 0.05  # seconds between two looks at the memory in use
 _PATIENCE = struct.pack("ll", 0, 5000)  # struct timeval: until a judge looks what has ended
 _LAST_GRACE = 0.1  # seconds that a candidate whose channel has closed gets to end by itself
@@ -44,9 +44,9 @@ _PRELOADED = (  # what programs import most, as far as it is small: each page ma
 def serve(descriptor: int, level: str, fresh: bool, processor: int) -> None:
     """Serves until the parent closes the control socket, which is the open file `descriptor`.
 
-    A message is (timeout in seconds, memory_mb), with NUM_FILES open files; its answer is why the
-    job ended. One answer comes unasked, at first: the reason why the level cannot be had here, or
-    an empty one.
+    A message is (timeout in seconds, memory_mb), with a job's open files; its answer is why the job
+    ended, and the judge's report if there is one. One answer comes unasked, at first: the reason
+    why the level cannot be had here, or an empty one.
     """
     control = socket.socket(fileno=descriptor)
     # What follows hands work to and fro, and never does two things at once: on one processor the
@@ -66,7 +66,7 @@ def serve(descriptor: int, level: str, fresh: bool, processor: int) -> None:
     gc.collect()
     gc.freeze()  # no child's collection shall copy these pages
     while True:
-        message, files, _, _ = socket.recv_fds(control, 4096, NUM_FILES)
+        message, files, _, _ = socket.recv_fds(control, 4096, _NUM_FILES)
         if not message:
             return
         timeout, memory_mb = Decoder().decode(message)
@@ -75,23 +75,25 @@ def serve(descriptor: int, level: str, fresh: bool, processor: int) -> None:
 
 def _run(
     jail: Jail, control: socket.socket, files: list[int], timeout: float, memory_mb: int
-) -> str:
+) -> tuple[str, bytes]:
     """Starts one judge, and returns when no process of the job is left."""
     deadline = time.monotonic() + timeout
     ours, theirs = socket.socketpair()
     for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
         ours.setsockopt(socket.SOL_SOCKET, option, _PATIENCE)
+    report, written = os.pipe()
+    files = [*files, written]
     judge_pid = jail.start_judge(lambda: _judge(jail, files, ours, theirs, memory_mb))
-    ours.close()
-    theirs.close()
-    for file in files:
+    for file in (*files, ours.detach(), theirs.detach()):
         os.close(file)
     try:
-        return _watch(jail, control, judge_pid, deadline, memory_mb << 20)
+        end = _watch(jail, control, judge_pid, deadline, memory_mb << 20)
     finally:
         os.kill(judge_pid, signal.SIGKILL)  # not waited for yet, so the number is still its own
         os.waitpid(judge_pid, 0)
         jail.clear()
+    with os.fdopen(report, "rb") as reports:
+        return end, reports.read(2048)  # more than one takes
 
 
 def _watch(

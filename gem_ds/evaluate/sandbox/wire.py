@@ -22,8 +22,8 @@ import builtins
 import os
 import sys
 
-# A fresh interpreter imports this file for each program. What `collections` and `operator` have
-# in C is there already; to load them as files, or `typing`, would take longer than all the rest.
+# In C, and so there already: a fresh interpreter imports this file for each program, and to load
+# `collections`, `operator` or `typing` as files would take longer than all the rest.
 from _collections import OrderedDict, defaultdict, deque
 
 TYPE_CHECKING = False
@@ -47,12 +47,10 @@ class WireError(ValueError):
 _SINGLES = {b"N": None, b"1": True, b"0": False, b"E": Ellipsis, b"I": NotImplemented}
 _SINGLE_TAGS = {id(value): tag for tag, value in _SINGLES.items()}
 _TEXT = ("utf-8", "surrogatepass")
-_CALLABLE = (abs, all, any, chr, len, max, min, ord, pow, repr, sorted, sum)
-_FUNCTIONS = {function.__name__ for function in _CALLABLE}
+_FUNCTIONS = (abs, all, any, chr, len, max, min, ord, pow, repr, sorted, sum)
 _BUILTINS = {
-    name: value
-    for name, value in vars(builtins).items()
-    if name in _FUNCTIONS or isinstance(value, type)
+    **{function.__name__: function for function in _FUNCTIONS},
+    **{name: kind for name, kind in vars(builtins).items() if isinstance(kind, type)},
 }
 _BUILTIN_NAMES = {id(value): name for name, value in _BUILTINS.items()}
 _CONSTRUCTED: dict[str, Callable[[Any], tuple[Any, ...]]] = {
@@ -67,16 +65,15 @@ _CONSTRUCTED: dict[str, Callable[[Any], tuple[Any, ...]]] = {
     "datetime.datetime": lambda x: (*x.timetuple()[:6], x.microsecond),
 }
 _VIEWS = {type({}.keys()): b"k", type({}.values()): b"v", type({}.items()): b"m"}
-_MUTABLE: dict[type, bytes] = {  # the most special first
-    defaultdict: b"V",
-    OrderedDict: b"O",
-    dict: b"D",
-    list: b"L",
-    set: b"S",
-    deque: b"Q",
-    bytearray: b"A",
+_MUTABLE_KINDS: dict[bytes, type] = {  # the most special first
+    b"V": defaultdict,
+    b"O": OrderedDict,
+    b"D": dict,
+    b"L": list,
+    b"S": set,
+    b"Q": deque,
+    b"A": bytearray,
 }
-_MUTABLE_KINDS: dict[bytes, type] = {tag: kind for kind, tag in _MUTABLE.items()}
 _COUNTER = b"C"  # the one that is not in C, and is loaded if there is one
 
 
@@ -137,15 +134,13 @@ class Encoder:
             raise WireError(f"a value is nested more than {MAX_DEPTH} deep")
         if len(self._out) > MAX_BYTES:
             raise WireError(f"a value takes more than {MAX_BYTES >> 20} MiB")
-        kind = type(value)
         if (tag := _SINGLE_TAGS.get(id(value))) is not None:
             self._out += tag
-        elif (writer := _WRITERS.get(kind)) is not None:
-            writer(self, value, depth)
         else:
-            self._write_rare(value, kind, depth)
+            _WRITERS.get(type(value), Encoder._write_rare)(self, value, depth)
 
-    def _write_rare(self, value: Any, kind: type, depth: int) -> None:
+    def _write_rare(self, value: Any, depth: int) -> None:
+        kind = type(value)
         name = f"{kind.__module__}.{kind.__qualname__}"
         if _is_constructed(value, name):
             self._write_bytes(b"X", name.encode())
@@ -183,11 +178,9 @@ class Encoder:
             return
         self._numbers[id(value)] = len(self.objects)
         self.objects.append(value)
-        counter = getattr(sys.modules.get("collections"), "Counter", None)
-        if counter is not None and isinstance(value, counter):
-            self._out += _COUNTER
-        else:
-            self._out += next(tag for kind, tag in _MUTABLE.items() if isinstance(value, kind))
+        counter = getattr(sys.modules.get("collections"), "Counter", ())
+        kinds = {_COUNTER: counter, **_MUTABLE_KINDS}
+        self._out += next(tag for tag, kind in kinds.items() if isinstance(value, kind))
         if isinstance(value, deque):
             self._write(value.maxlen, depth + 1)
         elif isinstance(value, defaultdict):
@@ -222,7 +215,7 @@ _WRITERS: dict[type, Callable[[Encoder, Any, int], None]] = {
     bytes: lambda to, value, depth: to._write_bytes(b"b", bytes.__getitem__(value, _ALL)),
     tuple: lambda to, value, depth: to._write_items(b"(", tuple.__iter__(value), depth),
     frozenset: lambda to, value, depth: to._write_items(b"Z", frozenset.__iter__(value), depth),
-    **dict.fromkeys(_MUTABLE, Encoder._write_mutable),
+    **dict.fromkeys(_MUTABLE_KINDS.values(), Encoder._write_mutable),
 }
 
 
@@ -361,8 +354,8 @@ class Channel:
             except BlockingIOError:
                 self._while_waiting()
                 continue
-            except ConnectionError as error:
-                raise EOFError("the other side was reset") from error
+            except ConnectionError:
+                part = b""
             if not part:
                 raise EOFError("the other side has closed")
             parts.append(part)
