@@ -26,16 +26,10 @@ SummedLoss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
 
 
 class Batches:
-    """What each rank reads at each step, and how much all ranks read together.
+    """What each rank reads at each step of `global_batch_size` rows, and how much all ranks read.
 
-    Args:
-        dataset: all rows, the same on every rank.
-        comm: the ranks.
-        global_batch_size: rows per step over all ranks; the last batch of an epoch may be smaller.
-        micro_batch_size: rows per rank and forward pass.
-        seed: of the shuffled order.
-        pad_token_id: fills sequences up to the longest.
-        group_by_length: whether rows of about the same length share a batch.
+    The dataset is the same on every rank. With `group_by_length` rows of about the same length
+    share a batch.
     """
 
     def __init__(
@@ -61,28 +55,16 @@ class Batches:
             seed=seed,
             lengths=dataset.lengths if group_by_length else None,
         )
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps until every row has been read once."""
-        return self.schedule.steps_per_epoch
-
-    @property
-    def num_micro_batches(self) -> int:
-        """Micro-batches per rank and step."""
-        return self.schedule.num_micro_batches
+        self.steps_per_epoch = self.schedule.steps_per_epoch
+        self.num_micro_batches = self.schedule.num_micro_batches
 
     def micro_batches(self, step: int) -> Iterator[dict[str, Tensor]]:
         """This rank's micro-batches at ``step``, the same number on every rank."""
         for rows in self.schedule.micro_batches(step):
             batch = self.dataset.collate(rows, self._pad_token_id)
-            yield {key: self._to_device(tensor) for key, tensor in batch.items()}
-
-    def _to_device(self, tensor: Tensor) -> Tensor:
-        """Move it; a GPU copies from pinned memory while the host goes on."""
-        if self._device.type == "cuda":
-            tensor = tensor.pin_memory()
-        return tensor.to(self._device, non_blocking=True)
+            if self._device.type == "cuda":  # which copies while the host goes on
+                batch = {key: tensor.pin_memory() for key, tensor in batch.items()}
+            yield {key: tensor.to(self._device, non_blocking=True) for key, tensor in batch.items()}
 
     def num_items(self, step: int) -> int:
         """What divides the loss of ``step``, summed over all ranks and micro-batches."""
@@ -169,19 +151,11 @@ def permutation(num_rows: int, seed: int, epoch: int) -> Tensor:
 
 @lru_cache(maxsize=2)
 def group_by_length(order: Tensor, lengths: Tensor, batches: Tensor, batch_size: int) -> Tensor:
-    """Reorder rows so that those of a batch are of about one length, which saves padding.
+    """Reorder rows, int64 [n], so that those of a batch are of about one length: saves padding.
 
-    Rows are sorted within windows of 50 batches of the given order, so that the company of a row
-    changes from epoch to epoch, and the batches come in an order of their own.
-
-    Args:
-        order: int64 [n], the shuffled rows.
-        lengths: int64 [n] of all rows.
-        batches: int64 [n // batch_size], the order of the whole batches; a smaller one stays last.
-        batch_size: rows of a batch.
-
-    Returns:
-        int64 [n], not to be changed.
+    Rows are sorted by `lengths` within windows of 50 batches of the given order, so that the
+    company of a row changes from epoch to epoch. The whole batches come in an order of their own,
+    `batches` [n // batch_size]; a smaller one stays last. The result is not to be changed.
     """
     windows = torch.split(order, _WINDOW * batch_size)
     rows = torch.cat([window[lengths[window].argsort(stable=True)] for window in windows])

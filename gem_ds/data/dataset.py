@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -26,30 +26,19 @@ IGNORED_LABEL = -100  # what cross_entropy leaves out
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Dataset:
-    """Sequence s is `tokens[offsets[s] : offsets[s + 1]]`; row i has those from `groups[i]` on.
+    """Sequence s is `tokens[offsets[s] : offsets[s + 1]]`; row i has those from `groups[i]` on."""
 
-    Attributes:
-        tokens: int32 [sum of lengths], the token ids.
-        offsets: int64 [S + 1], rising from 0.
-        groups: int64 [n + 1]; the sequences of row i are `groups[i]` to `groups[i + 1]`.
-        truncated: bool [S], whether a part of the text was cut off.
-        prompt_lengths: int32 [S], each at least 1 and below the sequence's length; None where no
-            token is an answer's.
-        types: int32 [sum of lengths], which of two texts each token is of; None where the model
-            does not read that.
-        answers: [n]; int64 index of a label or candidate, or fp32 the number; None where the answer
-            is written.
-        is_packed: Whether the sequences of a row share one row of the batch.
-    """
-
-    tokens: Tensor
-    offsets: Tensor
-    groups: Tensor
-    truncated: Tensor
+    tokens: Tensor  # int32 [sum of lengths]
+    offsets: Tensor  # int64 [S + 1], rising from 0
+    groups: Tensor  # int64 [n + 1]; the sequences of row i are `groups[i]` to `groups[i + 1]`
+    truncated: Tensor  # bool [S], whether a part of the text was cut off
+    #: int32 [S], each at least 1 and below the sequence's length; None where no token is learnt.
     prompt_lengths: Tensor | None = None
+    #: int32 [sum of lengths], which of two texts each token is of, where the model reads that.
     types: Tensor | None = None
+    #: [n]; int64 index of a label or candidate, or fp32 the number; None where it is written.
     answers: Tensor | None = None
-    is_packed: bool = False
+    is_packed: bool = False  # whether the sequences of a row share one row of the batch
 
     def __len__(self) -> int:
         return len(self.groups) - 1
@@ -90,7 +79,8 @@ class Dataset:
         index = _index(indices)
         sequences = positions(self.groups, index)
         entries = positions(self.offsets, sequences)
-        return Dataset(
+        return replace(
+            self,
             tokens=self.tokens[entries],
             offsets=offsets_of(_lengths(self.offsets, sequences)),
             groups=offsets_of(_lengths(self.groups, index)),
@@ -98,7 +88,6 @@ class Dataset:
             prompt_lengths=None if self.prompt_lengths is None else self.prompt_lengths[sequences],
             types=None if self.types is None else self.types[entries],
             answers=None if self.answers is None else self.answers[index],
-            is_packed=self.is_packed,
         )
 
     def fingerprint(self) -> str:
@@ -126,60 +115,53 @@ class Dataset:
             and their `answer_positions`; where a model reads it, `token_type_ids`. Where an answer
             is one of n, `candidates` (`rows_of_groups`) and `answers` [n].
         """
-        index = _index(indices)
-        sequences = positions(self.groups, index)
-        entries = positions(self.offsets, sequences)
-        lengths = _lengths(self.offsets, sequences)
-        widths = self.lengths[index] if self.is_packed else lengths
-        if not len(widths):
-            widths = torch.zeros(1, dtype=torch.int64)
+        rows = self.select(indices)
+        lengths = rows.offsets.diff()
+        widths = rows.lengths if self.is_packed else lengths
+        widths = widths if len(widths) else torch.zeros(1, dtype=torch.int64)
         columns = torch.arange(max(2, int(widths.max())))
         is_token = columns < widths[:, None]
-        tokens = self.tokens[entries].long()
-        within = torch.arange(len(tokens)) - offsets_of(lengths)[:-1].repeat_interleave(lengths)
+        tokens = rows.tokens.long()
+        within = torch.arange(len(tokens)) - rows.offsets[:-1].repeat_interleave(lengths)
         batch = {"input_ids": _filled(pad_token_id, is_token, tokens)}
-        if self.prompt_lengths is not None:
-            is_answer = within >= self.prompt_lengths[sequences].repeat_interleave(lengths)
+        if rows.prompt_lengths is not None:
+            is_answer = within >= rows.prompt_lengths.repeat_interleave(lengths)
             labels = tokens.masked_fill(~is_answer, IGNORED_LABEL)
             batch["labels"] = _filled(IGNORED_LABEL, is_token, labels)
             batch["answer_positions"] = answer_positions(batch["labels"])
-        if self.types is not None:
-            batch["token_type_ids"] = _filled(0, is_token, self.types[entries].long())
+        if rows.types is not None:
+            batch["token_type_ids"] = _filled(0, is_token, rows.types.long())
         if self.is_packed:
             batch["position_ids"] = (columns - widths[:, None]).masked_scatter(is_token, within)
         else:  # attention over nothing is undefined
-            batch["attention_mask"] = (is_token if len(index) else ~is_token).long()
-        if self.answers is not None:
-            batch["candidates"] = rows_of_groups(_lengths(self.groups, index))
-            batch["answers"] = self.answers[index]
+            batch["attention_mask"] = (is_token if len(rows) else ~is_token).long()
+        if rows.answers is not None:
+            batch["candidates"] = rows_of_groups(rows.groups.diff())
+            batch["answers"] = rows.answers
         return batch
 
 
 def answer_positions(labels: Tensor) -> Tensor:
-    """Where the next token is an answer's: int64 [n], flat positions in [B, T], ascending.
+    """Where the next token of `labels` [B, T] is an answer's: int64 [n], flat and ascending.
 
     Found while the labels are on the CPU: a GPU would have to stop and tell how many there are.
-
-    Args:
-        labels: int64 [B, T], :data:`IGNORED_LABEL` outside the answers.
     """
     rows, columns = torch.nonzero(labels[:, 1:] != IGNORED_LABEL, as_tuple=True)
     return rows * labels.shape[1] + columns
 
 
 def rows_of_groups(counts: Tensor) -> Tensor:
-    """Which rows belong to each group, if groups of `counts` [n] rows follow each other.
+    """The rows of each group, if groups of `counts` [n] rows follow each other.
 
-    Returns:
-        int64 [n, C] for the largest count C (at least 1): row numbers, -1 where a group has fewer.
+    int64 [n, C] for the largest count C (at least 1), -1 where a group has fewer.
     """
-    columns = torch.arange(max(1, int(counts.max()))) if len(counts) else torch.arange(1)
+    columns = torch.arange(max([1, *counts.tolist()]))
     rows = offsets_of(counts)[:-1, None] + columns
     return rows.masked_fill(columns >= counts[:, None], -1)
 
 
 def offsets_of(lengths: Sequence[int] | Tensor) -> Tensor:
-    """Where each of the lists that lie end to end begins, and the last ends: int64 [n + 1]."""
+    """Where each of the lists that lie end to end begins, and the last one ends: int64 [n + 1]."""
     lengths = torch.as_tensor(lengths, dtype=torch.int64)
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
 

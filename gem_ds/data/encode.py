@@ -17,14 +17,15 @@ longer text.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
 from gem_ds.data.dataset import Dataset, offsets_of
-from gem_ds.data.tasks import ChoiceExample, Example, NumberExample, Pair
+from gem_ds.data.tasks import ChoiceExample, Example, NumberExample, Pair, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,10 +49,8 @@ def encode_texts(
             "The tokenizer has no end-of-sequence token, so the model could not learn where an "
             "answer stops: set eos_token in its tokenizer_config.json."
         )
-    numbers = range(1, len(examples) + 1)
-    eos = [tokenizer.eos_token_id]
-    sequences = list(_encode_answers(examples, tokenizer, max_length, eos, numbers))
-    return _dataset([1] * len(examples), max_length, sequences)
+    rows = [[example] for example in examples]
+    return _encode_rows(rows, tokenizer, max_length, [tokenizer.eos_token_id])
 
 
 def encode_candidates(
@@ -62,18 +61,11 @@ def encode_candidates(
     Raises:
         ValueError: As `encode_texts` (no eos is needed), or a candidate has no tokens.
     """
-    texts: list[Example] = []
-    numbers: list[int] = []
-    counts: list[int] = []
-    answers: list[int] = []
-    for number, example in enumerate(examples, start=1):
-        assert isinstance(example, ChoiceExample)
-        texts += [Example(prompt=example.prompt, target=c) for c in example.candidates]
-        numbers += [number] * len(example.candidates)
-        counts.append(len(example.candidates))
-        answers.append(example.answer)
-    sequences = list(_encode_answers(texts, tokenizer, max_length, [], numbers))
-    return _dataset(counts, max_length, sequences, torch.tensor(answers, dtype=torch.int64))
+    choices = cast(Sequence[ChoiceExample], examples)
+    rows = [[Example(prompt=e.prompt, target=text) for text in e.candidates] for e in choices]
+    dataset = _encode_rows(rows, tokenizer, max_length, [])
+    answers = torch.tensor([example.answer for example in choices], dtype=torch.int64)
+    return replace(dataset, answers=answers)
 
 
 def encode_pairs(
@@ -84,51 +76,26 @@ def encode_pairs(
     Raises:
         ValueError: `max_length` leaves no room beside the tokenizer's special tokens.
     """
-    pairs: list[Pair] = []
-    counts: list[int] = []
-    answers: list[float] = []
-    for example in examples:
-        assert isinstance(example, ChoiceExample | NumberExample)
-        pairs += example.pairs
-        counts.append(len(example.pairs))
-        answers.append(example.value if isinstance(example, NumberExample) else example.answer)
-    is_number = any(isinstance(example, NumberExample) for example in examples)
+    asked = cast(Sequence[ChoiceExample | NumberExample], examples)
+    answers = [e.value if isinstance(e, NumberExample) else e.answer for e in asked]
+    is_number = any(isinstance(example, NumberExample) for example in asked)
+    pairs = [pair for example in asked for pair in example.pairs]
     encoded = list(_encode_pairs(pairs, tokenizer, max_length))
     has_types = _TYPES in tokenizer.model_input_names
     return Dataset(
         tokens=_flat([row["input_ids"] for row, _ in encoded]),
         types=_flat([row[_TYPES] for row, _ in encoded]) if has_types else None,
         offsets=offsets_of([len(row["input_ids"]) for row, _ in encoded]),
-        groups=offsets_of(counts),
+        groups=offsets_of([len(example.pairs) for example in asked]),
         truncated=torch.tensor([is_cut for _, is_cut in encoded], dtype=torch.bool),
         answers=torch.tensor(answers, dtype=torch.float32 if is_number else torch.int64),
     )
 
 
-def encode_prompt(
-    prompt: str | list[dict[str, str]], tokenizer: PreTrainedTokenizerBase
-) -> list[int]:
+def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The token ids from which a generation starts: exactly the prompt part of `encode_texts`."""
-    text, start = _render(prompt, tokenizer, _start_tokens(tokenizer), number=1)
-    (ids,) = _tokenize([text], tokenizer)
-    return _lead(start, ids, tokenizer, number=1) + ids
-
-
-def _dataset(
-    counts: list[int],
-    max_length: int,
-    sequences: list[tuple[list[int], int]],
-    answers: Tensor | None = None,
-) -> Dataset:
-    """The dataset of sequences with the lengths of their prompts, `counts` of each example."""
-    return Dataset(
-        tokens=_flat([ids[:max_length] for ids, _ in sequences]),
-        offsets=offsets_of([min(len(ids), max_length) for ids, _ in sequences]),
-        groups=offsets_of(counts),
-        truncated=torch.tensor([len(ids) > max_length for ids, _ in sequences], dtype=torch.bool),
-        prompt_lengths=torch.tensor([length for _, length in sequences], dtype=torch.int32),
-        answers=answers,
-    )
+    (ids,) = _tokenize([_render(prompt, tokenizer, number=1)], tokenizer)
+    return _begun(prompt, ids, tokenizer, _start_tokens(tokenizer), number=1)
 
 
 def _flat(rows: Sequence[list[int]]) -> Tensor:
@@ -136,45 +103,60 @@ def _flat(rows: Sequence[list[int]]) -> Tensor:
     return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int32)
 
 
-def _encode_answers(
-    examples: Sequence[Example],
+def _chunks(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    return (items[first : first + _CHUNK_SIZE] for first in range(0, len(items), _CHUNK_SIZE))
+
+
+def _encode_rows(
+    rows: Sequence[Sequence[Example]],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     eos: list[int],
-    numbers: Sequence[int],
-) -> Iterator[tuple[list[int], int]]:
-    """The tokens of each example, not yet cut, and how many of them are the prompt's.
+) -> Dataset:
+    """Every text of every row as a sequence; a row is what errors call an example."""
+    numbered = [(number, example) for number, row in enumerate(rows, 1) for example in row]
+    sequences = [
+        sequence
+        for chunk in _chunks(numbered)
+        for sequence in _encode_answers(chunk, tokenizer, max_length, eos)
+    ]
+    return Dataset(
+        tokens=_flat([ids[:max_length] for ids, _ in sequences]),
+        offsets=offsets_of([min(len(ids), max_length) for ids, _ in sequences]),
+        groups=offsets_of([len(row) for row in rows]),
+        truncated=torch.tensor([len(ids) > max_length for ids, _ in sequences], dtype=torch.bool),
+        prompt_lengths=torch.tensor([length for _, length in sequences], dtype=torch.int32),
+    )
 
-    Two tokenizer calls encode a chunk. `numbers` are what errors call the examples.
-    """
+
+def _encode_answers(
+    numbered: Sequence[tuple[int, Example]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    eos: list[int],
+) -> Iterator[tuple[list[int], int]]:
+    """The tokens of each example, not yet cut, and how many of them are the prompt's."""
     start_tokens = _start_tokens(tokenizer)
-    for first in range(0, len(examples), _CHUNK_SIZE):
-        part = slice(first, first + _CHUNK_SIZE)
-        chunk = list(zip(examples[part], numbers[part], strict=True))
-        rendered = [
-            _render(example.prompt, tokenizer, start_tokens, number) for example, number in chunk
-        ]
-        prompts = _tokenize([text for text, _ in rendered], tokenizer)
-        wholes = _tokenize(
-            [text + e.target for (text, _), (e, _) in zip(rendered, chunk, strict=True)], tokenizer
-        )
-        for i, (example, number) in enumerate(chunk):
-            prompt, answer = prompts[i], wholes[i][len(prompts[i]) :]
-            if wholes[i][: len(prompt)] != prompt:
-                (answer,) = _tokenize([example.target], tokenizer)
-            prompt = _lead(rendered[i][1], prompt, tokenizer, number) + prompt
-            if len(prompt) >= max_length:
-                raise ValueError(
-                    f"Example {number} has a prompt of {len(prompt)} tokens, which leaves no room "
-                    f"for an answer within the max_length of {max_length}: raise --max_length, or "
-                    f"shorten or remove the example."
-                )
-            if not (answer or eos):
-                raise ValueError(
-                    f"Example {number} has the candidate {example.target!r}, which the tokenizer "
-                    "makes no tokens of, so it has no likelihood: write it out."
-                )
-            yield [*prompt, *answer, *eos], len(prompt)
+    texts = [_render(example.prompt, tokenizer, number) for number, example in numbered]
+    prompts = _tokenize(texts, tokenizer)
+    wholes = _tokenize([t + e.target for t, (_, e) in zip(texts, numbered, strict=True)], tokenizer)
+    for (number, example), prompt, whole in zip(numbered, prompts, wholes, strict=True):
+        answer = whole[len(prompt) :]
+        if whole[: len(prompt)] != prompt:
+            (answer,) = _tokenize([example.target], tokenizer)
+        begun = _begun(example.prompt, prompt, tokenizer, start_tokens, number)
+        if len(begun) >= max_length:
+            raise ValueError(
+                f"Example {number} has a prompt of {len(begun)} tokens, which leaves no room for "
+                f"an answer within the max_length of {max_length}: raise --max_length, or shorten "
+                f"or remove the example."
+            )
+        if not (answer or eos):
+            raise ValueError(
+                f"Example {number} has the candidate {example.target!r}, which the tokenizer makes "
+                "no tokens of, so it has no likelihood: write it out."
+            )
+        yield [*begun, *answer, *eos], len(begun)
 
 
 def _start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -186,15 +168,9 @@ def _start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return next(full[:n] for n in range(num_added + 1) if full[n : n + len(plain)] == plain)
 
 
-def _render(
-    prompt: str | list[dict[str, str]],
-    tokenizer: PreTrainedTokenizerBase,
-    start_tokens: list[int],
-    number: int,
-) -> tuple[str, list[int]]:
-    """A prompt as text, and the special tokens to put before it (a template writes its own)."""
+def _render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, number: int) -> str:
     if isinstance(prompt, str):
-        return prompt, start_tokens
+        return prompt
     if tokenizer.chat_template is None:
         raise ValueError(
             f"Example {number} holds chat messages but the tokenizer has no chat template: use a "
@@ -208,7 +184,7 @@ def _render(
             f"change their roles or their order."
         ) from error
     assert isinstance(text, str)
-    return text, []
+    return text
 
 
 def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -217,12 +193,17 @@ def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list
     return ids
 
 
-def _lead(
-    start_tokens: list[int], ids: list[int], tokenizer: PreTrainedTokenizerBase, number: int
+def _begun(
+    prompt: Prompt,
+    ids: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    start_tokens: list[int],
+    number: int,
 ) -> list[int]:
-    """The tokens before the prompt's text, so that the first answer token has one to follow."""
-    if start_tokens or ids:
-        return start_tokens
+    """A prompt's tokens with a start, so that the first answer token has one to follow."""
+    start = start_tokens if isinstance(prompt, str) else []  # a template writes its own
+    if start or ids:
+        return start + ids
     if tokenizer.bos_token_id is None:
         raise ValueError(
             f"Example {number} has an empty prompt and the tokenizer has no bos token to stand for "
@@ -235,8 +216,7 @@ def _encode_pairs(
     pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> Iterator[tuple[dict[str, list[int]], bool]]:
     """What the tokenizer makes of each pair, and whether it was cut: the few that are too long."""
-    for first in range(0, len(pairs), _CHUNK_SIZE):
-        chunk = pairs[first : first + _CHUNK_SIZE]
+    for chunk in _chunks(pairs):
         texts = [list(side) for side in zip(*chunk, strict=True)]
         has_second = texts[1][0] is not None  # all pairs of a task are alike
         rows: Any = tokenizer(*texts[: 1 + has_second], verbose=False)

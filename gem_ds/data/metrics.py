@@ -3,18 +3,10 @@
 Values lie in [0, 1], correlations in [-1, 1]. What a formula leaves undefined counts 0.0: the
 correlation with a constant, F1 where a class is neither predicted nor there.
 
-    cola                                Matthews' correlation
-    mrpc qqp                            accuracy; F1 of the label "equivalent" or "duplicate"
-    stsb                                Pearson's and Spearman's correlation
-    cb                                  accuracy; F1 averaged over the labels that occur, unweighted
-    multirc   f1a                       F1 of "this answer is correct" over all answers
-              exact_match               share of the questions all of whose answers are judged right
-    record squad   f1, exact_match      of normalised words, against the answer that fits best
-    others                              accuracy
-
-`mnli` is the matched validation set and `mnli_mismatched` the other; each is a task of its own.
-Text is normalised as in SQuAD's official script: lower case, no punctuation, no articles, single
-spaces. ReCoRD's and SuperGLUE's do the same.
+F1 of labels is that of "equivalent", "duplicate", "this answer is correct"; macro F1 averages over
+the labels that occur, unweighted. Texts are compared by their words with the answer that fits best,
+normalised as in SQuAD's official script, which ReCoRD's and SuperGLUE's do too. `mnli` is the
+matched validation set and `mnli_mismatched` the other; each is a task of its own.
 """
 
 from __future__ import annotations
@@ -25,7 +17,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
-from types import MappingProxyType
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,7 +25,7 @@ from scipy import stats
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from gem_ds.data.numbers import cleaned, find_numbers
-from gem_ds.data.tasks import AnswerExample, ChoiceExample, Example, NumberExample
+from gem_ds.data.tasks import ChoiceExample, Example, NumberExample
 from gem_ds.data.tasks.catalog import TASKS
 from gem_ds.data.tasks.classification import SCALE
 
@@ -50,12 +42,9 @@ def score(
     examples: Sequence[Example],
     predictions: Sequence[int] | Sequence[float] | Sequence[str],
 ) -> dict[str, float]:
-    """Every metric of a task by name, the main one first.
+    """Every metric of a task of `METRICS` by name, the main one first.
 
-    Args:
-        task: A task of `METRICS`.
-        examples: What was asked.
-        predictions: For each the index of a candidate; for stsb a number; for squad a text.
+    Of each example a prediction is the index of a candidate; for stsb a number; for squad a text.
 
     Raises:
         ValueError: The task has no metric, there is nothing to judge, or a prediction is missing or
@@ -87,37 +76,43 @@ def read_number(text: str) -> float:
     return float(min(max(value, low), high))
 
 
-def accuracy(examples: Sequence[ChoiceExample], predictions: Sequence[int]) -> float:
-    """Share of the right answers."""
-    return float(accuracy_score(_answers(examples), predictions))
+def _of_labels(measure: Callable[..., Any], **options: Any) -> Measure:
+    """A measure of the right labels against the predicted ones."""
+    return lambda examples, predictions: float(
+        measure([example.answer for example in examples], predictions, **options)
+    )
 
 
-def f1(examples: Sequence[ChoiceExample], predictions: Sequence[int]) -> float:
-    """F1 of label 1."""
-    return float(f1_score(_answers(examples), predictions, zero_division=0.0))
+def _of_numbers(correlate: Callable[..., Any]) -> Measure:
+    """A correlation of the right numbers with the predicted ones."""
+    return lambda examples, predictions: _correlation(
+        lambda *values: correlate(*values).statistic,
+        [example.value for example in examples],
+        np.asarray(predictions, dtype=np.float64),
+    )
 
 
-def macro_f1(examples: Sequence[ChoiceExample], predictions: Sequence[int]) -> float:
-    """Mean F1 of the labels that are predicted or right somewhere."""
-    return float(f1_score(_answers(examples), predictions, average="macro", zero_division=0.0))
+def _of_texts(compare: Callable[[str, str], float]) -> Measure:
+    """The mean over the predictions, each against the accepted answer that it fits best."""
+
+    def measure(examples: Sequence[Any], predictions: Sequence[Any]) -> float:
+        total = 0.0
+        for example, prediction in zip(examples, predictions, strict=True):
+            is_choice = isinstance(example, ChoiceExample)
+            text = normalised(example.candidates[prediction] if is_choice else prediction)
+            total += max(compare(text, normalised(answer)) for answer in example.answers)
+        return total / len(examples)
+
+    return measure
 
 
-def matthews(examples: Sequence[ChoiceExample], predictions: Sequence[int]) -> float:
-    """Matthews' correlation."""
-    answers = _answers(examples)
-    if _is_constant(answers) or _is_constant(predictions):
+def _correlation(correlate: Callable[..., float], truth: Sequence[Any], guess: Any) -> float:
+    if len(set(truth)) < 2 or len(set(guess)) < 2:
         return 0.0
-    return float(matthews_corrcoef(answers, predictions))
-
-
-def pearson(examples: Sequence[NumberExample], predictions: Sequence[float]) -> float:
-    """Pearson's correlation."""
-    return _correlation(stats.pearsonr, examples, predictions)
-
-
-def spearman(examples: Sequence[NumberExample], predictions: Sequence[float]) -> float:
-    """Spearman's rank correlation."""
-    return _correlation(stats.spearmanr, examples, predictions)
+    with warnings.catch_warnings():  # of numbers that differ by rounding only
+        warnings.simplefilter("ignore")
+        value = float(correlate(truth, guess))
+    return value if np.isfinite(value) else 0.0
 
 
 def group_exact_match(examples: Sequence[ChoiceExample], predictions: Sequence[int]) -> float:
@@ -127,85 +122,6 @@ def group_exact_match(examples: Sequence[ChoiceExample], predictions: Sequence[i
         is_right = prediction == example.answer
         groups[example.group] = groups.get(example.group, True) and is_right
     return sum(groups.values()) / len(groups)
-
-
-def text_f1(
-    examples: Sequence[AnswerExample | ChoiceExample], predictions: Sequence[str | int]
-) -> float:
-    """Mean F1 of the words, each against the accepted answer that it fits best."""
-    return _mean_of_best(_word_f1, examples, predictions)
-
-
-def text_exact_match(
-    examples: Sequence[AnswerExample | ChoiceExample], predictions: Sequence[str | int]
-) -> float:
-    """Share of the predictions that are an accepted answer, once both are normalised."""
-    return _mean_of_best(lambda a, b: float(a == b), examples, predictions)
-
-
-#: By task its metrics, the main one first.
-METRICS: Mapping[str, Mapping[str, Measure]] = MappingProxyType(
-    {
-        **{task: {"accuracy": accuracy} for task in TASKS},
-        "cola": {"matthews_correlation": matthews},
-        "mrpc": {"accuracy": accuracy, "f1": f1},
-        "qqp": {"accuracy": accuracy, "f1": f1},
-        "stsb": {"pearson": pearson, "spearman": spearman},
-        "cb": {"accuracy": accuracy, "macro_f1": macro_f1},
-        "multirc": {"f1a": f1, "exact_match": group_exact_match},
-        "record": {"f1": text_f1, "exact_match": text_exact_match},
-        "squad": {"f1": text_f1, "exact_match": text_exact_match},
-    }
-)
-
-
-def _is_possible(example: Example, prediction: object) -> bool:
-    if isinstance(example, ChoiceExample):
-        is_index = isinstance(prediction, (int, np.integer))
-        return is_index and 0 <= prediction < len(example.candidates)  # type: ignore[operator]
-    if isinstance(example, NumberExample):
-        return isinstance(prediction, (int, float, np.number)) and bool(np.isfinite(prediction))
-    return isinstance(prediction, str)
-
-
-def _answers(examples: Sequence[ChoiceExample]) -> list[int]:
-    return [example.answer for example in examples]
-
-
-def _is_constant(values: Sequence[float]) -> bool:
-    return len(set(values)) < 2
-
-
-def _correlation(
-    correlate: Callable[..., Any], examples: Sequence[NumberExample], predictions: Sequence[float]
-) -> float:
-    values = [example.value for example in examples]
-    if _is_constant(values) or _is_constant(predictions):
-        return 0.0
-    with warnings.catch_warnings():  # of numbers that differ by rounding only
-        warnings.simplefilter("ignore")
-        value = float(correlate(values, np.asarray(predictions, dtype=np.float64)).statistic)
-    return value if np.isfinite(value) else 0.0
-
-
-def _mean_of_best(
-    compare: Callable[[str, str], float],
-    examples: Sequence[AnswerExample | ChoiceExample],
-    predictions: Sequence[str | int],
-) -> float:
-    total = 0.0
-    for example, prediction in zip(examples, predictions, strict=True):
-        text = normalised(_text(example, prediction))
-        total += max(compare(text, normalised(answer)) for answer in example.answers)
-    return total / len(examples)
-
-
-def _text(example: AnswerExample | ChoiceExample, prediction: str | int) -> str:
-    if isinstance(example, AnswerExample):
-        assert isinstance(prediction, str)
-        return prediction
-    assert not isinstance(prediction, str)
-    return example.candidates[prediction]
 
 
 def normalised(text: str) -> str:
@@ -221,3 +137,34 @@ def _word_f1(text: str, answer: str) -> float:
         return 0.0
     precision, recall = num_common / len(words), num_common / len(wanted)
     return 2 * precision * recall / (precision + recall)
+
+
+accuracy = _of_labels(accuracy_score)
+f1 = _of_labels(f1_score, zero_division=0.0)
+text_f1 = _of_texts(_word_f1)
+text_exact_match = _of_texts(lambda text, answer: float(text == answer))
+
+#: By task its metrics, the main one first.
+METRICS: Mapping[str, Mapping[str, Measure]] = {
+    **{task: {"accuracy": accuracy} for task in TASKS},
+    "cola": {"matthews_correlation": _of_labels(partial(_correlation, matthews_corrcoef))},
+    "mrpc": {"accuracy": accuracy, "f1": f1},
+    "qqp": {"accuracy": accuracy, "f1": f1},
+    "stsb": {"pearson": _of_numbers(stats.pearsonr), "spearman": _of_numbers(stats.spearmanr)},
+    "cb": {
+        "accuracy": accuracy,
+        "macro_f1": _of_labels(f1_score, average="macro", zero_division=0.0),
+    },
+    "multirc": {"f1a": f1, "exact_match": group_exact_match},
+    "record": {"f1": text_f1, "exact_match": text_exact_match},
+    "squad": {"f1": text_f1, "exact_match": text_exact_match},
+}
+
+
+def _is_possible(example: Example, prediction: object) -> bool:
+    if isinstance(example, ChoiceExample):
+        is_index = isinstance(prediction, (int, np.integer))
+        return is_index and 0 <= prediction < len(example.candidates)  # type: ignore[operator]
+    if isinstance(example, NumberExample):
+        return isinstance(prediction, (int, float, np.number)) and bool(np.isfinite(prediction))
+    return isinstance(prediction, str)

@@ -33,23 +33,19 @@ _TRANSLATED: dict[int, str] = str.maketrans(
     }
 )
 _LATEX = [
-    (re.compile(r"\\(?:text|mathrm|mathbf|mathit|math|mbox)[a-z]{0,9}(?=\{)"), ""),
-    (
-        re.compile(r"\\[dtc]?frac\s{0,2}\{([0-9][0-9,.]{0,40})\}\s{0,2}\{?([0-9]{1,40})\}?"),
-        r"\1/\2",
-    ),
-    (re.compile(r"\\[dtc]?frac\s{0,2}([0-9])\s?\{?([0-9])\}?"), r"\1/\2"),
-    (re.compile(r"\{,\}"), ","),
-    (re.compile(r"\\!"), ""),
-    (re.compile(r"\\[,;: ]"), " "),
-    (re.compile(r"\\([$%#&])"), r"\1"),
-    (re.compile(r"\\(?:times|cdot|div)(?![a-z])"), "\N{MULTIPLICATION SIGN}"),
+    (r"\\(?:text|mathrm|mathbf|mathit|math|mbox)[a-z]{0,9}(?=\{)", ""),
+    (r"\\[dtc]?frac\s{0,2}\{([0-9][0-9,.]{0,40})\}\s{0,2}\{?([0-9]{1,40})\}?", r"\1/\2"),
+    (r"\\[dtc]?frac\s{0,2}([0-9])\s?\{?([0-9])\}?", r"\1/\2"),
+    (r"\{,\}", ","),
+    (r"\\!", ""),
+    (r"\\[,;: ]", " "),
+    (r"\\([$%#&])", r"\1"),
+    (r"\\(?:times|cdot|div)(?![a-z])", "\N{MULTIPLICATION SIGN}"),
 ]
 _MIXED_LATEX = re.compile(r"(?<=[0-9])(?=\\[dtc]?frac)")
 _CALCULATOR_MARK = re.compile(r"<<[^<>\n]{0,200}>>")  # GSM8K's <<48/2=24>> before the 24
 
 _SUPERSCRIPTS = "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079"
-_TO_DIGITS = str.maketrans(_SUPERSCRIPTS, "0123456789")
 _SCALES = {"k": 10**3, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 
 _NUMBER = re.compile(
@@ -100,18 +96,11 @@ _MINUS_WORD = re.compile(r"(?:^|[^0-9)%a-z ])[ ]?\b(?:minus|negative) $|[a-z] (?
 
 @dataclass(frozen=True)
 class Number:
-    """A number in a text.
-
-    Attributes:
-        start: Where it begins, sign and currency included.
-        end: Where it ends; a unit or percent sign is not included.
-        value: Its value; None for what is no single number, a division by zero, and what is too
-            long to be an answer.
-    """
+    """A number in a text, sign and currency included; a unit or percent sign is not."""
 
     start: int
     end: int
-    value: Fraction | None
+    value: Fraction | None  # none of what is no single number, or too long to be an answer
 
 
 def cleaned(text: str) -> str:
@@ -124,7 +113,7 @@ def cleaned(text: str) -> str:
     if "\\" in text or "{" in text:
         text = _MIXED_LATEX.sub(" ", text)
         for pattern, replacement in _LATEX:
-            text = pattern.sub(replacement, text)
+            text = re.sub(pattern, replacement, text)
     return text
 
 
@@ -135,7 +124,7 @@ def find_numbers(text: str) -> list[Number]:
         junk = match["junk"]
         if junk is not None and not "0" <= junk[0] <= "9":
             continue
-        value = None if junk is not None else _value(match)
+        value = _value(match) if junk is None else None
         number = Number(match.start(), match.end(), value)
         if numbers and number.value is not None and _are_joined(text, numbers[-1], number):
             numbers[-1] = Number(numbers[-1].start, numbers[-1].end, None)
@@ -165,33 +154,31 @@ def _plain(character: str) -> str:
 
 def _value(match: re.Match[str]) -> Fraction | None:
     """The exact value of a number; None where it has none that could be an answer."""
-    if match["comma"] is not None or match.end() - match.start() > _MAX_DIGITS:
+    parts = {  # powers in plain digits
+        name: unicodedata.normalize("NFKC", part)
+        for name, part in match.groupdict().items()
+        if part
+    }
+    if "comma" in parts or match.end() - match.start() > _MAX_DIGITS:
         return None
-    digits = match["digits"]
+    digits, denominator = parts["digits"], parts.get("denominator", "1")
     if re.fullmatch(r"[0-9]{1,3}(?:\.[0-9]{3})+,[0-9]{1,2}", digits):
         digits = digits.replace(".", "").replace(",", ".")
     value = Fraction(Decimal(re.sub(r"[,'_ ]", "", digits)))
-    if (denominator := match["denominator"]) is not None:
-        if not denominator.strip("0"):
+    if not denominator.strip("0"):
+        return None
+    value /= Fraction(Decimal(denominator))
+    value += Fraction(Decimal(parts.get("whole", "0")))
+    for exponent in (parts.get(name, "0") for name in ("exponent", "ten", "raised_ten")):
+        if len(exponent) > 5 or abs(int(exponent)) > _MAX_DIGITS:
             return None
-        value /= Fraction(Decimal(denominator))
-    if match["whole"] is not None:
-        value += Fraction(Decimal(match["whole"]))
-    for exponent in (match["exponent"], match["ten"], _digits(match["raised_ten"])):
-        if exponent is not None:
-            if len(exponent) > 5 or abs(int(exponent)) > _MAX_DIGITS:
-                return None
-            value *= Fraction(10) ** int(exponent)
-    if (power := match["power"] or _digits(match["raised"])) is not None:
-        size = len(digits) + len(denominator or "")
+        value *= Fraction(10) ** int(exponent)
+    if power := parts.get("power") or parts.get("raised"):
+        size = len(digits) + len(parts.get("denominator", ""))
         if len(power) > 5 or abs(int(power)) * size > _MAX_DIGITS or not value:
             return None
         value **= int(power)
-    value *= _SCALES.get((match["scale"] or match["kilo"] or "").lower(), 1)
+    value *= _SCALES.get((parts.get("scale") or parts.get("kilo", "")).lower(), 1)
     before = match.string[max(0, match.start() - 12) : match.start()]
-    is_negative = match["sign"] or match["inner_sign"] or _MINUS_WORD.search(before)
+    is_negative = "sign" in parts or "inner_sign" in parts or _MINUS_WORD.search(before)
     return -value if is_negative else value
-
-
-def _digits(superscript: str | None) -> str | None:
-    return None if superscript is None else superscript.translate(_TO_DIGITS)

@@ -23,12 +23,9 @@ def pack(examples: Dataset, max_length: int) -> Dataset:
 def pack_rows(lengths: Tensor, max_length: int) -> list[list[int]]:
     """Group examples of `lengths` [n] into rows of at most `max_length`: best fit, longest first.
 
-    Each example goes into the fullest row that still has room for it, or opens a new row. The
-    result depends on the lengths alone. Best-fit-decreasing needs at most 11/9 of the fewest
-    possible rows (plus a constant); here it takes O(n log max_length).
-
-    Raises:
-        ValueError: An example is longer than `max_length`.
+    Each example goes into the fullest row that still has room for it, or opens a new row; the
+    result depends on the lengths alone. That needs at most 11/9 of the fewest possible rows (plus
+    a constant) and takes O(n log max_length).
     """
     rows: list[list[int]] = []
     rows_by_room: dict[int, list[int]] = {}  # room -> open rows that have exactly this room left
@@ -50,8 +47,8 @@ def pack_rows(lengths: Tensor, max_length: int) -> list[list[int]]:
             if not rows_by_room[room]:
                 del rows_by_room[room], rooms[position]
         rows[row].append(i)
-        if room - length not in rows_by_room:
-            rows_by_room[room - length] = []
-            insort(rooms, room - length)
-        rows_by_room[room - length].append(row)
+        room -= length
+        if room not in rows_by_room:
+            insort(rooms, room)
+        rows_by_room.setdefault(room, []).append(row)
     return rows

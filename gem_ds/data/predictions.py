@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from gem_ds.data.metrics import text_f1
 from gem_ds.data.tasks import ChoiceExample, Example, NumberExample
@@ -25,20 +24,19 @@ def save_predictions(
     folder: Path, examples: Sequence[Example], predictions: Sequence[float]
 ) -> None:
     """Write predictions.jsonl, a line for each example in their order."""
-    lines = [
-        json.dumps({"id": i, "prediction": prediction, **_judged(example, prediction)})
-        for i, (example, prediction) in enumerate(zip(examples, predictions, strict=True))
-    ]
-    payload = "".join(f"{line}\n" for line in lines).encode()
+    lines = []
+    for i, (example, prediction) in enumerate(zip(examples, predictions, strict=True)):
+        reference, correct = _judged(example, prediction)
+        line = {"id": i, "prediction": prediction, "reference": reference, "correct": correct}
+        lines.append(json.dumps(line) + "\n")
+    payload = "".join(lines).encode()
     atomic_write(folder / PREDICTIONS_FILE, lambda path: path.write_bytes(payload))
 
 
-def _judged(example: Example, prediction: float) -> dict[str, Any]:
+def _judged(example: Example, prediction: float) -> tuple[float, float | None]:
     if isinstance(example, NumberExample):
-        return {"reference": example.value, "correct": None}
+        return example.value, None
     assert isinstance(example, ChoiceExample)
     if example.answers:
-        correct = text_f1([example], [int(prediction)])
-    else:
-        correct = float(prediction == example.answer)
-    return {"reference": example.answer, "correct": correct}
+        return example.answer, text_f1([example], [int(prediction)])
+    return example.answer, float(prediction == example.answer)

@@ -31,12 +31,10 @@ from itertools import groupby
 from typing import Protocol
 
 from gem_ds.data.encode import encode_prompt
+from gem_ds.data.tasks import Prompt
 from gem_ds.models.encoders import num_positions
 from gem_ds.models.load import ModelFiles
 from gem_ds.models.tokenizer import refuse_foreign_tokens
-
-Prompt = str | list[dict[str, str]]
-"""Text, or chat messages for the tokenizer's chat template."""
 
 Key = tuple[str, int]
 """Which sample: the task id and the sample's number."""

@@ -20,21 +20,20 @@ from typing import Literal
 
 Kind = Literal["text", "labels", "choices", "number"]
 
+#: What a causal model reads: text, or chat messages `{"role": ..., "content": ...}`, which the
+#: tokenizer's chat template turns into text.
+Prompt = str | list[dict[str, str]]
+
 #: What an encoder reads: a sentence, or two with its separator between them.
 Pair = tuple[str, str | None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One training or test case: the model reads `prompt` and learns to write `target`.
+    """One training or test case: the model reads `prompt` and learns to write `target`."""
 
-    `prompt` is text, or chat messages `{"role": ..., "content": ...}` which the tokenizer's chat
-    template turns into text. `target` follows the prompt exactly as it stands: a space between the
-    two belongs to the target.
-    """
-
-    prompt: str | list[dict[str, str]]
-    target: str
+    prompt: Prompt
+    target: str  # as it stands behind the prompt: a space between the two belongs to it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,22 +54,14 @@ class NumberExample(Example):
 
 @dataclass(frozen=True, kw_only=True)
 class ChoiceExample(Example):
-    """An example whose answer is one of several candidates: `target == candidates[answer]`.
+    """An example whose answer is one of several candidates: `target == candidates[answer]`."""
 
-    Attributes:
-        candidates: Texts that may follow the prompt, as `target` does, leading space included.
-        answer: Which of them is right, from 0.
-        pairs: For encoders, the sentence or two to read: one where the task has a fixed set of
-            labels, and one per candidate where the candidates are the example's own.
-        group: Examples of the same group are judged together (multirc: one question's).
-        answers: record: every accepted text, `target` without its space among them.
-    """
-
-    candidates: tuple[str, ...]
-    answer: int
+    candidates: tuple[str, ...]  # texts that may follow the prompt, leading space included
+    answer: int  # which of them is right, from 0
+    #: For encoders: one where the task has a fixed set of labels, else one for each candidate.
     pairs: tuple[Pair, ...]
-    group: str = ""
-    answers: tuple[str, ...] = ()
+    group: str = ""  # examples of one group are judged together (multirc: one question's)
+    answers: tuple[str, ...] = ()  # record: every accepted text, `target` without its space too
 
 
 @dataclass(frozen=True)
@@ -102,15 +93,8 @@ class Source:
     target_field: str | None = None
 
 
-Load = Callable[[Source], TaskData]
-
-
 def load_task(name: str, **said: str | None) -> TaskData:
-    """Load the examples of the task `name`, for instance "gsm8k", "rte" or "jsonl".
-
-    Args:
-        name: One of `task_names`.
-        said: Where they are, as `Source` has it.
+    """Load the examples of a task of `task_names`; `said` is where they are, as `Source` has it.
 
     Raises:
         ValueError: No such task, an option which the task does not take, or a file at fault (the
@@ -120,14 +104,13 @@ def load_task(name: str, **said: str | None) -> TaskData:
     if name not in families:
         raise ValueError(f"There is no task {name!r}: pass one of {', '.join(task_names())}.")
     load, hub = families[name]
-    source = Source(**said)
-    for option in ("train_file", "test_file", "prompt_field", "target_field"):
-        if hub is not None and getattr(source, option) is not None:
+    for option, value in said.items():
+        if hub is not None and option != "data_dir" and value is not None:
             raise ValueError(
                 f"--{option} has no meaning for --task {name}, whose files and fields are fixed: "
                 f"leave it out, or pass --task jsonl."
             )
-    return load(source)
+    return load(Source(**said))
 
 
 def task_names() -> list[str]:
@@ -140,7 +123,7 @@ def hub_dataset(name: str) -> str | None:
     return _families()[name][1]
 
 
-def _families() -> dict[str, tuple[Load, str | None]]:
+def _families() -> dict[str, tuple[Callable[[Source], TaskData], str | None]]:
     """How each task is loaded, and its address on the Hub if it has one.
 
     Imports here, as each family imports the classes above.

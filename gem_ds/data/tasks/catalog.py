@@ -20,17 +20,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from types import MappingProxyType
 
+from gem_ds.data.tasks import superglue
 from gem_ds.data.tasks.classification import ClassificationTask, Files
-from gem_ds.data.tasks.superglue import (
-    derive_copa,
-    derive_record,
-    derive_wsc,
-    unfold_multirc,
-    unfold_record,
-    unfold_wsc,
-)
 
 GLUE = "nyu-mll/glue"
 SUPERGLUE = "aps/super_glue"
@@ -55,161 +47,157 @@ _MNLI = ClassificationTask(
 )
 
 #: Every task by its short name.
-TASKS: Mapping[str, ClassificationTask] = MappingProxyType(
-    {
-        "cola": ClassificationTask(
-            hub=(GLUE, "cola"),
-            files=(_tsv(header=("source", "label", "mark", "sentence"), labels=_ZERO_ONE),),
-            labels=("unacceptable", "acceptable"),
-            prompt="{sentence}\nQuestion: Is this sentence grammatically acceptable?\nAnswer:",
-            answers=(" no", " yes"),
-            pair=("{sentence}", None),
-        ),
-        "sst2": ClassificationTask(
-            hub=(GLUE, "sst2"),
-            files=(_tsv(labels=_ZERO_ONE),),
-            labels=("negative", "positive"),
-            prompt="{sentence}\nQuestion: Is this review negative or positive?\nAnswer:",
-            answers=(" negative", " positive"),
-            pair=("{sentence}", None),
-        ),
-        "mrpc": ClassificationTask(
-            hub=(GLUE, "mrpc"),
-            files=(
-                _tsv(
-                    names={"sentence1": "#1 String", "sentence2": "#2 String", "label": "Quality"},
-                    labels=_ZERO_ONE,
-                ),
+TASKS: Mapping[str, ClassificationTask] = {
+    "cola": ClassificationTask(
+        hub=(GLUE, "cola"),
+        files=(_tsv(header=("source", "label", "mark", "sentence"), labels=_ZERO_ONE),),
+        labels=("unacceptable", "acceptable"),
+        prompt="{sentence}\nQuestion: Is this sentence grammatically acceptable?\nAnswer:",
+        answers=(" no", " yes"),
+        pair=("{sentence}", None),
+    ),
+    "sst2": ClassificationTask(
+        hub=(GLUE, "sst2"),
+        files=(_tsv(labels=_ZERO_ONE),),
+        labels=("negative", "positive"),
+        prompt="{sentence}\nQuestion: Is this review negative or positive?\nAnswer:",
+        answers=(" negative", " positive"),
+        pair=("{sentence}", None),
+    ),
+    "mrpc": ClassificationTask(
+        hub=(GLUE, "mrpc"),
+        files=(
+            _tsv(
+                names={"sentence1": "#1 String", "sentence2": "#2 String", "label": "Quality"},
+                labels=_ZERO_ONE,
             ),
-            labels=("not_equivalent", "equivalent"),
-            prompt=(
-                "Sentence 1: {sentence1}\nSentence 2: {sentence2}\n"
-                "Question: Do both sentences mean the same thing?\nAnswer:"
-            ),
-            answers=(" no", " yes"),
-            pair=("{sentence1}", "{sentence2}"),
         ),
-        "stsb": ClassificationTask(
-            hub=(GLUE, "stsb"),
-            files=(_tsv(names={"label": "score"}),),
-            kind="number",
-            prompt=(
-                "Sentence 1: {sentence1}\nSentence 2: {sentence2}\n"
-                "Question: How similar in meaning are the sentences, from 0.0 (not at all) to 5.0 "
-                "(the same)?\nAnswer:"
-            ),
-            pair=("{sentence1}", "{sentence2}"),
+        labels=("not_equivalent", "equivalent"),
+        prompt=(
+            "Sentence 1: {sentence1}\nSentence 2: {sentence2}\n"
+            "Question: Do both sentences mean the same thing?\nAnswer:"
         ),
-        "qqp": ClassificationTask(
-            hub=(GLUE, "qqp"),
-            files=(_tsv(names={"label": "is_duplicate"}, labels=_ZERO_ONE, skip_short=True),),
-            labels=("not_duplicate", "duplicate"),
-            prompt=(
-                "Question 1: {question1}\nQuestion 2: {question2}\n"
-                "Question: Do both questions ask the same thing?\nAnswer:"
-            ),
-            answers=(" no", " yes"),
-            pair=("{question1}", "{question2}"),
+        answers=(" no", " yes"),
+        pair=("{sentence1}", "{sentence2}"),
+    ),
+    "stsb": ClassificationTask(
+        hub=(GLUE, "stsb"),
+        files=(_tsv(names={"label": "score"}),),
+        kind="number",
+        prompt=(
+            "Sentence 1: {sentence1}\nSentence 2: {sentence2}\n"
+            "Question: How similar in meaning are the sentences, from 0.0 (not at all) to 5.0 "
+            "(the same)?\nAnswer:"
         ),
-        "mnli": _MNLI,
-        "mnli_mismatched": replace(
-            _MNLI,
-            files=(replace(_MNLI.files[0], test="dev_mismatched.tsv"),),
-            test_split="validation_mismatched",
+        pair=("{sentence1}", "{sentence2}"),
+    ),
+    "qqp": ClassificationTask(
+        hub=(GLUE, "qqp"),
+        files=(_tsv(names={"label": "is_duplicate"}, labels=_ZERO_ONE, skip_short=True),),
+        labels=("not_duplicate", "duplicate"),
+        prompt=(
+            "Question 1: {question1}\nQuestion 2: {question2}\n"
+            "Question: Do both questions ask the same thing?\nAnswer:"
         ),
-        "qnli": ClassificationTask(
-            hub=(GLUE, "qnli"),
-            files=(_tsv(),),
-            labels=("entailment", "not_entailment"),
-            prompt=(
-                "{question}\n{sentence}\nQuestion: Does this sentence answer the question?\nAnswer:"
-            ),
-            answers=(" yes", " no"),
-            pair=("{question}", "{sentence}"),
+        answers=(" no", " yes"),
+        pair=("{question1}", "{question2}"),
+    ),
+    "mnli": _MNLI,
+    "mnli_mismatched": replace(
+        _MNLI,
+        files=(replace(_MNLI.files[0], test="dev_mismatched.tsv"),),
+        test_split="validation_mismatched",
+    ),
+    "qnli": ClassificationTask(
+        hub=(GLUE, "qnli"),
+        files=(_tsv(),),
+        labels=("entailment", "not_entailment"),
+        prompt="{question}\n{sentence}\nQuestion: Does this sentence answer the question?\nAnswer:",
+        answers=(" yes", " no"),
+        pair=("{question}", "{sentence}"),
+    ),
+    "rte": ClassificationTask(
+        hub=(GLUE, "rte"),
+        files=(_tsv(), _jsonl(names={"sentence1": "premise", "sentence2": "hypothesis"})),
+        labels=("entailment", "not_entailment"),
+        prompt="{sentence1}\nQuestion: {sentence2} True or False?\nAnswer:",
+        answers=(" True", " False"),
+        pair=("{sentence1}", "{sentence2}"),
+    ),
+    "wnli": ClassificationTask(
+        hub=(GLUE, "wnli"),
+        files=(_tsv(labels=_ZERO_ONE),),
+        labels=("not_entailment", "entailment"),
+        prompt="{sentence1}\nQuestion: {sentence2} True or False?\nAnswer:",
+        answers=(" False", " True"),
+        pair=("{sentence1}", "{sentence2}"),
+    ),
+    "boolq": ClassificationTask(
+        hub=(SUPERGLUE, "boolq"),
+        files=(_jsonl(labels=(False, True)),),
+        labels=("False", "True"),
+        prompt="{passage}\nQuestion: {question}?\nAnswer:",
+        answers=(" no", " yes"),
+        pair=("{question}", "{passage}"),
+    ),
+    "cb": ClassificationTask(
+        hub=(SUPERGLUE, "cb"),
+        files=(_jsonl(),),
+        labels=("entailment", "contradiction", "neutral"),
+        prompt="{premise}\nQuestion: {hypothesis}. True, False or Neither?\nAnswer:",
+        answers=(" True", " False", " Neither"),
+        pair=("{premise}", "{hypothesis}"),
+    ),
+    "copa": ClassificationTask(
+        hub=(SUPERGLUE, "copa"),
+        files=(_jsonl(labels=(0, 1)),),
+        kind="choices",
+        labels=("choice1", "choice2"),
+        derive=superglue.derive_copa,
+        prompt="{beginning}",
+        answers=(" {choice}",),
+        pair=("{beginning}", "{choice}"),
+    ),
+    "multirc": ClassificationTask(
+        hub=(SUPERGLUE, "multirc"),
+        files=(_jsonl(labels=(0, 1), unfold=superglue.unfold_multirc),),
+        labels=("False", "True"),
+        group=("paragraph", "question"),
+        prompt="{paragraph}\nQuestion: {question}\nAnswer: {answer}\nIs this answer correct?",
+        answers=(" no", " yes"),
+        pair=("{paragraph}", "{question} {answer}"),
+    ),
+    "record": ClassificationTask(
+        hub=(SUPERGLUE, "record"),
+        files=(_jsonl(unfold=superglue.unfold_record),),
+        kind="choices",
+        group=("passage", "query"),
+        derive=superglue.derive_record,
+        prompt="{passage}\n\n{blank}\nQuestion: Which name fills the blank?\nAnswer:",
+        answers=(" {entity}",),
+        pair=("{passage}", "{filled}"),
+    ),
+    "wic": ClassificationTask(
+        hub=(SUPERGLUE, "wic"),
+        files=(_jsonl(labels=(False, True)),),
+        labels=("False", "True"),
+        prompt=(
+            "Sentence 1: {sentence1}\nSentence 2: {sentence2}\n"
+            'Question: Does the word "{word}" have the same meaning in both sentences?\nAnswer:'
         ),
-        "rte": ClassificationTask(
-            hub=(GLUE, "rte"),
-            files=(_tsv(), _jsonl(names={"sentence1": "premise", "sentence2": "hypothesis"})),
-            labels=("entailment", "not_entailment"),
-            prompt="{sentence1}\nQuestion: {sentence2} True or False?\nAnswer:",
-            answers=(" True", " False"),
-            pair=("{sentence1}", "{sentence2}"),
+        answers=(" no", " yes"),
+        pair=("{word}: {sentence1}", "{sentence2}"),
+    ),
+    "wsc": ClassificationTask(
+        hub=(SUPERGLUE, "wsc.fixed"),
+        files=(_jsonl(labels=(False, True), unfold=superglue.unfold_wsc),),
+        labels=("False", "True"),
+        derive=superglue.derive_wsc,
+        prompt=(
+            'Passage: {marked}\nQuestion: Does the pronoun "*{span2_text}*" refer to '
+            '"*{span1_text}*"?\nAnswer:'
         ),
-        "wnli": ClassificationTask(
-            hub=(GLUE, "wnli"),
-            files=(_tsv(labels=_ZERO_ONE),),
-            labels=("not_entailment", "entailment"),
-            prompt="{sentence1}\nQuestion: {sentence2} True or False?\nAnswer:",
-            answers=(" False", " True"),
-            pair=("{sentence1}", "{sentence2}"),
-        ),
-        "boolq": ClassificationTask(
-            hub=(SUPERGLUE, "boolq"),
-            files=(_jsonl(labels=(False, True)),),
-            labels=("False", "True"),
-            prompt="{passage}\nQuestion: {question}?\nAnswer:",
-            answers=(" no", " yes"),
-            pair=("{question}", "{passage}"),
-        ),
-        "cb": ClassificationTask(
-            hub=(SUPERGLUE, "cb"),
-            files=(_jsonl(),),
-            labels=("entailment", "contradiction", "neutral"),
-            prompt="{premise}\nQuestion: {hypothesis}. True, False or Neither?\nAnswer:",
-            answers=(" True", " False", " Neither"),
-            pair=("{premise}", "{hypothesis}"),
-        ),
-        "copa": ClassificationTask(
-            hub=(SUPERGLUE, "copa"),
-            files=(_jsonl(labels=(0, 1)),),
-            kind="choices",
-            labels=("choice1", "choice2"),
-            derive=derive_copa,
-            prompt="{beginning}",
-            answers=(" {choice}",),
-            pair=("{beginning}", "{choice}"),
-        ),
-        "multirc": ClassificationTask(
-            hub=(SUPERGLUE, "multirc"),
-            files=(_jsonl(labels=(0, 1), unfold=unfold_multirc),),
-            labels=("False", "True"),
-            group=("paragraph", "question"),
-            prompt="{paragraph}\nQuestion: {question}\nAnswer: {answer}\nIs this answer correct?",
-            answers=(" no", " yes"),
-            pair=("{paragraph}", "{question} {answer}"),
-        ),
-        "record": ClassificationTask(
-            hub=(SUPERGLUE, "record"),
-            files=(_jsonl(unfold=unfold_record),),
-            kind="choices",
-            group=("passage", "query"),
-            derive=derive_record,
-            prompt="{passage}\n\n{blank}\nQuestion: Which name fills the blank?\nAnswer:",
-            answers=(" {entity}",),
-            pair=("{passage}", "{filled}"),
-        ),
-        "wic": ClassificationTask(
-            hub=(SUPERGLUE, "wic"),
-            files=(_jsonl(labels=(False, True)),),
-            labels=("False", "True"),
-            prompt=(
-                "Sentence 1: {sentence1}\nSentence 2: {sentence2}\n"
-                'Question: Does the word "{word}" have the same meaning in both sentences?\nAnswer:'
-            ),
-            answers=(" no", " yes"),
-            pair=("{word}: {sentence1}", "{sentence2}"),
-        ),
-        "wsc": ClassificationTask(
-            hub=(SUPERGLUE, "wsc.fixed"),
-            files=(_jsonl(labels=(False, True), unfold=unfold_wsc),),
-            labels=("False", "True"),
-            derive=derive_wsc,
-            prompt=(
-                'Passage: {marked}\nQuestion: Does the pronoun "*{span2_text}*" refer to '
-                '"*{span1_text}*"?\nAnswer:'
-            ),
-            answers=(" no", " yes"),
-            pair=("{marked}", "{span2_text} refers to {span1_text}."),
-        ),
-    }
-)
+        answers=(" no", " yes"),
+        pair=("{marked}", "{span2_text} refers to {span1_text}."),
+    ),
+}

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from gem_ds.data.tasks import ChoiceExample, Example, Kind, NumberExample, Pair, Source, TaskData
-from gem_ds.data.tasks.lines import Line, read_hub, read_jsonl, read_tsv
+from gem_ds.data.tasks.lines import Fields, Line, read_hub, read_jsonl, read_tsv
 
 #: The ends of the scale on which numbers are.
 SCALE = (0.0, 5.0)
@@ -32,7 +32,7 @@ class Files:
     header: tuple[str, ...] = ()  # names of the columns, for a TSV that has none
     names: Mapping[str, str] = field(default_factory=dict)  # the Hub's of a field -> the file's
     labels: tuple[object, ...] | None = None  # what is written for each; None: their names
-    unfold: Callable[[Line], list[Line]] | None = None  # a nested row -> rows of the Hub's shape
+    unfold: Callable[[Line], list[Fields]] | None = None  # a nested row -> rows of the Hub's shape
     skip_short: bool = False  # whether rows of a TSV that lack cells are left out, as by the Hub
 
     def read(self, path: Path, label_names: Sequence[str]) -> Iterator[Line]:
@@ -42,15 +42,16 @@ class Files:
         else:
             lines = read_jsonl(path)
         for line in lines:
-            for row in self.unfold(line) if self.unfold else [self._renamed(line)]:
+            for fields in self.unfold(line) if self.unfold else [self._renamed(line)]:
+                row = replace(line, fields=fields)
                 yield _numbered(row, label_names if self.labels is None else self.labels)
 
-    def _renamed(self, line: Line) -> Line:
+    def _renamed(self, line: Line) -> Fields:
         fields = dict(line.fields)
         for name, own in self.names.items():
             fields[name] = line.value(own)
             del fields[own]
-        return replace(line, fields=fields)
+        return fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +77,7 @@ class ClassificationTask:
     pair: Pair
     test_split: str = "validation"  # the Hub's name of the validation set
     group: tuple[str, ...] = ()  # the parts of a row's `idx` that say what is judged together
-    derive: Callable[[Line], Mapping[str, object]] | None = None  # further fields for the templates
+    derive: Callable[[Line], Fields] | None = None  # further fields for the templates
 
 
 def load(task: ClassificationTask, source: Source) -> TaskData:
@@ -93,21 +94,15 @@ def load(task: ClassificationTask, source: Source) -> TaskData:
         ]
     else:
         folder = Path(source.data_dir)
-        files = _present(folder, task.files)
+        files = next((form for form in task.files if (folder / form.train).is_file()), None)
+        if files is None:
+            wanted = " or ".join(str(folder / form.train) for form in task.files)
+            raise ValueError(f"There is no file {wanted}: check the path.")
         paths = (folder / files.train, folder / files.test)
         parts = [files.read(path, task.labels) if path.is_file() else [] for path in paths]
     train, test = ([_example(task, row) for row in rows] for rows in parts)
     labels = task.labels if task.kind == "labels" else ()
     return TaskData(train=train, test=test, kind=task.kind, labels=labels)
-
-
-def _present(folder: Path, forms: Sequence[Files]) -> Files:
-    """The form whose training file is in the folder."""
-    for files in forms:
-        if (folder / files.train).is_file():
-            return files
-    wanted = " or ".join(str(folder / files.train) for files in forms)
-    raise ValueError(f"There is no file {wanted}: check the path.")
 
 
 def _numbered(row: Line, written: Sequence[object]) -> Line:

@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+Fields = dict[str, object]
+
 _JSON_TYPES: dict[type, str] = {
     str: "a string",
     bool: "true or false",
@@ -33,7 +35,7 @@ class Line:
 
     path: Path
     number: int
-    fields: dict[str, object]
+    fields: Fields
     unit: str = "line"
 
     def value(self, field: str) -> object:
@@ -127,12 +129,7 @@ def read_json(path: Path) -> object:
 
 
 def read_jsonl(path: Path) -> list[Line]:
-    """The objects of a JSONL file, one to a line; blank lines are skipped.
-
-    Raises:
-        ValueError: The file is missing or holds no object, or a line is not UTF-8, not JSON or not
-            an object; the sentence names the file and the line.
-    """
+    """The objects of a JSONL file, one to a line; blank lines are skipped."""
     lines = parse_jsonl(path, _read_bytes(path))
     if not lines:
         raise ValueError(f"{path} is empty: it must hold one JSON object per line.")
@@ -140,7 +137,7 @@ def read_jsonl(path: Path) -> list[Line]:
 
 
 def parse_jsonl(path: Path, content: bytes) -> list[Line]:
-    """The lines of a JSONL file that has been read, perhaps none; raises as `read_jsonl`."""
+    """The lines of a JSONL file that has been read, perhaps none."""
     return [
         Line(path, number, _object(text, f"{path}, line {number}"))
         for number, text in _texts(path, content)
@@ -151,14 +148,7 @@ def parse_jsonl(path: Path, content: bytes) -> list[Line]:
 def read_tsv(path: Path, header: tuple[str, ...] = (), *, skip_short: bool = False) -> list[Line]:
     """The rows of a table, each with its cells by column; empty lines are skipped.
 
-    Args:
-        path: The file.
-        header: The names of the columns; those of the first line if none are given.
-        skip_short: Whether rows that lack cells are left out instead of refused.
-
-    Raises:
-        ValueError: The file is missing or has no rows, or a line is not UTF-8 or has another number
-            of cells than there are columns; the sentence names the file and the line.
+    Without a `header` the first line names the columns. Rows that lack cells may be skipped.
     """
     rows = []
     for number, text in _texts(path, _read_bytes(path)):
@@ -202,7 +192,7 @@ def _texts(path: Path, content: bytes) -> Iterator[tuple[int, str]]:
             ) from None
 
 
-def _object(text: str, where: str) -> dict[str, object]:
+def _object(text: str, where: str) -> Fields:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:

@@ -3,11 +3,9 @@ r"""MBPP: short Python problems with solutions and tests (Austin et al., arXiv 2
     prompt = "You are an expert Python programmer, and here is your task: {text} Your code should
               pass these tests:\n\n{tests}\n[BEGIN]\n"            target = "{code}\n[DONE]"
 
-The form is that of the dataset's own README, tests one to a line. Evaluation builds its prompts
-with the same functions, so that a model is asked as it was taught.
-
-The full set has 974 problems, whose ids say what they are for (`SPLITS`). The sanitized set has 427
-of them, checked by hand and partly rewritten; it names two fields differently:
+The form is that of the dataset's own README, tests one to a line; evaluation asks with the same
+functions. The full set has 974 problems, whose ids say what they are for (`SPLITS`). The sanitized
+set has 427 of them, checked by hand and partly rewritten; it names two fields differently:
 
     mbpp.jsonl              text     test_setup_code (text)
     sanitized-mbpp.json     prompt   test_imports (list of lines)
@@ -23,24 +21,19 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 from gem_ds.data.tasks import Example, Source, TaskData
 from gem_ds.data.tasks.lines import Line, numbered, read_json, read_jsonl
 
 HUB_DATASET = "google-research-datasets/mbpp"
-FULL_FILE = "mbpp.jsonl"
-SANITIZED_FILE = "sanitized-mbpp.json"
 
 #: The ids of each split, the same in both sets.
-SPLITS: Mapping[str, range] = MappingProxyType(
-    {
-        "prompt": range(1, 11),
-        "test": range(11, 511),
-        "validation": range(511, 601),
-        "train": range(601, 975),
-    }
-)
+SPLITS: Mapping[str, range] = {
+    "prompt": range(1, 11),
+    "test": range(11, 511),
+    "validation": range(511, 601),
+    "train": range(601, 975),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,10 +87,8 @@ def load(source: Source) -> TaskData:
     carriage return is an accident of the file and not worth a token to learn.
     """
     dataset = load_problems(source.data_dir)
-    return TaskData(
-        train=[_example(problem) for problem in dataset.split("train")],
-        test=[_example(problem) for problem in dataset.split("validation")],
-    )
+    train, test = (map(_example, dataset.split(name)) for name in ("train", "validation"))
+    return TaskData(train=[*train], test=[*test])
 
 
 def load_problems(data_dir: str | Path | None, *, sanitized: bool = False) -> Dataset:
@@ -116,7 +107,7 @@ def load_problems(data_dir: str | Path | None, *, sanitized: bool = False) -> Da
         rows = numbered(Path(HUB_DATASET), fields, "row")
         content = "".join(json.dumps(row, sort_keys=True) + "\n" for row in fields).encode()
     else:
-        path = Path(data_dir, SANITIZED_FILE if sanitized else FULL_FILE)
+        path = Path(data_dir, "sanitized-mbpp.json" if sanitized else "mbpp.jsonl")
         source, rows = path.name, _read_list(path) if sanitized else read_jsonl(path)
         content = path.read_bytes()
     sha256 = hashlib.sha256(content).hexdigest()

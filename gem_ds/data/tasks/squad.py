@@ -15,13 +15,6 @@ from gem_ds.data.tasks import AnswerExample, Example, Source, TaskData
 from gem_ds.data.tasks.lines import Line, numbered, read_hub, read_json
 
 HUB_DATASET = "rajpurkar/squad"
-TRAIN_FILE = "train-v1.1.json"
-TEST_FILE = "dev-v1.1.json"
-
-
-def prompt_of(title: str, context: str, question: str) -> str:
-    """The prompt for one question, without any worked example before it."""
-    return f"Title: {title.replace('_', ' ')}\n\n{context}\n\nQuestion: {question}\nAnswer:"
 
 
 def load(source: Source) -> TaskData:
@@ -31,7 +24,7 @@ def load(source: Source) -> TaskData:
     """
     if source.data_dir is None:
         return TaskData(train=_from_hub("train"), test=_from_hub("validation"))
-    train, test = (Path(source.data_dir) / name for name in (TRAIN_FILE, TEST_FILE))
+    train, test = (Path(source.data_dir) / name for name in ("train-v1.1.json", "dev-v1.1.json"))
     return TaskData(train=_from_file(train), test=_from_file(test) if test.is_file() else [])
 
 
@@ -68,13 +61,12 @@ def _articles(path: Path) -> list[Line]:
 
 
 def _example(title: str, context: str, question: Line, answers: Iterable[str]) -> AnswerExample:
-    accepted = tuple(dict.fromkeys(answers))
+    asked, accepted = question.text("question"), tuple(dict.fromkeys(answers))
     if not accepted:
-        raise question.error(
-            f"the question {question.text('question')!r} has no answer: SQuAD 1.1 has one to each."
-        )
+        raise question.error(f"the question {asked!r} has no answer: SQuAD 1.1 has one to each.")
+    title = title.replace("_", " ")
     return AnswerExample(
-        prompt=prompt_of(title, context, question.text("question")),
+        prompt=f"Title: {title}\n\n{context}\n\nQuestion: {asked}\nAnswer:",
         target=f" {accepted[0]}",
         answers=accepted,
         passage=context,

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Mapping
-from dataclasses import replace
 
-from gem_ds.data.tasks.lines import Line
+from gem_ds.data.tasks.lines import Fields, Line
 
 #: What joins a premise of copa to a choice.
 CONNECTIVES = {"cause": "because", "effect": "so"}
@@ -20,26 +18,23 @@ CONNECTIVES = {"cause": "because", "effect": "so"}
 PLACEHOLDER = "@placeholder"
 
 
-def unfold_multirc(line: Line) -> list[Line]:
+def unfold_multirc(line: Line) -> list[Fields]:
     """A passage -> one row per answer of each question; `idx` counts within the file."""
     passage = line.nested("passage")
     return [
-        replace(
-            line,
-            fields={
-                "paragraph": passage.text("text"),
-                "question": question.text("question"),
-                "answer": answer.text("text"),
-                "label": answer.fields.get("label"),
-                "idx": {"paragraph": line.number, "question": number},
-            },
-        )
+        {
+            "paragraph": passage.text("text"),
+            "question": question.text("question"),
+            "answer": answer.text("text"),
+            "label": answer.fields.get("label"),
+            "idx": {"paragraph": line.number, "question": number},
+        }
         for number, question in enumerate(passage.nested_list("questions"))
         for answer in question.nested_list("answers")
     ]
 
 
-def unfold_record(line: Line) -> list[Line]:
+def unfold_record(line: Line) -> list[Fields]:
     """A passage -> one row per query; an entity's `end` is its last character."""
     passage = line.nested("passage")
     text = passage.text("text")
@@ -48,21 +43,23 @@ def unfold_record(line: Line) -> list[Line]:
         for entity in passage.nested_list("entities")
     )
     return [
-        replace(
-            line,
-            fields={
-                "passage": text,
-                "query": query.text("query"),
-                "entity_spans": {"text": [text[start:end] for start, end in spans]},
-                "answers": [answer.text("text") for answer in query.nested_list("answers")],
-                "idx": {"passage": line.number, "query": number},
-            },
-        )
+        {
+            "passage": text,
+            "query": query.text("query"),
+            "entity_spans": {"text": [text[start:end] for start, end in spans]},
+            "answers": [answer.text("text") for answer in query.nested_list("answers")],
+            "idx": {"passage": line.number, "query": number},
+        }
         for number, query in enumerate(line.nested_list("qas"))
     ]
 
 
-def derive_record(row: Line) -> Mapping[str, object]:
+def unfold_wsc(line: Line) -> list[Fields]:
+    """The two spans stand beside the text instead of within `target`."""
+    return [{**line.fields, **line.nested("target").fields}]
+
+
+def derive_record(row: Line) -> Fields:
     """The entities as they first come in the passage; the label is the first that is an answer."""
     query, answers = row.text("query"), row.texts("answers")
     entities = list(dict.fromkeys(row.nested("entity_spans").texts("text")))
@@ -82,12 +79,7 @@ def derive_record(row: Line) -> Mapping[str, object]:
     }
 
 
-def unfold_wsc(line: Line) -> list[Line]:
-    """The two spans stand beside the text instead of within `target`."""
-    return [replace(line, fields={**line.fields, **line.nested("target").fields})]
-
-
-def derive_wsc(row: Line) -> Mapping[str, object]:
+def derive_wsc(row: Line) -> Fields:
     """The text with a star on either side of both spans."""
     words = row.text("text").split()
     for span in ("span1", "span2"):
@@ -102,7 +94,7 @@ def derive_wsc(row: Line) -> Mapping[str, object]:
     return {"marked": " ".join(words)}
 
 
-def derive_copa(row: Line) -> Mapping[str, object]:
+def derive_copa(row: Line) -> Fields:
     """Premise and choices as the parts of one sentence."""
     question = row.text("question")
     if question not in CONNECTIVES:
