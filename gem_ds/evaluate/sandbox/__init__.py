@@ -13,18 +13,15 @@ as plain data (`judge`). The files, from the caller to the kernel:
     jails, room, confine     what it is kept in, what it sees there, what it has given up
     kernel
 
-Memory is counted per process and together, but for what /tmp and /dev/shm hold (64 MiB each) and
-what lies in the buffers of pipes and sockets.
-
 Not protected against: flaws of the kernel; what can be learned from timing or from the load on
 shared processors, caches and memory; a program that knows its task's answers by heart, or that
-tells tests from their arguments; tests or setups that are themselves hostile. Where the tests
-use the candidate's own classes beyond plain data, its code has a say, and the verdict tells so
-(`Verdict.in_jail`). The standard library can be imported, installed packages cannot.
+tells tests from their arguments; tests or setups that are themselves hostile. Where the tests use
+the candidate's own classes beyond plain data, its code has a say (`Verdict.in_jail`). Uncounted is
+the memory that /tmp and /dev/shm hold (64 MiB each) and what lies in pipes and sockets.
 
-A result of more than 16 MiB, or nested more than 400 deep, fails. The tests do not see what a
-program prints, nor the program what a test's own function does to its arguments. Whether they see
-each other's files depends on the level.
+A result of more than 16 MiB, or nested more than 400 deep, fails. Programs can import the standard
+library only. The tests do not see what a program prints, nor the program what a test's own function
+does to its arguments. Whether they see each other's files depends on the level.
 """
 
 from __future__ import annotations

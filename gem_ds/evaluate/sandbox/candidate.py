@@ -3,10 +3,11 @@
 Nothing here is trusted: the program shares this process and may change all of it. What it sends is
 data, and is read as such by `gem_ds.evaluate.sandbox.judge`. The messages:
 
-    ("ready",)                               the program ran, and so did tests that came with it
-    ("raised", bases, args, text, states)    an exception, by the names of its builtin bases
     ("value", result, states)                states: what the request's containers hold now
+    ("raised", bases, args, text, states)    an exception, by the names of its builtin bases
     ("call",), (number, args, kwargs)        calls a function that was an argument
+
+The first answer comes unasked, when the program has run, and tests that came with it.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def run(sources: Sequence[str], channel: Channel) -> None:
     except BaseException as error:
         service.send_error(error, [])
         return
-    channel.send(Encoder().encode(("ready",)))
+    channel.send(Encoder().encode(("value", None, ())))
     while service.answer():
         pass
     if "threading" in sys.modules:

@@ -8,11 +8,12 @@ lie under root's own home: the way to it is then opened in a mount namespace of 
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 
 from gem_ds.evaluate.sandbox import candidate, confine, kernel, room
-from gem_ds.evaluate.sandbox.kernel import ProcessTable, adopt_orphans, fork
+from gem_ds.evaluate.sandbox.kernel import ProcessTable, fork
 
 _FIRST_LENT = 1_000_000_000  # identity: far from what systems and containers give out
 
@@ -30,7 +31,7 @@ class _RoomlessJail:
             self._identity = _FIRST_LENT + 2 * os.getpid()  # no other process has it
             self._judge_identity = self._identity + 1
         self.processes = ProcessTable()
-        adopt_orphans()
+        kernel.prctl(kernel.PR_SET_CHILD_SUBREAPER, 1)
         # Where the candidate is this user, his other threads count with its own.
         confine.limit(self.processes.threads_of(os.getuid()) if self._identity is None else 0)
 
@@ -40,7 +41,7 @@ class _RoomlessJail:
 
     def start_candidate(self, job: int, channel: int, memory_mb: int) -> int:
         """Starts the candidate, and then confines the calling judge."""
-        adopt_orphans()
+        kernel.prctl(kernel.PR_SET_CHILD_SUBREAPER, 1)
         pid = fork(lambda: self._become_candidate(job, channel, memory_mb))
         confine.drop_privileges(self._judge_identity)
         self._filter.install()
@@ -153,12 +154,9 @@ def open_to_all(paths: list[str]) -> None:
 
 def _closed_folder(path: str) -> str | None:
     """The first folder on the way to `path` that is not open to all."""
-    parts = path.split("/")
-    for length in range(2, len(parts)):
-        folder = "/".join(parts[:length])
-        if os.path.isdir(folder) and not os.stat(folder).st_mode & 0o001:
-            return folder
-    return None
+    folders = itertools.accumulate(path.split("/")[:-1], "{}/{}".format)
+    closed = (f for f in folders if os.path.isdir(f) and not os.stat(f).st_mode & 0o001)
+    return next(closed, None)
 
 
 Jail = room.NamespaceJail | BubblewrapJail | LandlockJail

@@ -60,7 +60,7 @@ def judge(
     jail = _Conversation(channel, had_a_say or len(names) > 1)
     where = "the program"
     try:
-        jail.wait_until_ready()
+        jail.wait()
         where = "the setup"
         namespace: dict[str, Any] = {"__name__": "tests"}
         namespace |= {name: importlib.import_module(name) for name in modules}
@@ -103,14 +103,6 @@ class _Conversation:
         self._channel = channel
         self._functions: list[Callable[..., Any]] = []
 
-    def wait_until_ready(self) -> None:
-        """Returns when the program has run; raises what it raised."""
-        kind, content = self._receive(())
-        if kind == "raised":
-            self._raise(content)
-        if kind != "ready":
-            raise CandidateLiedError("the program answered before it was asked")
-
     def finish(self) -> None:
         """Lets the program end, and waits for that."""
         try:
@@ -124,17 +116,27 @@ class _Conversation:
         """The result of an operation in the jail; raises what it raises there."""
         request = Encoder(self._refer)
         self._send(request.encode((operation, args, kwargs)))
-        kind, content = self._receive(request.objects)
+        return self.wait(request.objects)
+
+    def wait(self, objects: Sequence[Any] = ()) -> Any:
+        """The next answer; the first one comes unasked, when the program has run."""
+        kind, content = self._receive(objects)
         while kind == "call":
             self._send(self._call(self._read(())))
-            kind, content = self._receive(request.objects)
-        if not content or kind not in ("value", "raised"):
+            kind, content = self._receive(objects)
+        *found, states = content or (None,)
+        if kind not in ("value", "raised") or type(states) is not tuple:
             raise CandidateLiedError("the program's answer is no answer")
-        content, states = content[:-1], content[-1]
-        _update(request.objects, states)
+        if len(states) not in (0, len(objects)):
+            raise CandidateLiedError("the program's answer is no answer")
+        try:
+            for container, items in zip(objects, states, strict=False):
+                refill(container, items)  # with what the request's containers hold in the jail
+        except (TypeError, ValueError) as error:
+            raise CandidateLiedError(f"an argument cannot be updated: {error}") from error
         if kind == "raised":
-            self._raise(content)
-        (value,) = content
+            self._raise(found)
+        (value,) = found
         return value
 
     def _send(self, message: bytes) -> None:
@@ -198,17 +200,6 @@ class _Conversation:
             return Encoder(self._refer).encode(reply)
         except NeedsJailError:  # the candidate chose the arguments, and shall not choose the judge
             return Encoder().encode(("raised", "TypeError", ("the result is not plain data",)))
-
-
-def _update(objects: Sequence[Any], states: Any) -> None:
-    """Makes the containers of a request hold what they hold in the jail."""
-    if type(states) is not tuple or len(states) not in (0, len(objects)):
-        raise CandidateLiedError("the program's answer is no answer")
-    try:
-        for container, items in zip(objects, states, strict=False):
-            refill(container, items)
-    except (TypeError, ValueError) as error:
-        raise CandidateLiedError(f"an argument cannot be updated: {error}") from error
 
 
 class Remote:

@@ -20,13 +20,14 @@ CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
 MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 4096, 16384, 1 << 18
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV = 1, 2, 4
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
+PR_SET_CHILD_SUBREAPER = 36  # the parent of what its descendants leave behind
 
 MACHINE = os.uname().machine
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 _OPEN_TREE, _MOVE_MOUNT, _MOUNT_SETATTR = 428, 429, 442  # on all architectures, as all later ones
 _OPEN_TREE_CLONE, _MOVE_MOUNT_F_EMPTY_PATH = 1, 4
 _AT_FDCWD, _AT_RECURSIVE, _MNT_DETACH = -100, 0x8000, 2
-_PR_CAPBSET_READ, _PR_CAPBSET_DROP, _PR_SET_CHILD_SUBREAPER = 23, 24, 36
+_PR_CAPBSET_READ, _PR_CAPBSET_DROP = 23, 24
 _CAP_HEADER = struct.pack("=Ii", 0x20080522, 0)  # version 3, of the calling process
 _NO_CAPABILITIES = bytes(2 * 12)
 _PERIOD = 0.002  # seconds between two looks at a child that is about to end
@@ -128,11 +129,6 @@ def fork(child: Callable[[], None]) -> int:
         os._exit(status)
 
 
-def adopt_orphans() -> None:
-    """Makes the caller the parent of what its descendants leave behind."""
-    prctl(_PR_SET_CHILD_SUBREAPER, 1)
-
-
 class Reaper:
     """Waits for what ends below the caller, so that it does not go on counting as a process.
 
@@ -178,10 +174,7 @@ class ProcessTable:
         self._inherited = self._own_memory("self")
 
     def memory_of_descendants(self) -> int:
-        """Bytes that the caller's descendants hold, beyond what they inherited and files.
-
-        Memory that some of them share counts for each.
-        """
+        """Bytes beyond files and what they inherited; what they share counts for each of them."""
         own = map(self._own_memory, self._descendants())
         return sum(max(0, size - self._inherited) for size in own)
 
@@ -191,7 +184,7 @@ class ProcessTable:
         return sum(int(s["Threads"][0]) for s in found if s.get("Uid", [""])[0] == str(uid))
 
     def end_descendants(self, identity: int | None) -> None:
-        """Kills all that descends from the caller, an adopter of orphans.
+        """Kills all that descends from the caller, a subreaper.
 
         Processes may start others faster than one can list them. If all of them, and nothing else,
         have an identity of their own, they are killed at one stroke; else each is first forbidden

@@ -63,7 +63,7 @@ def _shared() -> Sandbox:
     return sandbox
 
 
-class Sandbox:
+class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
     """A pool of workers; a context manager.
 
     Args:
@@ -103,9 +103,6 @@ class Sandbox:
             raise SandboxUnavailableError(
                 f"The isolation level {self.isolation!r} does not work here: {error}."
             ) from error
-
-    def __enter__(self) -> Sandbox:
-        return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()

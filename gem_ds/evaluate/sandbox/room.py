@@ -162,10 +162,7 @@ def _become_child() -> None:
 
 def code_folder() -> str:
     """The folder that holds the package `gem_ds`."""
-    folder = os.path.abspath(__file__)
-    for _ in __name__.split("."):
-        folder = os.path.dirname(folder)
-    return folder
+    return os.path.abspath(__file__ + len(__name__.split(".")) * "/..")
 
 
 def interpreter() -> str:
@@ -196,21 +193,16 @@ def become_fresh(
 
 def sources() -> dict[str, str]:
     """What a room shows, and where: an interpreter, libraries, the candidate's side of us."""
-    paths = [*_library_folders(), *filter(os.path.exists, (*_FILES, interpreter()))]
-    package = os.path.join("gem_ds", "evaluate", "sandbox")
-    return {path: path for path in paths} | {
-        os.path.join(code_folder(), package): os.path.join(CODE, package)
-    }
-
-
-def _library_folders() -> list[str]:
-    """What an interpreter needs to start and to import the standard library."""
     folders = [folder for folder in _LIBRARIES if os.path.isdir(folder)]
     known = set(map(os.path.realpath, folders))
     for prefix in {sys.base_prefix, sys.base_exec_prefix}:
         own = [os.path.join(prefix, name) for name in ("lib", "lib64")]
         folders += [f for f in own if os.path.isdir(f) and os.path.realpath(f) not in known]
-    return folders
+    paths = [*folders, *filter(os.path.exists, (*_FILES, interpreter()))]
+    package = os.path.join("gem_ds", "evaluate", "sandbox")
+    return {path: path for path in paths} | {
+        os.path.join(code_folder(), package): os.path.join(CODE, package)
+    }
 
 
 def _build() -> None:

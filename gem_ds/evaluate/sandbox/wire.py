@@ -6,10 +6,9 @@ and every length is checked before it is believed.
 
 Plain, and kept to the exact type: None, booleans, integers, floats, strings (surrogates too),
 bytes, list, tuple, dict, set, frozenset, deque, bytearray, Counter, OrderedDict, defaultdict, named
-tuples, views of dicts, and what `_CONSTRUCTED` and `_BUILTINS` list. An instance of a subclass of
-one of these is sent as what it inherits from, read by that type's own methods, so that nothing
-which the subclass overrides is asked. All else is *foreign*: `refer` gives it a reference, and on
-the other side `resolve` makes something of that.
+tuples, views of dicts, and what `_CONSTRUCTED` and `_BUILTINS` list. An instance of a subclass is
+sent as what it inherits from, read by that type's own methods, so that nothing which it overrides
+is asked. All else is *foreign*: `refer` gives it a reference, of which `resolve` makes something.
 
 Containers that can change are numbered in the order in which they are met, and met again they are
 written as their number. So shared and cyclic structure survives; and as both sides number alike, a
