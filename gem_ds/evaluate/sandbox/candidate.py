@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Any
 
-    from gem_ds.evaluate.sandbox.wire import Reference
-
 MODULE = "candidate"  # not __main__: what a program does when it is run as a script is not judged
 
 #: what may be asked of two objects of the candidate, but of none together with plain data
@@ -107,7 +105,7 @@ class _Service:
         states = tuple(contents(value) for value in objects)
         self._channel.send(Encoder(self._refer, objects).encode((*message, states)))
 
-    def _refer(self, value: Any) -> Reference:
+    def _refer(self, value: Any) -> tuple[str, Any]:
         if isinstance(value, _Borrowed):
             return "function", value.number
         self._lent.append(value)

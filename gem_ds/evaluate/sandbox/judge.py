@@ -19,13 +19,10 @@ from __future__ import annotations
 import builtins
 import importlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gem_ds.evaluate.sandbox.candidate import ITEMS, SYMMETRIC, UNARY
 from gem_ds.evaluate.sandbox.wire import Channel, Decoder, Encoder, WireError, refill
-
-if TYPE_CHECKING:
-    from gem_ds.evaluate.sandbox.wire import Reference
 
 _MAX_DETAIL = 300  # characters
 _MAX_TAKEN = 1024  # items of an iterator at once
@@ -159,7 +156,7 @@ class _Conversation:
             raise CandidateLiedError("the program's answer is no answer")
         return message[0], message[1:]
 
-    def _refer(self, value: Any) -> Reference:
+    def _refer(self, value: Any) -> tuple[str, Any]:
         if type(value) is Remote:
             return value._reference
         if not callable(value):
@@ -206,9 +203,9 @@ class Remote:
     """A name or an object of the candidate's; see the module's description."""
 
     _jail: _Conversation
-    _reference: Reference
+    _reference: tuple[str, Any]
 
-    def __init__(self, jail: _Conversation, reference: Reference) -> None:
+    def __init__(self, jail: _Conversation, reference: tuple[str, Any]) -> None:
         vars(self).update(_jail=jail, _reference=reference)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -12,7 +12,6 @@ import os
 import resource
 import signal
 import struct
-import time
 from collections.abc import Callable
 
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x04000000, 0x08000000
@@ -30,7 +29,6 @@ _AT_FDCWD, _AT_RECURSIVE, _MNT_DETACH = -100, 0x8000, 2
 _PR_CAPBSET_READ, _PR_CAPBSET_DROP = 23, 24
 _CAP_HEADER = struct.pack("=Ii", 0x20080522, 0)  # version 3, of the calling process
 _NO_CAPABILITIES = bytes(2 * 12)
-_PERIOD = 0.002  # seconds between two looks at a child that is about to end
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -127,39 +125,6 @@ def fork(child: Callable[[], None]) -> int:
         status = 0
     finally:
         os._exit(status)
-
-
-class Reaper:
-    """Waits for what ends below the caller, so that it does not go on counting as a process.
-
-    It has to be asked to now and then. A handler of SIGCHLD could be called by anyone who may send
-    the signal, in the midst of anything, and the first process of a pid namespace is deaf to
-    signals from within only where it handles none. A thread would cost a twelfth of all speed.
-    """
-
-    def __init__(self, child: int, at_its_end: Callable[[], None]) -> None:
-        """`at_its_end` is called when that child is seen to have ended, whatever it left behind."""
-        self._child = child
-        self._at_its_end = at_its_end
-        self._status: int | None = None
-
-    def reap(self) -> None:
-        """Waits for all that has ended by now, and for nothing else."""
-        with contextlib.suppress(ChildProcessError):  # there is nothing left that could end
-            while (ended := os.waitpid(-1, os.WNOHANG)) != (0, 0):
-                if ended[0] == self._child:
-                    code = os.waitstatus_to_exitcode(ended[1])
-                    self._status = code if code >= 0 else 128 - code
-                    self._at_its_end()
-
-    def wait(self, timeout: float) -> int | None:
-        """The child's exit status, 128 + N for a death by signal N; None if it goes on longer."""
-        deadline = time.monotonic() + timeout
-        self.reap()
-        while self._status is None and time.monotonic() < deadline:
-            time.sleep(_PERIOD)
-            self.reap()
-        return self._status
 
 
 class ProcessTable:

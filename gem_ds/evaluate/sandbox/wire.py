@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from typing import Any
 
-    #: what kind of thing it is, and its name or number; only `refer` and `resolve` know more
-    Reference = tuple[str, Any]
+    Refer = Callable[[Any], tuple[str, Any]]  # gives a value's kind, and its name or number
+    Resolve = Callable[[str, Any], Any]
 
 MAX_BYTES = 16 << 20  # of one message
 MAX_DEPTH = 400  # of nesting; comparing deeper values would exhaust the stack anyway
@@ -99,7 +99,7 @@ def refill(container: Any, items: Any) -> None:
         container.extend(items)
 
 
-def _refuse(value: object) -> Reference:
+def _refuse(value: object) -> tuple[str, Any]:
     raise WireError(f"a value of type {type(value).__name__} is not plain data")
 
 
@@ -110,9 +110,7 @@ def _meaningless(kind: str, name: Any) -> Any:
 class Encoder:
     """Writes one message; `known` are the containers that both sides have numbered already."""
 
-    def __init__(
-        self, refer: Callable[[Any], Reference] = _refuse, known: Iterable[Any] = ()
-    ) -> None:
+    def __init__(self, refer: Refer = _refuse, known: Iterable[Any] = ()) -> None:
         self.objects = list(known)  # held, so that no other object gets their ids
         self._numbers = {id(value): number for number, value in enumerate(self.objects)}
         self._refer = refer
@@ -221,9 +219,7 @@ _WRITERS: dict[type, Callable[[Encoder, Any, int], None]] = {
 class Decoder:
     """Reads one message; `known` are the containers that both sides have numbered already."""
 
-    def __init__(
-        self, resolve: Callable[[str, Any], Any] = _meaningless, known: Iterable[Any] = ()
-    ) -> None:
+    def __init__(self, resolve: Resolve = _meaningless, known: Iterable[Any] = ()) -> None:
         self.objects = list(known)
         self._resolve = resolve
         self._data = b""
