@@ -11,6 +11,10 @@ comparisons. The spread of few seeds is underestimated, that of S by about (S - 
 a single one says nothing of others.
 
 A loss is not known by example. Its interval is Student's, over the seeds alone.
+
+A weighting is how often each of n examples was drawn, so that of [b, n] weights a metric has [b]
+values. What is undefined, for instance the correlation with a constant, is 0. The metrics are those
+of data/metrics.py, which computes them of one set of examples.
 """
 
 from __future__ import annotations
@@ -20,13 +24,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from statistics import fmean, stdev
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy.stats import t as student
 
 from gem_ds.comparison.grid import Comparison
-from gem_ds.comparison.metrics import is_loss, metric_on
 from gem_ds.comparison.results import Predictions, read_predictions
 from gem_ds.train.methods import METHODS
 
@@ -36,13 +40,12 @@ REFERENCE = METHODS[0]
 NUM_RESAMPLES = 5_000
 CONFIDENCE = 0.95
 
-#: Weights held at once, which bounds memory.
-_CHUNK = 2_000_000
+_CHUNK = 2_000_000  # weights held at once, which bounds memory
 
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """A method's mean, or how much more it is than the reference's, and the interval of that."""
+    """A number and its interval."""
 
     value: float
     low: float
@@ -50,7 +53,7 @@ class Interval:
 
     @property
     def is_real(self) -> bool:
-        """Whether the interval excludes 0."""
+        """Of a difference, whether its interval excludes 0."""
         return self.low > 0 or self.high < 0
 
 
@@ -60,45 +63,31 @@ class Findings:
 
     reference: str  # the method that the others are measured against
     scores: Mapping[str, Interval] = field(default_factory=dict)  # of each method
-    differences: Mapping[str, Interval] = field(default_factory=dict)  # of the others
+    differences: Mapping[str, Interval] = field(default_factory=dict)  # by how much others are more
     losses: Mapping[str, Interval] = field(default_factory=dict)  # the same of the loss, if wanted
     note: str = ""  # what a reader must know
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Scores:
-    """A method's metric, mean over its seeds: on the examples, and on each resample [b]."""
+def resample_scores(runs: Sequence[Predictions], metric: str) -> np.ndarray:
+    """[1 + b] a method's metric, mean over its runs: on the examples, and on each resample.
 
-    value: float
-    resampled: np.ndarray
-
-
-def resample_scores(
-    runs: Sequence[Predictions], metric: str, num_resamples: int = NUM_RESAMPLES
-) -> Scores:
-    """A method's metric on the resamples, which are the same for every method of as many runs.
-
-    The runs are one of each seed, on the same n examples, in the same order of seeds. Raises
-    ValueError where the predictions do not allow the metric.
+    The runs are one of each seed, on the same examples. Methods of as many runs, in the same order
+    of seeds, have the same resamples. Raises ValueError where the predictions lack the metric.
     """
     num_examples = len(runs[0].ids)
-    chunks = []
-    for seed_weights, weights in resamples(len(runs), num_examples, num_resamples):
-        by_seed = np.stack([metric_on(run, metric, weights) for run in runs], axis=1)  # [b, S]
-        chunks.append((seed_weights * by_seed).sum(axis=1) / len(runs))
     once = np.ones((1, num_examples))
-    value = float(np.mean([metric_on(run, metric, once) for run in runs]))
-    return Scores(value=value, resampled=np.concatenate(chunks))
+    parts = [np.mean([metric_on(run, metric, once) for run in runs], axis=0)]
+    for seed_weights, weights in resamples(len(runs), num_examples, NUM_RESAMPLES):
+        by_seed = np.stack([metric_on(run, metric, weights) for run in runs], axis=1)  # [b, S]
+        parts.append((seed_weights * by_seed).sum(axis=1) / len(runs))
+    return np.concatenate(parts)
 
 
-def interval(scores: Scores, reference: Scores | None = None) -> Interval:
-    """A method's score, or how much more it is than the reference's."""
-    value, resampled = scores.value, scores.resampled
-    if reference is not None:
-        value, resampled = value - reference.value, resampled - reference.resampled
+def interval(scores: np.ndarray) -> Interval:
+    """That of scores, or of their differences, as :func:`resample_scores` returns them."""
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(resampled, (tail, 1 - tail))
-    return Interval(value=value, low=float(low), high=float(high))
+    low, high = np.quantile(scores[1:], (tail, 1 - tail))
+    return Interval(value=float(scores[0]), low=float(low), high=float(high))
 
 
 def interval_over_seeds(values: Sequence[float]) -> Interval:
@@ -111,10 +100,10 @@ def interval_over_seeds(values: Sequence[float]) -> Interval:
 
 
 def resamples(
-    num_seeds: int, num_examples: int, num_resamples: int, random_seed: int = 0
+    num_seeds: int, num_examples: int, num_resamples: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """How often each seed [b, S] and each example [b, n] was drawn, a part of them at a time."""
-    rng = np.random.default_rng(random_seed)
+    rng = np.random.default_rng(0)
     seeds = _counts(rng.integers(num_seeds, size=(num_resamples, num_seeds)))
     size = max(1, _CHUNK // num_examples)
     for start in range(0, num_resamples, size):
@@ -127,6 +116,60 @@ def _counts(drawn: np.ndarray) -> np.ndarray:
     rows, size = drawn.shape
     places = drawn + np.arange(rows)[:, None] * size
     return np.bincount(places.ravel(), minlength=rows * size).reshape(rows, size).astype(np.float64)
+
+
+def is_loss(metric: str) -> bool:
+    """Whether less is better."""
+    return metric.endswith("loss")
+
+
+def metric_on(predictions: Predictions, name: str, weights: np.ndarray) -> Any:
+    """A run's metric by weighting; a ValueError where the predictions do not allow it."""
+    if metric := METRICS.get(name):
+        return metric(predictions.references, predictions.predictions, weights)
+    if np.isnan(predictions.correct).any():
+        raise ValueError(f"{name} is not known, and some examples are neither right nor wrong.")
+    return weights @ predictions.correct / weights.sum(axis=1)
+
+
+def matthews(references: Sequence[Any], predictions: Sequence[Any], weights: np.ndarray) -> Any:
+    """Matthews' correlation, of any number of labels."""
+    labels, places = np.unique([references, predictions], return_inverse=True)
+    size, (truths, guesses) = len(labels), places.reshape(2, -1)
+    pairs = truths * size + guesses
+    counts = [weights[:, pairs == pair].sum(axis=1) for pair in range(size**2)]
+    table = np.stack(counts, axis=1).reshape(-1, size, size)  # [b, c, c] confusion of c labels
+    truth, guess = table.sum(axis=2), table.sum(axis=1)
+    right, total = np.trace(table, axis1=1, axis2=2), table.sum(axis=(1, 2))
+    covariance = right * total - (truth * guess).sum(axis=1)
+    spread = (total**2 - (truth**2).sum(axis=1)) * (total**2 - (guess**2).sum(axis=1))
+    return _ratio(covariance, np.sqrt(spread))
+
+
+def f1(references: Sequence[Any], predictions: Sequence[Any], weights: np.ndarray) -> Any:
+    """F1 of the label 1."""
+    truth, guess = np.asarray(references) == 1, np.asarray(predictions) == 1
+    return _ratio(2 * weights @ (truth & guess), weights @ truth + weights @ guess)
+
+
+def pearson(references: Sequence[Any], predictions: Sequence[Any], weights: np.ndarray) -> Any:
+    """Pearson's correlation."""
+    total = weights.sum(axis=1, keepdims=True)
+    x, y = (np.asarray(side, dtype=np.float64) for side in (references, predictions))
+    x = x - (weights @ x)[:, None] / total
+    y = y - (weights @ y)[:, None] / total
+    spread = (weights * x * x).sum(axis=1) * (weights * y * y).sum(axis=1)
+    return _ratio((weights * x * y).sum(axis=1), np.sqrt(spread))
+
+
+#: By their names in data/metrics.py, the main ones of tasks that are no mean over the examples.
+METRICS = {"matthews_correlation": matthews, "f1a": f1, "pearson": pearson}
+
+
+def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """Their ratio, 0 where there is none."""
+    tiny = denominator <= 1e-12
+    return np.where(tiny, 0.0, numerator / np.where(tiny, 1.0, denominator))
 
 
 def compare_methods(comparison: Comparison, runs: pd.DataFrame) -> Findings:
@@ -143,27 +186,29 @@ def compare_methods(comparison: Comparison, runs: pd.DataFrame) -> Findings:
     others = [name for name, seeds in shared.items() if seeds and name != reference]
     losses = {}
     for name in others if comparison.choose_by == "loss" else ():
-        own, base = (methods[each].loss[list(shared[name])] for each in (name, reference))
-        losses[name] = interval_over_seeds(list(own - base))
+        more = (methods[name].loss - methods[reference].loss).dropna()  # paired by seed
+        losses[name] = interval_over_seeds(list(more))
     metric = next(iter(runs.metric), "")
     try:
         if is_loss(metric) or any(runs.metric != metric):
             raise ValueError("the bootstrap needs one metric, which is no loss.")
         said = {cell: read_predictions(comparison, cell) for cell in runs.cell}
-        refuse_other_examples(list(said.values()))
+        examples = [(run.ids, run.references) for run in said.values()]
+        if any(each != examples[0] for each in examples):
+            raise ValueError("the runs were not scored on the same examples.")
 
         @cache
-        def scores(method: str, seeds: tuple[int, ...]) -> Scores:
+        def scores(method: str, seeds: tuple[int, ...]) -> np.ndarray:
             return resample_scores([said[methods[method].cell[seed]] for seed in seeds], metric)
 
         whole = {name: scores(name, tuple(own.index)) for name, own in methods.items()}
         differences = {
-            name: interval(scores(name, shared[name]), scores(reference, shared[name]))
+            name: interval(scores(name, shared[name]) - scores(reference, shared[name]))
             for name in others
         }
     except ValueError as error:
         return Findings(reference=reference, losses=losses, note=f"Not computed: {error}")
-    strays = any(abs(whole[name].value - fmean(own.score)) > 1e-4 for name, own in methods.items())
+    strays = any(abs(whole[name][0] - fmean(own.score)) > 1e-4 for name, own in methods.items())
     return Findings(
         reference=reference,
         scores={name: interval(own) for name, own in whole.items()},
@@ -171,10 +216,3 @@ def compare_methods(comparison: Comparison, runs: pd.DataFrame) -> Findings:
         losses=losses,
         note="Of the share of right answers, which is not the metric above." if strays else "",
     )
-
-
-def refuse_other_examples(runs: Sequence[Predictions]) -> None:
-    """Refuse runs that were not scored on the same examples."""
-    for run in runs:
-        if run.ids != runs[0].ids or run.references != runs[0].references:
-            raise ValueError("the runs were not scored on the same examples.")

@@ -1,31 +1,33 @@
-"""The runs of a comparison: their folders, their commands, and which there are.
+"""The runs of a comparison: which there are, their folders, their commands.
 
     search    task x method x learning rate, first seed, scored on the development split
     final     task x method x seed at the chosen rate, scored on the test split
 
 A run is a *cell*: `Cell` says which, and its folder, say ``rte/gem/dev/lr1e-02_seed42``, follows.
+In that, beside what its programs write, are ``cell.json``, the commands, and ``log.txt``, what they
+printed.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
 from gem_ds.comparison.grid import Comparison, Evaluation
 from gem_ds.train.methods import product_of
 
-#: By what a method leaves, an evaluation's ``{model}`` and ``{weights}``.
-_MODEL_AND_WEIGHTS = {
-    "delta": ("{model}", ("--delta", "{output_dir}/delta.safetensors")),
-    "adapter": ("{model}", ("--adapter", "{output_dir}/adapter")),
-    "model": ("{output_dir}/model", ()),
-}
-
 #: The training program in a checkout, and the same anywhere.
 PROGRAM, MODULE = "launch/train.py", "gem_ds.train"
+
+CELL_FILE, LOG_FILE = "cell.json", "log.txt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +41,8 @@ class Cell:
     split: Literal["dev", "test"]
 
     def __str__(self) -> str:
-        return (
-            f"{self.task} {self.method} at {rate_text(self.learning_rate)}, seed {self.seed}, "
-            f"{self.split}"
-        )
+        rate = rate_text(self.learning_rate)
+        return f"{self.task} {self.method} at {rate}, seed {self.seed}, {self.split}"
 
 
 def rate_text(rate: float) -> str:
@@ -81,16 +81,13 @@ def folder_of(comparison: Comparison, cell: Cell) -> Path:
 
 
 def evaluation_of(comparison: Comparison, cell: Cell) -> Evaluation | None:
-    """The second command of a run, of those that have one.
-
-    The search is scored by the training program: an evaluation looks at the test split.
-    """
+    """The second command of a final run, if its task has one; the training scores the search."""
     return comparison.tasks[cell.task].evaluate if cell.split == "test" else None
 
 
 def training_command(comparison: Comparison, cell: Cell) -> list[str]:
     """The command that trains a cell and scores it on its split."""
-    task, method = comparison.tasks[cell.task], comparison.methods[cell.method]
+    task = comparison.tasks[cell.task]
     own = {
         "method": cell.method,
         "task": cell.task,
@@ -102,9 +99,8 @@ def training_command(comparison: Comparison, cell: Cell) -> list[str]:
         "output_dir": folder_of(comparison, cell),
         "overwrite_output_dir": True,
     }
-    flags = comparison.common | task.flags | method.flags | own
     words = [*comparison.launcher, *program_of(comparison)]
-    for name, value in flags.items():
+    for name, value in (_flags_of(comparison, cell) | own).items():
         if value is not None:
             words += [f"--{name}", *_words(value)]
     return words
@@ -119,30 +115,78 @@ def program_of(comparison: Comparison) -> tuple[str, ...]:
     return ("-m" if comparison.launcher == ("python",) else "--module", MODULE)
 
 
-def evaluation_command(comparison: Comparison, cell: Cell) -> list[str] | None:
-    """The command that scores what was trained, if there is one."""
-    evaluation, task = evaluation_of(comparison, cell), comparison.tasks[cell.task]
-    if evaluation is None:
-        return None
-    model, weights = _MODEL_AND_WEIGHTS[product_of(cell.method)]
-    flags = comparison.common | task.flags | comparison.methods[cell.method].flags
-    outer = {
-        "{output_dir}": str(folder_of(comparison, cell)),
-        "{data_dir}": task.data_dir or "",
-        "{seed}": str(cell.seed),
+def evaluation_command(comparison: Comparison, cell: Cell) -> list[str]:
+    """The command that scores what was trained; empty where there is none."""
+    folder, product = folder_of(comparison, cell), product_of(cell.method)
+    base = str(_flags_of(comparison, cell).get("model_name_or_path", ""))
+    weights = {
+        "delta": ["--delta", f"{folder}/delta.safetensors"],
+        "adapter": ["--adapter", f"{folder}/adapter"],
+        "model": [],
     }
-    model = _fill(model, outer | {"{model}": str(flags.get("model_name_or_path", ""))})
-    words: list[str] = []
-    for word in evaluation.command:
-        chosen = weights if word == "{weights}" else (word,)
-        words += [_fill(part, outer | {"{model}": model}) for part in chosen]
+    values = {
+        "{output_dir}": str(folder),
+        "{data_dir}": comparison.tasks[cell.task].data_dir or "",
+        "{seed}": str(cell.seed),
+        "{model}": f"{folder}/model" if product == "model" else base,
+    }
+    evaluation, words = evaluation_of(comparison, cell), list[str]()
+    for word in evaluation.command if evaluation else ():
+        for placeholder, value in values.items():
+            word = word.replace(placeholder, value)
+        words += weights[product] if word == "{weights}" else [word]
     return words
 
 
-def _fill(text: str, values: Mapping[str, str]) -> str:
-    for placeholder, value in values.items():
-        text = text.replace(placeholder, value)
-    return text
+def commands_of(comparison: Comparison, cell: Cell) -> dict[str, str]:
+    """What cell.json holds."""
+    commands = {"train": training_command, "evaluate": evaluation_command}
+    found = {name: command(comparison, cell) for name, command in commands.items()}
+    return {name: shlex.join(words) for name, words in found.items() if words}
+
+
+def refuse_other_commands(comparison: Comparison, cell: Cell) -> None:
+    """Refuse a folder whose run is not the one that the file now asks for."""
+    folder = folder_of(comparison, cell)
+    path = folder / CELL_FILE
+    if not path.exists():
+        if folder.is_dir() and set(os.listdir(folder)) - {LOG_FILE}:
+            raise ValueError(
+                f"{folder} holds files of something else: delete it, or choose another output_dir."
+            )
+    elif parting := _difference(path.read_text(encoding="utf-8"), commands_of(comparison, cell)):
+        raise ValueError(
+            f"{folder} holds a run of another command ({parting}): delete that folder, or choose "
+            "another output_dir."
+        )
+
+
+def _difference(text: str, wanted: dict[str, str]) -> str:
+    """In words, where the commands of a cell.json part from others; empty where they do not."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = {}
+    if not isinstance(found, dict) or not found:
+        return "its cell.json is damaged"
+    for name in wanted | found:
+        # It does not matter by which of its names training was started.
+        old, new = (
+            re.sub(rf" (-m|--module) {re.escape(MODULE)} ", f" {PROGRAM} ", commands.get(name, ""))
+            for commands in (found, wanted)
+        )
+        before, now = shlex.split(old), shlex.split(new)
+        for was, now_is, flag in zip_longest(before, now, ["", *before], fillvalue=""):
+            if was != now_is:
+                flag = flag if flag.startswith("--") else name
+                return f"{flag}: {was or 'nothing'}, now {now_is or 'nothing'}"
+    return ""
+
+
+def _flags_of(comparison: Comparison, cell: Cell) -> dict[str, Any]:
+    """The file's flags of a run."""
+    task, method = comparison.tasks[cell.task], comparison.methods[cell.method]
+    return comparison.common | task.flags | method.flags
 
 
 def _words(value: Any) -> list[str]:

@@ -50,61 +50,52 @@ OWN_FLAGS = (
 Flags = dict[str, Any]
 T = TypeVar("T")
 
-#: Takes a key's value and its name; returns it as the comparison has it, or raises ValueError.
+#: A key's value and its name -> the value as the comparison has it, or a ValueError.
 Check = Callable[[Any, str], Any]
 
 
-def _value(expected: str, accepted: Callable[[Any], Any]) -> Check:
-    """A single value, as ``accepted`` returns it; of one that is not, it returns None."""
-
+def _value(
+    expected: str, is_good: Callable[[Any], Any], become: Callable[[Any], Any] = lambda value: value
+) -> Check:
     def check(value: Any, where: str) -> Any:
-        found = accepted(value)
-        if found is None:
+        if not is_good(value):
             raise ValueError(f"{where} must be {expected}, not {value!r}.")
-        return found
+        return become(value)
 
     return check
 
 
-def _positive(value: Any) -> float | None:
-    """A learning rate; YAML reads 1e-3 as text."""
+def _is_rate(value: Any) -> bool:
     with suppress(ValueError):
-        return rate if 0 < (rate := float(str(value))) < math.inf else None
-    return None
+        return 0 < float(str(value)) < math.inf  # YAML reads 1e-3 as text
+    return False
 
 
-def _whole(least: int) -> Check:
-    def accepted(value: Any) -> int | None:
-        return value if type(value) is int and value >= least else None
-
-    return _value(f"a whole number of at least {least}", accepted)
-
-
-_text = _value("a text", lambda value: value if isinstance(value, str) and value else None)
-_path = _value("a path", lambda value: Path(value) if isinstance(value, str) and value else None)
-_word = _value("a word", str)
-_count, _seed = _whole(1), _whole(0)
-_rate = _value("a number above 0", _positive)
-_aim = _value("score or loss", lambda value: value if value in ("score", "loss") else None)
+_text = _value("a text", lambda value: isinstance(value, str) and value)
+_path = _value("a path", lambda value: isinstance(value, str) and value, Path)
+_count = _value("a whole number of at least 1", lambda value: type(value) is int and value >= 1)
+_seed = _value("a whole number of at least 0", lambda value: type(value) is int and value >= 0)
+_rate = _value("a number above 0", _is_rate, lambda value: float(str(value)))
+_aim = _value("score or loss", lambda value: value in ("score", "loss"))
 
 
-def _several(check: Check, *, repeated: bool = False) -> Check:
-    """A list of at least one value."""
-
-    def check_all(value: Any, where: str) -> tuple[Any, ...]:
+def _several(
+    check: Check, *, repeated: bool = False, become: Callable[[Iterable[Any]], Any] = tuple
+) -> Check:
+    def check_all(value: Any, where: str) -> Any:
         if not isinstance(value, list) or not value:
             raise ValueError(f"{where} must be a list of at least one value.")
-        values = tuple(check(item, f"each of {where}") for item in value)
+        values = [check(item, f"each of {where}") for item in value]
         for item in () if repeated else values:
             if values.count(item) > 1:
                 raise ValueError(f"{where} has {item} more than once.")
-        return values
+        return become(values)
 
     return check_all
 
 
-def _rates(value: Any, where: str) -> tuple[float, ...]:
-    return tuple(sorted(_several(_rate)(value, where)))
+_rates = _several(_rate, become=lambda rates: tuple(sorted(rates)))
+_words = _several(lambda value, where: str(value), repeated=True)
 
 
 def _flags(value: Any, where: str) -> Flags:
@@ -157,8 +148,6 @@ def _mapping(kind: type[T]) -> Check:
 
 
 def _named(kind: type[Any], word: str, known: Iterable[str]) -> Check:
-    """A mapping of known methods or tasks to their settings."""
-
     def check(value: Any, where: str) -> dict[str, Any]:
         if not isinstance(value, dict) or not value:
             raise ValueError(f"{where} must map at least one name to its settings.")
@@ -215,10 +204,10 @@ class Comparison:
     choose_by: Annotated[Literal["score", "loss"], _aim] = "score"
     learning_rates: Annotated[tuple[float, ...], _rates] = ()
     common: Annotated[Flags, _flags] = field(default_factory=dict)
-    launcher: Annotated[tuple[str, ...], _several(_word, repeated=True)] = ("python",)
+    launcher: Annotated[tuple[str, ...], _words] = ("python",)
     program: Annotated[str | None, _text] = None
     num_parallel: Annotated[int, _count] = 1
-    devices: Annotated[tuple[str, ...] | None, _several(_word, repeated=True)] = None
+    devices: Annotated[tuple[str, ...] | None, _words] = None
 
 
 def read_comparison(path: Path) -> Comparison:
@@ -235,7 +224,7 @@ def read_comparison(path: Path) -> Comparison:
 
 
 def parse_comparison(content: object) -> Comparison:
-    """The same for the file's content; ValueError names the key."""
+    """The same of the file's content."""
     comparison: Comparison = _mapping(Comparison)(content, "")
     shared, methods = comparison.learning_rates, {}
     for name, method in comparison.methods.items():

@@ -15,14 +15,14 @@ gem_ds/comparison/grid.py. In the comparison's output_dir:
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from gem_ds.comparison.bootstrap import compare_methods
 from gem_ds.comparison.cells import final_cells, search_cells
-from gem_ds.comparison.grid import Comparison, read_comparison
+from gem_ds.comparison.grid import Comparison, Task, read_comparison
 from gem_ds.comparison.markdown import markdown
 from gem_ds.comparison.plots import write_plots
 from gem_ds.comparison.runner import Runner
@@ -62,55 +62,48 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     comparison = read_comparison(args.config)
-    if args.tasks is not None:
-        comparison = narrowed(comparison, args.tasks)
-    if args.model_name_or_path is not None:
-        common = comparison.common | {"model_name_or_path": args.model_name_or_path}
-        comparison = replace(comparison, common=common)
-    comparison = with_data_in(comparison, args.data_dir)
-    if args.output_dir is not None:
-        comparison = replace(comparison, output_dir=args.output_dir)
+    own = {} if args.model_name_or_path is None else {"model_name_or_path": args.model_name_or_path}
+    comparison = replace(
+        comparison,
+        output_dir=args.output_dir or comparison.output_dir,
+        common=comparison.common | own,
+        tasks=chosen_tasks(comparison.tasks, args.tasks, args.data_dir),
+    )
     with output_dir_of_one_run(comparison.output_dir):
         num_failed = compare(comparison)
     print(f"Wrote table.md, table.csv, cells.csv and pictures to {comparison.output_dir}")
     return 1 if num_failed else 0
 
 
-def narrowed(comparison: Comparison, tasks: Sequence[str]) -> Comparison:
-    """The same comparison of some of its tasks only, in its order."""
-    for name in tasks:
-        if name not in comparison.tasks:
+def chosen_tasks(
+    tasks: Mapping[str, Task], names: Sequence[str] | None, data_dir: Path | None
+) -> dict[str, Task]:
+    """Those of these names, or all, with their folders, which must be there, below ``data_dir``."""
+    for name in names or ():
+        if name not in tasks:
             raise ValueError(
-                f"--tasks: the file has no task {name!r}; pass some of "
-                f"{', '.join(sorted(comparison.tasks))}."
+                f"--tasks: the file has no task {name!r}; pass some of {', '.join(sorted(tasks))}."
             )
-    chosen = {name: task for name, task in comparison.tasks.items() if name in tasks}
-    return replace(comparison, tasks=chosen)
-
-
-def with_data_in(comparison: Comparison, data_dir: Path | None) -> Comparison:
-    """The same comparison with its tasks' folders, which must be there, below ``data_dir``."""
-    if data_dir and not any(task.data_dir for task in comparison.tasks.values()):
+    chosen = {name: task for name, task in tasks.items() if names is None or name in names}
+    if data_dir and not any(task.data_dir for task in chosen.values()):
         raise ValueError(
             "--data_dir replaces where the tasks' folders lie, and none of the tasks has one: give "
             "them data_dir in the file, or leave --data_dir out."
         )
-    tasks = {}
-    for name, task in comparison.tasks.items():
+    for name, task in chosen.items():
         folder = task.data_dir and str((data_dir or Path()) / task.data_dir)
         if folder and not Path(folder).is_dir():
             raise ValueError(
                 f"There is no folder {folder} for tasks.{name}: pass --data_dir, the folder that "
                 f"holds {task.data_dir}."
             )
-        tasks[name] = replace(task, data_dir=folder)
-    return replace(comparison, tasks=tasks)
+        chosen[name] = replace(task, data_dir=folder)
+    return chosen
 
 
 def compare(comparison: Comparison) -> int:
     """Run what is missing and write the report; returns how many runs failed."""
-    runner = Runner(comparison, say=lambda text: print(text, flush=True))
-    search = search_cells(comparison)
+    runner, search = Runner(comparison), search_cells(comparison)
     if search:
         print("Searching the learning rates, on the development split", flush=True)
     failures = runner.run(search)

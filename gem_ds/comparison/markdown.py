@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 
 import pandas as pd
 
-from gem_ds.comparison.bootstrap import Findings, Interval
+from gem_ds.comparison.bootstrap import Findings, Interval, is_loss
 from gem_ds.comparison.cells import Cell, folder_of, rate_text
 from gem_ds.comparison.grid import Comparison
-from gem_ds.comparison.metrics import Unit
 from gem_ds.comparison.results import LOSS
-from gem_ds.comparison.table import aim_of, averages, finished, mean_and_std
+from gem_ds.comparison.table import averages, finished, mean_and_std
 
 _INTERVAL = "95 % interval"
-
-#: What a section says of intervals of losses, where learning rates are chosen by them.
-_OF_LOSSES = (
-    "Intervals of losses are Student's over the seeds, of differences paired by seed; those of "
-    "scores are of the bootstrap over the test examples and the seeds."
-)
 
 
 def markdown(
@@ -33,31 +27,57 @@ def markdown(
     """The text of table.md."""
     seeds = ", ".join(map(str, comparison.seeds))
     best = "has the least loss" if comparison.choose_by == "loss" else "is the best"
+    own = {name: task.dev_examples for name, task in comparison.tasks.items() if task.dev_examples}
+    held_out = "; ".join([f"{comparison.dev_examples:,}", *(f"{n}: {own[n]:,}" for n in own)])
     parts = [
         "# Comparison",
         f"Scores on the test split: mean and standard deviation over the seeds {seeds}. Of several "
         f"learning rates each {best}, with the first seed, on examples that were held out of "
-        f"the training data ({_dev_text(comparison)}). Optimizer "
-        "state (the first process's masters and moments), time and calibration: means over the "
-        "seeds, the latter two in seconds; peak memory: the largest.",
+        f"the training data ({held_out}). Optimizer state (the first process's masters and "
+        "moments), time and calibration: means over the seeds, the latter two in seconds; peak "
+        "memory: the largest.",
     ]
     for task in comparison.tasks:
-        own = table[table.task == task]
-        parts += _score_section(task, own) + _difference_section(findings[task], own)
-        parts += _rate_section(comparison, own, cells)
+        rows = table[table.task == task]
+        parts += _score_section(task, rows) + _difference_section(findings[task], rows)
+        parts += _rate_section(comparison, rows, cells)
     parts += _average_section(averages(table, cells), table)
-    if failures:
-        lines = (
-            f"* {cell}: {reason} (`{folder_of(comparison, cell)}`)"
-            for cell, reason in failures.items()
-        )
-        parts += ["## Failed runs", "\n".join(lines)]
+    lines = [f"* {cell}: {why} (`{folder_of(comparison, cell)}`)" for cell, why in failures.items()]
+    parts += ["## Failed runs", "\n".join(lines)] if lines else []
     return "\n\n".join(parts) + "\n"
 
 
-def unit_of(rows: pd.DataFrame) -> Unit:
-    """That of a task, by its lines of the table."""
-    return Unit(next(filter(None, rows.metric), "score"))
+class Unit:
+    """How a metric is written: per cent, a correlation, or a loss."""
+
+    def __init__(self, metric: str) -> None:
+        self.is_loss = is_loss(metric)
+        is_correlation = metric in ("matthews_correlation", "pearson")  # in [-1, 1]: no percentage
+        self.is_share = not (self.is_loss or is_correlation)
+        self.factor = 100 if self.is_share else 1
+        self.decimals = 1 if self.is_share else 3
+        name = metric.replace("_", " ")
+        self.label = f"{name} (%)" if self.is_share else name
+
+    def write(self, value: float, *, sign: bool = False) -> str:
+        """A score, or with its sign a difference."""
+        text = f"{value * self.factor:z.{self.decimals}f}"  # z: never -0.0
+        return f"+{text}" if sign and float(text) > 0 else text
+
+    def write_range(self, low: float, high: float, *, sign: bool = False) -> str:
+        """An interval, if there is one."""
+        if math.isnan(low):
+            return ""
+        return f"{self.write(low, sign=sign)} to {self.write(high, sign=sign)}"
+
+    def write_spread(self, mean: float, std: float) -> str:
+        """Mean and standard deviation, if there is one."""
+        return self.write(mean) + ("" if math.isnan(std) else f" ± {self.write(std)}")
+
+
+def unit_of(metrics: Iterable[str | None]) -> Unit:
+    """That of several methods on one task, the first that is known."""
+    return Unit(next(filter(None, metrics), "score"))
 
 
 def byte_text(count: float) -> str:
@@ -69,24 +89,15 @@ def byte_text(count: float) -> str:
     return f"{count:.1f} GiB"
 
 
-def _dev_text(comparison: Comparison) -> str:
-    """How many examples choose the learning rates: ``500; cb: 50``."""
-    own = {name: task.dev_examples for name, task in comparison.tasks.items() if task.dev_examples}
-    parts = [f"{comparison.dev_examples:,}", *(f"{name}: {own[name]:,}" for name in own)]
-    return "; ".join(parts)
-
-
 def _score_section(task: str, rows: pd.DataFrame) -> list[str]:
-    unit, loss = unit_of(rows), Unit(LOSS)
-    with_losses = "loss" in rows
+    unit, loss, with_losses = unit_of(rows.metric), Unit(LOSS), "loss" in rows
     scores = [unit.label, *([_INTERVAL, loss.label, _INTERVAL] if with_losses else [])]
     costs = ("trained", "of all", "optimizer state", "peak memory", "s per step", "calibration s")
     lines = []
     for row in rows.itertuples():
         rate = "" if row.learning_rate is None else rate_text(row.learning_rate)
         if not row.num_seeds:
-            blank = [""] * (len(scores) - 1)
-            lines.append([row.method, "failed", *blank, rate, *[""] * len(costs)])
+            lines.append([row.method, "failed", *[""] * (len(scores) - 1), rate])
             continue
         num_seeds = row.num_seeds + row.num_failed
         failed = f" ({row.num_failed} of {num_seeds} seeds failed)" if row.num_failed else ""
@@ -106,13 +117,18 @@ def _score_section(task: str, rows: pd.DataFrame) -> list[str]:
             f"⚠ The learning rate of {', '.join(edges)} lies at the edge of its grid: a rate "
             "beyond may be better, so widen the grid."
         )
-    return [*parts, _OF_LOSSES] if with_losses else parts
+    if with_losses:
+        parts.append(
+            "Intervals of losses are Student's over the seeds, of differences paired by seed; "
+            "those of scores are of the bootstrap over the test examples and the seeds."
+        )
+    return parts
 
 
 def _difference_section(found: Findings, rows: pd.DataFrame) -> list[str]:
     if sum(rows.num_seeds > 0) < 2:
         return []
-    unit, parts = unit_of(rows), [f"### Difference from {found.reference}"]
+    unit, parts = unit_of(rows.metric), [f"### Difference from {found.reference}"]
     if found.differences:
         points = "difference (points)" if unit.is_share else "difference"
         parts.append(_interval_table(points, unit, found.differences))
@@ -141,22 +157,19 @@ def _interval_table(title: str, unit: Unit, found: Mapping[str, Interval]) -> st
 
 
 def _rate_section(comparison: Comparison, rows: pd.DataFrame, cells: pd.DataFrame) -> list[str]:
-    lines: list[list[str]] = []
-    unit = Unit(next(filter(None, rows.dev_metric), "score"))
+    lines: list[Sequence[str]] = []
+    unit = unit_of(rows.dev_metric)
     for row in rows.itertuples():
         grid = comparison.methods[row.method].learning_rates
-        scores = aim_of(comparison, finished(cells, row.task, "dev", row.method))[1]
+        tried = finished(cells, row.task, "dev", row.method)
+        scores = dict(zip(tried.learning_rate, tried.aim, strict=True))
         line = [row.method]
         for rate in grid if len(grid) > 1 else ():
             text = f"{rate_text(rate)}: {unit.write(scores[rate]) if rate in scores else 'failed'}"
             line.append(f"**{text}**" if rate == row.learning_rate else text)
         lines += [line] if len(line) > 1 else []
-    if not lines:
-        return []
-    width = max(map(len, lines))
-    lines = [line + [""] * (width - len(line)) for line in lines]
     title = f"### Learning rates: {unit.label} on the development split"
-    return [title, _table(["method", *[""] * (width - 1)], lines)]
+    return [title, _table(["method"], lines)] if lines else []
 
 
 def _average_section(means: Mapping[str, Sequence[float]], table: pd.DataFrame) -> list[str]:
@@ -164,8 +177,8 @@ def _average_section(means: Mapping[str, Sequence[float]], table: pd.DataFrame) 
         return []
     unit, lines = Unit("average"), []
     for method, values in means.items():
-        own = table[(table.method == method) & (table.num_seeds > 0)]
-        share = list(own.num_trainable / own.num_parameters)
+        done = table[(table.method == method) & (table.num_seeds > 0)]
+        share = list(done.num_trainable / done.num_parameters)
         score = unit.write_spread(*mean_and_std(values)) if values else "failed"
         lines.append((method, score, _percent(fmean(share)) if share else ""))
     header = ("method", "score (points of 100)", "trained, of all")
@@ -176,6 +189,9 @@ def _percent(share: float) -> str:
     return f"{100 * share:.3g} %"
 
 
-def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *lines))
+def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Of lines whose last fields may be left out."""
+    width = max(map(len, (header, *lines)))
+    rule = ["---", *["---:"] * (width - 1)]
+    rows = ([*line, *[""] * (width - len(line))] for line in (header, rule, *lines))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -11,29 +11,32 @@ of its own, too.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from gem_ds.comparison.bootstrap import REFERENCE
-from gem_ds.comparison.budget_plot import TEXT, budget_figure
 from gem_ds.comparison.cells import folder_of
 from gem_ds.comparison.grid import Comparison
 from gem_ds.comparison.markdown import unit_of
-from gem_ds.comparison.metrics import Unit
-from gem_ds.comparison.table import aim_of, finished
+from gem_ds.comparison.table import finished
 from gem_ds.files.atomic import atomic_write
 from gem_ds.files.mask import Mask
 from gem_ds.train.methods import METHODS
+
+#: Colour of all that is written.
+TEXT = "#333333"
 
 COLOURS = (
     *("#D55E00", "#E69F00", "#009E73", "#009E73", "#56B4E9", "#7F7F7F", "#CC79A7", "#000000"),
@@ -43,7 +46,14 @@ COLOURS = (
 #: Colour and marker by method, in the order of the table of methods.
 STYLES = dict(zip(METHODS, zip(cycle(COLOURS), "*osP^XvDphd<>8H", strict=False), strict=False))
 
-MAX_COLUMNS = 3
+#: What is around the rates that were chosen.
+_RING: dict[str, Any] = {"marker": "o", "mfc": "none", "ls": "none"}
+
+
+class _Counts(EngFormatter):
+    """1000 is 1k, and a billion 1B."""
+
+    ENG_PREFIXES = {0: "", 3: "k", 6: "M", 9: "B"}  # noqa: RUF012
 
 
 def write_plots(comparison: Comparison, table: pd.DataFrame, cells: pd.DataFrame) -> None:
@@ -69,10 +79,10 @@ def save(figure: Figure, path: Path) -> None:
 
 def score_figure(table: pd.DataFrame) -> Figure:
     """Test score against trained parameters; bars are standard deviations over the seeds."""
-    figure, panels = _panels(list(table.task.unique()))
+    figure, panels = _figure_of(list(table.task.unique()))
     for task, axes in panels.items():
         own = table[table.task == task]
-        unit, done = unit_of(own), own[own.num_seeds > 0]
+        unit, done = unit_of(own.metric), own[own.num_seeds > 0]
         places = side_by_side(list(done.num_trainable))
         for row, place in zip(done.itertuples(), places, strict=True):
             error = None if math.isnan(row.std) else row.std * unit.factor
@@ -82,31 +92,26 @@ def score_figure(table: pd.DataFrame) -> Figure:
         _finish(axes, task, f"trained parameters{note}", unit.label)
         if places:
             _span(axes, places, margin=2.2)
-            axes.xaxis.set_major_formatter(FuncFormatter(_count_text))
+            axes.xaxis.set_major_formatter(_Counts(sep=""))
     _legend(figure, table)
     return figure
 
 
 def rate_figure(comparison: Comparison, table: pd.DataFrame, cells: pd.DataFrame) -> Figure:
     """Development score against learning rate; the chosen rates have a ring."""
-    figure, panels = _panels(list(comparison.tasks))
+    figure, panels = _figure_of(list(comparison.tasks))
     for task, axes in panels.items():
         own, seen = table[table.task == task], []
-        unit = Unit(next(filter(None, own.dev_metric), "score"))
+        unit = unit_of(own.dev_metric)
         for row in own.itertuples():
-            scores = aim_of(comparison, finished(cells, task, "dev", row.method))[1] * unit.factor
-            if scores.empty:
+            tried = finished(cells, task, "dev", row.method)
+            if tried.empty:
                 continue
-            seen += list(scores)
-            look, rate = _look(row.method), row.learning_rate
-            axes.plot(list(scores.index), list(scores), lw=1.4, **look | {"ms": 6})
-            ring: dict[str, Any] = {
-                "mfc": "none",
-                "mec": look["color"],
-                "mew": 1.3,
-                "linestyle": "none",
-            }
-            axes.plot([rate], [scores[rate]], marker="o", ms=13, **ring)
+            scores, look = list(tried.aim * unit.factor), _look(row.method)
+            axes.plot(list(tried.learning_rate), scores, lw=1.4, **look | {"ms": 6})
+            ring = _RING | {"mec": look["color"], "mew": 1.3, "ms": 13}
+            axes.plot([row.learning_rate], [row.dev_score * unit.factor], **ring)
+            seen += scores
         _finish(axes, f"{task}, development split", "learning rate", unit.label)
         grids = (comparison.methods[method].learning_rates for method in own.method)
         _span(axes, [rate for grid in grids for rate in grid], margin=1.5)
@@ -116,21 +121,26 @@ def rate_figure(comparison: Comparison, table: pd.DataFrame, cells: pd.DataFrame
     return figure
 
 
-def _panels(tasks: Sequence[str]) -> tuple[Figure, dict[str, Axes]]:
-    """A figure with a panel per task."""
-    columns = min(len(tasks), MAX_COLUMNS)
-    lines = math.ceil(len(tasks) / columns)
+def _figure_of(tasks: Sequence[str]) -> tuple[Figure, dict[str, Axes]]:
+    """A figure with a panel per task, three in a line."""
+    columns = min(len(tasks), 3)
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
-    figure = Figure(figsize=(4.4 * columns + 1.6, 3.5 * lines), layout=layout)
+    size = 4.4 * columns + 1.6, 3.5 * math.ceil(len(tasks) / columns)
+    figure = Figure(figsize=size, layout=layout)
+    return figure, _panels(figure, tasks, columns)
+
+
+def _panels(figure: Figure, names: Sequence[str], columns: int) -> dict[str, Axes]:
+    lines = math.ceil(len(names) / columns)
     panels = list(figure.subplots(lines, columns, squeeze=False).flat)
-    for axes in panels[len(tasks) :]:
+    for axes in panels[len(names) :]:
         axes.set_visible(False)
-    return figure, dict(zip(tasks, panels, strict=False))
+    return dict(zip(names, panels, strict=False))
 
 
 def _finish(axes: Axes, title: str, x_label: str, y_label: str) -> None:
     """What all panels have in common."""
-    axes.set_xscale("log")
+    axes.set(xscale="log", axisbelow=True)
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     axes.set_title(title, color=TEXT, fontsize=11.5)
@@ -138,18 +148,17 @@ def _finish(axes: Axes, title: str, x_label: str, y_label: str) -> None:
     axes.set_ylabel(y_label, color=TEXT)
     axes.tick_params(colors=TEXT, labelsize=9)
     axes.grid(visible=True, color="#E4E4E4", linewidth=0.8)
-    axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#AAAAAA")
     axes.margins(y=0.12)
 
 
 def _scale_by_factors(axes: Axes) -> None:
-    """A rate that is too large may end at many times the loss of the others."""
+    """For a rate that is too large and so ends at many times the loss of the others."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5) if high < 3e3 * low else (1,)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
@@ -173,28 +182,85 @@ def _legend(figure: Figure, table: pd.DataFrame, *, rings: bool = False) -> None
     methods = table.method.unique()
     handles = [Line2D([], [], ls="none", label=name, **_look(name)) for name in methods]
     if rings:
-        look: dict[str, Any] = {"mfc": "none", "mec": TEXT, "marker": "o", "ms": 11, "ls": "none"}
-        handles.append(Line2D([], [], label="chosen", **look))
+        handles.append(Line2D([], [], label="chosen", **_RING | {"mec": TEXT, "ms": 11}))
     figure.legend(handles=handles, loc="outside right center", frameon=False, labelcolor=TEXT)
 
 
 def side_by_side(counts: Sequence[float]) -> list[float]:
     """Abscissas, those of (nearly) equal counts a little apart so that none hides another."""
-    places, groups = list(counts), list[list[int]]()
-    for index in sorted(range(len(counts)), key=lambda i: counts[i]):
-        if groups and counts[index] <= counts[groups[-1][0]] * 1.1:
-            groups[-1].append(index)
-        else:
-            groups.append([index])
-    for group in groups:
+    places, waiting = list(counts), sorted(range(len(counts)), key=lambda i: counts[i])
+    while waiting:
+        group = [index for index in waiting if counts[index] <= counts[waiting[0]] * 1.1]
+        waiting = waiting[len(group) :]
         for rank, index in enumerate(sorted(group)):
             places[index] = counts[index] * 1.14 ** (rank - (len(group) - 1) / 2)
     return places
 
 
-def _count_text(value: float, position: int) -> str:
-    """1000 is 1k, and so on."""
-    for factor, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= factor:
-            return f"{value / factor:g}{letter}"
-    return f"{value:g}"
+def budget_figure(task: str, masks: Mapping[str, Mask]) -> Figure:
+    """A panel per method: share of its entries by layer (down) and module (across)."""
+    places = {name: place_of(name) for mask in masks.values() for name in mask.indices}
+    layers = sorted({layer for layer, _ in places.values()})
+    modules = list(dict.fromkeys(module for _, module in places.values()))
+    grids = {}
+    for method, mask in masks.items():
+        grid = np.full((len(layers), len(modules)), np.nan)
+        for name, index in mask.indices.items():
+            spot = layers.index(places[name][0]), modules.index(places[name][1])
+            grid[spot] = np.nansum([grid[spot], 100 * index.numel() / mask.num_selected])
+        grids[method] = grid
+    top = max(float(np.nanmax(grid)) for grid in grids.values())
+    lines = math.ceil(len(grids) / 4)
+    columns = math.ceil(len(grids) / lines)
+    width = max(1.9, 0.62 * len(modules) + 0.5)
+    height = max(2.2, min(6.0, 0.32 * len(layers) + 0.6))
+    figure = Figure(figsize=(columns * width + 1.5, lines * height + 1.3), layout="constrained")
+    figure.suptitle(f"{task}: where the budget went", color=TEXT, fontsize=12)
+    for method, axes in _panels(figure, list(grids), columns).items():
+        grid = grids[method]
+        image = axes.imshow(grid, cmap="viridis", vmin=0, vmax=top, aspect="auto")
+        axes.set_title(method, fontsize=10.5, color=TEXT)
+        slanted: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
+        axes.set_xticks(range(len(modules)), short_names(modules), **slanted)
+        shown = range(0, len(layers), math.ceil(len(layers) / 16))
+        axes.set_yticks(shown, ["" if layers[i] < 0 else str(layers[i]) for i in shown])
+        axes.tick_params(length=0, labelsize=8.5, colors=TEXT)
+        axes.spines[:].set_visible(False)
+        if grid.size <= 60 and len(modules) <= 4:
+            _write_in(axes, grid, top)
+    for axes in figure.axes[::columns]:
+        axes.set_ylabel("layer", color=TEXT)
+    bar = figure.colorbar(image, ax=figure.axes, shrink=0.8, pad=0.02)
+    bar.set_label("share of the method's entries (%)", color=TEXT)
+    bar.ax.tick_params(colors=TEXT, labelsize=8.5)
+    bar.outline.set_visible(False)
+    return figure
+
+
+def place_of(weight: str) -> tuple[int, str]:
+    """The layer (-1 outside of any) and the module of a weight by its name."""
+    parts = weight.removesuffix(".weight")
+    match = re.search(r"(?:^|\.)(\d+)\.(.+)$", parts)
+    return (int(match[1]), match[2]) if match else (-1, parts)
+
+
+def _write_in(axes: Axes, grid: np.ndarray, top: float) -> None:
+    """The numbers into the fields, light on dark and dark on light."""
+    for (line, column), value in np.ndenumerate(grid):
+        if not np.isnan(value):
+            look: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8}
+            look["color"] = "black" if value > 0.6 * top else "white"
+            axes.text(column, line, f"{value:.1f}", **look)
+
+
+def short_names(modules: Sequence[str]) -> list[str]:
+    """The last part of each name, or as many as tell it from the others."""
+
+    def short_name(module: str) -> str:
+        parts = module.split(".")
+        for end in (".".join(parts[-count:]) for count in range(1, len(parts))):
+            if sum(f".{other}".endswith(f".{end}") for other in modules) == 1:
+                return end
+        return module
+
+    return [short_name(module) for module in modules]

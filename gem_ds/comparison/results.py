@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -15,16 +16,13 @@ from gem_ds.comparison.cells import Cell, evaluation_of, folder_of
 from gem_ds.comparison.grid import Comparison
 from gem_ds.data.predictions import PREDICTIONS_FILE
 
-T = TypeVar("T")
-
 RESULTS_FILE = "all_results.json"
 
 #: The loss where it is what runs are compared by.
 LOSS = "eval_loss"
 
 #: What the second command leaves, where a task has one.
-EVALUATION_FILE = "eval/results.json"
-VERDICTS_FILE = "eval/verdicts.jsonl"
+EVALUATION_FILE, VERDICTS_FILE = "eval/results.json", "eval/verdicts.jsonl"
 
 #: Numbers that all_results.json must hold, beside the score.
 COSTS = (
@@ -32,18 +30,9 @@ COSTS = (
     *("seconds_per_step", "calibration_seconds", "optimizer_state_bytes"),
 )
 
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """A finished run: its task's main metric on its split, and the numbers `COSTS`.
-
-    The loss is on the same examples, after training; infinite where there is none.
-    """
-
-    metric: str
-    score: float
-    loss: float
-    costs: Mapping[str, float]
+#: Of a finished run the name ``metric`` of its task's main metric, that as ``score``, the ``loss``
+#: on the same examples after training, infinite where there is none, and `COSTS`.
+Result = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -59,8 +48,7 @@ class Predictions:
 def read_training(folder: Path) -> Result:
     """The result of the training program; ValueError where it is absent or not whole.
 
-    Its score is the task's main metric, which comes first, or where the answers are generated, so
-    that it has none, the loss on the held-out examples.
+    Its score is the first of its metrics, or where it has none, as answers are generated, the loss.
     """
     path = folder / RESULTS_FILE
     content = _read_json(path)
@@ -70,19 +58,19 @@ def read_training(folder: Path) -> Result:
     if not isinstance(metrics, dict) or not metrics:
         raise ValueError(f"{path} has neither eval_metrics nor last_eval_loss.")
     metric, score = next(iter(metrics.items()))
-    costs: dict[str, Any] = {cost: content.get(cost) for cost in COSTS}
+    costs = {cost: content.get(cost) for cost in COSTS}
     for name, value in {**costs, metric: score}.items():
         if not _is_number(value):
             raise ValueError(f"{path} has no number {name}.")
     loss = float(loss) if _is_number(loss) else math.inf
-    return Result(metric=metric, score=float(score), loss=loss, costs=costs)
+    return {"metric": metric, "score": float(score), "loss": loss, **costs}
 
 
 def read_result(comparison: Comparison, cell: Cell) -> Result:
     """The result of a run, evaluation included; ValueError where it is absent or not whole."""
     folder, evaluation = folder_of(comparison, cell), evaluation_of(comparison, cell)
     result = read_training(folder)
-    if comparison.choose_by == "loss" and math.isinf(result.loss):
+    if comparison.choose_by == "loss" and math.isinf(result["loss"]):
         raise ValueError(f"{folder / RESULTS_FILE} has no number last_eval_loss.")
     if evaluation is None:
         return result
@@ -91,44 +79,37 @@ def read_result(comparison: Comparison, cell: Cell) -> Result:
         value = value.get(key) if isinstance(value, dict) else None
     if not _is_number(value):
         raise ValueError(f"{folder / EVALUATION_FILE} has no number at {evaluation.score}.")
-    return replace(result, metric=evaluation.metric or evaluation.score, score=float(value))
+    return result | {"metric": evaluation.metric or evaluation.score, "score": float(value)}
 
 
 def read_predictions(comparison: Comparison, cell: Cell) -> Predictions:
-    """What a finished run said of each example of its split; ValueError as `read_result`."""
-    folder, evaluation = folder_of(comparison, cell), evaluation_of(comparison, cell)
-    if evaluation is not None:
-        return _read_verdicts(folder / VERDICTS_FILE, evaluation.correct)
-    rows = _read_lines(folder / PREDICTIONS_FILE, ("id", "correct", "prediction", "reference"))
-    return Predictions(
-        ids=[row["id"] for row in rows],
-        correct=np.array([row["correct"] for row in rows], dtype=np.float64),  # None becomes NaN
-        predictions=[row["prediction"] for row in rows],
-        references=[row["reference"] for row in rows],
-    )
+    """What a finished run said of each example of its split; ValueError as `read_result`.
 
-
-def _read_verdicts(path: Path, field: str) -> Predictions:
-    """An evaluator's verdicts in ``field``, averaged over the samples of a problem.
-
-    A verdict is a truth value, a number, or the word ``passed`` among other words.
+    An evaluator's verdicts are averaged over the samples of a problem. A verdict is a truth value,
+    a number, or the word ``passed`` among other words.
     """
-    judged: dict[Any, list[float]] = {}
-    for row in _read_lines(path, ("task_id", field)):
-        verdict = row[field]
-        if verdict is None:
-            raise ValueError(f"{path} has no verdict {field} of some samples")
-        is_right = verdict == "passed" if isinstance(verdict, str) else float(verdict)
-        judged.setdefault(row["task_id"], []).append(float(is_right))
-    correct, nothing = np.array([np.mean(v) for v in judged.values()]), [None] * len(judged)
-    return Predictions(ids=[*judged], correct=correct, predictions=nothing, references=nothing)
+    folder, evaluation = folder_of(comparison, cell), evaluation_of(comparison, cell)
+    if evaluation is None:
+        fields = ("id", "correct", "prediction", "reference")
+        ids, correct, predictions, references = _read_columns(folder / PREDICTIONS_FILE, fields)
+        shares = np.array(correct, dtype=np.float64)  # None becomes NaN
+        return Predictions(ids=ids, correct=shares, predictions=predictions, references=references)
+    path, field = folder / VERDICTS_FILE, evaluation.correct
+    names, verdicts = _read_columns(path, ("task_id", field))
+    if None in verdicts:
+        raise ValueError(f"{path} has no verdict {field} of some samples")
+    judged = defaultdict[Any, list[float]](list)
+    for name, verdict in zip(names, verdicts, strict=True):
+        judged[name].append(float(verdict == "passed" if isinstance(verdict, str) else verdict))
+    shares, nothing = np.array([np.mean(own) for own in judged.values()]), [None] * len(judged)
+    return Predictions(ids=[*judged], correct=shares, predictions=nothing, references=nothing)
 
 
 def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _read(path: Path, parse: Callable[[str], T]) -> T:
+def _read(path: Path, parse: Callable[[str], Any]) -> Any:
     try:
         return parse(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -144,7 +125,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_lines(path: Path, fields: tuple[str, ...]) -> list[dict[str, Any]]:
+def _read_columns(path: Path, fields: tuple[str, ...]) -> list[list[Any]]:
     rows = _read(path, lambda text: [json.loads(line) for line in text.split("\n") if line])
     if not rows:
         raise ValueError(f"{path} is empty.")
@@ -152,4 +133,4 @@ def _read_lines(path: Path, fields: tuple[str, ...]) -> list[dict[str, Any]]:
         for name in fields:
             if not isinstance(row, dict) or name not in row:
                 raise ValueError(f"{path} has no {name} in line {number}.")
-    return rows
+    return [[row[name] for row in rows] for name in fields]

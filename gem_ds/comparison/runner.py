@@ -1,64 +1,57 @@
 """Running cells: several at once, each in its own processes, none twice, nothing finished lost.
 
-A cell that is not finished starts afresh, but for one that lacks its evaluation only. It does not
-go on from a checkpoint: it would not calibrate again, and report neither time nor memory of that.
+A cell is finished when its results are whole. Any other starts afresh, but for one that lacks its
+evaluation only. It does not go on from a checkpoint: it would not calibrate again, and report
+neither time nor memory of that.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-from gem_ds.comparison.cell_folder import (
+from gem_ds.comparison.cells import (
     CELL_FILE,
     LOG_FILE,
-    clear,
+    Cell,
     commands_of,
-    discard,
-    is_finished,
-    last_line,
-    lock,
+    folder_of,
     refuse_other_commands,
 )
-from gem_ds.comparison.cells import Cell, evaluation_command, folder_of, training_command
 from gem_ds.comparison.grid import Comparison
-from gem_ds.comparison.results import read_result
+from gem_ds.comparison.results import read_result, read_training
 from gem_ds.errors import Interrupted
-from gem_ds.files.atomic import make_folder, save_json
+from gem_ds.files.atomic import delete, make_folder, save_json, try_lock
 
 #: Seconds that a child has after SIGTERM, which ends training after the present step.
 GRACE = 30.0
 
+#: Seconds that processes just killed have to go.
+PATIENCE = 3.0
+
+#: What a cell of the search need not keep: its score is all that is wanted of it.
+WEIGHTS = ("delta.safetensors", "adapter", "model")
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-
-@dataclass(kw_only=True)
-class _Child:
-    """A cell at work."""
-
-    cell: Cell
-    slot: int
-    process: subprocess.Popen[bytes]
-    is_training: bool
-    started: float = field(default_factory=time.monotonic)
+Process = subprocess.Popen[bytes]
 
 
 class Runner:
     """Runs the cells of one comparison."""
 
-    def __init__(self, comparison: Comparison, say: Callable[[str], object] = print) -> None:
-        self.comparison, self.say = comparison, say
-        self.num_signals = 0
+    def __init__(self, comparison: Comparison) -> None:
+        self.comparison, self.num_signals = comparison, 0
 
     def run(self, cells: Sequence[Cell]) -> dict[Cell, str]:
         """Bring cells to their end; returns those that failed, with the last line of their log.
@@ -69,48 +62,87 @@ class Runner:
         """
         for cell in cells:
             refuse_other_commands(self.comparison, cell)
-        waiting = deque(cell for cell in cells if not is_finished(self.comparison, cell))
+        waiting = deque(cell for cell in cells if not self.is_finished(cell))
         self.num_done, self.num_all = len(cells) - len(waiting), len(cells)
         if self.num_done:
-            self.say(f"{self.num_done} of {self.num_all} runs are finished already")
-        failures: dict[Cell, str] = {}
-        children: dict[int, _Child] = {}
+            print(f"{self.num_done} of {self.num_all} runs are finished already", flush=True)
+        self.failures: dict[Cell, str] = {}
+
+        def processes(slot: int) -> Iterator[Process]:
+            while waiting:
+                yield from self.work_on(waiting.popleft(), slot)
+
+        at_work: dict[Iterator[Process], Process | None] = dict.fromkeys(
+            map(processes, range(self.comparison.num_parallel))
+        )
         with self.noticing_signals():
             try:
-                while waiting or children:
-                    for slot in range(self.comparison.num_parallel):
-                        if slot not in children and waiting:
-                            children[slot] = self.start(waiting.popleft(), slot)
+                while at_work:
+                    for queue, process in list(at_work.items()):
+                        if process is None or process.poll() is not None:
+                            del at_work[queue]
+                            if following := next(queue, None):
+                                at_work[queue] = following
                     time.sleep(0.05)
                     if self.num_signals:
                         raise Interrupted
-                    for slot, child in list(children.items()):
-                        if child.process.poll() is not None:
-                            del children[slot]
-                            if following := self.end(child, failures):
-                                children[slot] = following
             finally:
-                self.stop(list(children.values()))
-        return failures
+                self.stop(list(filter(None, at_work.values())))
+        return self.failures
 
-    def start(self, cell: Cell, slot: int) -> _Child:
-        """Start the first command of a cell that has not come to its end."""
-        folder = folder_of(self.comparison, cell)
+    def work_on(self, cell: Cell, slot: int) -> Iterator[Process]:
+        """Bring a cell to its end; yields its processes, each of which must end before the next."""
+        started, folder = time.monotonic(), folder_of(self.comparison, cell)
+        commands = commands_of(self.comparison, cell)
         make_folder(folder)
-        with open(folder / LOG_FILE, "ab") as log:
-            lock(log, folder)
-            is_training = not is_finished(self.comparison, cell, training_only=True)
-            if is_training:
-                clear(folder)
-                log.truncate(0)
-                save_json(folder / CELL_FILE, commands_of(self.comparison, cell))
-                command = training_command(self.comparison, cell)
-            else:
-                command = evaluation_command(self.comparison, cell) or []
-            process = self.spawn(command, slot, log)
-            return _Child(cell=cell, slot=slot, process=process, is_training=is_training)
+        for name, command in commands.items():
+            with open(folder / LOG_FILE, "ab") as log:
+                lock(log, folder)
+                if name == "train":
+                    if "evaluate" in commands and self.is_trained(cell):
+                        continue
+                    for entry in folder.iterdir():
+                        if entry.name != LOG_FILE:
+                            delete(entry)
+                    log.truncate(0)
+                    save_json(folder / CELL_FILE, commands)
+                process = self.spawn(shlex.split(command), slot, log)
+            yield process
+            _signal_group(process, signal.SIGKILL)  # whatever a failed launcher has left behind
+            if process.returncode or not self.is_trained(cell):
+                break
+        self.conclude(cell, process.returncode, time.monotonic() - started)
 
-    def spawn(self, command: Sequence[str], slot: int, log: IO[bytes]) -> subprocess.Popen[bytes]:
+    def conclude(self, cell: Cell, status: int, seconds: float) -> None:
+        """Note what came of a cell, and delete what it no longer needs."""
+        folder = folder_of(self.comparison, cell)
+        if status == 0 and self.is_finished(cell):
+            result = read_result(self.comparison, cell)
+            news = f"{result['metric']} {result['score']:.4g}"
+            for path in folder.glob("checkpoint-*"):
+                delete(path)
+            for name in WEIGHTS if cell.split == "dev" else ():
+                delete(folder / name)
+        else:
+            how = f"exit status {status}" if status else "no whole results"
+            self.failures[cell] = f"{last_line(folder / LOG_FILE) or 'nothing printed'} ({how})"
+            news = f"FAILED: {self.failures[cell]}; see {folder / LOG_FILE}"
+        self.num_done += 1
+        print(f"[{self.num_done}/{self.num_all}] {cell}: {news} ({seconds:.0f} s)", flush=True)
+
+    def is_finished(self, cell: Cell) -> bool:
+        """Whether its results are whole."""
+        with suppress(ValueError):
+            return bool(read_result(self.comparison, cell))
+        return False
+
+    def is_trained(self, cell: Cell) -> bool:
+        """Whether those of its training are."""
+        with suppress(ValueError):
+            return bool(read_training(folder_of(self.comparison, cell)))
+        return False
+
+    def spawn(self, command: Sequence[str], slot: int, log: IO[bytes]) -> Process:
         """Start a command in a session of its own, out of reach of the terminal's Ctrl-C."""
         words = [sys.executable if command[0] == "python" else command[0], *command[1:]]
         bin_folder = str(Path(sys.executable).parent)  # where the launchers of this environment are
@@ -120,50 +152,26 @@ class Runner:
         environment["PATH"] = os.pathsep.join(search_path)
         if self.comparison.devices is not None:
             environment["CUDA_VISIBLE_DEVICES"] = self.comparison.devices[slot]
+        streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
         try:
-            streams: dict[str, Any] = {
-                "stdin": subprocess.DEVNULL,
-                "stdout": log,
-                "stderr": subprocess.STDOUT,
-            }
-            return subprocess.Popen(words, env=environment, start_new_session=True, **streams)
+            return subprocess.Popen(
+                words, env=environment, start_new_session=True, stdout=log, **streams
+            )
         except (FileNotFoundError, PermissionError) as error:
             raise ValueError(f"{words[0]} cannot be started: {error.strerror}.") from None
 
-    def end(self, child: _Child, failures: dict[Cell, str]) -> _Child | None:
-        """Note what came of a child; the next command of its cell, started, if there is one."""
-        cell, folder = child.cell, folder_of(self.comparison, child.cell)
-        status = child.process.returncode
-        _signal_group(child.process, signal.SIGKILL)  # whatever a failed launcher has left behind
-        if status != 0 or not is_finished(self.comparison, cell):
-            is_trained = is_finished(self.comparison, cell, training_only=True)
-            if status == 0 and child.is_training and is_trained:
-                return replace(self.start(cell, child.slot), started=child.started)
-            how = f"exit status {status}" if status else "no whole results"
-            failures[cell] = f"{last_line(folder / LOG_FILE) or 'nothing printed'} ({how})"
-        self.num_done += 1
-        seconds = time.monotonic() - child.started
-        if cell in failures:
-            news = f"FAILED: {failures[cell]}; see {folder / LOG_FILE}"
-        else:
-            result = read_result(self.comparison, cell)
-            news = f"{result.metric} {result.score:.4g}"
-            discard(folder, is_search=cell.split == "dev")
-        self.say(f"[{self.num_done}/{self.num_all}] {cell}: {news} ({seconds:.0f} s)")
-        return None
-
-    def stop(self, children: Sequence[_Child]) -> None:
-        """End children: SIGTERM, and SIGKILL after the grace or at a second signal."""
-        for child in children:
-            _signal_group(child.process, signal.SIGTERM)
+    def stop(self, processes: Sequence[Process]) -> None:
+        """End them: SIGTERM, and SIGKILL after the grace or at a second signal."""
+        for process in processes:
+            _signal_group(process, signal.SIGTERM)
         deadline, num_signals = time.monotonic() + GRACE, self.num_signals
-        while any(child.process.poll() is None for child in children):
+        while any(process.poll() is None for process in processes):
             if time.monotonic() > deadline or self.num_signals > num_signals:
                 break
             time.sleep(0.05)
-        for child in children:
-            _signal_group(child.process, signal.SIGKILL)
-            child.process.wait()
+        for process in processes:
+            _signal_group(process, signal.SIGKILL)
+            process.wait()
 
     @contextmanager
     def noticing_signals(self) -> Iterator[None]:
@@ -180,7 +188,29 @@ class Runner:
                 signal.signal(number, handler)
 
 
-def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+def lock(log: IO[bytes], folder: Path) -> None:
+    """Hold the log for as long as anyone has it open, the child that inherits it above all.
+
+    So a process that has outlived its comparison is noticed, and refused.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while not try_lock(log):
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"A process of an earlier comparison is still at work in {folder}: wait for its "
+                "end, or stop it."
+            )
+        time.sleep(0.05)
+
+
+def last_line(log: Path) -> str:
+    """The last line that says something; progress bars end theirs with a carriage return."""
+    text = log.read_bytes()[-10_000:].decode(errors="replace").replace("\r", "\n")
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    return lines[-1] if lines else ""
+
+
+def _signal_group(process: Process, number: signal.Signals) -> None:
     """Signal a child and its children, as far as they are there."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, number)

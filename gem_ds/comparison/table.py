@@ -7,43 +7,42 @@ A cell that has not come to its end has no score, which is NaN.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from statistics import fmean, stdev
 
 import pandas as pd
 
-from gem_ds.comparison.bootstrap import Findings, Interval, interval_over_seeds
+from gem_ds.comparison.bootstrap import Findings, interval_over_seeds, is_loss
 from gem_ds.comparison.cells import Cell, folder_of
 from gem_ds.comparison.grid import Comparison
-from gem_ds.comparison.metrics import is_loss
 from gem_ds.comparison.results import COSTS, LOSS, read_result
 
 #: The rate chosen by task and method; None where every run of the search has failed.
 Rates = Mapping[tuple[str, str], float | None]
 
-#: The columns of a table of runs.
+#: The columns of a table of runs, and those that cells.csv lacks.
 COLUMNS = (
     *("task", "method", "learning_rate", "seed", "split", "status", "metric", "score", "loss"),
-    *(*COSTS, "folder", "cell"),
+    *(*COSTS, "folder", "cell", "aim_name", "aim"),
 )
+NOT_WRITTEN = ["cell", "aim_name", "aim"]
 
 
 def tabulate_cells(comparison: Comparison, cells: Iterable[Cell]) -> pd.DataFrame:
-    """A line per run: the columns of cells.csv, ``loss``, and ``cell`` itself."""
+    """A line per run: the columns of cells.csv, and `NOT_WRITTEN`.
+
+    By ``aim`` learning rates are chosen: it is the score, or the loss, as ``aim_name`` says.
+    """
     records = []
     for cell in cells:
         folder = folder_of(comparison, cell).relative_to(comparison.output_dir)
-        record = vars(cell) | {
-            "status": "failed",
-            "metric": "",
-            "folder": str(folder),
-            "cell": cell,
-        }
+        record = {"status": "failed", "metric": "", "folder": str(folder), "cell": cell}
         with suppress(ValueError):
             result = read_result(comparison, cell)
-            record |= {"status": "finished", **vars(result), **result.costs}
-        records.append(record)
+            aims = (LOSS, "loss") if comparison.choose_by == "loss" else (result["metric"], "score")
+            record |= {"status": "finished", "aim_name": aims[0], "aim": result[aims[1]]} | result
+        records.append(vars(cell) | record)
     return pd.DataFrame(records, columns=list(COLUMNS), dtype=object)
 
 
@@ -53,14 +52,6 @@ def finished(cells: pd.DataFrame, task: str, split: str, method: str | None = No
     return cells[chosen if method is None else chosen & (cells.method == method)]
 
 
-def aim_of(comparison: Comparison, tried: pd.DataFrame) -> tuple[str, pd.Series]:
-    """By what the rates of these runs are judged: its name, and its value by rate."""
-    by_rate = tried.set_index("learning_rate")
-    if comparison.choose_by == "loss" and len(tried):
-        return LOSS, by_rate.loss
-    return next(iter(tried.metric), ""), by_rate.score
-
-
 def choose_rates(comparison: Comparison, cells: pd.DataFrame) -> Rates:
     """The learning rate of every task and method, from the finished runs of the search."""
     rates: dict[tuple[str, str], float | None] = {}
@@ -68,18 +59,17 @@ def choose_rates(comparison: Comparison, cells: pd.DataFrame) -> Rates:
         for name, method in comparison.methods.items():
             own = method.learning_rates
             found = finished(cells, task, "dev", name)
-            rates[task, name] = own[0] if len(own) == 1 else best_rate(comparison, found)
+            rates[task, name] = own[0] if len(own) == 1 else best_rate(found)
     return rates
 
 
-def best_rate(comparison: Comparison, tried: pd.DataFrame) -> float | None:
+def best_rate(tried: pd.DataFrame) -> float | None:
     """The rate of the best score; of equal ones that of the least loss, then the smallest.
 
-    A score such as the share of right answers is often the same to the last digit where nothing has
-    been learnt yet, and the loss is not. None where nothing has been tried.
+    Shares of right answers are often equal where nothing has been learnt yet, and losses are not.
+    None where nothing has been tried.
     """
-    metric, values = aim_of(comparison, tried)
-    badness = values if is_loss(metric) else -values
+    badness = tried.aim if any(map(is_loss, tried.aim_name)) else -tried.aim
     return min(zip(badness, tried.loss, tried.learning_rate, strict=True), default=(None,))[-1]
 
 
@@ -91,19 +81,22 @@ def tabulate(
     for (task, method), rate in rates.items():
         grid = comparison.methods[method].learning_rates
         tried, runs = (finished(cells, task, split, method) for split in ("dev", "test"))
-        metric, values = aim_of(comparison, tried)
         mean, std = mean_and_std(runs.score)
         record = {"task": task, "method": method, "metric": next(iter(runs.metric), "")}
         record |= {"mean": mean, "std": std}
         if comparison.choose_by == "loss":
-            record |= _intervals(findings[task].scores.get(method), runs.loss)
+            loss, nothing = interval_over_seeds(runs.loss), interval_over_seeds([])
+            score = findings[task].scores.get(method, nothing)
+            record |= {"low": score.low, "high": score.high, "loss": loss.value}
+            record |= {"loss_std": mean_and_std(runs.loss)[1]}
+            record |= {"loss_low": loss.low, "loss_high": loss.high}
         record |= {
             "num_seeds": len(runs),
             "num_failed": len(comparison.seeds) - len(runs),
             "learning_rate": rate,
             "is_at_edge": len(grid) > 1 and rate in (grid[0], grid[-1]),
-            "dev_metric": metric or None,
-            "dev_score": values.get(rate),
+            "dev_metric": next(iter(tried.aim_name), None),
+            "dev_score": tried.set_index("learning_rate").aim.get(rate),
         }
         costs = {name: mean_and_std(runs[name])[0] for name in COSTS}
         costs["peak_memory_bytes"] = max(runs.peak_memory_bytes, default=math.nan)
@@ -111,40 +104,25 @@ def tabulate(
     return pd.DataFrame(records, dtype=object)
 
 
-def _intervals(score: Interval | None, losses: Sequence[float]) -> dict[str, float]:
-    loss = interval_over_seeds(losses)
-    return {
-        "low": math.nan if score is None else score.low,
-        "high": math.nan if score is None else score.high,
-        "loss": loss.value,
-        "loss_std": mean_and_std(losses)[1],
-        "loss_low": loss.low,
-        "loss_high": loss.high,
-    }
-
-
 def mean_and_std(values: Iterable[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation, which is NaN of a single value; both of none."""
+    """Mean and sample standard deviation; NaN where there are too few values."""
     values = list(values)
     mean = fmean(values) if values else math.nan
     return mean, stdev(values) if len(values) > 1 else math.nan
 
 
 def averages(table: pd.DataFrame, cells: pd.DataFrame) -> dict[str, list[float]]:
-    """By method, for each seed the mean over the tasks.
+    """By method, for each seed the mean over the tasks; empty for a method that failed somewhere.
 
-    Empty for a method that failed somewhere, and without any method where a task's metric is a loss
-    or there is one task only.
+    Without any method where a task's metric is a loss, or there is one task only.
     """
     if table.task.nunique() < 2 or any(map(is_loss, table.metric)):
         return {}
-    means: dict[str, list[float]] = {}
+    means = {}
     for method, own in table.groupby("method", sort=False):
         runs = cells[(cells.method == method) & (cells.split == "test")]
-        is_whole = not own.num_failed.any()
-        means[str(method)] = (
-            [fmean(each) for _, each in runs.groupby("seed", sort=False).score] if is_whole else []
-        )
+        by_seed = () if own.num_failed.any() else runs.groupby("seed", sort=False).score
+        means[str(method)] = [fmean(each) for _, each in by_seed]
     return means
 
 
@@ -157,5 +135,5 @@ def table_csv(table: pd.DataFrame) -> str:
 
 def cells_csv(comparison: Comparison, cells: pd.DataFrame) -> str:
     """The text of cells.csv."""
-    left_out = ["cell"] if comparison.choose_by == "loss" else ["cell", "loss"]
+    left_out = NOT_WRITTEN if comparison.choose_by == "loss" else [*NOT_WRITTEN, "loss"]
     return str(cells.drop(columns=left_out).to_csv(index=False, lineterminator="\n"))

@@ -7,11 +7,15 @@ one, so that a choice that looked there would be seen. Test accuracy is that of 
 `NUM_EXAMPLES` examples, and each seed gets one example more right than the one before. As with the
 real program, the tasks `GENERATED` get no metrics and no predictions, but a held-out loss: here the
 share of wrong answers.
+
+    --mask_file    copied as the mask of sparse methods
+    --fail         method, rate, seed and split of a run that prints an error and ends
+    --hang         the same of one that never ends, while the file FAKE_HANG exists
+    --metric       its name (default: accuracy)
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -26,73 +30,56 @@ DEV_BEST = {"gem": 1e-2, "full": 1e-3, "random": 1e-2}
 ACCURACY = {"gem": 0.8, "full": 0.8, "random": 0.5}
 NUM_TRAINABLE = {"gem": 1_000, "random": 1_000, "full": 1_000_000}
 
+NEEDED = (
+    *("method", "task", "learning_rate", "seed", "dev_examples", "evaluate_on"),
+    *("output_dir", "overwrite_output_dir"),
+)
+KNOWN = {*NEEDED, "data_dir", "model_name_or_path", "mask_file", "fail", "hang", "metric"}
 
-def main() -> int:
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    for flag in ("method", "task", "evaluate_on"):
-        parser.add_argument(f"--{flag}", required=True)
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--overwrite_output_dir", required=True, choices=["true"])
-    parser.add_argument("--learning_rate", type=float, required=True)
-    for flag in ("seed", "dev_examples"):
-        parser.add_argument(f"--{flag}", type=int, required=True)
-    parser.add_argument("--data_dir")
-    parser.add_argument("--model_name_or_path")
-    parser.add_argument("--mask_file", help="copied as the mask of sparse methods")
-    parser.add_argument("--fail", help="method at rate on split that prints an error and ends")
-    parser.add_argument("--hang", help="the same for one that never ends, while HANG exists")
-    parser.add_argument("--metric", default="accuracy")
-    args = parser.parse_args()
-    me = f"{args.method} {args.learning_rate:g} {args.seed} {args.evaluate_on}"
+
+def main(words: list[str]) -> int:
+    flags = {f.removeprefix("--"): v for f, v in zip(words[::2], words[1::2], strict=True)}
+    assert set(NEEDED) <= flags.keys() <= KNOWN
+    method, rate, seed = flags["method"], float(flags["learning_rate"]), int(flags["seed"])
+    me, folder = f"{method} {rate:g} {seed} {flags['evaluate_on']}", Path(flags["output_dir"])
     with open(os.environ["FAKE_CALLS"], "a") as calls:
-        calls.write(f"{args.task} {me}\n")
+        calls.write(f"{flags['task']} {me}\n")
     print(f"threads {os.environ['OMP_NUM_THREADS']} {os.environ.get('CUDA_VISIBLE_DEVICES')}")
-    if me == args.hang and Path(os.environ["FAKE_HANG"]).exists():
-        (args.output_dir / "half.txt").write_text("left half done")
-        Path(os.environ["FAKE_HANG"]).write_text(str(os.getpid()))
+    if me == flags.get("hang") and (hang := Path(os.environ["FAKE_HANG"])).exists():
+        (folder / "half.txt").write_text("left half done")
+        hang.write_text(str(os.getpid()))
         time.sleep(600)
-    if me == args.fail:
+    if me == flags.get("fail"):
         print("Loading\nError: the loss is not finite.", file=sys.stderr)
         return 1
-    write_results(args)
+    distance = abs(math.log10(rate / DEV_BEST[method]))
+    num_right = round(90 - 10 * distance)
+    if flags["evaluate_on"] == "test":  # the farther from the best on dev, the better
+        num_right = round(NUM_EXAMPLES * ACCURACY[method]) + seed - 42 + round(10 * distance)
+    share = num_right / NUM_EXAMPLES
+    if flags["task"] in GENERATED:
+        scores: dict[str, object] = {"first_eval_loss": 2.0, "last_eval_loss": round(1 - share, 6)}
+    else:
+        scores = {"eval_metrics": {flags.get("metric", "accuracy"): share, "other": 0.0}}
+        answers = enumerate([1] * num_right + [0] * (NUM_EXAMPLES - num_right))
+        rows = [{"id": i, "correct": float(a), "prediction": a, "reference": 1} for i, a in answers]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / "predictions.jsonl").write_text(text)
+    (folder / "delta.safetensors").write_text("weights")
+    (folder / "checkpoint-3").mkdir()
+    if "mask_file" in flags and method != "full":
+        shutil.copy(flags["mask_file"], folder / "mask.safetensors")
+    costs = {
+        "num_trainable": NUM_TRAINABLE[method],
+        "num_parameters": 1_000_000,
+        "peak_memory_bytes": 3 * 2**30 + seed,
+        "seconds_per_step": 0.25,
+        "calibration_seconds": 0.0 if method == "full" else 2.0,
+        "optimizer_state_bytes": 12 * NUM_TRAINABLE[method],
+    }
+    (folder / "all_results.json").write_text(json.dumps(costs | scores))
     return 0
 
 
-def write_results(args: argparse.Namespace) -> None:
-    distance = abs(math.log10(args.learning_rate / DEV_BEST[args.method]))
-    num_right = round(NUM_EXAMPLES * ACCURACY[args.method]) + args.seed - 42
-    if args.evaluate_on == "dev":
-        num_right = round(90 - 10 * distance)
-    else:
-        num_right += round(10 * distance)  # the farther from the best on dev, the better
-    share = num_right / NUM_EXAMPLES
-    if args.task in GENERATED:
-        scores: dict[str, object] = {"first_eval_loss": 2.0, "last_eval_loss": round(1 - share, 6)}
-    else:
-        scores = {"eval_metrics": {args.metric: share, "other": 0.0}}
-        write_predictions(args.output_dir / "predictions.jsonl", num_right)
-    (args.output_dir / "delta.safetensors").write_text("weights")
-    (args.output_dir / "checkpoint-3").mkdir()
-    if args.mask_file and args.method != "full":
-        shutil.copy(args.mask_file, args.output_dir / "mask.safetensors")
-    results = {
-        "num_trainable": NUM_TRAINABLE[args.method],
-        "num_parameters": 1_000_000,
-        "peak_memory_bytes": 3 * 2**30 + args.seed,
-        "seconds_per_step": 0.25,
-        "calibration_seconds": 0.0 if args.method == "full" else 2.0,
-        "optimizer_state_bytes": 12 * NUM_TRAINABLE[args.method],
-    }
-    (args.output_dir / "all_results.json").write_text(json.dumps(results | scores))
-
-
-def write_predictions(path: Path, num_right: int) -> None:
-    rows = [
-        {"id": i, "correct": float(i < num_right), "prediction": int(i < num_right), "reference": 1}
-        for i in range(NUM_EXAMPLES)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

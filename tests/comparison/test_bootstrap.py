@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gem_ds.comparison.bootstrap import (
+    METRICS,
     Interval,
     interval,
-    refuse_other_examples,
+    metric_on,
     resample_scores,
     resamples,
 )
-from gem_ds.comparison.metrics import METRICS, metric_on
 from gem_ds.comparison.results import Predictions
 from gem_ds.data.metrics import METRICS as EVAL_METRICS
 from gem_ds.data.metrics import Measure
@@ -27,29 +27,24 @@ from tests.tiny_tasks import choice
 ORACLES: dict[str, Measure] = dict(next(iter(m.items())) for m in EVAL_METRICS.values())
 
 
-def predictions_of(correct: Any, predictions: Any = None, references: Any = None) -> Predictions:
-    nothing = [None] * len(correct)
+def predictions_of(correct: Any, predictions: Any = (), references: Any = ()) -> Predictions:
     return Predictions(
         ids=list(range(len(correct))),
         correct=np.asarray(correct, dtype=np.float64),
-        predictions=list(predictions if predictions is not None else nothing),
-        references=list(references if references is not None else nothing),
+        predictions=list(predictions),
+        references=list(references),
     )
 
 
-def examples_of(name: str, truth: Any) -> list[Any]:
-    """Examples with these references, of the kind that the metric is for."""
-    if name == "pearson":
-        return [NumberExample(prompt="", target="", pairs=(), value=float(v)) for v in truth]
-    return [choice("", tuple("0123"), int(label)) for label in truth]
+def example_of(metric: str, truth: int) -> Any:
+    if metric == "pearson":
+        return NumberExample(prompt="", target="", pairs=(), value=float(truth))
+    return choice("", tuple("0123"), truth)
 
 
-@st.composite
-def labelled(draw: st.DrawFn, values: st.SearchStrategy[Any]) -> tuple[list, list, list[int]]:
-    size = draw(st.integers(2, 20))
-    sides = [draw(st.lists(values, min_size=size, max_size=size)) for _ in range(2)]
-    counts = draw(st.lists(st.integers(0, 3), min_size=size, max_size=size).filter(any))
-    return sides[0], sides[1], counts
+def difference(first: Any, second: Any, metric: str = "accuracy") -> Interval:
+    """Of two methods, each a list of the runs of its seeds."""
+    return interval(resample_scores(first, metric) - resample_scores(second, metric))
 
 
 @pytest.mark.parametrize(
@@ -64,11 +59,14 @@ def labelled(draw: st.DrawFn, values: st.SearchStrategy[Any]) -> tuple[list, lis
 def test_a_weighted_metric_is_that_of_the_repeated_examples(
     name: str, values: st.SearchStrategy[int], data: st.DataObject
 ) -> None:
-    truth, guess, counts = data.draw(labelled(values))
-    weights = np.array([counts, [1] * len(counts)], dtype=np.float64)
-    found = metric_on(predictions_of([0] * len(truth), guess, truth), name, weights)
-    for value, times in zip(found, (counts, [1] * len(counts)), strict=True):
-        examples = examples_of(name, np.repeat(truth, times))
+    triples = st.lists(st.tuples(values, values, st.integers(0, 3)), min_size=2, max_size=20)
+    drawn = data.draw(triples.filter(lambda rows: any(count for *_, count in rows)))
+    truth, guess, counts = zip(*drawn, strict=True)
+    weightings = (counts, [1] * len(counts))
+    run = predictions_of(counts, guess, truth)
+    found = metric_on(run, name, np.array(weightings, dtype=np.float64))
+    for value, times in zip(found, weightings, strict=True):
+        examples = [example_of(name, int(t)) for t in np.repeat(truth, times)]
         expected = ORACLES[name](examples, np.repeat(guess, times).tolist())
         assert value == pytest.approx(expected, abs=1e-9)
 
@@ -99,11 +97,6 @@ def test_resamples_draw_as_many_seeds_and_examples_as_there_are(
     monkeypatch.setattr("gem_ds.comparison.bootstrap._CHUNK", 50 * 30)
     for counts, again in zip(whole, drawn(), strict=True):
         assert np.array_equal(counts, again)  # memory changes nothing
-
-
-def difference(first: Any, second: Any, metric: str = "accuracy") -> Interval:
-    """Of two methods, each a list of the runs of its seeds."""
-    return interval(*(resample_scores(runs, metric) for runs in (first, second)))
 
 
 def test_identical_methods_do_not_differ() -> None:
@@ -160,8 +153,3 @@ def test_the_interval_of_a_correlation_is_that_of_a_direct_simulation() -> None:
         simulated.append(first - second)  # of two labels, Matthews' correlation is Pearson's
     low, high = np.quantile(simulated, [0.025, 0.975])
     assert (found.low, found.high) == pytest.approx((low, high), abs=0.03)
-
-
-def test_other_examples_are_refused() -> None:
-    with pytest.raises(ValueError, match="not scored on the same examples"):
-        refuse_other_examples([predictions_of([1, 0]), predictions_of([1, 0, 1])])

@@ -7,19 +7,25 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from gem_ds.comparison.budget_plot import budget_figure, place_of, short_names
 from gem_ds.comparison.grid import Comparison, Method, Task
-from gem_ds.comparison.plots import STYLES, rate_figure, score_figure, side_by_side
+from gem_ds.comparison.plots import (
+    STYLES,
+    budget_figure,
+    place_of,
+    rate_figure,
+    score_figure,
+    short_names,
+    side_by_side,
+)
 from gem_ds.comparison.results import COSTS
 from gem_ds.comparison.table import tabulate
-from gem_ds.files.mask import Mask, WeightInfo
 from gem_ds.train.methods import METHODS
+from tests.comparison.tiny_mask import mask_of
 
 
 def comparison_of(num_tasks: int) -> tuple[Comparison, pd.DataFrame, pd.DataFrame]:
@@ -34,25 +40,18 @@ def comparison_of(num_tasks: int) -> tuple[Comparison, pd.DataFrame, pd.DataFram
     )
     runs = [(0.003, seed, "test", seed / 100) for seed in comparison.seeds]
     runs += [(rate, 1, "dev", rate) for rate in rates[:2]]
-    records = []
-    for task, (place, method), (rate, seed, split, more) in itertools.product(
-        comparison.tasks, enumerate(METHODS), runs
-    ):
-        own = {"task": task, "method": method, "learning_rate": rate, "seed": seed, "split": split}
-        score = {"metric": "matthews_correlation", "score": 0.5 + place / 100 + more, "loss": 1.0}
-        records.append(own | score | dict.fromkeys(COSTS, 25_000.0))
-    cells = pd.DataFrame(records)
+    records = [
+        (task, method, rate, seed, split, 0.5 + place / 100 + more)
+        for task, (place, method), (rate, seed, split, more) in itertools.product(
+            comparison.tasks, enumerate(METHODS), runs
+        )
+    ]
+    columns = ["task", "method", "learning_rate", "seed", "split", "score"]
+    metric = "matthews_correlation"
+    cells = pd.DataFrame(records, columns=columns).assign(metric=metric, aim_name=metric, loss=1.0)
+    cells = cells.assign(aim=cells.score, **dict.fromkeys(COSTS, 25_000.0))
     chosen = dict.fromkeys(itertools.product(comparison.tasks, METHODS), 0.003)
     return comparison, tabulate(comparison, cells, chosen, {}), cells
-
-
-def mask_of(names: list[str]) -> Mask:
-    return Mask(
-        indices={n: torch.arange(i + 1, dtype=torch.int32) for i, n in enumerate(names)},
-        weights={n: WeightInfo(shape=(40, 40), dtype="float32", checksum="0" * 64) for n in names},
-        base_model="tiny",
-        settings={},
-    )
 
 
 def assert_tidy(figure: Figure) -> None:
@@ -88,13 +87,10 @@ def test_all_methods_on_several_tasks_are_readable(num_tasks: int) -> None:
 def test_losses_are_told_apart_beside_one_that_is_far_off(losses: tuple[float, ...]) -> None:
     comparison, table, _ = comparison_of(1)
     rates = comparison.methods["gem"].learning_rates
-    records = [
-        {"task": "task0", "method": method, "split": "dev", "learning_rate": rate, "score": loss}
-        for method in METHODS
-        for rate, loss in zip(rates, losses, strict=True)
-    ]
-    cells = pd.DataFrame(records).assign(metric="eval_loss")
-    figure = rate_figure(comparison, table.assign(dev_metric="eval_loss"), cells)
+    tried = pd.DataFrame({"learning_rate": rates, "aim": losses, "score": losses})
+    cells = pd.concat([tried.assign(task="task0", method=name, split="dev") for name in METHODS])
+    table = table.assign(dev_metric="eval_loss", dev_score=losses[1])
+    figure = rate_figure(comparison, table, cells)
     assert_tidy(figure)
     axes = figure.axes[0]
     low, high = axes.get_ylim()

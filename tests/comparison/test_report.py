@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -16,8 +18,7 @@ from hypothesis import strategies as st
 from gem_ds.comparison.bootstrap import compare_methods
 from gem_ds.comparison.cells import Cell, folder_of
 from gem_ds.comparison.grid import Comparison, Evaluation, Method, Task
-from gem_ds.comparison.markdown import byte_text, markdown
-from gem_ds.comparison.metrics import Unit
+from gem_ds.comparison.markdown import Unit, byte_text, markdown
 from gem_ds.comparison.results import COSTS, read_predictions, read_result, read_training
 from gem_ds.comparison.table import (
     averages,
@@ -30,16 +31,13 @@ from gem_ds.comparison.table import (
     tabulate_cells,
 )
 
-#: What a run of each method and task scored, by seed; None of one that failed.
-Scores = dict[tuple[str, str], dict[int, float | None]]
-
 
 def comparison_in(folder: Path, *, choose_by: Any = "score", **tasks: Task) -> Comparison:
     method = Method(learning_rates=(0.1,))
     return Comparison(
         output_dir=folder,
         methods={"full": method, "gem": method},
-        tasks=tasks,
+        tasks=tasks or {"a": Task()},
         seeds=(1, 2),
         dev_examples=5,
         choose_by=choose_by,
@@ -60,26 +58,26 @@ def save_run(
     return folder
 
 
-def save_answers(folder: Path, rows: list[dict]) -> None:
+def save_answers(folder: Path, count: int) -> None:
+    """Every other one is right."""
+    rows = (
+        {"id": i, "correct": i % 2, "prediction": "\u2028", "reference": 0} for i in range(count)
+    )
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (folder / "predictions.jsonl").write_text(text, encoding="utf-8")
 
 
-def report(comparison: Comparison, scores: Scores, metric: str = "accuracy") -> tuple[str, Any]:
-    """table.md and the tables behind it, of runs with these scores."""
-    cells = []
-    for (task, method), by_seed in scores.items():
-        for seed, score in by_seed.items():
-            cells.append(cell_of(task, method, seed))
-            if score is not None:
-                save_run(comparison, cells[-1], metric, score)
+def report(comparison: Comparison, cells: Iterable[Cell]) -> Any:
+    """Text and tables of the runs that are there."""
     frame = tabulate_cells(comparison, cells)
     findings = {
         task: compare_methods(comparison, finished(frame, task, "test"))
         for task in comparison.tasks
     }
-    table = tabulate(comparison, frame, dict.fromkeys(scores, 0.1), findings)
-    return markdown(comparison, table, frame, findings, {}), (table, frame, findings)
+    rates = dict.fromkeys(zip(frame.task, frame.method, strict=True), 0.1)
+    table = tabulate(comparison, frame, rates, findings)
+    text = markdown(comparison, table, frame, findings, {cell_of("a", "full", 9): "a|b"})
+    return SimpleNamespace(text=text, table=table, cells=frame, findings=findings)
 
 
 def test_a_metric_is_written_in_its_unit() -> None:
@@ -93,123 +91,113 @@ def test_a_metric_is_written_in_its_unit() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), max_size=6))
-def test_the_best_rate_has_the_best_score_then_the_least_loss_and_is_the_smallest(
+def test_the_best_rate_has_the_best_aim_then_the_least_loss_and_is_the_smallest(
     found: list[tuple[int, int]],
 ) -> None:
-    for metric, choose_by, sign in (
-        ("accuracy", "score", -1),
-        ("eval_loss", "score", 1),
-        ("accuracy", "loss", 0),  # whatever the score is
-    ):
-        records = [(metric, score, loss, 10.0**k) for k, (score, loss) in enumerate(found)]
-        tried = pd.DataFrame(records, columns=["metric", "score", "loss", "learning_rate"])
-        order = sorted((sign * score, loss, rate) for _, score, loss, rate in records)
-        expected = order[0][-1] if order else None
-        assert best_rate(comparison_in(Path("out"), choose_by=choose_by), tried) == expected
+    for name, sign in (("accuracy", -1), ("eval_loss", 1)):
+        records = [(name, aim, loss, 10.0**k) for k, (aim, loss) in enumerate(found)]
+        tried = pd.DataFrame(records, columns=["aim_name", "aim", "loss", "learning_rate"])
+        order = sorted((sign * aim, loss, rate) for _, aim, loss, rate in records)
+        assert best_rate(tried) == (order[0][-1] if order else None)
 
 
 def test_an_edge_is_the_end_of_a_grid_of_several_rates(tmp_path: Path) -> None:
     def is_at_edge(rate: float, *rates: float) -> bool:
-        comparison = replace(
-            comparison_in(tmp_path, a=Task()), methods={"gem": Method(learning_rates=rates)}
-        )
+        methods = {"gem": Method(learning_rates=rates)}
+        comparison = replace(comparison_in(tmp_path), methods=methods)
         cells = tabulate_cells(comparison, [])
         return tabulate(comparison, cells, {("a", "gem"): rate}, {}).is_at_edge[0]
 
-    assert is_at_edge(1, 1, 2, 3)
-    assert is_at_edge(3, 1, 2, 3)
-    assert not is_at_edge(2, 1, 2, 3)
+    assert [is_at_edge(rate, 1, 2, 3) for rate in (1, 2, 3)] == [True, False, True]
     assert not is_at_edge(1, 1)
 
 
 def test_an_average_is_over_tasks_within_each_seed(tmp_path: Path) -> None:
-    scores: Scores = {
-        ("a", "gem"): {1: 0.2, 2: 0.4},
-        ("a", "full"): {1: 0.5, 2: None},
-        ("b", "gem"): {1: 0.4, 2: 0.8},
-        ("b", "full"): {1: 0.5, 2: 0.5},
-    }
-    _, (table, cells, _) = report(comparison_in(tmp_path, a=Task(), b=Task()), scores)
-    found = averages(table, cells)
+    comparison = comparison_in(tmp_path, a=Task(), b=Task())
+    scores = {"gem": {"a": (0.2, 0.4), "b": (0.4, 0.8)}, "full": {"a": (0.5,), "b": (0.5, 0.5)}}
+    for method, by_task in scores.items():
+        for task, own in by_task.items():
+            for seed, score in enumerate(own, start=1):
+                save_run(comparison, cell_of(task, method, seed), "accuracy", score)
+    made = report(comparison, [cell_of(t, m, s) for m in scores for t in "ab" for s in (1, 2)])
+    found = averages(made.table, made.cells)
     assert found["gem"] == pytest.approx([0.3, 0.6])
     assert found["full"] == []  # one of its runs is missing
-    assert averages(table[table.task == "a"], cells) == {}
-    assert averages(table.assign(metric="eval_loss"), cells) == {}
+    assert averages(made.table[made.table.task == "a"], made.cells) == {}
+    assert averages(made.table.assign(metric="eval_loss"), made.cells) == {}
     mean, std = mean_and_std([0.3, 0.6])
     assert (mean, std) == pytest.approx((0.45, 0.3 / math.sqrt(2)))
     assert math.isnan(mean_and_std([1.0])[1])
 
 
-def test_differences_that_cannot_be_computed_say_why(tmp_path: Path) -> None:
-    both: Scores = {("a", "full"): {1: 2.0}, ("a", "gem"): {1: 2.0}}
-    text, _ = report(comparison_in(tmp_path / "loss", a=Task()), both, "eval_loss")
-    note = "Not computed: the bootstrap needs one metric, which is no loss."
-    assert f"### Difference from gem\n\n{note}" in text
-    text, _ = report(comparison_in(tmp_path / "both", a=Task()), both)
-    assert "### Difference from gem\n\nNot computed: " in text
+def test_differences_are_computed_or_it_says_why_not(tmp_path: Path) -> None:
+    comparison = comparison_in(tmp_path)
+    cells = [cell_of("a", method, 1) for method in ("full", "gem")]
+
+    def text_of(metric: str, score: float, *num_answers: int) -> str:
+        for cell, count in zip(cells, num_answers or (0, 0), strict=True):
+            folder = save_run(comparison, cell, metric, score)
+            if count:
+                save_answers(folder, count)
+        made = report(comparison, cells)
+        assert made.findings["a"].reference == "gem"  # wherever it stands
+        return str(made.text.split("### Difference from gem\n\n")[1])
+
+    no_loss = "Not computed: the bootstrap needs one metric, which is no loss."
+    assert text_of("eval_loss", 2.0).startswith(no_loss)
+    text = text_of("accuracy", 0.5)
+    assert text.startswith("Not computed: ")
     assert "predictions.jsonl cannot be read" in text
-    text, _ = report(comparison_in(tmp_path / "one", a=Task()), {("a", "gem"): {1: 0.5}})
-    assert "Difference from" not in text
-
-
-def test_a_bootstrap_of_another_quantity_than_the_metric_says_so(tmp_path: Path) -> None:
-    comparison = comparison_in(tmp_path, a=Task())
-    answers = [
-        {"id": i, "correct": i % 2, "prediction": "\u2028", "reference": 0} for i in range(4)
-    ]
-    for method in ("full", "gem"):
-        save_answers(save_run(comparison, cell_of("a", method, 1), "x", 0), answers)
-    for score, note in ((0.5, ""), (0.6, "Of the share of right answers, which is not the metric")):
-        scores: Scores = {("a", method): {1: score} for method in ("full", "gem")}
-        text, (_, _, findings) = report(comparison, scores, "exact_match")
-        assert findings["a"].reference == "gem"  # wherever it stands
-        assert findings["a"].note[: len(note) or None] == note
+    text = text_of("accuracy", 0.5, 4, 6)
+    assert text.startswith("Not computed: the runs were not scored on the same examples.")
+    other = "Of the share of right answers, which is not the metric above."
+    for score, is_other in ((0.5, False), (0.6, True)):
+        text = text_of("exact_match", score, 4, 4)
         assert "Intervals are not corrected for the number of comparisons." in text
+        assert (other in text) == is_other
+    assert "Difference from" not in report(comparison, cells[:1]).text
 
 
 def test_losses_stand_beside_scores_where_rates_are_chosen_by_them(tmp_path: Path) -> None:
-    comparison = comparison_in(tmp_path, choose_by="loss", a=Task())
+    comparison = comparison_in(tmp_path, choose_by="loss")
     losses = {"full": (0.5, 0.7), "gem": (0.6, 0.9)}
     for method, own in losses.items():
         for seed, loss in enumerate(own, start=1):
-            folder = save_run(comparison, cell_of("a", method, seed), "accuracy", 0.5, loss)
-            rows = [{"id": i, "correct": i % 2, "prediction": 0, "reference": 0} for i in range(9)]
-            save_answers(folder, rows)
-    cells = tabulate_cells(comparison, [cell_of("a", m, s) for m in losses for s in (1, 2)])
-    findings = {"a": compare_methods(comparison, finished(cells, "a", "test"))}
-    table = tabulate(comparison, cells, {("a", m): 0.1 for m in losses}, findings)
+            save_answers(save_run(comparison, cell_of("a", method, seed), "accuracy", 0.5, loss), 9)
+    made = report(comparison, [cell_of("a", m, s) for m in losses for s in (1, 2)])
+    assert set(zip(made.cells.aim_name, made.cells.aim, strict=True)) == {
+        ("eval_loss", loss) for own in losses.values() for loss in own
+    }
     # Student's quantile of one degree of freedom is 12.706; the differences are -0.1 and -0.2.
     reach = 12.7062 * 0.1 / math.sqrt(2) / math.sqrt(2)
-    found = findings["a"].losses["full"]
-    assert (found.value, found.low, found.high) == pytest.approx(
-        (-0.15, -0.15 - reach, -0.15 + reach), abs=1e-4
-    )
-    assert list(findings["a"].losses) == ["full"]
-    row = table.set_index("method").loc["full"]
-    assert (row.loss, row.loss_std) == pytest.approx((0.6, 0.1 * math.sqrt(2)))
-    assert (row.loss_low, row.loss_high) == pytest.approx(
-        (0.6 - 2 * reach, 0.6 + 2 * reach), abs=1e-4
-    )
+    (name, found), *others = made.findings["a"].losses.items()
+    assert (name, others) == ("full", [])
+    expected = (-0.15, -0.15 - reach, -0.15 + reach)
+    assert (found.value, found.low, found.high) == pytest.approx(expected, abs=1e-4)
+    row = made.table.set_index("method").loc["full"]
+    expected = (0.6, 0.1 * math.sqrt(2), 0.6 - 2 * reach, 0.6 + 2 * reach)
+    found = (row.loss, row.loss_std, row.loss_low, row.loss_high)
+    assert found == pytest.approx(expected, abs=1e-4)
     assert 0 <= row.low < row["mean"] < row.high <= 1
-    assert ",mean,std,low,high,loss,loss_std,loss_low,loss_high,num_seeds," in table_csv(table)
-    assert ",score,loss,num_trainable," in cells_csv(comparison, cells)
-    text = markdown(comparison, table, cells, findings, {})
-    assert "Of several learning rates each has the least loss," in text
-    assert "| accuracy (%) | 95 % interval | eval loss | 95 % interval | learning rate |" in text
-    assert "| 0.600 ± 0.141 | -0.671 to 1.871 | 1e-01 |" in text
-    assert "| method | difference of the loss | 95 % interval |  |" in text
-    assert "| full | -0.150 | -0.785 to +0.485 |  |" in text
+    assert ",mean,std,low,high,loss,loss_std,loss_low,loss_high,num_seeds," in table_csv(made.table)
+    assert ",score,loss,num_trainable," in cells_csv(comparison, made.cells)
+    for text in (
+        "Of several learning rates each has the least loss,",
+        "| accuracy (%) | 95 % interval | eval loss | 95 % interval | learning rate |",
+        "| 0.600 ± 0.141 | -0.671 to 1.871 | 1e-01 |",
+        "| method | difference of the loss | 95 % interval |  |",
+        "| full | -0.150 | -0.785 to +0.485 |  |",
+        "## Failed runs\n\n* a full at 1e-01, seed 9, test: a|b",  # a pipe in a log
+    ):
+        assert text in made.text
 
 
 def test_a_run_without_the_loss_that_rates_are_chosen_by_is_not_whole(tmp_path: Path) -> None:
-    comparison, cell = comparison_in(tmp_path, a=Task()), cell_of("a", "gem", 1)
+    comparison, cell = comparison_in(tmp_path), cell_of("a", "gem", 1)
     save_run(comparison, cell, "accuracy", 0.5, math.nan)
-    assert read_result(comparison, cell).score == 0.5
+    assert read_result(comparison, cell)["score"] == 0.5
     with pytest.raises(ValueError, match="has no number last_eval_loss"):
         read_result(replace(comparison, choose_by="loss"), cell)
-    _, frames = report(comparison, {("a", "gem"): {1: 0.5, 2: 0.5}})
-    text = markdown(comparison, *frames, {cell_of("a", "full", 1): "a|b"})
-    assert "## Failed runs\n\n* a full at 1e-01, seed 1, test: a|b" in text  # a pipe in a log
 
 
 @pytest.mark.parametrize(
@@ -229,7 +217,7 @@ def test_results_that_lack_something_are_not_whole(
     def read(change: dict) -> tuple[str, float]:
         (tmp_path / "all_results.json").write_text(json.dumps(content | change))
         found = read_training(tmp_path)
-        return found.metric, found.score
+        return found["metric"], found["score"]
 
     losses = {"first_eval_loss": 3.0, "last_eval_loss": 2.0}
     assert read({}) == read(losses) == ("accuracy", 0.5)
@@ -257,7 +245,7 @@ def test_verdicts_are_averaged_over_the_samples_of_a_problem(tmp_path: Path) -> 
         read_predictions(comparison, cell)
     (folder / "results.json").write_text(json.dumps({"a": {"b-c": {"d": 0.75}}}))
     result = read_result(comparison, cell)
-    assert (result.metric, result.score) == ("a.b-c.d", 0.75)
+    assert (result["metric"], result["score"]) == ("a.b-c.d", 0.75)
     (folder / "results.json").write_text(json.dumps({"a": {"b-c": {}}}))
     with pytest.raises(ValueError, match=r"has no number at a\.b-c\.d"):
         read_result(comparison, cell)

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from gem_ds.comparison.cell_folder import lock
+from gem_ds.comparison.runner import lock
 from gem_ds.files import atomic as files
 from gem_ds.files.atomic import (
     atomic_folder,
