@@ -7,7 +7,9 @@ on a CPU (DS_ACCELERATOR=cpu, OMP_NUM_THREADS=1), with:
 
     python -c 'from tests import test_old_files as t; t.write_inputs(t.Path("inputs"))'
     python launch/train.py $LLAMA --save_steps 3 --max_steps 6 --output_dir llama
-    python launch/train.py $ENCODER --max_steps 4 --output_dir encoder
+    python launch/train.py --model_name_or_path inputs/bert --task rte --data_dir inputs/rte \
+        --density 0.02 --learning_rate 0.01 --calibration_head_steps 2 --max_steps 4 \
+        --output_dir encoder
     python launch/train.py --config launch/recipes/demo.yaml --data_dir inputs/sums --max_steps 24 \
         --output_dir demo
     python -m eval.gsm8k --model_name_or_path launch/demo/model --delta demo/delta.safetensors \
@@ -16,8 +18,8 @@ on a CPU (DS_ACCELERATOR=cpu, OMP_NUM_THREADS=1), with:
         --data_dir tests/files_0_1/programs --prompt_template '{header}' --n 2 --k 1 2 \
         --max_new_tokens 24
 
-where LLAMA and ENCODER are the flags below with "inputs" for the folder, and programs/mbpp.jsonl is
-lines 1, 17 and 37 of launch/demo/programs/mbpp.jsonl. Of what they wrote a part was kept.
+where LLAMA are the flags below, and programs/mbpp.jsonl is lines 1, 17 and 37 of
+launch/demo/programs/mbpp.jsonl. Of what they wrote a part was kept.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import hashlib
 import json
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
@@ -42,7 +43,6 @@ from transformers import (
     BertTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
@@ -62,18 +62,10 @@ TRAINED = {
 }
 
 
-def llama_flags(folder: Path) -> list[str]:
-    """Of the run that wrote llama/; without its steps and its place."""
-    flags = f"--model_name_or_path {folder}/llama --task gsm8k --data_dir {folder}/sums"
-    flags += " --density 0.02 --learning_rate 0.01 --adam_epsilon 1e-3 --logging_steps 1"
-    return [*flags.split(), "--per_device_train_batch_size", "4", "--disable_tqdm"]
-
-
-def encoder_flags(folder: Path) -> list[str]:
-    """Of the run that wrote encoder/."""
-    flags = f"--model_name_or_path {folder}/bert --task rte --data_dir {folder}/rte"
-    flags += " --density 0.02 --learning_rate 0.01 --calibration_head_steps 2 --disable_tqdm"
-    return flags.split()
+#: Of the run that wrote llama/, without its steps and its place.
+LLAMA = """--model_name_or_path inputs/llama --task gsm8k --data_dir inputs/sums --density 0.02
+    --learning_rate 0.01 --adam_epsilon 1e-3 --logging_steps 1 --per_device_train_batch_size 4
+    --disable_tqdm"""
 
 
 def make_llama() -> LlamaForCausalLM:
@@ -137,14 +129,10 @@ def write_inputs(folder: Path) -> None:
         first, second = WORDS[5 + i % 5], WORDS[5 + i * i % 5]
         label = "entailment" if first == second else "not_entailment"
         pairs.append(f"{i}\t{first} {second}\t{second}\t{label}")
-    sums = [(i, 7 * i % 40 + 1) for i in range(1, 61)]
-    rows = [
-        {
-            "question": f"How many are {a} eggs and {b} eggs?",
-            "answer": f"{a}+{b}={a + b}\n#### {a + b}",
-        }
-        for a, b in sums
-    ]
+    rows = []
+    for a, b in ((i, 7 * i % 40 + 1) for i in range(1, 61)):
+        question, answer = f"How many are {a} eggs and {b} eggs?", f"{a}+{b}={a + b}\n#### {a + b}"
+        rows.append({"question": question, "answer": answer})
     files = {
         "sums/train.jsonl": map(json.dumps, rows[:48]),
         "sums/test.jsonl": map(json.dumps, rows[48:]),
@@ -164,11 +152,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-def _digest(parameters: Mapping[str, Tensor], names: list[str]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(names):
-        digest.update(parameters[name].detach().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+def _digest(model: Any, names: Iterable[str]) -> str:
+    parts = (model.get_parameter(name).detach().numpy().tobytes() for name in sorted(names))
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 @pytest.mark.parametrize(("name", "make"), [("llama", make_llama), ("encoder", make_bert)])
@@ -179,7 +165,7 @@ def test_a_delta_gives_the_weights_that_were_trained_then(name: str, make: Any) 
     delta = Delta.load(FILES / name / "delta.safetensors")
     applied = apply_delta(model, delta)
     found = dict(model.named_parameters())
-    assert _digest(found, [*delta.values, *delta.head]) == TRAINED[name]
+    assert _digest(model, [*delta.values, *delta.head]) == TRAINED[name]
     for parameter in base:
         expected = base[parameter].detach().clone()
         if f"{parameter}.indices" in stored:
@@ -192,32 +178,24 @@ def test_a_delta_gives_the_weights_that_were_trained_then(name: str, make: Any) 
 
 def test_an_encoder_is_exported_with_its_head(inputs: Path, tmp_path: Path) -> None:
     delta = FILES / "encoder" / "delta.safetensors"
-    flags = ["--model_name_or_path", str(inputs / "bert"), "--delta", str(delta)]
-    export.main([*flags, "--output_dir", str(tmp_path / "exported")])
-    model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
-        tmp_path / "exported"
-    )
+    folder = tmp_path / "exported"
+    flags = f"--model_name_or_path {inputs}/bert --delta {delta} --output_dir {folder}"
+    export.main(flags.split())
+    model: Any = AutoModelForSequenceClassification.from_pretrained(folder)
     assert model.config.id2label == {0: "entailment", 1: "not_entailment"}
-    stored = load_file(delta)
+    stored = [name for name in load_file(delta) if not name.endswith(".indices")]
     names = {name.removeprefix("head.").removesuffix(".values") for name in stored}
-    names = {name for name in names if not name.endswith(".indices")}
-    assert _digest(dict(model.named_parameters()), list(names)) == TRAINED["encoder"]
+    assert _digest(model, names) == TRAINED["encoder"]
+
+
+def train_llama(inputs: Path, flags: str) -> None:
+    train.main(f"{LLAMA.replace('inputs', str(inputs))} {flags}".split())
 
 
 def test_a_mask_is_taken_up(inputs: Path, tmp_path: Path) -> None:
     """launch/train.py finds the base values that the mask was made for, and trains its entries."""
     mask = FILES / "llama" / "mask.safetensors"
-    train.main(
-        [
-            *llama_flags(inputs),
-            "--mask",
-            str(mask),
-            "--max_steps",
-            "1",
-            "--output_dir",
-            str(tmp_path),
-        ]
-    )
+    train_llama(inputs, f"--mask {mask} --max_steps 1 --output_dir {tmp_path}")
     old, new = Mask.load(mask), Delta.load(tmp_path / "delta.safetensors").mask
     assert old.method == "gem"
     assert old.settings["density"] == "0.02"
@@ -229,8 +207,7 @@ def test_a_mask_is_taken_up(inputs: Path, tmp_path: Path) -> None:
 def test_a_checkpoint_is_resumed(inputs: Path, tmp_path: Path) -> None:
     """And ends where the run that wrote it did, whatever the processor rounds to."""
     shutil.copytree(FILES / "llama" / "checkpoint-3", tmp_path / "checkpoint-3")
-    flags = [*llama_flags(inputs), "--max_steps", "6", "--output_dir", str(tmp_path)]
-    train.main([*flags, "--resume_from_checkpoint", "last"])
+    train_llama(inputs, f"--max_steps 6 --output_dir {tmp_path} --resume_from_checkpoint last")
     old = Delta.load(FILES / "llama" / "delta.safetensors")
     new = Delta.load(tmp_path / "delta.safetensors")
     assert new.mask.weights == old.mask.weights
@@ -240,30 +217,25 @@ def test_a_checkpoint_is_resumed(inputs: Path, tmp_path: Path) -> None:
     assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3, 4, 5, 6]
 
 
-def _scored(task: str, flags: list[str], folder: Path) -> list[dict[str, Any]]:
-    """Score old samples again; returns the verdicts, which are to be the old ones."""
-    samples = FILES / folder.name / "samples.jsonl"
-    score.main(
-        ["--task", task, *flags, "--output_dir", str(folder), "--disable_tqdm", str(samples)]
+def assert_judged_as_then(task: str, name: str, folder: Path, flags: str, field: str) -> None:
+    """Score old samples again: the verdicts are the old ones, which are of two kinds."""
+    words = (
+        f"--task {task} {flags} --output_dir {folder} --disable_tqdm {FILES / name}/samples.jsonl"
     )
-    lines = (folder / "verdicts.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def _verdicts(name: str) -> list[dict[str, Any]]:
-    lines = (FILES / name / "verdicts.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    score.main(words.split())
+    old, new = (
+        [json.loads(line) for line in (each / "verdicts.jsonl").read_text().splitlines()]
+        for each in (FILES / name, folder)
+    )
+    assert new == old
+    assert len({row[field] for row in old}) == 2
 
 
 def test_sampled_answers_are_judged_as_then(inputs: Path, tmp_path: Path) -> None:
-    found = _scored("gsm8k", ["--data_dir", str(inputs / "sums")], tmp_path / "gsm8k")
-    assert found == _verdicts("gsm8k")
-    assert {row["numeric"] for row in found} == {True, False}
+    assert_judged_as_then("gsm8k", "gsm8k", tmp_path, f"--data_dir {inputs}/sums", "numeric")
 
 
 @pytest.mark.usefixtures("sandbox")
 def test_sampled_programs_are_judged_as_then(tmp_path: Path) -> None:
-    flags = ["--data_dir", str(FILES / "programs"), "--prompt_template", "{header}"]
-    found = _scored("mbpp", [*flags, "--k", "1", "2"], tmp_path / "programs")
-    assert found == _verdicts("programs")
-    assert {row["status"] for row in found} == {"passed", "failed"}
+    flags = f"--data_dir {FILES}/programs --prompt_template {{header}} --k 1 2"
+    assert_judged_as_then("mbpp", "programs", tmp_path, flags, "status")

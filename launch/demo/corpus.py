@@ -1,48 +1,35 @@
-"""The text that the embedded model is pretrained on, generated from a seed.
+"""The text that the embedded model is pretrained on, which depends on its seed alone.
 
-Three kinds of documents, all of them worked out rather than quoted: sheets of arithmetic, word
-problems with step-by-step answers, and small Python functions with what they return. The word
-problems use the same `Question: ... Answer:` frame as the GSM8K prompt, but none of them states one
-quantity relative to another ("12 more than"), and none ends in `#### N`: both are left to the
-bundled task (`task.py`).
-
-The text depends on the seed alone: the same seed gives the same documents on every machine.
+Sheets of arithmetic, word problems with step-by-step answers, and small Python functions with what
+they return. The word problems have the frame of the GSM8K prompt, `Question: ... Answer:`, but none
+states one quantity relative to another ("12 more than"), and none ends in `#### N`: both are left
+to the bundled task (`task.py`).
 """
 
 import random
+import re
 from collections.abc import Callable, Iterator
 
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(text.split())
-
-
-NAMES = _words(
-    "Ada Ben Carla David Emma Felix Grace Hugo Iris Jonas Kira Leo "
-    "Mara Nils Olga Oscar Paul Rosa Sam Tina Victor Wanda Yusuf Zoe"
+NAMES = (
+    *("Ada", "Ben", "Carla", "David", "Emma", "Felix", "Grace", "Hugo", "Iris", "Jonas", "Kira"),
+    *("Leo", "Mara", "Nils", "Olga", "Oscar", "Paul", "Rosa", "Sam", "Tina", "Victor", "Wanda"),
+    *("Yusuf", "Zoe"),
 )
-ITEMS = _words(
-    "apples books boxes cards coins cups eggs flowers hats lemons loaves marbles nails oranges "
-    "pages pencils plants plates seeds shells stamps stickers stones tickets toys"
+ITEMS = (
+    *("apples", "books", "boxes", "cards", "coins", "cups", "eggs", "flowers", "hats", "lemons"),
+    *("loaves", "marbles", "nails", "oranges", "pages", "pencils", "plants", "plates", "seeds"),
+    *("shells", "stamps", "stickers", "stones", "tickets", "toys"),
 )
-CONTAINERS = _words("bags baskets boxes drawers jars rows shelves")
-DAYS = _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
-DONE_BY_THE_DAY = _words("sold made counted packed")
-DIGIT_WORDS = _words("one two three four five six seven eight nine ten")
+CONTAINERS = ("bags", "baskets", "boxes", "drawers", "jars", "rows", "shelves")
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+DONE_BY_THE_DAY = ("sold", "made", "counted", "packed")
+DIGIT_WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 SHEET_LINES = 10
 
 
 def generate_documents(seed: int, count: int) -> Iterator[str]:
-    """Yield `count` documents of plain text, each a few hundred characters at most.
-
-    Args:
-        seed: fixes the whole sequence; a smaller `count` gives a prefix of it.
-        count: number of documents.
-
-    Raises:
-        ValueError: if `count` is negative.
-    """
+    """Yield `count` documents of a few hundred characters at most; fewer are a prefix of more."""
     if count < 0:
         raise ValueError(f"The number of documents is {count}; pass 0 or more.")
     rng = random.Random(seed)
@@ -52,24 +39,15 @@ def generate_documents(seed: int, count: int) -> Iterator[str]:
 
 
 def arithmetic_sheet(rng: random.Random) -> str:
-    """Return a headed sheet of equations of one kind, most of them on numbers below 100."""
-    heading, equation = rng.choice(
-        (
-            ("Sums", _sum),
-            ("Sums", _sum),
-            ("Differences", _difference),
-            ("Products", _product),
-            ("Mixed", lambda r: r.choice((_sum, _difference, _product))(r)),
-            ("Chains", _chain),
-        )
-    )
+    """A headed sheet of equations of one kind, most of them on numbers below 100."""
+    heading, equation = rng.choice(SHEETS)
     lines = SHEET_LINES // 2 if heading == "Chains" else SHEET_LINES
     level = "#" * rng.randint(1, 4)
     return "\n".join([f"{level} {heading}", *(equation(rng) for _ in range(lines))])
 
 
 def word_problem(rng: random.Random) -> str:
-    """Return a question, its solution one equation a line, and the result in a sentence."""
+    """A question, its solution one equation a line, and the result in a sentence."""
     question, steps = rng.choice(PROBLEMS)(rng)
     lines = [f"{step}={_value(step)}" for step in steps]
     lines[0] = " " + lines[0]
@@ -78,7 +56,7 @@ def word_problem(rng: random.Random) -> str:
 
 
 def python_function(rng: random.Random) -> str:
-    """Return the source of a small function and a few calls with their results in comments."""
+    """The source of a small function and a few calls with their results in comments."""
     name, body, function = rng.choice(FUNCTIONS)(rng)
     arguments = [rng.randint(2, 40) for _ in range(3)]
     calls = [f"print({name}({x}))  # {function(x)}" for x in arguments]
@@ -86,12 +64,9 @@ def python_function(rng: random.Random) -> str:
 
 
 def _value(expression: str) -> int:
-    """Return the value of `a+b`, `a-b` or `a*b` on non-negative integers."""
-    for sign, apply in (("+", int.__add__), ("-", int.__sub__), ("*", int.__mul__)):
-        left, found, right = expression.partition(sign)
-        if found:
-            return apply(int(left), int(right))
-    raise AssertionError(f"not a binary expression: {expression}")
+    """The value of `a+b`, `a-b` or `a*b` on non-negative integers."""
+    left, sign, right = re.split(r"([-+*])", expression)
+    return {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}[sign](int(left), int(right))
 
 
 def _number(rng: random.Random) -> int:
@@ -118,7 +93,7 @@ def _product(rng: random.Random) -> str:
 
 
 def _chain(rng: random.Random) -> str:
-    """Return `a+b-c: a+b=d, d-c=e`: the result of one equation opens the next."""
+    """`a+b-c: a+b=d, d-c=e`: the result of one equation opens the next."""
     first, second = _number(rng), _number(rng)
     middle = first + second
     third = rng.randint(1, middle) if rng.random() < 0.5 else -_number(rng)
@@ -126,23 +101,27 @@ def _chain(rng: random.Random) -> str:
     return f"{first}+{second}{step}: {first}+{second}={middle}, {_equation(f'{middle}{step}')}"
 
 
+SHEETS: tuple[tuple[str, Callable[[random.Random], str]], ...] = (
+    *(("Sums", _sum), ("Sums", _sum), ("Differences", _difference), ("Products", _product)),
+    ("Mixed", lambda rng: rng.choice((_sum, _difference, _product))(rng)),
+    ("Chains", _chain),
+)
+
 Problem = tuple[str, list[str]]
 """The question, and its steps."""
 
 
 def _gain(rng: random.Random) -> Problem:
-    name, item, a, b = _owner(rng)
-    got = rng.choice(("finds", "buys", "gets", "makes"))
-    ask = f"How many {item} does {name} have now?"
-    return f"{name} has {a} {item} and {got} {b} more. {ask}", [f"{a}+{b}"]
+    (name, item, a, b), got = _owner(rng), rng.choice(("finds", "buys", "gets", "makes"))
+    story = f"{name} has {a} {item} and {got} {b} more."
+    return f"{story} How many {item} does {name} have now?", [f"{a}+{b}"]
 
 
 def _loss(rng: random.Random) -> Problem:
     name, item, b = rng.choice(NAMES), rng.choice(ITEMS), _number(rng)
-    a = b + rng.randint(1, 60)
-    lost = rng.choice(("sells", "loses", "gives away", "uses"))
-    ask = f"How many {item} are left?"
-    return f"{name} has {a} {item} and {lost} {b} of them. {ask}", [f"{a}-{b}"]
+    a, lost = b + rng.randint(1, 60), rng.choice(("sells", "loses", "gives away", "uses"))
+    story = f"{name} has {a} {item} and {lost} {b} of them."
+    return f"{story} How many {item} are left?", [f"{a}-{b}"]
 
 
 def _gain_then_loss(rng: random.Random) -> Problem:
@@ -194,7 +173,7 @@ def _three_days(rng: random.Random) -> Problem:
 
 
 def _two_days(rng: random.Random) -> Problem:
-    """Return a problem that asks for one day or for both: the question decides."""
+    """For one day or for both: the question decides."""
     name, item, a, b = _owner(rng)
     (first, second), sold = rng.sample(DAYS, 2), rng.choice(DONE_BY_THE_DAY)
     story = f"On {first} {name} {sold} {a} {item}. On {second} {name} {sold} {b} {item}."
@@ -205,7 +184,7 @@ def _two_days(rng: random.Random) -> Problem:
 
 
 def _price(rng: random.Random) -> Problem:
-    """Return a problem with one number too many: the thing asked for decides."""
+    """With one number too many: the thing asked for decides."""
     name, (first, second) = rng.choice(NAMES), rng.sample(ITEMS, 2)
     a, b, count = rng.randint(2, 20), rng.randint(2, 20), rng.randint(2, 9)
     item, price = rng.choice(((first, a), (second, b)))

@@ -1,9 +1,8 @@
 """Pretrain the embedded model: a Llama of a few million parameters and its SentencePiece tokenizer.
 
-The text comes from `corpus.py`. Documents are closed by the end-of-sequence token and packed whole
-into rows of at most 256 tokens. The result is an ordinary Hugging Face folder in bfloat16. With the
-same seed, flags and software the text and the tokenizer are the same to the byte, and the weights
-up to the order in which the machine adds.
+Documents of `corpus.py` are closed by the end-of-sequence token and packed whole into rows of at
+most 256 tokens. The result is an ordinary Hugging Face folder in bfloat16. The same seed, flags and
+software give the same tokenizer, and the same weights but for the order in which a machine adds.
 
     python -m launch.demo.pretrain --output_dir launch/demo/model
 """
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import sentencepiece
 import torch
-from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LlamaTokenizer
 
 from launch.demo.corpus import generate_documents
@@ -36,7 +35,17 @@ LOG_EVERY = 50
 
 def main(argv: list[str] | None = None) -> None:
     """Train the tokenizer and the model, and save both with a README that records how."""
-    args = _parser().parse_args(argv)
+    parser = argparse.ArgumentParser(prog="launch.demo.pretrain", description=__doc__)
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder of the model")
+    for name, default, text in (
+        ("seed", 17, "fixes the text and the initial weights"),
+        ("steps", 2600, "number of training steps"),
+        ("rows", 12, "packed rows of 256 tokens a step"),
+        ("learning_rate", 2e-3, "peak learning rate"),
+        ("threads", 1, "CPU threads"),
+    ):
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=text)
+    args = parser.parse_args(argv)
     if args.steps < 1 or args.rows < 1:
         raise ValueError("--steps and --rows count training steps and rows a step; pass 1 or more.")
     torch.set_num_threads(args.threads)
@@ -51,8 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         if step % LOG_EVERY == 0 or step == args.steps:
             seconds = time.monotonic() - started
             print(f"step {step} loss {sum(recent) / len(recent):.4f} {seconds:.0f} s", flush=True)
-    output_dir = Path(args.output_dir)
-    save(model, tokenizer, output_dir)
+    save(model, tokenizer, args.output_dir)
     flags = sys.argv[1:] if argv is None else argv
     card = MODEL_CARD.format(
         parameters=sum(p.numel() for p in model.parameters()),
@@ -65,15 +73,14 @@ def main(argv: list[str] | None = None) -> None:
         averaged=len(recent),
         torch=torch.__version__,
     )
-    (output_dir / "README.md").write_text(card, encoding="utf-8")
+    (args.output_dir / "README.md").write_text(card, encoding="utf-8")
 
 
 def train_tokenizer(seed: int) -> LlamaTokenizer:
     """Train a byte-pair SentencePiece model on the corpus and wrap it for transformers.
 
-    Digits stand alone, a newline stands alone, and what the vocabulary does not hold falls back to
-    bytes, so every text encodes. Nothing is normalised and no space is added in front, so decoding
-    gives the text back, except for U+2581, which is SentencePiece's own mark for a space.
+    Digits and newlines stand alone. Every text encodes, as what the vocabulary lacks falls back to
+    bytes. Decoding gives the text back, but for U+2581, SentencePiece's own mark for a space.
     """
     lines = (
         line
@@ -107,7 +114,7 @@ def train_tokenizer(seed: int) -> LlamaTokenizer:
 
 
 def build_model(tokenizer: LlamaTokenizer) -> LlamaForCausalLM:
-    """Return the untrained model in fp32, with tied embeddings, from torch's global generator."""
+    """The untrained model in fp32, from torch's global generator."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -126,10 +133,7 @@ def build_model(tokenizer: LlamaTokenizer) -> LlamaForCausalLM:
 
 
 def packed_rows(tokenizer: LlamaTokenizer, seed: int) -> Iterator[list[int]]:
-    """Yield rows of at most `ROW_LENGTH` tokens without end, each made of whole documents.
-
-    The stream starts behind the documents that trained the tokenizer, with a seed of its own.
-    """
+    """Yield rows of whole documents without end, from behind those that trained the tokenizer."""
     row: list[int] = []
     for block in itertools.count(1):
         for document in generate_documents(seed + block, TOKENIZER_DOCUMENTS):
@@ -151,8 +155,7 @@ def pretrain(
 ) -> Iterator[float]:
     """Train `model` in place, one step for every loss (mean over tokens, nats) that is drawn.
 
-    AdamW with fp32 weights and moments under bfloat16 autocast; the learning rate warms up over the
-    first 2 % of the steps and then falls linearly to zero.
+    The learning rate warms up over the first 2 % of the steps and then falls linearly to zero.
     """
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
@@ -169,7 +172,11 @@ def pretrain(
     stream = packed_rows(tokenizer, seed)
     model.train()
     for _ in range(steps):
-        input_ids, labels = _batch(list(itertools.islice(stream, rows)), tokenizer.pad_token_id)
+        batch = [torch.tensor(row) for row in itertools.islice(stream, rows)]
+        input_ids, labels = (  # [rows, longest row]
+            pad_sequence(batch, batch_first=True, padding_value=value)
+            for value in (tokenizer.pad_token_id, PAD_LABEL)
+        )
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = model(input_ids=input_ids, labels=labels).loss
         if not math.isfinite(loss.item()):
@@ -183,7 +190,7 @@ def pretrain(
 
 
 def save(model: LlamaForCausalLM, tokenizer: LlamaTokenizer, output_dir: Path) -> None:
-    """Round the weights to bfloat16 and write the folder that `from_pretrained` reads."""
+    """Write the folder that `from_pretrained` reads, in bfloat16."""
     model.bfloat16()
     model.generation_config = GenerationConfig(
         do_sample=False,
@@ -193,28 +200,6 @@ def save(model: LlamaForCausalLM, tokenizer: LlamaTokenizer, output_dir: Path) -
     )
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
-
-
-def _batch(rows: list[list[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """Return input ids and labels, both [rows, longest row], padded on the right."""
-    length = max(len(row) for row in rows)
-    input_ids = torch.tensor([row + [pad_token_id] * (length - len(row)) for row in rows])
-    labels = torch.tensor([row + [PAD_LABEL] * (length - len(row)) for row in rows])
-    return input_ids, labels
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="launch.demo.pretrain", description=__doc__)
-    parser.add_argument("--output_dir", required=True, help="folder to write the model to")
-    for name, default, text in (
-        ("seed", 17, "fixes the text and the initial weights"),
-        ("steps", 2600, "number of training steps"),
-        ("rows", 12, "packed rows of 256 tokens a step"),
-        ("learning_rate", 2e-3, "peak learning rate"),
-        ("threads", 1, "CPU threads"),
-    ):
-        parser.add_argument(f"--{name}", type=type(default), default=default, help=text)
-    return parser
 
 
 MODEL_CARD = """\

@@ -1,12 +1,10 @@
 """The bundled programming tasks: small functions of one number, in MBPP's own JSONL form.
 
-Most ask for functions of the kinds in the pretraining text (`corpus.py`), whose body follows from
-their name. Some go beyond it: factors above five and limits above 35, which the text never has. And
-`scale_and_add_7` does not say in its name by what to multiply; who reads the header alone can only
-guess one of three factors. So the embedded model gets some right, some wrong, and some by luck.
-
-The model has never seen MBPP's prompt. With `--prompt_template '{header}'` it is asked as it was
-taught: it goes on where the header of the function ends.
+Most are of the kinds in the pretraining text (`corpus.py`), where the body follows from the name.
+Some go beyond it: factors above five and limits above 35. And the name `scale_and_add_7` does not
+say by what to multiply: one can only guess one of three factors. So the embedded model gets some
+right, some wrong, and some by luck. It has never seen MBPP's prompt: with `--prompt_template
+'{header}'` it is asked as it was taught, and goes on where the header of the function ends.
 
     python -m launch.demo.programs --output_dir launch/demo/programs
 """
@@ -34,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def generate_rows(seed: int) -> list[Row]:
-    """Return all 40 tasks, each a mapping with the fields of MBPP's full set."""
+    """All 40 tasks, each a mapping with the fields of MBPP's full set."""
     rng = random.Random(seed)
     functions = [
         *(_add(n) for n in range(1, 11)),
@@ -42,7 +40,7 @@ def generate_rows(seed: int) -> list[Row]:
         *(_limit(n) for n in range(6, 59, 4)),
         *(_scale(2 + i % 3, n) for i, n in enumerate(range(3, 18, 2))),
     ]
-    return [_row(rng, task_id, *each) for task_id, each in enumerate(functions, start=FIRST_ID)]
+    return [_row(rng, task_id, each) for task_id, each in enumerate(functions, start=FIRST_ID)]
 
 
 #: What is asked for, the name, the expression that it returns, and that expression's value.
@@ -68,15 +66,9 @@ def _scale(factor: int, n: int) -> Function:
     return text, f"scale_and_add_{n}", f"{factor} * x + {n}", lambda x: factor * x + n
 
 
-def _row(
-    rng: random.Random,
-    task_id: int,
-    text: str,
-    name: str,
-    expression: str,
-    function: Callable[[int], int],
-) -> Row:
+def _row(rng: random.Random, task_id: int, asked: Function) -> Row:
     """A task whose tests have a small, a middle and a large argument, as a limit lies between."""
+    text, name, expression, function = asked
     arguments = (rng.randint(1, 5), rng.randint(6, 30), rng.randint(61, 90))
     return {
         "text": f"Write a function that {text}.",

@@ -1,11 +1,10 @@
 """The bundled task: comparison problems in GSM8K's JSONL form, generated from a seed.
 
 Every problem gives one quantity, states a second one relative to it ("17 more than", "8 fewer
-than", "3 times as many as") and asks for both together. The solution takes one line for the second
-quantity and one for the sum, and ends in `#### N`. Neither the comparison nor the ending occurs in
-the pretraining text (`corpus.py`), which does teach the parts: copying numbers, the operations, and
-solving step by step. No two problems share both numbers and the comparison, so the test part asks
-for equations that training has not shown.
+than", "3 times as many as") and asks for both together. The solution has a line for the second
+quantity, one for the sum, and `#### N`. The pretraining text (`corpus.py`) has neither the
+comparison nor the ending, but the parts: copying numbers, the operations, solving step by step. No
+two problems share both numbers and the comparison: the test part asks for equations that are new.
 
     python -m launch.demo.task --output_dir launch/demo/task
 """
@@ -42,12 +41,12 @@ def write_lines(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
 
 
 def generate_examples(seed: int, count: int) -> list[Example]:
-    """Return `count` problems, each a mapping with `question` and `answer`.
-
-    Raises:
-        ValueError: if there are not `count` different comparisons.
-    """
-    comparisons = _comparisons()
+    """As many different problems, each a mapping with `question` and `answer`."""
+    comparisons = [  # sign, first quantity, number that relates the second one to it
+        *(("+", first, by) for first in range(10, 60) for by in range(2, 30)),
+        *(("-", first, by) for first in range(10, 60) for by in range(2, min(30, first))),
+        *(("*", first, by) for first in range(3, 21) for by in range(2, 10)),
+    ]
     if not 0 <= count <= len(comparisons):
         raise ValueError(
             f"The task has {len(comparisons)} different problems and {count} were asked for; "
@@ -55,15 +54,6 @@ def generate_examples(seed: int, count: int) -> list[Example]:
         )
     rng = random.Random(seed)
     return [_example(rng, *comparison) for comparison in rng.sample(comparisons, count)]
-
-
-def _comparisons() -> list[tuple[str, int, int]]:
-    """Return every (sign, first quantity, number that relates the second one to it)."""
-    return [
-        *(("+", first, by) for first in range(10, 60) for by in range(2, 30)),
-        *(("-", first, by) for first in range(10, 60) for by in range(2, min(30, first))),
-        *(("*", first, by) for first in range(3, 21) for by in range(2, 10)),
-    ]
 
 
 def _example(rng: random.Random, sign: str, first: int, by: int) -> Example:
@@ -79,10 +69,8 @@ def _question(rng: random.Random, first: int, relation: str, link: str) -> str:
     frame = rng.randrange(3)
     if frame == 0:
         name, (day, other) = rng.choice(NAMES), rng.sample(DAYS, 2)
-        sold = rng.choice(DONE_BY_THE_DAY)
-        story = (
-            f"On {day} {name} {sold} {first} {item}. On {other} it was {relation} {link} on {day}."
-        )
+        story = f"On {day} {name} {rng.choice(DONE_BY_THE_DAY)} {first} {item}."
+        story = f"{story} On {other} it was {relation} {link} on {day}."
         return f"{story} How many {item} was that on both days?"
     if frame == 1:
         name, other = rng.sample(NAMES, 2)

@@ -15,17 +15,11 @@ from launch.demo import compare, corpus, pretrain, programs, task
 
 DEMO = Path(task.__file__).parent
 MODEL = DEMO / "model"
-PARTS = ("train.jsonl", "test.jsonl")
 GSM8K_LIKE = (
     "Question: Weng earns $12 an hour; yesterday she did 50 minutes. How much?\nAnswer: Weng earns "
     "12/60 = $<<12/60=0.2>>0.2 per minute.\nWorking 50 minutes, she earned 0.2 x 50 = "
     "$<<0.2*50=10>>10.\n#### 10"
 )
-
-
-def committed(part: str) -> list[dict[str, str]]:
-    lines = (DEMO / "task" / part).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +38,8 @@ def test_corpus_depends_on_the_seed_alone():
     assert first == list(corpus.generate_documents(5, 200))
     assert first[:50] == list(corpus.generate_documents(5, 50))
     assert first != list(corpus.generate_documents(6, 200))
+    with pytest.raises(ValueError, match="pass 0 or more"):
+        next(corpus.generate_documents(0, -1))
 
 
 @given(st.integers(0, 10**6))
@@ -76,23 +72,17 @@ def test_committed_data_are_reproduced_byte_for_byte(tmp_path):
     programs.main(["--output_dir", str(tmp_path)])
     for name in ("task/train.jsonl", "task/test.jsonl", "programs/mbpp.jsonl"):
         assert (tmp_path / Path(name).name).read_bytes() == (DEMO / name).read_bytes()
-
-
-def test_what_cannot_be_made_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="pass 0 or more"):
-        next(corpus.generate_documents(0, -1))
     with pytest.raises(ValueError, match="lower --train_examples"):
         task.generate_examples(0, 10**6)
-    with pytest.raises(ValueError, match="pass 1 or more"):
-        pretrain.main(["--output_dir", str(tmp_path), "--steps", "0"])
 
 
 def test_task_answers_are_right_and_no_problem_is_in_both_parts():
     """Recomputed from the words of the question, not from the answer's own equations."""
     problems = []
-    for part in PARTS:
+    for part in ("train", "test"):
         problems.append(set())
-        for row in committed(part):
+        for line in (DEMO / "task" / f"{part}.jsonl").read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
             first, by = map(int, re.findall(r"\d+", row["question"]))
             (relation,) = re.findall(r"more than|fewer than|times as many as", row["question"])
             sign, second = {
@@ -118,11 +108,10 @@ def asked_for(text: str, x: int) -> int:
     return factor * x + (numbers.pop() if "adds" in text else 0)
 
 
-def test_programs_and_their_tests_do_what_their_text_asks_for():
-    """A task whose tests are wrong would count right programs as wrong ones."""
+def test_programs_do_what_their_text_asks_for_and_are_partly_beyond_the_pretraining():
+    """Wrong tests would count right programs as wrong; known programs would only be remembered."""
     problems = load_problems(DEMO / "programs").split("test")
-    assert len(problems) == 40
-    assert len({problem.text for problem in problems}) == 40
+    assert len({problem.text for problem in problems}) == len(problems) == 40
     for problem in problems:
         namespace: dict[str, object] = {}
         exec(problem.code, namespace)
@@ -130,20 +119,9 @@ def test_programs_and_their_tests_do_what_their_text_asks_for():
             exec(test, namespace)
             argument, result = map(int, re.findall(r"\((\d+)\) == (\d+)", test)[0])
             assert result == asked_for(problem.text, argument)
-
-
-def test_programs_are_partly_beyond_the_text_of_the_pretraining():
-    """Else the score would only say that the model remembers."""
-    corpus_names = {
-        document.partition("(")[0].removeprefix("def ")
-        for document in corpus.generate_documents(17, 20_000)
-        if document.startswith("def ")
-    }
-    names = [
-        re.findall(r"def (\w+)", p.code)[0] for p in load_problems(DEMO / "programs").split("test")
-    ]
-    new = [name for name in names if name not in corpus_names]
-    assert new == [
+    known = {document.partition("(")[0] for document in corpus.generate_documents(17, 20_000)}
+    headers = [problem.code.partition("(")[0] for problem in problems]
+    assert [header.removeprefix("def ") for header in headers if header not in known] == [
         *(f"times_{word}" for word in ("six", "seven", "eight", "nine")),
         *(f"at_most_{limit}" for limit in range(38, 59, 4)),
     ]
@@ -161,15 +139,17 @@ def test_model_fits_its_tokenizer(model, tokenizer):
 
 def test_pretraining_command_makes_this_kind_of_folder(tmp_path, model, tokenizer):
     """The recorded command must still run, and give this tokenizer and this shape of model."""
-    threads = torch.get_num_threads()
-    flags = ["--output_dir", str(tmp_path), "--steps", "1", "--rows", "1"]
-    pretrain.main([*flags, "--threads", str(threads)])
+    threads = str(torch.get_num_threads())
+    flags = f"--output_dir {tmp_path} --steps 1 --rows 1 --threads {threads}"
+    pretrain.main(flags.split())
     assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == tokenizer.get_vocab()
-    made = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert {k: (v.shape, v.dtype) for k, v in made.state_dict().items()} == {
-        k: (v.shape, v.dtype) for k, v in model.state_dict().items()
-    }
+    made = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert [(k, v.shape, v.dtype) for k, v in made.items()] == [
+        (k, v.shape, v.dtype) for k, v in model.state_dict().items()
+    ]
     assert "--steps 1 --rows 1" in (tmp_path / "README.md").read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match="pass 1 or more"):
+        pretrain.main(["--output_dir", str(tmp_path), "--steps", "0"])
 
 
 def test_packed_rows_hold_whole_documents(tokenizer):
@@ -183,12 +163,12 @@ def test_packed_rows_hold_whole_documents(tokenizer):
 
 def test_model_has_learned_its_text(model, tokenizer):
     """Far below the uniform guess (6.6 nats) on text it was not trained on."""
-    losses = []
+    total = 0.0
     for document in corpus.generate_documents(10**9, 20):
         input_ids = torch.tensor([[*tokenizer.encode(document), tokenizer.eos_token_id]])
         with torch.no_grad():
-            losses.append(model(input_ids=input_ids, labels=input_ids).loss.item())
-    assert sum(losses) / len(losses) < 1.0
+            total += model(input_ids=input_ids, labels=input_ids).loss.item()
+    assert total / 20 < 1.0
 
 
 @given(st.text(st.characters(codec="utf-8", exclude_characters="▁"), max_size=60))
@@ -207,13 +187,12 @@ def test_tokenizer_splits_digits_and_adds_no_special_token(tokenizer):
     assert tokenizer.encode(prompt) + tokenizer.encode(target) == tokenizer.encode(prompt + target)
 
 
-def test_the_demo_fails_where_exact_match_does_not_rise(tmp_path, capsys):
-    def save(name, accuracy):
-        (tmp_path / name).mkdir(exist_ok=True)
+@pytest.mark.parametrize(("after", "status"), [(0.93, 0), (0.31, 0), (0.28, 1), (0.0, 1)])
+def test_the_demo_fails_where_exact_match_does_not_rise(tmp_path, capsys, after, status):
+    folders = {tmp_path / "before": 0.005, tmp_path / "after": after}
+    for folder, accuracy in folders.items():
+        folder.mkdir()
         results = {"exact_match": {"strict-match": {"accuracy": accuracy}}}
-        (tmp_path / name / "results.json").write_text(json.dumps(results))
-        return str(tmp_path / name)
-
-    for after, status in ((0.93, 0), (0.31, 0), (0.28, 1), (0.0, 1)):
-        assert compare.main([save("before", 0.005), save("after", after)]) == status
-        assert f"by {100 * after - 0.5:.1f} points" in capsys.readouterr().out
+        (folder / "results.json").write_text(json.dumps(results))
+    assert compare.main([*map(str, folders)]) == status
+    assert f"by {100 * after - 0.5:.1f} points" in capsys.readouterr().out
