@@ -91,7 +91,7 @@ def _seconds(training: Training, rounds: int) -> dict[str, np.ndarray]:
         flags = training.flags(["gem"], folder)["gem"]
         run_args = parse_arguments([*flags, "--output_dir", str(folder / "run")])
         prepared = prepare(run_args, comm.world_size)
-        run = Run(run_args, prepared, comm)
+        run = Run(prepared, comm)
         tuning: Any = run.tuning
         batches, summed_loss = run.calibration_batches(), run.settled_loss()
         frozen = frozen_copy(folder / "model", tuning.engine.model)
@@ -116,7 +116,7 @@ def _seconds(training: Training, rounds: int) -> dict[str, np.ndarray]:
             selecting.append(
                 timed(
                     lambda: calibration.select(
-                        tuning.engine, tuning.layers, gradients, prepared.budget
+                        tuning.engine, tuning.layers, gradients, prepared.targets.budget
                     )
                 )
             )

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Write the table and the picture."""
     args = parse_arguments(sys.argv[1:] if argv is None else argv)
     prepared = prepare(args, world_size=1)
-    run = Run(args, prepared, init_distributed())
+    run = Run(prepared, init_distributed())
     tuning = run.tuning
     assert isinstance(tuning, SparseTuning), "a calibrated method"
     order = permutation(len(prepared.data.train), args.train.seed, epoch=0)
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     everything = [a + b for a, b in zip(sums[0][-1], sums[1][-1], strict=True)]
 
     def mask(gradients: list[Tensor]) -> Tensor:
-        return mask_of(tuning, gradients, prepared.budget, args.method.method)
+        return mask_of(tuning, gradients, prepared.targets.budget, args.method.method)
 
     goal = mask(everything)
     rows = []
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         masks = mask(first), mask(second)
         with_all = [overlap(one, goal) for one in masks]
         rows.append((n, sum(with_all) / 2, overlap(*masks)))
-    chance = prepared.budget / sum(layer.numel for layer in tuning.layers)
+    chance = prepared.targets.budget / sum(layer.numel for layer in tuning.layers)
     folder = Path(str(args.train.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
     write_table(folder / "overlap.md", rows, 2 * half, chance)

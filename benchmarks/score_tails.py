@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def read(args: Any) -> Problem:
     """Sum the gradients of the first examples of the shuffled order, in two halves."""
     prepared = prepare(args, world_size=1)
-    run = Run(args, prepared, init_distributed())
+    run = Run(prepared, init_distributed())
     tuning = run.tuning
     assert isinstance(tuning, SparseTuning), "a calibrated method"
     order = permutation(len(prepared.data.train), args.train.seed, epoch=0)
@@ -138,7 +138,7 @@ def read(args: Any) -> Problem:
         gradients=[a + b for a, b in zip(first, second, strict=True)],
         halves=(first, second),
         weights=weights,
-        total=prepared.budget,
+        total=prepared.targets.budget,
     )
 
 

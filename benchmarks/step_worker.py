@@ -44,7 +44,7 @@ class Contender:
         args = parse_arguments(flags)
         prepared = prepare(args, comm.world_size)
         self.libraries = library_bytes()  # loaded by now
-        self.run = Run(args, prepared, comm, _BASELINES.get(name))
+        self.run = Run(prepared, comm, _BASELINES.get(name))
         self.tuning: Any = self.run.tuning
         summed_loss = self.run.settled_loss()
         start_peak(comm.device)

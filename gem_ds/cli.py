@@ -16,35 +16,29 @@ from importlib import import_module
 
 from gem_ds.errors import Interrupted, PeerError, sentence_of
 
-#: Each has a ``main(argv)``, which raises what is wrong as a sentence.
+#: Where a program's ``main(argv)`` is, which raises what is wrong as a sentence, and what it does.
 PROGRAMS = {
-    "train": "gem_ds.train.main",
-    "eval gsm8k": "gem_ds.evaluate.gsm8k",
-    "eval passk": "gem_ds.evaluate.passk",
-    "eval classification": "gem_ds.evaluate.classification",
-    "eval squad": "gem_ds.evaluate.squad",
-    "eval score": "gem_ds.evaluate.score",
-    "export": "gem_ds.models.export",
-    "compare": "gem_ds.comparison.main",
-    "plan": "gem_ds.planning.main",
-}
-
-_ABOUT = {
-    "train": "fine-tune a model; writes delta.safetensors",
-    "eval gsm8k": "exact match on GSM8K",
-    "eval passk": "pass@k on MBPP or HumanEval, in a sandbox",
-    "eval classification": "GLUE and SuperGLUE: candidates' likelihoods, or an encoder's head",
-    "eval squad": "SQuAD, and STS-B by a causal model",
-    "eval score": "score samples.jsonl again, without a model",
-    "export": "base model and delta to a Hugging Face folder",
-    "compare": "methods x tasks x seeds x learning rates, of one YAML file",
-    "plan": "what a run needs, from config.json alone",
+    "train": ("gem_ds.train.main", "fine-tune a model; writes delta.safetensors"),
+    "eval gsm8k": ("gem_ds.evaluate.gsm8k", "exact match on GSM8K"),
+    "eval passk": ("gem_ds.evaluate.passk", "pass@k on MBPP or HumanEval, in a sandbox"),
+    "eval classification": (
+        "gem_ds.evaluate.classification",
+        "GLUE and SuperGLUE: candidates' likelihoods, or an encoder's head",
+    ),
+    "eval squad": ("gem_ds.evaluate.squad", "SQuAD, and STS-B by a causal model"),
+    "eval score": ("gem_ds.evaluate.score", "score samples.jsonl again, without a model"),
+    "export": ("gem_ds.models.export", "base model and delta to a Hugging Face folder"),
+    "compare": (
+        "gem_ds.comparison.main",
+        "methods x tasks x seeds x learning rates, of one YAML file",
+    ),
+    "plan": ("gem_ds.planning.main", "what a run needs, from config.json alone"),
 }
 
 USAGE = f"""\
 usage: gem-ds PROGRAM [flags]
 
-{chr(10).join(f"    gem-ds {name:20} {_ABOUT[name]}" for name in PROGRAMS)}
+{chr(10).join(f"    gem-ds {name:20} {about}" for name, (_, about) in PROGRAMS.items())}
 
 `gem-ds PROGRAM --help` tells its flags. On several GPUs: deepspeed --module gem_ds.train [flags]"""
 
@@ -63,39 +57,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(program: str, argv: Sequence[str] | None = None) -> int:
-    """Run one of :data:`PROGRAMS` to its end.
+    """Run one of :data:`PROGRAMS`, by default with this process's flags; returns the exit status.
 
-    Args:
-        program: its name.
-        argv: its flags (default: those of this process).
-
-    Returns:
-        The exit status: 0, or 1 after an error, which is told in one sentence on standard error, or
-        130 after an interruption. Once ranks have met, rank 0 alone tells.
+    That is 0, or 1 after an error, which is told in one sentence on standard error, or 130 after an
+    interruption. Once ranks have met, rank 0 alone tells.
     """
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, to each other
-    module = import_module(PROGRAMS[program])
-    try:
-        status = module.main(argv)
-    except Exception as error:
-        sentence, status = _ending(error)
-        if sentence:
-            print(sentence, file=sys.stderr, flush=True)
-    return status if isinstance(status, int) else 0
-
-
-def _ending(error: Exception) -> tuple[str, int]:
-    """What is told of an error that a user can mend, and the exit status; raises any other."""
     from safetensors import SafetensorError
 
-    if isinstance(error, PeerError):
-        return "", 1
-    if isinstance(error, Interrupted):
-        return "Stopped; the same command goes on from here.", 130
-    if not isinstance(error, (ValueError, OSError, SafetensorError)):
-        raise error
-    rank = int(os.environ.get("RANK", 0))
-    return f"Error: {f'On rank {rank}: ' if rank else ''}{sentence_of(error)}", 1
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, to each other
+    module = import_module(PROGRAMS[program][0])
+    try:
+        result = module.main(argv)
+    except PeerError:
+        return 1
+    except Interrupted:
+        sentence, status = "Stopped; the same command goes on from here.", 130
+    except (ValueError, OSError, SafetensorError) as error:
+        rank = int(os.environ.get("RANK", 0))
+        sentence = f"Error: {f'On rank {rank}: ' if rank else ''}{sentence_of(error)}"
+        status = 1
+    else:
+        return result if isinstance(result, int) else 0
+    print(sentence, file=sys.stderr, flush=True)
+    return status
 
 
 if __name__ == "__main__":

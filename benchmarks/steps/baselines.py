@@ -19,7 +19,6 @@ from torch.nn import functional as F
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.engine import BaseEngine, DenseEngine
 from gem_ds.models.targets import targets_of
-from gem_ds.train.config import Arguments
 from gem_ds.train.optimizer import make_dense_optimizer
 from gem_ds.train.prepare import PreparedRun
 
@@ -51,32 +50,28 @@ class _FrozenEngine(BaseEngine):
 class Floor(Baseline):
     """The frozen model: no method that adapts its layers can do without these two passes."""
 
-    def __init__(
-        self, args: Arguments, prepared: PreparedRun, model: Any, head: list[str], comm: Comm
-    ) -> None:
+    def __init__(self, prepared: PreparedRun, model: Any, head: list[str], comm: Comm) -> None:
         model.requires_grad_(False)
         embedding = model.get_input_embeddings()
         embedding.register_forward_hook(lambda _m, _i, output: output.requires_grad_())
         # DeepSpeed wants something to train.
         model.placeholder = nn.Parameter(torch.zeros(1, dtype=model.dtype))
-        optimizer = make_dense_optimizer(args.train, [model.placeholder], [])
+        optimizer = make_dense_optimizer(prepared.args.train, [model.placeholder], [])
         self.engine = _FrozenEngine(model, optimizer, prepared.deepspeed, comm)
 
 
 class DenseMasked(Baseline):
     """Dense masked training of the entries of a random mask; which ones makes no difference."""
 
-    def __init__(
-        self, args: Arguments, prepared: PreparedRun, model: Any, head: list[str], comm: Comm
-    ) -> None:
+    def __init__(self, prepared: PreparedRun, model: Any, head: list[str], comm: Comm) -> None:
         model.requires_grad_(False)
-        targets = targets_of(model, prepared.targets)
-        share = prepared.budget / sum(
+        targets = targets_of(model, prepared.targets.names)
+        share = prepared.targets.budget / sum(
             module.get_parameter("weight").numel() for module in targets.values()
         )
         copies = [_masked(module, share) for module in targets.values()]
         self.num_trainable = sum(copy.numel() for copy in copies)
-        optimizer = make_dense_optimizer(args.train, copies, [])
+        optimizer = make_dense_optimizer(prepared.args.train, copies, [])
         self.engine = DenseEngine(model, optimizer, prepared.deepspeed, comm)
 
 

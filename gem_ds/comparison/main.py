@@ -35,6 +35,7 @@ from gem_ds.comparison.table import (
     tabulate_cells,
 )
 from gem_ds.files.atomic import atomic_write
+from gem_ds.flags import name_of
 from gem_ds.train.output_dir import output_dir_of_one_run
 
 
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         gem_ds.errors.Interrupted: by a signal.
     """
     parser = argparse.ArgumentParser(
-        prog="launch/compare.py",
+        prog=name_of("compare"),
         description="Compare fine-tuning methods over tasks, seeds and learning rates.",
         allow_abbrev=False,
     )

@@ -13,7 +13,7 @@ import torch
 from transformers import HfArgumentParser
 
 from gem_ds.distributed.zero_config import read_config
-from gem_ds.flags import HelpFormatter
+from gem_ds.flags import HelpFormatter, name_of
 
 
 def option(default: Any, text: str) -> Any:
@@ -54,7 +54,7 @@ def parser_of(program: str, description: str, *flags: type) -> HfArgumentParser:
     """The parser of a program whose flags are the fields of these dataclasses."""
     return HfArgumentParser(
         flags,  # type: ignore[arg-type]
-        prog=f"python -m {program}",
+        prog=name_of(program.replace(".", " ")),
         description=description,
         allow_abbrev=False,
         formatter_class=HelpFormatter,

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from gem_ds.files.atomic import atomic_folder
 from gem_ds.files.delta import Delta, apply_delta
+from gem_ds.flags import name_of
 from gem_ds.models.encoders import set_labels
 from gem_ds.models.tokenizer import has_tokenizer, load_tokenizer
 from gem_ds.progress import loading_bars
@@ -29,7 +30,7 @@ from gem_ds.progress import loading_bars
 def main(argv: Sequence[str] | None = None) -> None:
     """The program; raises what `export` does."""
     parser = argparse.ArgumentParser(
-        prog="launch/export.py",
+        prog=name_of("export"),
         description="Write an ordinary Hugging Face folder from a base model and a delta.",
     )
     base_help = "base model of the delta: a folder or a name on the Hugging Face Hub"

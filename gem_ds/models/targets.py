@@ -116,7 +116,8 @@ def head_layers(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
     layers: dict[str, nn.Module] = {}
     for owner, parts in owners.items():
         module = model.get_submodule(owner)
-        if not isinstance(module, nn.Linear) or parts != {n for n, _ in module.named_parameters()}:
+        is_whole = parts == {n for n, _ in module.named_parameters()}
+        if not (isinstance(module, nn.Linear) and kind_of(module) and is_whole):
             raise ValueError(
                 f"The model's head has parameters {', '.join(sorted(parts))} of {owner}, a "
                 f"{type(module).__name__}: only heads of whole linear layers can be trained."

@@ -95,8 +95,9 @@ def forecast(setting: Setting) -> Forecast:
         ValueError: the trainer would refuse the setting; in one sentence.
     """
     targets = settle_targets(setting.args, setting.config, None)
+    train, written = setting.args.train, dict(setting.deepspeed)
     deepspeed = resolve_deepspeed(
-        setting.deepspeed, setting.args, setting.config, targets.budget, setting.world_size
+        written, train, setting.config, targets.budget, setting.world_size
     )
     subject = Subject(setting.args, setting.config, targets, on_cpu=setting.on_cpu)
     rank = _Rank(setting, deepspeed, subject)

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import transformers
 
 from gem_ds.distributed.zero_config import read_config, zero_stage
+from gem_ds.flags import name_of
 from gem_ds.models.load import trainable_config
 from gem_ds.planning.advice import HEADROOM, fits, least_change
 from gem_ds.planning.forecast import Forecast, Setting, forecast
@@ -119,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ValueError: bad input, in one sentence.
     """
     parser = argparse.ArgumentParser(
-        prog="launch/plan.py",
+        prog=name_of("plan"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -80,8 +80,8 @@ class Subject:
         self.head_layers: TargetLayers | None = None
         head = sorted(head_names(model))
         if self.args.method.method not in SPARSE_METHODS:
-            return trained_network(model, self.args, targets.names, targets.shira_rank, head)
-        self.layers, self.head_layers = sparse_layers(model, targets.names, targets.budget, head)
+            return trained_network(model, self.args, targets, head)
+        self.layers, self.head_layers = sparse_layers(model, targets, head)
         return model
 
     # Running

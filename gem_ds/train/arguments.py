@@ -1,53 +1,51 @@
-"""How the flags of a training are read: a command line or keyword values, on top of a recipe."""
+"""How the flags of a training are read and checked: of a command line, on top of a recipe."""
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from math import inf
 from numbers import Number
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
 
-from gem_ds.flags import HelpFormatter
+from gem_ds.flags import HelpFormatter, name_of
+from gem_ds.select.rules import SPARSE_METHODS
 from gem_ds.train.config import (
+    DEFAULT_LEARNING_RATE,
+    DEFAULT_LEARNING_RATE_OF_FULL,
     Arguments,
     DataArguments,
+    Limit,
     MethodArguments,
     ModelArguments,
     TrainArguments,
-    check_arguments,
-    default_learning_rate,
 )
+from gem_ds.train.methods import DENSE_METHODS
 
 _NEEDED = ("model_name_or_path", "task", "output_dir")
 
 
 def parse_arguments(argv: Sequence[str], needed: Sequence[str] = _NEEDED) -> Arguments:
-    """Read flags, on top of the recipe that ``--config`` names.
+    """Read flags, on top of the recipe that ``--config`` names; those of ``needed`` must be there.
 
-    Args:
-        argv: the flags.
-        needed: names of those that must be there.
-
-    Raises:
-        ValueError: the recipe, a flag or a value is wrong; the sentence names it.
-        SystemExit: ``--help`` was asked for.
+    What is wrong is a ValueError, ``--help`` a SystemExit.
     """
     parser = _Parser(
         (ModelArguments, DataArguments, MethodArguments, TrainArguments),  # type: ignore[arg-type]
-        prog="launch/train.py",
+        prog=name_of("train"),
         description="Fine-tune a language model with GEM on DeepSpeed.",
         allow_abbrev=False,
         formatter_class=HelpFormatter,
     )
     parser.add_argument("--config", metavar="RECIPE.yaml", help="YAML file of flags; flags win.")
     if recipe := parser.parse_known_args(argv)[0].config:
-        parser.set_defaults(**_convert_all(_read_recipe(recipe), parser, f"--config {recipe}: "))
+        parser.set_defaults(**_converted(_read_recipe(recipe), parser, f"--config {recipe}: "))
     model, data, method, train, _, unknown = parser.parse_args_into_dataclasses(
         list(argv), return_remaining_strings=True, look_for_args_file=False
     )
@@ -59,26 +57,71 @@ def parse_arguments(argv: Sequence[str], needed: Sequence[str] = _NEEDED) -> Arg
         raise ValueError(f"Pass {' and '.join(missing)} (on the command line or in --config).")
     check_arguments(args)
     if train.learning_rate is None:
-        train = replace(train, learning_rate=default_learning_rate(method.method))
+        is_full = method.method == "full"
+        rate = DEFAULT_LEARNING_RATE_OF_FULL if is_full else DEFAULT_LEARNING_RATE
+        train = replace(train, learning_rate=rate)
     return replace(args, train=train)
 
 
 def as_flags(values: Mapping[str, Any]) -> list[str]:
-    """Values by the names of their flags, as a command line; None leaves a flag out.
-
-    Raises:
-        ValueError: a value is of a kind that no flag takes, such as a mask in memory.
-    """
+    """Values by the names of their flags, as a command line; None leaves a flag out."""
     flags = []
     for name, value in values.items():
         if isinstance(value, (list, tuple)):
             flags += [f"--{name}", *map(str, value)]
         elif value is not None:
             if not isinstance(value, (str, Number, os.PathLike)):  # truth values are numbers
-                remedy = "save it and pass the file's path" if name == "mask" else "see --help"
-                raise ValueError(f"{name} cannot be a {type(value).__name__}: {remedy}.")
+                raise ValueError(f"{name} cannot be a {type(value).__name__}: see --help.")
             flags.append(f"--{name}={value}")  # in one word, which may begin with a minus
     return flags
+
+
+def check_arguments(args: Arguments) -> None:
+    """Refuse what can be seen to be wrong without opening a file."""
+    for name, limit in _limits():
+        value = args.values()[name]
+        if value is not None and not limit.holds(value):
+            raise ValueError(f"--{name} must be {limit.words}, not {value}.")
+    for is_wrong, sentence in _contradictions(args):
+        if is_wrong:
+            raise ValueError(sentence)
+
+
+def _limits() -> Iterator[tuple[str, Limit]]:
+    """The limits in the types of the flags, optional ones too, by the flags' names."""
+    for part in (ModelArguments, DataArguments, MethodArguments, TrainArguments):
+        for name, hint in get_type_hints(part, include_extras=True).items():
+            for kind in (hint, *get_args(hint)):
+                yield from ((name, limit) for limit in get_args(kind) if isinstance(limit, Limit))
+
+
+def _contradictions(args: Arguments) -> Iterator[tuple[bool, str]]:
+    """What is wrong with the flags together if it holds, and the sentence for it."""
+    data, method, train = args.data, args.method, args.train
+    yield train.bf16 and train.fp16, "Pass --bf16 or --fp16, not both."
+    epochs, strategy, name = train.num_train_epochs, train.eval_strategy, method.method
+    is_wrong = train.max_steps == -1 and not 0 < epochs < inf
+    yield is_wrong, f"--num_train_epochs must be above 0, not {epochs}."
+    is_wrong = train.eval_steps is not None and strategy in ("no", "epoch")
+    yield is_wrong, f"--eval_strategy {strategy} has no steps between: leave --eval_steps out."
+    is_wrong = data.evaluate_on == "dev" and not data.dev_examples
+    yield is_wrong, "--evaluate_on dev needs a development set: pass --dev_examples."
+    for flag in ("calibration_examples", "calibration_head_steps", "calibration_buffer_gb"):
+        is_wrong = bool(method.mask and getattr(method, flag))
+        yield is_wrong, f"--mask skips calibration: leave --{flag} out."
+    is_wrong = train.optimizer == "adamw_8bit" and name != "full"
+    yield is_wrong, "--optimizer adamw_8bit is for --method full: the others have little state."
+    if name in SPARSE_METHODS:
+        return
+    yield method.mask is not None, f"--method {name} selects no entries: leave --mask out."
+    is_wrong = name in DENSE_METHODS and bool(method.target_modules)
+    yield is_wrong, f"--method {name} has no target layers: leave --target_modules out."
+    is_wrong = method.sddmm_kernel != "auto"
+    yield is_wrong, f"--method {name} selects no entries: leave --sddmm_kernel out."
+    yield train.max_steps == 0, f"--max_steps 0 writes a mask, and --method {name} has none."
+    for flag in ("save_steps", "resume_from_checkpoint"):
+        is_wrong = getattr(train, flag) is not None
+        yield is_wrong, f"--method {name} writes no checkpoints: leave --{flag} out."
 
 
 class _Parser(HfArgumentParser):
@@ -102,15 +145,13 @@ def _read_recipe(path: str) -> dict[str, Any]:
     return recipe
 
 
-def _convert_all(
-    values: Mapping[str, Any], parser: argparse.ArgumentParser, where: str
-) -> dict[str, object]:
-    """Values by name, each converted and checked as its flag would be."""
+def _converted(recipe: dict[str, Any], parser: _Parser, where: str) -> dict[str, object]:
+    """The recipe's values, each converted and checked as its flag would be."""
     actions = {action.dest: action for action in parser._actions}
-    for name in values:
+    for name in recipe:
         if name not in actions or name in ("config", "help"):
             raise ValueError(f"{where}there is no flag --{name}.")
-    return {name: _convert(actions[name], value, where) for name, value in values.items()}
+    return {name: _convert(actions[name], value, where) for name, value in recipe.items()}
 
 
 def _convert(action: argparse.Action, value: object, where: str) -> object:

@@ -1,40 +1,31 @@
 """What the command line takes: plain values, no torch.
 
 The ``help`` of a field is its documentation, its type says what is allowed. Names are those of
-transformers' ``TrainingArguments`` wherever it has one, but for ``optimizer``, which is ``optim``
-there and takes other values.
+transformers' ``TrainingArguments`` wherever it has one, but for ``optimizer`` (``optim`` there).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal
 
 from gem_ds.data.tasks import task_names
 from gem_ds.distributed.zero_config import Dtype
-from gem_ds.select.rules import SPARSE_METHODS
-from gem_ds.train.methods import DENSE_METHODS, METHODS, methods_help
+from gem_ds.train.methods import METHODS, methods_help
 
 SddmmKernel = Literal["auto", "dense", "tiled", "gather", "library", "triton"]
 
 #: The schedules of transformers that are functions of the step alone.
 SCHEDULES = (
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "polynomial",
-    "constant",
-    "constant_with_warmup",
-    "inverse_sqrt",
+    *("linear", "cosine", "cosine_with_restarts", "polynomial"),
+    *("constant", "constant_with_warmup", "inverse_sqrt"),
 )
 
 DEFAULT_DENSITY = "0.001"
 DEFAULT_HEAD_STEPS = 100
 DEFAULT_LEARNING_RATE = 1e-3
 DEFAULT_LEARNING_RATE_OF_FULL = 5e-5  # that of transformers
-
-OPTIMIZERS = ("adamw", "adamw_8bit")
 
 
 @dataclass(frozen=True)
@@ -60,11 +51,14 @@ Share = Annotated[float, Limit("at least 0 and below 1", lambda share: 0 <= shar
 Steps = Annotated[int, Limit("-1 (use epochs) or at least 0", lambda steps: steps >= -1)]
 Schedule = Annotated[str, _one_of(SCHEDULES)]
 Method = Annotated[str, _one_of(METHODS)]
-OptimizerName = Annotated[str, _one_of(OPTIMIZERS)]
+OptimizerName = Annotated[str, _one_of(("adamw", "adamw_8bit"))]
 
 
 def _option(default: Any, text: str, **metadata: Any) -> Any:
-    return field(default=default, metadata={"help": text, **metadata})
+    metadata["help"] = text
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,21 +225,13 @@ class TrainArguments:
     )
     save_steps: Count | None = _option(None, "Steps between checkpoints (default: an epoch).")
     save_total_limit: Count | None = _option(None, "Keep only the newest checkpoints.")
-    report_to: list[str] = field(
-        default_factory=lambda: ["none"],
-        metadata={
-            "help": "Trackers: none, all that are installed, or some of tensorboard, wandb, "
-            "trackio, mlflow, comet_ml, clearml, aim, dvclive, swanlab; metrics.jsonl is written "
-            "always.",
-            "nargs": "+",
-        },
+    report_to: list[str] = _option(
+        ["none"],
+        "Trackers: none, all that are installed, or some of tensorboard, wandb, trackio, mlflow, "
+        "comet_ml, clearml, aim, dvclive, swanlab; metrics.jsonl is written always.",
+        nargs="+",
     )
     disable_tqdm: bool = _option(False, "No progress bar, nor its lines in a log file.")
-
-    @property
-    def steps_between_evaluations(self) -> int | None:
-        """Of the held-out loss, where it is not measured each epoch."""
-        return self.eval_steps or (self.logging_steps if self.eval_strategy == "steps" else None)
 
     @property
     def dtype(self) -> Dtype:
@@ -257,72 +243,11 @@ class TrainArguments:
 class Arguments:
     """Everything that the user said."""
 
-    model: ModelArguments
-    data: DataArguments
-    method: MethodArguments
-    train: TrainArguments
+    model: ModelArguments = ModelArguments()
+    data: DataArguments = DataArguments()
+    method: MethodArguments = MethodArguments()
+    train: TrainArguments = TrainArguments()
 
     def values(self) -> dict[str, Any]:
         """All flags by name."""
         return vars(self.model) | vars(self.data) | vars(self.method) | vars(self.train)
-
-
-def default_learning_rate(method: str) -> float:
-    """The peak learning rate of a run whose flags give none."""
-    return DEFAULT_LEARNING_RATE_OF_FULL if method == "full" else DEFAULT_LEARNING_RATE
-
-
-def check_arguments(args: Arguments) -> None:
-    """Refuse what can be seen to be wrong without opening a file.
-
-    Raises:
-        ValueError: one sentence that names the flag.
-    """
-    data, method, train = args.data, args.method, args.train
-    for part in (args.model, data, method, train):
-        for name, limit in _limits(type(part)):
-            value = getattr(part, name)
-            if value is not None and not limit.holds(value):
-                raise ValueError(f"--{name} must be {limit.words}, not {value}.")
-    if train.bf16 and train.fp16:
-        raise ValueError("Pass --bf16 or --fp16, not both.")
-    if train.max_steps == -1 and not 0 < train.num_train_epochs < _INFINITY:
-        raise ValueError(f"--num_train_epochs must be above 0, not {train.num_train_epochs}.")
-    if train.eval_steps is not None and train.eval_strategy in ("no", "epoch"):
-        raise ValueError(
-            f"--eval_strategy {train.eval_strategy} has no steps between: leave --eval_steps out."
-        )
-    if data.evaluate_on == "dev" and not data.dev_examples:
-        raise ValueError("--evaluate_on dev needs a development set: pass --dev_examples.")
-    for flag in ("calibration_examples", "calibration_head_steps", "calibration_buffer_gb"):
-        if method.mask and getattr(method, flag):
-            raise ValueError(f"--mask skips calibration: leave --{flag} out.")
-    if train.optimizer == "adamw_8bit" and method.method != "full":
-        raise ValueError(
-            "--optimizer adamw_8bit is for --method full: the others have little state."
-        )
-    if method.method not in SPARSE_METHODS:
-        _check_dense(method, train)
-
-
-def _limits(part: type) -> Iterator[tuple[str, Limit]]:
-    """The limits in the types of a dataclass' fields, optional ones too, by the fields' names."""
-    for name, hint in get_type_hints(part, include_extras=True).items():
-        for kind in (hint, *get_args(hint)):
-            yield from ((name, limit) for limit in get_args(kind) if isinstance(limit, Limit))
-
-
-def _check_dense(method: MethodArguments, train: TrainArguments) -> None:
-    """Refuse flags that ask a method for what only those that select entries do."""
-    name = method.method
-    if method.mask is not None:
-        raise ValueError(f"--method {name} selects no entries: leave --mask out.")
-    if name in DENSE_METHODS and method.target_modules:
-        raise ValueError(f"--method {name} has no target layers: leave --target_modules out.")
-    if method.sddmm_kernel != "auto":
-        raise ValueError(f"--method {name} selects no entries: leave --sddmm_kernel out.")
-    if train.max_steps == 0:
-        raise ValueError(f"--max_steps 0 writes a mask, and --method {name} has none.")
-    for flag in ("save_steps", "resume_from_checkpoint"):
-        if getattr(train, flag) is not None:
-            raise ValueError(f"--method {name} writes no checkpoints: leave --{flag} out.")

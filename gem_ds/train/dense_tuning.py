@@ -18,40 +18,33 @@ from gem_ds.distributed.engine import DenseEngine
 from gem_ds.distributed.weights import numel
 from gem_ds.files.atomic import atomic_folder
 from gem_ds.files.delta import Delta
-from gem_ds.files.mask import Mask, WeightInfo, index_dtype
+from gem_ds.files.mask import index_dtype
 from gem_ds.models.adapters import add_adapter, is_of_head
 from gem_ds.train.config import Arguments
 from gem_ds.train.methods import ADAPTER_METHODS, product_of
 from gem_ds.train.optimizer import make_dense_optimizer
 from gem_ds.train.prepare import PreparedRun
-from gem_ds.train.reporting import Reporter
-from gem_ds.train.results import run_settings
+from gem_ds.train.results import make_mask
+from gem_ds.train.targets import Targets
 
 
 def trained_network(
-    model: PreTrainedModel,
-    args: Arguments,
-    targets: Sequence[str],
-    shira_rank: int,
-    head: Sequence[str],
+    model: PreTrainedModel, args: Arguments, targets: Targets, head: Sequence[str]
 ) -> Any:
-    """The model, or peft's around it, where what ``--method`` trains requires grad and no more.
-
-    Raises:
-        ValueError: there is nothing to train but the head.
-    """
-    if args.method.method in ADAPTER_METHODS:
+    """The model, or peft's around it, where what ``--method`` trains requires grad and no more."""
+    method = args.method
+    if method.method in ADAPTER_METHODS:
         return add_adapter(
             model,
-            args.method.method,
-            targets,
+            method.method,
+            targets.names,
             head,
             seed=args.train.seed,
-            rank=args.method.lora_r if args.method.method == "lora" else shira_rank,
-            lora_alpha=args.method.lora_alpha,
-            lora_dropout=args.method.lora_dropout,
+            rank=method.lora_r if method.method == "lora" else targets.shira_rank,
+            lora_alpha=method.lora_alpha,
+            lora_dropout=method.lora_dropout,
         )
-    trains_all = args.method.method == "full"
+    trains_all = method.method == "full"
     biases = {name for name, _ in model.named_parameters() if name.rpartition(".")[2] == "bias"}
     if not trains_all and biases.issubset(head):
         raise ValueError(
@@ -66,48 +59,28 @@ def trained_network(
 class DenseTuning:
     """Whole parameters of a model, and its head if it has one."""
 
-    def __init__(
-        self,
-        args: Arguments,
-        prepared: PreparedRun,
-        model: PreTrainedModel,
-        head: list[str],
-        comm: Comm,
-    ) -> None:
-        self.args, self.prepared, self.comm = args, prepared, comm
-        self.head = head
-        network = trained_network(model, args, prepared.targets, prepared.shira_rank, head)
-        self.names = [name for name, p in network.named_parameters() if p.requires_grad]
-        self.num_trainable = sum(numel(network.get_parameter(name)) for name in self.names)
-        named = dict(network.named_parameters())
-        of_head = [named[name] for name in self.names if is_of_head(name, head)]
-        others = [named[name] for name in self.names if not is_of_head(name, head)]
-        optimizer = make_dense_optimizer(args.train, others, of_head)
-        self.engine = DenseEngine(network, optimizer, prepared.deepspeed, comm)
-        self.network = network
-        self.base = self._trained() if args.method.method == "bitfit" else {}
-
-    def describe(self, reporter: Reporter) -> dict[str, float]:
-        """Say what will be trained; returns what to log of it."""
-        reporter.say(
-            f"Training {self.num_trainable:,} parameters"
-            + (" and with them the head" if self.head else "")
-            + f"; the base model has {self.prepared.num_parameters:,}"
-        )
-        return {"num_trainable": self.num_trainable}
+    def __init__(self, prepared: PreparedRun, model: Any, head: list[str], comm: Comm) -> None:
+        self.prepared, self.comm, self.head = prepared, comm, head
+        args = prepared.args
+        self.network = trained_network(model, args, prepared.targets, head)
+        trained = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+        self.names = list(trained)
+        self.num_trainable = sum(map(numel, trained.values()))
+        of_head = {name: p for name, p in trained.items() if is_of_head(name, head)}
+        others = [p for name, p in trained.items() if name not in of_head]
+        optimizer = make_dense_optimizer(args.train, others, list(of_head.values()))
+        self.engine = DenseEngine(self.network, optimizer, prepared.deepspeed, comm)
+        has_delta = product_of(args.method.method) == "delta"
+        self.base = self.engine.whole_parameters(self.names) if has_delta else {}
 
     def save_weights(self) -> None:
-        """Write what was trained in the form that its users know; called on all ranks.
-
-        ``model/``, a Hugging Face folder, for full fine-tuning; ``adapter/``, peft's folder;
-        ``delta.safetensors`` with every bias for bitfit.
-        """
-        trained = self._trained()
+        """Write what was trained in the form that its users know; called on all ranks."""
+        trained = self.engine.whole_parameters(self.names)
         folder = self.prepared.output_dir
         with self.comm.agreement():
             if not self.comm.is_main:
                 return
-            product = product_of(self.args.method.method)
+            product = product_of(self.prepared.args.method.method)
             if product == "delta":
                 self._delta(trained).save(folder / "delta.safetensors")
             elif product == "model":
@@ -118,10 +91,6 @@ class DenseTuning:
                     lambda path: self.network.save_pretrained(path, state_dict=trained),
                 )
 
-    def _trained(self) -> dict[str, Tensor]:
-        """The trained parameters, whole, on rank 0."""
-        return self.engine.whole_parameters(self.names)
-
     def _save_model(self, folder: Path, trained: dict[str, Tensor]) -> None:
         # Names that transformers would write back if it had read them; at ZeRO stage 3 it takes all
         # that it knows for read, and would name a LayerNorm's weight gamma.
@@ -130,19 +99,15 @@ class DenseTuning:
         self.prepared.tokenizer.save_pretrained(folder)
 
     def _delta(self, trained: dict[str, Tensor]) -> Delta:
+        """Every bias, whole, and the head."""
         biases = {name: value for name, value in trained.items() if name not in self.head}
-        mask = Mask(
-            indices={
-                name: torch.arange(value.numel(), dtype=index_dtype(value.numel()))
-                for name, value in biases.items()
-            },
-            weights={
-                name: WeightInfo.of(value.shape, self.base[name]) for name, value in biases.items()
-            },
-            base_model=str(self.args.model.model_name_or_path),
-            revision=self.args.model.revision,
-            method="bitfit",
-            settings=run_settings(self.args, self.prepared),
+        indices = {
+            name: torch.arange(value.numel(), dtype=index_dtype(value.numel()))
+            for name, value in biases.items()
+        }
+        shapes = {name: tuple(value.shape) for name, value in biases.items()}
+        return Delta(
+            mask=make_mask(self.prepared, indices, shapes, self.base),
+            values={name: value.flatten() for name, value in biases.items()},
+            head={name: trained[name] for name in self.head},
         )
-        head = {name: trained[name] for name in self.head}
-        return Delta(mask=mask, values={n: v.flatten() for n, v in biases.items()}, head=head)

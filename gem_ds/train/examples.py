@@ -28,19 +28,12 @@ _SPLIT_SEED = 0  # of which examples are the development set; no flag changes it
 
 @dataclass(frozen=True, kw_only=True)
 class RunData:
-    """What a run reads.
-
-    Attributes:
-        train: encoded training examples.
-        test: encoded held-out examples, for the loss; may be empty.
-        questions: the same as predictions are made from; None where answers are generated.
-        references: the same as text.
-    """
+    """What a run reads, encoded."""
 
     train: Dataset
-    test: Dataset
-    questions: Dataset | None
-    references: list[Example]
+    test: Dataset  # held-out examples, for the loss; may be empty
+    questions: Dataset | None  # what predictions are made from; None where answers are generated
+    references: list[Example]  # the held-out examples as text
 
     def fingerprint(self) -> str:
         """A hash of what a run is measured on."""
@@ -48,11 +41,7 @@ class RunData:
 
 
 def load_examples(data: DataArguments) -> TaskData:
-    """The examples that the flags name; ``test`` is what the run is measured on.
-
-    Raises:
-        ValueError: a file is at fault, or too few examples are left.
-    """
+    """The examples that the flags name; ``test`` is what the run is measured on."""
     task = load_task(
         str(data.task),
         data_dir=data.data_dir,
@@ -81,8 +70,7 @@ def load_examples(data: DataArguments) -> TaskData:
 def _split(examples: Sequence[Example], num_dev: int) -> tuple[list[int], int]:
     """A fixed random order of the examples, and how many of them are not of the development set.
 
-    Examples on the same passage stay together, so that none is half learnt; the development set may
-    thereby be a little larger than asked for.
+    Examples on the same passage stay together, so that none is half learnt: that set may be larger.
     """
     passages = _passages(examples)
     texts: dict[str, list[int]] = {}
@@ -114,28 +102,26 @@ def encode_examples(
     tokenizer: PreTrainedTokenizerBase,
     config: PretrainedConfig,
 ) -> RunData:
-    """The examples as datasets.
-
-    Raises:
-        ValueError: an example cannot be encoded, the model cannot read what the tokenizer makes, or
-            --packing is passed for examples that cannot share a sequence.
-    """
+    """The examples as datasets; a ValueError if one cannot be, or the model cannot read it."""
     train = objective.encode(task.train, tokenizer, data.max_length)
     test = objective.encode(task.test, tokenizer, data.max_length)
     if data.packing and train.answers is not None:
         raise ValueError(
             "--packing is for examples whose answers are written, one sequence each: leave it out."
         )
-    questions = None
-    if objective.predictor is not None:
-        is_same = objective.predictor.encode == objective.encode
-        questions = (
-            test if is_same else objective.predictor.encode(task.test, tokenizer, data.max_length)
-        )
+    predictor, questions = objective.predictor, None
+    if predictor is not None:
+        is_same = predictor.encode == objective.encode
+        questions = test if is_same else predictor.encode(task.test, tokenizer, data.max_length)
     datasets = [train, test, *([] if questions is None else [questions])]
     vocab_size = config.get_text_config().vocab_size
     refuse_foreign_tokens(max(dataset.largest_token for dataset in datasets), vocab_size)
-    _refuse_long_sequences(max(dataset.longest for dataset in datasets), config)
+    longest, limit = max(dataset.longest for dataset in datasets), num_positions(config)
+    if limit and longest > limit:
+        raise ValueError(
+            f"The longest example has {longest} tokens and the model reads {limit}: pass "
+            f"--max_length {limit} or less."
+        )
     return RunData(train=train, test=test, questions=questions, references=task.test)
 
 
@@ -144,12 +130,3 @@ def fingerprint(data: DataArguments, train: Dataset) -> str:
     packed = f"packed into {data.max_length}" if data.packing else "one by one"
     told = f"{train.fingerprint()} {packed} {data.train_sampling_strategy}"
     return hashlib.sha256(told.encode()).hexdigest()
-
-
-def _refuse_long_sequences(longest: int, config: PretrainedConfig) -> None:
-    limit = num_positions(config)
-    if limit and longest > limit:
-        raise ValueError(
-            f"The longest example has {longest} tokens and the model reads {limit}: pass "
-            f"--max_length {limit} or less."
-        )

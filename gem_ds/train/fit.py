@@ -20,9 +20,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from types import FrameType
 
 import torch
 from torch import Tensor, nn
@@ -36,50 +35,35 @@ from gem_ds.sparse.entries import HeadEntries, SelectedEntries
 StepEngine = Engine | DenseEngine
 
 
-class StopSignal:
-    """Remembers a SIGTERM (a scheduler's notice) until the loop reaches the end of its step.
+@contextmanager
+def sigterms() -> Iterator[list[int]]:
+    """Collects SIGTERMs (a scheduler's notice) until the loop reaches the end of its step.
 
-    Only within its block; before and after it there is nothing to save, and SIGTERM ends the
+    Only within the block; before and after it there is nothing to save, and SIGTERM ends the
     process as ever. Signals come to the main thread alone: another one waits for none.
     """
-
-    def __init__(self) -> None:
-        self.received = False
-        self._is_listening = threading.current_thread() is threading.main_thread()
-
-    def __enter__(self) -> StopSignal:
-        if self._is_listening:
-            self._before = signal.signal(signal.SIGTERM, self._receive)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._is_listening:
-            signal.signal(signal.SIGTERM, self._before)
-
-    def _receive(self, signum: int, frame: FrameType | None) -> None:
-        self.received = True
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = signal.signal(signal.SIGTERM, lambda signum, _: received.append(signum))
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What one step has found, the same on every rank.
+    """What one step has found, the same on every rank."""
 
-    Attributes:
-        loss: mean over the items of the global batch, before the update.
-        learning_rate: of the update.
-        grad_norm: L2 norm of the gradient before clipping, where the ZeRO stage computes it; may
-            lie on a GPU, which is then waited for where it is read.
-        num_tokens: read over all ranks, padding left out.
-        seconds: that the step took.
-        is_stopping: a rank has received a SIGTERM; this step was the last.
-    """
-
-    loss: float
+    loss: float  # mean over the items of the global batch, before the update
     learning_rate: float
+    #: L2, before clipping, where the ZeRO stage computes it; on a GPU it waits where it is read.
     grad_norm: Tensor | float | None
-    num_tokens: int
+    num_tokens: int  # read over all ranks, padding left out
     seconds: float
-    is_stopping: bool
+    is_stopping: bool  # a rank has received a SIGTERM; this step was the last
 
 
 class DivergedError(ValueError):
@@ -104,32 +88,19 @@ def fit(
 ) -> Iterator[StepResult]:
     """Train from ``state.global_step`` to ``state.max_steps``, one step for each item asked for.
 
-    Between two steps, masters and weights agree: the caller may evaluate or save. All ranks iterate
-    together.
-
-    Args:
-        engine: holds the model.
-        parts: entries of frozen weights that are trained; masters and weights must agree. None
-            where parameters of the model themselves are trained, which DeepSpeed writes.
-        train: the training data.
-        summed_loss: the loss of one micro-batch, summed over its items.
-        scheduler: of the learning rate of the engine's optimizer; stepped after each applied step.
-        state: progress; step and epoch are kept up to date.
-        seed: of dropout.
-
-    Yields:
-        What each step has found; fewer than asked for if a SIGTERM ends the run early.
-
-    Raises:
-        DivergedError: the loss or gradient of a step is not finite; masters are as before it.
+    All ranks iterate together. Between two steps masters and weights agree, as they must before:
+    the caller may evaluate or save. ``parts`` are entries of frozen weights, none where parameters
+    of the model itself are trained, which DeepSpeed writes. ``seed`` is dropout's. A SIGTERM ends
+    it early; a loss or gradient that is not finite is a :class:`DivergedError`, and masters are as
+    before that step.
     """
     with ExitStack() as stack:
-        stop = stack.enter_context(StopSignal())
+        received = stack.enter_context(sigterms())
         for part in parts:
             stack.enter_context(part.training())
         while state.global_step < state.max_steps:
             result = _step(
-                engine, parts, train, summed_loss, scheduler, state.global_step, seed, stop
+                engine, parts, train, summed_loss, scheduler, state.global_step, seed, received
             )
             state.global_step += 1
             state.epoch = state.global_step / train.steps_per_epoch
@@ -146,7 +117,7 @@ def _step(
     scheduler: LRScheduler,
     step: int,
     seed: int,
-    stop: StopSignal,
+    received: list[int],
 ) -> StepResult:
     """One global batch: gradient, update, write-back."""
     comm = engine.comm
@@ -154,7 +125,7 @@ def _step(
     engine.model.train()
     seed_noise(seed, step, comm.rank)
     own = accumulate(engine, train, summed_loss, step).double() / comm.world_size
-    local = torch.stack([own, own.new_full((), float(stop.received))])
+    local = torch.stack([own, own.new_full((), float(len(received)))])
     loss, num_stopping = comm.all_reduce(local, "sum").tolist()  # waits for the device
     if not math.isfinite(loss):
         with comm.in_unison():
@@ -197,10 +168,7 @@ def mean_loss(
     summed_loss: SummedLoss,
     progress: Callable[[], object] = lambda: None,
 ) -> float:
-    """Mean loss over one epoch of ``batches``, without gradients; the same on all ranks.
-
-    ``progress`` is called after each global batch.
-    """
+    """Mean loss over one epoch of ``batches``, without gradients; the same on all ranks."""
     engine.model.eval()
     total = torch.zeros((), dtype=torch.float64, device=engine.device)
     with torch.no_grad():

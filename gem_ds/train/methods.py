@@ -10,15 +10,8 @@ from typing import Literal
 
 from gem_ds.select.rules import RULES, SPARSE_METHODS
 
-_DENSE = {
-    "full": "all parameters",
-    "bitfit": "the biases (arXiv 2106.10199)",
-}
-_ADAPTERS = {
-    "lora": "arXiv 2106.09685",
-    "ia3": "arXiv 2205.05638",
-    "shira": "arXiv 2406.13175",
-}
+_DENSE = {"full": "all parameters", "bitfit": "the biases (arXiv 2106.10199)"}
+_ADAPTERS = {"lora": "arXiv 2106.09685", "ia3": "arXiv 2205.05638", "shira": "arXiv 2406.13175"}
 DENSE_METHODS, ADAPTER_METHODS = tuple(_DENSE), tuple(_ADAPTERS)
 METHODS = (*SPARSE_METHODS, *DENSE_METHODS, *ADAPTER_METHODS)
 

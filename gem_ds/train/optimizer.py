@@ -19,15 +19,14 @@ from gem_ds.train.config import TrainArguments
 def make_sparse_optimizer(train: TrainArguments) -> Callable[[list[nn.Parameter]], SparseAdamW]:
     """What makes the optimizer of the selected values and, second if there is one, the head."""
     assert train.learning_rate is not None, "parse_arguments sets it"
-    rate = train.learning_rate
-    rates = (rate, train.head_learning_rate)
+    rates = (train.learning_rate, train.head_learning_rate)
 
     def make(parameters: list[nn.Parameter]) -> SparseAdamW:
         groups: list[Any] = [
             {"params": [parameter], "lr": lr}
             for parameter, lr in zip(parameters, rates, strict=False)
         ]
-        return SparseAdamW(groups, lr=rate, **_adam(train))
+        return SparseAdamW(groups, lr=rates[0], **_adam(train))
 
     return make
 
@@ -35,11 +34,7 @@ def make_sparse_optimizer(train: TrainArguments) -> Callable[[list[nn.Parameter]
 def make_dense_optimizer(
     train: TrainArguments, parameters: list[nn.Parameter], head: list[nn.Parameter]
 ) -> Optimizer:
-    """AdamW of whole parameters, in eight bits if ``--optimizer`` says so.
-
-    Raises:
-        ValueError: bitsandbytes is asked for and not there, or no GPU for it.
-    """
+    """AdamW of whole parameters, in eight bits if ``--optimizer`` says so."""
     groups: list[dict[str, Any]] = [{"params": parameters, "lr": train.learning_rate}]
     if head:
         groups.append({"params": head, "lr": train.head_learning_rate})
@@ -60,11 +55,7 @@ def _adam(train: TrainArguments) -> dict[str, Any]:
 
 
 def adam_of_bitsandbytes() -> Any:
-    """AdamW with moments in eight bits.
-
-    Raises:
-        ValueError: bitsandbytes or a GPU is not there.
-    """
+    """AdamW with moments in eight bits; a ValueError where it or a GPU is not there."""
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
@@ -87,5 +78,4 @@ def make_scheduler(
         num_warmup_steps=round(warmup * max_steps if warmup < 1 else warmup),
         num_training_steps=max_steps,
     )
-    # One function for each parameter group.
     return LambdaLR(optimizer, schedule.lr_lambdas, last_epoch=num_updates - 1)

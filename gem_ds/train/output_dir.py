@@ -13,12 +13,8 @@ from gem_ds.train.reporting import TENSORBOARD_FOLDER
 
 #: Files that make a folder the output of a run; ``--overwrite_output_dir`` deletes these.
 RUN_FILES = (
-    "mask.safetensors",
-    "delta.safetensors",
-    "metrics.jsonl",
-    "trainer_state.json",
-    "all_results.json",
-    "predictions.jsonl",
+    *("mask.safetensors", "delta.safetensors", "metrics.jsonl", "trainer_state.json"),
+    *("all_results.json", "predictions.jsonl"),
 )
 
 #: Folders that a run may write beside them, and after metrics.jsonl; alone they are nobody's.

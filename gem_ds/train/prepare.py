@@ -1,14 +1,12 @@
 """What is decided before any weight is loaded, and everything that can be refused by then.
 
 Each rank prepares for itself, from the same files, and meets the others only afterwards; nothing
-here communicates. The model is laid out on the meta device, where it costs nothing, to find the
-target layers, to count the parameters and to settle K.
+here communicates.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,98 +23,61 @@ from gem_ds.models.load import DTYPES, refuse_damaged_files, trainable_config
 from gem_ds.models.objective import Objective, objective_of
 from gem_ds.models.tokenizer import load_tokenizer, pad_token_id
 from gem_ds.sparse.sddmm import check_kernel
-from gem_ds.train.config import Arguments
+from gem_ds.train.config import Arguments, TrainArguments
 from gem_ds.train.examples import RunData, encode_examples, fingerprint, load_examples
 from gem_ds.train.methods import product_of
 from gem_ds.train.optimizer import adam_of_bitsandbytes
 from gem_ds.train.output_dir import refuse_losses, refuse_run
 from gem_ds.train.reporting import find_trackers
-from gem_ds.train.targets import settle_targets
+from gem_ds.train.targets import Targets, settle_targets
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedRun:
-    """A run that nothing stands against any more: all that it needs but weights.
+    """A run that nothing stands against any more: all that it needs but weights."""
 
-    Attributes:
-        output_dir: exists or will.
-        config: the model's configuration.
-        tokenizer: the model's.
-        pad_token_id: what rows are padded with.
-        task: the examples as text.
-        data: the same as the model reads them.
-        objective: what is learnt of them.
-        targets: names of the target weights; empty where the method has none.
-        num_parameters: N.
-        budget: K; 0 for methods that train whole parameters.
-        shira_rank: with ``--method shira`` its rank, else 0.
-        deepspeed: the resolved configuration of the engine.
-        global_batch_size: rows per step; the checkpoint's, whatever the flags make it now.
-        mask: the entries, where they are not to be calibrated.
-        checkpoint: what to go on from.
-        identity: what a later resume must agree with.
-    """
-
-    output_dir: Path
+    args: Arguments
+    output_dir: Path  # exists or will
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     pad_token_id: int
-    task: TaskData
-    data: RunData
+    task: TaskData  # the examples as text
+    data: RunData  # the same as the model reads them
     objective: Objective
-    targets: list[str]
-    num_parameters: int
-    budget: int
-    shira_rank: int
-    deepspeed: dict[str, Any]
-    global_batch_size: int
-    mask: Mask | None
-    checkpoint: Checkpoint | None
-    identity: RunIdentity
+    targets: Targets
+    deepspeed: dict[str, Any]  # resolved
+    mask: Mask | None  # the entries, where they are not to be calibrated
+    checkpoint: Checkpoint | None  # what to go on from
+    identity: RunIdentity  # the checkpoint's; what a later resume must agree with
 
     def digest(self) -> str:
         """A fingerprint of what all ranks must agree on before they meet in a collective."""
-        indices = None if self.mask is None else _entries(self.mask)
-        checkpoint = None if self.checkpoint is None else self.checkpoint.digest()
         parts = (
             self.identity,
             self.data.fingerprint(),
             self.targets,
-            self.num_parameters,
-            self.budget,
             self.deepspeed,
-            indices,
-            checkpoint,
+            None if self.mask is None else _entries(self.mask),
+            None if self.checkpoint is None else self.checkpoint.digest(),
         )
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def prepare(args: Arguments, world_size: int) -> PreparedRun:
-    """Decide and check everything that needs no weights.
-
-    Raises:
-        ValueError, OSError: one sentence that says what to change.
-    """
+    """Decide and check everything that needs no weights; a ValueError says what to change."""
     output_dir = Path(str(args.train.output_dir))
-    find_trackers(args.train.report_to)
-    if args.train.optimizer == "adamw_8bit":
-        adam_of_bitsandbytes()
-    if args.train.fp16 and not torch.cuda.is_available():
-        raise ValueError("--fp16 needs a GPU: pass --bf16, or neither for fp32.")
-    check_kernel(args.method.sddmm_kernel, "cuda" if torch.cuda.is_available() else "cpu")
+    _refuse_lacking(args)
     checkpoint = _load_checkpoint(args, output_dir)
-    mask = (
-        checkpoint.mask if checkpoint else Mask.load(args.method.mask) if args.method.mask else None
-    )
+    mask = checkpoint.mask if checkpoint else None
+    if mask is None and args.method.mask:
+        mask = Mask.load(args.method.mask)
     name, trust_remote_code = str(args.model.model_name_or_path), args.model.trust_remote_code
     config = trainable_config(name, args.model.revision, trust_remote_code=trust_remote_code)
     refuse_damaged_files(name)
     task = load_examples(args.data)
     set_head(config, name, task)
     objective = objective_of(
-        task.kind,
-        is_encoder=is_encoder(config),
-        classification_loss=args.data.classification_loss,
+        task.kind, is_encoder=is_encoder(config), classification_loss=args.data.classification_loss
     )
     if args.method.calibration_head_steps and not is_encoder(config):
         raise ValueError(
@@ -125,7 +86,7 @@ def prepare(args: Arguments, world_size: int) -> PreparedRun:
         )
     targets = settle_targets(args, config, mask)
     written = read_config(args.train.deepspeed) if args.train.deepspeed else {}
-    deepspeed = resolve_deepspeed(written, args, config, targets.budget, world_size)
+    deepspeed = resolve_deepspeed(written, args.train, config, targets.budget, world_size)
     if args.method.method == "shira" and zero_stage(deepspeed) == 3:
         raise ValueError(
             "--method shira adds to whole weights, and ZeRO stage 3 cuts them: use "
@@ -133,14 +94,8 @@ def prepare(args: Arguments, world_size: int) -> PreparedRun:
         )
     tokenizer = load_tokenizer(name, args.model.revision, trust_remote_code=trust_remote_code)
     data = encode_examples(args.data, task, objective, tokenizer, config)
-    identity = RunIdentity(
-        global_batch_size=batch_size_of_flags(args, world_size),
-        seed=args.train.seed,
-        data=fingerprint(args.data, data.train),
-    )
-    if checkpoint:
-        identity = _resumed_identity(checkpoint.identity, identity)
     return PreparedRun(
+        args=args,
         output_dir=output_dir,
         config=config,
         tokenizer=tokenizer,
@@ -148,45 +103,47 @@ def prepare(args: Arguments, world_size: int) -> PreparedRun:
         task=task,
         data=data,
         objective=objective,
-        targets=targets.names,
-        num_parameters=targets.num_parameters,
-        budget=targets.budget,
-        shira_rank=targets.shira_rank,
+        targets=targets,
         deepspeed=deepspeed,
-        global_batch_size=identity.global_batch_size,
         mask=mask,
         checkpoint=checkpoint,
-        identity=identity,
+        identity=_identity(args, data, checkpoint, world_size),
     )
 
 
-def batch_size_of_flags(args: Arguments, world_size: int) -> int:
+def batch_size_of_flags(train: TrainArguments, world_size: int) -> int:
     """Examples per step of a run that resumes nothing."""
-    train = args.train
     return train.per_device_train_batch_size * train.gradient_accumulation_steps * world_size
 
 
 def resolve_deepspeed(
-    written: Mapping[str, Any],
-    args: Arguments,
+    written: dict[str, Any],
+    train: TrainArguments,
     config: PretrainedConfig,
     budget: int,
-    world_size: int,
+    ranks: int,
 ) -> dict[str, Any]:
     """The engine's configuration: the DeepSpeed JSON ``written`` with what the flags say."""
-    train = args.train
-    return resolve_config(
-        dict(written),
-        RunShape(
-            world_size=world_size,
-            micro_batch_size=train.per_device_train_batch_size,
-            gradient_accumulation_steps=train.gradient_accumulation_steps,
-            max_grad_norm=train.max_grad_norm,
-            dtype=train.dtype,
-            hidden_size=config.get_text_config().hidden_size,
-            num_selected=budget,
-        ),
+    shape = RunShape(
+        world_size=ranks,
+        micro_batch_size=train.per_device_train_batch_size,
+        gradient_accumulation_steps=train.gradient_accumulation_steps,
+        max_grad_norm=train.max_grad_norm,
+        dtype=train.dtype,
+        hidden_size=config.get_text_config().hidden_size,
+        num_selected=budget,
     )
+    return resolve_config(written, shape)
+
+
+def _refuse_lacking(args: Arguments) -> None:
+    """Refuse flags that need what this machine has not."""
+    find_trackers(args.train.report_to)
+    if args.train.optimizer == "adamw_8bit":
+        adam_of_bitsandbytes()
+    if args.train.fp16 and not torch.cuda.is_available():
+        raise ValueError("--fp16 needs a GPU: pass --bf16, or neither for fp32.")
+    check_kernel(args.method.sddmm_kernel, "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _load_checkpoint(args: Arguments, output_dir: Path) -> Checkpoint | None:
@@ -230,8 +187,18 @@ def _entries(mask: Mask) -> dict[str, str]:
     return {name: checksum(indices) for name, indices in mask.indices.items()}
 
 
-def _resumed_identity(before: RunIdentity, now: RunIdentity) -> RunIdentity:
-    """The identity of a resumed run: the checkpoint's, once the flags agree with it."""
+def _identity(
+    args: Arguments, data: RunData, checkpoint: Checkpoint | None, world_size: int
+) -> RunIdentity:
+    """That of the flags and the data; of a resumed run the checkpoint's, if these agree with it."""
+    now = RunIdentity(
+        global_batch_size=batch_size_of_flags(args.train, world_size),
+        seed=args.train.seed,
+        data=fingerprint(args.data, data.train),
+    )
+    if checkpoint is None:
+        return now
+    before = checkpoint.identity
     if now.data != before.data:
         raise ValueError(
             "The checkpoint was trained on other examples or in another order: pass the same data, "

@@ -6,7 +6,7 @@ import json
 import os
 import resource
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ from tqdm import tqdm
 from gem_ds.files.atomic import atomic_write
 from gem_ds.files.checkpoint import TrainerState
 from gem_ds.progress import Progress
+from gem_ds.train.config import Arguments
 
-#: Within the output folder.
-TENSORBOARD_FOLDER = "tensorboard"
+TENSORBOARD_FOLDER = "tensorboard"  # in the output folder
 
 
 class Reporter:
@@ -29,42 +29,30 @@ class Reporter:
 
     ``metrics.jsonl`` gets one line per log entry, flushed at once. On a resume it is rewritten to
     what the checkpoint knew, so that no step stands in it twice.
-
-    Raises:
-        OSError: ``metrics.jsonl`` cannot be written.
     """
 
     def __init__(
-        self,
-        output_dir: Path,
-        state: TrainerState,
-        *,
-        is_main: bool,
-        trackers: Sequence[str] = (),
-        is_shown: bool,
-        flags: Mapping[str, Any] | None = None,
+        self, output_dir: Path, state: TrainerState, args: Arguments, *, is_main: bool
     ) -> None:
-        self._state = state
-        self._is_main = is_main
-        self._is_shown = is_shown and is_main
+        self._state, self._is_main = state, is_main
+        self._is_shown = is_main and not args.train.disable_tqdm
         self._path = output_dir / "metrics.jsonl"
         self._stack = ExitStack()
         self._trackers: list[Any] = []
         self._progress: Progress | None = None
-        self._num_tokens = 0
-        self._seconds = 0.0
-        if is_main:
-            lines = "".join(json.dumps(entry) + "\n" for entry in state.log_history)
-            atomic_write(self._path, lambda path: path.write_text(lines))
-            first_step = state.global_step + 1
-            with ExitStack() as stack:  # those that have begun end if the next one cannot
-                if trackers:
-                    stack.enter_context(_one_process())
-                for name in trackers:
-                    tracker = _start_tracker(name, output_dir, first_step, flags or {})
-                    stack.callback(tracker.finish)
-                    self._trackers.append(tracker)
-                self._stack = stack.pop_all()
+        self._num_tokens, self._seconds = 0, 0.0
+        if not is_main:
+            return
+        lines = "".join(json.dumps(entry) + "\n" for entry in state.log_history)
+        atomic_write(self._path, lambda path: path.write_text(lines))
+        with ExitStack() as stack:  # those that have begun end if the next one cannot
+            if trackers := find_trackers(args.train.report_to):
+                stack.enter_context(_one_process())
+            for name in trackers:
+                tracker = _start_tracker(name, output_dir, state.global_step + 1, args.values())
+                stack.callback(tracker.finish)
+                self._trackers.append(tracker)
+            self._stack = stack.pop_all()
 
     def progress(self, what: str, total: int, unit: str) -> Progress:
         """Of a loop beside the training itself."""
@@ -72,13 +60,9 @@ class Reporter:
 
     def start(self) -> None:
         """Training begins."""
+        total, done = self._state.max_steps, self._state.global_step
         self._progress = Progress(
-            "Training",
-            self._state.max_steps,
-            "step",
-            initial=self._state.global_step,
-            is_shown=self._is_shown,
-            interval=None,
+            "Training", total, "step", initial=done, is_shown=self._is_shown, interval=None
         )
 
     def advance(self, loss: float, num_tokens: int, seconds: float) -> None:
@@ -133,11 +117,7 @@ class Reporter:
 
 
 def find_trackers(names: Sequence[str]) -> list[str]:
-    """The trackers of accelerate that ``--report_to`` asks for.
-
-    Raises:
-        ValueError: there is no such tracker, or it is not installed.
-    """
+    """The trackers of accelerate that ``--report_to`` asks for; a ValueError where one is not."""
     installed = [str(tracker) for tracker in get_available_trackers()]
     if list(names) in (["none"], ["all"]):
         return installed if "all" in names else []
@@ -148,8 +128,9 @@ def find_trackers(names: Sequence[str]) -> list[str]:
                 f"--report_to takes none, all, or some of {', '.join(known)}, not {name}."
             )
         if name not in installed:
-            package = name.replace("_", "-")
-            raise ValueError(f"--report_to {name} needs {name}: pip install {package}.")
+            raise ValueError(
+                f"--report_to {name} needs {name}: pip install {name.replace('_', '-')}."
+            )
     return list(dict.fromkeys(names))
 
 
@@ -171,27 +152,23 @@ def _one_process() -> Iterator[None]:
         PartialState._reset_state()
 
 
-def _start_tracker(name: str, output_dir: Path, first_step: int, flags: Mapping[str, Any]) -> Any:
+def _start_tracker(name: str, output_dir: Path, first_step: int, flags: dict[str, Any]) -> Any:
     tracker_class: Any = LOGGER_TYPE_TO_CLASS[name]
     if name == "tensorboard":
         # What an earlier session wrote of later steps is taken back, as in metrics.jsonl.
         tracker = tracker_class(TENSORBOARD_FOLDER, output_dir, purge_step=first_step)
-    elif tracker_class.requires_logging_directory:
-        tracker = tracker_class("gem_ds", output_dir)
     else:
-        tracker = tracker_class("gem_ds")
+        folders = [output_dir] * tracker_class.requires_logging_directory
+        tracker = tracker_class("gem_ds", *folders)
     tracker.main_process_only = False  # this is the main process
     tracker.start()
     if name != "tensorboard":  # which would show the flags as a run of its own
-        tracker.store_init_configuration(dict(flags))
+        tracker.store_init_configuration(flags)
     return tracker
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory that this process has held so far: on the device, or of the machine's.
-
-    On a CPU it is the resident set, libraries and the Python interpreter included.
-    """
+    """The most that this process has held so far: on a GPU, or on a CPU as its resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -7,7 +7,6 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import closing
-from functools import cached_property
 from typing import Any
 
 from gem_ds.data.batches import Batches, SummedLoss, permutation
@@ -21,68 +20,59 @@ from gem_ds.models.choices import predict_all
 from gem_ds.models.load import DTYPES, enable_checkpointing, load_for_training
 from gem_ds.models.loss import answer_loss_of, refuse_leaking_rows, summed_answer_loss
 from gem_ds.select.rules import SPARSE_METHODS
-from gem_ds.train.config import Arguments
 from gem_ds.train.dense_tuning import DenseTuning
-from gem_ds.train.fit import StepResult, fit, mean_loss
+from gem_ds.train.fit import fit, mean_loss
 from gem_ds.train.methods import product_of
 from gem_ds.train.optimizer import make_scheduler
 from gem_ds.train.prepare import PreparedRun, batch_size_of_flags
-from gem_ds.train.reporting import Reporter, find_trackers, peak_memory_bytes
+from gem_ds.train.reporting import Reporter, peak_memory_bytes
 from gem_ds.train.results import save_results
 from gem_ds.train.sparse_tuning import SparseTuning
+from gem_ds.train.summary import describe
 
 #: Flags that say how a step is taken; a resumed run may change them, and says so.
 STEP_SETTINGS = (
-    "learning_rate",
-    "head_learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "max_grad_norm",
+    *("learning_rate", "head_learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
 )
 
 
 class Run:
-    """Model, engine, data and progress of one run."""
+    """Model, engine, data and progress of one run; ``kind`` makes what is trained of the model."""
 
     def __init__(
-        self,
-        args: Arguments,
-        prepared: PreparedRun,
-        comm: Comm,
-        kind: Callable[..., Any] | None = None,
+        self, prepared: PreparedRun, comm: Comm, kind: Callable[..., Any] | None = None
     ) -> None:
-        self.args, self.prepared, self.comm = args, prepared, comm
+        self.prepared, self.args, self.comm = prepared, prepared.args, comm
         self.started = time.perf_counter()
         self.train_batches = self.batches(prepared.data.train)
+        test = prepared.data.test
+        self.held_out = self.batches(test, held_out=True) if len(test) else None
         with comm.in_unison():
             self.state = self.initial_state()
+        train, model_args = self.args.train, self.args.model
         model, head = load_for_training(
-            str(args.model.model_name_or_path),
+            str(model_args.model_name_or_path),
             prepared.config,
             prepared.deepspeed,
             comm,
-            dtype=DTYPES[args.train.dtype],
-            seed=args.train.seed,
-            revision=args.model.revision,
-            trust_remote_code=args.model.trust_remote_code,
-            attn_implementation=args.model.attn_implementation,
+            dtype=DTYPES[train.dtype],
+            seed=train.seed,
+            revision=model_args.revision,
+            trust_remote_code=model_args.trust_remote_code,
+            attn_implementation=model_args.attn_implementation,
         )
-        if args.train.gradient_checkpointing:
+        if train.gradient_checkpointing:
             enable_checkpointing(model)
         if kind is None:
-            kind = SparseTuning if args.method.method in SPARSE_METHODS else DenseTuning
+            is_sparse = self.args.method.method in SPARSE_METHODS
+            kind = SparseTuning if is_sparse else DenseTuning
         with comm.in_unison():
-            self.tuning: SparseTuning | DenseTuning = kind(args, prepared, model, head, comm)
+            self.tuning: SparseTuning | DenseTuning = kind(prepared, model, head, comm)
         self.engine = self.tuning.engine
+        num_updates = prepared.checkpoint.num_updates if prepared.checkpoint else 0
         self.scheduler = make_scheduler(
-            args.train,
-            self.engine.optimizer,
-            self.state.max_steps,
-            prepared.checkpoint.num_updates if prepared.checkpoint else 0,
+            train, self.engine.optimizer, self.state.max_steps, num_updates
         )
         self.is_stopped = False
         self.has_unproven_checkpoint = False
@@ -97,22 +87,16 @@ class Run:
         """Select what is trained, train it, write the results."""
         train = self.args.train
         if self.args.data.packing:
+            vocab_size = self.prepared.config.get_text_config().vocab_size
             for size in {train.per_device_train_batch_size, train.per_device_eval_batch_size}:
-                vocab_size = self.prepared.config.get_text_config().vocab_size
                 with self.comm.in_unison():
                     refuse_leaking_rows(self.engine.model, self.comm.device, vocab_size, size)
         self.summed_loss = self.settled_loss()
-        is_shown = self.comm.is_main and not train.disable_tqdm
         if self.sparse is not None:
-            self.sparse.start(self.calibration_batches(), self.summed_loss, is_shown=is_shown)
+            self.sparse.start(self.calibration_batches(), self.summed_loss)
         with self.comm.agreement():
             reporter = Reporter(
-                self.prepared.output_dir,
-                self.state,
-                is_main=self.comm.is_main,
-                trackers=find_trackers(train.report_to),
-                is_shown=is_shown,
-                flags=self.args.values(),
+                self.prepared.output_dir, self.state, self.args, is_main=self.comm.is_main
             )
         with closing(reporter):
             self.describe(reporter)
@@ -130,29 +114,22 @@ class Run:
             return summed_loss
         return answer_loss_of(self.engine.model, self.comm)
 
-    @cached_property
-    def held_out(self) -> Batches | None:
-        """The held-out examples, if there are any."""
-        test = self.prepared.data.test
-        return self.batches(test, held_out=True) if len(test) else None
-
     def batches(self, dataset: Dataset, *, held_out: bool = False) -> Batches:
         """A dataset as this rank's batches, in the sizes of training or of evaluation."""
-        train = self.args.train
-        if self.args.data.packing:
-            dataset = pack(dataset, self.args.data.max_length)
-        num_rows, size = self.prepared.global_batch_size, train.per_device_train_batch_size
+        train, data = self.args.train, self.args.data
+        num_rows = self.prepared.identity.global_batch_size
+        size = train.per_device_train_batch_size
         if held_out:
             size = train.per_device_eval_batch_size
             num_rows = size * self.comm.world_size
         return Batches(
-            dataset,
+            pack(dataset, data.max_length) if data.packing else dataset,
             self.comm,
             global_batch_size=num_rows,
             micro_batch_size=size,
-            seed=self.args.train.seed,
+            seed=train.seed,
             pad_token_id=self.prepared.pad_token_id,
-            group_by_length=self.args.data.train_sampling_strategy == "group_by_length",
+            group_by_length=data.train_sampling_strategy == "group_by_length",
         )
 
     def initial_state(self) -> TrainerState:
@@ -187,7 +164,7 @@ class Run:
     def describe(self, reporter: Reporter) -> None:
         """Say what will be trained and on what, and where the run begins."""
         prepared = self.prepared
-        numbers = self.tuning.describe(reporter)
+        numbers = describe(self.tuning, reporter.say)
         if self.summed_loss is summed_answer_loss:
             reporter.say(
                 "This model's logits are more than a product of its output layer, so those of many "
@@ -200,20 +177,24 @@ class Run:
             )
         if prepared.checkpoint is None:
             self.log(reporter, numbers)
-        else:
-            now = batch_size_of_flags(self.args, self.comm.world_size)
-            reporter.say(
-                f"Resuming at step {self.state.global_step} of {self.state.max_steps} with "
-                f"{prepared.global_batch_size} examples per step, as before"
-                + (f", not the {now} of the flags" if now != prepared.global_batch_size else "")
-            )
-            if self.changes:
-                reporter.say(f"Going on with {', '.join(self.changes)}")
+            return
+        batch_size = prepared.identity.global_batch_size
+        now = batch_size_of_flags(self.args.train, self.comm.world_size)
+        reporter.say(
+            f"Resuming at step {self.state.global_step} of {self.state.max_steps} with "
+            f"{batch_size} examples per step, as before"
+            + (f", not the {now} of the flags" if now != batch_size else "")
+        )
+        if self.changes:
+            reporter.say(f"Going on with {', '.join(self.changes)}")
 
     def train(self, reporter: Reporter) -> dict[str, Any]:
         """Step, log, evaluate, save; then write what a finished run leaves."""
         train, state = self.args.train, self.state
         epoch = self.train_batches.steps_per_epoch
+        between_evaluations = train.eval_steps or (
+            train.logging_steps if train.eval_strategy == "steps" else epoch
+        )
         if state.global_step == 0:
             self.evaluate(reporter)
         reporter.start()
@@ -230,11 +211,15 @@ class Run:
             reporter.advance(step.loss, step.num_tokens, step.seconds)
             self.step_seconds.append(step.seconds)
             if self.is_due(train.logging_steps):
-                self.log(reporter, reporter.averages() | self.numbers_of(step))
-            if self.is_due(train.steps_between_evaluations or epoch) and not step.is_stopping:
+                numbers = {"learning_rate": step.learning_rate}
+                if step.grad_norm is not None and math.isfinite(step.grad_norm):
+                    numbers["grad_norm"] = float(step.grad_norm)
+                self.log(reporter, reporter.averages() | numbers | self.numbers())
+            if self.is_due(between_evaluations) and not step.is_stopping:
                 self.evaluate(reporter)
-            if step.is_stopping or self.is_due(train.save_steps or epoch):
-                self.save_checkpoint()
+            if self.sparse and (step.is_stopping or self.is_due(train.save_steps or epoch)):
+                self.sparse.save_checkpoint(state)
+                self.has_unproven_checkpoint = True
         if state.global_step < state.max_steps:
             self.is_stopped = True
             reporter.say(
@@ -257,23 +242,14 @@ class Run:
         step = self.state.global_step
         return step % interval == 0 or step == self.state.max_steps
 
-    def numbers_of(self, step: StepResult) -> dict[str, float]:
-        """What the log tells of the present step beside the averages."""
-        numbers = {"learning_rate": step.learning_rate}
-        if step.grad_norm is not None and math.isfinite(step.grad_norm):
-            numbers["grad_norm"] = float(step.grad_norm)
-        return numbers | (self.sparse.numbers() if self.sparse else {})
+    def numbers(self) -> dict[str, float]:
+        """How many of the selected weights have changed so far, as a share."""
+        return {"changed_share": self.sparse.changed_share()} if self.sparse else {}
 
     def log(self, reporter: Reporter, entry: dict[str, float]) -> None:
         """Log on all ranks; where the file cannot be written, all of them stop."""
         with self.comm.agreement():
             reporter.log(entry)
-
-    def save_checkpoint(self) -> None:
-        """Write a checkpoint of the present state; called on all ranks."""
-        if self.sparse is not None:
-            self.sparse.save_checkpoint(self.state)
-            self.has_unproven_checkpoint = True
 
     def delete_old_checkpoints(self) -> None:
         """Keep to ``--save_total_limit``, once the newest checkpoint's weights have borne a step.
@@ -308,17 +284,16 @@ class Run:
 
     def finish(self, reporter: Reporter) -> dict[str, Any]:
         """Write the weights, the state, the results and the model card; returns the results."""
-        comm = self.comm
         results: dict[str, Any] = {
             "num_trainable": self.tuning.num_trainable,
-            "num_parameters": self.prepared.num_parameters,
+            "num_parameters": self.prepared.targets.num_parameters,
             "global_step": self.state.global_step,
             "calibration_seconds": round(getattr(self.sparse, "calibration_seconds", 0.0), 3),
             "seconds_per_step": round(statistics.median(self.step_seconds or [0.0]), 4),
             "optimizer_state_bytes": self.engine.optimizer_state_bytes(),
-            "peak_memory_bytes": comm.largest(peak_memory_bytes(self.engine.device)),
+            "peak_memory_bytes": self.comm.largest(peak_memory_bytes(self.engine.device)),
             "runtime_seconds": round(time.perf_counter() - self.started, 1),
-        } | (self.sparse.numbers() if self.sparse else {})
+        } | self.numbers()
         for key in ("loss", "eval_loss"):
             if values := [entry[key] for entry in self.state.log_history if key in entry]:
                 results |= {f"first_{key}": values[0], f"last_{key}": values[-1]}
@@ -327,9 +302,9 @@ class Run:
             results["eval_metrics"] = metrics
             told = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
             reporter.say(f"Held-out examples: {told}")
-        with comm.agreement():
-            if comm.is_main:
-                save_results(self.args, self.prepared, self.state, results)
+        with self.comm.agreement():
+            if self.comm.is_main:
+                save_results(self.prepared, self.state, results)
         self.delete_old_checkpoints()
         product = product_of(self.args.method.method)
         reporter.say(f"Wrote the {product} and the results to {self.prepared.output_dir}")

@@ -16,7 +16,7 @@ from gem_ds.distributed.engine import Engine
 from gem_ds.distributed.weights import numel
 from gem_ds.files.checkpoint import Checkpoint, TrainerState
 from gem_ds.files.delta import Delta
-from gem_ds.files.mask import Mask, dtype_name
+from gem_ds.files.mask import Mask
 from gem_ds.models.targets import head_layers as layers_of_head
 from gem_ds.models.targets import targets_of
 from gem_ds.progress import Progress
@@ -24,28 +24,19 @@ from gem_ds.select.rules import CALIBRATED_METHODS
 from gem_ds.select.selection import Selection
 from gem_ds.sparse.calibrate import calibrate
 from gem_ds.sparse.entries import HeadEntries, SelectedEntries, gather_indices
-from gem_ds.sparse.gradients import buffered_layers
 from gem_ds.sparse.layers import TargetLayers, drop
-from gem_ds.train.config import Arguments
-from gem_ds.train.head_first import trained_head
+from gem_ds.train.fit import DivergedError, accumulate, seed_noise
 from gem_ds.train.optimizer import make_sparse_optimizer
 from gem_ds.train.prepare import PreparedRun
-from gem_ds.train.reporting import Reporter
 from gem_ds.train.results import make_mask
-from gem_ds.train.summary import (
-    NEARLY_ZERO,
-    budget_table,
-    changed_share,
-    kernel_counts,
-    selection_shape,
-)
+from gem_ds.train.targets import Targets
 
 
 def sparse_layers(
-    model: nn.Module, targets: Sequence[str], budget: int, head: Sequence[str]
+    model: nn.Module, targets: Targets, head: Sequence[str]
 ) -> tuple[TargetLayers, TargetLayers | None]:
     """The layers that entries are selected from, and those of the head if there is one."""
-    layers = TargetLayers(model, targets_of(model, targets), budget)
+    layers = TargetLayers(model, targets_of(model, targets.names), targets.budget)
     if not head:
         return layers, None
     size = sum(numel(model.get_parameter(name)) for name in head)
@@ -53,38 +44,23 @@ def sparse_layers(
 
 
 class SparseTuning:
-    """The selected entries of a frozen model, and all entries of its head if it has one.
+    """The selected entries of a frozen model, and all entries of its head if it has one."""
 
-    Attributes:
-        entries: what is trained of the target layers, once it is selected.
-        base: [K] on the CPU, the selected weights before training, in the model's dtype.
-        mask: the same entries as the file that a later user reads.
-        selection: what was selected, without the indices; None where a mask said it.
-        calibration_seconds: what selecting took.
-    """
-
-    entries: SelectedEntries
-    base: Tensor
-    mask: Mask
+    entries: SelectedEntries  # what is trained of the target layers, once it is selected
+    base: Tensor  # [K] on the CPU: the selected weights before training, in the model's dtype
+    mask: Mask  # the same entries as the file that a later user reads
+    selection: Selection | None = None  # without the indices; None where a mask says them
+    calibration_seconds = 0.0
 
     def __init__(
-        self,
-        args: Arguments,
-        prepared: PreparedRun,
-        model: PreTrainedModel,
-        head: list[str],
-        comm: Comm,
+        self, prepared: PreparedRun, model: PreTrainedModel, head: list[str], comm: Comm
     ) -> None:
-        self.args, self.prepared, self.comm = args, prepared, comm
-        self.layers, head_layers = sparse_layers(model, prepared.targets, prepared.budget, head)
-        vectors = [self.layers.vector]
-        if head_layers is not None:
-            vectors.append(head_layers.vector)
-        optimizer = make_sparse_optimizer(args.train)
+        self.args, self.prepared, self.comm = prepared.args, prepared, comm
+        self.layers, head_layers = sparse_layers(model, prepared.targets, head)
+        vectors = [part.vector for part in (self.layers, head_layers) if part is not None]
+        optimizer = make_sparse_optimizer(prepared.args.train)
         self.engine = Engine(model, vectors, optimizer, prepared.deepspeed, comm)
-        self.head = HeadEntries(self.engine, head_layers) if head_layers is not None else None
-        self.calibration_seconds = 0.0
-        self.selection: Selection | None = None
+        self.head = None if head_layers is None else HeadEntries(self.engine, head_layers)
 
     @property
     def parts(self) -> list[SelectedEntries | HeadEntries]:
@@ -96,18 +72,18 @@ class SparseTuning:
         """Trained numbers, the head's included."""
         return sum(part.num_entries for part in self.parts)
 
-    def numbers(self) -> dict[str, float]:
-        """What the log tells of the present step: how many selected weights have changed so far."""
-        return {"changed_share": changed_share(self.entries.values().cpu(), self.base)}
+    def changed_share(self) -> float:
+        """Share of the selected weights that differ from the base, in the model's dtype."""
+        return (self.entries.values().cpu() != self.base).double().mean().item()
 
     # Before the first step
 
-    def start(self, batches: Batches, summed_loss: SummedLoss, *, is_shown: bool = False) -> None:
+    def start(self, batches: Batches, summed_loss: SummedLoss) -> None:
         """Select the entries, or take up the mask's; then go to where the checkpoint stopped."""
         prepared = self.prepared
         if prepared.mask is None:
             started = time.perf_counter()
-            selection = self._select(batches, summed_loss, is_shown)
+            selection = self.select(batches, summed_loss)
             indices = gather_indices(selection.indices, self.comm)
             self.selection = replace(selection, indices=[])
             self.calibration_seconds = time.perf_counter() - started
@@ -119,24 +95,29 @@ class SparseTuning:
         self.base = self.entries.start_from_weights().cpu()
         if self.head is not None:
             self.head.start_from_weights()
+        base = self.entries.split(self.base)
         if prepared.mask is not None:
             with self.comm.in_unison():
-                prepared.mask.check_base(self.entries.split(self.base))
-        self.mask = make_mask(self.args, prepared, self.entries, self.base)
+                prepared.mask.check_base(base)
+        self.mask = make_mask(
+            prepared,
+            dict(zip(base, (index.cpu() for index in self.entries.flat_indices), strict=True)),
+            {layer.name: layer.shape for layer in self.layers},
+            base,
+        )
         if prepared.checkpoint is not None:
             self._resume(prepared.checkpoint)
         with self.comm.agreement():
             if self.comm.is_main:
                 self.mask.save(prepared.output_dir / "mask.safetensors")
 
-    def _select(
-        self, batches: Batches, summed_loss: SummedLoss, is_shown: bool = False
-    ) -> Selection:
+    def select(self, batches: Batches, summed_loss: SummedLoss) -> Selection:
         """Score and select."""
-        method = self.args.method.method
-        is_shown = is_shown and method in CALIBRATED_METHODS
+        method = self.args.method
+        is_calibrated = method.method in CALIBRATED_METHODS
+        is_shown = self.comm.is_main and is_calibrated and not self.args.train.disable_tqdm
         with ExitStack() as stack:
-            if method in CALIBRATED_METHODS:
+            if is_calibrated:
                 stack.enter_context(self.calibrating(batches, summed_loss))
             progress = Progress("Calibrating", batches.steps_per_epoch, "batch", is_shown=is_shown)
             stack.callback(progress.close)
@@ -145,76 +126,64 @@ class SparseTuning:
                 self.layers,
                 batches,
                 summed_loss,
-                self.prepared.budget,
+                self.prepared.targets.budget,
                 progress=progress.advance,
-                rule=method,
+                rule=method.method,
                 seed=self.args.train.seed,
-                buffer_gb=self.args.method.calibration_buffer_gb,
+                buffer_gb=method.calibration_buffer_gb,
             )
 
     @contextmanager
     def calibrating(self, batches: Batches, summed_loss: SummedLoss) -> Iterator[None]:
         """While the block lasts, a head is one that was trained, and its gradient is dropped."""
-        if self.head is None:
+        if (head := self.head) is None:
             yield
             return
-        with ExitStack() as stack:
-            if num_steps := self.args.method.head_steps:
-                rate, seed = self.args.train.head_learning_rate, self.args.train.seed
-                engine, layers, head = self.engine, self.layers, self.head
-                stack.enter_context(
-                    trained_head(
-                        engine, layers, head, batches, summed_loss, num_steps, rate, seed=seed
-                    )
-                )
-            stack.enter_context(self.head.layers.sinks([drop] * len(self.head.layers)))
+        if num_steps := self.args.method.head_steps:
+            first = head.start_from_weights()
+            self._train_head(head, batches, summed_loss, num_steps)
+        with head.layers.sinks([drop] * len(head.layers)):
             yield
+        if num_steps:
+            head.start_from(first)
+            head.write_back()
 
-    def describe(self, reporter: Reporter) -> dict[str, float]:
-        """Say what will be trained; returns how the selection lies, for the log."""
-        prepared = self.prepared
-        budgets = [index.numel() for index in self.entries.flat_indices]
-        shape = selection_shape(budgets, self.base) | {"num_trainable": self.num_trainable}
-        if (selection := self.selection) is not None:
-            rows = zip(
-                selection.names, selection.numels, budgets, selection.layer_scores, strict=True
-            )
-            method = self.args.method
-            is_calibrated = method.method in CALIBRATED_METHODS
-            if self.head is not None and is_calibrated and method.head_steps:
-                reporter.say(
-                    f"Calibrated with a head that was trained for {method.head_steps} steps "
-                    "(--calibration_head_steps); training starts from its first values"
-                )
-            reporter.say(f"Where the budget went:\n{budget_table(rows)}")
-            if is_calibrated and (buffer_gb := method.calibration_buffer_gb):
-                partitions = [
-                    self.engine.weights.partition_size(layer.weight) for layer in self.layers
-                ]
-                num_buffered = len(buffered_layers(partitions, self.comm.world_size, buffer_gb))
-                reporter.say(
-                    f"{num_buffered} of {len(budgets)} target layers were buffered in calibration "
-                    f"(--calibration_buffer_gb {buffer_gb:g})"
-                )
-        dtype = dtype_name(self.engine.dtype)
-        if prepared.mask is not None and (other := prepared.mask.dtype) != dtype:
-            reporter.say(
-                f"The mask was made in {other} and this run is in {dtype}, so it could not be "
-                "checked that the base values are the same"
-            )
-        reporter.say(
-            f"Training {prepared.budget:,} of {prepared.num_parameters:,} parameters "
-            f"(density {prepared.budget / prepared.num_parameters:.4%})"
-            + (f" and a head of {self.head.num_entries:,}" if self.head is not None else "")
-            + f"; optimizer state on this rank: {self.engine.optimizer_state_bytes():,} bytes"
-        )
-        reporter.say(f"Kernels of the sampled gradient: {kernel_counts(self.entries.kernels())}")
-        reporter.say(
-            f"The budget is as concentrated as if {shape['effective_layers']:.1f} of the "
-            f"{len(budgets)} layers shared it equally; {shape['selected_near_zero']:,} selected "
-            f"weights are nearly zero (below {NEARLY_ZERO:g})"
-        )
-        return shape
+    def _train_head(
+        self, head: HeadEntries, batches: Batches, summed_loss: SummedLoss, num_steps: int
+    ) -> None:
+        """Train the head alone, so that a calibration sees the gradients of a trained one.
+
+        Those of a random head say mostly how often each label occurs. As linear probing before
+        fine-tuning (Kumar et al., arXiv 2202.10054), but for the mask only. The optimizer is the
+        engine's, its rates fall linearly to 0; they and fp16's loss scale are as before at the end.
+        Masters and moments are left to who trains next.
+        """
+        engine, vector, train = self.engine, self.layers.vector, self.args.train
+        groups = engine.optimizer.param_groups
+        rates, loss_scale = [group["lr"] for group in groups], engine.loss_scale
+        engine.model.train()
+
+        def deliver_zeros(*factors: Tensor) -> None:  # a delivering backward delivers all vectors
+            vector.gradient(0, 0, factors[0].device)
+
+        with head.training(), self.layers.sinks([deliver_zeros] * len(self.layers)):
+            for step in range(num_steps):
+                for group in groups:
+                    group["lr"] = train.head_learning_rate * (1 - step / num_steps)
+                seed_noise(train.seed, step, engine.comm.rank)
+                accumulate(engine, batches, summed_loss, step)
+                may_skip = engine.lowers_loss_scale
+                if not engine.step() and not may_skip:
+                    with engine.comm.in_unison():
+                        raise DivergedError(
+                            "The gradient is not finite while the head is trained before the "
+                            "calibration: lower --head_learning_rate, or pass "
+                            "--calibration_head_steps 0."
+                        )
+                head.write_back()
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
+        engine.loss_scale = loss_scale
 
     # Files
 
@@ -260,10 +229,8 @@ class SparseTuning:
         head = {}
         if self.head is not None:
             parts = self.head.split(self.head.values().cpu())
-            head = {
-                name: part.view(shape)
-                for (name, part), shape in zip(parts.items(), self.head.shapes, strict=True)
-            }
+            shapes = dict(zip(parts, self.head.shapes, strict=True))
+            head = {name: part.view(shapes[name]) for name, part in parts.items()}
         with self.comm.agreement():
             if self.comm.is_main:
                 delta = Delta(mask=self.mask, values=values, head=head)

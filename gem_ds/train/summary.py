@@ -4,12 +4,72 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
-from torch import Tensor
+from gem_ds.files.mask import dtype_name
+from gem_ds.select.rules import CALIBRATED_METHODS
+from gem_ds.select.selection import Selection
+from gem_ds.sparse.gradients import buffered_layers
+from gem_ds.train.dense_tuning import DenseTuning
+from gem_ds.train.sparse_tuning import SparseTuning
 
 #: A selected weight below this is reported as nearly zero (a pretrained weight is about 0.02).
 NEARLY_ZERO = 1e-4
+
+
+def describe(tuning: SparseTuning | DenseTuning, say: Callable[[str], None]) -> dict[str, float]:
+    """Say what will be trained; returns the numbers of it for the log."""
+    targets, mask = tuning.prepared.targets, tuning.prepared.mask
+    if isinstance(tuning, DenseTuning):
+        with_head = " and with them the head" if tuning.head else ""
+        size = f"the base model has {targets.num_parameters:,}"
+        say(f"Training {tuning.num_trainable:,} parameters{with_head}; {size}")
+        return {"num_trainable": tuning.num_trainable}
+    if tuning.selection is not None:
+        _describe_calibration(tuning, tuning.selection, say)
+    dtype = dtype_name(tuning.engine.dtype)
+    if mask is not None and mask.dtype != dtype:
+        say(
+            f"The mask was made in {mask.dtype} and this run is in {dtype}, so it could not be "
+            "checked that the base values are the same"
+        )
+    say(
+        f"Training {targets.budget:,} of {targets.num_parameters:,} parameters "
+        f"(density {targets.budget / targets.num_parameters:.4%})"
+        + (f" and a head of {tuning.head.num_entries:,}" if tuning.head is not None else "")
+        + f"; optimizer state on this rank: {tuning.engine.optimizer_state_bytes():,} bytes"
+    )
+    say(f"Kernels of the sampled gradient: {kernel_counts(tuning.entries.kernels())}")
+    num_layers = effective_layers(i.numel() for i in tuning.entries.flat_indices)
+    num_near_zero = int((tuning.base.float().abs() < NEARLY_ZERO).sum())
+    say(
+        f"The budget is as concentrated as if {num_layers:.1f} of the {len(tuning.layers)} layers "
+        f"shared it equally; {num_near_zero:,} selected weights are nearly zero (below "
+        f"{NEARLY_ZERO:g})"
+    )
+    numbers = {"effective_layers": num_layers, "selected_near_zero": num_near_zero}
+    return numbers | {"num_trainable": tuning.num_trainable}
+
+
+def _describe_calibration(
+    tuning: SparseTuning, selection: Selection, say: Callable[[str], None]
+) -> None:
+    method = tuning.args.method
+    is_calibrated = method.method in CALIBRATED_METHODS
+    if tuning.head is not None and is_calibrated and method.head_steps:
+        say(
+            f"Calibrated with a head that was trained for {method.head_steps} steps "
+            "(--calibration_head_steps); training starts from its first values"
+        )
+    columns = selection.names, selection.numels, selection.budgets, selection.layer_scores
+    say(f"Where the budget went:\n{budget_table(zip(*columns, strict=True))}")
+    if is_calibrated and (buffer_gb := method.calibration_buffer_gb):
+        sizes = [tuning.engine.weights.partition_size(layer.weight) for layer in tuning.layers]
+        num_buffered = len(buffered_layers(sizes, tuning.comm.world_size, buffer_gb))
+        say(
+            f"{num_buffered} of {len(sizes)} target layers were buffered in calibration "
+            f"(--calibration_buffer_gb {buffer_gb:g})"
+        )
 
 
 def budget_table(rows: Iterable[tuple[str, int, int, float]]) -> str:
@@ -43,21 +103,8 @@ def effective_layers(budgets: Iterable[int]) -> float:
     return math.exp(-sum(b / total * math.log(b / total) for b in positive))
 
 
-def selection_shape(budgets: Iterable[int], base: Tensor) -> dict[str, float]:
-    """How concentrated the budget is, and how many of the selected weights are nearly zero."""
-    return {
-        "effective_layers": effective_layers(budgets),
-        "selected_near_zero": int((base.float().abs() < NEARLY_ZERO).sum()),
-    }
-
-
 def kernel_counts(kernels: Iterable[str]) -> str:
     """Which kernels serve how many layers: ``library (30 layers), gather (2)``."""
     (first, count), *others = Counter(kernels).most_common()
     text = f"{first} ({count} layer{'s' * (count > 1)})"
     return ", ".join([text, *(f"{kernel} ({count})" for kernel, count in others)])
-
-
-def changed_share(values: Tensor, base: Tensor) -> float:
-    """Share of the selected weights that differ from the base: both [K], in the model's dtype."""
-    return (values != base).double().mean().item()

@@ -21,27 +21,16 @@ from gem_ds.train.methods import DENSE_METHODS
 
 @dataclass(frozen=True, kw_only=True)
 class Targets:
-    """What of a model a run changes.
+    """What of a model a run changes."""
 
-    Attributes:
-        names: of the target weights; empty where the method has none.
-        num_parameters: N.
-        budget: K; 0 for methods that train whole parameters.
-        shira_rank: with ``--method shira`` its rank.
-    """
-
-    names: list[str]
-    num_parameters: int
-    budget: int = 0
+    names: list[str]  # of the target weights; empty where the method has none
+    num_parameters: int  # N
+    budget: int = 0  # K; 0 for methods that train whole parameters
     shira_rank: int = 0
 
 
 def settle_targets(args: Arguments, config: PretrainedConfig, mask: Mask | None) -> Targets:
-    """What of a model a run changes, found on a model without weights.
-
-    Raises:
-        ValueError: in one sentence, what does not fit.
-    """
+    """What of a model a run changes, found on the meta device; a ValueError if that cannot be."""
     try:
         with torch.device("meta"):
             model = auto_class(config).from_config(
@@ -55,25 +44,17 @@ def settle_targets(args: Arguments, config: PretrainedConfig, mask: Mask | None)
         ) from error
     num_entries = num_parameters(without_head(model))
     if mask is not None:
-        named = args.method.target_modules
-        if named and _find_targets(model, named).keys() != mask.indices.keys():
-            raise ValueError(
-                "The mask is for other layers than --target_modules names: leave the flag out."
-            )
-        _refuse_other_density(args.method.density, num_entries, mask)
-        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        mask.check_model(shapes, str(args.model.model_name_or_path))
-        return Targets(
-            names=list(targets_of(model, mask.indices)),
-            num_parameters=num_entries,
-            budget=mask.num_selected,
-        )
+        return _targets_of_mask(mask, args, model, num_entries)
     method = args.method.method
     if method in DENSE_METHODS or (method == "ia3" and not args.method.target_modules):
         return Targets(names=[], num_parameters=num_entries)
     targets = _find_targets(model, args.method.target_modules)
-    if method == "lora":
-        _refuse_large_rank(args.method.lora_r, model, targets)
+    smallest = min(min(model.get_parameter(name).shape) for name in targets)
+    if method == "lora" and args.method.lora_r > smallest:
+        raise ValueError(
+            f"--lora_r {args.method.lora_r} is more than the rank of the smallest target layer, "
+            f"{smallest}: lower it."
+        )
     if method in ("lora", "ia3"):
         return Targets(names=list(targets), num_parameters=num_entries)
     density = DEFAULT_DENSITY if args.method.density is None else args.method.density
@@ -89,6 +70,24 @@ def settle_targets(args: Arguments, config: PretrainedConfig, mask: Mask | None)
     return Targets(names=list(targets), num_parameters=num_entries, budget=budget, shira_rank=rank)
 
 
+def _targets_of_mask(mask: Mask, args: Arguments, model: Any, num_entries: int) -> Targets:
+    """The mask decides; a flag that says something else must not be passed over in silence."""
+    named, density = args.method.target_modules, args.method.density
+    if named and _find_targets(model, named).keys() != mask.indices.keys():
+        raise ValueError(
+            "The mask is for other layers than --target_modules names: leave the flag out."
+        )
+    if density is not None and (budget := total_budget(density, num_entries)) != mask.num_selected:
+        raise ValueError(
+            f"--density {density} is {budget:,} of {num_entries:,} parameters and the mask has "
+            f"{mask.num_selected:,}: leave --density out."
+        )
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    mask.check_model(shapes, str(args.model.model_name_or_path))
+    names = list(targets_of(model, mask.indices))
+    return Targets(names=names, num_parameters=num_entries, budget=mask.num_selected)
+
+
 def _find_targets(model: Any, named: list[str] | None) -> dict[str, nn.Module]:
     """The target layers; a head is none of them."""
     head = head_names(model)
@@ -99,26 +98,6 @@ def _find_targets(model: Any, named: list[str] | None) -> dict[str, nn.Module]:
             "a whole: name others."
         )
     return targets
-
-
-def _refuse_other_density(density: str | None, num_entries: int, mask: Mask) -> None:
-    """The mask decides; a flag that says something else must not be passed over in silence."""
-    if density is None:
-        return
-    if (budget := total_budget(density, num_entries)) != mask.num_selected:
-        raise ValueError(
-            f"--density {density} is {budget:,} of {num_entries:,} parameters and the mask has "
-            f"{mask.num_selected:,}: leave --density out."
-        )
-
-
-def _refuse_large_rank(rank: int, model: Any, targets: Iterable[str]) -> None:
-    smallest = min(min(model.get_parameter(name).shape) for name in targets)
-    if rank > smallest:
-        raise ValueError(
-            f"--lora_r {rank} is more than the rank of the smallest target layer, {smallest}: "
-            "lower it."
-        )
 
 
 def _shira_rank(model: Any, targets: Iterable[str], budget: int) -> int:
