@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from gem_ds import cli
 from gem_ds.errors import Interrupted, PeerError
+from gem_ds.flags import name_of
 
 
 def end(monkeypatch: pytest.MonkeyPatch, outcome: Any) -> int:
@@ -58,7 +59,7 @@ def test_a_rank_names_itself_and_a_fault_of_the_program_is_raised(monkeypatch, c
 
 
 def test_every_program_is_there_and_unknown_ones_are_told_which(capsys):
-    for module in cli.PROGRAMS.values():
+    for module, _ in cli.PROGRAMS.values():
         assert callable(import_module(module).main)
     assert cli.main(["--help"]) == 0
     shown = capsys.readouterr().out
@@ -66,6 +67,32 @@ def test_every_program_is_there_and_unknown_ones_are_told_which(capsys):
     for words in ([], ["eval"], ["eval", "gsm9k"], ["--densty"]):
         assert cli.main(words) == 2
         assert capsys.readouterr().err == shown
+
+
+@pytest.mark.parametrize(
+    ("module", "script", "typed"),
+    [
+        (None, "/usr/bin/gem-ds", "gem-ds eval gsm8k"),
+        (None, "launch/train.py", "launch/train.py"),
+        ("eval.gsm8k", "/here/eval/gsm8k.py", "python -m eval.gsm8k"),
+        ("gem_ds.train.__main__", "/here/gem_ds/train/__main__.py", "python -m gem_ds.train"),
+        ("gem_ds.cli", "/here/gem_ds/cli.py", "python -m gem_ds.cli eval gsm8k"),
+    ],
+)
+def test_a_program_is_called_what_the_user_typed(monkeypatch, module, script, typed):
+    spec = None if module is None else SimpleNamespace(name=module)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
+    monkeypatch.setattr(sys, "argv", [script])
+    assert name_of("eval gsm8k") == typed
+
+
+@pytest.mark.parametrize("program", cli.PROGRAMS)
+def test_every_help_calls_its_program_by_its_name(monkeypatch, capsys, program):
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    monkeypatch.setattr(sys, "argv", ["gem-ds"])
+    with pytest.raises(SystemExit):
+        cli.main([*program.split(), "--help"])
+    assert capsys.readouterr().out.startswith(f"usage: gem-ds {program} [")
 
 
 def test_help_and_usage_import_nothing_heavy():

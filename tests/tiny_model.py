@@ -21,7 +21,8 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import Tensor
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from gem_ds.distributed.process_group import leave_distributed
 from gem_ds.train import main as train
@@ -61,6 +62,17 @@ class Tiny:
         } | values
         pairs = [(f"--{name}", str(v)) for name, v in settings.items() if v is not None]
         return [*(text for pair in pairs for text in pair), "--disable_tqdm", *switches]
+
+    def encoded(self, name: str) -> list[tuple[Tensor, int]]:
+        """The examples of a data file one by one: the tokens, and how many of them are prompt."""
+        tokenizer = AutoTokenizer.from_pretrained(self.model)
+        examples = []
+        for line in (self.data / name).read_text().splitlines():
+            row = json.loads(line)
+            prompt = tokenizer(f"Question: {row['question']}\nAnswer:")["input_ids"]
+            answer = tokenizer(f" {row['answer']}")["input_ids"] + [tokenizer.eos_token_id]
+            examples.append((torch.tensor(prompt + answer), len(prompt)))
+        return examples
 
     def variant(self, name: str, **config: object) -> Path:
         """A copy of the model folder with other values in its config.json."""

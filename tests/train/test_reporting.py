@@ -7,20 +7,24 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from accelerate import PartialState
 
 from gem_ds.files.checkpoint import TrainerState
 from gem_ds.train import reporting
+from gem_ds.train.config import Arguments, TrainArguments
 from gem_ds.train.reporting import TENSORBOARD_FOLDER, Progress, Reporter, find_trackers
 
 ENTRY = {"loss": 1.5, "learning_rate": 0.1, "tokens_per_second": 10.0}
 
 
-def make_reporter(folder: Path, state: TrainerState, **options: Any) -> Reporter:
-    defaults: dict[str, Any] = {"is_main": True, "is_shown": False}
-    return Reporter(folder, state, **(defaults | options))
+def make_reporter(
+    folder: Path, state: TrainerState, *, is_main: bool = True, **train: Any
+) -> Reporter:
+    args = Arguments(train=TrainArguments(**{"disable_tqdm": True} | train))
+    return Reporter(folder, state, args, is_main=is_main)
 
 
 def lines(folder: Path) -> list[dict[str, float]]:
@@ -57,8 +61,8 @@ def test_a_resumed_run_takes_back_what_the_checkpoint_did_not_know(tmp_path):
 
 def test_other_ranks_are_silent_but_know_the_history(tmp_path, capsys):
     state = TrainerState(max_steps=3)
-    options = {"is_main": False, "trackers": ["tensorboard"], "is_shown": True}
-    reporter = make_reporter(tmp_path / "absent", state, **options)
+    options = {"report_to": ["tensorboard"], "disable_tqdm": False}
+    reporter = make_reporter(tmp_path / "absent", state, is_main=False, **options)
     reporter.start()
     reporter.advance(1.0, 5, 0.1)
     reporter.log({**ENTRY, "eval_loss": 2.0})
@@ -72,7 +76,7 @@ def test_other_ranks_are_silent_but_know_the_history(tmp_path, capsys):
 def test_the_bar_shows_loss_rate_and_learning_rate(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     state = TrainerState(max_steps=3, global_step=1)
-    reporter = make_reporter(tmp_path, state, is_shown=True)
+    reporter = make_reporter(tmp_path, state, disable_tqdm=False)
     reporter.start()
     reporter.advance(1.0, 5, 0.1)
     state.global_step = 2
@@ -88,7 +92,7 @@ def test_the_bar_shows_loss_rate_and_learning_rate(tmp_path, capsys, monkeypatch
 
 def test_a_log_file_gets_a_line_for_each_entry_and_no_bar(tmp_path, capsys):
     state = TrainerState(max_steps=30, global_step=10)
-    reporter = make_reporter(tmp_path, state, is_shown=True)
+    reporter = make_reporter(tmp_path, state, disable_tqdm=False)
     reporter.start()
     for step in (11, 12):
         reporter.advance(1.0, 5, 0.1)
@@ -145,41 +149,25 @@ def test_a_tracker_that_is_not_there_is_one_sentence(monkeypatch, names, sentenc
 
 def test_a_tracker_gets_the_flags_and_the_numbers(tmp_path, monkeypatch):
     """Of any that accelerate knows; the numbers of a step without the step and epoch themselves."""
-    calls: list[Any] = []
-
-    class Tracker:
-        requires_logging_directory = False
-
-        def __init__(self, project: str) -> None:
-            calls.append(project)
-
-        def start(self) -> None:
-            calls.append("start")
-
-        def store_init_configuration(self, values: dict[str, Any]) -> None:
-            calls.append(values)
-
-        def log(self, values: dict[str, Any], step: int) -> None:
-            calls.append((values, step))
-
-        def finish(self) -> None:
-            calls.append("finish")
-
-    class Broken(Tracker):
-        def start(self) -> None:
-            raise OSError("no server")
-
-    monkeypatch.setitem(reporting.LOGGER_TYPE_TO_CLASS, "wandb", Tracker)
-    flags = {"seed": 3}
-    reporter = make_reporter(tmp_path, TrainerState(), trackers=["wandb"], flags=flags)
+    kinds = {name: mock.Mock(requires_logging_directory=False) for name in ("wandb", "mlflow")}
+    for name, kind in kinds.items():
+        monkeypatch.setitem(reporting.LOGGER_TYPE_TO_CLASS, name, kind)
+    monkeypatch.setattr(reporting, "get_available_trackers", lambda: [*kinds])
+    reporter = make_reporter(tmp_path, TrainerState(), report_to=["wandb"])
     reporter.log({"loss": 1.5})
     reporter.close()
-    assert calls == ["gem_ds", "start", flags, ({"loss": 1.5}, 0), "finish"]
-    del calls[:]
-    monkeypatch.setitem(reporting.LOGGER_TYPE_TO_CLASS, "mlflow", Broken)
+    flags = Arguments(train=TrainArguments(disable_tqdm=True, report_to=["wandb"])).values()
+    assert kinds["wandb"].mock_calls == [
+        mock.call("gem_ds"),
+        mock.call().start(),
+        mock.call().store_init_configuration(flags),
+        mock.call().log({"loss": 1.5}, step=0),
+        mock.call().finish(),
+    ]
+    kinds["mlflow"].return_value.start.side_effect = OSError("no server")
     with pytest.raises(OSError, match="no server"):
-        make_reporter(tmp_path, TrainerState(), trackers=["wandb", "mlflow"])
-    assert calls[-1] == "finish"
+        make_reporter(tmp_path, TrainerState(), report_to=["wandb", "mlflow"])
+    assert kinds["wandb"].return_value.finish.call_count == 2, "it had begun"
     assert not PartialState._shared_state
 
 
@@ -194,24 +182,21 @@ def test_the_averages_are_of_the_steps_since_the_last_question(tmp_path):
     reporter.close()
 
 
-def events(folder: Path) -> dict[str, list[tuple[int, float]]]:
+def test_tensorboard_shows_the_same_numbers_after_a_resume_too(tmp_path):
     """What TensorBoard itself would show."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    board = accumulator.EventAccumulator(str(folder / TENSORBOARD_FOLDER))
-    board.Reload()
-    return {tag: [(e.step, e.value) for e in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
-
-
-def test_tensorboard_shows_the_same_numbers_after_a_resume_too(tmp_path):
     state = TrainerState()
-    reporter = make_reporter(tmp_path, state, trackers=["tensorboard"])
+    reporter = make_reporter(tmp_path, state, report_to=["tensorboard"])
     for step in (1, 2, 3):
         state.global_step = step
         reporter.log({"loss": step / 4})
     reporter.close()
     resumed = TrainerState(global_step=2, log_history=state.log_history[:2])
-    reporter = make_reporter(tmp_path, resumed, trackers=["tensorboard"])
+    reporter = make_reporter(tmp_path, resumed, report_to=["tensorboard"])
     resumed.global_step = 3
     reporter.log({"loss": 8.0})
     reporter.close()
-    assert events(tmp_path) == {"loss": [(1, 0.25), (2, 0.5), (3, 8.0)]}
+    board = accumulator.EventAccumulator(str(tmp_path / TENSORBOARD_FOLDER)).Reload()
+    assert board.Tags()["scalars"] == ["loss"]
+    shown = [(event.step, event.value) for event in board.Scalars("loss")]
+    assert shown == [(1, 0.25), (2, 0.5), (3, 8.0)]

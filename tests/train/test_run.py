@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import errno
-import functools
 import json
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -15,12 +13,11 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from gem_ds.data.batches import permutation
 from gem_ds.files.delta import Delta
 from gem_ds.files.mask import Mask
-from gem_ds.models import export
 from gem_ds.models.targets import find_targets
 from gem_ds.train.config import TrainArguments
 from gem_ds.train.run import Run
@@ -45,18 +42,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
         yield make_tiny(tmp_path_factory.mktemp("tiny"))
 
 
-def _examples(tiny: Tiny) -> list[Example]:
-    """The training examples, encoded one by one."""
-    tokenizer = AutoTokenizer.from_pretrained(tiny.model)
-    examples = []
-    for line in (tiny.data / "train.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        prompt = tokenizer(f"Question: {row['question']}\nAnswer:")["input_ids"]
-        answer = tokenizer(f" {row['answer']}")["input_ids"] + [tokenizer.eos_token_id]
-        examples.append((torch.tensor(prompt + answer), len(prompt)))
-    return examples
-
-
 def _batches(examples: list[Example]) -> Iterator[list[Example]]:
     """The examples of each step; the last batch of an epoch is smaller."""
     for epoch in range(NUM_STEPS):
@@ -76,6 +61,16 @@ def _model(tiny: Tiny) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(tiny.model).eval()
 
 
+def _assert_selected(
+    model: PreTrainedModel, indices: dict[str, Tensor], examples: list[Example], total: int
+) -> None:
+    """The entries are those that the oracle selects on these examples."""
+    names = list(find_targets(model))
+    weights = {n: model.get_parameter(n).detach() for n in names}
+    gradients = oracle.summed_gradients(model, examples, naive_loss, names)
+    assert_selected_up_to_rounding(indices, gradients, weights, total)
+
+
 def _dense_run(tiny: Tiny, mask: Mask) -> tuple[list[float], dict[str, Tensor]]:
     """Losses of the steps, and the weights of the mask's layers at the end."""
     model = _model(tiny)
@@ -85,7 +80,7 @@ def _dense_run(tiny: Tiny, mask: Mask) -> tuple[list[float], dict[str, Tensor]]:
         masks[name].view(-1)[index.long()] = True
     optimizer = oracle.DenseMaskedAdamW(params, masks, max_norm=CLIPPING, **ADAM)
     losses = []
-    for step, batch in zip(range(NUM_STEPS), _batches(_examples(tiny)), strict=False):
+    for step, batch in zip(range(NUM_STEPS), _batches(tiny.encoded("train.jsonl")), strict=False):
         num_tokens = sum(len(tokens) - prompt_length for tokens, prompt_length in batch)
         with torch.no_grad():
             losses.append(sum(float(naive_loss(model, e)) for e in batch) / num_tokens)
@@ -94,22 +89,23 @@ def _dense_run(tiny: Tiny, mask: Mask) -> tuple[list[float], dict[str, Tensor]]:
     return losses, {name: p.detach() for name, p in params.items()}
 
 
-def _flags(tiny: Tiny, folder: Path) -> list[str]:
-    """Nothing at its default, so that a flag that goes astray shows."""
-    return tiny.flags(
-        folder,
-        adam_beta1=ADAM["betas"][0],
-        adam_beta2=ADAM["betas"][1],
-        adam_epsilon=ADAM["eps"],
-        weight_decay=ADAM["weight_decay"],
-        learning_rate=PEAK,
-        lr_scheduler_type="cosine",
-        warmup_steps=WARMUP,
-        max_grad_norm=CLIPPING,
-        max_steps=NUM_STEPS,
-        logging_steps=1,
-        seed=SEED,
-    )
+#: Nothing at its default, so that a flag that goes astray shows.
+FLAGS = {
+    "adam_beta1": ADAM["betas"][0],
+    "adam_beta2": ADAM["betas"][1],
+    "adam_epsilon": ADAM["eps"],
+    "weight_decay": ADAM["weight_decay"],
+    "learning_rate": PEAK,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": WARMUP,
+    "max_grad_norm": CLIPPING,
+    "max_steps": NUM_STEPS,
+    "logging_steps": 1,
+    "seed": SEED,
+}
+
+#: World size, ZeRO stage, examples of a micro-batch, micro-batches of a step; four in all.
+RUNS = [(1, 0, 4, 1), (2, 3, 2, 1), (2, 1, 1, 2)]
 
 
 def _read_entries(flags: list[str]) -> dict[str, Tensor]:
@@ -128,91 +124,36 @@ def _read_entries(flags: list[str]) -> dict[str, Tensor]:
     return seen
 
 
-def _zero(stage: int) -> list[str]:
-    return ["--deepspeed", str(REPOSITORY / "ds_configs" / f"zero{stage}.json")]
-
-
-#: World size, ZeRO stage, further flags; the batches are of four examples in each.
-RUNS = {
-    "1-0": (1, 0, []),
-    "2-3": (2, 3, ["--per_device_train_batch_size", "2", "--gradient_checkpointing"]),
-    "2-1": (2, 1, ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2"]),
-}
-
-
-@pytest.fixture(scope="module")
-def run(tiny: Tiny) -> functools._lru_cache_wrapper[tuple[Path, list[dict[str, Tensor]]]]:
-    """By name: the folder of a run, and the entries that each rank has read from its weights."""
-
-    @functools.cache
-    def make(name: str) -> tuple[Path, list[dict[str, Tensor]]]:
-        world_size, stage, switches = RUNS[name]
-        flags = [*_flags(tiny, tiny.folder / name), *_zero(stage), *switches]
-        return tiny.folder / name, run_ranks(world_size, _read_entries, flags)
-
-    return make
-
-
-@pytest.mark.parametrize("name", RUNS)
-class TestRun:
-    """Every flag has reached what it is for."""
-
-    def test_mask_is_the_oracles(self, tiny, run, name):
-        folder, _ = run(name)
-        model, examples = _model(tiny), _examples(tiny)
-        names = list(find_targets(model))
-        weights = {n: model.get_parameter(n).detach() for n in names}
-        gradients = oracle.summed_gradients(model, examples, naive_loss, names)
-        total = oracle.total_budget("0.02", sum(p.numel() for p in model.parameters()))
-        mask = Mask.load(folder / "mask.safetensors")
-        assert_selected_up_to_rounding(mask.indices, gradients, weights, total)
-
-    def test_losses_and_rates_are_the_oracles(self, tiny, run, name):
-        folder, _ = run(name)
-        expected, _ = _dense_run(tiny, Mask.load(folder / "mask.safetensors"))
-        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-        steps = [line for line in lines if "loss" in line]
-        assert [line["loss"] for line in steps] == pytest.approx(expected, rel=1e-5)
-        assert [line["learning_rate"] for line in steps] == pytest.approx(
-            [_rate(step) for step in range(NUM_STEPS)]
-        )
-
-    def test_delta_is_what_the_weights_hold_and_the_oracles(self, tiny, run, name):
-        folder, ranks = run(name)
-        delta = Delta.load(folder / "delta.safetensors")
-        _, weights = _dense_run(tiny, delta.mask)
-        for weight, values in delta.values.items():
-            expected = weights[weight].flatten()[delta.mask.indices[weight].long()]
-            torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-6)
-            assert all(torch.equal(bits(held[weight]), bits(values)) for held in ranks)
-
-    def test_exported_model_holds_the_same_values(self, tiny, run, name, tmp_path):
-        folder, ranks = run(name)
-        arguments = {
-            "model_name_or_path": tiny.model,
-            "delta": folder / "delta.safetensors",
-            "output_dir": tmp_path / "exported",
-        }
-        export.main([t for k, v in arguments.items() for t in (f"--{k}", str(v))])
-        mask = Mask.load(folder / "mask.safetensors")
-        exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
-        for (weight, base), after in zip(
-            _model(tiny).named_parameters(), exported.parameters(), strict=True
-        ):
-            expected = base.detach().clone()
-            if weight in mask.indices:
-                expected.view(-1)[mask.indices[weight].long()] = ranks[0][weight]
-            assert torch.equal(bits(after.detach()), bits(expected)), weight
-
-    def test_changed_share_is_counted_on_the_values(self, tiny, run, name):
-        folder, _ = run(name)
-        delta, model = Delta.load(folder / "delta.safetensors"), _model(tiny)
-        changed = sum(
-            int((values != model.get_parameter(n).flatten()[delta.mask.indices[n].long()]).sum())
-            for n, values in delta.values.items()
-        )
-        results = json.loads((folder / "all_results.json").read_text())
-        assert results["changed_share"] == pytest.approx(changed / delta.mask.num_selected)
+@pytest.mark.parametrize(("world_size", "stage", "size", "accumulation"), RUNS)
+def test_a_run_is_the_oracles(tiny, tmp_path, world_size, stage, size, accumulation):
+    """Every flag has reached what it is for: mask, losses, rates, and what the weights hold."""
+    flags = tiny.flags(
+        tmp_path,
+        **FLAGS,
+        deepspeed=REPOSITORY / "ds_configs" / f"zero{stage}.json",
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=accumulation,
+        gradient_checkpointing=stage == 3,
+    )
+    ranks = run_ranks(world_size, _read_entries, flags)
+    delta, base = Delta.load(tmp_path / "delta.safetensors"), _model(tiny)
+    total = oracle.total_budget("0.02", sum(p.numel() for p in base.parameters()))
+    _assert_selected(base, delta.mask.indices, tiny.encoded("train.jsonl"), total)
+    losses, weights = _dense_run(tiny, delta.mask)
+    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    steps = [line for line in lines if "loss" in line]
+    assert [line["loss"] for line in steps] == pytest.approx(losses, rel=1e-5)
+    rates = [_rate(step) for step in range(NUM_STEPS)]
+    assert [line["learning_rate"] for line in steps] == pytest.approx(rates)
+    num_changed = 0
+    for weight, values in delta.values.items():
+        index = delta.mask.indices[weight].long()
+        expected = weights[weight].flatten()[index]
+        torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-6)
+        assert all(torch.equal(bits(held[weight]), bits(values)) for held in ranks)
+        num_changed += int((values != base.get_parameter(weight).flatten()[index]).sum())
+    results = json.loads((tmp_path / "all_results.json").read_text())
+    assert results["changed_share"] == pytest.approx(num_changed / total)
 
 
 def test_a_bf16_weight_does_not_show_a_small_update(tiny, tmp_path):
@@ -253,14 +194,10 @@ def test_predictions_that_fail_cost_no_training(tiny, tmp_path, monkeypatch):
 
 def test_calibration_takes_the_first_examples_of_the_shuffled_order(tiny, tmp_path):
     mains(tiny.flags(tmp_path, max_steps=0, calibration_examples=2))
-    model, examples = _model(tiny), _examples(tiny)
-    names = list(find_targets(model))
-    weights = {n: model.get_parameter(n).detach() for n in names}
-    chosen = [examples[i] for i in permutation(len(examples), SEED, 0)[:2].tolist()]
+    model, examples = _model(tiny), tiny.encoded("train.jsonl")
     indices = Mask.load(tmp_path / "mask.safetensors").indices
     total = sum(index.numel() for index in indices.values())
-    gradients = oracle.summed_gradients(model, chosen, naive_loss, names)
-    assert_selected_up_to_rounding(indices, gradients, weights, total)
-    others = oracle.summed_gradients(model, examples[:2], naive_loss, names)
+    chosen = [examples[i] for i in permutation(len(examples), SEED, 0)[:2].tolist()]
+    _assert_selected(model, indices, chosen, total)
     with pytest.raises(AssertionError):
-        assert_selected_up_to_rounding(indices, others, weights, total)
+        _assert_selected(model, indices, examples[:2], total)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gem_ds.train.sparse_tuning import SparseTuning
 from gem_ds.train.summary import (
     budget_table,
-    changed_share,
+    describe,
     effective_layers,
     kernel_counts,
-    selection_shape,
 )
+from gem_ds.train.targets import Targets
 
 
 def test_the_table_adds_up():
@@ -38,15 +41,32 @@ def test_effective_layers_lie_between_one_and_all(budgets):
 
 def test_nearly_zero_weights_are_counted_by_their_size():
     base = torch.tensor([0.0, -0.0, 9e-5, -9e-5, 1.1e-4, -1.1e-4, 0.02, -3.0])
-    assert selection_shape([4, 4], base)["selected_near_zero"] == 4
-    assert selection_shape([4, 4, 0], base)["effective_layers"] == pytest.approx(2)
+    targets = Targets(names=["a", "b"], num_parameters=200, budget=8)
+    indices = [torch.arange(4), torch.arange(4), torch.arange(0)]
+    tuning: Any = SimpleNamespace(
+        prepared=SimpleNamespace(targets=targets, mask=None),
+        selection=None,
+        engine=SimpleNamespace(dtype=torch.float32, optimizer_state_bytes=lambda: 96),
+        entries=SimpleNamespace(flat_indices=indices, kernels=lambda: ["tiled"] * 3),
+        head=None,
+        layers=indices,
+        base=base,
+        num_trainable=8,
+    )
+    said: list[str] = []
+    numbers = describe(tuning, said.append)
+    assert numbers.pop("effective_layers") == pytest.approx(2)
+    assert numbers == {"selected_near_zero": 4, "num_trainable": 8}
+    assert said[0].startswith("Training 8 of 200 parameters (density 4.0000%); optimizer state on")
 
 
 def test_an_update_below_half_the_last_place_does_not_count_as_a_change():
     base = torch.tensor([1.0, 1.0, -2.0, 0.5], dtype=torch.bfloat16)
     masters = base.float() + torch.tensor([1e-4, 0.01, -1e-4, 0.0])
-    assert changed_share(masters.bfloat16(), base) == 0.25
-    assert changed_share(masters, base.float()) == 0.75
+    for values, share in ((masters.bfloat16(), 0.25), (masters, 0.75)):
+        entries = SimpleNamespace(values=lambda values=values: values)
+        tuning: Any = SimpleNamespace(entries=entries, base=base.to(values.dtype))
+        assert SparseTuning.changed_share(tuning) == share
 
 
 def test_kernels_are_counted_the_most_frequent_first():

@@ -9,36 +9,31 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 import gem_ds
+from gem_ds import cli
 from gem_ds.distributed.comm import free_port
 from gem_ds.errors import PeerError
 from gem_ds.files.checkpoint import list_checkpoints
 from gem_ds.files.delta import Delta, apply_delta
 from gem_ds.files.mask import Mask
-from gem_ds.models import export
 from gem_ds.train import main as train
+from gem_ds.train import run
 from gem_ds.train.reporting import TENSORBOARD_FOLDER, Reporter
 from tests.ranks import CPU_ONLY, run_ranks
-from tests.tiny_model import (
-    REPOSITORY,
-    Tiny,
-    joined,
-    mains,
-    make_tiny,
-    one_rank,
-    write_jsonl,
-)
+from tests.tiny import naive_loss
+from tests.tiny_model import REPOSITORY, Tiny, joined, make_tiny, one_rank
 
 pytestmark = [
     pytest.mark.slow,  # starts engines or programs
@@ -72,34 +67,21 @@ def metrics(folder: Path, key: str) -> list[float]:
     return [line[key] for line in lines if key in line]
 
 
-def assert_same_delta(folder: Path, other: Path) -> None:
+def assert_same_delta(folder: Path, other: Path, **tolerance: float) -> None:
+    """To the bit, unless a tolerance is given."""
     found, expected = delta_of(folder), delta_of(other)
     assert found.values.keys() == expected.values.keys()
     for name, values in expected.values.items():
         assert torch.equal(found.mask.indices[name], expected.mask.indices[name]), name
-        assert torch.equal(found.values[name], values), name
+        torch.testing.assert_close(found.values[name], values, **{"rtol": 0, "atol": 0} | tolerance)
 
 
-def assert_close_deltas(folder: Path, other: Path) -> None:
-    found, expected = delta_of(folder), delta_of(other)
-    for name, values in expected.values.items():
-        assert torch.equal(found.mask.indices[name], expected.mask.indices[name]), name
-        torch.testing.assert_close(found.values[name], values, rtol=1e-5, atol=1e-7)
-
-
-def naive_loss(model: PreTrainedModel, tiny: Tiny, data: Path) -> float:
-    """Mean loss per answer token, one example at a time."""
-    tokenizer = AutoTokenizer.from_pretrained(tiny.model)
-    total, count = 0.0, 0
-    for line in data.read_text().splitlines():
-        row = json.loads(line)
-        prompt = tokenizer(f"Question: {row['question']}\nAnswer:")["input_ids"]
-        answer = tokenizer(f" {row['answer']}")["input_ids"] + [tokenizer.eos_token_id]
-        with torch.no_grad():
-            logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
-        total += F.cross_entropy(logits.float(), torch.tensor(answer), reduction="sum").item()
-        count += len(answer)
-    return total / count
+def mean_loss(model: PreTrainedModel, tiny: Tiny, count: int | None = None) -> float:
+    """Per answer token of the first held-out examples, one example at a time."""
+    examples = tiny.encoded("test.jsonl")[:count]
+    with torch.no_grad():
+        total = sum(float(naive_loss(model, example)) for example in examples)
+    return total / sum(len(tokens) - prompt_length for tokens, prompt_length in examples)
 
 
 # What a run leaves
@@ -148,69 +130,27 @@ def test_the_model_card_says_what_was_done(whole, tiny):
         assert f"| {name} | {value} |" in card
 
 
-@pytest.mark.parametrize(
-    "switches",
-    [[], ["--bf16", "--deepspeed", str(ZERO3)]],
-)
-def test_the_exported_model_is_base_plus_delta_and_has_the_loss_of_the_run(
-    tiny, tmp_path, switches
-):
-    """Every entry that was not selected keeps its bits, and reverting gives all of them back."""
-    folder, exported = tmp_path / "run", tmp_path / "exported"
-    train.main(tiny.flags(folder, *switches, max_steps=5))
-    arguments = {
-        "model_name_or_path": tiny.model,
-        "delta": folder / "delta.safetensors",
-        "output_dir": exported,
-    }
-    export.main([t for k, v in arguments.items() for t in (f"--{k}", str(v))])
-    delta = delta_of(folder)
-    base, model, applied = (
-        AutoModelForCausalLM.from_pretrained(path, dtype=delta.dtype)
-        for path in (tiny.model, exported, tiny.model)
-    )
-    handle = apply_delta(applied, delta)
-    for (name, before), after, patched in zip(
-        base.named_parameters(), model.parameters(), applied.parameters(), strict=True
-    ):
-        expected = before.detach().clone()
-        if name in delta.values:
-            index = delta.mask.indices[name].long()
-            assert not torch.equal(expected.view(-1)[index], delta.values[name]), "it was trained"
-            expected.view(-1)[index] = delta.values[name]
-        assert torch.equal(after, expected), name
-        assert torch.equal(patched, expected), name
-    handle.revert()
-    assert all(map(torch.equal, applied.parameters(), base.parameters()))
-    tolerance = 2e-3 if "--bf16" in switches else 1e-5
-    first, *_, last = metrics(folder, "eval_loss")
-    held_out = tiny.data / "test.jsonl"
-    assert naive_loss(base, tiny, held_out) == pytest.approx(first, rel=tolerance)
-    assert naive_loss(model, tiny, held_out) == pytest.approx(last, rel=tolerance)
+def test_the_logged_losses_are_those_of_base_and_delta(whole, tiny):
+    model = AutoModelForCausalLM.from_pretrained(tiny.model)
+    first, *_, last = metrics(whole, "eval_loss")
+    assert mean_loss(model, tiny) == pytest.approx(first, rel=1e-5)
+    with apply_delta(model, delta_of(whole)):
+        assert mean_loss(model, tiny) == pytest.approx(last, rel=1e-5)
 
 
 # What the flags ask for
 
 
-def test_a_mask_made_first_gives_the_same_delta(tiny, whole, tmp_path, capsys):
-    flags = {"num_train_epochs": 3, "logging_steps": 4}
-    train.main(tiny.flags(tmp_path / "mask", **flags | {"max_steps": 0}))
-    assert "Wrote the mask to" in capsys.readouterr().out
-    assert not (tmp_path / "mask" / "delta.safetensors").exists()
-    assert not list_checkpoints(tmp_path / "mask")
-    mask = tmp_path / "mask" / "mask.safetensors"
-    train.main(tiny.flags(tmp_path / "run", **flags | {"mask": mask, "density": None}))
-    assert_same_delta(tmp_path / "run", whole)
-    assert Mask.load(tmp_path / "run" / "mask.safetensors").settings == Mask.load(mask).settings
-    assert "| density | 0.02 |" in (tmp_path / "run" / "README.md").read_text(), "the mask's own"
-
-
-def test_the_model_card_names_the_method_of_the_entries(tiny, tmp_path):
-    """The mask's and the checkpoint's, whatever --method would choose now."""
+def test_a_mask_serves_later_runs_in_another_dtype_and_names_its_method(tiny, tmp_path, capsys):
+    """The mask's and the checkpoint's method, whatever --method would choose now."""
     train.main(tiny.flags(tmp_path / "mask", method="magnitude", max_steps=0))
-    flags = {"max_steps": 1, "density": None, "method": "gem"}
+    assert "Wrote the mask to" in capsys.readouterr().out
+    files = {path.name for path in (tmp_path / "mask").iterdir()}
+    assert files == {"mask.safetensors", "metrics.jsonl"}
+    flags = {"max_steps": 1, "density": None, "method": "gem", "bf16": True}
     mask = tmp_path / "mask" / "mask.safetensors"
     train.main(tiny.flags(tmp_path / "masked", mask=mask, **flags))
+    assert "made in float32 and this run is in bfloat16, so it" in capsys.readouterr().out
     checkpoint = tmp_path / "masked" / "checkpoint-1"
     train.main(tiny.flags(tmp_path / "resumed", resume_from_checkpoint=checkpoint, **flags))
     for name in ("masked", "resumed"):
@@ -219,14 +159,10 @@ def test_the_model_card_names_the_method_of_the_entries(tiny, tmp_path):
         assert "with `magnitude`" in card
         assert "GEM, gradient-to-weight" not in card
         assert Mask.load(tmp_path / name / "mask.safetensors").method == "magnitude"
-
-
-def test_a_mask_serves_another_dtype(tiny, whole, tmp_path):
-    mask = whole / "mask.safetensors"
-    train.main(tiny.flags(tmp_path / "run", "--bf16", mask=mask, max_steps=2))
-    delta = delta_of(tmp_path / "run")
-    assert delta.dtype == torch.bfloat16
-    apply_delta(AutoModelForCausalLM.from_pretrained(tiny.model, dtype=torch.bfloat16), delta)
+        apply_delta(
+            AutoModelForCausalLM.from_pretrained(tiny.model, dtype=torch.bfloat16),
+            delta_of(tmp_path / name),
+        )
 
 
 def _finetune(calls: list[dict[str, Any]]) -> list[gem_ds.RunResult]:
@@ -241,26 +177,36 @@ def _finetune(calls: list[dict[str, Any]]) -> list[gem_ds.RunResult]:
 
 
 def test_python_runs_what_the_command_line_does(tiny, whole, tmp_path):
-    """With numbers as numbers, on top of a recipe, and twice in a process."""
+    """With numbers as numbers, on top of a recipe, with a mask in memory, again in a process."""
     recipe = {"task": "gsm8k", "data_dir": str(tiny.data), "logging_steps": 4, "max_steps": 1}
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     values = {"density": 0.02, "learning_rate": 0.01, "per_device_train_batch_size": 4}
     common = {"config": tmp_path / "recipe.yaml", "model_name_or_path": tiny.model} | values
-    more = {"method": "lora", "density": None, "eval_strategy": "no", "output_dir": tmp_path / "a"}
-    calls = [common | {"output_dir": tmp_path / "run", "max_steps": -1}, common | more]
-    ((result, lora),) = run_ranks(1, _finetune, calls)
-    assert_same_delta(tmp_path / "run", whole)
-    assert result.output_dir == tmp_path / "run"
-    assert result.results == json.loads((tmp_path / "run" / "all_results.json").read_text())
-    assert result.log_history[-1]["step"] == 18
-    assert Mask.load(result.mask).num_selected == Delta.load(result.delta).mask.num_selected == 475
-    assert (result.adapter, result.model, result.metrics, result.stopped) == (None, None, {}, False)
-    assert (lora.adapter, lora.mask, lora.delta) == (tmp_path / "a" / "adapter", None, None)
-    assert "last_eval_loss" not in lora.results
-    with pytest.raises(ValueError, match=r"^There is no flag --densty: see --help\.$"):
-        gem_ds.finetune(**common, output_dir=tmp_path / "new", densty=0.1)
-    with pytest.raises(ValueError, match=r"invalid int value: '1\.5'"):
-        gem_ds.finetune(**common, output_dir=tmp_path / "new", max_steps=1.5)
+    mask = gem_ds.Mask.load(whole / "mask.safetensors")
+    calls = [
+        common | {"output_dir": tmp_path / "run", "max_steps": -1},
+        common | {"output_dir": tmp_path / "again", "max_steps": -1, "density": None, "mask": mask},
+        common | {"output_dir": tmp_path / "lora", "density": None, "method": "lora"},
+    ]
+    ((result, masked, lora),) = run_ranks(1, _finetune, calls)
+    for found in (result, masked):
+        assert_same_delta(found.output_dir, whole)
+        assert found.results == json.loads((found.output_dir / "all_results.json").read_text())
+        assert found.log_history[-1]["step"] == 18
+        assert Mask.load(found.mask).num_selected == Delta.load(found.delta).mask.num_selected
+        assert (found.adapter, found.model, found.metrics, found.stopped) == (None, None, {}, False)
+    assert masked.results["calibration_seconds"] == 0
+    assert Mask.load(masked.mask).settings == mask.settings
+    assert "| density | 0.02 |" in (tmp_path / "again" / "README.md").read_text(), "the mask's own"
+    adapter = tmp_path / "lora" / "adapter"
+    assert (lora.adapter, lora.mask, lora.delta) == (adapter, None, None)
+    for wrong, sentence in (
+        ({"densty": 0.1}, r"^There is no flag --densty: see --help\.$"),
+        ({"max_steps": 1.5}, r"invalid int value: '1\.5'"),
+        ({"mask": mask, "method": "lora"}, "selects no entries: leave --mask out"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            gem_ds.finetune(**common | {"output_dir": tmp_path / "new"} | wrong)
 
 
 def test_the_held_out_loss_comes_when_it_is_asked_for_and_of_so_many_examples(tiny, tmp_path):
@@ -268,24 +214,8 @@ def test_the_held_out_loss_comes_when_it_is_asked_for_and_of_so_many_examples(ti
     train.main(tiny.flags(tmp_path / "run", **values))
     lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert [line["step"] for line in lines if "eval_loss" in line] == [0, 3, 4]
-    two = tmp_path / "two.jsonl"
-    two.write_text("".join((tiny.data / "test.jsonl").read_text().splitlines(keepends=True)[:2]))
-    loss = naive_loss(AutoModelForCausalLM.from_pretrained(tiny.model), tiny, two)
+    loss = mean_loss(AutoModelForCausalLM.from_pretrained(tiny.model), tiny, 2)
     assert metrics(tmp_path / "run", "eval_loss")[0] == pytest.approx(loss, rel=1e-5)
-
-
-def test_how_a_step_is_computed_changes_nothing(tiny, whole, tmp_path):
-    """Recomputation and the cut into micro-batches; a step of 3 is another step, as a control."""
-    values = {"max_steps": 7, "mask": whole / "mask.safetensors", "density": None}
-    train.main(tiny.flags(tmp_path / "plain", **values))
-    train.main(tiny.flags(tmp_path / "again", "--gradient_checkpointing", **values))
-    cut = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
-    train.main(tiny.flags(tmp_path / "cut", **values | cut))
-    train.main(tiny.flags(tmp_path / "other", **values | {"per_device_train_batch_size": 3}))
-    assert_close_deltas(tmp_path / "again", tmp_path / "plain")
-    assert_close_deltas(tmp_path / "cut", tmp_path / "plain")
-    with pytest.raises(AssertionError):
-        assert_close_deltas(tmp_path / "other", tmp_path / "plain")
 
 
 def test_packing_reads_the_same_examples_in_fewer_rows(tiny, tmp_path):
@@ -293,62 +223,33 @@ def test_packing_reads_the_same_examples_in_fewer_rows(tiny, tmp_path):
     values = {"max_steps": 1, "per_device_train_batch_size": 22, "deepspeed": ZERO3}
     train.main(tiny.flags(tmp_path / "rows", **values))
     train.main(tiny.flags(tmp_path / "packed", "--packing", **values | {"max_length": 128}))
-    assert_close_deltas(tmp_path / "packed", tmp_path / "rows")
+    assert_same_delta(tmp_path / "packed", tmp_path / "rows", rtol=1e-5, atol=1e-7)
     assert metrics(tmp_path / "packed", "eval_loss") == pytest.approx(
         metrics(tmp_path / "rows", "eval_loss"), rel=1e-5
     )
 
 
-def test_own_fields_and_chat_messages_are_trained_on(tiny, tmp_path):
-    """The same text three ways is the same run."""
-    rows = [json.loads(line) for line in (tiny.data / "train.jsonl").read_text().splitlines()]
-    pairs = [{"p": f"Question: {r['question']}\nAnswer:", "t": f" {r['answer']}"} for r in rows]
-    chats = [
-        {
-            "messages": [
-                {"role": "user", "content": row["question"]},
-                {"role": "assistant", "content": row["answer"]},
-            ]
-        }
-        for row in rows
-    ]
-    # as the chat template does it
-    rendered = [{"p": f"<user>{row['question']}<assistant>", "t": row["answer"]} for row in rows]
-    runs: dict[str, dict[str, object]] = {
-        "gsm8k": {},
-        "fields": {"task": "jsonl", "train_file": write_jsonl(tmp_path / "a.jsonl", pairs)},
-        "chat": {"task": "jsonl", "train_file": write_jsonl(tmp_path / "b.jsonl", chats)},
-        "template": {"task": "jsonl", "train_file": write_jsonl(tmp_path / "c.jsonl", rendered)},
-    }
-    for name, values in runs.items():
-        if name != "gsm8k":
-            values |= {"data_dir": None}
-        if name in ("fields", "template"):
-            values |= {"prompt_field": "p", "target_field": "t"}
-        train.main(tiny.flags(tmp_path / name, **{"max_steps": 3} | values))
-    assert_same_delta(tmp_path / "fields", tmp_path / "gsm8k")
-    assert_same_delta(tmp_path / "chat", tmp_path / "template")
-    assert not metrics(tmp_path / "fields", "eval_loss"), "there is no held-out file"
-    assert metrics(tmp_path / "gsm8k", "eval_loss")
-
-
-def test_only_so_many_checkpoints_are_kept_and_tensorboard_gets_the_metrics(tiny, tmp_path):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    flags = {"max_steps": 5, "save_steps": 1, "save_total_limit": 2, "logging_steps": 1}
-    train.main(tiny.flags(tmp_path, **flags, report_to="tensorboard"))
+def test_a_run_without_held_out_examples_keeps_few_checkpoints(tiny, tmp_path):
+    flags = {"max_steps": 5, "save_steps": 1, "save_total_limit": 2}
+    own = {"task": "jsonl", "data_dir": None, "train_file": tiny.data / "train.jsonl"}
+    own |= {"prompt_field": "question", "target_field": "answer", "report_to": "tensorboard"}
+    train.main(tiny.flags(tmp_path, **flags, **own))
     assert list(list_checkpoints(tmp_path)) == [4, 5]
-    board = accumulator.EventAccumulator(str(tmp_path / TENSORBOARD_FOLDER)).Reload()
-    shown = [event.value for event in board.Scalars("loss")]
-    assert shown == pytest.approx(metrics(tmp_path, "loss"), rel=1e-6)
+    assert list((tmp_path / TENSORBOARD_FOLDER).iterdir())
+    assert metrics(tmp_path, "eval_loss") == []
 
 
-def test_a_finished_run_can_be_made_longer_or_overwritten(tiny, tmp_path):
+def test_a_finished_run_can_be_made_longer_otherwise_or_overwritten(tiny, tmp_path, capsys):
     """A constant rate, since others depend on the number of steps."""
     values = {"lr_scheduler_type": "constant", "max_steps": 6}
     train.main(tiny.flags(tmp_path / "long", **values))
     train.main(tiny.flags(tmp_path / "run", **values | {"max_steps": 4}))
-    train.main(tiny.flags(tmp_path / "run", **values, resume_from_checkpoint="last"))
+    resume = values | {"resume_from_checkpoint": "last"}
+    train.main(tiny.flags(tmp_path / "run", **resume))
     assert_same_delta(tmp_path / "run", tmp_path / "long")
+    assert "Going on" not in capsys.readouterr().out
+    train.main(tiny.flags(tmp_path / "run", **resume | {"max_steps": 7, "weight_decay": 0.1}))
+    assert "Going on with --weight_decay 0.1 instead of 0.0\n" in capsys.readouterr().out
     mask = tmp_path / "long" / "mask.safetensors"  # its own it would delete
     train.main(tiny.flags(tmp_path / "run", "--overwrite_output_dir", mask=mask, max_steps=2))
     assert list(list_checkpoints(tmp_path / "run")) == [2]
@@ -361,15 +262,21 @@ def test_a_model_that_scales_its_logits_is_told_and_trained_all_the_same(tiny, t
     )
     train.main(tiny.flags(tmp_path / "run", model_name_or_path=model, max_steps=1))
     assert "logits are more than a product of its output layer" in capsys.readouterr().out
-    loss = naive_loss(AutoModelForCausalLM.from_pretrained(model), tiny, tiny.data / "test.jsonl")
+    loss = mean_loss(AutoModelForCausalLM.from_pretrained(model), tiny)
     assert metrics(tmp_path / "run", "eval_loss")[0] == pytest.approx(loss, rel=1e-5)
-    train.main(tiny.flags(tmp_path / "llama", max_steps=1))
-    assert "output layer" not in capsys.readouterr().out
 
 
 def test_what_a_person_sees(tiny, tmp_path, capsys):
-    """The table, what trains, the losses, where it lies: nothing else, and nothing twice."""
-    train.main(tiny.flags(tmp_path / "run", max_steps=4, eval_steps=2))
+    """What begins, before the model loads; the table, what trains, the losses, where it lies."""
+    load, told = run.load_for_training, []
+
+    def watched(*args: Any, **options: Any) -> Any:
+        told.append(capsys.readouterr())
+        return load(*args, **options)
+
+    with mock.patch.object(run, "load_for_training", watched):
+        train.main(tiny.flags(tmp_path / "run", max_steps=4, eval_steps=2))
+    assert told == [(f"Loading {tiny.model} to train on 22 examples of gsm8k\n", "")]
     out, err = capsys.readouterr()
     assert err == ""
     lines = out.splitlines()
@@ -399,15 +306,15 @@ def test_what_a_person_sees(tiny, tmp_path, capsys):
     ]
 
 
-# Real processes
+# Two ranks
 
 
-def _start(command: list[str]) -> subprocess.Popen[str]:
+def _start(*command: object) -> subprocess.Popen[str]:
     environment = os.environ | CPU_ONLY
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
     return subprocess.Popen(
-        command,
+        list(map(str, command)),
         cwd=REPOSITORY,
         env=environment,
         text=True,
@@ -417,51 +324,61 @@ def _start(command: list[str]) -> subprocess.Popen[str]:
     )
 
 
-def _wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 240
-    while not condition():
+def test_two_ranks_under_the_launcher_stop_and_one_without_goes_on(tiny, tmp_path):
+    """A scheduler signals the whole group; then the run goes on to the end."""
+    launcher = Path(sys.executable).with_name("deepspeed")
+    if not launcher.is_file():
+        pytest.skip("the deepspeed command is not beside this python")
+    launch = [launcher, "--quiet", "--num_accelerators", 2, "--master_port", free_port()]
+    values = {"max_steps": 400, "save_steps": 1000, "lr_scheduler_type": "constant"}
+    values |= {"logging_steps": 1, "per_device_train_batch_size": 2, "deepspeed": ZERO3}
+    process = _start(*launch, "launch/train.py", *tiny.flags(tmp_path, **values))
+    log, deadline = tmp_path / "metrics.jsonl", time.monotonic() + 240
+    while not (log.is_file() and log.read_text().count('"loss"') >= 3):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, "timed out"
         time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    out, _ = process.communicate(timeout=240)
+    (step,) = list_checkpoints(tmp_path)
+    assert process.returncode != 0, "the launcher itself was told to end"
+    assert "Warning" not in out
+    assert "Traceback" not in out
+    assert out.count(f"Stopped by SIGTERM after step {step}; go on with") == 1
+    assert out.count("Training 475 of 23,776 parameters") == 1
+    values |= {"max_steps": step + 3, "resume_from_checkpoint": "last"}
+    process = _start(sys.executable, "launch/train.py", *tiny.flags(tmp_path, **values))
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, out
+    assert "Traceback" not in out
+    assert f"Wrote the delta and the results to {tmp_path}" in out
 
 
-def _has_logged(folder: Path, num_entries: int) -> Callable[[], bool]:
-    path = folder / "metrics.jsonl"
-    return lambda: path.is_file() and path.read_text().count('"loss"') >= num_entries
+def _two_ranks(
+    cases: list[tuple[list[list[str]], int]], stopped: list[str], undisturbed: list[str]
+) -> tuple[list[str], tuple[int, str]]:
+    """On each rank: what ends the runs of ``cases``, then how a program with a bad flag ends.
 
+    A case has the flags of each rank, and which rank does not find the weights. Between the two,
+    one run is stopped by a SIGTERM on rank 1, and goes on; and one is left alone.
+    """
+    rank = int(os.environ["RANK"])
 
-SLOW = {"max_steps": 400, "logging_steps": 1, "save_steps": 1000, "lr_scheduler_type": "constant"}
-
-
-def _shorten(flags: list[str], folder: Path) -> list[str]:
-    """The same run until three steps after its last checkpoint."""
-    step = max(list_checkpoints(folder)) + 3
-    return [str(step) if text == str(SLOW["max_steps"]) else text for text in flags]
-
-
-def _terminated_on_one_rank(flags: list[str], victim: int, step: int) -> bool:
-    """On each rank: run; the victim gets a SIGTERM after a step. Whether it was stopped."""
-
-    def watch(reporter: Reporter, *_: float) -> None:
-        if int(os.environ["RANK"]) == victim and reporter._state.global_step == step:
+    def terminate(reporter: Reporter, *_: float) -> None:
+        if rank == 1 and reporter._state.global_step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with joined(), mock.patch.object(Reporter, "advance", watch):
-        result = train.main(flags)
-    assert (result.results, result.delta) == ({}, None)
-    return result.stopped
-
-
-def test_sigterm_on_one_rank_stops_all(tiny, tmp_path):
-    flags = tiny.flags(tmp_path, max_steps=9, save_steps=5, deepspeed=ZERO3)
-    assert run_ranks(2, _terminated_on_one_rank, flags, 1, 2) == [True, True]
-    assert list(list_checkpoints(tmp_path)) == [3], "the step after which all ranks knew of it"
-
-
-def _errors(cases: list[tuple[list[list[str]], int]]) -> list[str]:
-    """What ends this rank's runs: its flags in each, and which rank does not find the weights."""
     with joined():
-        return [_error_of(flags[int(os.environ["RANK"])], rank) for flags, rank in cases]
+        errors = [_error_of(flags[rank], victim) for flags, victim in cases]
+        with mock.patch.object(Reporter, "advance", terminate):
+            result = train.main(stopped)
+        assert (result.results, result.delta, result.stopped) == ({}, None, True)
+        assert list(list_checkpoints(result.output_dir)) == [3], "when all ranks knew of it"
+        train.main([*stopped, "--resume_from_checkpoint", "last"])
+        train.main(undisturbed)
+        with redirect_stderr(StringIO()) as told:
+            status = cli.run("train", [*cases[0][0][0], "--density", "2"])
+    return errors, (status, told.getvalue())
 
 
 def _error_of(flags: list[str], unreadable_on: int) -> str:
@@ -479,72 +396,27 @@ def _error_of(flags: list[str], unreadable_on: int) -> str:
     return str(caught.value)
 
 
-def test_ranks_that_differ_stop_together(tiny, tmp_path):
-    """They would wait for each other in different collectives."""
-    plain = tiny.flags(tmp_path)
+def test_two_ranks_end_together(tiny, tmp_path):
+    """If they differ, where they would wait for each other; by a signal to one; by a bad flag."""
+    plain = tiny.flags(tmp_path / "new")
     others: list[dict[str, object]] = [
         {"method": "ratio"},
         {"calibration_examples": 3},
         {"seed": 5},
     ]
-    cases = [([plain, tiny.flags(tmp_path, **flag)], -1) for flag in others]
-    (*told, unreadable), (*followed, stopped) = run_ranks(2, _errors, [*cases, ([plain] * 2, 1)])
+    cases = [([plain, tiny.flags(tmp_path / "new", **flag)], -1) for flag in others]
+    cases.append(([plain] * 2, 1))
+    flags = {"max_steps": 6, "save_steps": 6, "deepspeed": ZERO3}
+    runs = [tiny.flags(tmp_path / name, **flags) for name in ("stopped", "undisturbed")]
+    (first, ending), (second, other_ending) = run_ranks(2, _two_ranks, cases, *runs)
+    (*told, unreadable), (*followed, stopped) = first, second
     for error in told + followed:
         assert error.startswith("The ranks do not see the same run")
     assert re.fullmatch("On rank 1: .* cannot be loaded: there is no network", unreadable)
     assert re.fullmatch("Rank 1 stopped: .* cannot be loaded: there is no network", stopped)
-
-
-def test_a_resumed_run_tells_which_flags_have_changed(tiny, tmp_path, capsys):
-    train.main(tiny.flags(tmp_path, max_steps=2))
-    capsys.readouterr()
-    resume = {"resume_from_checkpoint": "last", "weight_decay": 0.1}
-    train.main(tiny.flags(tmp_path, max_steps=3, **resume))
-    assert "Going on with --weight_decay 0.1 instead of 0.0\n" in capsys.readouterr().out
-    train.main(tiny.flags(tmp_path, max_steps=4, **resume))
-    assert "Going on" not in capsys.readouterr().out
-
-
-def _launch(flags: list[str]) -> subprocess.Popen[str]:
-    launcher = str(Path(sys.executable).with_name("deepspeed"))
-    if not Path(launcher).is_file():
-        pytest.skip("the deepspeed command is not beside this python")
-    options = ["--quiet", "--num_accelerators", "2", "--master_port", str(free_port())]
-    return _start([launcher, *options, "launch/train.py", *flags, "--deepspeed", str(ZERO3)])
-
-
-def test_two_ranks_under_the_launcher_stop_and_go_on(tiny, tmp_path):
-    """A scheduler signals the whole group; then the run goes on to the end."""
-    flags = tiny.flags(tmp_path / "run", **SLOW | {"per_device_train_batch_size": 2})
-    process = _launch(flags)
-    _wait_for(_has_logged(tmp_path / "run", 3), process)
-    os.killpg(process.pid, signal.SIGTERM)
-    out, _ = process.communicate(timeout=240)
-    (step,) = list_checkpoints(tmp_path / "run")
-    assert process.returncode != 0, "the launcher itself was told to end"
-    assert "Warning" not in out
-    assert f"Stopped by SIGTERM after step {step}; go on with" in out
-    assert "Traceback" not in out
-    flags = _shorten(flags, tmp_path / "run")
-    process = _launch([*flags, "--resume_from_checkpoint", "last"])
-    out, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, out
-    assert "Traceback" not in out
-    assert out.count("Wrote the delta and the results to") == 1
-    assert out.count("Training 475 of 23,776 parameters") == 1
-    flags[flags.index("--output_dir") + 1] = str(tmp_path / "undisturbed")
-    run_ranks(2, mains, [*flags, "--deepspeed", str(ZERO3)])
-    assert_same_delta(tmp_path / "run", tmp_path / "undisturbed")
-
-
-def test_bad_input_under_the_launcher_ends_in_one_sentence(tiny, tmp_path):
-    process = _launch(tiny.flags(tmp_path / "run", density="2"))
-    out, _ = process.communicate(timeout=240)
-    assert process.returncode not in (0, None)
-    errors = [line for line in out.splitlines() if line.startswith("Error: ")]
-    assert errors == [
+    assert_same_delta(tmp_path / "stopped", tmp_path / "undisturbed")
+    sentence = (
         "Error: The density is 2: give the share of the parameters to train, a number above 0 and "
-        "at most 1, such as 0.001."
-    ]
-    assert "Traceback" not in out
-    assert not (tmp_path / "run").exists()
+        "at most 1, such as 0.001.\n"
+    )
+    assert (ending, other_ending) == ((1, sentence), (1, "")), "rank 0 alone tells"
