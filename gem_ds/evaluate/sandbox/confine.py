@@ -23,8 +23,6 @@ from collections.abc import Iterable
 
 from gem_ds.evaluate.sandbox import kernel
 
-# Limits and privileges
-
 _MAX_PROCESSES = 128  # of candidates; threads count too
 _LIMITS = {
     resource.RLIMIT_FSIZE: 32 << 20,

@@ -160,9 +160,6 @@ def _judge(
     os.write(report, Encoder().encode((status, detail, had_a_say)))
 
 
-# Warming up
-
-
 def warm_up() -> None:
     """Plays judge and then candidate in this process, with the other side in a fork of it.
 
