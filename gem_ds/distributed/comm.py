@@ -23,16 +23,12 @@ _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 class Comm:
     """This process's place among the ranks; satisfies :class:`gem_ds.select.scores.Group`.
 
-    Attributes:
-        rank: this process, from 0.
-        world_size: the number of processes.
-        device: where tensors that cross the network must lie (NCCL wants the GPU, gloo the CPU).
+    Tensors that cross the network must lie on ``device`` (NCCL wants the GPU, gloo the CPU).
     """
 
     def __init__(self, device: torch.device) -> None:
-        initialized = dist.is_initialized()
-        self.rank = dist.get_rank() if initialized else 0
-        self.world_size = dist.get_world_size() if initialized else 1
+        self.rank = dist.get_rank() if is_joined() else 0
+        self.world_size = dist.get_world_size() if is_joined() else 1
         self.device = device
 
     @property
@@ -51,10 +47,7 @@ class Comm:
         return self.start_reduce_scatter(tensor)()
 
     def start_reduce_scatter(self, tensor: Tensor) -> Callable[[], Tensor]:
-        """Begin what :meth:`reduce_scatter` does; what it returns waits for the n entries.
-
-        Until then ``tensor`` belongs to the network.
-        """
+        """The same, begun: what it returns waits; until then ``tensor`` belongs to the network."""
         if self.world_size == 1:
             return lambda: tensor
         length, rest = divmod(tensor.numel(), self.world_size)
@@ -73,8 +66,7 @@ class Comm:
     def gather_shards(self, shard: Tensor) -> Tensor:
         """Put ranges of n entries, one on each rank, together: [world_size * n] on every rank.
 
-        What :meth:`reduce_scatter` does, undone; unlike :meth:`all_gather` it asks nobody for
-        lengths, so a GPU does not wait for it.
+        Unlike :meth:`all_gather` it asks nobody for lengths, so a GPU does not wait for it.
         """
         if self.world_size == 1:
             return shard
@@ -105,15 +97,14 @@ class Comm:
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's ``value`` (picklable), in rank order, on every rank."""
-        values: list[Any] = [value]
+        values = [value] * self.world_size
         if self.world_size > 1:
-            values = [None] * self.world_size
             dist.all_gather_object(values, value)
         return values
 
     def any(self, flag: bool) -> bool:
         """True on every rank when ``flag`` is true on at least one."""
-        return bool(self.all_reduce(torch.tensor([float(flag)], device=self.device), "max").item())
+        return bool(self.largest(flag))
 
     def largest(self, value: int) -> int:
         """The largest of the ranks' values."""

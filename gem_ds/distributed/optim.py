@@ -23,12 +23,7 @@ STATE_KEYS = ("master", "exp_avg", "exp_avg_sq")
 class SparseAdamW(torch.optim.Optimizer):
     """AdamW whose parameters are the selected entries of a model, as flat fp32 vectors.
 
-    Args:
-        params: the flat parameters.
-        lr: learning rate.
-        betas: decay of the two moments.
-        eps: added to the root of the second moment.
-        weight_decay: decoupled; it pulls the selected weights themselves towards zero.
+    ``weight_decay`` pulls the selected weights themselves towards zero.
     """
 
     def __init__(
@@ -44,11 +39,8 @@ class SparseAdamW(torch.optim.Optimizer):
 
     def reset_state(self, param: Tensor) -> dict[str, Any]:
         """Make or clear the state of ``param``: zero moments, no steps taken. Returns it."""
-        state: dict[str, Any] = {
-            "step": 0,
-            "exp_avg": torch.zeros_like(param, requires_grad=False),
-            "exp_avg_sq": torch.zeros_like(param, requires_grad=False),
-        }
+        moments = {key: torch.zeros_like(param, requires_grad=False) for key in STATE_KEYS[1:]}
+        state: dict[str, Any] = {"step": 0, **moments}
         self.state[param] = state
         return state
 

@@ -25,10 +25,10 @@ from gem_ds.distributed.weights import load_deepspeed
 #: Where launchers that set no RANK say how many processes they have started.
 _NUM_PROCESSES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 
-#: Seconds. A rank that loads the op has it for less than the one, compiling takes a minute.
+#: Seconds. A rank that loads the op holds the lock for less than the one; compiling takes a minute.
 _SHORT_LOCK, _OLD_LOCK = 5, 600
 
-#: What leaving undoes: what joining has changed in this process, which may go on.
+#: Undoes what joining has changed in this process, which may go on.
 _leaving = ExitStack()
 
 
@@ -54,7 +54,10 @@ def init_distributed() -> Comm:
     was_joined = is_joined()
     with redirect_stdout(StringIO()):  # each rank would print that it has built an op
         deepspeed.init_distributed(
-            accelerator.communication_backend_name(), verbose=False, timeout=_patience()
+            accelerator.communication_backend_name(),
+            verbose=False,
+            # How long a rank waits for another, which may be writing a large model to a slow disk.
+            timeout=timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", 120))),
         )
     if not was_joined:
         _leaving.callback(_destroy)
@@ -65,28 +68,16 @@ def init_distributed() -> Comm:
 
 
 def _unlink_buffer(comm: Comm) -> None:
-    """Take the name of DeepSpeed's shared memory on a CPU away; who has it mapped keeps it.
-
-    It is 66 MiB for each rank, and with its name it would outlive the processes.
-    """
-    comm.any(False)  # every rank has mapped those of all
+    """Take the name of DeepSpeed's shared memory away: 66 MiB a rank would outlive the process."""
+    comm.any(False)  # every rank has mapped those of all, and keeps them
     group = f"{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}"
     Path(f"/dev/shm/deepspeed_allreduce_buffer_{group}_{comm.rank}").unlink(missing_ok=True)
-
-
-def _patience() -> timedelta:
-    """How long a rank waits for another, which may be writing a large model to a slow disk.
-
-    It holds for the default group, on which all waits for files are.
-    """
-    return timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", 120)))
 
 
 def _wait_for_locks(*, is_telling: bool) -> None:
     """On a CPU torch compiles an op at the first start, behind a lock that a killed process leaves.
 
-    torch would wait for it in silence and for ever. Here it is said, and a lock that is older than
-    any compilation is deleted.
+    torch would wait for ever and say nothing. A lock older than any compilation is deleted.
     """
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
     for lock in Path(root).glob("**/deepspeed_shm_comm/lock"):
@@ -94,29 +85,21 @@ def _wait_for_locks(*, is_telling: bool) -> None:
             while (age := time.time() - lock.stat().st_mtime) < _OLD_LOCK:
                 if is_telling and age > _SHORT_LOCK:
                     is_telling = False
-                    print(
-                        f"Waiting for the process that compiles deepspeed_shm_comm; if there is "
-                        f"none, delete {lock}",
-                        file=sys.stderr,
-                        flush=True,
-                    )
+                    told = "Waiting for the process that compiles deepspeed_shm_comm; if there is"
+                    print(f"{told} none, delete {lock}", file=sys.stderr)
                 time.sleep(1)
             lock.unlink()
 
 
 def leave_distributed() -> None:
-    """Undo what joining has done; this process may join another group.
-
-    A group that was there before stays: it is the caller's.
-    """
-    _leaving.close()
+    """Undo what joining has done, so that this process may join another group."""
+    _leaving.close()  # a group that was there before is the caller's and stays
 
 
 def _destroy() -> None:
-    """Leave the group; DeepSpeed forgets it too."""
-    deepspeed = load_deepspeed()
-    if deepspeed.comm.is_initialized():
-        deepspeed.comm.destroy_process_group()
+    comm = load_deepspeed().comm  # which forgets the group too
+    if comm.is_initialized():
+        comm.destroy_process_group()
 
 
 def _unset(variables: Mapping[str, str]) -> None:

@@ -23,11 +23,7 @@ from gem_ds.distributed.zero_config import zero_stage
 
 
 def load_deepspeed() -> Any:
-    """The library, imported where it is first needed.
-
-    Raises:
-        ValueError: it is not installed.
-    """
+    """The library, imported where it is first needed."""
     try:
         import deepspeed
     except ImportError as error:
@@ -56,10 +52,9 @@ def whole_weights(model: nn.Module, names: Collection[str]) -> AbstractContextMa
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     named = [parameters[name] for name in names if name in parameters]
-    gathered: AbstractContextManager[None] = load_deepspeed().zero.GatheredParameters(
+    return load_deepspeed().zero.GatheredParameters(  # type: ignore[no-any-return]
         named, modifier_rank=0
     )
-    return gathered
 
 
 def numel(parameter: nn.Parameter) -> int:
@@ -78,13 +73,7 @@ def num_parameters(model: nn.Module) -> int:
 
 
 class Weights:
-    """A rank's view of the model's weights.
-
-    Args:
-        comm: the ranks.
-        stage: of ZeRO.
-        let_gathers_wait: called after a partition was written.
-    """
+    """A rank's view of the model's weights; calls ``let_gathers_wait`` when it has written."""
 
     def __init__(
         self, comm: Comm, stage: int = 0, let_gathers_wait: Callable[[], None] = lambda: None
@@ -102,8 +91,6 @@ class Weights:
 
     def partition_size(self, parameter: nn.Parameter) -> int:
         """Length of every rank's range of a weight, padding included."""
-        if self.stage == 3:
-            return _partition(parameter).ds_numel  # type: ignore[attr-defined, no-any-return]
         return -(-numel(parameter) // self.comm.world_size)
 
     def read_shard(self, parameter: nn.Parameter) -> Tensor:
@@ -113,7 +100,7 @@ class Weights:
         """
         start, stop = self.shard_range(parameter)
         if self.stage == 3:
-            return _partition(parameter).data.view(-1)[: stop - start]
+            return _partition(parameter).view(-1)[: stop - start]
         return parameter.data.view(-1)[start:stop]
 
     def read_whole(self, parameter: nn.Parameter) -> Tensor:
@@ -121,7 +108,7 @@ class Weights:
         if self.stage < 3:
             return parameter.data
         # Not by GatheredParameters: a forward pass may have left a gathering of it in flight.
-        shard = _partition(parameter).data.view(-1).to(self.comm.device)
+        shard = _partition(parameter).view(-1).to(self.comm.device)
         return self.comm.gather_shards(shard)[: numel(parameter)].view(shape_of(parameter))
 
     def writable_range(self, parameter: nn.Parameter) -> tuple[int, int]:
@@ -133,19 +120,16 @@ class Weights:
     ) -> None:
         """Set entries of a weight, in this rank's part and in any full copy that it keeps.
 
-        Args:
-            parameter: the weight.
-            flat_index: int [k], all selected entries of the weight.
-            values: [k], their new values.
-            own: those of the k entries that lie in :meth:`writable_range`.
+        ``flat_index`` and ``values`` are [k], of all selected entries of the weight; ``own`` are
+        those of the k that lie in :meth:`writable_range`.
         """
         if self.stage < 3:
             parameter.data.view(-1)[flat_index] = values
             return
-        shard = _partition(parameter).data
+        shard = _partition(parameter)
         shard_index = (flat_index[own] - self.shard_range(parameter)[0]).to(shard.device)
         shard.view(-1)[shard_index] = values[own].to(shard.device)
-        if is_gathered(parameter):
+        if _is_gathered(parameter):
             parameter.data.view(-1)[flat_index] = values
         self._let_gathers_wait()
 
@@ -155,16 +139,17 @@ class Weights:
             parameter.data.copy_(values)
             return
         start, stop = self.shard_range(parameter)
-        _partition(parameter).data.zero_()[: stop - start] = values[start:stop]
-        if is_gathered(parameter):
+        _partition(parameter).zero_()[: stop - start] = values[start:stop]
+        if _is_gathered(parameter):
             parameter.data.copy_(values)
         self._let_gathers_wait()
 
 
-def is_gathered(parameter: nn.Parameter) -> bool:
+def _partition(parameter: Any) -> Tensor:
+    part: Tensor = parameter.ds_tensor.data
+    return part
+
+
+def _is_gathered(parameter: Any) -> bool:
     """Whether a partitioned parameter has a full copy in ``data`` at the moment."""
-    return parameter.ds_status.name == "AVAILABLE"  # type: ignore[attr-defined, no-any-return]
-
-
-def _partition(parameter: nn.Parameter) -> Tensor:
-    return parameter.ds_tensor  # type: ignore[attr-defined, no-any-return]
+    return bool(parameter.ds_status.name == "AVAILABLE")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -48,7 +49,6 @@ _REFUSED_ZERO = {
     "zero_quantized_gradients": "the gradient of the selected entries is sent as it is",
     "zenflow": "it replaces the optimizer",
 }
-_LEAST_STAGE = {"offload_optimizer": 1, "offload_param": 3}
 _LOW_PRECISION_MASTERS = (
     "bf16_master_weights_and_grads",
     "bf16_optimizer_states",
@@ -72,11 +72,7 @@ class RunShape:
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """Read a DeepSpeed JSON.
-
-    Raises:
-        ValueError: the file is missing, not JSON, or not an object.
-    """
+    """What a DeepSpeed JSON holds; a ``ValueError`` says why there is none."""
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -88,12 +84,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return config
 
 
-def zero_stage(config: dict[str, Any]) -> int:
-    """The ZeRO stage that a DeepSpeed configuration asks for (0 where it says nothing).
-
-    Raises:
-        ValueError: it is not one of 0, 1, 2, 3.
-    """
+def zero_stage(config: Mapping[str, Any]) -> int:
+    """The ZeRO stage that a DeepSpeed configuration asks for (0 where it says nothing)."""
     stage: int = _section(config, "zero_optimization").get("stage", 0)
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
         raise ValueError(f"zero_optimization.stage must be 0, 1, 2 or 3, not {stage!r}.")
@@ -101,14 +93,7 @@ def zero_stage(config: dict[str, Any]) -> int:
 
 
 def resolve_config(config: dict[str, Any], shape: RunShape) -> dict[str, Any]:
-    """Complete a DeepSpeed configuration for the engine.
-
-    Args:
-        config: as read; not modified.
-        shape: the run's own numbers, which "auto" takes and explicit values must equal.
-
-    Returns:
-        A configuration without "auto" that ``deepspeed.initialize`` accepts.
+    """A copy, completed for ``deepspeed.initialize``: "auto" is what ``shape`` says.
 
     Raises:
         ValueError: a value contradicts a flag, or asks for what the trainer cannot honour.
@@ -117,19 +102,11 @@ def resolve_config(config: dict[str, Any], shape: RunShape) -> dict[str, Any]:
     _refuse(config)
     accumulation = shape.gradient_accumulation_steps
     global_batch = shape.micro_batch_size * accumulation * shape.world_size
-    _settle(
-        config,
-        "train_micro_batch_size_per_gpu",
-        shape.micro_batch_size,
-        "--per_device_train_batch_size",
-    )
+    flag = "--per_device_train_batch_size"
+    _settle(config, "train_micro_batch_size_per_gpu", shape.micro_batch_size, flag)
     _settle(config, "gradient_accumulation_steps", accumulation, "--gradient_accumulation_steps")
-    _settle(
-        config,
-        "train_batch_size",
-        global_batch,
-        "--per_device_train_batch_size x ranks x --gradient_accumulation_steps",
-    )
+    flag = f"{flag} x ranks x --gradient_accumulation_steps"
+    _settle(config, "train_batch_size", global_batch, flag)
     _settle(config, "gradient_clipping", float(shape.max_grad_norm), "--max_grad_norm")
     for dtype in ("bf16", "fp16"):
         section = config.setdefault(dtype, {})
@@ -156,19 +133,12 @@ def resolve_config(config: dict[str, Any], shape: RunShape) -> dict[str, Any]:
     return config
 
 
-def inference_config(config: dict[str, Any], *, dtype: str, hidden_size: int) -> dict[str, Any]:
+def inference_config(config: Mapping[str, Any], *, dtype: str, hidden_size: int) -> dict[str, Any]:
     """The part of a DeepSpeed configuration that a forward pass over ZeRO-3 partitions needs.
 
     Stage, parameter offload and the sizes of stage 3 are taken; the rest speaks of training and is
-    left out, so that the file of a training run serves for evaluation too.
-
-    Args:
-        config: as read; not modified.
-        dtype: of the weights, by its torch name.
-        hidden_size: of the model, from which the sizes follow that are "auto".
-
-    Raises:
-        ValueError: the file is not of stage 3.
+    left out, so that the file of a training run serves for evaluation too. ``dtype`` is that of the
+    weights, by its torch name.
     """
     if zero_stage(config) < 3:
         raise ValueError(
@@ -193,7 +163,7 @@ def inference_config(config: dict[str, Any], *, dtype: str, hidden_size: int) ->
     return inference
 
 
-def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
+def _section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     section = config.get(name, {})
     if not isinstance(section, dict):
         raise ValueError(f"{name} in the DeepSpeed JSON must be an object.")
@@ -209,7 +179,7 @@ def _refuse(config: dict[str, Any]) -> None:
         value = zero.get(key)
         if value and not (key == "zero_hpz_partition_size" and value == 1) and value != -1:
             raise ValueError(f"Remove zero_optimization.{key} from the DeepSpeed JSON: {reason}.")
-    for key, least_stage in _LEAST_STAGE.items():
+    for key, least_stage in (("offload_optimizer", 1), ("offload_param", 3)):
         offload = _section(zero, key)
         if offload.get("device", "none") != "none" and zero_stage(config) < least_stage:
             raise ValueError(

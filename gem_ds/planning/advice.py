@@ -55,7 +55,7 @@ def changes(setting: Setting) -> Iterator[tuple[list[str], Setting]]:
         batch["gradient_accumulation_steps"] = f"{train.gradient_accumulation_steps * size}"
     if train.per_device_eval_batch_size > 1:
         batch["per_device_eval_batch_size"] = "1"
-    partitions = zero_stage(dict(deepspeed)) == 3
+    partitions = zero_stage(deepspeed) == 3
     offloads = partitions and is_offloaded(deepspeed["zero_optimization"], "offload_param")
     kept = {key: value for key, value in deepspeed.items() if key not in _BATCH_SIZES}
     setting = replace(setting, deepspeed=kept)

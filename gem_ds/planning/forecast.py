@@ -128,7 +128,7 @@ class _Rank:
         self.setting, self.subject = setting, subject
         self.world_size, self.on_cpu = setting.world_size, setting.on_cpu
         self.zero = deepspeed["zero_optimization"]
-        self.stage = zero_stage(dict(deepspeed))
+        self.stage = zero_stage(deepspeed)
         self.itemsize: int = subject.weights[0].element_size()
         self.offloads_weights = is_offloaded(self.zero, "offload_param")
         #: entries of the largest weight that ZeRO-3 keeps whole

@@ -60,7 +60,7 @@ def read_setting(args: Arguments, world_size: int, *, on_cpu: bool = False) -> S
 def describe(setting: Setting, found: Forecast) -> str:
     """What is planned, and what a rank and the network will bear."""
     train, method = setting.args.train, setting.args.method.method
-    stage = zero_stage(dict(setting.deepspeed))
+    stage = zero_stage(setting.deepspeed)
     lines = [
         f"{method} on {setting.args.model.model_name_or_path}: {found.num_trained:,} of "
         f"{found.num_parameters:,} parameters",
