@@ -173,8 +173,8 @@ class Setting:
     Attributes:
         stage: of ZeRO.
         dtype: fp32 or bf16.
-        variant: "plain"; "offload" (optimizer and parameters on the CPU), "gathered" (no weight is
-            persistent) or "persistent" (all are), which are of stage 3.
+        variant: "plain"; "offload" (optimizer and, of stage 3, parameters on the CPU), "gathered"
+            (no weight is persistent) or "persistent" (all are), which are of stage 3.
     """
 
     stage: int
@@ -191,8 +191,11 @@ class Setting:
 
     def config(self, world_size: int, max_grad_norm: float, num_selected: int) -> dict[str, Any]:
         """The resolved DeepSpeed configuration."""
-        suffix = "_offload" if self.variant == "offload" else ""
+        offloads = self.variant == "offload"
+        suffix = "_offload" if offloads and self.stage == 3 else ""
         config = read_config(DS_CONFIGS / f"zero{self.stage}{suffix}.json")
+        if offloads and self.stage < 3:
+            config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
         thresholds = {"gathered": 0, "persistent": 10**9}
         if self.variant in thresholds:
             threshold = thresholds[self.variant]

@@ -13,14 +13,11 @@ import torch
 from torch import Tensor
 
 from gem_ds.distributed.comm import Comm, free_port
+from gem_ds.distributed.process_group import init_distributed
 from gem_ds.errors import PeerError
-from tests.ranks import Cases, Outcomes, RankError, run_cases, run_ranks
+from tests.ranks import RankError, run_ranks
 
-WORLD_SIZE = 3
-CPU = torch.device("cpu")
-REDUCED_DTYPES = (torch.int64, torch.float32)
-GATHERED_DTYPES = (torch.int64, torch.float32, torch.bfloat16)
-LENGTHS = ([4, 0, 1], [0, 0, 5], [0, 0, 0], [2, 2, 2])  # of the ranks' tensors
+RANKS = range(3)
 
 
 def _of_rank(rank: int, dtype: torch.dtype) -> Tensor:
@@ -28,6 +25,45 @@ def _of_rank(rank: int, dtype: torch.dtype) -> Tensor:
     if dtype == torch.int64:
         return torch.tensor([2**60, -(2**60), 0, 1, -1, 7]) * (rank + 1) + rank
     return torch.tensor([0.5, -0.25, 0.0, 3.0, -1e6, 2.0**100]) * (rank + 1)
+
+
+def _reductions(comm: Comm) -> None:
+    own = slice(2 * comm.rank, 2 * comm.rank + 2)
+    for dtype in (torch.int64, torch.float32):
+        parts = [_of_rank(rank, dtype) for rank in RANKS]
+        mine = parts[comm.rank].clone()
+        assert torch.equal(comm.all_reduce(mine, "sum"), sum(parts))
+        assert torch.equal(mine, sum(parts)), "in place"
+        largest = comm.all_reduce(parts[comm.rank].clone(), "max")
+        assert torch.equal(largest, torch.stack(parts).amax(0))
+        assert torch.equal(comm.reduce_scatter(parts[comm.rank].clone()), sum(parts)[own])
+        waits = [comm.start_reduce_scatter(parts[comm.rank] * 2**i) for i in range(3)]
+        assert comm.largest(comm.rank) == 2, "others may speak meanwhile"
+        for i, wait in enumerate(waits):
+            assert torch.equal(wait(), (sum(parts) * 2**i)[own])
+    with pytest.raises(AssertionError, match=r"7 entries.*3 ranks"):
+        comm.reduce_scatter(torch.zeros(7))
+
+
+def _gathers(comm: Comm) -> None:
+    for dtype in (torch.int64, torch.float32, torch.bfloat16):
+        for lengths in ([4, 0, 1], [0, 0, 5], [0, 0, 0], [2, 2, 2]):
+            parts = [(torch.arange(n) + 10 * rank).to(dtype) for rank, n in enumerate(lengths)]
+            gathered = comm.all_gather(parts[comm.rank])
+            assert [part.tolist() for part in gathered] == [part.tolist() for part in parts]
+            assert {part.dtype for part in gathered} == {dtype}
+        shards = [(torch.arange(3) + 10 * rank).to(dtype) for rank in RANKS]
+        assert torch.equal(comm.gather_shards(shards[comm.rank]), torch.cat(shards))
+
+
+def _objects(comm: Comm) -> None:
+    value = {"rank": comm.rank, "budget": [2**70, comm.rank]}
+    assert comm.broadcast_object(value) == {"rank": 0, "budget": [2**70, 0]}
+    assert comm.gather_objects([comm.rank] * comm.rank) == [[], [1], [2, 2]]
+    assert all(comm.any(comm.rank == rank) for rank in RANKS)
+    assert not comm.any(False)
+    assert comm.largest(2**60 + comm.rank) == 2**60 + 2
+    assert comm.largest(-5 - comm.rank) == -5
 
 
 def _raises(comm: Comm, error: Exception | None) -> Exception | None:
@@ -41,117 +77,36 @@ def _raises(comm: Comm, error: Exception | None) -> Exception | None:
     return None
 
 
-def _all_cases(cases: Cases) -> None:
-    from gem_ds.distributed.process_group import init_distributed
+def _agreements(comm: Comm) -> None:
+    assert _raises(comm, None) is None
+    for culprit in RANKS:
+        error = _raises(comm, ValueError("Lower the density.") if comm.rank == culprit else None)
+        if comm.rank == 0:  # tells the user, whosever error it is
+            assert type(error) is ValueError
+            assert "Lower the density." in str(error)
+        else:
+            assert type(error) is PeerError
+            assert f"Rank {culprit}" in str(error)
+    defect = KeyError("no such layer") if comm.rank == 1 else None
+    error = _raises(comm, defect)
+    assert (error is defect) if comm.rank == 1 else (error is not None)
+    error = _raises(comm, OSError(f"disk {comm.rank} is full"))
+    assert type(error) is (OSError if comm.rank == 0 else PeerError)
+    assert comm.largest(comm.rank) == 2, "the ranks go on together"
 
+
+def _speak() -> None:
     comm = init_distributed()
-    ranks = range(WORLD_SIZE)
-    for dtype in REDUCED_DTYPES:
-        parts = [_of_rank(rank, dtype) for rank in ranks]
-        with cases(f"all_reduce {dtype}"):
-            mine = parts[comm.rank].clone()
-            assert torch.equal(comm.all_reduce(mine, "sum"), sum(parts))
-            assert torch.equal(mine, sum(parts)), "in place"
-            largest = comm.all_reduce(parts[comm.rank].clone(), "max")
-            assert torch.equal(largest, torch.stack(parts).amax(0))
-        with cases(f"reduce_scatter {dtype}"):
-            shard = comm.reduce_scatter(parts[comm.rank].clone())
-            assert torch.equal(shard, sum(parts)[2 * comm.rank : 2 * comm.rank + 2])
-    with cases("start_reduce_scatter"):
-        parts = [_of_rank(rank, torch.float32) for rank in ranks]
-        waits = [comm.start_reduce_scatter(parts[comm.rank] * 2**i) for i in range(3)]
-        assert comm.largest(comm.rank) == 2, "others may speak meanwhile"
-        for i, wait in enumerate(waits):
-            assert torch.equal(wait(), (sum(parts) * 2**i)[2 * comm.rank : 2 * comm.rank + 2])
-    with (
-        cases("reduce_scatter that does not divide"),
-        pytest.raises(AssertionError, match=r"7 entries.*3 ranks"),
-    ):
-        comm.reduce_scatter(torch.zeros(7))
-    for lengths in LENGTHS:
-        for dtype in GATHERED_DTYPES:
-            with cases(f"all_gather {lengths} {dtype}"):
-                parts = [(torch.arange(n) + 10 * rank).to(dtype) for rank, n in enumerate(lengths)]
-                gathered = comm.all_gather(parts[comm.rank])
-                assert [part.tolist() for part in gathered] == [part.tolist() for part in parts]
-                assert {part.dtype for part in gathered} == {dtype}
-    for dtype in GATHERED_DTYPES:
-        with cases(f"gather_shards {dtype}"):
-            shards = [(torch.arange(3) + 10 * rank).to(dtype) for rank in ranks]
-            assert torch.equal(comm.gather_shards(shards[comm.rank]), torch.cat(shards))
-    with cases("broadcast_object"):
-        value = {"rank": comm.rank, "budget": [2**70, comm.rank]}
-        assert comm.broadcast_object(value) == {"rank": 0, "budget": [2**70, 0]}
-    with cases("gather_objects"):
-        assert comm.gather_objects([comm.rank] * comm.rank) == [[], [1], [2, 2]]
-    with cases("any"):
-        assert all(comm.any(comm.rank == rank) for rank in ranks)
-        assert not comm.any(False)
-    with cases("largest"):
-        assert comm.largest(2**60 + comm.rank) == 2**60 + 2
-        assert comm.largest(-5 - comm.rank) == -5
-    _agreement_cases(cases, comm)
+    for check in (_reductions, _gathers, _objects, _agreements):
+        check(comm)
 
 
-def _agreement_cases(cases: Cases, comm: Comm) -> None:
-    with cases("agreement, nobody fails"):
-        assert _raises(comm, None) is None
-    for culprit in range(WORLD_SIZE):
-        with cases(f"agreement, rank {culprit} fails"):
-            own = ValueError("Lower the density.") if comm.rank == culprit else None
-            error = _raises(comm, own)
-            if comm.rank == 0:  # tells the user, whosever error it is
-                assert type(error) is ValueError
-                assert "Lower the density." in str(error)
-            else:
-                assert type(error) is PeerError
-                assert f"Rank {culprit}" in str(error)
-    with cases("agreement, a defect keeps its own error"):
-        defect = KeyError("no such layer") if comm.rank == 1 else None
-        error = _raises(comm, defect)
-        assert (error is defect) if comm.rank == 1 else (error is not None)
-    with cases("agreement, all fail"):
-        error = _raises(comm, OSError(f"disk {comm.rank} is full"))
-        assert type(error) is (OSError if comm.rank == 0 else PeerError)
-    with cases("agreement, the ranks go on together"):
-        assert comm.largest(comm.rank) == 2
-
-
-NAMES = [
-    *(f"all_reduce {dtype}" for dtype in REDUCED_DTYPES),
-    *(f"reduce_scatter {dtype}" for dtype in REDUCED_DTYPES),
-    "start_reduce_scatter",
-    "reduce_scatter that does not divide",
-    *(f"all_gather {lengths} {dtype}" for lengths in LENGTHS for dtype in GATHERED_DTYPES),
-    *(f"gather_shards {dtype}" for dtype in GATHERED_DTYPES),
-    "broadcast_object",
-    "gather_objects",
-    "any",
-    "largest",
-    "agreement, nobody fails",
-    *(f"agreement, rank {culprit} fails" for culprit in range(WORLD_SIZE)),
-    "agreement, a defect keeps its own error",
-    "agreement, all fail",
-    "agreement, the ranks go on together",
-]
-
-
-@pytest.fixture(scope="module")
-def outcomes() -> Outcomes:
-    return run_cases(WORLD_SIZE, _all_cases)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_three_ranks(outcomes: Outcomes, name: str) -> None:
-    outcomes.check(name)
-
-
-def test_every_case_of_the_ranks_is_reported(outcomes: Outcomes) -> None:
-    assert outcomes.names == set(NAMES)
+def test_three_ranks() -> None:
+    run_ranks(len(RANKS), _speak)
 
 
 def test_one_rank_talks_to_nobody() -> None:
-    comm = Comm(CPU)
+    comm = Comm(torch.device("cpu"))
     assert (comm.rank, comm.world_size, comm.is_main) == (0, 1, True)
     tensor = torch.tensor([1, 2, 3])
     assert torch.equal(comm.all_reduce(tensor.clone(), "sum"), tensor)
@@ -164,13 +119,8 @@ def test_one_rank_talks_to_nobody() -> None:
     assert comm.any(True)
     assert not comm.any(False)
     assert comm.largest(-3) == -3
-
-
-@pytest.mark.parametrize(
-    "error", [None, ValueError("too small"), KeyError("layer"), OSError("full")]
-)
-def test_agreement_with_oneself(error: Exception | None) -> None:
-    assert _raises(Comm(CPU), error) is error
+    for error in (None, ValueError("too small"), KeyError("layer"), OSError("full")):
+        assert _raises(comm, error) is error
 
 
 def test_a_free_port_can_be_listened_on() -> None:
@@ -184,8 +134,6 @@ def test_a_free_port_can_be_listened_on() -> None:
 
 
 def _fails_before_a_collective() -> None:
-    from gem_ds.distributed.process_group import init_distributed
-
     comm = init_distributed()
     if comm.rank == 1:
         raise ValueError("only I am wrong")
@@ -213,21 +161,3 @@ def test_ranks_that_fail_are_reported_and_ended(function: Callable[[], Any], mes
     with pytest.raises(RankError, match=f"(?s){message}"):
         run_ranks(2, function, timeout=20 if function is not _sleeps else 1)
     assert time.monotonic() - start < 15
-
-
-def _second_case_fails(cases: Cases) -> None:
-    with cases("first"):
-        pass
-    with cases("second"):
-        raise ValueError("this one")
-    with cases("third"):
-        pass
-
-
-def test_a_failing_case_is_told_from_those_that_did_not_run() -> None:
-    outcomes = run_cases(2, _second_case_fails)
-    outcomes.check("first")
-    with pytest.raises(pytest.fail.Exception, match="ValueError: this one"):
-        outcomes.check("second")
-    with pytest.raises(pytest.fail.Exception, match="did not run to its end"):
-        outcomes.check("third")

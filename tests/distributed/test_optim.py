@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -41,41 +40,24 @@ def test_twenty_steps_are_those_of_torch(hyper: dict, size: int, seed: int) -> N
         assert ((state[key] - expected[key]).abs() <= 2e-6 * expected[key].abs().max()).all()
 
 
-def test_one_step_by_hand() -> None:
-    """With m = 0.1 g, v = 0.01 g^2, both unbiased to g and g^2: a step of lr g / (|g| + eps)."""
-    weight = torch.tensor([2.0, -1.0, 5.0], requires_grad=True)
-    weight.grad = torch.tensor([4.0, -3.0, 0.0])
-    hyper = {"lr": 0.5, "betas": (0.9, 0.99), "eps": 1.0, "weight_decay": 0.1}
-    SparseAdamW([weight], **hyper).step()
-    expected = [2 * 0.95 - 0.5 * 4 / 5, -0.95 + 0.5 * 3 / 4, 5 * 0.95]
-    assert weight.tolist() == pytest.approx(expected, rel=1e-6)
-
-
-def test_a_parameter_without_a_gradient_stays() -> None:
-    still, moving = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
-    optimizer = SparseAdamW([still, moving], lr=0.1, weight_decay=0.5)
-    moving.grad = torch.ones(2)
-    optimizer.step()
-    assert still.tolist() == [1.0, 1.0]
-    assert still not in optimizer.state
-    assert (moving < 1.0).all()
-
-
 def test_state_is_two_fp32_numbers_for_each_entry_and_a_count() -> None:
-    weight = torch.ones(1001, requires_grad=True)
-    optimizer = SparseAdamW([weight], lr=0.1)
+    """Of parameters that have a gradient; the others stay as they are, without a state."""
+    still, weight = torch.ones(2, requires_grad=True), torch.ones(1001, requires_grad=True)
+    optimizer = SparseAdamW([still, weight], lr=0.1, weight_decay=0.5)
     assert not optimizer.state, "nothing is allocated before the first step"
     weight.grad = torch.ones(1001)
     optimizer.step()
+    assert still.tolist() == [1.0, 1.0]
+    assert still not in optimizer.state
     tensors = [value for value in optimizer.state[weight].values() if torch.is_tensor(value)]
-    assert sum(tensor.numel() * tensor.element_size() for tensor in tensors) == 8 * 1001
+    assert sum(tensor.nbytes for tensor in tensors) == 8 * 1001
     assert not any(tensor.requires_grad for tensor in tensors)
     assert set(optimizer.state[weight]) == {"step", "exp_avg", "exp_avg_sq"}
     assert set(vars(optimizer)) == set(vars(torch.optim.SGD([weight]))), "none hangs on the object"
 
 
 def test_reset_forgets_everything() -> None:
-    weight = torch.ones(3, requires_grad=True)
+    weight = torch.zeros(3, requires_grad=True)
     optimizer = SparseAdamW([weight], lr=0.1)
     for _ in range(3):
         weight.grad = torch.full((3,), 7.0)
@@ -84,7 +66,3 @@ def test_reset_forgets_everything() -> None:
     assert state is optimizer.state[weight]
     assert state["step"] == 0
     assert state["exp_avg"].tolist() == state["exp_avg_sq"].tolist() == [0.0] * 3
-    before = weight.detach().clone()
-    weight.grad = torch.full((3,), 1e-3)
-    optimizer.step()  # a first step again: of the size of the learning rate, whatever the gradient
-    assert (before - weight).tolist() == pytest.approx([0.1] * 3, rel=1e-4)

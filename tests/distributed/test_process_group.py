@@ -71,35 +71,20 @@ def test_no_shared_memory_outlives_the_ranks() -> None:
     assert run_ranks(2, _named_buffers) == [set(), set()]
 
 
-@pytest.fixture
-def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A lock where torch keeps its ops."""
+@pytest.mark.parametrize("age", [0, 60, 3600])
+def test_a_lock_is_waited_for_until_it_is_too_old_to_be_held(
+    age: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In silence where the other process is only loading what has been compiled."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     lock = tmp_path / "py3_cpu" / "deepspeed_shm_comm" / "lock"
     lock.parent.mkdir(parents=True)
     lock.touch()
-    return lock
-
-
-def _set_age(lock: Path, seconds: float) -> None:
-    then = time.time() - seconds
-    os.utime(lock, (then, then))
-
-
-def test_a_lock_that_a_killed_process_left_is_deleted(lock: Path) -> None:
-    _set_age(lock, 3600)
+    os.utime(lock, (time.time() - age,) * 2)
+    other = threading.Timer(0.5, lock.unlink)
+    if age < 600:
+        other.start()
     process_group._wait_for_locks(is_telling=True)
     assert not lock.exists()
-
-
-@pytest.mark.parametrize("age", [0, 60])
-def test_the_lock_of_another_process_is_waited_for(
-    lock: Path, age: int, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """In silence where it is only loading what has been compiled."""
-    _set_age(lock, age)
-    other = threading.Timer(0.5, lock.unlink)
-    other.start()
-    process_group._wait_for_locks(is_telling=True)
     assert not other.is_alive()
     assert (str(lock) in capsys.readouterr().err) == (age == 60)

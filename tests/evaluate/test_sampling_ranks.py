@@ -18,7 +18,7 @@ from gem_ds.evaluate.generation import GenerationSettings
 from gem_ds.evaluate.sampling import sample_all
 from gem_ds.files.delta import Delta
 from gem_ds.files.mask import Mask, WeightInfo, checksum
-from tests.ranks import Cases, run_cases
+from tests.ranks import run_ranks, told_as
 from tests.tiny import DS_CONFIGS
 from tests.tiny_model import make_tiny, one_rank
 
@@ -39,19 +39,16 @@ DRAWN = GenerationSettings(
 GREEDY = replace(DRAWN, temperature=0.0)
 ZERO3 = str(DS_CONFIGS / "zero3.json")
 OFFLOAD = str(DS_CONFIGS / "zero3_offload.json")
-CASES = (
-    "whole models",
-    "whole models, a delta",
-    "an interruption",
-    "partitions",
-    "partitions, greedy",
-    "partitions, a delta",
-    "partitions, offloaded",
-    "partitions, bfloat16",
-    "a refusal",
-    "a refusal by the delta",
-    "an error on one rank",
-)
+#: By what differs: what one process has written, and the settings and flags of the ranks.
+RUNS = {
+    "whole models": ("drawn", DRAWN, {}),
+    "whole models, a delta": ("delta", DRAWN, {"delta": "delta.safetensors"}),
+    "partitions": ("drawn", DRAWN, {"deepspeed": ZERO3}),
+    "partitions, greedy": ("greedy", GREEDY, {"deepspeed": ZERO3}),
+    "partitions, a delta": ("delta", DRAWN, {"deepspeed": ZERO3, "delta": "delta.safetensors"}),
+    "partitions, offloaded": ("drawn", DRAWN, {"deepspeed": OFFLOAD}),
+    "partitions, bfloat16": ("half", DRAWN, {"deepspeed": ZERO3, "dtype": "bfloat16"}),
+}
 
 
 def arguments(folder: Path, output: str, /, **changes) -> SamplingArguments:
@@ -102,38 +99,20 @@ def save_delta(path: Path, model: Path, other_base: bool = False) -> None:
     Delta(mask=mask, values=values).save(path)
 
 
-def checks(cases: Cases, folder: Path) -> None:
-    delta = str(folder / "delta.safetensors")
+def checks(folder: Path) -> None:
+    os.chdir(folder)  # where the deltas are
     rank = int(os.environ["RANK"])
     with mock.patch.object(
         process_group, "leave_distributed"
     ):  # joining takes longer than these runs
-        with cases("whole models"):
-            assert run(folder, "whole") == expected(folder, "drawn")
-        with cases("whole models, a delta"):
-            assert run(folder, "whole-delta", delta=delta) == expected(folder, "delta")
-        with cases("an interruption"):
-            check_interruption(folder)
-        with cases("partitions"):
-            assert run(folder, "zero3", deepspeed=ZERO3) == expected(folder, "drawn")
-        with cases("partitions, greedy"):
-            assert run(folder, "z3-greedy", GREEDY, deepspeed=ZERO3) == expected(folder, "greedy")
-        with cases("partitions, a delta"):
-            assert run(folder, "z3-delta", deepspeed=ZERO3, delta=delta) == expected(
-                folder, "delta"
-            )
-        with cases("partitions, offloaded"):
-            assert run(folder, "z3-off", deepspeed=OFFLOAD) == expected(folder, "drawn")
-        with cases("partitions, bfloat16"):
-            half = run(folder, "z3-half", deepspeed=ZERO3, dtype="bfloat16")
-            assert half == expected(folder, "half")
-        with cases("a refusal"):
-            check_refusal(rank, "seed 1 and not 2", folder, "whole", replace(DRAWN, seed=2))
-        with cases("a refusal by the delta"):
-            other = str(folder / "other.safetensors")
-            check_refusal(rank, "base", folder, "other", DRAWN, deepspeed=ZERO3, delta=other)
-        with cases("an error on one rank"):
-            check_error(folder, rank)
+        for name, (alone, settings, changes) in RUNS.items():
+            with told_as(name):
+                assert run(folder, name, settings, **changes) == expected(folder, alone)
+        check_interruption(folder)
+        check_refusal(rank, "seed 1 and not 2", folder, "whole models", replace(DRAWN, seed=2))
+        other = {"deepspeed": ZERO3, "delta": "other.safetensors"}
+        check_refusal(rank, "base", folder, "other", DRAWN, **other)
+        check_error(folder, rank)
     process_group.leave_distributed()
 
 
@@ -178,9 +157,8 @@ def check_error(folder: Path, rank: int) -> None:
     assert isinstance(caught.value, ValueError if rank == 0 else PeerError)
 
 
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    folder = make_tiny(tmp_path_factory.mktemp("ranks")).folder
+def test_on_two_ranks(tmp_path):
+    folder = make_tiny(tmp_path).folder
     save_delta(folder / "delta.safetensors", folder / "model")
     save_delta(folder / "other.safetensors", folder / "model", other_base=True)
     delta = str(folder / "delta.safetensors")
@@ -189,13 +167,7 @@ def outcomes(tmp_path_factory):
         run(folder, "alone/greedy", GREEDY)
         run(folder, "alone/delta", delta=delta)
         run(folder, "alone/half", dtype="bfloat16")
-    return run_cases(2, checks, folder)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_on_two_ranks(outcomes, case):
-    outcomes.check(case)
-    assert outcomes.names == set(CASES)
+    run_ranks(2, checks, folder)
 
 
 def test_one_process_partitions_too(tmp_path):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
@@ -13,7 +11,7 @@ from torch import Tensor, nn
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.process_group import init_distributed
 from gem_ds.sparse.entries import SampledSink, SelectedEntries, gather_indices
-from tests.ranks import Cases, Outcomes, run_cases
+from tests.ranks import run_ranks, told_as
 from tests.tiny import Setting, bits, make_engine
 
 pytestmark = pytest.mark.slow  # starts engines or programs
@@ -228,33 +226,16 @@ def _gather(comm: Comm) -> None:
     assert [index.tolist() for index in nothing] == [[], []]
 
 
-def _all_cases(cases: Cases) -> None:
+def _all_checks() -> None:
     comm = init_distributed()
-    with cases("gather_indices"):
-        _gather(comm)
+    _gather(comm)
     for setting in SETTINGS[comm.world_size]:
-        bench = Bench(setting, comm)
-        for check in CHECKS:
-            with cases(f"{setting}: {check.__name__}"):
+        with told_as(setting):
+            bench = Bench(setting, comm)
+            for check in CHECKS:
                 check(bench)
 
 
-NAMES = [
-    (size, name)
-    for size, settings in SETTINGS.items()
-    for name in [
-        "gather_indices",
-        *(f"{s}: {check.__name__}" for s in settings for check in CHECKS),
-    ]
-]
-
-
-@pytest.fixture(scope="module")
-def outcomes() -> Callable[[int], Outcomes]:
-    """World size -> what its ranks found."""
-    return functools.cache(lambda size: run_cases(size, _all_cases))
-
-
-@pytest.mark.parametrize(("world_size", "name"), NAMES)
-def test_on_ranks(outcomes: Callable[[int], Outcomes], world_size: int, name: str) -> None:
-    outcomes(world_size).check(name)
+@pytest.mark.parametrize("world_size", SETTINGS)
+def test_on_ranks(world_size: int) -> None:
+    run_ranks(world_size, _all_checks)

@@ -1,15 +1,14 @@
 """What the conformance test of the engine works on: engines of every kind beside dense twins.
 
-A :class:`Setting` says how an engine is made, a :class:`Bench` is a small odd-shaped model in such
-an engine with a dense copy, and :class:`DenseAdamW` is the optimizer as one process would run it.
+A :class:`Bench` is a small odd-shaped model in an engine with a dense copy, and :class:`DenseAdamW`
+is the optimizer as one process would run it.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,13 +17,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from gem_ds.distributed.comm import Comm
+from gem_ds.distributed.engine import Engine
 from gem_ds.distributed.optim import SparseAdamW
-from gem_ds.distributed.zero_config import RunShape, read_config, resolve_config
 from gem_ds.sparse.entries import SampledSink
 from gem_ds.sparse.layers import TargetLayers
 from gem_ds.sparse.sddmm import Pattern
+from tests.tiny import Setting
 
-DS_CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"
 BATCH = 6
 FEATURES = 7
 CLIPPING = 1.0
@@ -32,57 +31,6 @@ ADAM = {"lr": 0.1, "betas": (0.8, 0.9), "eps": 0.1, "weight_decay": 0.2}
 """A large eps, so that the size of a gradient matters to the update and clipping shows."""
 
 Vectors = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A kind of engine."""
-
-    stage: int
-    dtype: str
-    variant: str
-
-    def __str__(self) -> str:
-        return f"zero{self.stage} {self.dtype} {self.variant}"
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """Of the model."""
-        return torch.bfloat16 if self.dtype == "bf16" else torch.float32
-
-    def config(self, world_size: int) -> dict[str, Any]:
-        """The bundled file of the stage, with buckets smaller than the flat parameter."""
-        offload = self.variant == "offload"
-        name = "zero3_offload" if offload and self.stage == 3 else f"zero{self.stage}"
-        config = read_config(DS_CONFIGS / f"{name}.json")
-        zero = config["zero_optimization"]
-        if offload and self.stage < 3:
-            zero["offload_optimizer"] = {"device": "cpu"}
-        if self.stage == 3:
-            persistent = self.variant == "persistent"
-            zero["stage3_param_persistence_threshold"] = 10**9 if persistent else 0
-        shape = RunShape(
-            world_size=world_size,
-            micro_batch_size=BATCH,
-            gradient_accumulation_steps=3,
-            max_grad_norm=CLIPPING,
-            dtype="bf16" if self.dtype == "bf16" else "fp32",
-            hidden_size=FEATURES,
-            num_selected=FEATURES,  # buckets smaller than the vector: it is reduced in pieces
-        )
-        return resolve_config(config, shape)
-
-
-VARIANTS = ("plain", "offload", "persistent")  # the n-th begins at ZeRO stage 0, 1, 3
-SETTINGS = [
-    Setting(stage, dtype, variant)
-    for dtype in ("fp32", "bf16")
-    for stage in range(4)
-    for variant, first_stage in zip(VARIANTS, (0, 1, 3), strict=True)
-    if stage >= first_stage
-]
-PLAIN_FP32 = [setting for setting in SETTINGS if str(setting).endswith("fp32 plain")]
-SETTINGS_BY_WORLD_SIZE = {2: SETTINGS, 1: PLAIN_FP32, 3: PLAIN_FP32}
 
 
 class OddModel(nn.Module):
@@ -136,6 +84,11 @@ def some_vectors(seed: int, total: int = K) -> Vectors:
     }
 
 
+def no_vectors() -> Vectors:
+    """Masters and moments of an engine that nothing was told."""
+    return {key: torch.zeros(K) for key in ("master", "exp_avg", "exp_avg_sq")}
+
+
 def flat_gradient(rank: int, step: int, total: int = K) -> Tensor:
     """A rank's gradient, with so few bits that no cast or mean of two ranks rounds it."""
     whole = torch.randint(-60, 61, (total,), generator=generator(rank, step, 7))
@@ -149,15 +102,33 @@ def micro_batch(rank: int, i: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return x, torch.randint(0, 4, (BATCH,), generator=random)
 
 
-def assert_close(actual: Vectors, expected: Vectors, relative: float) -> None:
+def clipped_entries(
+    dense: nn.Module, names: list[str], indices: list[Tensor]
+) -> tuple[Tensor, float]:
+    """Selected entries of a dense gradient as an engine delivers them, and their norm before."""
+    gradients = [dense.get_parameter(name).grad for name in names]
+    entries = torch.cat(
+        [g.flatten()[index.long()] for g, index in zip(gradients, indices, strict=True)]
+    )
+    norm = entries.norm()
+    return entries * (CLIPPING / (norm + 1e-6)).clamp(max=1.0), float(norm)
+
+
+def delivered(engine: Engine) -> Tensor:
+    """The gradient of an engine's only step from moments of zero."""
+    return engine.get_state()["exp_avg"] / (1 - ADAM["betas"][0])
+
+
+def assert_close(actual: Vectors, expected: Vectors, relative: float = 1e-6) -> None:
     """Every vector within ``relative`` of the largest entry of the expected one."""
     for key, value in expected.items():
         error = (actual[key] - value).abs().max() / value.abs().max().clamp(min=1e-12)
         assert error <= relative, f"{key} is off by {error:.2e}"
 
 
-def assert_equal(actual: Vectors, expected: Vectors) -> None:
-    """Every vector equal to the bit."""
+def assert_equal(actual: Vectors, expected: Mapping[str, Tensor]) -> None:
+    """Every vector equal to the bit, and no other."""
+    assert actual.keys() == expected.keys()
     for key, value in expected.items():
         assert torch.equal(actual[key], value), f"{key} differs in some bit"
 
@@ -187,12 +158,33 @@ class DenseAdamW:
         return {"master": self.master.detach().clone()} | moments
 
 
+def config_of(setting: Setting, world_size: int) -> dict[str, Any]:
+    """Buckets smaller than the flat vector; no weight is persistent, or all are."""
+    config = setting.config(world_size, CLIPPING, FEATURES)
+    if setting.stage == 3 and setting.variant != "persistent":
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    return config
+
+
+def make_engine(model: nn.Module, layers: TargetLayers, setting: Setting, comm: Comm) -> Engine:
+    """The model in an engine of the setting."""
+    config = config_of(setting, comm.world_size)
+    return Engine(model, [layers.vector], lambda params: SparseAdamW(params, **ADAM), config, comm)
+
+
+def sampled_sinks(layers: TargetLayers, indices: list[Tensor]) -> list[Any]:
+    """Sinks that collect the gradient's entries, one layer after another."""
+    starts = itertools.accumulate(map(len, indices), initial=0)
+    return [
+        SampledSink(layer, layers.vector, start, Pattern.of(index, layer.shape))
+        for start, index, layer in zip(starts, indices, layers, strict=False)
+    ]
+
+
 class Bench:
     """A model in an engine of some setting, beside a dense twin of the same weights."""
 
     def __init__(self, setting: Setting, comm: Comm, num_selected: int = K) -> None:
-        from gem_ds.distributed.engine import Engine
-
         self.setting, self.comm = setting, comm
         torch.manual_seed(0)
         model = OddModel().to(setting.torch_dtype)
@@ -204,19 +196,8 @@ class Bench:
             torch.randperm(layer.numel, generator=random)[:k].sort().values.int()
             for layer, k in zip(self.layers, NUM_SELECTED.values(), strict=True)
         ]
-        self.sizes = list(NUM_SELECTED.values())
-        starts = itertools.accumulate(self.sizes, initial=0)
-        self.sinks = [
-            SampledSink(layer, self.layers.vector, start, Pattern.of(index, layer.shape))
-            for start, index, layer in zip(starts, self.indices, self.layers, strict=False)
-        ]
-        self.engine = Engine(
-            model,
-            [self.layers.vector],
-            lambda params: SparseAdamW(params, **ADAM),
-            setting.config(comm.world_size),
-            comm,
-        )
+        self.sinks = sampled_sinks(self.layers, self.indices)
+        self.engine = make_engine(model, self.layers, setting, comm)
 
     def everyone(self, step: int, total: int = K) -> list[Tensor]:
         """The gradients of all ranks."""
@@ -245,16 +226,17 @@ class Bench:
             self.engine.backward(lambda model: model(x).sum() * 0.0, deliver=True)
         return self.engine.step()
 
+    def assert_values_are(self, master: Tensor) -> None:
+        """The trained values are the masters, rounded."""
+        values = self.engine.gather_values()
+        assert torch.equal(values, master.to(self.setting.torch_dtype))
+        assert values.dtype == self.setting.torch_dtype
+
     def write(self, values: Tensor) -> None:
         """Write ``values`` [K] into the engine's weights and into the dense twin's."""
-        values = values.to(self.setting.torch_dtype)
-        slices = values.split(self.sizes)
-        for layer, index, part in zip(self.layers, self.indices, slices, strict=True):
+        parts = values.to(self.setting.torch_dtype).split(list(NUM_SELECTED.values()))
+        for layer, index, part in zip(self.layers, self.indices, parts, strict=True):
             low, high = self.engine.weights.writable_range(layer.weight)
-            own = (index >= low) & (index < high)
-            start, count = int((index < low).sum()), int(own.sum())
-            self.engine.weights.write_entries(
-                layer.weight, index, part, slice(start, start + count)
-            )
-            dense = self.dense.get_parameter(layer.name)
-            dense.data.view(-1)[index.long()] = part
+            own = slice(*torch.searchsorted(index, torch.tensor([low, high])).tolist())
+            self.engine.weights.write_entries(layer.weight, index, part, own)
+            self.dense.get_parameter(layer.name).data.view(-1)[index.long()] = part
