@@ -22,10 +22,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 _MOST_RANKS = 4096
-_BATCH_SIZES = (
-    *("train_batch_size", "train_micro_batch_size_per_gpu"),
-    "gradient_accumulation_steps",
-)
 
 
 def fits(found: Forecast, memory_bytes: float) -> bool:
@@ -35,11 +31,8 @@ def fits(found: Forecast, memory_bytes: float) -> bool:
 
 def least_change(setting: Setting, memory_bytes: float) -> tuple[list[str], Forecast] | None:
     """The first of :func:`changes` that fits: what to change, and what is needed then."""
-    for told, changed in changes(setting):
-        found = forecast(changed)
-        if fits(found, memory_bytes):
-            return told, found
-    return None
+    needs = ((told, forecast(changed)) for told, changed in changes(setting))
+    return next(((told, found) for told, found in needs if fits(found, memory_bytes)), None)
 
 
 def changes(setting: Setting) -> Iterator[tuple[list[str], Setting]]:
@@ -49,39 +42,37 @@ def changes(setting: Setting) -> Iterator[tuple[list[str], Setting]]:
     spells out are taken to follow the flags.
     """
     train, deepspeed = setting.args.train, setting.deepspeed
-    batch = {}
+    batch: dict[str, Any] = {}
     if (size := train.per_device_train_batch_size) > 1:
-        batch["per_device_train_batch_size"] = "1"
-        batch["gradient_accumulation_steps"] = f"{train.gradient_accumulation_steps * size}"
+        batch["per_device_train_batch_size"] = 1
+        batch["gradient_accumulation_steps"] = train.gradient_accumulation_steps * size
     if train.per_device_eval_batch_size > 1:
-        batch["per_device_eval_batch_size"] = "1"
+        batch["per_device_eval_batch_size"] = 1
     partitions = zero_stage(deepspeed) == 3
     offloads = partitions and is_offloaded(deepspeed["zero_optimization"], "offload_param")
-    kept = {key: value for key, value in deepspeed.items() if key not in _BATCH_SIZES}
+    sizes = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"}
+    kept = {key: value for key, value in deepspeed.items() if key not in sizes}
     setting = replace(setting, deepspeed=kept)
-    flags: dict[str, str] = {}  # a later value takes the earlier's place
+    words: list[str] = []
+    flags: dict[str, Any] = {}  # a later value takes the earlier's place
     for added, is_set in (
-        ({"gradient_checkpointing": ""}, train.gradient_checkpointing),
+        ({"gradient_checkpointing": True}, train.gradient_checkpointing),
         (batch, not batch),
         ({"deepspeed": "ds_configs/zero3.json"}, partitions),
         ({"deepspeed": "ds_configs/zero3_offload.json"}, offloads),
     ):
         if not is_set:
             flags |= added
+            words = [f"--{flag}" if v is True else f"--{flag} {v}" for flag, v in flags.items()]
             setting = _with(setting, added)
-            yield _words(flags), setting
+            yield words, setting
     while setting.world_size < _MOST_RANKS:
         setting = replace(setting, world_size=2 * setting.world_size)
-        yield [*_words(flags), f"{setting.world_size} ranks"], setting
+        yield [*words, f"{setting.world_size} ranks"], setting
 
 
-def _words(flags: dict[str, str]) -> list[str]:
-    return [f"--{flag} {value}".strip() for flag, value in flags.items()]
-
-
-def _with(setting: Setting, flags: dict[str, str]) -> Setting:
+def _with(setting: Setting, flags: dict[str, Any]) -> Setting:
     if "deepspeed" in flags:
         return replace(setting, deepspeed=CONFIGS[flags["deepspeed"]])
-    values: dict[str, Any] = {name: int(value) if value else True for name, value in flags.items()}
-    args = setting.args
-    return replace(setting, args=replace(args, train=replace(args.train, **values)))
+    train = replace(setting.args.train, **flags)
+    return replace(setting, args=replace(setting.args, train=train))

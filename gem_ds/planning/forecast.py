@@ -22,7 +22,7 @@ from gem_ds.models.load import DTYPES
 from gem_ds.planning.gathers import Gathers
 from gem_ds.planning.live import LiveBytes
 from gem_ds.planning.subject import Subject
-from gem_ds.select.rules import CALIBRATED_METHODS, SPARSE_METHODS
+from gem_ds.select.rules import CALIBRATED_METHODS
 from gem_ds.sparse.gradients import buffered_layers
 from gem_ds.sparse.layers import TargetLayer
 from gem_ds.train.config import Arguments
@@ -30,25 +30,16 @@ from gem_ds.train.prepare import resolve_deepspeed
 from gem_ds.train.targets import settle_targets
 
 _FP32 = 4  # bytes of a number
-#: DeepSpeed's own where the JSON is silent.
-_ALLREDUCE_SIZE = 500_000_000
+_ALLREDUCE_SIZE = 500_000_000  # DeepSpeed's own
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """A training command, and the ranks that are to run it.
-
-    Attributes:
-        args: the flags.
-        config: the model's.
-        deepspeed: the DeepSpeed JSON, as read.
-        world_size: the ranks.
-        on_cpu: whether they run on CPUs.
-    """
+    """A training command, and the ranks that are to run it."""
 
     args: Arguments
     config: PretrainedConfig
-    deepspeed: Mapping[str, Any]
+    deepspeed: Mapping[str, Any]  # the JSON, as read
     world_size: int
     on_cpu: bool = False
 
@@ -57,29 +48,20 @@ class Setting:
 class Forecast:
     """What one rank needs, in bytes; of the rank that needs most.
 
-    Attributes:
-        num_parameters: N.
-        num_trained: numbers with optimizer state, over all ranks.
-        num_tokens: of a sequence.
-        training: by kind, at the moment of a step when most is held.
-        calibration: the same of calibration; empty where there is none.
-        evaluation: the same of a batch of held-out examples.
-        state: masters and moments, summed over the ranks; at stage 0 each has all.
-        weight_gathers: messages of a micro-batch that gather weights; each message once, whole.
-        step_messages: all others of a step.
-        calibration_messages: of a calibration's micro-batch, the gathers left out.
+    ``training``, ``calibration`` (empty where there is none) and ``evaluation`` tell by kind what
+    is held at the moment when most is.
     """
 
     num_parameters: int
-    num_trained: int
-    num_tokens: int
+    num_trained: int  # numbers with optimizer state, over all ranks
+    num_tokens: int  # of a sequence
     training: Mapping[str, int]
     calibration: Mapping[str, int]
     evaluation: Mapping[str, int]
-    state: int
-    weight_gathers: int
-    step_messages: int
-    calibration_messages: int
+    state: int  # masters and moments, summed over the ranks; at stage 0 each has all
+    weight_gathers: int  # messages of a micro-batch that gather weights; each once, whole
+    step_messages: int  # all others of a step
+    calibration_messages: int  # of a calibration's micro-batch, the gathers left out
 
     @property
     def peak(self) -> int:
@@ -89,11 +71,7 @@ class Forecast:
 
 
 def forecast(setting: Setting) -> Forecast:
-    """Foretell what a training will need.
-
-    Raises:
-        ValueError: the trainer would refuse the setting; in one sentence.
-    """
+    """Foretell what a training will need; a ``ValueError`` says what the trainer would refuse."""
     targets = settle_targets(setting.args, setting.config, None)
     train, written = setting.args.train, dict(setting.deepspeed)
     deepspeed = resolve_deepspeed(
@@ -101,19 +79,17 @@ def forecast(setting: Setting) -> Forecast:
     )
     subject = Subject(setting.args, setting.config, targets, on_cpu=setting.on_cpu)
     rank = _Rank(setting, deepspeed, subject)
-    training = rank.run(subject.step, rank.lasting())
-    weight_gathers = 0 if rank.gathers is None else rank.gathers.num_bytes
-    calibration: Mapping[str, int] = {}
-    calibration_messages = 0
-    if setting.args.method.method in CALIBRATED_METHODS:
-        calibration, calibration_messages = rank.calibration()
+    gathers = rank.make_gathers()
+    training = rank.run(subject.step, gathers)
+    weight_gathers = 0 if gathers is None else gathers.num_bytes
+    calibration, calibration_messages = rank.calibration(gathers)
     return Forecast(
         num_parameters=targets.num_parameters,
         num_trained=subject.num_trained,
         num_tokens=subject.num_tokens,
         training=training,
         calibration=calibration,
-        evaluation=rank.evaluation(),
+        evaluation=rank.run(subject.evaluate, rank.make_gathers(), steps=False),
         state=3 * _FP32 * subject.num_trained * (rank.world_size if rank.stage == 0 else 1),
         weight_gathers=weight_gathers,
         step_messages=rank.step_messages(),
@@ -125,47 +101,34 @@ class _Rank:
     """One rank of a setting."""
 
     def __init__(self, setting: Setting, deepspeed: Mapping[str, Any], subject: Subject) -> None:
-        self.setting, self.subject = setting, subject
+        self.method, self.subject = setting.args.method, subject
         self.world_size, self.on_cpu = setting.world_size, setting.on_cpu
         self.zero = deepspeed["zero_optimization"]
         self.stage = zero_stage(deepspeed)
         self.itemsize: int = subject.weights[0].element_size()
         self.offloads_weights = is_offloaded(self.zero, "offload_param")
-        #: entries of the largest weight that ZeRO-3 keeps whole
-        self.threshold: int = self.zero.get("stage3_param_persistence_threshold", 100_000)
-        self.is_sparse = setting.args.method.method in SPARSE_METHODS
+        self.is_sparse = subject.layers is not None
         sent_as = deepspeed.get("communication_data_type")
         self.message_itemsize: int = DTYPES[sent_as].itemsize if sent_as else self.itemsize
-        self.gathers = self.make_gathers()
 
     def part(self, num_entries: int) -> int:
         """Entries of a vector that this rank holds where the ranks share it."""
         return -(-num_entries // self.world_size)
 
-    # What lasts
-
     def lasting(self) -> Counter[str]:
-        """Bytes of what stands throughout training."""
-        return self.weights() + self.trained()
-
-    def weights(self) -> Counter[str]:
-        """The frozen and trained weights, and the copies of small ones at stage 3."""
+        """Bytes of what stands throughout: weights, and what follows the number of trained ones."""
         numels = [weight.numel() for weight in self.subject.weights]
-        if self.stage < 3:
-            return Counter({"weights": self.itemsize * sum(numels)})
-        shards = sum(map(self.part, numels))
-        copies = sum(n for n in numels if n <= self.threshold)
-        on_device = shards * (not self.offloads_weights) + copies * (self.world_size > 1)
-        return Counter({"weights": self.itemsize * on_device})
-
-    def trained(self) -> Counter[str]:
-        """Masters, moments and what else follows the number of trained values."""
         total = self.subject.num_trained
+        held = Counter(weights=self.itemsize * sum(numels))
+        if self.stage == 3:
+            threshold = self.zero["stage3_param_persistence_threshold"]
+            shards = sum(map(self.part, numels)) * (not self.offloads_weights)
+            copies = sum(n for n in numels if n <= threshold) * (self.world_size > 1)
+            held["weights"] = self.itemsize * (shards + copies)
         own = total if self.stage == 0 else self.part(total)
         words = 2 if self.stage == 0 and self.itemsize == _FP32 else 3  # masters may be the weights
-        if is_offloaded(self.zero, "offload_optimizer"):
-            words = 0
-        held = Counter({"masters and moments": _FP32 * words * own})
+        if not is_offloaded(self.zero, "offload_optimizer"):
+            held["masters and moments"] = _FP32 * words * own
         if self.is_sparse:
             held["selected values"] = self.itemsize * (total if self.stage < 3 else own)
             held["indices"] = _FP32 * total
@@ -175,25 +138,27 @@ class _Rank:
             held["gradients"] = self.itemsize * own
         return held
 
-    # What comes and goes
-
     def run(
-        self, act: Callable[[LiveBytes], None], lasting: Mapping[str, int], *, steps: bool = True
+        self,
+        act: Callable[[LiveBytes], None],
+        gathers: Gathers | None,
+        *,
+        steps: bool = True,
+        statistics: int = 0,
     ) -> Mapping[str, int]:
-        """Let the subject run a micro-batch; returns what a rank holds at the peak of it.
+        """What a rank holds at the peak of a micro-batch, which ``act`` runs.
 
-        ``act`` runs it, while the bytes of ``lasting`` are held; a step follows if ``steps``.
+        A step follows if ``steps``; bytes of ``statistics`` are held beside what always lasts.
         """
-        knows_order = self.gathers is None or self.gathers.knows_order
-        for _ in range(1 if knows_order else 2):
-            self.subject.release()
+        for _ in range(1 if gathers is None or gathers.knows_order else 2):
+            self.subject.model.zero_grad()
             live = LiveBytes()
             live.know(self.subject.model)
-            for kind, num_bytes in lasting.items():
+            for kind, num_bytes in (self.lasting() + Counter(statistics=statistics)).items():
                 live.add(kind, num_bytes)
             with ExitStack() as stack:
-                if self.gathers is not None:
-                    stack.enter_context(self.gathers.step(live))
+                if gathers is not None:
+                    stack.enter_context(gathers.step(live))
                 if steps:
                     self.reduce(live, stack)
                 act(live)
@@ -205,13 +170,8 @@ class _Rank:
         """Weights are gathered at stage 3, from several ranks or from where they are offloaded."""
         if self.stage < 3 or (self.world_size == 1 and not self.offloads_weights):
             return None
-        return Gathers(
-            self.subject.model,
-            persistence_threshold=self.threshold,
-            prefetch_size=self.zero.get("stage3_prefetch_bucket_size", 50_000_000),
-            max_live=int(self.zero.get("stage3_max_live_parameters", 1e9)),
-            copies=self.on_cpu and self.world_size > 1,
-        )
+        copies = self.on_cpu and self.world_size > 1
+        return Gathers(self.subject.model, self.zero, copies=copies)
 
     def reduce(self, live: LiveBytes, stack: ExitStack) -> None:
         """Until the stack ends, gradients of trained weights leave when they have been sent."""
@@ -235,43 +195,36 @@ class _Rank:
         if self.itemsize < _FP32:
             live.add("gradients", _FP32 * total)
 
-    def evaluation(self) -> Mapping[str, int]:
-        """What is held at the peak of a batch of held-out examples."""
-        self.gathers = self.make_gathers()  # the order is that of a forward pass alone
-        return self.run(self.subject.evaluate, self.lasting(), steps=False)
-
-    def calibration(self) -> tuple[Mapping[str, int], int]:
+    def calibration(self, gathers: Gathers | None) -> tuple[Mapping[str, int], int]:
         """What is held at the peak of a micro-batch of calibration, and what it sends."""
         layers = self.subject.layers
-        assert layers is not None
+        if self.method.method not in CALIBRATED_METHODS or layers is None:
+            return {}, 0
         parts = [self.part(layer.numel) for layer in layers]
-        buffer_gb = self.setting.args.method.calibration_buffer_gb
-        buffered = {layers[i].name for i in buffered_layers(parts, self.world_size, buffer_gb)}
-        whole = sum(layer.numel for layer in layers if layer.name in buffered)
-        shared = sum(self.part(layer.numel) for layer in layers if layer.name not in buffered)
-        lasting = self.lasting() + Counter({"statistics": _FP32 * (whole + shared)})
-        live = LiveBytes()
-        before = 0  # bytes of the product that is on its way
+        buffered = buffered_layers(parts, self.world_size, self.method.calibration_buffer_gb)
+        names = {layers[i].name for i in buffered}
+        whole = sum(layer.numel for layer in layers if layer.name in names)
+        shared = sum(self.part(layer.numel) for layer in layers if layer.name not in names)
 
-        def take(layer: TargetLayer, dy: Tensor) -> None:
-            nonlocal before
-            if layer.name in buffered:
-                adds_product = self.itemsize < _FP32 and not self.on_cpu
-                with live.held("products", _FP32 * layer.numel * adds_product):
-                    return  # gem_ds.sparse.sddmm.add_product
-            size = _FP32 * self.world_size * self.part(layer.numel)
-            live.add("products", size)
-            with live.held("messages", size * self.on_cpu):  # gloo copies what it sends
-                live.add("products", -before)
-            before = size
+        def act(live: LiveBytes) -> None:
+            before = 0  # bytes of the product that is on its way
 
-        def act(current: LiveBytes) -> None:
-            nonlocal live, before
-            live, before = current, 0
+            def take(layer: TargetLayer, dy: Tensor) -> None:
+                nonlocal before
+                if layer.name in names:
+                    adds_product = self.itemsize < _FP32 and not self.on_cpu
+                    with live.held("products", _FP32 * layer.numel * adds_product):
+                        return  # gem_ds.sparse.sddmm.add_product
+                size = _FP32 * self.world_size * self.part(layer.numel)
+                live.add("products", size)
+                with live.held("messages", size * self.on_cpu):  # gloo copies what it sends
+                    live.add("products", -before)
+                before = size
+
             self.subject.calibrate(live, take)
 
         messages = _FP32 * self.world_size * shared * (self.world_size > 1)
-        return self.run(act, lasting), messages
+        return self.run(act, gathers, statistics=_FP32 * (whole + shared)), messages
 
     def step_messages(self) -> int:
         """Gradients; and at stages 1 and 2, or of sparse values, what each rank has updated."""

@@ -15,7 +15,7 @@ the queue, and is not gathered ahead though the weight may be let go before.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,36 +27,21 @@ from gem_ds.planning.live import LiveBytes
 
 
 class Gathers:
-    """The gathered weights of a model, as its modules run.
+    """The gathered weights of a model, as its modules run under a resolved ``zero_optimization``.
 
-    Args:
-        model: whole, on the meta device.
-        persistence_threshold: entries of the largest weight that stays.
-        prefetch_size: entries that are gathered ahead when a module starts.
-        max_live: entries up to which weights are gathered ahead.
-        copies: whether a message is received into a copy, as gloo does it.
-
-    Attributes:
-        num_bytes: gathered in the last step, each weight as often as it was.
+    If it ``copies``, a message is received into a copy, as gloo does it.
     """
 
     KIND = "gathered weights"
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        persistence_threshold: int,
-        prefetch_size: int,
-        max_live: int,
-        copies: bool,
-    ) -> None:
-        self.prefetch_size, self.max_live, self.copies = prefetch_size, max_live, copies
-        self.num_bytes = 0
+    def __init__(self, model: nn.Module, zero: Mapping[str, Any], *, copies: bool) -> None:
+        self.copies = copies
+        self.num_bytes = 0  # gathered in the last step, each weight as often as it was
+        self._prefetch_size: int = zero["stage3_prefetch_bucket_size"]
+        self._max_live = int(zero.get("stage3_max_live_parameters", 1e9))
+        threshold = zero["stage3_param_persistence_threshold"]
         self._weights = {
-            module: [
-                p for p in module.parameters(recurse=False) if p.numel() > persistence_threshold
-            ]
+            module: [p for p in module.parameters(recurse=False) if p.numel() > threshold]
             for module in model.modules()
         }
         self._runs: list[nn.Module] = []  # of this step, forward and backward
@@ -64,7 +49,6 @@ class Gathers:
         self._forwards: Counter[Tensor] = Counter()  # passes to come that will use a weight
         self._backwards: Counter[Tensor] = Counter()
         self._held: set[Tensor] = set()
-        self._live = LiveBytes()
 
     @property
     def knows_order(self) -> bool:
@@ -74,8 +58,7 @@ class Gathers:
     @contextmanager
     def step(self, live: LiveBytes) -> Iterator[None]:
         """Within the block, one forward and backward pass, whose gathers ``live`` counts."""
-        uses = ((i, weight) for i, run in enumerate(self._runs) for weight in self._weights[run])
-        self._queue = deque(uses)
+        self._queue = deque((i, w) for i, run in enumerate(self._runs) for w in self._weights[run])
         self._live, self._runs, self.num_bytes = live, [], 0
         handles = []
         for module, weights in self._weights.items():
@@ -85,24 +68,24 @@ class Gathers:
         yield
         for handle in handles:
             handle.remove()
-        self._release(list(self._held))
+        self._release(self._held)
         self._forwards.clear()
         self._backwards.clear()
 
     def _after_forward(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
         """Let the weights go, and be there again when the gradient of the output arrives."""
         weights = self._weights[module]
-        if torch._C._current_graph_task_id() != -1:  # recomputed, within a backward pass
-            self._end(self._forwards, weights, stays=[w for w in weights if w.requires_grad])
+        is_recomputed = torch._C._current_graph_task_id() != -1  # within a backward pass
+        self._end(self._forwards, weights, stays=is_recomputed)
+        if is_recomputed:
             return  # gradients pass through what the first forward made
-        self._end(self._forwards, weights)
         output, read = _first_with_gradient(outputs), _first_with_gradient(inputs)
         if output is not None and output.grad_fn is not None:
             self._backwards.update(weights)
             # A node's hook runs after those of the tensor, so the module above has ended.
             output.grad_fn.register_prehook(lambda _: self._start(module))
         if read is not None:
-            read.register_hook(lambda _: self._end(self._backwards, weights))
+            read.register_hook(lambda _: self._end(self._backwards, weights, stays=False))
 
     def _start(self, module: nn.Module) -> None:
         number = len(self._runs)
@@ -111,7 +94,7 @@ class Gathers:
             self._gather(own)
         while self._queue and self._queue[0][0] <= number:
             self._queue.popleft()
-        left = min(self.prefetch_size, self.max_live - sum(w.numel() for w in self._held))
+        left = min(self._prefetch_size, self._max_live - sum(w.numel() for w in self._held))
         while self._queue and left > 0:
             _, weight = self._queue.popleft()
             if weight not in self._held:
@@ -126,22 +109,17 @@ class Gathers:
             with self._live.held("messages", weight.nbytes * self.copies):
                 pass
 
-    def _end(
-        self, to_come: Counter[Tensor], weights: list[nn.Parameter], stays: Iterable[Tensor] = ()
-    ) -> None:
-        """A pass of a module has ended; of the same direction others may be to come."""
+    def _end(self, to_come: Counter[Tensor], weights: list[nn.Parameter], *, stays: bool) -> None:
+        """A pass of a module has ended; others of the same direction may be to come."""
         to_come.subtract(weights)
-        kept = {*stays, *(weight for weight in weights if to_come[weight] > 0)}
-        self._release(weight for weight in weights if weight not in kept)
+        self._release(w for w in weights if to_come[w] <= 0 and not (stays and w.requires_grad))
 
     def _release(self, weights: Iterable[Tensor]) -> None:
-        for weight in weights:
-            if weight in self._held:
-                self._held.remove(weight)
-                self._live.add(self.KIND, -weight.nbytes)
+        for weight in self._held.intersection(weights):
+            self._held.remove(weight)
+            self._live.add(self.KIND, -weight.nbytes)
 
 
 def _first_with_gradient(values: Any) -> Tensor | None:
     """The first tensor, of arguments or results, that a gradient will arrive at."""
-    tensors = (value for value in tree_leaves(values) if isinstance(value, Tensor))
-    return next((tensor for tensor in tensors if tensor.requires_grad), None)
+    return next((v for v in tree_leaves(values) if isinstance(v, Tensor) and v.requires_grad), None)

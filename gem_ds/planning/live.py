@@ -19,18 +19,14 @@ class LiveBytes(TorchDispatchMode):
 
     What stood before is not counted: tell of it with :meth:`know`. What is no tensor of the program
     (a gathered weight, a message) is told by :meth:`add`.
-
-    Attributes:
-        now: bytes by kind; those of the program's own tensors are activations and gradients.
-        at_peak: the same at the moment when the sum was largest.
     """
 
-    OWN = "activations, gradients"
+    OWN = "activations, gradients"  # the kind of the program's own tensors
 
     def __init__(self) -> None:
         super().__init__()
-        self.now: Counter[str] = Counter()
-        self.at_peak: Mapping[str, int] = {}
+        self.now: Counter[str] = Counter()  # bytes by kind
+        self.at_peak: Mapping[str, int] = {}  # the same when their sum was largest
         self.peak = 0
         self._known: set[int] = set()
 
@@ -50,10 +46,8 @@ class LiveBytes(TorchDispatchMode):
     def held(self, kind: str, num_bytes: int) -> Iterator[None]:
         """Count bytes for the length of the block."""
         self.add(kind, num_bytes)
-        try:
-            yield
-        finally:
-            self.add(kind, -num_bytes)
+        yield
+        self.add(kind, -num_bytes)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

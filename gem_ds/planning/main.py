@@ -28,11 +28,7 @@ GB = 1e9
 
 
 def read_setting(args: Arguments, world_size: int, *, on_cpu: bool = False) -> Setting:
-    """The setting that the flags describe.
-
-    Raises:
-        ValueError: in one sentence, what cannot be planned.
-    """
+    """The setting that the flags describe; a ``ValueError`` says what cannot be planned."""
     if args.method.mask:
         raise ValueError("A plan needs no mask: leave --mask out and pass its --density.")
     for flag, value, given in (
@@ -43,15 +39,15 @@ def read_setting(args: Arguments, world_size: int, *, on_cpu: bool = False) -> S
     ):
         if value == given:
             raise ValueError(f"--{flag} {value} cannot be planned: leave it out.")
-    stage_0 = {"zero_optimization": {"stage": 0}}
+    model, path = args.model, args.train.deepspeed
     return Setting(
         args=args,
         config=trainable_config(
-            str(args.model.model_name_or_path),
-            args.model.revision,
-            trust_remote_code=args.model.trust_remote_code,
+            str(model.model_name_or_path),
+            model.revision,
+            trust_remote_code=model.trust_remote_code,
         ),
-        deepspeed=read_config(args.train.deepspeed) if args.train.deepspeed else stage_0,
+        deepspeed=read_config(path) if path else {"zero_optimization": {"stage": 0}},
         world_size=world_size,
         on_cpu=on_cpu,
     )
@@ -60,36 +56,35 @@ def read_setting(args: Arguments, world_size: int, *, on_cpu: bool = False) -> S
 def describe(setting: Setting, found: Forecast) -> str:
     """What is planned, and what a rank and the network will bear."""
     train, method = setting.args.train, setting.args.method.method
-    stage = zero_stage(setting.deepspeed)
+    ranks = "1 rank" if setting.world_size == 1 else f"{setting.world_size} ranks"
     lines = [
         f"{method} on {setting.args.model.model_name_or_path}: {found.num_trained:,} of "
         f"{found.num_parameters:,} parameters",
-        f"{setting.world_size} ranks, ZeRO stage {stage}, {train.dtype}; each rank runs "
+        f"{ranks}, ZeRO stage {zero_stage(setting.deepspeed)}, {train.dtype}; each rank runs "
         f"{train.per_device_train_batch_size} x {found.num_tokens:,} tokens at once"
         + (", activations recomputed" if train.gradient_checkpointing else ""),
         "",
         *_memory_lines(found),
         "",
         "Messages of all ranks, each counted once     GB",
-        f"  weights gathered in a micro-batch   {found.weight_gathers / GB:>10.3f}",
-        f"  all else of a step                  {found.step_messages / GB:>10.3f}",
     ]
+    messages = {
+        "weights gathered in a micro-batch": found.weight_gathers,
+        "all else of a step": found.step_messages,
+    }
     if found.calibration:
-        told = found.calibration_messages / GB
-        lines.append(f"  statistics, in a micro-batch        {told:>10.3f}")
-    lines.append(f"Masters and moments of all ranks      {found.state / GB:>10.3f} GB")
-    return "\n".join(lines)
+        messages["statistics, in a micro-batch"] = found.calibration_messages
+    lines += [f"  {what:<36}{num_bytes / GB:>10.3f}" for what, num_bytes in messages.items()]
+    return "\n".join(
+        [*lines, f"Masters and moments of all ranks      {found.state / GB:>10.3f} GB"]
+    )
 
 
 def _memory_lines(found: Forecast) -> list[str]:
     """A table of what one rank holds; columns for the phases that there are."""
-    phases = {
-        "training": found.training,
-        "calibration": found.calibration,
-        "evaluation": found.evaluation,
-    }
-    phases = {phase: held for phase, held in phases.items() if held}
-    kinds = list(dict.fromkeys(kind for held in phases.values() for kind in held))
+    names = ("training", "calibration", "evaluation")
+    phases = {phase: held for phase in names if (held := getattr(found, phase))}
+    kinds = dict.fromkeys(kind for held in phases.values() for kind in held)
     rows = {kind: [held.get(kind, 0) for held in phases.values()] for kind in kinds}
     rows = {kind: sizes for kind, sizes in rows.items() if any(sizes)}
     rows["in all"] = [sum(held.values()) for held in phases.values()]
@@ -114,11 +109,7 @@ def advise(setting: Setting, found: Forecast, memory_gb: float) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the plan.
-
-    Raises:
-        ValueError: bad input, in one sentence.
-    """
+    """Print the plan; a ``ValueError`` says what is wrong with the flags."""
     parser = argparse.ArgumentParser(
         prog=name_of("plan"),
         description=__doc__,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,25 +36,13 @@ class Subject:
 
     Sequences are as long as ``--max_length`` allows, and every token of them carries loss, so this
     is the most that a micro-batch can need.
-
-    Args:
-        args: the flags.
-        config: the model's.
-        targets: what of it the method changes.
-        on_cpu: whether the run will be on a CPU.
-
-    Attributes:
-        model: the model, or peft's around it.
-        weights: the frozen and trained parameters of the model, each once.
-        trained: of these the ones that are trained themselves; none with a sparse method.
-        num_selected: K; 0 with other methods.
-        num_trained: numbers that have optimizer state, a head's included.
     """
 
     def __init__(
         self, args: Arguments, config: PretrainedConfig, targets: Targets, *, on_cpu: bool
     ) -> None:
-        self.args, self.config, self.on_cpu = args, config, on_cpu
+        self.args, self.on_cpu = args, on_cpu
+        self.num_tokens: int = min(args.data.max_length, num_positions(config) or 10**9)
         with torch.device("meta"):
             model: Any = auto_class(config).from_config(
                 config,
@@ -64,58 +53,39 @@ class Subject:
                 model.set_attn_implementation(_ATTENTION)
             if args.train.gradient_checkpointing:
                 enable_checkpointing(model)
-            self.model = self._prepare(model, targets)
-        self.model.train()
-        vectors = [part.vector for part in (self.layers, self.head_layers) if part is not None]
+            head = sorted(head_names(model))
+            parts: tuple[TargetLayers | None, TargetLayers | None] = None, None
+            if args.method.method in SPARSE_METHODS:
+                parts = sparse_layers(model, targets, head)
+            else:
+                model = trained_network(model, args, targets, head)
+        self.model = model.train()
+        self.layers, self.head_layers = parts
+        vectors = [part.vector for part in parts if part is not None]
         values = {id(vector.values) for vector in vectors}
-        self.weights = [p for p in self.model.parameters() if id(p) not in values]
-        self.trained = [p for p in self.weights if p.requires_grad]
-        self.num_selected = targets.budget if self.layers is not None else 0
-        self.num_trained = sum(p.numel() for p in self.trained)
+        self.weights = [p for p in model.parameters() if id(p) not in values]
+        self.trained = [p for p in self.weights if p.requires_grad]  # none with a sparse method
+        self.num_selected = targets.budget if vectors else 0
+        self.num_trained = sum(p.numel() for p in self.trained)  # of all with optimizer state
         self.num_trained += sum(vector.num_entries for vector in vectors)
         self._loss = self._answer_loss() if not is_encoder(config) else _summed_logits
 
-    def _prepare(self, model: Any, targets: Targets) -> Any:
-        self.layers: TargetLayers | None = None
-        self.head_layers: TargetLayers | None = None
-        head = sorted(head_names(model))
-        if self.args.method.method not in SPARSE_METHODS:
-            return trained_network(model, self.args, targets, head)
-        self.layers, self.head_layers = sparse_layers(model, targets, head)
-        return model
-
-    # Running
-
     def step(self, live: LiveBytes) -> None:
         """Run the last micro-batch of a step, forward and backward."""
-        with ExitStack() as stack:
-            if self.layers is not None:
-                self.layers.vector.delivers = True
-                stack.enter_context(self.layers.sinks(self._training_sinks(self.layers)))
-            if (head := self.head_layers) is not None:
-                head.vector.delivers = True
-                # The place changes no size, and biases are few.
-                sinks = [WholeSink(layer, head.vector, 0, None) for layer in head]
-                stack.enter_context(head.sinks(sinks))
-            self._run(live)
+        layers, head = self.layers or (), self.head_layers
+        available = sum(layer.numel for layer in layers)
+        # Budgets are not known: each layer gets a share by its size.
+        counts = [self.num_selected * layer.numel // available for layer in layers]
+        sinks = [partial(self._hold, *pair) for pair in zip(layers, counts, strict=True)]
+        # The place in the head's vector changes no size, and biases are few.
+        whole = [WholeSink(layer, head.vector, 0, None) for layer in head] if head else []
+        self._run(live, sinks, whole, delivers=True)
 
     def calibrate(self, live: LiveBytes, take: Callable[[TargetLayer, Tensor], None]) -> None:
-        """Run a micro-batch of calibration.
-
-        Args:
-            live: counts.
-            take: is told of each layer, when its gradient can be formed, and of its ``dy``.
-        """
+        """Run a micro-batch of calibration; ``take`` gets each layer and the ``dy`` of it."""
         assert self.layers is not None, "nothing is calibrated"
-        parts = [part for part in (self.layers, self.head_layers) if part is not None]
-        for part in parts:
-            part.vector.delivers = False
         sinks = [lambda dy, x, layer=layer: take(layer, dy) for layer in self.layers]
-        with ExitStack() as stack:
-            stack.enter_context(self.layers.sinks(sinks))
-            if (head := self.head_layers) is not None:
-                stack.enter_context(head.sinks([drop] * len(head)))
-            self._run(live)
+        self._run(live, sinks, [drop] * len(self.head_layers or ()), delivers=False)
 
     @torch.no_grad()
     def evaluate(self, live: LiveBytes) -> None:
@@ -124,8 +94,15 @@ class Subject:
         self._loss_of(self.args.train.per_device_eval_batch_size, live)
         self.model.train()
 
-    def _run(self, live: LiveBytes) -> None:
-        with live:
+    def _run(
+        self, live: LiveBytes, sinks: Sequence[Sink], head_sinks: Sequence[Sink], *, delivers: bool
+    ) -> None:
+        with ExitStack() as stack:
+            for layers, own in ((self.layers, sinks), (self.head_layers, head_sinks)):
+                if layers is not None:
+                    layers.vector.delivers = delivers
+                    stack.enter_context(layers.sinks(own))
+            stack.enter_context(live)
             self._loss_of(self.args.train.per_device_train_batch_size, live).backward()
 
     def _loss_of(self, batch_size: int, live: LiveBytes) -> Tensor:
@@ -141,17 +118,6 @@ class Subject:
             }
             return self._loss(self.model, batch)
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of a sequence."""
-        return min(self.args.data.max_length, num_positions(self.config) or 10**9)
-
-    def release(self) -> None:
-        """Drop gradients."""
-        self.model.zero_grad(set_to_none=True)
-
-    # Details
-
     @torch.no_grad()
     def _answer_loss(self) -> Callable[..., Tensor]:
         """As :func:`models.loss.answer_loss_of`, which compares numbers; here there are none."""
@@ -166,41 +132,23 @@ class Subject:
         is_same = [id(output) for output in outputs] == [id(logits)]
         return chunked_answer_loss if is_same else summed_answer_loss
 
-    def _training_sinks(self, layers: TargetLayers) -> list[Sink]:
-        """Budgets are not known; each layer gets a share by its size."""
-        available = sum(layer.numel for layer in layers)
-        sinks: list[Sink] = []
-        start = 0
-        for layer in layers:
-            stop = start + layers.vector.num_entries * layer.numel // available
-            sinks.append(self._sink(layer, start, stop))
-            start = stop
-        return sinks
-
-    def _sink(self, layer: TargetLayer, start: int, stop: int) -> Sink:
-        """Holds what the kernel would, and the vector's buffer."""
+    def _hold(self, layer: TargetLayer, num_entries: int, dy: Tensor, x: Tensor) -> None:
+        """A sink that holds what the kernel would, and the vector's buffer."""
         assert self.layers is not None
-        vector, kernel = self.layers.vector, self.args.method.sddmm_kernel
-
-        def sink(dy: Tensor, x: Tensor) -> None:
-            vector.gradient(start, stop - start, dy.device)
+        self.layers.vector.gradient(0, num_entries, dy.device)
+        name: str = self.args.method.sddmm_kernel
+        if name == "auto":
             device = "cpu" if self.on_cpu else "cuda"
-            name = (
-                choose_kernel(device, dy.dtype, layer.shape, stop - start)
-                if kernel == "auto"
-                else kernel
-            )
-            num_bytes = temporary_bytes(
-                name,
-                tokens=dy.shape[0],
-                shape=layer.shape,
-                num_entries=stop - start,
-                itemsize=dy.element_size(),
-                on_cpu=self.on_cpu,
-            )
-            torch.empty(num_bytes, dtype=torch.uint8, device=dy.device)
-
-        return sink
+            name = choose_kernel(device, dy.dtype, layer.shape, num_entries)
+        num_bytes = temporary_bytes(
+            name,
+            tokens=dy.shape[0],
+            shape=layer.shape,
+            num_entries=num_entries,
+            itemsize=dy.element_size(),
+            on_cpu=self.on_cpu,
+        )
+        torch.empty(num_bytes, dtype=torch.uint8, device=dy.device)
 
 
 def _summed_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
