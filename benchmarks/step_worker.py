@@ -3,10 +3,11 @@
 Commands come as lines on standard input, the same on every rank; rank 0 answers each with a line
 of JSON on the file descriptor ``--answers``, after a first one with the seconds of calibration.
 
-    step N    take N steps                seconds of each
-    count     take one step               bytes handed to collectives, peak of memory
-    report    (after the steps)           state, sizes of files
-    profile   take one step               a table of the operations that take most of it
+    step N      take N steps              seconds of each
+    count       take one step             bytes handed to collectives, peak of memory
+    report      (after the steps)         peak of calibration, state
+    checkpoint  write one                 its size
+    profile     take one step             a table of the operations that take most of it
 """
 
 from __future__ import annotations
@@ -94,10 +95,9 @@ class Contender:
             "num_trainable": self.tuning.num_trainable,
             "calibration_peak_bytes": self.comm.largest(self.calibration_peak),
             "state_bytes": self.sum(self.tuning.engine.optimizer_state_bytes()),
-            "checkpoint_bytes": self.checkpoint_bytes(),
         }
 
-    def checkpoint_bytes(self) -> int:
+    def checkpoint(self) -> dict[str, int]:
         """Size of what a run needs to go on: the trainer's checkpoint, or DeepSpeed's own."""
         folder = self.run.prepared.output_dir / "sizes"
         if hasattr(self.tuning, "entries"):
@@ -106,7 +106,8 @@ class Contender:
         elif self.tuning.num_trainable:
             self.tuning.engine._engine.save_checkpoint(str(folder), exclude_frozen_parameters=True)
         self.comm.any(False)  # every rank has written
-        return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        sizes = [file.stat().st_size for file in folder.rglob("*") if file.is_file()]
+        return {"checkpoint_bytes": sum(sizes)}
 
     def profile(self) -> str:
         """The operations of one step, those first that take most time of the device itself."""

@@ -92,6 +92,7 @@ class Ranks:
             process.stdin.close()
         for process in self.processes:
             process.wait(timeout=60)
+        self.answers.close()
 
 
 def needs_of(name: str, flags: Sequence[str], world_size: int) -> dict[str, Any]:
@@ -99,7 +100,7 @@ def needs_of(name: str, flags: Sequence[str], world_size: int) -> dict[str, Any]
     ranks = Ranks.start(name, flags, world_size, is_weighed=True)
     try:
         ranks.ask("step 2")  # ZeRO-3 gathers ahead once it knows the order
-        found: dict[str, Any] = ranks.ask("count") | ranks.ask("report")
+        found: dict[str, Any] = ranks.ask("count") | ranks.ask("report") | ranks.ask("checkpoint")
         return found
     finally:
         ranks.close()
