@@ -230,6 +230,16 @@ def test_a_sandbox_goes_on_after_verdicts_were_left_and_after_its_server_died() 
         assert lonely.processes() != [before]
 
 
+def test_a_server_that_hangs_is_replaced(monkeypatch) -> None:
+    monkeypatch.setattr(pool, "_GRACE", 0.5)
+    with Sandbox(1) as lonely:
+        (before,) = lonely.processes()
+        children = Path(f"/proc/{before}/task/{before}/children").read_text().split()
+        os.kill(int([before, *children][-1]), signal.SIGSTOP)
+        assert len(list(lonely.check_all([Program(DOUBLE, (), timeout=0.1)]))) == 1
+        assert lonely.processes() != [before]
+
+
 def test_nothing_outlives_a_caller_that_is_killed() -> None:
     script = (
         "from gem_ds.evaluate.sandbox import Program, Sandbox\n"
