@@ -13,17 +13,15 @@ from unittest import mock
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from gem_ds.files.checkpoint import Checkpoint
-from gem_ds.files.delta import Delta, apply_delta
-from gem_ds.models.encoders import set_head
+from gem_ds.files.delta import Delta
 from gem_ds.select.rules import SPARSE_METHODS
 from gem_ds.train import main as train
 from gem_ds.train.methods import METHODS
 from tests.ranks import run_ranks
 from tests.tiny_model import REPOSITORY, Tiny, joined, make_tiny, one_rank
-from tests.tiny_tasks import make_bert, make_task, task_of
+from tests.tiny_tasks import make_bert, task_of
 
 pytestmark = [
     pytest.mark.slow,  # starts engines or programs
@@ -51,7 +49,6 @@ RUNS: list[tuple[str, str, str, int]] = [
     *((f"lora_bert{stage}", "lora", BERT, stage) for stage in (0, 3)),
     ("ia3_bert", "ia3", BERT, 3),
     ("shira_bert", "shira", BERT, 2),
-    *((f"full_bert{stage}", "full", BERT, stage) for stage in (0, 3)),
     ("gem_bf16", "gem", BERT, 3),
     *((name, "full", MODEL, 3) for name in ("full3", "full_again")),
     ("sober", "gem", SOBER, 3),
@@ -127,12 +124,6 @@ def _delta(folder: Path) -> Delta:
     return Delta.load(folder / "delta.safetensors")
 
 
-def _losses(results: dict[str, Any]) -> list[float]:
-    return [
-        results[f"{which}_{key}"] for which in ("first", "last") for key in ("loss", "eval_loss")
-    ]
-
-
 def _log(folder: Path) -> list[dict[str, Any]]:
     """The log without what the machine's speed makes of it."""
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
@@ -187,23 +178,13 @@ def test_adapters_of_an_encoder_come_with_its_trained_head(
     assert 0 < (after - before).abs().max() < 1
 
 
-@pytest.mark.parametrize(
-    ("whole", "partitioned", "file"),
-    [
-        ("full_bert0", "full_bert3", "model/model.safetensors"),
-        ("lora_bert0", "lora_bert3", "adapter/adapter_model.safetensors"),
-    ],
-)
-def test_stages_write_the_same(
-    tiny: Tiny, results, whole: str, partitioned: str, file: str
-) -> None:
-    """A model that is partitioned while it loads trains as one that is whole."""
-    assert _losses(results[partitioned]) == pytest.approx(_losses(results[whole]), rel=1e-4)
-    expected = load_file(tiny.folder / whole / file)
-    found = load_file(tiny.folder / partitioned / file)
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+def test_stages_write_the_same(tiny: Tiny, results) -> None:
+    """An adapter begins with the same values in a model that is partitioned while it loads."""
+    file = "adapter/adapter_model.safetensors"
+    whole, partitioned = (load_file(tiny.folder / f"lora_bert{n}" / file) for n in (0, 3))
+    assert partitioned.keys() == whole.keys()
+    for name, tensor in whole.items():
+        torch.testing.assert_close(partitioned[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize(
@@ -240,26 +221,14 @@ def test_a_mask_gives_the_run_that_made_it(tiny: Tiny, results) -> None:
     assert results["masked"]["calibration_seconds"] == 0
 
 
-def test_the_delta_gives_the_trained_model(tiny: Tiny, results) -> None:
-    """Base weights, entries and head, which are the masters; and back to the base."""
+def test_the_delta_holds_the_masters(tiny: Tiny, results) -> None:
+    """Of the entries and of the head."""
     delta = _delta(tiny.folder / "gem_bert")
-    config = AutoConfig.from_pretrained(tiny.folder / BERT)
-    set_head(config, "bert", make_task("labels"))
-    model = AutoModelForSequenceClassification.from_pretrained(tiny.folder / BERT, config=config)
-    base = {key: p.detach().clone() for key, p in model.named_parameters()}
-    expected = {key: p.clone() for key, p in base.items()} | delta.head
-    for key, values in delta.values.items():
-        expected[key].view(-1)[delta.mask.indices[key].long()] = values
-    assert delta.head.keys() == set(HEAD)
     checkpoint = Checkpoint.load(tiny.folder / "gem_bert" / f"checkpoint-{NUM_STEPS}")
+    assert delta.head.keys() == set(HEAD)
     head = torch.cat([delta.head[name].flatten() for name in HEAD])
     assert torch.equal(head, checkpoint.head_vectors["master"])
     assert torch.equal(torch.cat(list(delta.values.values())), checkpoint.vectors["master"])
-    with apply_delta(model, delta):
-        for key, parameter in model.named_parameters():
-            assert torch.equal(parameter, expected[key]), key
-    for key, parameter in model.named_parameters():
-        assert torch.equal(parameter, base[key]), key
 
 
 def test_a_run_goes_on_where_it_was(tiny: Tiny, results) -> None:
