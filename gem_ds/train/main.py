@@ -86,22 +86,19 @@ def main(argv: Sequence[str] | None = None, mask: Mask | None = None) -> RunResu
                     path = Path(stack.enter_context(TemporaryDirectory()), "mask.safetensors")
                     mask.save(path)
                     flags.append(f"--mask={path}")
-                args = parse_arguments(flags)
-                prepared = prepare(args, comm.world_size)
+                prepared = prepare(parse_arguments(flags), comm.world_size)
             with comm.in_unison():
                 _refuse_other_runs(prepared, comm)
+            train, folder = prepared.args.train, prepared.output_dir
             with comm.agreement():
                 if comm.is_main:
-                    stack.enter_context(output_dir_of_one_run(prepared.output_dir))
-                    overwrite = args.train.overwrite_output_dir
-                    clear_output_dir(prepared.output_dir, overwrite=overwrite)
-            if comm.is_main:
-                print(
-                    f"Loading {args.model.model_name_or_path} to train on "
-                    f"{len(prepared.data.train):,} examples of {args.data.task}",
-                    flush=True,
-                )
-            show_bars = comm.is_main and not args.train.disable_tqdm
+                    stack.enter_context(output_dir_of_one_run(folder))
+                    clear_output_dir(folder, overwrite=train.overwrite_output_dir)
+                    num_examples, task = len(prepared.data.train), prepared.args.data.task
+                    name = prepared.args.model.model_name_or_path
+                    print(f"Loading {name} to train on {num_examples:,} examples of {task}")
+                    sys.stdout.flush()
+            show_bars = comm.is_main and not train.disable_tqdm
             stack.enter_context(loading_bars(is_shown=show_bars))
             run = Run(prepared, comm)
             results = run.run()
@@ -109,21 +106,17 @@ def main(argv: Sequence[str] | None = None, mask: Mask | None = None) -> RunResu
         leave_distributed()  # after any other error a peer may wait, and leaving would wait for it
         raise
     leave_distributed()
-
-    def found(name: str) -> Path | None:
-        path = prepared.output_dir / name
-        return path if path.exists() else None
-
+    names = {"mask": "mask.safetensors", "delta": "delta.safetensors"}
+    names |= {"adapter": "adapter", "model": "model"}
+    found = {key: folder / name for key, name in names.items()}
+    paths = {key: path if path.exists() else None for key, path in found.items()}
     return RunResult(
-        output_dir=prepared.output_dir,
+        output_dir=folder,
         results=results,
         metrics=results.get("eval_metrics", {}),
         log_history=run.state.log_history,
-        mask=found("mask.safetensors"),
-        delta=found("delta.safetensors"),
-        adapter=found("adapter"),
-        model=found("model"),
         stopped=run.is_stopped,
+        **paths,
     )
 
 

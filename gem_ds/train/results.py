@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from gem_ds.data.metrics import score
+from gem_ds.data.predictions import save_predictions
 from gem_ds.data.tasks import hub_dataset
+from gem_ds.distributed.comm import Comm
 from gem_ds.files.atomic import atomic_write, save_json
 from gem_ds.files.card import TRAINING_LOSS, ModelCard
 from gem_ds.files.checkpoint import TrainerState
 from gem_ds.files.mask import Mask, WeightInfo, dtype_name
+from gem_ds.models.choices import predict_all
 from gem_ds.models.encoders import auto_class, is_encoder
 from gem_ds.models.load import DTYPES
 from gem_ds.select.rules import CALIBRATED_METHODS, SPARSE_METHODS
@@ -63,6 +67,25 @@ def make_mask(
         method=_method_of(prepared),
         settings=run_settings(prepared),
     )
+
+
+def measure(prepared: PreparedRun, model: nn.Module, comm: Comm) -> dict[str, float]:
+    """The task's metrics of the trained model; none of written answers. Writes predictions."""
+    args, data, predictor = prepared.args, prepared.data, prepared.objective.predictor
+    if predictor is None or not data.questions:
+        return {}
+    predictions = predict_all(
+        model,
+        data.questions,
+        predictor.predict,
+        comm,
+        batch_size=args.train.per_device_eval_batch_size,
+        pad_token_id=prepared.pad_token_id,
+    )
+    with comm.agreement():
+        if comm.is_main:
+            save_predictions(prepared.output_dir, data.references, predictions)
+        return score(str(args.data.task), data.references, predictions)
 
 
 def save_results(prepared: PreparedRun, state: TrainerState, results: Mapping[str, Any]) -> None:

@@ -11,12 +11,9 @@ from typing import Any
 
 from gem_ds.data.batches import Batches, SummedLoss, permutation
 from gem_ds.data.dataset import Dataset
-from gem_ds.data.metrics import score
 from gem_ds.data.packing import pack
-from gem_ds.data.predictions import save_predictions
 from gem_ds.distributed.comm import Comm
 from gem_ds.files.checkpoint import TrainerState, delete_old_checkpoints
-from gem_ds.models.choices import predict_all
 from gem_ds.models.load import DTYPES, enable_checkpointing, load_for_training
 from gem_ds.models.loss import answer_loss_of, refuse_leaking_rows, summed_answer_loss
 from gem_ds.select.rules import SPARSE_METHODS
@@ -26,7 +23,7 @@ from gem_ds.train.methods import product_of
 from gem_ds.train.optimizer import make_scheduler
 from gem_ds.train.prepare import PreparedRun, batch_size_of_flags
 from gem_ds.train.reporting import Reporter, peak_memory_bytes
-from gem_ds.train.results import save_results
+from gem_ds.train.results import measure, save_results
 from gem_ds.train.sparse_tuning import SparseTuning
 from gem_ds.train.summary import describe
 
@@ -264,24 +261,6 @@ class Run:
                 delete_old_checkpoints(self.prepared.output_dir, limit)
         self.has_unproven_checkpoint = False
 
-    def measure(self) -> dict[str, float]:
-        """The task's metrics of the trained model; none of written answers. Writes predictions."""
-        prepared, data = self.prepared, self.prepared.data
-        if prepared.objective.predictor is None or not data.questions:
-            return {}
-        predictions = predict_all(
-            self.engine.model,
-            data.questions,
-            prepared.objective.predictor.predict,
-            self.comm,
-            batch_size=self.args.train.per_device_eval_batch_size,
-            pad_token_id=prepared.pad_token_id,
-        )
-        with self.comm.agreement():
-            if self.comm.is_main:
-                save_predictions(prepared.output_dir, data.references, predictions)
-            return score(str(self.args.data.task), data.references, predictions)
-
     def finish(self, reporter: Reporter) -> dict[str, Any]:
         """Write the weights, the state, the results and the model card; returns the results."""
         results: dict[str, Any] = {
@@ -298,7 +277,7 @@ class Run:
             if values := [entry[key] for entry in self.state.log_history if key in entry]:
                 results |= {f"first_{key}": values[0], f"last_{key}": values[-1]}
         self.tuning.save_weights()  # first: a measurement that fails costs no training
-        if metrics := self.measure():
+        if metrics := measure(self.prepared, self.engine.model, self.comm):
             results["eval_metrics"] = metrics
             told = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
             reporter.say(f"Held-out examples: {told}")

@@ -179,10 +179,10 @@ def test_a_part_of_an_epoch_is_rounded_up_to_steps(epochs, max_steps, expected):
 def test_predictions_that_fail_cost_no_training(tiny, tmp_path, monkeypatch):
     """Full fine-tuning and adapters have no checkpoints to start again from."""
 
-    def fail(self: Run) -> dict[str, float]:
+    def fail(*_: object) -> dict[str, float]:
         raise OSError(errno.ENOSPC, "no space for predictions.jsonl")
 
-    monkeypatch.setattr(Run, "measure", fail)
+    monkeypatch.setattr("gem_ds.train.run.measure", fail)
     flags = tiny.flags(tmp_path, method="full", max_steps=1)
     with pytest.raises(OSError, match="no space for predictions"):
         mains(flags)
