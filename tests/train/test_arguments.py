@@ -188,20 +188,19 @@ RATES = (
 )
 
 
-@pytest.mark.parametrize("name", COUNTS)
-def test_counts_start_at_1(name):
-    check(**{name: 1})
-    for value in (0, -3):
-        with pytest.raises(ValueError, match=f"^--{name} must be at least 1, not {value}"):
-            check(**{name: value})
-
-
-@pytest.mark.parametrize("name", RATES)
-def test_rates_are_finite_and_not_negative(name):
-    check(**{name: 0.0})
-    for value in (-1e-9, float("inf"), float("nan")):
-        with pytest.raises(ValueError, match=f"^--{name} must be a finite number"):
-            check(**{name: value})
+@pytest.mark.parametrize(
+    ("names", "least", "wrong", "words"),
+    [
+        (COUNTS, 1, (0, -3), "at least 1, not"),
+        (RATES, 0.0, (-1e-9, float("inf"), float("nan")), "a finite number"),
+    ],
+)
+def test_counts_start_at_1_and_rates_are_finite_and_not_negative(names, least, wrong, words):
+    for name in names:
+        check(**{name: least})
+        for value in wrong:
+            with pytest.raises(ValueError, match=f"^--{name} must be {words}"):
+                check(**{name: value})
 
 
 @pytest.mark.parametrize(

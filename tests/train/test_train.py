@@ -88,7 +88,7 @@ def mean_loss(model: PreTrainedModel, tiny: Tiny, count: int | None = None) -> f
 
 
 def test_a_run_leaves_everything(whole):
-    """DESIGN 5: mask, delta, checkpoints, metrics, state, results and a model card."""
+    """Mask, delta, checkpoints, metrics, state, results and a model card."""
     steps_per_epoch, num_steps = 6, 18  # 22 examples by 4, the last step of an epoch with 2
     assert sorted(path.name for path in whole.iterdir()) == [
         "README.md",
