@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.process_group import init_distributed
-from gem_ds.select.rules import TargetShard
 from gem_ds.select.selection import select_shards
+from gem_ds.select.shards import TargetShard
 from gem_ds.sparse.gradients import BufferedSink, ShardReducer, ShardSink
 from gem_ds.sparse.layers import TargetLayer
 from tests.ranks import run_ranks

@@ -26,24 +26,19 @@ def summed_gradients(
 ) -> dict[str, Tensor]:
     """fp32 gradient of the sum over the batches of ``loss_fn(model, batch)``, by ordinary autograd.
 
-    Args:
-        model: left as it was, ``requires_grad`` flags included.
-        batches: what ``loss_fn`` takes.
-        loss_fn: a *summed* loss, a scalar.
-        names: parameters to differentiate by; all others are frozen meanwhile.
+    ``loss_fn`` returns a *summed* loss. The model is left as it was, its flags included.
     """
-    parameters = dict(model.named_parameters())
-    flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
-    for name, parameter in parameters.items():
-        parameter.requires_grad_(name in names)
-    sums = {name: torch.zeros_like(parameters[name], dtype=torch.float32) for name in names}
+    parameters = [model.get_parameter(name) for name in names]
+    flags = [parameter.requires_grad for parameter in parameters]
+    sums = {name: torch.zeros(p.shape) for name, p in zip(names, parameters, strict=True)}
+    for parameter in parameters:
+        parameter.requires_grad_(True)
     for batch in batches:
-        loss = loss_fn(model, batch)
-        gradients = torch.autograd.grad(loss, [parameters[name] for name in names])
-        for name, gradient in zip(names, gradients, strict=True):
-            sums[name] += gradient.float()
-    for name, parameter in parameters.items():
-        parameter.requires_grad_(flags[name])
+        gradients = torch.autograd.grad(loss_fn(model, batch), parameters)
+        for total, gradient in zip(sums.values(), gradients, strict=True):
+            total += gradient.float()
+    for parameter, flag in zip(parameters, flags, strict=True):
+        parameter.requires_grad_(flag)
     return sums
 
 
@@ -120,74 +115,57 @@ def mask(r: Tensor, k: int) -> Tensor:
     return flat.reshape(r.shape).to(r.device)
 
 
-def select(
-    gradients: Mapping[str, Tensor], weights: Mapping[str, Tensor], total: int
-) -> dict[str, Tensor]:
-    """The whole selection: by name, in the order of ``weights``, the bool mask."""
-    ratios = {name: ratio(gradients[name], weight) for name, weight in weights.items()}
-    scores = [layer_score(r) for r in ratios.values()]
-    shares = budgets(scores, [r.numel() for r in ratios.values()], total)
-    return {name: mask(r, k) for (name, r), k in zip(ratios.items(), shares, strict=True)}
-
-
-WORD = 2**64
-
-
-def splitmix64(state: int) -> int:
-    """The number that the generator of Steele, Lea and Flood (2014) gives in a state."""
-    z = state % WORD
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % WORD
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % WORD
+def splitmix64(key: int, i: int) -> int:
+    """The i-th number of the generator of Steele, Lea and Flood (2014) from the seed ``key``."""
+    z = (key + i * 0x9E3779B97F4A7C15) % 2**64
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
     return z ^ (z >> 31)
 
 
 def chances(name: str, seed: int, size: int) -> list[int]:
     """A number for each entry of a weight, the bits of a finite fp32 number that is not negative.
 
-    The i-th is that of a splitmix64 whose state is (seed and name) + i times its increment.
+    The i-th is that of a splitmix64 whose seed is a hash of seed and name.
     """
-    start = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little")
-    words = (splitmix64(start + i * 0x9E3779B97F4A7C15) for i in range(size))
-    return [word % 2**31 % 0x7F800000 for word in words]
+    key = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little")
+    return [splitmix64(key, i) % 2**31 % 0x7F800000 for i in range(size)]
 
 
-def select_by(
-    method: str,
+def entry_score(rule: str, name: str, gradient: Tensor | None, weight: Tensor, seed: int) -> Tensor:
+    if rule == "random":
+        return torch.tensor(chances(name, seed, weight.numel())).reshape(weight.shape)
+    if rule in ("magnitude", "supertuning"):
+        return weight.detach().float().abs()
+    assert gradient is not None
+    if rule in ("gem", "ratio", "ratio_global"):
+        return ratio(gradient, weight)
+    return damped_ratio(gradient, weight) if rule == "damped" else gradient.detach().float().abs()
+
+
+def select(
     gradients: Mapping[str, Tensor],
     weights: Mapping[str, Tensor],
     total: int,
+    rule: str = "gem",
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """The selection of any sparse method: by name, in the order of ``weights``, the bool mask."""
-    if method == "supertuning":
-        return _largest_of_all(weights, total)
-    if method == "ratio_global":
-        return _largest_of_all({n: ratio(gradients[n], w) for n, w in weights.items()}, total)
-    scores: dict[str, Tensor] = {}
-    for name, weight in weights.items():
-        if method == "random":
-            numbers = torch.tensor(chances(name, seed, weight.numel()))
-            scores[name] = numbers.reshape(weight.shape)
-        elif method == "magnitude":
-            scores[name] = weight.detach().float().abs()
-        elif method in ("gem", "ratio"):
-            scores[name] = ratio(gradients[name], weight)
-        elif method == "damped":
-            scores[name] = damped_ratio(gradients[name], weight)
-        else:
-            scores[name] = gradients[name].detach().float().abs()
-    by_entropy = method in ("gem", "entropy_gradient", "damped")
+    """The whole selection: by name, in the order of ``weights``, the bool mask."""
+    scores = {n: entry_score(rule, n, gradients.get(n), w, seed) for n, w in weights.items()}
+    if rule in ("supertuning", "ratio_global"):
+        return _largest_of_all(scores, total)
+    by_entropy = rule in ("gem", "entropy_gradient", "damped")
     of_layers = [layer_score(s) if by_entropy else 1.0 for s in scores.values()]
     shares = budgets(of_layers, [s.numel() for s in scores.values()], total)
     return {name: mask(s, k) for (name, s), k in zip(scores.items(), shares, strict=True)}
 
 
 def _largest_of_all(scores: Mapping[str, Tensor], total: int) -> dict[str, Tensor]:
-    """The largest absolute scores of all matrices together, ties to the earlier one, then index."""
+    """The largest scores of all matrices together, ties to the earlier one, then index."""
     pool = [
-        (-abs(value), layer, index, name)
+        (-value, layer, index, name)
         for layer, (name, score) in enumerate(scores.items())
-        for index, value in enumerate(score.detach().float().flatten().tolist())
+        for index, value in enumerate(score.flatten().tolist())
     ]
     masks = {name: torch.zeros(score.shape, dtype=torch.bool) for name, score in scores.items()}
     for _, _, index, name in sorted(pool)[:total]:
@@ -203,14 +181,8 @@ class DenseMaskedAdamW:
         m = b1 m + (1 - b1) g        v = b2 v + (1 - b2) g^2
         w = w (1 - lr decay) - lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps)
 
-    Args:
-        params: by name, updated in place.
-        masks: by the same names, bool, of the parameters' shapes.
-        betas: b1 and b2.
-        eps: added to the root of the second moment.
-        weight_decay: decay per unit of learning rate.
-        max_norm: clip the norm of the masked gradient of all parameters together to this; None
-            does not clip.
+    ``params`` are updated in place; ``masks`` are bool, of their shapes. The norm of the masked
+    gradient of all parameters together is clipped to ``max_norm``, if given.
     """
 
     def __init__(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
+
+from gem_ds.select.shards import TargetShard
 
 T = TypeVar("T")
 
@@ -23,12 +25,34 @@ class ThreadGroup:
         self._table = table
 
     def all_reduce(self, tensor: Tensor, op: Literal["sum", "max"]) -> Tensor:
-        """Reduce over the threads in place, as gem_ds.select.scores.Group asks."""
+        """Reduce over the threads in place, as gem_ds.select.shards.Group asks."""
         self._table[self.rank] = tensor.clone()
         self._barrier.wait(timeout=60)
         stacked = torch.stack([entry for entry in self._table if entry is not None])
         self._barrier.wait(timeout=60)
         return tensor.copy_(stacked.sum(dim=0) if op == "sum" else stacked.amax(dim=0))
+
+    def shards(
+        self, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor] | None
+    ) -> list[TargetShard]:
+        """This rank's ranges of dense matrices; the gradients are copied, the weights are not."""
+        shards = []
+        for name, weight in weights.items():
+            start, part = cut(weight, self.rank, self.world_size)
+            gradient = None
+            if gradients is not None:
+                gradient = cut(gradients[name], self.rank, self.world_size)[1].clone()
+            shards.append(
+                TargetShard(
+                    name=name,
+                    numel=weight.numel(),
+                    start=start,
+                    weight=part,
+                    gradient=gradient,
+                    device=part.device,
+                )
+            )
+        return shards
 
 
 def run_threads(world_size: int, work: Callable[[ThreadGroup], T]) -> list[T]:
@@ -63,4 +87,4 @@ def cut(tensor: Tensor, rank: int, world_size: int) -> tuple[int, Tensor]:
     flat = tensor.reshape(-1)
     per_rank = -(-flat.numel() // world_size)
     start = min(rank * per_rank, flat.numel())
-    return start, flat[start : start + per_rank].clone()
+    return start, flat[start : start + per_rank]

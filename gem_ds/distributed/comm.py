@@ -21,7 +21,7 @@ _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
 class Comm:
-    """This process's place among the ranks; satisfies :class:`gem_ds.select.scores.Group`.
+    """This process's place among the ranks; satisfies :class:`gem_ds.select.shards.Group`.
 
     Tensors that cross the network must lie on ``device`` (NCCL wants the GPU, gloo the CPU).
     """

@@ -14,20 +14,10 @@ from fractions import Fraction
 
 
 def total_budget(density: float | str | Decimal, num_parameters: int) -> int:
-    """K, the number of entries to train: ``floor(density * num_parameters)``.
+    """K, the number of entries to train, at least 1: ``floor(density * num_parameters)``.
 
     The product is taken of the decimal number that the user wrote: 0.29 of 100 entries are 29,
     while the binary fraction nearest to 0.29 would give 28.
-
-    Args:
-        density: the share of the model's parameters to train, above 0 and at most 1.
-        num_parameters: entries of the model, each stored parameter counted once.
-
-    Returns:
-        K, at least 1.
-
-    Raises:
-        ValueError: if the density is no number in (0, 1], or too small to train a single entry.
     """
     try:
         share = Decimal(str(density))
@@ -48,35 +38,15 @@ def total_budget(density: float | str | Decimal, num_parameters: int) -> int:
 
 
 def allocate_budget(scores: Sequence[float], sizes: Sequence[int], budget: int) -> list[int]:
-    """Share ``budget`` entries among the layers in proportion to their scores.
+    """Share ``budget`` entries among the layers in proportion to their scores: per layer k_l.
 
-    A layer whose ideal share reaches its size gets all its entries and leaves; the others share
+    A layer whose ideal share reaches its size n_l gets all its entries and leaves; the others share
     what remains, and so on. Those still there get the floors of their ideal shares, and what is
     left over goes to the largest remainders, one entry each, ties in the order of the layers.
     When no remaining layer has a score, their sizes stand in for the scores.
-
-    Args:
-        scores: per layer s_l, finite and non-negative.
-        sizes: per layer the number of its entries, n_l.
-        budget: K, from 0 to ``sum(sizes)``.
-
-    Returns:
-        Per layer k_l, with ``0 <= k_l <= n_l`` and a sum of ``budget``.
-
-    Raises:
-        ValueError: if ``budget`` is out of range, or a score is negative or not finite.
     """
-    assert len(scores) == len(sizes), "one score and one size per layer"
-    if not 0 <= budget <= sum(sizes):
-        raise ValueError(
-            f"The budget is {budget} entries, but the target matrices hold {sum(sizes)}: lower the "
-            "density or target more modules."
-        )
-    if not all(math.isfinite(score) and score >= 0 for score in scores):
-        raise ValueError(
-            f"The layer scores are {list(scores)}: make them finite and non-negative before "
-            "sharing a budget by them."
-        )
+    assert 0 <= budget <= sum(sizes), "the matrices hold the budget"
+    assert all(math.isfinite(score) and score >= 0 for score in scores), "scores can be shares"
     budgets = list(sizes)
     remaining = list(range(len(sizes)))
     left = budget

@@ -9,76 +9,50 @@ what becomes of the indices, is not decided here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from gem_ds.select.rules import RULES, TargetShard
-from gem_ds.select.scores import Group, Solo
+from gem_ds.select.rules import RULES
+from gem_ds.select.shards import Group, Shards, Solo, TargetShard
 from gem_ds.select.topk import top_k_indices
 
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """The outcome, one item per layer. All but ``indices`` is the same on every rank.
+    """The outcome, one item per layer. All but ``indices`` is the same on every rank."""
 
-    Attributes:
-        names: the parameters' names.
-        numels: entries of each whole matrix.
-        layer_scores: why each layer got its budget.
-        budgets: entries to train, over all ranks.
-        indices: flat indices (int64, ascending, into the whole matrix) chosen in this rank's range.
-    """
-
-    names: list[str]
-    numels: list[int]
-    layer_scores: list[float]
-    budgets: list[int]
-    indices: list[Tensor]
+    layer_scores: list[float]  # why each layer got its budget
+    budgets: list[int]  # entries to train, over all ranks
+    indices: list[Tensor]  # chosen in this rank's range, int64, ascending; of the flat whole matrix
 
 
+@torch.no_grad()
 def select_shards(
-    shards: Sequence[TargetShard],
-    budget: int,
-    group: Group,
-    *,
-    rule: str = "gem",
-    seed: int = 0,
+    shards: Shards, budget: int, group: Group, *, rule: str = "gem", seed: int = 0
 ) -> Selection:
-    """Select ``budget`` entries of the matrices whose ranges the ranks hold.
+    """Select ``budget`` (K) entries of the matrices whose ranges the ranks hold.
 
-    The layers' scores are the same bits on every rank and the budgets follow from them in exact
-    arithmetic, so each rank computes its own copy and nothing needs to be broadcast.
-
-    Args:
-        shards: this rank's ranges, the layers in the same order on every rank. The ranges of a
-            matrix ascend with the rank and cover it. Gradients are consumed.
-        budget: K, the number of entries to select, from 1 to the sum of ``numel``.
-        group: the ranks.
-        rule: one of :data:`gem_ds.select.rules.RULES`.
-        seed: of rules that choose by chance.
-
-    Returns:
-        The selection; equal scores go to the lowest flat index, on any number of ranks.
-
-    Raises:
-        ValueError: on every rank alike, if a score is not finite or ``budget`` is out of range.
+    Layers come in the same order on every rank; their gradients are consumed. Layer scores are the
+    same bits everywhere and budgets follow from them in exact arithmetic, so each rank computes its
+    own copy and nothing needs to be broadcast. Equal entry scores go to the lowest flat index, on
+    any number of ranks. A score that is not finite is a ValueError on every rank alike.
     """
-    names = [shard.name for shard in shards]
-    numels = [shard.numel for shard in shards]
-    _check_budget(budget, numels)
+    numel = sum(shard.numel for shard in shards)
+    if not 1 <= budget <= numel:
+        raise ValueError(
+            f"{budget} entries cannot be selected from target matrices that hold {numel}: "
+            "change the density or the target modules."
+        )
     chosen = RULES[rule]
     scores = chosen.entry_score(shards, group, seed)
     budgets, layer_scores = chosen.budgets(scores, shards, budget, group)
     indices = top_k_indices(scores, [shard.start for shard in shards], budgets, group)
-    return Selection(
-        names=names, numels=numels, layer_scores=layer_scores, budgets=budgets, indices=indices
-    )
+    return Selection(layer_scores=layer_scores, budgets=budgets, indices=indices)
 
 
-@torch.no_grad()
 def select_entries(
     gradients: Mapping[str, Tensor], weights: Mapping[str, Tensor], budget: int
 ) -> dict[str, Tensor]:
@@ -100,32 +74,22 @@ def select_entries(
             gradient-to-weight ratio is not finite.
     """
     _check_tensors(gradients, weights)
-    _check_budget(budget, [weight.numel() for weight in weights.values()])
-    device = next(iter(gradients.values())).device  # a model may lie on several
+    devices = [gradient.device for gradient in gradients.values()]  # a model may lie on several
     shards = [
         TargetShard(
             name=name,
             numel=weight.numel(),
-            start=0,
-            gradient=gradients[name].reshape(-1).to(device, torch.float32, copy=True),
+            gradient=gradients[name].reshape(-1).to(devices[0], torch.float32, copy=True),
             weight=weight.reshape(-1),
-            device=device,
+            device=devices[0],
         )
         for name, weight in weights.items()
     ]
     selection = select_shards(shards, budget, Solo())
     return {
         name: index.to(gradients[name].device)
-        for name, index in zip(selection.names, selection.indices, strict=True)
+        for name, index in zip(weights, selection.indices, strict=True)
     }
-
-
-def _check_budget(budget: int, numels: Sequence[int]) -> None:
-    if not 1 <= budget <= sum(numels):
-        raise ValueError(
-            f"{budget} entries cannot be selected from target matrices that hold {sum(numels)}: "
-            "change the density or the target modules."
-        )
 
 
 def _check_tensors(gradients: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:

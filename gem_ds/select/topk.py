@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gem_ds.select.scores import Group, chunks
+from gem_ds.select.shards import Group, chunks
 
 #: The digits of a 31-bit score, highest first: (how far to shift it down, bits in the digit).
 _DIGITS = ((20, 11), (10, 10), (0, 10))
@@ -34,28 +34,16 @@ def top_k_indices(
 ) -> list[Tensor]:
     """The entries of each layer with the k_l largest scores, ties to the lowest flat index.
 
-    On one rank this is ``sorted(range(n), key=lambda i: (-scores[i], i))[:k]``, sorted again.
-
-    Args:
-        scores: per layer this rank's range, fp32 [m], non-negative and finite; m may be 0. All on
-            one device, the one on which ``group`` reduces.
-        starts: per layer the flat index of the range's first entry in the whole matrix. Ranges
-            ascend with the rank.
-        budgets: per layer k_l, the same on every rank, at most the layer's size.
-        group: the ranks that hold the other ranges.
-
-    Returns:
-        Per layer the flat indices chosen in this rank's range, int64 [.], ascending. Over the
-        ranks they are k_l.
+    ``scores`` are this rank's ranges, fp32 [m] from the flat index ``starts``, non-negative and
+    finite, on the device on which ``group`` reduces. Returns per layer the flat indices chosen in
+    this rank's range, int64 [.], ascending; over the ranks they are k_l. On one rank this is
+    ``sorted(range(n), key=lambda i: (-scores[i], i))[:k]``, sorted again.
     """
-    assert len(scores) == len(starts) == len(budgets), "one shard, start and budget per layer"
     assert all(shard.dtype == torch.float32 for shard in scores), "the digits are those of fp32"
     left = torch.tensor(budgets, dtype=torch.int64, device=scores[0].device)
     shift, width = _DIGITS[0]
-    histograms = torch.stack(
-        [_histogram(shard.view(torch.int32), shift, width) for shard in scores]
-    )
-    digit, left = _digit_of_kth(group.all_reduce(histograms, "sum"), left)
+    histograms = _histograms([shard.view(torch.int32) for shard in scores], shift, width, group)
+    digit, left = _digit_of_kth(histograms, left)
     lowest = (digit << shift).int().view(torch.float32)
     candidates = [_reaching(shard, bound) for shard, bound in zip(scores, lowest, strict=True)]
     thresholds, ties = _kth_largest(candidates, digit, left, group)
@@ -68,26 +56,17 @@ def top_k_indices(
 def count_among_largest(scores: Sequence[Tensor], budget: int, group: Group) -> list[int]:
     """How many entries of each layer are among the ``budget`` largest of all layers together.
 
-    Equal scores go to the earlier layer.
-
-    Args:
-        scores: as :func:`top_k_indices`.
-        budget: at most the entries of all layers.
-        group: the ranks that hold the other ranges.
-
-    Returns:
-        Per layer a count, the same on every rank, ``budget`` in all.
+    Equal scores go to the earlier layer. The counts are the same on every rank.
     """
-    candidates = [shard.view(torch.int32) for shard in scores]
+    candidates: Sequence[Tensor] = [shard.view(torch.int32) for shard in scores]
     above = torch.zeros(len(scores), dtype=torch.int64, device=scores[0].device)
     left = above.new_tensor([budget])
     for shift, width in _DIGITS:
-        histograms = torch.stack([_histogram(bits, shift, width) for bits in candidates])
-        group.all_reduce(histograms, "sum")
+        histograms = _histograms(candidates, shift, width, group)
         digit, left = _digit_of_kth(histograms.sum(dim=0, keepdim=True), left)
         value = int(digit)
         above += histograms[:, value + 1 :].sum(dim=1)
-        candidates = [_with_digit(bits, shift, width, value) for bits in candidates]
+        candidates = _with_digits(candidates, shift, width, digit.expand(len(candidates)))
         tied = histograms[:, value]
     before = tied.cumsum(0) - tied  # ties of earlier layers
     return (above + (left - before).clamp(min=0).minimum(tied)).tolist()
@@ -95,15 +74,10 @@ def count_among_largest(scores: Sequence[Tensor], budget: int, group: Group) -> 
 
 @dataclass(frozen=True)
 class _Candidates:
-    """Entries of one layer's shard.
+    """Entries of one layer's shard."""
 
-    Attributes:
-        positions: int64 [c], ascending, in the shard.
-        bits: int32 [c], of their scores, without the sign.
-    """
-
-    positions: Tensor
-    bits: Tensor
+    positions: Tensor  # int64 [c], ascending, in the shard
+    bits: Tensor  # int32 [c], of their scores, without the sign
 
     def at_least(self, threshold: int, ties: int) -> Tensor:
         """The positions of all bits above ``threshold`` and of the first ``ties`` equal to it."""
@@ -113,8 +87,7 @@ class _Candidates:
 
 def _reaching(scores: Tensor, bound: Tensor) -> _Candidates:
     """The entries of ``scores`` that are at least ``bound`` (fp32 []; none where that is a NaN)."""
-    positions = [torch.empty(0, dtype=torch.int64, device=scores.device)]
-    bits = [torch.empty(0, dtype=torch.int32, device=scores.device)]
+    positions, bits = [], []
     offset = 0
     for chunk in chunks(scores):
         found = (chunk >= bound).nonzero().squeeze(1)
@@ -129,27 +102,15 @@ def _kth_largest(
 ) -> tuple[list[int], list[int]]:
     """Per layer the bits of the k-th largest score, and how many entries equal to it to take here.
 
-    Entries above it are all taken, wherever they are.
-
-    Args:
-        candidates: all entries with at least the first digit of the k-th.
-        digit: int64 [layers], that digit.
-        left: int64 [layers], how many of the entries with that digit to take.
-        group: the ranks that hold the other candidates.
+    ``digit`` is the first digit of the k-th, ``left`` how many of the entries with that digit to
+    take, both int64 [layers]. Entries above the k-th are all taken, wherever they are.
     """
     (shift, width), *lower_digits = _DIGITS
     threshold = digit << shift
-    pools = [
-        _with_digit(layer.bits, shift, width, value)
-        for layer, value in zip(candidates, digit.tolist(), strict=True)
-    ]
+    pools = _with_digits([layer.bits for layer in candidates], shift, width, digit)
     for shift, width in lower_digits:
-        histograms = torch.stack([_histogram(bits, shift, width) for bits in pools])
-        digit, left = _digit_of_kth(group.all_reduce(histograms, "sum"), left)
-        pools = [
-            _with_digit(bits, shift, width, value)
-            for bits, value in zip(pools, digit.tolist(), strict=True)
-        ]
+        digit, left = _digit_of_kth(_histograms(pools, shift, width, group), left)
+        pools = _with_digits(pools, shift, width, digit)
         threshold += digit << shift
     # What is left of the budget goes to the ties, the lower ranks' (lower indices) first.
     tied = left.new_zeros(group.world_size, len(pools))
@@ -160,18 +121,21 @@ def _kth_largest(
     return threshold.tolist(), taken.tolist()
 
 
-def _histogram(bits: Tensor, shift: int, width: int) -> Tensor:
-    """How often each value of the digit occurs in ``bits`` (int32 [m]): int64 [2^width]."""
-    counts = torch.zeros(2**width, dtype=torch.int64, device=bits.device)
-    for chunk in chunks(bits):
-        counts += torch.bincount(_digit(chunk, shift, width), minlength=2**width)
-    return counts
+def _histograms(pools: Sequence[Tensor], shift: int, width: int, group: Group) -> Tensor:
+    """How often each value of the digit occurs in the ranks' int32 [m]: int64 [layers, 2^width]."""
+    counts = torch.zeros(len(pools), 2**width, dtype=torch.int64, device=pools[0].device)
+    for row, bits in zip(counts, pools, strict=True):
+        for chunk in chunks(bits):
+            row += torch.bincount(_digit(chunk, shift, width), minlength=2**width)
+    return group.all_reduce(counts, "sum")
 
 
-def _with_digit(bits: Tensor, shift: int, width: int, value: int) -> Tensor:
-    """The entries of ``bits`` whose digit is ``value``."""
-    kept = [c.masked_select(_digit(c, shift, width) == value) for c in chunks(bits)]
-    return torch.cat(kept) if kept else bits
+def _with_digits(pools: Sequence[Tensor], shift: int, width: int, digits: Tensor) -> list[Tensor]:
+    """Of each layer the entries whose digit is the layer's."""
+    return [
+        torch.cat([c.masked_select(_digit(c, shift, width) == digit) for c in chunks(bits)])
+        for bits, digit in zip(pools, digits.tolist(), strict=True)
+    ]
 
 
 def _digit(bits: Tensor, shift: int, width: int) -> Tensor:
@@ -181,12 +145,8 @@ def _digit(bits: Tensor, shift: int, width: int) -> Tensor:
 def _digit_of_kth(histograms: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """The digit of each layer's k-th largest entry, and how many of its equals are in the top k.
 
-    Args:
-        histograms: int64 [layers, bins].
-        k: int64 [layers]. For k = 0 the answer is the highest digit, which no finite score has.
-
-    Returns:
-        The digit and what is left of k inside its bin, both int64 [layers].
+    Of histograms [layers, bins] and k [layers], all int64. For k = 0 it is the highest digit, which
+    no finite score has.
     """
     from_top = histograms.flip(1)
     reached = from_top.cumsum(dim=1)  # entries in the highest 1, 2, ... bins

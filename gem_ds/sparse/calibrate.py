@@ -23,8 +23,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from gem_ds.data.batches import Batches, SummedLoss
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.engine import Engine
-from gem_ds.select.rules import RULES, TargetShard
+from gem_ds.select.rules import RULES
 from gem_ds.select.selection import Selection, select_shards
+from gem_ds.select.shards import TargetShard
 from gem_ds.sparse.gradients import ShardReducer, make_sinks
 from gem_ds.sparse.layers import TargetLayer, TargetLayers
 
@@ -45,26 +46,10 @@ def calibrate(
     seed: int = 0,
     buffer_gb: float = 0.0,
 ) -> Selection:
-    """Score every target entry over one epoch of ``batches`` and select ``budget`` of them.
+    """Score every target entry over one epoch of ``batches`` and select ``budget`` (K) of them.
 
-    A rule that looks at no gradient reads no batch.
-
-    Args:
-        engine: holds the model; its weights are read, none is changed.
-        layers: the target layers.
-        batches: the calibration examples.
-        summed_loss: the loss of one micro-batch, summed over its items.
-        budget: K.
-        progress: called after each step.
-        rule: one of :data:`gem_ds.select.rules.RULES`.
-        seed: of rules that choose by chance.
-        buffer_gb: as :func:`sum_gradients`.
-
-    Returns:
-        This rank's part of the selection (its own ranges of the layers).
-
-    Raises:
-        ValueError: the loss or a score is not finite, or no gradient reaches a target.
+    Returns this rank's part of the selection: its own ranges of the layers. A rule that looks at no
+    gradient reads no batch. ``progress`` is called after each step.
     """
     gradients: Sequence[Tensor | None] = [None] * len(layers)
     if RULES[rule].needs_gradient:
@@ -83,35 +68,18 @@ def select(
     rule: str = "gem",
     seed: int = 0,
 ) -> Selection:
-    """Score and select by gradients that are there: the second half of :func:`calibrate`.
-
-    Args:
-        engine: holds the model, whose weights are read.
-        layers: the target layers.
-        gradients: of :func:`sum_gradients`, consumed; None each for a rule that looks at none.
-        budget: K.
-        rule: one of :data:`gem_ds.select.rules.RULES`.
-        seed: of rules that choose by chance.
-
-    Returns:
-        This rank's part of the selection.
-
-    Raises:
-        ValueError: a score is not finite.
-    """
-    shards = []
-    for layer, gradient in zip(layers, gradients, strict=True):
-        start, _ = engine.weights.shard_range(layer.weight)
-        shards.append(
-            TargetShard(
-                name=layer.name,
-                numel=layer.numel,
-                start=start,
-                gradient=gradient,
-                weight=engine.weights.read_shard(layer.weight),
-                device=engine.device,
-            )
+    """Select by the weights and by this rank's ranges of the gradients, which are consumed."""
+    shards = [
+        TargetShard(
+            name=layer.name,
+            numel=layer.numel,
+            start=engine.weights.shard_range(layer.weight)[0],
+            gradient=gradient,
+            weight=engine.weights.read_shard(layer.weight),
+            device=engine.device,
         )
+        for layer, gradient in zip(layers, gradients, strict=True)
+    ]
     with engine.comm.in_unison():
         return select_shards(shards, budget, engine.comm, rule=rule, seed=seed)
 
@@ -125,22 +93,11 @@ def sum_gradients(
     *,
     buffer_gb: float = 0.0,
 ) -> list[Tensor]:
-    """The gradient of the loss summed over one epoch, in shards: :func:`calibrate`'s first half.
+    """The gradient of the loss summed over one epoch, at the weights as they are.
 
-    Args:
-        engine: holds the model.
-        layers: the target layers.
-        batches: the calibration examples.
-        summed_loss: the loss of one micro-batch, summed over its items.
-        progress: called after each step.
-        buffer_gb: 10^9 bytes that each rank may keep of whole gradients, which then cross the
-            network once (:func:`gem_ds.sparse.gradients.buffered_layers`).
-
-    Returns:
-        Per layer, this rank's range (:meth:`Weights.shard_range`) of the flat gradient, fp32.
-
-    Raises:
-        ValueError: the loss is not finite, or no gradient reaches a target.
+    Per layer this rank's range (:meth:`Weights.shard_range`) of it, flat, fp32. Each rank may keep
+    ``buffer_gb`` 10^9 bytes of whole gradients, which then cross the network once. A loss that is
+    not finite is a ValueError, and so is a target that no gradient reaches.
     """
     reducer = ShardReducer(engine.comm)
     sinks = make_sinks(engine.weights, layers, reducer, buffer_gb)
@@ -151,12 +108,7 @@ def sum_gradients(
             for batch, num_items in zip(batches.micro_batches(step), counts, strict=True):
                 for sink in sinks:
                     sink.scale = num_items / LOSS_SCALE
-
-                def mean_loss(
-                    model: nn.Module, batch: dict[str, Tensor] = batch, n: int = num_items
-                ) -> Tensor:
-                    return summed_loss(model, batch) / n
-
+                mean_loss = partial(_mean_loss, summed_loss, batch, num_items)
                 loss = engine.backward(mean_loss, deliver=False, loss_scale=LOSS_SCALE)
                 reducer.finish()
                 num_broken += ~loss.isfinite()
@@ -173,6 +125,12 @@ def sum_gradients(
     with engine.comm.in_unison():
         refuse_unreached(layers, reached.bool().tolist())
     return shards
+
+
+def _mean_loss(
+    summed_loss: SummedLoss, batch: dict[str, Tensor], num_items: int, model: nn.Module
+) -> Tensor:
+    return summed_loss(model, batch) / num_items
 
 
 def _largest_num_items(batches: Batches, comm: Comm) -> list[list[int]]:

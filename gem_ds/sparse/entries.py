@@ -14,6 +14,7 @@ its own tokens; it writes those that lie in its own part of the weights.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -24,27 +25,26 @@ from torch import Tensor, nn
 
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.engine import Engine
-from gem_ds.distributed.weights import numel, shape_of
+from gem_ds.distributed.weights import numel
 from gem_ds.files.mask import index_dtype
 from gem_ds.sparse.flat_values import FlatValues
-from gem_ds.sparse.layers import TargetLayer, TargetLayers
-from gem_ds.sparse.sddmm import Pattern, choose_kernel
+from gem_ds.sparse.layers import Sink, TargetLayer, TargetLayers
+from gem_ds.sparse.sddmm import Pattern, add_product, add_sampled_product, choose_kernel
 
 
 @dataclass(frozen=True)
 class SampledSink:
     """Adds the gradient at one layer's selected entries to its slice of the vector's buffer."""
 
-    layer: TargetLayer
     vector: FlatValues
     start: int  # of this layer's slice
     pattern: Pattern
     kernel: str = "auto"
 
-    def __call__(self, *factors: Tensor) -> None:
+    def __call__(self, a: Tensor, b: Tensor) -> None:
         """Add the gradient of one backward."""
-        out = self.vector.gradient(self.start, self.pattern.num_entries, factors[0].device)
-        self.layer.add_gradient_at(out, *factors, pattern=self.pattern, kernel=self.kernel)
+        out = self.vector.gradient(self.start, self.pattern.num_entries, a.device)
+        add_sampled_product(out, a, b, self.pattern, self.kernel)
 
 
 @dataclass(frozen=True)
@@ -59,57 +59,50 @@ class WholeSink:
     def __call__(self, dy: Tensor, x: Tensor) -> None:
         """Add the gradient of one backward."""
         out = self.vector.gradient(self.start, self.layer.numel, dy.device)
-        self.layer.add_whole_gradient(out.view(self.layer.shape), dy, x, scale=1.0)
+        add_product(out.view(self.layer.shape), dy, x)
         if self.bias_start is not None:
             bias = self.vector.gradient(self.bias_start, dy.shape[1], dy.device)
             bias += dy.sum(dim=0, dtype=torch.float32)
 
 
-class TrainedEntries:
-    """Entries of some parameters that are trained as one flat vector.
+class TrainedEntries(ABC):
+    """Entries of some parameters that are trained as one flat vector, that of ``layers``.
 
-    Args:
-        engine: holds the model.
-        vector: the flat vector.
-        parameters: the parameters, by name.
-        flat_indices: per parameter all trained flat indices, int [k_l], ascending.
-
-    Attributes:
-        flat_indices: the same, on the engine's device, in the smallest dtype that fits.
-        starts: per parameter where its slice of the flat vector begins.
-        num_entries: K.
+    ``flat_indices`` are per parameter all trained flat indices, int [k_l], ascending; they are kept
+    on the engine's device, in the smallest dtype that fits.
     """
 
     def __init__(
         self,
         engine: Engine,
-        vector: FlatValues,
+        layers: TargetLayers,
         parameters: Mapping[str, nn.Parameter],
         flat_indices: Sequence[Tensor],
     ) -> None:
         self.engine = engine
-        self.vector = vector
+        self.layers = layers
+        self.vector = layers.vector
         self.parameters = dict(parameters)
+        self.names = list(parameters)
         self.flat_indices = [
             index.to(engine.device, index_dtype(numel(parameter)))
             for parameter, index in zip(parameters.values(), flat_indices, strict=True)
         ]
+        # Where each parameter's slice of the flat vector begins, and K.
         *self.starts, self.num_entries = accumulate((i.numel() for i in flat_indices), initial=0)
-        assert self.num_entries == vector.num_entries, "the vector was made for another K"
+        assert self.num_entries == self.vector.num_entries, "the vector was made for another K"
         self._writable = [
             _part(index, engine.weights.writable_range(parameter))
             for parameter, index in zip(parameters.values(), self.flat_indices, strict=True)
         ]
 
-    @property
-    def names(self) -> list[str]:
-        """The parameters' names."""
-        return list(self.parameters)
+    @abstractmethod
+    def sinks(self) -> Sequence[Sink]:
+        """Per layer, what collects the gradient of its entries."""
 
-    @property
-    def shapes(self) -> list[tuple[int, ...]]:
-        """The whole parameters' shapes."""
-        return [shape_of(parameter) for parameter in self.parameters.values()]
+    def training(self) -> AbstractContextManager[None]:
+        """While the block lasts, backward passes collect the entries' gradient."""
+        return self.layers.sinks(self.sinks())
 
     def split(self, numbers: Tensor) -> dict[str, Tensor]:
         """Cut a flat vector [K] into the parameters' slices, by name."""
@@ -162,14 +155,7 @@ class TrainedEntries:
 
 
 class SelectedEntries(TrainedEntries):
-    """The selected entries of the target layers.
-
-    Args:
-        engine: holds the model.
-        layers: the target layers.
-        flat_indices: per layer all selected flat indices, int [k_l], ascending.
-        kernel: of :mod:`gem_ds.sparse.sddmm`, for all layers; auto chooses for each.
-    """
+    """The selected entries of the target layers; as kernel, auto chooses one for each layer."""
 
     def __init__(
         self,
@@ -178,24 +164,19 @@ class SelectedEntries(TrainedEntries):
         flat_indices: Sequence[Tensor],
         kernel: str = "auto",
     ) -> None:
-        self.layers = layers
-        self.kernel = kernel
         weights = {layer.name: layer.weight for layer in layers}
-        super().__init__(engine, layers.vector, weights, flat_indices)
+        super().__init__(engine, layers, weights, flat_indices)
+        self.kernel = kernel
         self._patterns = [
             Pattern.of(index, layer.shape)
             for layer, index in zip(layers, self.flat_indices, strict=True)
         ]
 
-    def training(self) -> AbstractContextManager[None]:
-        """While the block lasts, backward passes collect the entries' gradient."""
-        return self.layers.sinks(self.sinks())
-
     def sinks(self) -> list[SampledSink]:
         """Per layer, what collects the gradient of its entries."""
         return [
-            SampledSink(layer, self.vector, start, pattern, self.kernel)
-            for layer, start, pattern in zip(self.layers, self.starts, self._patterns, strict=True)
+            SampledSink(self.vector, start, pattern, self.kernel)
+            for start, pattern in zip(self.starts, self._patterns, strict=True)
         ]
 
     def kernels(self) -> list[str]:
@@ -207,22 +188,16 @@ class SelectedEntries(TrainedEntries):
 
 
 class HeadEntries(TrainedEntries):
-    """All entries of a task head: the weights and biases of some linear layers.
-
-    Args:
-        engine: holds the model.
-        layers: the head's layers.
-    """
+    """All entries of a task head: the weights and biases of some linear layers."""
 
     def __init__(self, engine: Engine, layers: TargetLayers) -> None:
-        self.layers = layers
-        parameters = head_parameters(layers.modules())
+        parameters = {}
+        for layer in layers:
+            parameters[layer.name] = layer.weight
+            if layer.module.bias is not None:
+                parameters[_bias_name(layer.name)] = layer.module.get_parameter("bias")
         indices = [torch.arange(numel(parameter)) for parameter in parameters.values()]
-        super().__init__(engine, layers.vector, parameters, indices)
-
-    def training(self) -> AbstractContextManager[None]:
-        """While the block lasts, backward passes collect the entries' gradient."""
-        return self.layers.sinks(self.sinks())
+        super().__init__(engine, layers, parameters, indices)
 
     def sinks(self) -> list[WholeSink]:
         """Per layer, what collects the gradient of its weight and bias."""
@@ -231,16 +206,6 @@ class HeadEntries(TrainedEntries):
             WholeSink(layer, self.vector, starts[layer.name], starts.get(_bias_name(layer.name)))
             for layer in self.layers
         ]
-
-
-def head_parameters(layers: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """Weights and biases by name, of linear layers by the names of their weights."""
-    parameters = {}
-    for name, module in layers.items():
-        parameters[name] = module.get_parameter("weight")
-        if module.bias is not None:
-            parameters[_bias_name(name)] = module.get_parameter("bias")
-    return parameters
 
 
 def _bias_name(weight_name: str) -> str:
@@ -254,14 +219,9 @@ def _part(index: Tensor, bounds: tuple[int, int]) -> slice:
 
 
 def gather_indices(own: Sequence[Tensor], comm: Comm) -> list[Tensor]:
-    """Put the ranks' parts of a selection together.
+    """Put the ranks' parts of a selection together: per layer all flat indices, on every rank.
 
-    Args:
-        own: per layer this rank's flat indices, int64, ascending; the ranks' ranges ascend.
-        comm: the ranks.
-
-    Returns:
-        Per layer all selected flat indices, int64, ascending, on every rank.
+    ``own`` are this rank's, int64 and ascending as the result; the ranks' ranges ascend.
     """
     counts = torch.zeros(comm.world_size, len(own), dtype=torch.int64, device=own[0].device)
     counts[comm.rank] = torch.tensor([index.numel() for index in own])

@@ -35,19 +35,16 @@ class _Anchor(torch.autograd.Function):
 class FlatValues(nn.Module):
     """The trained entries of all layers one after another, and the buffer of their gradient.
 
-    Attributes:
-        values: [K] in the model's dtype.
-        num_entries: K.
-        delivers: while False, a forward pass gives an anchor that leads nowhere, and what is
-            collected stays in the buffer; while True the backward delivers the buffer. Of a global
-            batch of several micro-batches the last one delivers, so its gradient accumulates in
-            fp32 and crosses the network once.
+    While ``delivers`` is False, a forward pass gives an anchor that leads nowhere, and what is
+    collected stays in the buffer; while True the backward delivers the buffer. Of a global batch of
+    several micro-batches the last one delivers, so its gradient accumulates in fp32 and crosses the
+    network once.
     """
 
     def __init__(self, num_entries: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.values = nn.Parameter(torch.zeros(num_entries, dtype=dtype))
-        self.num_entries = num_entries
+        self.num_entries = num_entries  # K
         self.delivers = False
         self.buffer: Tensor | None = None  # fp32 [K], made when the first layer asks for its slice
 
@@ -56,9 +53,7 @@ class FlatValues(nn.Module):
         if self.delivers:
             anchor: Tensor = _Anchor.apply(self.values, self)
             return anchor
-        return torch.zeros(
-            (), dtype=self.values.dtype, device=self.values.device, requires_grad=True
-        )
+        return self.values.new_zeros((), requires_grad=True)
 
     def gradient(self, start: int, length: int, device: torch.device) -> Tensor:
         """The fp32 slice [length] from ``start`` of what is collected on ``device``, to add to."""

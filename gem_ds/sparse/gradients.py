@@ -1,7 +1,7 @@
 """What calibration keeps of each target layer: its summed gradient, fp32, in the ranks' own ranges.
 
-In each backward a layer hands its sink (x, dy), and the dense gradient ``dy^T x`` of one
-micro-batch is formed. Where it goes is the sink's kind:
+In each backward a layer hands its sink the factors a and b of the dense gradient ``a^T b`` of one
+micro-batch. Where that goes is the sink's kind:
 
 * :class:`ShardSink` sums it over the ranks into the ranges, at once, and drops it. The
   reduction of one layer runs while the backward goes on to the next one.
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -23,8 +24,7 @@ from torch import Tensor
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.weights import Weights
 from gem_ds.sparse.layers import TargetLayer
-
-_BYTES = 4  # of an fp32 number
+from gem_ds.sparse.sddmm import add_product, product
 
 
 class ShardReducer:
@@ -40,10 +40,8 @@ class ShardReducer:
     def add(self, shard: Tensor, whole: Tensor, scale: float) -> None:
         """Begin to add ``scale`` times this rank's part of the ranks' sum of ``whole``.
 
-        Args:
-            shard: fp32 [m], what is added to.
-            whole: fp32 [world_size * partition], given away; m is at most the partition.
-            scale: the same on every rank.
+        ``shard``: fp32 [m]; ``whole``: fp32 [world_size * partition], given away. The scale is the
+        same on every rank, and m at most the partition.
         """
         self.finish()
         wait = self.comm.start_reduce_scatter(whole)
@@ -58,26 +56,21 @@ class ShardReducer:
 
 @dataclass
 class ShardSink:
-    """Sums one layer's dense gradient into this rank's range of it, micro-batch by micro-batch.
-
-    Attributes:
-        shard: fp32 [stop - start], this rank's range of the summed gradient; it is up to date when
-            the reducer has finished.
-        scale: what the next micro-batch's gradient is multiplied by.
-    """
+    """Sums one layer's dense gradient into this rank's range of it, micro-batch by micro-batch."""
 
     layer: TargetLayer
     reducer: ShardReducer
     partition_size: int
-    shard: Tensor
-    scale: float = 1.0
+    shard: Tensor  # fp32 [stop - start], up to date when the reducer has finished
+    scale: float = 1.0  # what the next micro-batch's gradient is multiplied by
 
-    def __call__(self, *factors: Tensor) -> None:
-        """Add the gradient of one backward, over all ranks."""
+    def __call__(self, a: Tensor, b: Tensor) -> None:
+        """Add the gradient of one backward."""
+        numel, shape = self.layer.numel, self.layer.shape
         length = self.partition_size * self.reducer.comm.world_size
         padded = torch.empty(length, dtype=torch.float32, device=self.shard.device)
-        padded[self.layer.numel :] = 0
-        self.layer.whole_gradient(padded[: self.layer.numel].view(self.layer.shape), *factors)
+        padded[numel:] = 0
+        product(a, b, out=padded[:numel].view(shape))
         self.reducer.add(self.shard, padded, self.scale)
 
     def take(self) -> Tensor:
@@ -87,24 +80,18 @@ class ShardSink:
 
 @dataclass
 class BufferedSink:
-    """Sums one layer's dense gradient on this rank, to be reduced once.
-
-    Attributes:
-        whole: fp32 [world_size * partition], where it is summed; zeros to begin with.
-        length: of this rank's range.
-        scale: what the next micro-batch's gradient is multiplied by.
-    """
+    """Sums one layer's dense gradient on this rank, to be reduced once."""
 
     layer: TargetLayer
     comm: Comm
-    whole: Tensor
-    length: int
-    scale: float = 1.0
+    whole: Tensor  # fp32 [world_size * partition], where it is summed; zeros to begin with
+    length: int  # of this rank's range
+    scale: float = 1.0  # what the next micro-batch's gradient is multiplied by
 
-    def __call__(self, *factors: Tensor) -> None:
-        """Add the gradient of one backward on this rank."""
+    def __call__(self, a: Tensor, b: Tensor) -> None:
+        """Add the gradient of one backward."""
         sums = self.whole[: self.layer.numel].view(self.layer.shape)
-        self.layer.add_whole_gradient(sums, *factors, scale=self.scale)
+        add_product(sums, a, b, scale=self.scale)
 
     def take(self) -> Tensor:
         """Reduce; this rank's range of the gradient, fp32. The buffer is given away."""
@@ -114,10 +101,7 @@ class BufferedSink:
 
 
 def make_sinks(
-    weights: Weights,
-    layers: Sequence[TargetLayer],
-    reducer: ShardReducer,
-    buffer_gb: float,
+    weights: Weights, layers: Sequence[TargetLayer], reducer: ShardReducer, buffer_gb: float
 ) -> list[ShardSink | BufferedSink]:
     """A sink for each layer, buffered where :func:`buffered_layers` says so."""
     comm = weights.comm
@@ -126,14 +110,12 @@ def make_sinks(
     sinks: list[ShardSink | BufferedSink] = []
     for i, (layer, partition) in enumerate(zip(layers, partitions, strict=True)):
         start, stop = weights.shard_range(layer.weight)
+        size = partition * comm.world_size if i in buffered else stop - start
+        zeros = torch.zeros(size, dtype=torch.float32, device=comm.device)
         if i in buffered:
-            whole = torch.zeros(
-                partition * comm.world_size, dtype=torch.float32, device=comm.device
-            )
-            sinks.append(BufferedSink(layer, comm, whole, stop - start))
+            sinks.append(BufferedSink(layer, comm, zeros, stop - start))
         else:
-            shard = torch.zeros(stop - start, dtype=torch.float32, device=comm.device)
-            sinks.append(ShardSink(layer, reducer, partition, shard))
+            sinks.append(ShardSink(layer, reducer, partition, zeros))
     return sinks
 
 
@@ -142,23 +124,12 @@ def buffered_layers(
 ) -> frozenset[int]:
     """Which layers keep a whole gradient: as many as fit, so the smallest first.
 
-    What a whole gradient takes is counted beyond the range of it that this rank keeps anyway. On
-    one rank that is nothing, and all layers are buffered.
-
-    Args:
-        partition_sizes: of each layer the entries of one rank's range, padding included.
-        world_size: the ranks.
-        buffer_gb: what they may take on each rank, in 10^9 bytes.
-
-    Returns:
-        Positions in ``partition_sizes``, the same on every rank.
+    Returns positions in ``partition_sizes``, the entries of one rank's range of each layer, padding
+    included; they may take ``buffer_gb`` 10^9 bytes on each rank. What a whole gradient takes is
+    counted beyond the range of it that this rank keeps anyway. On one rank that is nothing, and all
+    layers are buffered.
     """
-    sizes = [_BYTES * (world_size - 1) * size for size in partition_sizes]
-    left = buffer_gb * 1e9
-    chosen = []
-    for i in sorted(range(len(sizes)), key=sizes.__getitem__):
-        if sizes[i] > left:
-            break
-        left -= sizes[i]
-        chosen.append(i)
-    return frozenset(chosen)
+    sizes = [4 * (world_size - 1) * size for size in partition_sizes]  # bytes in fp32
+    order = sorted(range(len(sizes)), key=sizes.__getitem__)
+    taken = accumulate(sizes[i] for i in order)
+    return frozenset(i for i, size in zip(order, taken, strict=True) if size <= buffer_gb * 1e9)

@@ -6,12 +6,11 @@ Equivalent code first. For a linear layer with frozen weight ``W`` [out, in] and
     dx = dy @ W                backward, as before
     sink(dy, x)                backward, instead of ``W.grad = dy.T @ x``
 
-A *sink* is what a phase wants of the weight's gradient. Calibration forms it whole, reduces it and
-drops it (:mod:`gem_ds.sparse.gradients`); training adds it at the selected entries to a slice of
-the flat vector's buffer (:mod:`gem_ds.sparse.entries`). Both ask the layer, since what its gradient
-is made of is its own business: a new kind of layer is one class here, and a line of :data:`KINDS`.
-Its weight is one parameter, read and written by flat index whatever its kind
-(:class:`gem_ds.distributed.weights.Weights`).
+A *sink* is what a phase makes of the factors of the weight's gradient. Calibration multiplies them,
+reduces the product and drops it (:mod:`gem_ds.sparse.gradients`); training adds it at the selected
+entries to a slice of the flat vector's buffer (:mod:`gem_ds.sparse.entries`). A new kind of layer
+is one class here, and a line of :data:`KINDS`. Its weight is one parameter, read and written by
+flat index whatever its kind (:class:`gem_ds.distributed.weights.Weights`).
 """
 
 from __future__ import annotations
@@ -27,10 +26,9 @@ from transformers.pytorch_utils import Conv1D
 
 from gem_ds.distributed.weights import shape_of
 from gem_ds.sparse.flat_values import FlatValues
-from gem_ds.sparse.sddmm import Pattern, add_product, add_sampled_product, product
 
-Sink = Callable[..., None]
-"""Takes what :meth:`TargetLayer.whole_gradient` takes after ``out``."""
+Sink = Callable[[Tensor, Tensor], None]
+"""Takes a, [tokens, rows], and b, [tokens, columns], whose ``a^T b`` is the weight's gradient."""
 
 
 def drop(*_: Tensor) -> None:
@@ -51,7 +49,7 @@ class _AnchoredLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.layer = layer
-        return layer.linear(x, weight, bias)
+        return F.linear(x, layer.matrix(weight), bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None, None, None]:
@@ -60,7 +58,7 @@ class _AnchoredLinear(torch.autograd.Function):
         # Under autocast the product was one in dy's dtype.
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = layer.input_gradient(dy, weight.to(dy.dtype)).to(x.dtype)
+            dx = (dy @ layer.matrix(weight.to(dy.dtype))).to(x.dtype)
         tokens = x.reshape(-1, x.shape[-1]).to(dy.dtype)
         factors = layer.factors(dy.reshape(-1, dy.shape[-1]), tokens)
         assert layer.sink is not None, f"{layer.name}: its sink left before the backward"
@@ -69,87 +67,48 @@ class _AnchoredLinear(torch.autograd.Function):
 
 
 class TargetLayer:
-    """A linear layer (``nn.Linear``) whose weight is a target.
-
-    Attributes:
-        name: the weight's name in ``model.named_parameters()``.
-        weight: the parameter; its data may be partitioned by ZeRO-3.
-        shape: of the whole weight, [rows, columns] as stored.
-        sink: takes what the layer's backward knows; see :data:`Sink`.
-        anchor: of the present forward pass (:mod:`gem_ds.sparse.flat_values`).
-    """
+    """A linear layer (``nn.Linear``) whose weight is a target."""
 
     def __init__(self, name: str, module: nn.Module) -> None:
-        self.name = name
+        self.name = name  # of the weight, in ``model.named_parameters()``
         self.module: Any = module
-        self.weight = module.get_parameter("weight")
+        self.weight = module.get_parameter("weight")  # its data may be partitioned by ZeRO-3
         rows, columns = shape_of(self.weight)
-        self.shape = (rows, columns)
+        self.shape = (rows, columns)  # of the whole weight, as stored
+        self.numel = rows * columns
         self.sink: Sink | None = None
-        self.anchor: Tensor | None = None
-
-    @property
-    def numel(self) -> int:
-        """Entries of the whole weight."""
-        return self.shape[0] * self.shape[1]
-
-    # Forward and backward
+        self.anchor: Tensor | None = None  # of the present forward pass
 
     def forward(self, x: Tensor) -> Tensor:
         """What the module computes while it is a target: the same as ever."""
-        module = self.module
+        weight, bias = self.module.weight, self.module.bias
         if not torch.is_grad_enabled():
-            return self.linear(x, module.weight, module.bias)
-        y: Tensor = _AnchoredLinear.apply(x, module.weight, module.bias, self.anchor, self)
+            return F.linear(x, self.matrix(weight), bias)
+        y: Tensor = _AnchoredLinear.apply(x, weight, bias, self.anchor, self)
         return y
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The layer's own function of x, weight and bias."""
-        return F.linear(x, weight, bias)
-
-    def input_gradient(self, dy: Tensor, weight: Tensor) -> Tensor:
-        """The gradient of x."""
-        return dy @ weight
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The weight as [out, in]."""
+        return weight
 
     def factors(self, dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Of dy and x, [tokens, features] each, the two a and b whose ``a^T b`` is the gradient."""
+        """What a sink takes, of dy and x, [tokens, features] each."""
         return dy, x
-
-    # The weight's gradient, of what a sink was told
-
-    def whole_gradient(self, out: Tensor, a: Tensor, b: Tensor) -> None:
-        """Overwrite ``out``, fp32 [rows, columns], with it."""
-        product(a, b, out=out)
-
-    def add_whole_gradient(self, out: Tensor, a: Tensor, b: Tensor, *, scale: float) -> None:
-        """Add ``scale`` times it to ``out``, fp32 [rows, columns]."""
-        add_product(out, a, b, scale=scale)
-
-    def add_gradient_at(
-        self, out: Tensor, a: Tensor, b: Tensor, *, pattern: Pattern, kernel: str
-    ) -> None:
-        """Add its entries at ``pattern`` to ``out``, fp32 [k]; the others are not computed."""
-        add_sampled_product(out, a, b, pattern, kernel)
 
 
 class Conv1DLayer(TargetLayer):
     """transformers' Conv1D, a linear layer that stores its weight as [in, out]."""
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The layer's own function of x, weight and bias."""
-        return F.linear(x, weight.t(), bias)
-
-    def input_gradient(self, dy: Tensor, weight: Tensor) -> Tensor:
-        """The gradient of x."""
-        return dy @ weight.t()
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The weight as [out, in]."""
+        return weight.t()
 
     def factors(self, dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """The gradient is ``x^T dy``."""
         return x, dy
 
 
-#: The forward of a module -> its kind. A subclass of the module that computes something else of its
-#: weight is none.
+#: The forward of a module -> its kind. A subclass that computes something else is none.
 KINDS: dict[Callable[..., Any], type[TargetLayer]] = {
     nn.Linear.forward: TargetLayer,
     Conv1D.forward: Conv1DLayer,
@@ -166,14 +125,10 @@ def kind_of(module: nn.Module) -> type[TargetLayer] | None:
 class TargetLayers(Sequence[TargetLayer]):
     """The target layers of a model, in ``named_parameters`` order, and the flat vector they train.
 
-    Making it adds the vector to the model, as a submodule, and swaps the layers' forward;
-    :meth:`detach` undoes both. Every parameter of the model but those of flat vectors is frozen.
-
-    Args:
-        model: that the layers belong to.
-        targets: the layers, by the names of their weights.
-        num_entries: of the flat vector.
-        vector_name: of the submodule; None keeps a vector that is never stepped out of the model.
+    ``targets`` are the modules by the names of their weights. Making it adds the vector to the
+    model, as a submodule ``vector_name`` (None keeps a vector that is never stepped out of it), and
+    swaps the layers' forward; :meth:`detach` undoes both. Every parameter of the model but those of
+    flat vectors is frozen.
     """
 
     def __init__(
@@ -185,7 +140,11 @@ class TargetLayers(Sequence[TargetLayer]):
     ) -> None:
         self.model = model
         self.vector_name = vector_name
-        self.layers = [_target_layer(name, module) for name, module in targets.items()]
+        self.layers = []
+        for name, module in targets.items():
+            kind = kind_of(module)
+            assert kind is not None, f"{name} belongs to a {type(module).__name__}, no target"
+            self.layers.append(kind(name, module))
         for module in model.modules():
             if not isinstance(module, FlatValues):
                 for parameter in module.parameters(recurse=False):
@@ -208,10 +167,6 @@ class TargetLayers(Sequence[TargetLayer]):
 
     def __len__(self) -> int:
         return len(self.layers)
-
-    def modules(self) -> dict[str, nn.Module]:
-        """The layers' modules, by the names of their weights."""
-        return {layer.name: layer.module for layer in self.layers}
 
     def renew_anchor(self, *_: Any) -> None:
         """Give the layers the anchor of a new forward pass; the model's own call does it too."""
@@ -237,9 +192,3 @@ class TargetLayers(Sequence[TargetLayer]):
             del layer.module.forward
         if self.vector_name is not None:
             delattr(self.model, self.vector_name)
-
-
-def _target_layer(name: str, module: nn.Module) -> TargetLayer:
-    kind = kind_of(module)
-    assert kind is not None, f"{name} belongs to a {type(module).__name__}, which is no target"
-    return kind(name, module)

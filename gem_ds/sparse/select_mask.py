@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,18 +22,15 @@ from gem_ds.files.mask import Mask, WeightInfo, index_dtype
 from gem_ds.models.encoders import head_names, without_head
 from gem_ds.models.targets import find_targets
 from gem_ds.select.budget import total_budget
-from gem_ds.select.rules import RULES, TargetShard
-from gem_ds.select.scores import Solo
+from gem_ds.select.rules import RULES
 from gem_ds.select.selection import select_shards
+from gem_ds.select.shards import Solo, TargetShard
 from gem_ds.sparse.calibrate import checkpointing_in_eval_mode, refuse_unreached
-from gem_ds.sparse.layers import Sink, TargetLayer, TargetLayers
+from gem_ds.sparse.layers import TargetLayers
+from gem_ds.sparse.sddmm import add_product
 
-#: What transformers calls the loss of a model -> the labels that it is the mean over.
-_LABELS_OF: dict[str, Callable[[Tensor], Tensor]] = {
-    "ForCausalLM": lambda labels: labels[..., 1:],
-    "ForMaskedLM": lambda labels: labels,
-    "ForTokenClassification": lambda labels: labels,
-}
+#: What transformers calls the loss of a model -> the labels before those that it is the mean over.
+_LABELS_BEFORE = {"ForCausalLM": 1, "ForMaskedLM": 0, "ForTokenClassification": 0}
 
 
 def select_mask(
@@ -84,32 +82,43 @@ def select_mask(
                 gradients = _sum_gradients(layers, batches, loss or _summed_loss)
         finally:
             layers.detach()
+    indices = _select(layers, gradients, budget, rule, seed)
+    name_or_path = getattr(getattr(model, "config", None), "_name_or_path", "")
+    return Mask(
+        indices={
+            layer.name: index.to("cpu", index_dtype(layer.numel))
+            for layer, index in zip(layers, indices, strict=True)
+        },
+        weights={
+            layer.name: WeightInfo.of(layer.shape, layer.weight.detach().reshape(-1)[index])
+            for layer, index in zip(layers, indices, strict=True)
+        },
+        base_model=base_model or str(name_or_path) or type(model).__name__,
+        method=rule,
+        settings={"density": str(density), "seed": seed},
+    )
+
+
+def _select(
+    layers: TargetLayers, gradients: Sequence[Tensor | None], budget: int, rule: str, seed: int
+) -> list[Tensor]:
+    """Per layer the flat indices, where its weight lies."""
     device = layers[0].weight.device  # a model may lie on several
     shards = [
         TargetShard(
             name=layer.name,
             numel=layer.numel,
-            start=0,
             weight=layer.weight.detach().reshape(-1),
             gradient=None if gradient is None else gradient.to(device),
             device=device,
         )
         for layer, gradient in zip(layers, gradients, strict=True)
     ]
-    chosen = select_shards(shards, budget, Solo(), rule=rule, seed=seed).indices
-    return Mask(
-        indices={
-            layer.name: index.to("cpu", index_dtype(layer.numel))
-            for layer, index in zip(layers, chosen, strict=True)
-        },
-        weights={
-            shard.name: WeightInfo.of(layer.shape, shard.weight[index.to(shard.weight.device)])
-            for layer, shard, index in zip(layers, shards, chosen, strict=True)
-        },
-        base_model=base_model or _name_of(model),
-        method=rule,
-        settings={"density": str(density), "seed": seed},
-    )
+    selection = select_shards(shards, budget, Solo(), rule=rule, seed=seed)
+    return [
+        index.to(layer.weight.device)
+        for layer, index in zip(layers, selection.indices, strict=True)
+    ]
 
 
 def _find_targets(model: nn.Module, names: Sequence[str] | None) -> dict[str, nn.Module]:
@@ -132,9 +141,8 @@ def _find_targets(model: nn.Module, names: Sequence[str] | None) -> dict[str, nn
 def _budget(
     model: nn.Module, targets: Mapping[str, nn.Module], density: float | str | Decimal
 ) -> int:
-    num_entries = num_parameters(
-        without_head(model) if isinstance(model, PreTrainedModel) else model
-    )
+    counted = without_head(model) if isinstance(model, PreTrainedModel) else model
+    num_entries = num_parameters(counted)
     budget = total_budget(density, num_entries)
     available = sum(model.get_parameter(name).numel() for name in targets)
     if budget > available:
@@ -145,19 +153,15 @@ def _budget(
     return budget
 
 
-def _name_of(model: nn.Module) -> str:
-    return str(getattr(getattr(model, "config", None), "_name_or_path", "")) or type(model).__name__
-
-
 def _sum_gradients(
     layers: TargetLayers, batches: Iterable[Any], loss: Callable[[Any, Any], Tensor]
 ) -> list[Tensor]:
     """Per layer the gradient of the loss summed over the batches, fp32, flat."""
     sums = [
-        torch.zeros(layer.numel, dtype=torch.float32, device=layer.weight.device)
+        torch.zeros(layer.shape, dtype=torch.float32, device=layer.weight.device)
         for layer in layers
     ]
-    sinks = [_adding(layer, total) for layer, total in zip(layers, sums, strict=True)]
+    sinks = [partial(add_product, total) for total in sums]
     number = 0
     with layers.sinks(sinks), checkpointing_in_eval_mode(layers.model):
         for number, batch in enumerate(batches, start=1):
@@ -177,14 +181,7 @@ def _sum_gradients(
     if not number:
         raise ValueError("There are no batches: pass at least one, or a rule that needs none.")
     refuse_unreached(layers, [bool(total.any()) for total in sums])
-    return sums
-
-
-def _adding(layer: TargetLayer, total: Tensor) -> Sink:
-    def sink(*factors: Tensor) -> None:
-        layer.add_whole_gradient(total.view(layer.shape), *factors, scale=1.0)
-
-    return sink
+    return [total.view(-1) for total in sums]
 
 
 def _summed_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
@@ -192,14 +189,14 @@ def _summed_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     kind = getattr(model, "loss_type", "")
     if kind is None and hasattr(model, "generate"):  # transformers knows it by no name: GPT-2's
         kind = "ForCausalLM"
-    if kind not in _LABELS_OF or not isinstance(batch, Mapping) or "labels" not in batch:
+    if kind not in _LABELS_BEFORE or not isinstance(batch, Mapping) or "labels" not in batch:
         raise ValueError(
             "Pass loss, which takes the model and a batch and returns the summed loss: without it "
             "the model must be a language model and the batch have labels."
         )
     device = next(model.parameters()).device
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    num_items = (_LABELS_OF[kind](batch["labels"]) != -100).sum()
+    num_items = (batch["labels"][..., _LABELS_BEFORE[kind] :] != -100).sum()
     summed: Tensor = model(**batch).loss * num_items
     return summed
 

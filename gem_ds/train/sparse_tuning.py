@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from gem_ds.data.batches import Batches, SummedLoss
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.engine import Engine
-from gem_ds.distributed.weights import numel
+from gem_ds.distributed.weights import numel, shape_of
 from gem_ds.files.checkpoint import Checkpoint, TrainerState
 from gem_ds.files.delta import Delta
 from gem_ds.files.mask import Mask
@@ -229,8 +229,10 @@ class SparseTuning:
         head = {}
         if self.head is not None:
             parts = self.head.split(self.head.values().cpu())
-            shapes = dict(zip(parts, self.head.shapes, strict=True))
-            head = {name: part.view(shapes[name]) for name, part in parts.items()}
+            head = {
+                name: part.view(shape_of(self.head.parameters[name]))
+                for name, part in parts.items()
+            }
         with self.comm.agreement():
             if self.comm.is_main:
                 delta = Delta(mask=self.mask, values=values, head=head)

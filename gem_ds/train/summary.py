@@ -61,8 +61,9 @@ def _describe_calibration(
             f"Calibrated with a head that was trained for {method.head_steps} steps "
             "(--calibration_head_steps); training starts from its first values"
         )
-    columns = selection.names, selection.numels, selection.budgets, selection.layer_scores
-    say(f"Where the budget went:\n{budget_table(zip(*columns, strict=True))}")
+    decided = zip(tuning.layers, selection.budgets, selection.layer_scores, strict=True)
+    rows = ((layer.name, layer.numel, budget, score) for layer, budget, score in decided)
+    say(f"Where the budget went:\n{budget_table(rows)}")
     if is_calibrated and (buffer_gb := method.calibration_buffer_gb):
         sizes = [tuning.engine.weights.partition_size(layer.weight) for layer in tuning.layers]
         num_buffered = len(buffered_layers(sizes, tuning.comm.world_size, buffer_gb))

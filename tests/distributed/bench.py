@@ -176,7 +176,7 @@ def sampled_sinks(layers: TargetLayers, indices: list[Tensor]) -> list[Any]:
     """Sinks that collect the gradient's entries, one layer after another."""
     starts = itertools.accumulate(map(len, indices), initial=0)
     return [
-        SampledSink(layer, layers.vector, start, Pattern.of(index, layer.shape))
+        SampledSink(layers.vector, start, Pattern.of(index, layer.shape))
         for start, index, layer in zip(starts, indices, layers, strict=False)
     ]
 

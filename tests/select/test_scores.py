@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from gem_ds.select import scores
-from gem_ds.select.scores import LayerStatistics, Solo, gradient_to_weight_ratio_, layer_statistics
+from gem_ds.select import shards as shards_module
+from gem_ds.select.scores import LayerStatistics, layer_statistics, ratio
+from gem_ds.select.shards import TargetShard
 from tests import oracle
-from tests.thread_group import ThreadGroup, cut, run_threads
+from tests.thread_group import ThreadGroup, run_threads
 
 WORLD_SIZES = (1, 2, 3, 4, 7)
 SUBNORMAL = 2.0**-149
@@ -40,16 +41,12 @@ def _layers() -> dict[str, Tensor]:
     }
 
 
-def _close(value: float) -> object:
-    return pytest.approx(value, rel=1e-12, abs=0.0)
+def _statistics(layers: dict[str, Tensor], world_size: int) -> list[list[LayerStatistics]]:
+    """By rank and layer."""
 
-
-def _statistics(layers: dict[str, Tensor], world_size: int) -> list[LayerStatistics]:
-    names, numels = list(layers), [r.numel() for r in layers.values()]
-
-    def work(group: ThreadGroup) -> LayerStatistics:
-        shards = [cut(r, group.rank, world_size)[1] for r in layers.values()]
-        return layer_statistics(shards, numels, names, group)
+    def work(group: ThreadGroup) -> list[LayerStatistics]:
+        shards = group.shards(layers, None)
+        return layer_statistics([shard.weight for shard in shards], shards, group)
 
     return run_threads(world_size, work)
 
@@ -61,59 +58,50 @@ def test_ratio_is_the_formula_in_fp32_and_in_place(dtype: torch.dtype, size: int
     gradient = torch.randn(size, generator=generator)
     weight = torch.randn(size, generator=generator).to(dtype)
     weight[: size // 3] = 0
-    expected = oracle.ratio(gradient, weight)
-    kept = weight.clone()
-    with mock.patch.object(scores, "CHUNK", 10):
-        result = gradient_to_weight_ratio_(gradient, weight)
+    expected, kept = oracle.ratio(gradient, weight), weight.clone()
+    shard = TargetShard(
+        name="w", numel=size, weight=weight, gradient=gradient, device=weight.device
+    )
+    with mock.patch.object(shards_module, "CHUNK", 10):
+        result = ratio(shard)
     assert result is gradient
     assert torch.equal(result, expected)
     assert torch.equal(weight, kept)
 
 
-def test_ratio_of_a_parameter_leaves_no_graph() -> None:
-    weight = torch.nn.Parameter(torch.tensor([2.0, 0.0]))
-    result = gradient_to_weight_ratio_(torch.tensor([-1.0, 1.0]), weight)
-    assert not result.requires_grad
-    torch.testing.assert_close(result, torch.tensor([0.5, 1e8]))
-
-
 def test_statistics_agree_with_exactly_rounded_sums() -> None:
     layers = _layers()
-    found = _statistics(layers, 1)[0]
-    for i, (name, r) in enumerate(layers.items()):
-        message = f"of {name}"
-        assert found.ratio_sum[i] == _close(oracle.ratio_sum(r)), message
-        assert found.ratio_norm[i] == _close(oracle.ratio_norm(r)), message
-        assert found.entropy[i] == _close(oracle.entropy(r)), message
-        assert found.score[i] == _close(oracle.layer_score(r)), message
+    found = dict(zip(layers, _statistics(layers, 1)[0], strict=True))
+    for name, r in layers.items():
+        expected = (oracle.ratio_sum(r), oracle.ratio_norm(r), oracle.entropy(r))
+        assert found[name] == pytest.approx(expected, rel=1e-12, abs=0.0), name
     # The cases that the definition settles by itself.
-    by_name = dict(zip(layers, zip(found.entropy, found.score, strict=True), strict=True))
-    assert by_name["zeros"] == (0.0, 0.0)
-    assert by_name["one entry"] == (0.0, 0.0)  # -1 log(1 + 1e-8) is below 0
-    assert by_name["one of many"] == (0.0, 0.0)
-    assert by_name["subnormal"][1] > 0
+    for name in ("zeros", "one entry", "one of many"):  # -1 log(1 + 1e-8) is below 0
+        assert found[name].entropy == 0.0
+    assert found["subnormal"].norm * found["subnormal"].entropy > 0
 
 
 @pytest.mark.parametrize("numel", [1, 2, 3, 1024, 1025, 70000])
 def test_equal_ratios_have_known_statistics_and_do_not_overflow(numel: int) -> None:
     value = 1.7014118346046923e38  # 2^127: every term is the largest, so the integers are too
-    found = layer_statistics([torch.full((numel,), value)], [numel], ["w"], Solo())
-    assert found.ratio_sum == [numel * value]
-    assert found.ratio_norm[0] == pytest.approx(numel**0.5 * value, rel=1e-15)
+    ((found,),) = _statistics({"w": torch.full((numel,), value)}, 1)
+    assert found.total == numel * value
+    assert found.norm == pytest.approx(numel**0.5 * value, rel=1e-15)
     expected = -torch.tensor(1 / numel + 1e-8, dtype=torch.float64).log().item()
-    assert found.entropy[0] == pytest.approx(max(0.0, expected), rel=1e-12)
+    assert found.entropy == pytest.approx(max(0.0, expected), rel=1e-12)
 
 
 def test_terms_far_below_the_largest_are_not_lost() -> None:
     """2^18 entries beside one of 1: each, or its square, is below half a unit of 2^-b, b = 35."""
     small = 2**18
     numel = small + 1
-    layers = [torch.full((numel,), 2.0**-45), torch.full((numel,), 2.0**-24)]
-    for layer in layers:
+    layers = {"sum": torch.full((numel,), 2.0**-45), "squares": torch.full((numel,), 2.0**-24)}
+    for layer in layers.values():
         layer[777] = 1.0
-    found = layer_statistics(layers, [numel] * 2, ["sum", "squares"], Solo())
-    assert found.ratio_sum == [1 + small * 2.0**-45, 1 + small * 2.0**-24]
-    assert found.ratio_norm[1] == (1 + small * 2.0**-48) ** 0.5
+    ((in_sum, in_squares),) = _statistics(layers, 1)
+    assert in_sum.total == 1 + small * 2.0**-45
+    assert in_squares.total == 1 + small * 2.0**-24
+    assert in_squares.norm == (1 + small * 2.0**-48) ** 0.5
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
@@ -123,7 +111,7 @@ def test_statistics_are_the_same_bits_for_any_number_of_ranks(world_size: int) -
     assert all(found == expected for found in _statistics(layers, world_size))
 
 
-@pytest.mark.parametrize("chunk", [1000, 4096, 2**18])
+@pytest.mark.parametrize("chunk", [1000, 4096, 2**17])
 def test_statistics_do_not_depend_on_order_or_chunks(chunk: int) -> None:
     layers = _layers()
     expected = _statistics(layers, 1)[0]
@@ -131,7 +119,7 @@ def test_statistics_do_not_depend_on_order_or_chunks(chunk: int) -> None:
     shuffled = {
         name: r[torch.randperm(r.numel(), generator=generator)] for name, r in layers.items()
     }
-    with mock.patch.object(scores, "CHUNK", chunk):
+    with mock.patch.object(shards_module, "CHUNK", chunk):
         assert _statistics(shuffled, 2)[0] == expected
 
 
@@ -149,12 +137,11 @@ def test_ratios_that_are_not_finite_are_refused_by_name_on_every_rank(
     layers = {name: torch.ones(20) for name in ("q", "k", "v", "o")}
     layers["k"][19] = bad  # on the last rank alone
     layers["o"][0] = bad  # on the first rank alone
-    names, numels = list(layers), [20] * 4
 
     def work(group: ThreadGroup) -> str:
-        shards = [cut(r, group.rank, world_size)[1] for r in layers.values()]
+        shards = group.shards(layers, None)
         with pytest.raises(ValueError, match="of k, o are not finite") as refusal:
-            layer_statistics(shards, numels, names, group)
+            layer_statistics([shard.weight for shard in shards], shards, group)
         return str(refusal.value)
 
     assert len(set(run_threads(world_size, work))) == 1

@@ -125,7 +125,7 @@ class Twins:
         """One sink per layer, each with its slice of the flat parameter."""
         starts = [sum(i.numel() for i in self.indices[:n]) for n in range(len(self.indices))]
         return [
-            SampledSink(layer, self.layers.vector, start, Pattern.of(index, layer.shape))
+            SampledSink(self.layers.vector, start, Pattern.of(index, layer.shape))
             for start, index, layer in zip(starts, self.indices, self.layers, strict=True)
         ]
 
@@ -353,7 +353,7 @@ def test_a_bf16_model_collects_in_fp32_and_delivers_in_bf16() -> None:
     model.between.weight.data.zero_()  # so that the first use of the layer gets no gradient
     model.between.bias.data.fill_(20.0)  # and the second gets ones, from tanh
     pattern = Pattern.of(torch.arange(6, dtype=torch.int32), (6, 6))
-    sink = SampledSink(layers[0], layers.vector, 0, pattern)
+    sink = SampledSink(layers.vector, 0, pattern)
     x = torch.ones(1, 6, dtype=torch.bfloat16)
     with layers.sinks([sink]):
         for scale in [1.0] + [2.0**-10] * 1024:

@@ -23,8 +23,8 @@ from gem_ds.distributed.process_group import init_distributed
 from gem_ds.files.mask import Mask, WeightInfo, index_dtype
 from gem_ds.models.loss import summed_answer_loss
 from gem_ds.models.targets import find_targets
-from gem_ds.select.rules import TargetShard
 from gem_ds.select.selection import Selection, select_shards
+from gem_ds.select.shards import TargetShard
 from gem_ds.sparse.calibrate import calibrate
 from gem_ds.sparse.entries import gather_indices
 from tests import oracle
@@ -248,7 +248,9 @@ def _calibrated(comm: Comm, cut: Cut) -> Tensors:
         pad_token_id=PAD_TOKEN_ID,
     )
     selection = calibrate(engine, layers, batches, summed_answer_loss, K)
-    return dict(zip(selection.names, gather_indices(selection.indices, comm), strict=True))
+    return dict(
+        zip([layer.name for layer in layers], gather_indices(selection.indices, comm), strict=True)
+    )
 
 
 # The runs

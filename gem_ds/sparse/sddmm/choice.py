@@ -27,75 +27,54 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 KERNELS = ("dense", "tiled", "gather", "library", "triton")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Costs:
-    """Nanoseconds per token of a kernel.
+class Costs(NamedTuple):
+    """Nanoseconds per token of a kernel."""
 
-    Attributes:
-        feature: for each row and each column.
-        entry: for each selected entry.
-        product: for each entry of the matrix.
-    """
-
-    feature: float = 0.0
-    entry: float = 0.0
-    product: float = 0.0
+    feature: float = 0.0  # for each row and each column
+    entry: float = 0.0  # for each selected entry
+    product: float = 0.0  # for each entry of the matrix
 
     def of(self, shape: tuple[int, int], num_entries: int) -> float:
         """Nanoseconds per token."""
         rows, columns = shape
-        return (
-            self.feature * (rows + columns)
-            + self.entry * num_entries
-            + self.product * rows * columns
-        )
+        counts = rows + columns, num_entries, rows * columns
+        return sum(cost * count for cost, count in zip(self, counts, strict=True))
 
 
-#: Whether on a CPU, whether dy and x are fp32 -> what may be chosen.
+#: Whether dy and x are fp32 -> what may be chosen on a CPU.
 COSTS = {
-    (True, True): {
+    True: {
         "library": Costs(feature=1.1, entry=0.065),
         "gather": Costs(entry=3.3),
         "tiled": Costs(product=0.0065),
     },
-    (True, False): {
+    False: {
         "library": Costs(feature=0.9, entry=0.07),
         "gather": Costs(entry=2.8),
         "tiled": Costs(product=0.007),
     },
-    (False, True): {"tiled": Costs()},
-    (False, False): {"tiled": Costs()},
 }
 
 
 def choose_kernel(
     device_type: str, dtype: torch.dtype, shape: tuple[int, int], num_entries: int
 ) -> str:
-    """Name the kernel that ``auto`` takes, for any number of tokens.
-
-    Args:
-        device_type: where dy and x lie: cpu, cuda or another.
-        dtype: of dy and x; those of 16 bits are alike.
-        shape: of the weight, [rows, columns].
-        num_entries: k of this weight.
-    """
-    costs = COSTS[device_type == "cpu", dtype == torch.float32]
+    """Name the kernel that ``auto`` takes; ``dtype`` is that of dy and x."""
+    if device_type != "cpu":
+        return "tiled"
+    costs = COSTS[dtype == torch.float32]
     return min(costs, key=lambda kernel: costs[kernel].of(shape, num_entries))
 
 
 def check_kernel(kernel: str, device_type: str) -> None:
-    """Refuse a kernel that cannot run.
-
-    Raises:
-        ValueError: one sentence that says what to change.
-    """
+    """Refuse a kernel that cannot run, in a ValueError that says what to change."""
     if kernel not in ("auto", *KERNELS):
         raise ValueError(f"--sddmm_kernel takes auto or one of {', '.join(KERNELS)}, not {kernel}.")
     if kernel != "triton":

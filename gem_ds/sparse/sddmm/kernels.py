@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gem_ds.sparse.sddmm.choice import choose_kernel
+
 #: What a tile of the dense product may take. On a CPU about a cache, with enough rows for an
 #: efficient product; on a GPU enough blocks of rows and columns to keep it busy.
 CPU_TILE_BYTES, GPU_TILE_BYTES = 8 << 20, 32 << 20
@@ -32,16 +34,12 @@ GATHER_ENTRIES, GATHER_TOKENS = 4096, 256
 class Pattern:
     """Some entries of a matrix, in the order of their flat indices.
 
-    Attributes:
-        flat_index: int [k], ascending, each ``row * columns + column``; shared, not copied.
-        shape: [rows, columns].
-        row_bounds: [rows + 1] on the CPU, of the same dtype: the entries of row i are those from
-            ``row_bounds[i]`` to ``row_bounds[i + 1]``.
+    The entries of row i are those from ``row_bounds[i]`` to ``row_bounds[i + 1]``.
     """
 
-    flat_index: Tensor
-    shape: tuple[int, int]
-    row_bounds: Tensor
+    flat_index: Tensor  # int [k], ascending, each ``row * columns + column``; shared, not copied
+    shape: tuple[int, int]  # [rows, columns]
+    row_bounds: Tensor  # [rows + 1] on the CPU, of the same dtype
 
     @classmethod
     def of(cls, flat_index: Tensor, shape: tuple[int, int]) -> Pattern:
@@ -68,17 +66,10 @@ def _blocks(total: int, size: int) -> Iterator[slice]:
 
 
 def product(dy: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
-    """``dy^T x`` in fp32.
+    """``dy^T x`` in fp32 [rows, columns], written to ``out`` if given.
 
-    On a CPU low precision is converted :data:`DENSE_TOKENS` at a time.
-
-    Args:
-        dy: [tokens, rows].
-        x: [tokens, columns], of dy's dtype and device.
-        out: fp32 [rows, columns] to overwrite, if given.
-
-    Returns:
-        fp32 [rows, columns].
+    dy is [tokens, rows] and x [tokens, columns], of one dtype and device. On a CPU low precision is
+    converted :data:`DENSE_TOKENS` at a time.
     """
     if dy.dtype == torch.float32:
         return torch.mm(dy.t(), x, out=out)
@@ -177,3 +168,33 @@ def _swallow_csr_notice() -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
         torch.zeros(1, 1).to_sparse_csr()
+
+
+def _add_triton(out: Tensor, dy: Tensor, x: Tensor, pattern: Pattern) -> None:
+    from gem_ds.sparse.sddmm.triton_kernel import add_triton  # the library works without triton
+
+    add_triton(out, dy, x, pattern)
+
+
+_KERNELS = {
+    "dense": add_dense,
+    "tiled": add_tiled,
+    "gather": add_gathered,
+    "library": add_library,
+    "triton": _add_triton,
+}
+
+
+def add_sampled_product(
+    out: Tensor, dy: Tensor, x: Tensor, pattern: Pattern, kernel: str = "auto"
+) -> None:
+    """Add ``dy^T x`` at the k entries of ``pattern`` to ``out``, fp32 [k], contiguous.
+
+    dy is [tokens, rows] and x [tokens, columns], of one dtype; all lie on one device.
+    """
+    assert (dy.shape[1], x.shape[1]) == pattern.shape, "the pattern is of another layer"
+    if pattern.num_entries == 0 or dy.shape[0] == 0:
+        return
+    if kernel == "auto":
+        kernel = choose_kernel(dy.device.type, dy.dtype, pattern.shape, pattern.num_entries)
+    _KERNELS[kernel](out, dy, x, pattern)

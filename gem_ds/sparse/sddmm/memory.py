@@ -16,16 +16,7 @@ def temporary_bytes(
     itemsize: int,
     on_cpu: bool,
 ) -> int:
-    """The most that a kernel holds at once.
-
-    Args:
-        kernel: its name.
-        tokens: of dy and x.
-        shape: of the weight, [rows, columns].
-        num_entries: k of this weight.
-        itemsize: bytes of a number of dy and x.
-        on_cpu: where they lie.
-    """
+    """The most that a kernel holds at once; ``itemsize`` is the bytes of a number of dy and x."""
     if num_entries == 0:
         return 0
     rows, columns = shape

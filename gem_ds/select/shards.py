@@ -1,0 +1,59 @@
+"""What a rank holds of the target matrices, and how the ranks that share them talk.
+
+Each matrix is cut into flat ranges that ascend with the rank. Selection sees ranges and a
+:class:`Group`; one process with whole matrices is the group of one, :class:`Solo`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+#: Entries worked on at a time: the fp64 temporaries (1 MB each) stay in a core's cache.
+CHUNK = 2**17
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetShard:
+    """This rank's range of one target matrix; m may be 0."""
+
+    name: str  # of the parameter
+    numel: int  # entries of the whole matrix
+    start: int = 0  # flat index of the range's first entry
+    weight: Tensor  # [m], any floating dtype, on any device
+    gradient: Tensor | None = None  # fp32 [m], overwritten; None for rules that do not look at it
+    device: torch.device  # where scores are computed and reduced
+
+
+Shards = Sequence[TargetShard]
+
+
+class Group(Protocol):
+    """The ranks that share the matrices."""
+
+    rank: int
+    world_size: int
+
+    def all_reduce(self, tensor: Tensor, op: Literal["sum", "max"]) -> Tensor:
+        """Reduce ``tensor`` over the ranks in place and return it."""
+        ...
+
+
+class Solo:
+    """The group of one process: every reduction is the identity."""
+
+    rank = 0
+    world_size = 1
+
+    def all_reduce(self, tensor: Tensor, op: Literal["sum", "max"]) -> Tensor:
+        """Return ``tensor`` as it is."""
+        return tensor
+
+
+def chunks(shard: Tensor) -> Sequence[Tensor]:
+    """Views of at most :data:`CHUNK` entries that cover ``shard`` [m]."""
+    return torch.split(shard, CHUNK)
