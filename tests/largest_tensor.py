@@ -11,11 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class LargestTensor(TorchDispatchMode):
-    """Within the block, records the largest tensor that an operation makes; views make none.
-
-    Attributes:
-        num_entries: of that tensor.
-    """
+    """Within the block, records the largest tensor that an operation makes; views make none."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -68,7 +68,7 @@ def entropy(r: Tensor) -> float:
     total = ratio_sum(r)
     if total == 0:
         return 0.0
-    shares = [x / total for x in r.double().flatten().tolist()]
+    shares = (x / total for x in r.double().flatten().tolist())
     return max(0.0, -math.fsum(p * math.log(p + 1e-8) for p in shares))
 
 

@@ -10,7 +10,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from gem_ds.select.shards import TargetShard
+from gem_ds.select.shards import Group, TargetShard
 
 T = TypeVar("T")
 
@@ -31,28 +31,6 @@ class ThreadGroup:
         stacked = torch.stack([entry for entry in self._table if entry is not None])
         self._barrier.wait(timeout=60)
         return tensor.copy_(stacked.sum(dim=0) if op == "sum" else stacked.amax(dim=0))
-
-    def shards(
-        self, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor] | None
-    ) -> list[TargetShard]:
-        """This rank's ranges of dense matrices; the gradients are copied, the weights are not."""
-        shards = []
-        for name, weight in weights.items():
-            start, part = cut(weight, self.rank, self.world_size)
-            gradient = None
-            if gradients is not None:
-                gradient = cut(gradients[name], self.rank, self.world_size)[1].clone()
-            shards.append(
-                TargetShard(
-                    name=name,
-                    numel=weight.numel(),
-                    start=start,
-                    weight=part,
-                    gradient=gradient,
-                    device=part.device,
-                )
-            )
-        return shards
 
 
 def run_threads(world_size: int, work: Callable[[ThreadGroup], T]) -> list[T]:
@@ -88,3 +66,26 @@ def cut(tensor: Tensor, rank: int, world_size: int) -> tuple[int, Tensor]:
     per_rank = -(-flat.numel() // world_size)
     start = min(rank * per_rank, flat.numel())
     return start, flat[start : start + per_rank]
+
+
+def shards_of(
+    group: Group, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor] | None
+) -> list[TargetShard]:
+    """A rank's ranges of dense matrices; the gradients are copied, the weights are not."""
+    shards = []
+    for name, weight in weights.items():
+        start, part = cut(weight, group.rank, group.world_size)
+        gradient = None
+        if gradients is not None:
+            gradient = cut(gradients[name], group.rank, group.world_size)[1].clone()
+        shards.append(
+            TargetShard(
+                name=name,
+                numel=weight.numel(),
+                start=start,
+                weight=part,
+                gradient=gradient,
+                device=part.device,
+            )
+        )
+    return shards

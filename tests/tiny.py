@@ -6,7 +6,8 @@ dense reference agree on them without a file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     OPTConfig,
@@ -31,12 +33,9 @@ from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.engine import Engine
 from gem_ds.distributed.optim import SparseAdamW
 from gem_ds.distributed.zero_config import RunShape, read_config, resolve_config
-from gem_ds.files.checkpoint import TrainerState
 from gem_ds.models.loss import chunked_answer_loss
 from gem_ds.models.targets import find_targets
-from gem_ds.sparse.entries import SelectedEntries
 from gem_ds.sparse.layers import TargetLayers
-from gem_ds.train.fit import StepResult, fit
 from tests import oracle
 
 DS_CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"
@@ -44,65 +43,73 @@ PAD_TOKEN_ID = 0
 MAX_LENGTH = 24
 _VOCABULARY = 40
 
-
-def _llama() -> PreTrainedModel:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=_VOCABULARY,
-            hidden_size=20,
-            intermediate_size=9,
-            num_hidden_layers=2,
-            num_attention_heads=5,
-            num_key_value_heads=1,
-            head_dim=2,  # the targets hold 200 and 40 entries, which three ranks cannot share
-            initializer_range=0.2,
-        )
-    )
+Tensors = dict[str, Tensor]
 
 
-def _opt() -> PreTrainedModel:
-    return OPTForCausalLM(
-        OPTConfig(
-            vocab_size=_VOCABULARY,
-            hidden_size=15,
-            word_embed_proj_dim=15,
-            ffn_dim=10,
-            num_hidden_layers=2,
-            num_attention_heads=3,
-            max_position_embeddings=MAX_LENGTH,
-            dropout=0.3,
-            attention_dropout=0.3,
-            init_std=0.2,
-        )
-    )
+_SIZES = {"vocab_size": _VOCABULARY, "num_hidden_layers": 2, "num_attention_heads": 3}
+_SIZES |= {"hidden_size": 15, "max_position_embeddings": MAX_LENGTH}
+
+#: By name: the model, its config, the config's values, and what it calls its dropout rates.
+_MODELS: dict[str, tuple[Any, Any, dict[str, Any], list[str]]] = {
+    "llama": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        {
+            "vocab_size": _VOCABULARY,
+            "hidden_size": 20,
+            "intermediate_size": 9,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 5,
+            "num_key_value_heads": 1,
+            "head_dim": 2,  # the targets hold 200 and 40 entries, which three ranks cannot share
+            "initializer_range": 0.2,
+        },
+        [],
+    ),
+    "opt": (
+        OPTForCausalLM,
+        OPTConfig,
+        _SIZES | {"word_embed_proj_dim": 15, "ffn_dim": 10, "init_std": 0.2},
+        ["dropout", "attention_dropout"],
+    ),
+    "bert": (
+        BertForMaskedLM,
+        BertConfig,
+        _SIZES | {"intermediate_size": 10, "initializer_range": 0.2},
+        ["hidden_dropout_prob", "attention_probs_dropout_prob"],
+    ),
+    "gpt2": (
+        GPT2LMHeadModel,
+        GPT2Config,
+        _SIZES | {"initializer_range": 0.2},
+        ["resid_pdrop", "embd_pdrop", "attn_pdrop"],
+    ),
+}
 
 
-def _bert() -> PreTrainedModel:
-    return BertForMaskedLM(
-        BertConfig(
-            vocab_size=_VOCABULARY,
-            hidden_size=15,
-            intermediate_size=10,
-            num_hidden_layers=2,
-            num_attention_heads=3,
-            max_position_embeddings=MAX_LENGTH,
-            hidden_dropout_prob=0.3,
-            attention_probs_dropout_prob=0.3,
-            initializer_range=0.2,
-        )
-    )
-
-
-_MAKERS: Mapping[str, Callable[[], PreTrainedModel]] = {"llama": _llama, "opt": _opt, "bert": _bert}
-
-
-def make_model(architecture: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A model of random weights, always the same. OPT and BERT drop out 30 % in train mode."""
+def make_model(
+    architecture: str, dtype: torch.dtype = torch.float32, dropout: float = 0.3
+) -> PreTrainedModel:
+    """A model of random weights, always the same; all but Llama drop out in train mode."""
+    kind, config, settings, rates = _MODELS[architecture]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = _MAKERS[architecture]()
+        model: PreTrainedModel = kind(config(**settings, **dict.fromkeys(rates, dropout)))
         model.to(dtype)  # type: ignore[arg-type]
         return model
+
+
+class Matrices(nn.Module):
+    """Given weights, each a linear layer that is a target."""
+
+    def __init__(self, weights: Tensors) -> None:
+        super().__init__()
+        for name, weight in weights.items():
+            rows, columns = weight.shape
+            layer = nn.Linear(columns, rows, bias=False, dtype=weight.dtype)
+            layer.weight.data.copy_(weight)
+            self.add_module(name, layer)
+        self.targets = {f"{name}.weight": layer for name, layer in self.named_children()}
 
 
 def checkpointed(model: PreTrainedModel) -> PreTrainedModel:
@@ -112,9 +119,9 @@ def checkpointed(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def random_examples(count: int, seed: int = 0) -> Dataset:
+def random_examples(count: int) -> Dataset:
     """Examples of 2 to 13 random tokens; prompt and answer have at least one each."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(2, 14, (count,), generator=generator)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     prompts = (torch.rand(count, generator=generator) * (lengths - 1)).floor().int() + 1
@@ -128,19 +135,33 @@ def random_examples(count: int, seed: int = 0) -> Dataset:
     )
 
 
+def make_batches(
+    dataset: Dataset, comm: Comm, micro_batch_size: int, accumulation: int = 1
+) -> Batches:
+    """Global batches of so many micro-batches on each rank."""
+    return Batches(
+        dataset,
+        comm,
+        global_batch_size=accumulation * micro_batch_size * comm.world_size,
+        micro_batch_size=micro_batch_size,
+        seed=0,
+        pad_token_id=PAD_TOKEN_ID,
+    )
+
+
 # The loss of a run, and the same written naively for the oracle.
-
-
-def summed_masked_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """A masked language model's summed loss: the labels stand where they are predicted."""
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    logits = model(**inputs).logits.flatten(0, 1)
-    return F.cross_entropy(logits, batch["labels"].flatten(), reduction="sum")
 
 
 def summed_loss_of(architecture: str) -> Callable[[nn.Module, dict[str, Tensor]], Tensor]:
     """The loss that a run on the architecture is given."""
-    return summed_masked_loss if architecture == "bert" else chunked_answer_loss
+    return _summed_masked_loss if architecture == "bert" else chunked_answer_loss
+
+
+def _summed_masked_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """A masked language model's: the labels stand where they are predicted."""
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    logits = model(**inputs).logits.flatten(0, 1)
+    return F.cross_entropy(logits, batch["labels"].flatten(), reduction="sum")
 
 
 Example = tuple[Tensor, int]
@@ -163,6 +184,22 @@ def naive_loss(model: nn.Module, example: Example) -> Tensor:
     return F.cross_entropy(logits[prompt_length:], tokens[prompt_length:], reduction="sum")
 
 
+def naive_gradients(model: nn.Module, num_examples: int) -> tuple[Tensors, Tensors]:
+    """The oracle's gradients of the targets over so many random examples, and the weights."""
+    names = list(find_targets(model))
+    examples = naive_examples(random_examples(num_examples), range(num_examples))
+    gradients = oracle.summed_gradients(model.eval(), examples, naive_loss, names)
+    return gradients, {name: model.get_parameter(name).detach() for name in names}
+
+
+def max_error(gradients: Tensors, expected: Tensors) -> float:
+    """The largest error of a matrix, relative to its largest entry."""
+    return max(
+        float((gradients[name].flatten() - g.flatten()).abs().max() / g.abs().max())
+        for name, g in expected.items()
+    )
+
+
 # Engines
 
 
@@ -170,19 +207,16 @@ def naive_loss(model: nn.Module, example: Example) -> Tensor:
 class Setting:
     """A kind of engine: one of the bundled files, varied.
 
-    Attributes:
-        stage: of ZeRO.
-        dtype: fp32 or bf16.
-        variant: "plain"; "offload" (optimizer and, of stage 3, parameters on the CPU), "gathered"
-            (no weight is persistent) or "persistent" (all are), which are of stage 3.
+    The variants are plain, offload (optimizer and, of stage 3, parameters on the CPU), gathered (no
+    weight is persistent) and persistent (all are); the last two are of stage 3.
     """
 
     stage: int
-    dtype: str = "fp32"
+    dtype: str = "fp32"  # or bf16
     variant: str = "plain"
 
     def __str__(self) -> str:
-        return " ".join([f"zero{self.stage}", self.dtype, self.variant])
+        return f"zero{self.stage} {self.dtype} {self.variant}"
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -196,16 +230,15 @@ class Setting:
         config = read_config(DS_CONFIGS / f"zero{self.stage}{suffix}.json")
         if offloads and self.stage < 3:
             config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
-        thresholds = {"gathered": 0, "persistent": 10**9}
-        if self.variant in thresholds:
-            threshold = thresholds[self.variant]
+        threshold = {"gathered": 0, "persistent": 10**9}.get(self.variant)
+        if threshold is not None:
             config["zero_optimization"]["stage3_param_persistence_threshold"] = threshold
         shape = RunShape(
             world_size=world_size,
             micro_batch_size=1,
             gradient_accumulation_steps=1,
             max_grad_norm=max_grad_norm,
-            dtype="bf16" if self.dtype == "bf16" else "fp32",
+            dtype=self.dtype,  # type: ignore[arg-type]
             hidden_size=20,
             num_selected=num_selected,
         )
@@ -219,49 +252,12 @@ def make_engine(
     num_selected: int,
     *,
     targets: dict[str, nn.Module] | None = None,
-    max_grad_norm: float = 1.0,
-    **adam: Any,
 ) -> tuple[Engine, TargetLayers]:
     """Put a model into an engine, its query and value projections (or ``targets``) as targets."""
     layers = TargetLayers(model, targets or find_targets(model), num_selected)
-    config = setting.config(comm.world_size, max_grad_norm, num_selected)
-    settings = {"lr": 0.01} | adam
-    engine = Engine(
-        model, [layers.vector], lambda params: SparseAdamW(params, **settings), config, comm
-    )
-    return engine, layers
-
-
-def fit_entries(
-    entries: SelectedEntries,
-    batches: Batches,
-    num_steps: int,
-    *,
-    rate_factor: Callable[[int], float] = lambda _: 1.0,
-    after_step: Callable[[], None] = lambda: None,
-) -> list[StepResult]:
-    """Train with the summed answer loss, in chunks.
-
-    Args:
-        entries: what is trained; masters and weights must agree.
-        batches: the training data.
-        num_steps: how many steps to take.
-        rate_factor: of the learning rate, by the number of applied steps.
-        after_step: called on all ranks after each step.
-
-    Returns:
-        What the steps found.
-    """
-    state = TrainerState(max_steps=num_steps)
-    scheduler = LambdaLR(entries.engine.optimizer, rate_factor)
-    results = []
-    for step in fit(
-        entries.engine, [entries], batches, chunked_answer_loss, scheduler, state, seed=0
-    ):
-        results.append(step)
-        after_step()
-    assert len(results) == state.global_step == num_steps
-    return results
+    config = setting.config(comm.world_size, 1.0, num_selected)
+    optimizer = functools.partial(SparseAdamW, lr=0.01)
+    return Engine(model, [layers.vector], optimizer, config, comm), layers
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -270,10 +266,7 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 def assert_selected_up_to_rounding(
-    selected: Mapping[str, Tensor],
-    gradients: Mapping[str, Tensor],
-    weights: Mapping[str, Tensor],
-    total: int,
+    selected: Tensors, gradients: Tensors, weights: Tensors, total: int
 ) -> None:
     """The flat indices are the oracle's, but for entries whose scores differ by rounding only.
 

@@ -37,17 +37,11 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Tiny:
-    """Where the model and the data lie.
+    """Where the model and the data lie."""
 
-    Attributes:
-        folder: holds both, and what a test puts beside them.
-        model: the model's folder.
-        data: folder with train.jsonl (22 examples) and test.jsonl (5).
-    """
-
-    folder: Path
+    folder: Path  # holds both, and what a test puts beside them
     model: Path
-    data: Path
+    data: Path  # folder with train.jsonl (22 examples) and test.jsonl (5)
 
     def flags(self, output_dir: Path, /, *switches: str, **values: object) -> list[str]:
         """The command line of a run in 4-example steps; a value of None leaves its flag out."""

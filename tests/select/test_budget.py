@@ -38,31 +38,6 @@ def test_budgets_are_the_oracles_and_fair(problem: tuple[list[float], list[int],
                 assert k >= min(other_k, n)
 
 
-@settings(max_examples=200, deadline=None)
-@given(problems())
-def test_uncapped_budgets_are_within_one_of_the_ideal_share(
-    problem: tuple[list[float], list[int], int],
-) -> None:
-    scores, _, total = problem
-    if not 0 < sum(scores) < math.inf:
-        return
-    sizes = [total + 1] * len(scores)  # no layer fills up
-    unit = total / sum(map(oracle.Fraction, scores))
-    for s, k in zip(scores, allocate_budget(scores, sizes, total), strict=True):
-        assert abs(k - oracle.Fraction(s) * unit) < 1
-
-
-@settings(max_examples=100, deadline=None)
-@given(problems(), st.integers(-3, 3))
-def test_only_the_proportions_of_the_scores_matter(
-    problem: tuple[list[float], list[int], int], power: int
-) -> None:
-    scores, sizes, total = problem
-    scaled = [math.ldexp(s, power) if 1e-100 < s < 1e100 else 0.0 for s in scores]
-    plain = [s if 1e-100 < s < 1e100 else 0.0 for s in scores]
-    assert allocate_budget(plain, sizes, total) == allocate_budget(scaled, sizes, total)
-
-
 @pytest.mark.parametrize(
     ("scores", "sizes", "total", "expected"),
     [
@@ -116,7 +91,7 @@ def test_total_agrees_with_integer_arithmetic(millionths: int, num_parameters: i
     density = millionths / 10**6
     expected = millionths * num_parameters // 10**6
     if expected == 0:
-        with pytest.raises(ValueError, match="selects none"):
+        with pytest.raises(ValueError, match=f"selects none .* raise it to 1/{num_parameters}"):
             total_budget(density, num_parameters)
     else:
         assert total_budget(density, num_parameters) == expected
@@ -128,8 +103,3 @@ def test_total_agrees_with_integer_arithmetic(millionths: int, num_parameters: i
 def test_a_density_outside_0_to_1_is_refused(density: float | str) -> None:
     with pytest.raises(ValueError, match="above 0 and at most 1"):
         total_budget(density, 1000)
-
-
-def test_a_density_that_selects_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"selects none .* 1000 .* raise it to 1/1000"):
-        total_budget(0.0009, 1000)

@@ -14,9 +14,8 @@ from gem_ds.select.rules import CALIBRATED_METHODS, RULES, SPARSE_METHODS
 from gem_ds.select.scores import _splitmix64, chance
 from gem_ds.select.selection import Selection, select_shards
 from gem_ds.select.shards import Solo, TargetShard
-from gem_ds.select.topk import count_among_largest
 from tests import oracle
-from tests.thread_group import ThreadGroup, cut, run_threads
+from tests.thread_group import ThreadGroup, run_threads, shards_of
 
 Tensors = dict[str, Tensor]
 WORLD_SIZES = (1, 2, 3, 7)
@@ -55,12 +54,8 @@ def _subnormal() -> tuple[Tensors, Tensors]:
     return dict(zip("ab", numbers, strict=True)), {n: torch.ones(20, 30) for n in "ab"}
 
 
-def _zero() -> tuple[Tensors, Tensors]:
-    zeros = {"a": torch.zeros(5, 6), "b": torch.zeros(3, 4)}
-    return zeros, zeros
-
-
-CASES = {"random": _random(), "tied": _tied(), "subnormal": _subnormal(), "zero": _zero()}
+ZEROS = {"a": torch.zeros(5, 6), "b": torch.zeros(3, 4)}
+CASES = {"random": _random(), "tied": _tied(), "subnormal": _subnormal(), "zero": (ZEROS, ZEROS)}
 
 
 def _select(
@@ -69,7 +64,8 @@ def _select(
     looked_at = gradients if rule in CALIBRATED_METHODS else None  # the others must not look
 
     def work(group: ThreadGroup) -> Selection:
-        return select_shards(group.shards(weights, looked_at), total, group, rule=rule, seed=seed)
+        shards = shards_of(group, weights, looked_at)
+        return select_shards(shards, total, group, rule=rule, seed=seed)
 
     return run_threads(world_size, work)
 
@@ -116,33 +112,20 @@ def test_the_rules_differ_in_what_the_table_says() -> None:
     assert chosen("entropy_gradient", 4) == [[0, 1, 2], [2]]
 
 
-@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
-@pytest.mark.parametrize("rule", [rule for rule in SPARSE_METHODS if rule != "random"])
-def test_what_is_not_finite_is_refused_by_name(rule: str, bad: float) -> None:
-    """In what the rule looks at. The random one looks at nothing."""
-    gradients, weights = _random()
-    (gradients if rule in CALIBRATED_METHODS else weights)["v"][-1, -1] = bad
+@pytest.mark.parametrize("bad", [-torch.inf, torch.nan])
+@pytest.mark.parametrize(
+    ("rule", "where"),
+    [
+        *((rule, 0 if rule in CALIBRATED_METHODS else 1) for rule in RULES if rule != "random"),
+        ("damped", 1),  # its root mean square is no number, though the ratio to it would be 0
+    ],
+)
+def test_what_is_not_finite_is_refused_by_name(rule: str, where: int, bad: float) -> None:
+    """In what the rule looks at, gradients or weights. The random one looks at nothing."""
+    tensors = _random()
+    tensors[where]["v"][-1, -1] = bad
     with pytest.raises(ValueError, match="of v are not finite"):
-        _select(rule, gradients, weights, 5, 3)
-
-
-def test_damped_refuses_an_infinite_weight() -> None:
-    """Its root mean square is no number, though the ratio to it would be 0."""
-    gradients, weights = _random()
-    weights["v"][-1, -1] = -torch.inf
-    with pytest.raises(ValueError, match="of v are not finite"):
-        _select("damped", gradients, weights, 5, 3)
-
-
-class Counting(Solo):
-    """Counts what would cross the network."""
-
-    num_calls = 0
-
-    def all_reduce(self, tensor: Tensor, op: str) -> Tensor:
-        """Count, and reduce nothing."""
-        self.num_calls += 1
-        return tensor
+        _select(rule, *tensors, 5, 3)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -150,54 +133,13 @@ def test_the_number_of_collectives_does_not_grow_with_the_layers(rule: str) -> N
     """Rounds are shared: a model of a hundred matrices waits for the network as often as one."""
 
     def num_calls(num_layers: int, numel: int) -> int:
-        group = Counting()
-        shards = [
-            TargetShard(
-                name=str(i),
-                numel=numel,
-                gradient=torch.randn(numel),
-                weight=torch.randn(numel),
-                device=CPU,
-            )
-            for i in range(num_layers)
-        ]
-        select_shards(shards, num_layers, group, rule=rule)
-        return group.num_calls
+        group = mock.Mock(wraps=Solo(), rank=0, world_size=1)
+        tensors = {str(i): torch.randn(numel) for i in range(num_layers)}
+        select_shards(shards_of(group, tensors, tensors), num_layers, group, rule=rule)
+        return group.all_reduce.call_count
 
-    assert num_calls(1, 50) == num_calls(2, 50) == num_calls(30, 50) == num_calls(2, 5000) <= 9
-
-
-# The largest of all layers together
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    layers=st.lists(
-        st.one_of(
-            st.lists(st.sampled_from([0.0, -0.0, 2.0**-149, 1.0, 1 + 2.0**-23, 1.5]), min_size=1),
-            st.lists(st.floats(min_value=0, width=32, allow_nan=False, allow_infinity=False)),
-        ),
-        min_size=1,
-        max_size=4,
-    ).filter(lambda layers: any(layers)),
-    share=st.fractions(0, 1),
-    world_size=st.sampled_from(WORLD_SIZES),
-    chunk=st.sampled_from([3, 2**17]),
-)
-def test_the_count_among_the_largest_is_that_of_a_sort(layers, share, world_size, chunk) -> None:
-    total = max(1, round(share * sum(map(len, layers))))
-    pool = sorted((-value, layer) for layer, values in enumerate(layers) for value in values)
-    expected = [0] * len(layers)
-    for _, layer in pool[:total]:
-        expected[layer] += 1
-    tensors = [torch.tensor(values, dtype=torch.float32) for values in layers]
-
-    def work(group: ThreadGroup) -> list[int]:
-        shards = [cut(layer, group.rank, world_size)[1] for layer in tensors]
-        return count_among_largest(shards, total, group)
-
-    with mock.patch.object(shards_module, "CHUNK", chunk):
-        assert run_threads(world_size, work) == [expected] * world_size
+    assert num_calls(1, 50) == num_calls(2, 50) == num_calls(30, 50) == num_calls(2, 5000)
+    assert 3 <= num_calls(30, 50) <= 9
 
 
 # Chance
@@ -273,11 +215,3 @@ def test_chance_is_fair() -> None:
     for seed in range(400):
         often[list(_chosen("w", seed, 50, 10))] += 1
     assert 80 - 36 < often.min() <= often.max() < 80 + 36, "4.5 standard deviations of 8"
-
-
-def test_neighbours_are_chosen_independently() -> None:
-    chosen = torch.zeros(20_000)
-    chosen[list(_chosen("w", 0, 20_000, 2000))] = 1
-    for distance in (1, 2, 64, 1000):
-        both = float((chosen[distance:] * chosen[:-distance]).sum())
-        assert 200 - 65 < both < 200 + 65, distance  # Poisson, 200

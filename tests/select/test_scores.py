@@ -10,7 +10,7 @@ from gem_ds.select import shards as shards_module
 from gem_ds.select.scores import LayerStatistics, layer_statistics, ratio
 from gem_ds.select.shards import TargetShard
 from tests import oracle
-from tests.thread_group import ThreadGroup, run_threads
+from tests.thread_group import ThreadGroup, run_threads, shards_of
 
 WORLD_SIZES = (1, 2, 3, 4, 7)
 SUBNORMAL = 2.0**-149
@@ -45,7 +45,7 @@ def _statistics(layers: dict[str, Tensor], world_size: int) -> list[list[LayerSt
     """By rank and layer."""
 
     def work(group: ThreadGroup) -> list[LayerStatistics]:
-        shards = group.shards(layers, None)
+        shards = shards_of(group, layers, None)
         return layer_statistics([shard.weight for shard in shards], shards, group)
 
     return run_threads(world_size, work)
@@ -139,7 +139,7 @@ def test_ratios_that_are_not_finite_are_refused_by_name_on_every_rank(
     layers["o"][0] = bad  # on the first rank alone
 
     def work(group: ThreadGroup) -> str:
-        shards = group.shards(layers, None)
+        shards = shards_of(group, layers, None)
         with pytest.raises(ValueError, match="of k, o are not finite") as refusal:
             layer_statistics([shard.weight for shard in shards], shards, group)
         return str(refusal.value)

@@ -1,5 +1,6 @@
 """The exact top k of sharded scores: against a sort, for any number of ranks."""
 
+from fractions import Fraction
 from unittest import mock
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from gem_ds.select import shards as shards_module
 from gem_ds.select.shards import Solo
-from gem_ds.select.topk import top_k_indices
+from gem_ds.select.topk import count_among_largest, top_k_indices
 from tests import oracle
 from tests.thread_group import ThreadGroup, cut, run_threads
 
@@ -64,6 +65,25 @@ def test_the_choice_is_that_of_a_sort(
     layers, budgets = problem
     with mock.patch.object(shards_module, "CHUNK", chunk):
         assert _over_ranks(layers, budgets, world_size) == _expected(layers, budgets)
+
+
+@settings(max_examples=100, deadline=None)
+@given(problems(), st.fractions(0, 1), st.sampled_from([1, 2, 3, 7]), st.sampled_from([3, 2**17]))
+def test_the_count_among_the_largest_is_that_of_a_sort(
+    problem: tuple[list[Tensor], list[int]], share: Fraction, world_size: int, chunk: int
+) -> None:
+    layers, _ = problem
+    pool = sorted((-value, i) for i, layer in enumerate(layers) for value in layer.tolist())
+    total = max(1, round(share * len(pool)))
+    chosen = [layer for _, layer in pool[:total]]
+    expected = [chosen.count(layer) for layer in range(len(layers))]
+
+    def work(group: ThreadGroup) -> list[int]:
+        shards = [cut(layer, group.rank, world_size)[1] for layer in layers]
+        return count_among_largest(shards, total, group)
+
+    with mock.patch.object(shards_module, "CHUNK", chunk):
+        assert run_threads(world_size, work) == [expected] * world_size
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])

@@ -21,20 +21,22 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.steps.traffic import Collectives, tensors_in
 from gem_ds.data.batches import Batches
-from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.engine import Engine
 from gem_ds.distributed.process_group import init_distributed
+from gem_ds.files.checkpoint import TrainerState
 from gem_ds.models.loss import chunked_answer_loss
 from gem_ds.sparse.calibrate import calibrate
 from gem_ds.sparse.entries import SelectedEntries, gather_indices
-from gem_ds.sparse.layers import Sink, TargetLayers
+from gem_ds.sparse.layers import Sink
+from gem_ds.train.fit import fit
 from tests.ranks import run_ranks
-from tests.tiny import PAD_TOKEN_ID, Setting, fit_entries, make_engine, random_examples
+from tests.tiny import Setting, make_batches, make_engine, random_examples
 
 pytestmark = pytest.mark.slow  # starts engines or programs
 
@@ -49,43 +51,26 @@ NUM_MICRO_BATCHES = 2  # per rank and step; of one example, so that activations 
 FEW, MANY = 240, 600  # two values of K, both above the persistence threshold
 
 
-# What is alive
+def _larger_than(num_bytes: float, engine: Engine) -> list[str]:
+    """Storages of more than so many bytes that are not the model's weights, of all that is alive.
 
-
-def _storages() -> dict[int, tuple[int, str]]:
-    """Of all tensors that Python knows: where each storage lies -> its bytes and a description."""
+    Weights are partitions, and what is gathered of them at the moment.
+    """
+    weights = {
+        tensor.untyped_storage().data_ptr()
+        for parameter in engine.model.parameters()
+        if parameter is not engine.vectors[0].values
+        for tensor in (parameter.data, parameter.ds_tensor.data)  # type: ignore[attr-defined]
+    }
     found = {}
     gc.collect()  # what only waits to be freed does not count
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # some objects warn when they are looked at
-        tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
-        for tensor in tensors:
+        for tensor in [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]:
             storage = tensor.untyped_storage()
-            found[storage.data_ptr()] = (storage.nbytes(), f"{tensor.dtype} {tuple(tensor.shape)}")
-    return found
-
-
-def _weight_storages(engine: Engine) -> set[int]:
-    """Where the model's own weights lie: partitions, and what is gathered at the moment."""
-    places = set()
-    for parameter in engine.model.parameters():
-        for tensor in (parameter.data, parameter.ds_tensor.data):  # type: ignore[attr-defined]
-            if parameter is not engine.vectors[0].values:
-                places.add(tensor.untyped_storage().data_ptr())
-    return places
-
-
-def _larger_than(num_bytes: float, engine: Engine) -> list[str]:
-    """Storages of more than so many bytes that are not the model's weights."""
-    weights = _weight_storages(engine)
-    return [
-        f"{size} bytes, seen as {description}"
-        for place, (size, description) in _storages().items()
-        if size > num_bytes and place not in weights
-    ]
-
-
-# What is computed
+            if storage.nbytes() > num_bytes and storage.data_ptr() not in weights:
+                found[storage.data_ptr()] = f"{tensor.dtype} {tuple(tensor.shape)}"
+    return list(found.values())
 
 
 class Products(TorchDispatchMode):
@@ -114,57 +99,49 @@ def _num_values(tensor: Tensor) -> int:
 
 @dataclass
 class Account:
-    """What one rank found.
+    """What one rank found; sizes of products are in entries, traffic in bytes per step."""
 
-    Attributes:
-        dense_in_calibration: what is of the size of a target or more, each time that a layer's
-            gradient is handed to the network.
-        dense_on_the_way: the same, each time that one has arrived.
-        parts_in_calibration: what is of the size of a partition or more then.
-        calibration_product: entries of the largest product of matrices in calibration.
-        dense_in_backward: what is of the size of a partition or more inside a backward of training.
-        training_product: entries of the largest product of matrices in training.
-        after_training: what is larger than [K] in fp32 after training.
-        gradients: parameters that hold a gradient after training.
-        state_bytes: masters and moments on this rank.
-        payload: bytes per step in collectives other than weight gathers.
-        gathers: bytes per step in weight gathers, which gather the selected values too.
-    """
-
-    dense_in_calibration: list[list[str]]
-    dense_on_the_way: list[list[str]]
-    parts_in_calibration: list[list[str]]
+    calibration: Looking
     calibration_product: int
-    dense_in_backward: list[str]
+    dense_in_backward: list[str]  # of a partition or more, inside a backward of training
     training_product: int
-    after_training: list[str]
-    gradients: list[str]
-    state_bytes: int
-    payload: float
-    gathers: float
+    after_training: list[str]  # larger than [K] in fp32
+    gradients: list[str]  # parameters that hold one after training
+    state_bytes: int  # masters and moments on this rank
+    payload: float  # in collectives other than weight gathers
+    gathers: float  # of weights, which gather the selected values too
 
 
 class Looking:
-    """A rank's Comm that looks at the process whenever it reduces a layer's gradient."""
+    """Looks at the process whenever a layer's gradient is handed to the network, and has arrived.
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    Attributes:
+        dense: what is of the size of a target or more, each time that a gradient is handed over.
+        dense_on_the_way: the same, each time that one has arrived.
+        parts: what is of the size of a partition or more then.
+    """
+
+    def __init__(self) -> None:
         self.dense: list[list[str]] = []
         self.dense_on_the_way: list[list[str]] = []
         self.parts: list[list[str]] = []
-        self._start = engine.comm.start_reduce_scatter
 
-    def start_reduce_scatter(self, tensor: Tensor) -> Callable[[], Tensor]:
-        """Look, then begin to reduce; look again before the result is used."""
-        self.dense.append(_larger_than(4 * TARGET_SIZE - 1, self.engine))
-        wait = self._start(tensor)
+    def at(self, engine: Engine) -> Any:
+        """Within the block, look at the gradients that the engine's Comm reduces."""
+        start = engine.comm.start_reduce_scatter
 
-        def look_and_wait() -> Tensor:
-            self.dense_on_the_way.append(_larger_than(4 * TARGET_SIZE - 1, self.engine))
-            self.parts.append(_larger_than(4 * PARTITION - 1, self.engine))
-            return wait()
+        def start_reduce_scatter(tensor: Tensor) -> Callable[[], Tensor]:
+            self.dense.append(_larger_than(4 * TARGET_SIZE - 1, engine))
+            wait = start(tensor)
 
-        return look_and_wait
+            def look_and_wait() -> Tensor:
+                self.dense_on_the_way.append(_larger_than(4 * TARGET_SIZE - 1, engine))
+                self.parts.append(_larger_than(4 * PARTITION - 1, engine))
+                return wait()
+
+            return look_and_wait
+
+        return mock.patch.object(engine.comm, "start_reduce_scatter", start_reduce_scatter)
 
 
 def _looking(sink: Sink, engine: Engine, seen: list[str]) -> Sink:
@@ -189,38 +166,27 @@ def _model() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def _batches(comm: Comm) -> Batches:
-    return Batches(
-        random_examples(8),
-        comm,
-        global_batch_size=NUM_MICRO_BATCHES * WORLD_SIZE,
-        micro_batch_size=1,
-        seed=0,
-        pad_token_id=PAD_TOKEN_ID,
-    )
-
-
 def _account(total: int) -> Account:
     gc.freeze()  # what importing has made is not walked
     comm = init_distributed()
     engine, layers = make_engine(Setting(3), comm, _model(), total)
-    batches, looking, calibration_products = _batches(comm), Looking(engine), Products()
-    watched = mock.patch.object(comm, "start_reduce_scatter", looking.start_reduce_scatter)
-    with watched, calibration_products:
+    batches = make_batches(random_examples(8), comm, 1, NUM_MICRO_BATCHES)
+    looking, calibration_products = Looking(), Products()
+    with looking.at(engine), calibration_products:
         selection = calibrate(engine, layers, batches, chunked_answer_loss, total)
     indices = gather_indices(selection.indices, comm)
     del selection
     entries = SelectedEntries(engine, layers, indices, kernel="library")  # auto: by tiles, of 4 MiB
     del indices
     entries.start_from_weights()
-    dense_in_backward, products = _watched_backward(engine, layers, entries, batches)
-    collectives = Collectives()
+    dense_in_backward, products = _watched_backward(entries, batches)
+    collectives, state = Collectives(), TrainerState(max_steps=NUM_STEPS)
+    scheduler = LambdaLR(engine.optimizer, lambda _: 1.0)
     with collectives.counted():
-        fit_entries(entries, batches, NUM_STEPS)
+        steps = fit(engine, [entries], batches, chunked_answer_loss, scheduler, state, seed=0)
+        assert len(list(steps)) == NUM_STEPS
     return Account(
-        dense_in_calibration=looking.dense,
-        dense_on_the_way=looking.dense_on_the_way,
-        parts_in_calibration=looking.parts,
+        calibration=looking,
         calibration_product=calibration_products.largest,
         dense_in_backward=dense_in_backward,
         training_product=products.largest,
@@ -232,15 +198,12 @@ def _account(total: int) -> Account:
     )
 
 
-def _watched_backward(
-    engine: Engine, layers: TargetLayers, entries: SelectedEntries, batches: Batches
-) -> tuple[list[str], Products]:
+def _watched_backward(entries: SelectedEntries, batches: Batches) -> tuple[list[str], Products]:
     """A step's backward passes; what the process holds at the end of each layer's."""
-    seen: list[str] = []
+    engine, seen, products = entries.engine, [], Products()
     sinks: Sequence[Sink] = [_looking(sink, engine, seen) for sink in entries.sinks()]
-    products = Products()
     engine.model.train()
-    with layers.sinks(sinks), products:
+    with entries.layers.sinks(sinks), products:
         for i, batch in enumerate(batches.micro_batches(0)):
             engine.backward(
                 functools.partial(chunked_answer_loss, batch=batch),
@@ -262,55 +225,41 @@ def accounts() -> Accounts:
 
 
 @pytest.mark.parametrize("total", [FEW, MANY])
-class TestMemory:
-    """What a rank holds beside the model's own weights."""
-
-    def test_calibration_holds_its_ranges_and_two_products(
-        self, accounts: Accounts, total: int
-    ) -> None:
-        for account in accounts[total]:
-            assert len(account.dense_in_calibration) == NUM_TARGETS * NUM_CALIBRATION_PASSES
-            assert all(len(product) == 1 for product in account.dense_in_calibration)
-            # One on its way, and the next layer's, which the last of a backward does not have.
-            alive = [len(products) for products in account.dense_on_the_way]
-            assert alive == ([2] * (NUM_TARGETS - 1) + [1]) * NUM_CALIBRATION_PASSES
-            parts = [len(tensors) - NUM_TARGETS for tensors in account.parts_in_calibration]
-            assert parts == [1 + products for products in alive], "ranges, products, one sum"
-
-    def test_backward_of_training_holds_nothing_of_the_size_of_a_partition(
-        self, accounts: Accounts, total: int
-    ) -> None:
-        for account in accounts[total]:
-            assert account.dense_in_backward == []
-
-    def test_training_computes_no_dense_gradient(self, accounts: Accounts, total: int) -> None:
-        for account in accounts[total]:
-            assert account.calibration_product >= TARGET_SIZE, "the recorder sees products"
-            assert account.training_product < PARTITION
-
-    def test_nothing_larger_than_the_selected_entries_stays(
-        self, accounts: Accounts, total: int
-    ) -> None:
-        for account in accounts[total]:
-            assert account.after_training == []
-            assert account.gradients == []
-
-    def test_optimizer_state(self, accounts: Accounts, total: int) -> None:
-        for account in accounts[total]:
-            assert account.state_bytes == 12 * total / WORLD_SIZE
+def test_calibration_holds_its_ranges_and_two_products(accounts: Accounts, total: int) -> None:
+    """Beside the model's own weights."""
+    for account in accounts[total]:
+        looking = account.calibration
+        assert len(looking.dense) == NUM_TARGETS * NUM_CALIBRATION_PASSES
+        assert all(len(product) == 1 for product in looking.dense)
+        # One on its way, and the next layer's, which the last of a backward does not have.
+        alive = [len(products) for products in looking.dense_on_the_way]
+        assert alive == ([2] * (NUM_TARGETS - 1) + [1]) * NUM_CALIBRATION_PASSES
+        parts = [len(tensors) - NUM_TARGETS for tensors in looking.parts]
+        assert parts == [1 + products for products in alive], "ranges, products, one sum"
 
 
-class TestPayload:
-    """What crosses the network per step."""
+@pytest.mark.parametrize("total", [FEW, MANY])
+def test_training_holds_and_computes_nothing_dense(accounts: Accounts, total: int) -> None:
+    for account in accounts[total]:
+        assert account.dense_in_backward == []
+        assert account.calibration_product >= TARGET_SIZE, "the recorder sees products"
+        assert account.training_product < PARTITION
+        assert account.after_training == []
+        assert account.gradients == []
+        assert account.state_bytes == 12 * total / WORLD_SIZE
 
-    def test_is_proportional_to_the_selected_entries(self, accounts: Accounts) -> None:
-        """Gradients out and values back, 4 bytes each, and a few numbers."""
-        for few, many in zip(accounts[FEW], accounts[MANY], strict=True):
-            assert (many.payload - few.payload) / (MANY - FEW) == pytest.approx(8)
-            assert 8 * FEW <= few.payload <= 8 * FEW + 300
 
-    def test_gathers_of_weights_carry_the_values_along(self, accounts: Accounts) -> None:
-        """Once for each forward and each backward pass."""
-        for few, many in zip(accounts[FEW], accounts[MANY], strict=True):
-            assert (many.gathers - few.gathers) / (MANY - FEW) <= 8 * NUM_MICRO_BATCHES
-            assert few.gathers >= 4 * TARGET_SIZE, "the counter sees the weights"
+def test_what_crosses_the_network_is_proportional_to_the_selected_entries(
+    accounts: Accounts,
+) -> None:
+    """Gradients out and values back, 4 bytes each, and a few numbers."""
+    for few, many in zip(accounts[FEW], accounts[MANY], strict=True):
+        assert (many.payload - few.payload) / (MANY - FEW) == pytest.approx(8)
+        assert 8 * FEW <= few.payload <= 8 * FEW + 300
+
+
+def test_gathers_of_weights_carry_the_values_along(accounts: Accounts) -> None:
+    """Once for each forward and each backward pass."""
+    for few, many in zip(accounts[FEW], accounts[MANY], strict=True):
+        assert (many.gathers - few.gathers) / (MANY - FEW) <= 8 * NUM_MICRO_BATCHES
+        assert few.gathers >= 4 * TARGET_SIZE, "the counter sees the weights"

@@ -1,50 +1,36 @@
-"""One mask, whatever holds the matrices: any number of ranks, stage and cut of the examples.
+"""One mask, whatever holds the matrices: any number of ranks, stage and dtype.
 
 From the same statistics the mask file holds the same bits, and they are the oracle's. Through
-calibration the statistics round differently, and so may entries whose scores are that close.
+calibration the statistics round differently; that is test_calibrate.py's.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from gem_ds.data.batches import Batches
-from gem_ds.data.packing import pack
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.process_group import init_distributed
+from gem_ds.errors import PeerError
 from gem_ds.files.mask import Mask, WeightInfo, index_dtype
-from gem_ds.models.loss import summed_answer_loss
-from gem_ds.models.targets import find_targets
-from gem_ds.select.selection import Selection, select_shards
-from gem_ds.select.shards import TargetShard
-from gem_ds.sparse.calibrate import calibrate
+from gem_ds.select.rules import SPARSE_METHODS
+from gem_ds.sparse.calibrate import select
 from gem_ds.sparse.entries import gather_indices
 from tests import oracle
 from tests.ranks import run_ranks
-from tests.tiny import (
-    MAX_LENGTH,
-    PAD_TOKEN_ID,
-    Setting,
-    assert_selected_up_to_rounding,
-    make_engine,
-    make_model,
-    naive_examples,
-    naive_loss,
-    random_examples,
-)
+from tests.tiny import Matrices, Setting, Tensors, make_engine
 
 pytestmark = pytest.mark.slow  # starts engines or programs
 
 WORLD_SIZES = (1, 3, 4)
-STAGES = (1, 3)  # below stage 3 all have the same ranges
+SETTINGS = (Setting(1), Setting(3), Setting(3, "bf16"))  # below stage 3 all have the same ranges
 SHAPES = {
     "point": (1, 1),  # a matrix for one rank at most
     "pair": (2, 1),
@@ -56,15 +42,11 @@ SHAPES = {
     "twin": (31, 17),  # of the same statistics as "large" in some cases: scores and shares tie
 }
 NUM_ENTRIES = sum(rows * columns for rows, columns in SHAPES.values())
-
-Tensors = dict[str, Tensor]
-
-
-# The same statistics
+SEED = 3
 
 
 def _weights() -> Tensors:
-    """Few different values, zeros of both signs among them."""
+    """Few different values, exact in bf16, zeros of both signs among them."""
     generator = torch.Generator().manual_seed(1)
     levels = torch.tensor([-0.0, 0.0, 0.5, -0.5, 1.0, -2.0])
     weights = {
@@ -96,108 +78,64 @@ def _heavy_tailed(seed: int) -> Tensors:
     return gradients
 
 
-def _given() -> dict[str, tuple[Tensors, int]]:
-    """Statistics and K, by a name."""
-    cases = {
-        "all zero": (_zeros(), 50),
-        "all zero, one entry": (_zeros(), 1),
-        "everything": (_quantised(0), NUM_ENTRIES),
-        "one entry": (_quantised(0), 1),
-        "one gradient": (_with("odd", 76, 3.0), 5),
-    }
-    for seed in range(8):
-        generator = torch.Generator().manual_seed(100 + seed)
-        total = int(torch.randint(1, NUM_ENTRIES, (), generator=generator))
-        cases[f"quantised {seed}"] = (_quantised(seed), total)
-        cases[f"heavy-tailed {seed}"] = (_heavy_tailed(seed), total // 9 + 1)
-    return cases
-
-
 def _zeros() -> Tensors:
     return {name: torch.zeros(shape) for name, shape in SHAPES.items()}
 
 
-def _with(name: str, flat_index: int, value: float, into: Tensors | None = None) -> Tensors:
-    gradients = into or _zeros()
+def _with(name: str, flat_index: int, value: float, gradients: Tensors) -> Tensors:
     gradients[name].view(-1)[flat_index] = value
     return gradients
 
 
-def _refused() -> dict[str, tuple[Tensors, list[str]]]:
-    """Statistics, and the matrices to be named; the culprit lies on one rank only."""
-    infinity, nan = float("inf"), float("nan")
-    cases = {
-        "first entry": (_with("large", 0, infinity), ["large"]),
-        "last entry": (_with("large", -1, infinity, _quantised(0)), ["large"]),
-        "minus infinity": (_with("odd", 40, -infinity, _quantised(0)), ["odd"]),
-        "not a number": (_with("prime", 126, nan, _heavy_tailed(0)), ["prime"]),
-        "smallest matrix": (_with("point", 0, infinity), ["point"]),
-    }
-    two = _with("three", 2, nan, _with("even", 0, infinity, _quantised(0)))
-    return cases | {"two matrices": (two, ["three", "even"])}
+#: By a name: statistics, K and the rule.
+GIVEN = {
+    "all zero": (_zeros(), 50, "gem"),
+    "all zero, one entry": (_zeros(), 1, "gem"),
+    "everything": (_quantised(0), NUM_ENTRIES, "gem"),
+    "one gradient": (_with("odd", 76, 3.0, _zeros()), 5, "gem"),
+    **{f"quantised {seed}": (_quantised(seed), 1 + 250 * seed, "gem") for seed in range(5)},
+    **{f"heavy-tailed {seed}": (_heavy_tailed(seed), 1 + 70 * seed, "gem") for seed in range(3)},
+    **{f"quantised by {rule}": (_quantised(9), 400, rule) for rule in SPARSE_METHODS},
+}
 
-
-GIVEN, REFUSED = _given(), _refused()
-IN_BF16 = ("quantised 0", "quantised 1", "heavy-tailed 2")
-
-
-class Matrices(nn.Module):
-    """The weights, each a linear layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name, weight in _weights().items():
-            layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-            layer.weight.data.copy_(weight)
-            self.add_module(name, layer)
+#: Statistics, and the matrices to be named; the culprits lie on one rank only.
+REFUSED = {
+    "last entry": (_with("large", -1, torch.inf, _quantised(0)), ["large"]),
+    "smallest matrix": (_with("point", 0, -torch.inf, _zeros()), ["point"]),
+    "two": (
+        _with("three", 2, torch.nan, _with("even", 0, torch.inf, _heavy_tailed(0))),
+        ["three", "even"],
+    ),
+}
 
 
 class Holder:
     """The matrices in an engine, which decides on the ranges."""
 
-    def __init__(self, comm: Comm, stage: int, dtype: str = "fp32") -> None:
+    def __init__(self, comm: Comm, setting: Setting) -> None:
         self.comm = comm
-        setting = Setting(stage, dtype)
-        model = Matrices().to(setting.torch_dtype)  # every weight is exact in bf16 too
-        targets = {f"{name}.weight": getattr(model, name) for name in SHAPES}
-        self.engine, self.layers = make_engine(
-            setting, comm, model, num_selected=7, targets=targets
-        )
-        if stage == 3:  # what lies behind a partition is nobody's business
+        model = Matrices(_weights()).to(setting.torch_dtype)
+        self.engine, self.layers = make_engine(setting, comm, model, 7, targets=model.targets)
+        if setting.stage == 3:  # what lies behind a partition is nobody's business
             for layer in self.layers:
                 start, stop = self.engine.weights.shard_range(layer.weight)
-                partition: Tensor = layer.weight.ds_tensor  # type: ignore[attr-defined]
+                partition: Tensor = layer.weight.ds_tensor
                 partition.data.view(-1)[stop - start :] = float("nan")
 
-    def select(self, gradients: Tensors, total: int) -> Selection:
-        """Select from this rank's ranges of dense statistics."""
+    def mask_file(self, gradients: Tensors, total: int, rule: str, path: Path) -> Tensors:
+        """The tensors of the mask file that this rank would write."""
         shards = []
         for layer, gradient in zip(self.layers, gradients.values(), strict=True):
             start, stop = self.engine.weights.shard_range(layer.weight)
-            shards.append(
-                TargetShard(
-                    name=layer.name,
-                    numel=layer.numel,
-                    start=start,
-                    gradient=gradient.flatten()[start:stop].clone(),
-                    weight=self.engine.weights.read_shard(layer.weight),
-                    device=self.engine.device,
-                )
-            )
-        return select_shards(shards, total, self.comm)
-
-    def mask_file(self, gradients: Tensors, total: int, path: Path) -> Tensors:
-        """The tensors of the mask file that this rank would write."""
-        selection = self.select(gradients, total)
+            shards.append(gradient.flatten()[start:stop].clone())
+        selection = select(self.engine, self.layers, shards, total, rule=rule, seed=SEED)
         indices = gather_indices(selection.indices, self.comm)
+        named = dict(zip(self.layers, indices, strict=True))
         mask = Mask(
-            indices={
-                layer.name: index.to(index_dtype(layer.numel))
-                for layer, index in zip(self.layers, indices, strict=True)
-            },
+            indices={layer.name: i.to(index_dtype(layer.numel)) for layer, i in named.items()},
             weights={
                 layer.name: WeightInfo(shape=layer.shape, dtype="float32", checksum="0" * 64)
-                for layer in self.layers
+                for layer in named
             },
             base_model="matrices",
             settings={},
@@ -205,87 +143,22 @@ class Holder:
         mask.save(path)
         return load_file(path)
 
-    def refusal(self, gradients: Tensors) -> str:
-        """What selection says."""
-        try:
-            self.select(gradients, 10)
-        except ValueError as error:
-            return str(error)
-        return "no error"
 
-
-# Through calibration
-
-
-@dataclass(frozen=True)
-class Cut:
-    """How the examples are cut, and where the model lies."""
-
-    stage: int
-    micro_batch_size: int
-    packed: bool
-
-    def __str__(self) -> str:
-        packed = " packed" if self.packed else ""
-        return f"zero{self.stage} in micro-batches of {self.micro_batch_size}{packed}"
-
-
-CUTS = [Cut(3, 1, False), Cut(3, 7, True), Cut(0, 3, False)]
-CUT_WORLD_SIZES = (1, 3)
-NUM_EXAMPLES = 16
-K = 70
-
-
-def _calibrated(comm: Comm, cut: Cut) -> Tensors:
-    engine, layers = make_engine(Setting(cut.stage), comm, make_model("llama"), K)
-    examples = random_examples(NUM_EXAMPLES)
-    batches = Batches(
-        pack(examples, MAX_LENGTH) if cut.packed else examples,
-        comm,
-        global_batch_size=cut.micro_batch_size * comm.world_size,
-        micro_batch_size=cut.micro_batch_size,
-        seed=cut.micro_batch_size,
-        pad_token_id=PAD_TOKEN_ID,
-    )
-    selection = calibrate(engine, layers, batches, summed_answer_loss, K)
-    return dict(
-        zip([layer.name for layer in layers], gather_indices(selection.indices, comm), strict=True)
-    )
-
-
-# The runs
-
-
-@dataclass
-class Account:
-    """What one rank found.
-
-    Attributes:
-        files: by stage and case, the tensors of the mask file.
-        refusals: by stage and case.
-        calibrated: by cut, the flat indices.
-    """
-
-    files: dict[tuple[int, str], Tensors]
-    refusals: dict[tuple[int, str], str]
-    calibrated: dict[Cut, Tensors]
+Account = dict[tuple[Setting, str], Any]
+"""By setting and case the tensors of the mask file, or the sentence of a refusal."""
 
 
 def _account(folder: Path) -> Account:
-    comm = init_distributed()
-    account = Account({}, {}, {})
+    comm, account = init_distributed(), Account()
     path = folder / f"{comm.world_size}-{comm.rank}.safetensors"
-    for stage in STAGES:
-        holder = Holder(comm, stage)
-        for name, (gradients, total) in GIVEN.items():
-            account.files[stage, name] = holder.mask_file(gradients, total, path)
+    for setting in SETTINGS:
+        holder = Holder(comm, setting)
+        for name, given in GIVEN.items():
+            account[setting, name] = holder.mask_file(*given, path)
         for name, (gradients, _) in REFUSED.items():
-            account.refusals[stage, name] = holder.refusal(gradients)
-        holder = Holder(comm, stage, "bf16")
-        for name in IN_BF16:
-            account.files[stage, f"{name}, bf16"] = holder.mask_file(*GIVEN[name], path)
-    if comm.world_size in CUT_WORLD_SIZES:
-        account.calibrated = {cut: _calibrated(comm, cut) for cut in CUTS}
+            with pytest.raises((ValueError, PeerError), match="not finite") as refusal:
+                holder.mask_file(gradients, 10, "gem", path)
+            account[setting, name] = str(refusal.value)
     return account
 
 
@@ -301,60 +174,43 @@ def accounts(tmp_path_factory: pytest.TempPathFactory) -> Accounts:
 
 @functools.cache
 def _expected(name: str) -> Tensors:
-    gradients, total = GIVEN[name.removesuffix(", bf16")]
-    masks = oracle.select(gradients, _weights(), total)
+    gradients, total, rule = GIVEN[name]
+    masks = oracle.select(gradients, _weights(), total, rule, SEED)
     return {name: mask.flatten().nonzero()[:, 0].int() for name, mask in masks.items()}
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 class TestSameStatistics:
     """Bit for bit the oracle's mask on every rank, so one mask for all of them."""
 
-    @pytest.mark.parametrize("name", [*GIVEN, *(f"{name}, bf16" for name in IN_BF16)])
-    def test_mask_file(self, accounts: Accounts, world_size: int, stage: int, name: str) -> None:
+    @pytest.mark.parametrize("name", GIVEN)
+    def test_mask_file(
+        self, accounts: Accounts, world_size: int, setting: Setting, name: str
+    ) -> None:
         expected = {f"{key}.weight.indices": index for key, index in _expected(name).items()}
         for account in accounts(world_size):
-            tensors = account.files[stage, name]
+            tensors = account[setting, name]
             assert tensors.keys() == expected.keys()
             for key, index in expected.items():
                 assert tensors[key].dtype == torch.int32
                 assert torch.equal(tensors[key], index), key
 
-    @pytest.mark.parametrize("name", REFUSED)
-    def test_refusal(self, accounts: Accounts, world_size: int, stage: int, name: str) -> None:
-        sentences = {account.refusals[stage, name] for account in accounts(world_size)}
-        assert len(sentences) == 1, "the ranks agree"
-        (sentence,) = sentences
-        assert "not finite" in sentence
-        _, culprits = REFUSED[name]
-        assert [key for key in SHAPES if f"{key}.weight" in sentence] == culprits
+    def test_refusal(self, accounts: Accounts, world_size: int, setting: Setting) -> None:
+        for name, (_, culprits) in REFUSED.items():
+            sentences = {account[setting, name] for account in accounts(world_size)}
+            assert len(sentences) == 1, "the ranks agree"
+            (sentence,) = sentences
+            assert [key for key in SHAPES if f"{key}.weight" in sentence] == culprits
 
 
 def test_cases_tie() -> None:
     """The premise: at the border of many quantised masks there are more equals than places."""
     num_tied = 0
-    for gradients, total in (GIVEN[f"quantised {seed}"] for seed in range(8)):
+    for gradients, total, _ in (GIVEN[f"quantised {seed}"] for seed in range(5)):
         masks = oracle.select(gradients, _weights(), total)
         for name, weight in _weights().items():
             ratio, mask = oracle.ratio(gradients[name], weight), masks[name]
             border = ratio[mask].min() if mask.any() else torch.inf
             num_tied += bool((ratio[~mask] == border).any())
-    assert num_tied >= 20
-
-
-@pytest.mark.parametrize("cut", CUTS, ids=str)
-@pytest.mark.parametrize("world_size", CUT_WORLD_SIZES)
-def test_through_calibration(accounts: Accounts, world_size: int, cut: Cut) -> None:
-    gradients, weights = _dense()
-    for account in accounts(world_size):
-        assert_selected_up_to_rounding(account.calibrated[cut], gradients, weights, K)
-
-
-@functools.cache
-def _dense() -> tuple[Tensors, Tensors]:
-    model = make_model("llama").eval()
-    names = list(find_targets(model))
-    examples = naive_examples(random_examples(NUM_EXAMPLES), range(NUM_EXAMPLES))
-    gradients = oracle.summed_gradients(model, examples, naive_loss, names)
-    return gradients, {name: model.get_parameter(name).detach() for name in names}
+    assert num_tied >= 15

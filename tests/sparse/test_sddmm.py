@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from unittest import mock
 
@@ -109,35 +109,14 @@ def test_the_whole_product(problem: Problem) -> None:
     assert ((added - 1 + 2.5 * _dense(dy, x)).abs() <= 1e-5 * (scale + 1)).all()
 
 
+@pytest.mark.parametrize(
+    "entries", [[], [0], [29], [0, 5, 24, 29], range(12, 18), range(2, 30, 6), range(30)], ids=str
+)
 @pytest.mark.parametrize("kernel", KERNELS)
-class TestEntries:
-    """Which entries are selected."""
-
-    def test_none(self, kernel: str) -> None:
-        none = torch.zeros(0, dtype=torch.int32, device=DEVICE)
-        dy, x = torch.ones(3, 2, device=DEVICE), torch.ones(3, 4, device=DEVICE)
-        assert _sampled(dy, x, none, kernel).shape == (0,)
-
-    @pytest.mark.parametrize("entry", [0, 5, 24, 29])
-    def test_a_single_one(self, kernel: str, entry: int) -> None:
-        dy, x = torch.randn(9, 5), torch.randn(9, 6)
-        _assert_right(dy, x, torch.tensor([entry], dtype=torch.int32), kernel)
-
-    def test_the_corners(self, kernel: str) -> None:
-        dy, x = torch.randn(9, 5), torch.randn(9, 6)
-        _assert_right(dy, x, torch.tensor([0, 5, 24, 29], dtype=torch.int32), kernel)
-
-    def test_all_of_one_row_and_none_of_the_others(self, kernel: str) -> None:
-        dy, x = torch.randn(9, 5), torch.randn(9, 6)
-        _assert_right(dy, x, torch.arange(12, 18, dtype=torch.int32), kernel)
-
-    def test_one_column(self, kernel: str) -> None:
-        dy, x = torch.randn(9, 5), torch.randn(9, 6)
-        _assert_right(dy, x, torch.arange(2, 30, 6, dtype=torch.int32), kernel)
-
-    def test_all(self, kernel: str) -> None:
-        dy, x = torch.randn(9, 5), torch.randn(9, 6)
-        _assert_right(dy, x, torch.arange(30), kernel)
+def test_which_entries_are_selected(kernel: str, entries: Sequence[int]) -> None:
+    """Of five rows and six columns: none, one, the corners, a row, a column, all."""
+    dy, x = torch.randn(9, 5), torch.randn(9, 6)
+    _assert_right(dy, x, torch.tensor(list(entries), dtype=torch.int32), kernel)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -153,18 +132,11 @@ class TestNumbers:
             add_sampled_product(out[4:7], dy, x, pattern, kernel)
         assert out.tolist() == [1.0] * 4 + [11.0] * 3 + [1.0] * 2
 
-    def test_no_tokens(self, kernel: str) -> None:
-        index = torch.tensor([0, 5], dtype=torch.int32, device=DEVICE)
-        dy, x = torch.ones(0, 2, device=DEVICE), torch.ones(0, 4, device=DEVICE)
-        assert _sampled(dy, x, index, kernel).tolist() == [0.0, 0.0]
-
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    @pytest.mark.parametrize("tokens", [1, 127, 129, 300, 1031])
-    def test_numbers_of_tokens_around_the_blocks(
-        self, kernel: str, tokens: int, dtype: torch.dtype
-    ) -> None:
-        dy, x = torch.randn(tokens, 13).to(dtype), torch.randn(tokens, 29).to(dtype)
-        _assert_right(dy, x, torch.arange(3, 13 * 29, 5, dtype=torch.int32), kernel)
+    def test_numbers_of_tokens_around_the_blocks(self, kernel: str, dtype: torch.dtype) -> None:
+        for tokens in (0, 1, 127, 129, 300, 1031):
+            dy, x = torch.randn(tokens, 13).to(dtype), torch.randn(tokens, 29).to(dtype)
+            _assert_right(dy, x, torch.arange(3, 13 * 29, 5, dtype=torch.int32), kernel)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_inputs_that_are_not_contiguous(self, kernel: str, dtype: torch.dtype) -> None:
@@ -194,62 +166,46 @@ class TestNumbers:
         assert _sampled(dy, x, index, kernel).isnan().tolist() == [True, False]
 
 
-class TestMemory:
-    """What a kernel makes."""
-
-    TOKENS, ROWS, COLUMNS = 60, 40, 30
-
-    def _largest(self, kernel: str, dtype: torch.dtype) -> int:
-        dy = torch.randn(self.TOKENS, self.ROWS, device=DEVICE).to(dtype)
-        x = torch.randn(self.TOKENS, self.COLUMNS, device=DEVICE).to(dtype)
-        index = torch.arange(0, self.ROWS * self.COLUMNS, 17, dtype=torch.int32, device=DEVICE)
-        pattern, out = Pattern.of(index, (self.ROWS, self.COLUMNS)), torch.zeros(len(index))
-        with _small_blocks(), LargestTensor() as largest:
-            add_sampled_product(out.to(DEVICE), dy, x, pattern, kernel)
-        return largest.num_entries
-
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    @pytest.mark.parametrize(
-        ("kernel", "bound"),
-        [
-            ("tiled", max(300 // 4, 5 * COLUMNS)),
-            ("gather", 11 * 6),
-            ("library", 7 * ROWS),
-        ],
-    )
-    def test_is_bounded_by_the_blocks(self, kernel: str, bound: int, dtype: torch.dtype) -> None:
-        num_entries = -(-self.ROWS * self.COLUMNS // 17)
-        assert self._largest(kernel, dtype) <= max(bound, num_entries)
-        assert max(bound, num_entries) < self.ROWS * self.COLUMNS
-
-    def test_the_recorder_sees_the_whole_product(self) -> None:
-        assert self._largest("dense", torch.float32) == self.ROWS * self.COLUMNS
+def _largest(kernel: str, dtype: torch.dtype) -> int:
+    """Entries of the largest tensor that a kernel makes of 60 tokens, 40 rows and 30 columns."""
+    dy = torch.randn(60, 40, device=DEVICE).to(dtype)
+    x = torch.randn(60, 30, device=DEVICE).to(dtype)
+    index = torch.arange(0, 1200, 17, dtype=torch.int32, device=DEVICE)
+    pattern, out = Pattern.of(index, (40, 30)), torch.zeros(len(index), device=DEVICE)
+    with _small_blocks(), LargestTensor() as largest:
+        add_sampled_product(out, dy, x, pattern, kernel)
+    return largest.num_entries
 
 
-class TestPattern:
-    """What lasts from step to step."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kernel", "bound"), [("tiled", 5 * 30), ("gather", 11 * 6), ("library", 7 * 40)]
+)
+def test_what_a_kernel_makes_is_bounded_by_the_blocks(
+    kernel: str, bound: int, dtype: torch.dtype
+) -> None:
+    assert _largest(kernel, dtype) <= max(bound, 71) < 1200, "or by the selected entries"
+    assert _largest("dense", torch.float32) == 1200, "the recorder sees the whole product"
 
-    @settings(max_examples=50, deadline=None)
-    @given(problem=problems())
-    def test_the_bounds_are_those_of_the_rows(self, problem: Problem) -> None:
-        dy, x, flat_index = problem
-        rows, columns = dy.shape[1], x.shape[1]
-        pattern = Pattern.of(flat_index, (rows, columns))
-        assert pattern.num_entries == flat_index.numel()
-        row_of_entry = [index // columns for index in flat_index.tolist()]
-        assert pattern.row_bounds[0] == 0
-        assert pattern.row_bounds.diff().tolist() == [
-            row_of_entry.count(row) for row in range(rows)
-        ]
 
-    def test_the_indices_are_shared(self) -> None:
-        flat_index = torch.arange(0, 600, 7, dtype=torch.int32)
-        pattern = Pattern.of(flat_index, (20, 30))
-        assert pattern.flat_index is flat_index
-        assert pattern.row_bounds.nbytes == 4 * 21
+# What lasts from step to step
 
-    def test_entries_beyond_int32(self) -> None:
-        flat_index = torch.tensor([3, 2**31 + 5, 2**32 - 1])
-        pattern = Pattern.of(flat_index, (2**17, 2**15))
-        rows = [0, 1, 2**16, 2**16 + 1, 2**17 - 1, 2**17]
-        assert pattern.row_bounds[rows].tolist() == [0, 1, 1, 2, 2, 3]
+
+@settings(max_examples=50, deadline=None)
+@given(problem=problems())
+def test_the_bounds_of_a_pattern_are_those_of_the_rows(problem: Problem) -> None:
+    dy, x, flat_index = problem
+    rows, columns = dy.shape[1], x.shape[1]
+    pattern = Pattern.of(flat_index, (rows, columns))
+    assert pattern.num_entries == flat_index.numel()
+    assert pattern.flat_index is flat_index, "it is shared"
+    assert pattern.row_bounds.dtype == flat_index.dtype
+    row_of_entry = [index // columns for index in flat_index.tolist()]
+    assert pattern.row_bounds[0] == 0
+    assert pattern.row_bounds.diff().tolist() == [row_of_entry.count(row) for row in range(rows)]
+
+
+def test_a_pattern_of_entries_beyond_int32() -> None:
+    pattern = Pattern.of(torch.tensor([3, 2**31 + 5, 2**32 - 1]), (2**17, 2**15))
+    rows = [0, 1, 2**16, 2**16 + 1, 2**17 - 1, 2**17]
+    assert pattern.row_bounds[rows].tolist() == [0, 1, 1, 2, 2, 3]
