@@ -174,9 +174,11 @@ def accounts(tmp_path_factory: pytest.TempPathFactory) -> Accounts:
 
 @functools.cache
 def _expected(name: str) -> Tensors:
+    """The tensors of the mask file."""
     gradients, total, rule = GIVEN[name]
-    masks = oracle.select(gradients, _weights(), total, rule, SEED)
-    return {name: mask.flatten().nonzero()[:, 0].int() for name, mask in masks.items()}
+    named = [{f"{n}.weight": t for n, t in part.items()} for part in (gradients, _weights())]
+    masks = oracle.select(*named, total, rule, SEED)
+    return {f"{n}.indices": mask.flatten().nonzero()[:, 0].int() for n, mask in masks.items()}
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
@@ -188,7 +190,7 @@ class TestSameStatistics:
     def test_mask_file(
         self, accounts: Accounts, world_size: int, setting: Setting, name: str
     ) -> None:
-        expected = {f"{key}.weight.indices": index for key, index in _expected(name).items()}
+        expected = _expected(name)
         for account in accounts(world_size):
             tensors = account[setting, name]
             assert tensors.keys() == expected.keys()
