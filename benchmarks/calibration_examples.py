@@ -88,7 +88,7 @@ def mask_of(tuning: SparseTuning, gradients: list[Tensor], total: int, method: s
     shards = [
         TargetShard(
             name=layer.name,
-            numel=layer.numel,
+            shape=layer.shape,
             start=0,
             weight=tuning.engine.weights.read_shard(layer.weight),
             gradient=gradient.clone(),

@@ -97,7 +97,7 @@ class Problem:
         shards = [
             TargetShard(
                 name=layer.name,
-                numel=self.numel,
+                shape=(self.numel,),
                 start=self.start,
                 weight=layer.weight.detach().view(-1)[self.start : self.stop],
                 gradient=sink.take(),

@@ -55,6 +55,14 @@ def damped_ratio(gradient: Tensor, weight: Tensor) -> Tensor:
     return gradient.detach().float().abs() / (magnitude + damping)
 
 
+def principal(weight: Tensor) -> Tensor:
+    """The part of w of rank min(128, min(m, n) / 8): magnitudes in 2^-24 of the largest."""
+    left, values, right = torch.linalg.svd(weight.detach().double(), full_matrices=False)
+    rank = max(1, min(128, min(weight.shape) // 8))
+    part = ((left[:, :rank] * values[:rank]) @ right[:rank]).abs()
+    return (part / part.max() * 2**24).round() if part.any() else part
+
+
 def ratio_sum(r: Tensor) -> float:
     return math.fsum(r.double().flatten().tolist())
 
@@ -133,14 +141,16 @@ def chances(name: str, seed: int, size: int) -> list[int]:
 
 
 def entry_score(rule: str, name: str, gradient: Tensor | None, weight: Tensor, seed: int) -> Tensor:
-    if rule == "random":
+    if rule.startswith("random"):
         return torch.tensor(chances(name, seed, weight.numel())).reshape(weight.shape)
     if rule in ("magnitude", "supertuning"):
         return weight.detach().float().abs()
+    if rule == "lift":
+        return principal(weight)
     assert gradient is not None
-    if rule in ("gem", "ratio", "ratio_global"):
-        return ratio(gradient, weight)
-    return damped_ratio(gradient, weight) if rule == "damped" else gradient.detach().float().abs()
+    if rule in ("gradient", "entropy_gradient"):
+        return gradient.detach().float().abs()
+    return damped_ratio(gradient, weight) if rule == "damped" else ratio(gradient, weight)
 
 
 def select(
@@ -154,8 +164,14 @@ def select(
     scores = {n: entry_score(rule, n, gradients.get(n), w, seed) for n, w in weights.items()}
     if rule in ("supertuning", "ratio_global"):
         return _largest_of_all(scores, total)
-    by_entropy = rule in ("gem", "entropy_gradient", "damped")
-    of_layers = [layer_score(s) if by_entropy else 1.0 for s in scores.values()]
+    by_rule: dict[str, Callable[[Tensor], float]] = {
+        **dict.fromkeys(("gem", "entropy_gradient", "damped"), layer_score),
+        "tempered": lambda s: math.sqrt(1 + layer_score(s)),
+        "effective": lambda s: math.exp(entropy(s)) if s.any() else 0.0,
+        "random_shira": lambda s: sum(s.shape),
+        "lift": lambda s: s.numel(),
+    }
+    of_layers = [by_rule.get(rule, lambda s: 1.0)(s) for s in scores.values()]
     shares = budgets(of_layers, [s.numel() for s in scores.values()], total)
     return {name: mask(s, k) for (name, s), k in zip(scores.items(), shares, strict=True)}
 

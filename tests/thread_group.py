@@ -81,7 +81,7 @@ def shards_of(
         shards.append(
             TargetShard(
                 name=name,
-                numel=weight.numel(),
+                shape=tuple(weight.shape),
                 start=start,
                 weight=part,
                 gradient=gradient,

@@ -10,6 +10,7 @@ A rule is an entry of :data:`RULES`, and nothing else has to be edited for a new
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -72,13 +73,29 @@ _weight = by_itself(scores.weight_magnitude)
 # Layer scores
 
 
-def _norm_times_entropy(values: Sequence[Tensor], shards: Shards, group: Group) -> list[float]:
-    return [s.norm * s.entropy for s in scores.layer_statistics(values, shards, group)]
+def by_statistics(score: Callable[[scores.LayerStatistics], float]) -> LayerScore:
+    """The layer score that follows from what its entries' scores are like."""
+    return lambda values, shards, group: [
+        score(statistics) for statistics in scores.layer_statistics(values, shards, group)
+    ]
 
 
-def _equal(values: Sequence[Tensor], shards: Shards, group: Group) -> list[float]:
-    largest_magnitudes(values, shards, group)  # refuses what is not finite
-    return [1.0] * len(shards)
+def by_shape(score: Callable[[tuple[int, ...]], int]) -> LayerScore:
+    """The layer score that follows from the matrix' shape alone."""
+
+    def layer_scores(values: Sequence[Tensor], shards: Shards, group: Group) -> list[float]:
+        largest_magnitudes(values, shards, group)  # refuses what is not finite
+        return [float(score(shard.shape)) for shard in shards]
+
+    return layer_scores
+
+
+_norm_times_entropy = by_statistics(lambda s: s.norm * s.entropy)
+_tempered = by_statistics(lambda s: math.sqrt(1 + s.norm * s.entropy))
+_effective_entries = by_statistics(lambda s: math.exp(s.entropy) if s.total else 0.0)
+_equal = by_shape(lambda shape: 1)
+_rows_and_columns = by_shape(sum)
+_size = by_shape(math.prod)
 
 
 # Budgets
@@ -155,6 +172,30 @@ RULES = {
         entry_score=_ratio,
         budgets=one_threshold,
         help="the largest |g| / |w| of all layers together (compare GaLLoP, arXiv 2510.19778)",
+    ),
+    "tempered": Rule(
+        entry_score=_ratio,
+        budgets=in_proportion_to(_tempered),
+        help="as gem with budgets by exp(log1p(s) / T), s the norm times the entropy and T = 2: a "
+        "choice of the published code",
+    ),
+    "effective": Rule(
+        entry_score=_ratio,
+        budgets=in_proportion_to(_effective_entries),
+        help="as gem with budgets by the effective number of entries, exp(entropy)",
+    ),
+    "random_shira": Rule(
+        entry_score=_chance,
+        budgets=in_proportion_to(_rows_and_columns),
+        needs_gradient=False,
+        help="by chance with budgets by rows plus columns, as shira's and lora's",
+    ),
+    "lift": Rule(
+        entry_score=scores.principal_magnitudes,
+        budgets=in_proportion_to(_size),
+        needs_gradient=False,
+        help=f"the largest entries of the part of w of rank {scores.PRINCIPAL_RANK}, budgets by "
+        "size (arXiv 2506.00772)",
     ),
 }
 

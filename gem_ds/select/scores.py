@@ -90,6 +90,33 @@ def _shift_right(x: Tensor, count: int) -> Tensor:
     return torch.bitwise_and(x >> count, 2 ** (64 - count) - 1)
 
 
+#: Of a matrix of at least eight times as many rows and columns, else an eighth of those.
+PRINCIPAL_RANK = 128
+
+
+def principal_magnitudes(shards: Shards, group: Group, seed: int) -> list[Tensor]:
+    """``|U U^T w|``, U the leading left singular vectors of w (LIFT, arXiv 2506.00772).
+
+    Each rank gathers a matrix after the other and computes in fp64. What it keeps is rounded to
+    2^-24 of the matrix' largest: entries that are equal, or 0, but for rounding tie.
+    """
+    largest_magnitudes([shard.weight for shard in shards], shards, group)  # refuses what is broken
+    found = []
+    for shard in shards:
+        whole = torch.zeros(shard.numel, dtype=torch.float64, device=shard.device)
+        own = slice(shard.start, shard.start + shard.weight.numel())
+        whole[own] = shard.weight.to(whole)
+        matrix = group.all_reduce(whole, "sum").view(shard.shape)
+        wide = matrix if shard.shape[0] <= shard.shape[1] else matrix.T
+        rank = max(1, min(PRINCIPAL_RANK, len(wide) // 8))
+        leading = torch.linalg.eigh(wide @ wide.T).eigenvectors[:, -rank:]
+        part = (leading @ (leading.T @ wide)).abs_()
+        part.div_(part.amax().clamp(min=torch.finfo(part.dtype).tiny)).mul_(2**24)
+        flat = (part if wide is matrix else part.T).reshape(-1)
+        found.append(flat[own].round().float())
+    return found
+
+
 # Of layers: the same bits on every rank and for every way to cut the matrices
 
 

@@ -78,7 +78,7 @@ def select_entries(
     shards = [
         TargetShard(
             name=name,
-            numel=weight.numel(),
+            shape=tuple(weight.shape),
             gradient=gradients[name].reshape(-1).to(devices[0], torch.float32, copy=True),
             weight=weight.reshape(-1),
             device=devices[0],

@@ -6,6 +6,7 @@ Each matrix is cut into flat ranges that ascend with the rank. Selection sees ra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -22,11 +23,16 @@ class TargetShard:
     """This rank's range of one target matrix; m may be 0."""
 
     name: str  # of the parameter
-    numel: int  # entries of the whole matrix
+    shape: tuple[int, ...]  # of the whole matrix
     start: int = 0  # flat index of the range's first entry
     weight: Tensor  # [m], any floating dtype, on any device
     gradient: Tensor | None = None  # fp32 [m], overwritten; None for rules that do not look at it
     device: torch.device  # where scores are computed and reduced
+
+    @property
+    def numel(self) -> int:
+        """Entries of the whole matrix, n_l."""
+        return math.prod(self.shape)
 
 
 Shards = Sequence[TargetShard]

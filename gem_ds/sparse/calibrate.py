@@ -72,7 +72,7 @@ def select(
     shards = [
         TargetShard(
             name=layer.name,
-            numel=layer.numel,
+            shape=layer.shape,
             start=engine.weights.shard_range(layer.weight)[0],
             gradient=gradient,
             weight=engine.weights.read_shard(layer.weight),

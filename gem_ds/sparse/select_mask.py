@@ -107,7 +107,7 @@ def _select(
     shards = [
         TargetShard(
             name=layer.name,
-            numel=layer.numel,
+            shape=layer.shape,
             weight=layer.weight.detach().reshape(-1),
             gradient=None if gradient is None else gradient.to(device),
             device=device,

@@ -112,25 +112,53 @@ def test_the_rules_differ_in_what_the_table_says() -> None:
     assert chosen("entropy_gradient", 4) == [[0, 1, 2], [2]]
 
 
+def test_budgets_by_shape_and_by_entropy() -> None:
+    """Of a square matrix and a flat one with as many entries: 8 + 8 and 2 + 32 sides; 64 ways."""
+    weights = {"square": torch.ones(8, 8), "flat": torch.ones(2, 32)}
+    gradients = {"square": torch.ones(8, 8), "flat": torch.zeros(2, 32)}
+    gradients["flat"][0, :16] = 9.0  # sixteen effective entries
+
+    def budgets(rule: str, total: int) -> list[int]:
+        return _select(rule, gradients, weights, total, 1)[0].budgets
+
+    assert budgets("random_shira", 50) == [16, 34]
+    assert budgets("lift", 50) == [25, 25]
+    assert budgets("effective", 50) == [40, 10]
+    # s = 8 log 64 = 33.3 and 36 log 16 = 99.8; the roots of 1 + s are 5.86 and 10.04
+    assert budgets("gem", 40) == [10, 30]
+    assert budgets("tempered", 40) == [15, 25]
+
+
+def test_lift_takes_the_largest_of_what_the_leading_singular_vectors_span() -> None:
+    """Not the largest weight, which is noise beside a pattern of rank one."""
+    weights = {"w": torch.outer(torch.arange(1.0, 9), torch.arange(1.0, 9)) / 16}
+    weights["w"][0, 0] += 5.0
+    assert _indices(_select("magnitude", weights, weights, 1, 1)) == [[0]]
+    assert _indices(_select("lift", weights, weights, 1, 1)) == [[63]]
+
+
 @pytest.mark.parametrize("bad", [-torch.inf, torch.nan])
 @pytest.mark.parametrize(
     ("rule", "where"),
     [
-        *((rule, 0 if rule in CALIBRATED_METHODS else 1) for rule in RULES if rule != "random"),
+        *((rule, 0 if rule in CALIBRATED_METHODS else 1) for rule in RULES if "random" not in rule),
         ("damped", 1),  # its root mean square is no number, though the ratio to it would be 0
     ],
 )
 def test_what_is_not_finite_is_refused_by_name(rule: str, where: int, bad: float) -> None:
-    """In what the rule looks at, gradients or weights. The random one looks at nothing."""
+    """In what the rule looks at, gradients or weights. The random ones look at nothing."""
     tensors = _random()
     tensors[where]["v"][-1, -1] = bad
     with pytest.raises(ValueError, match="of v are not finite"):
         _select(rule, *tensors, 5, 3)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "lift"])
 def test_the_number_of_collectives_does_not_grow_with_the_layers(rule: str) -> None:
-    """Rounds are shared: a model of a hundred matrices waits for the network as often as one."""
+    """Rounds are shared: a model of a hundred matrices waits for the network as often as one.
+
+    Only lift gathers a matrix at a time.
+    """
 
     def num_calls(num_layers: int, numel: int) -> int:
         group = mock.Mock(wraps=Solo(), rank=0, world_size=1)
@@ -169,7 +197,7 @@ def test_splitmix64_wraps_as_unsigned_words_do(key: int, first: int) -> None:
 
 def _shard(start: int, stop: int, name: str = "w", numel: int = 1000) -> TargetShard:
     return TargetShard(
-        name=name, numel=numel, start=start, weight=torch.ones(stop - start), device=CPU
+        name=name, shape=(numel,), start=start, weight=torch.ones(stop - start), device=CPU
     )
 
 

@@ -60,7 +60,7 @@ def test_ratio_is_the_formula_in_fp32_and_in_place(dtype: torch.dtype, size: int
     weight[: size // 3] = 0
     expected, kept = oracle.ratio(gradient, weight), weight.clone()
     shard = TargetShard(
-        name="w", numel=size, weight=weight, gradient=gradient, device=weight.device
+        name="w", shape=(size,), weight=weight, gradient=gradient, device=weight.device
     )
     with mock.patch.object(shards_module, "CHUNK", 10):
         result = ratio(shard)

@@ -47,11 +47,11 @@ def test_the_mask_is_the_launchers_and_a_run_takes_it(tiny: Tiny, tmp_path: Path
         prepared = prepare(parse_arguments(tiny.flags(tmp_path / "none")), world_size=1)
         data = prepared.data.train
         batches = [_labelled(*e) for e in naive_examples(data, range(len(data)))]
-        for rule in ("gem", "damped", "ratio_global", "magnitude", "random"):
+        for rule in ("gem", "damped", "ratio_global", "lift", "random"):
             folder = tmp_path / rule
             train.main(tiny.flags(folder, method=rule, max_steps=0, seed=3))
             launched = Mask.load(folder / "mask.safetensors")
-            reads = batches if rule not in ("magnitude", "random") else ()
+            reads = batches if rule not in ("lift", "random") else ()
             found = gem_ds.select_mask(model, reads, density=DENSITY, rule=rule, seed=3)
             assert list(found.indices) == list(launched.indices)
             for name, index in launched.indices.items():
