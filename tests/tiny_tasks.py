@@ -1,8 +1,4 @@
-"""Small tasks of each kind without a file, and encoders that learn them.
-
-with task_of("labels"):
-main(...)           # whatever --task names, the examples are these
-"""
+"""Small tasks of each kind without a file, and encoders that learn them (`task_of`)."""
 
 from __future__ import annotations
 
@@ -14,8 +10,13 @@ from typing import Any
 from unittest import mock
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    BertTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from gem_ds.data.tasks import ChoiceExample, Example, Kind, NumberExample, TaskData
 
@@ -46,7 +47,6 @@ WITHOUT_TYPES = ("modernbert", "roberta")
 
 
 def make_bert(folder: Path, *, has_pooler: bool = True, dropout: float = 0.0) -> Path:
-    """Write a BERT; see :func:`make_encoder`."""
     auto_class = AutoModel if has_pooler else AutoModelForMaskedLM
     return make_encoder(folder, "bert", auto_class, dropout)
 
@@ -56,7 +56,6 @@ def make_encoder(folder: Path, model_type: str, auto_class: Any, dropout: float 
     tokenizer = bert_tokenizer()
     if model_type in WITHOUT_TYPES:
         tokenizer.model_input_names = ["input_ids", "attention_mask"]
-    special = {name: getattr(tokenizer, f"{name}_token_id") for name in ("pad", "cls", "sep")}
     config = AutoConfig.for_model(
         model_type,
         vocab_size=len(tokenizer),
@@ -68,7 +67,9 @@ def make_encoder(folder: Path, model_type: str, auto_class: Any, dropout: float 
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
         initializer_range=0.2,
-        **{f"{name}_token_id": token for name, token in special.items()},
+        pad_token_id=tokenizer.pad_token_id,
+        cls_token_id=tokenizer.cls_token_id,
+        sep_token_id=tokenizer.sep_token_id,
         **AS_PUBLISHED.get(model_type, {}),
     )
     with torch.random.fork_rng(devices=[]):
@@ -80,23 +81,12 @@ def make_encoder(folder: Path, model_type: str, auto_class: Any, dropout: float 
 
 
 def bert_tokenizer() -> PreTrainedTokenizerFast:
-    """A WordPiece tokenizer that writes [CLS] first [SEP] second [SEP]; no eos, no bos."""
-    vocab = {token: i for i, token in enumerate([*SPECIAL, *WORDS])}
-    tokenizer = Tokenizer(models.WordPiece(vocab=vocab, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", vocab["[CLS]"]), ("[SEP]", vocab["[SEP]"])],
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="[UNK]",
-        pad_token="[PAD]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        mask_token="[MASK]",
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    """A tokenizer that writes [CLS] first [SEP] second [SEP], told apart; no eos, no bos."""
+    bert = BertTokenizer(vocab={token: i for i, token in enumerate([*SPECIAL, *WORDS])})
+    return PreTrainedTokenizerFast(  # saved as such it keeps the names of its inputs
+        tokenizer_object=bert.backend_tokenizer,
+        **bert.special_tokens_map,
+        model_input_names=bert.model_input_names,
     )
 
 
@@ -113,17 +103,20 @@ def choice(
     prompt: str, candidates: tuple[str, ...], answer: int, pairs: Any = (), **more: Any
 ) -> ChoiceExample:
     """An example whose target is the right one of its candidates."""
-    target = candidates[answer]
-    return ChoiceExample(
-        prompt=prompt, target=target, candidates=candidates, answer=answer, pairs=pairs, **more
-    )
+    more |= {"candidates": candidates, "answer": answer, "pairs": pairs}
+    return ChoiceExample(prompt=prompt, target=candidates[answer], **more)
 
 
 @contextmanager
 def task_of(kind: Kind) -> Iterator[None]:
-    """Trainings find these examples, whatever task they name."""
+    """Trainings within find these examples, whatever task they name."""
     with mock.patch("gem_ds.train.examples.load_task", return_value=make_task(kind)):
         yield
+
+
+def put_on_hub(monkeypatch: Any, *address: str, **splits: list[Any]) -> None:
+    """The Hub has these splits at this address, and nothing else."""
+    monkeypatch.setattr("datasets.load_dataset", lambda *names: {address: splits}[names])
 
 
 def _text(rng: random.Random) -> str:

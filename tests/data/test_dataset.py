@@ -14,26 +14,21 @@ from gem_ds.data.dataset import Dataset, offsets_of, rows_of_groups
 from gem_ds.data.packing import pack, pack_rows
 
 
-def make_dataset(shape, seed=0):
-    """Random tokens 1..49 for a list of (prompt length, answer length)."""
-    offsets = offsets_of([prompt + answer for prompt, answer in shape])
-    generator = torch.Generator().manual_seed(seed)
+def make_dataset(tokens, shape):
+    """A row of (prompt length, answer length) each."""
     return Dataset(
-        tokens=torch.randint(1, 50, (int(offsets[-1]),), generator=generator).int(),
-        offsets=offsets,
+        tokens=tokens.int(),
+        offsets=offsets_of([prompt + answer for prompt, answer in shape]),
         groups=torch.arange(len(shape) + 1),
         prompt_lengths=torch.tensor([prompt for prompt, _ in shape], dtype=torch.int32),
         truncated=torch.zeros(len(shape), dtype=torch.bool),
     )
 
 
-THREE = Dataset(
-    tokens=torch.tensor([11, 12, 13, 21, 22, 23, 24, 31, 32], dtype=torch.int32),
-    offsets=torch.tensor([0, 3, 7, 9]),
-    groups=torch.arange(4),
-    prompt_lengths=torch.tensor([1, 3, 1], dtype=torch.int32),
-    truncated=torch.zeros(3, dtype=torch.bool),
-)
+THREE = make_dataset(torch.tensor([11, 12, 13, 21, 22, 23, 24, 31, 32]), [(1, 2), (3, 1), (1, 1)])
+#: Two candidates of one example and one of another; the same with types and without labels.
+CHOICES = replace(THREE, groups=torch.tensor([0, 2, 3]), answers=torch.tensor([1, 0]))
+PAIRS = replace(CHOICES, prompt_lengths=None, types=torch.arange(9).int() % 2)
 
 
 def lists_of(batch):
@@ -43,9 +38,7 @@ def lists_of(batch):
 
 def test_fingerprints_stand_in_checkpoints():
     """One that changes with the code would refuse to resume every run of before."""
-    choices = replace(THREE, groups=torch.tensor([0, 2, 3]), answers=torch.tensor([1, 0]))
-    pairs = replace(choices, prompt_lengths=None, types=torch.arange(9).int() % 2)
-    found = [d.fingerprint() for d in (THREE, choices, pairs, replace(pairs, types=None))]
+    found = [d.fingerprint() for d in (THREE, CHOICES, PAIRS, replace(PAIRS, types=None))]
     assert found[1].startswith(found[0])
     assert [text[-8:] for text in found] == ["3bba6804", "e7723369", "54c27a05", "b7909bef"]
     others = [  # every part is seen
@@ -79,9 +72,6 @@ def test_packed_rows_by_hand():
 
 
 def test_candidates_and_pairs_by_hand():
-    """Two candidates of one example and one of another; the same with types and without labels."""
-    answers, groups = torch.tensor([1, 0]), torch.tensor([0, 2, 3])
-    choices = replace(THREE, groups=groups, answers=answers)
     rows = {"candidates": [[0, -1], [1, 2]], "answers": [0, 1]}
     texts = {
         "input_ids": [[31, 32, 9, 9], [11, 12, 13, 9], [21, 22, 23, 24]],
@@ -91,11 +81,10 @@ def test_candidates_and_pairs_by_hand():
         "labels": [[-100, 32, -100, -100], [-100, 12, 13, -100], [-100, -100, -100, 24]],
         "answer_positions": [0, 4, 5, 10],
     }
-    assert lists_of(choices.collate([1, 0], pad_token_id=9)) == {**texts, **labels, **rows}
-    pairs = replace(choices, prompt_lengths=None, types=torch.arange(9).int() % 2)
+    assert lists_of(CHOICES.collate([1, 0], pad_token_id=9)) == {**texts, **labels, **rows}
     types = {"token_type_ids": [[1, 0, 0, 0], [0, 1, 0, 0], [1, 0, 1, 0]]}
-    assert lists_of(pairs.collate([1, 0], pad_token_id=9)) == {**texts, **types, **rows}
-    for dataset in (choices, pairs):
+    assert lists_of(PAIRS.collate([1, 0], pad_token_id=9)) == {**texts, **types, **rows}
+    for dataset in (CHOICES, PAIRS):
         assert dataset.lengths.tolist() == [7, 2]
         assert (dataset.longest, dataset.num_items([0]), len(dataset)) == (4, 1, 2)
     assert rows_of_groups(torch.tensor([2, 3, 1])).tolist() == [[0, 1, -1], [2, 3, 4], [5, -1, -1]]
@@ -105,15 +94,9 @@ def test_candidates_and_pairs_by_hand():
 @pytest.fixture(scope="module", params=["eager", "sdpa"])
 def llama(request):
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        attn_implementation=request.param,
-    )
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = LlamaConfig(**sizes, **heads, attn_implementation=request.param)
     return LlamaForCausalLM(config).eval()
 
 
@@ -142,7 +125,9 @@ SHAPES = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, m
 @given(shapes=SHAPES, seed=st.integers(0, 99), room=st.integers(12, 40))
 def test_packed_and_padded_rows_lose_what_their_examples_lose_alone(llama, shapes, seed, room):
     """An example that sees its neighbour in a packed row would have another loss."""
-    dataset = make_dataset(shapes, seed)
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(1, 50, (sum(map(sum, shapes)),), generator=generator)
+    dataset = make_dataset(tokens, shapes)
     alone = sum(loss_alone(llama, dataset, i) for i in range(len(dataset)))
     for rows in (pack(dataset, room), dataset):
         batch = rows.collate(range(len(rows)), pad_token_id=0)

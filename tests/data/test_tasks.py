@@ -1,15 +1,15 @@
-"""Tasks: real GSM8K reads as its documentation says, and every bad file is refused by line."""
+"""GSM8K, SQuAD and the user's own files: read as documented, every bad one refused by line."""
 
 import dataclasses
 import json
 import re
 
-import datasets
 import pytest
 
-from gem_ds.data.tasks import Example, hub_dataset, load_task, task_names
+from gem_ds.data.tasks import AnswerExample, Example, TaskData, hub_dataset, load_task, task_names
 from gem_ds.data.tasks.lines import read_jsonl
 from gem_ds.train.config import DataArguments
+from tests.tiny_tasks import put_on_hub
 
 
 def write_lines(path, *lines):
@@ -19,9 +19,6 @@ def write_lines(path, *lines):
 
 def load_lines(tmp_path, *lines, **fields):
     return load_task("jsonl", data_dir=str(write_lines(tmp_path / "x.jsonl", *lines)), **fields)
-
-
-FIELDS = {"prompt_field": "p", "target_field": "t"}
 
 
 def test_gsm8k_folder_has_every_example_in_the_published_form(gem_data_dir):
@@ -34,27 +31,23 @@ def test_gsm8k_folder_has_every_example_in_the_published_form(gem_data_dir):
         " Natalia sold 48/2 = <<48/2=24>>24 clips in May.\n"
         "Natalia sold 48+24 = <<48+24=72>>72 clips altogether in April and May.\n#### 72"
     )
-    for example in data.train + data.test:
-        assert "\n#### " in example.target
-        assert example.target[1] != " "
+    targets = [example.target for example in data.train + data.test]
+    assert all("\n#### " in target and target[1] != " " for target in targets)
 
 
 def test_gsm8k_without_a_folder_asks_the_hub_for_the_main_set(monkeypatch):
-    def load_dataset(*names):
-        assert names == ("openai/gsm8k", "main")
-        return {part: [{"question": part, "answer": "a"}] for part in ("train", "test")}
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    rows = {part: [{"question": part, "answer": "a"}] for part in ("train", "test")}
+    put_on_hub(monkeypatch, "openai/gsm8k", "main", **rows)
     data = load_task("gsm8k", data_dir=None)
-    for part in ("train", "test"):
-        (example,) = getattr(data, part)
-        assert example == Example(prompt=f"Question: {part}\nAnswer:", target=" a")
+    expected = [Example(prompt=f"Question: {part}\nAnswer:", target=" a") for part in rows]
+    assert (data.train, data.test) == (expected[:1], expected[1:])
 
 
 def test_tasks_that_cannot_be_loaded_are_refused(tmp_path):
     for option in ("train_file", "test_file", "prompt_field", "target_field"):
-        with pytest.raises(ValueError, match=f"--{option} has no meaning for --task gsm8k"):
-            load_task("gsm8k", data_dir="anywhere", **{option: "x"})
+        for task in ("gsm8k", "mbpp", "rte", "squad"):
+            with pytest.raises(ValueError, match=f"--{option} has no meaning for --task {task}"):
+                load_task(task, data_dir="anywhere", **{option: "x"})
     write_lines(tmp_path / "train.jsonl", '{"question": "q", "answer": "a"}')
     with pytest.raises(ValueError, match=r"There is no file .*test\.jsonl"):
         load_task("gsm8k", data_dir=str(tmp_path))
@@ -62,31 +55,74 @@ def test_tasks_that_cannot_be_loaded_are_refused(tmp_path):
         load_task("gsm9k", data_dir=None)
 
 
-def test_every_task_of_the_help_is_known_and_says_where_the_hub_has_it():
+def test_every_task_stands_in_the_help_and_says_where_the_hub_has_it():
     (field,) = (f for f in dataclasses.fields(DataArguments) if f.name == "task")
-    words = re.findall(r"[a-z0-9_]+", field.metadata["help"])
     for name in task_names():
-        assert name in words
+        assert f" {name}" in field.metadata["help"]
         assert name == "jsonl" or re.fullmatch(r"[a-z-]+/[a-z0-9_]+", hub_dataset(name))
-    assert hub_dataset("jsonl") is None
-    assert hub_dataset("rte") == "nyu-mll/glue"
+    assert (hub_dataset("jsonl"), hub_dataset("rte")) == (None, "nyu-mll/glue")
+
+
+ANSWERS = ["Denver Broncos", "The Broncos", "Denver Broncos"]
+CONTEXT = "The Denver Broncos won."
+EXAMPLE = AnswerExample(
+    prompt="Title: Super Bowl 50\n\nThe Denver Broncos won.\n\nQuestion: Who won?\nAnswer:",
+    target=" Denver Broncos",
+    answers=("Denver Broncos", "The Broncos"),
+    passage=CONTEXT,
+)
+
+
+def document(*answers):
+    question = {"id": "a1", "question": "Who won?", "answers": [{"text": a} for a in answers]}
+    paragraph = {"context": CONTEXT, "qas": [question]}
+    return json.dumps({"data": [{"title": "Super_Bowl_50", "paragraphs": [paragraph]}]})
+
+
+def test_squad_is_the_same_from_files_and_from_the_hub(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"There is no file .*train-v1\.1\.json: check the path"):
+        load_task("squad", data_dir=str(tmp_path))
+    (tmp_path / "train-v1.1.json").write_text(document(*ANSWERS))
+    assert load_task("squad", data_dir=str(tmp_path)) == TaskData([EXAMPLE], [], "text")
+    (tmp_path / "dev-v1.1.json").write_text(document(*ANSWERS))
+    assert load_task("squad", data_dir=str(tmp_path)).test == [EXAMPLE]
+
+    row = {"id": "a1", "title": "Super_Bowl_50", "context": CONTEXT, "question": "Who won?"}
+    row["answers"] = {"text": ANSWERS, "answer_start": [4, 0, 4]}
+    put_on_hub(monkeypatch, "rajpurkar/squad", train=[row], validation=[row, row])
+    assert load_task("squad") == TaskData(train=[EXAMPLE], test=[EXAMPLE, EXAMPLE])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"data": [\n}', r"line 2: this is not JSON \(.*column 1\)"),
+        (b"\xff\xfe\xfa", r"is not UTF-8"),
+        ("[]", r"must hold an object with a list of articles, 'data'"),
+        ('{"data": [{}, 3]}', r"article 2: an article must be an object"),
+        (document(*ANSWERS).replace("title", "name"), r"article 1: there is no field 'title'"),
+        ('{"data": [{"title": "t"}]}', r"article 1: the field 'paragraphs' must be a list of obj"),
+        (document(), r"article 1: the question 'Who won\?' has no answer"),
+        (document(3), r"article 1: the field 'text' must be a string"),
+    ],
+)
+def test_a_bad_file_of_squad_is_named(tmp_path, content, message):
+    write_lines(tmp_path / "train-v1.1.json", content)
+    with pytest.raises(ValueError, match=rf"train-v1\.1\.json.*{message}"):
+        load_task("squad", data_dir=str(tmp_path))
+
+
+FIELDS = {"prompt_field": "p", "target_field": "t"}
 
 
 def test_fields_are_taken_exactly_as_they_stand(tmp_path):
-    data = load_lines(tmp_path, '{"p": " a\\n", "t": "b ", "more": 1}', **FIELDS)
-    assert data.train == [Example(prompt=" a\n", target="b ")]
-    assert data.test == []
-
-
-def test_line_separators_are_newlines_only(tmp_path):
     """Splitting at U+2028 or U+0085, which JSON strings may hold, would break a valid line."""
-    text = "a\u2028b\u2029c\u0085d"
-    line = json.dumps({"p": text, "t": "t"}, ensure_ascii=False)
-    path = tmp_path / "x.jsonl"
-    path.write_bytes(f"\ufeff{line}\r\n\r\n  \n{line}\r\n".encode())
-    data = load_task("jsonl", data_dir=str(path), **FIELDS)
-    assert data.train == [Example(prompt=text, target="t")] * 2
-    assert [line.number for line in read_jsonl(path)] == [1, 4]
+    example = Example(prompt=" a\u2028b\u2029c\u0085d\n", target="t ")
+    fields = {"p": example.prompt, "t": example.target, "more": 1}
+    line = json.dumps(fields, ensure_ascii=False)
+    data = load_lines(tmp_path, f"\ufeff{line}\r", "\r", "  ", f"{line}\r", "", **FIELDS)
+    assert (data.train, data.test) == ([example] * 2, [])
+    assert [line.number for line in read_jsonl(tmp_path / "x.jsonl")] == [1, 4]
 
 
 def test_a_chat_line_ends_in_its_target(tmp_path):
@@ -102,28 +138,31 @@ def test_a_chat_line_ends_in_its_target(tmp_path):
 def test_a_folder_gives_train_and_test(tmp_path):
     write_lines(tmp_path / "train.jsonl", '{"p": "1", "t": ""}')
     assert load_task("jsonl", data_dir=str(tmp_path), **FIELDS).test == []
-    write_lines(tmp_path / "test.jsonl", '{"p": "2", "t": ""}')
-    write_lines(tmp_path / "other.jsonl", '{"p": "3", "t": ""}')
+    for i, name in ((2, "test"), (3, "other")):
+        write_lines(tmp_path / f"{name}.jsonl", json.dumps({"p": str(i), "t": ""}))
 
     def prompts(**places):
         data = load_task("jsonl", **{key: str(value) for key, value in places.items()}, **FIELDS)
         return [e.prompt for e in data.train], [e.prompt for e in data.test]
 
-    other = tmp_path / "other.jsonl"
+    other, test = tmp_path / "other.jsonl", tmp_path / "test.jsonl"
     assert prompts(data_dir=tmp_path) == (["1"], ["2"])
     assert prompts(data_dir=tmp_path, train_file="other.jsonl") == (["3"], ["2"])
     assert prompts(data_dir=tmp_path, test_file="other.jsonl") == (["1"], ["3"])
-    assert prompts(data_dir=other) == (["3"], [])
-    assert prompts(data_dir=other, test_file=tmp_path / "test.jsonl") == (["3"], ["2"])
-    assert prompts(train_file=other) == (["3"], [])
-    assert prompts(train_file=other, test_file=tmp_path / "test.jsonl") == (["3"], ["2"])
+    assert prompts(data_dir=other) == prompts(train_file=other) == (["3"], [])
+    assert prompts(data_dir=other, test_file=test) == (["3"], ["2"])
+    assert prompts(train_file=other, test_file=test) == (["3"], ["2"])
     with pytest.raises(ValueError, match=r"There is no file .*none\.jsonl"):
         prompts(data_dir=tmp_path, test_file="none.jsonl")
     with pytest.raises(ValueError, match="pass one of them"):
         prompts(data_dir=other, train_file=other)
 
 
-GOOD = '{"p": "x", "t": "y"}'
+def chat(*messages):
+    return json.dumps({"messages": messages})
+
+
+ASKED, ANSWERED = ({"role": role, "content": "x"} for role in ("user", "assistant"))
 
 
 @pytest.mark.parametrize(
@@ -137,39 +176,26 @@ GOOD = '{"p": "x", "t": "y"}'
         ('{"p": "x", "t": 1.5}', "'t' must be a string, not a number"),
         ('{"p": "x", "t": "ab\\ud83d"}', "'t' holds half of a surrogate pair at character 3"),
         (b'{"p": "\xff", "t": "y"}', "byte 8 of the line is not UTF-8"),
+        ('{"a": "x", "b": "y"}', r"pass --prompt_field and --target_field, each one of 'a', 'b'"),
+        ('{"messages": "x"}', "'messages' must be a list, not a string"),
+        (chat(ANSWERED), "at least one message before it"),
+        (chat(ASKED, ASKED), "must end with the assistant"),
+        (chat(ASKED, 3), "message 2 must be an object"),
+        (chat({"role": "user"}), "message 1 must be an object with 'role' and 'content'"),
+        (chat({"role": "user", "content": None}), "'content' of message 1 .* not null"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, bad, message):
+    is_chat = any(word in message for word in ("message", "assistant", "--prompt_field"))
+    good, fields = (chat(ASKED, ANSWERED), {}) if is_chat else ('{"p": "x", "t": "y"}', FIELDS)
     with pytest.raises(ValueError, match=rf"x\.jsonl, line 3: .*{message}"):
-        load_lines(tmp_path, GOOD, "", bad, GOOD, **FIELDS)
+        load_lines(tmp_path, good, "", bad, good, **fields)
 
 
-@pytest.mark.parametrize(
-    ("bad", "message"),
-    [
-        ({"a": "x", "b": "y"}, r"pass --prompt_field and --target_field, each one of 'a', 'b'"),
-        ({"messages": "x"}, "'messages' must be a list, not a string"),
-        ({"messages": [{"role": "assistant", "content": "x"}]}, "at least one message before it"),
-        ({"messages": [{"role": "user", "content": "x"}] * 2}, "must end with the assistant"),
-        ({"messages": [{"role": "user", "content": "x"}, 3]}, "message 2 must be an object"),
-        ({"messages": [{"role": "user"}]}, "message 1 must be an object with 'role' and 'content'"),
-        ({"messages": [{"role": "user", "content": None}]}, "'content' of message 1 .* not null"),
-    ],
-)
-def test_a_bad_chat_line_is_named(tmp_path, bad, message):
-    good = json.dumps({"messages": [{"role": r, "content": ""} for r in ("user", "assistant")]})
-    with pytest.raises(ValueError, match=rf"x\.jsonl, line 2: .*{message}"):
-        load_lines(tmp_path, good, json.dumps(bad))
-
-
-def test_an_empty_file_is_refused(tmp_path):
+def test_a_file_with_examples_and_both_fields_must_be_given(tmp_path):
     for content in (b"", b"\n \r\n", b"\xef\xbb\xbf"):
-        (tmp_path / "x.jsonl").write_bytes(content)
         with pytest.raises(ValueError, match=r"x\.jsonl is empty"):
-            load_task("jsonl", data_dir=str(tmp_path / "x.jsonl"))
-
-
-def test_the_place_and_both_fields_must_be_given(tmp_path):
+            load_lines(tmp_path, content)
     with pytest.raises(ValueError, match="needs --data_dir"):
         load_task("jsonl", data_dir=None)
     with pytest.raises(ValueError, match="both --prompt_field and --target_field"):
