@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gem_ds.evaluate import gsm8k
-from gem_ds.evaluate.arguments import SamplingArguments
 from gem_ds.evaluate.generation import GenerationSettings
+from gem_ds.evaluate.model import SamplingArguments
 from gem_ds.evaluate.sampling import sample_all
 
 BATCH_SIZES = (1, 4, 32)

@@ -1,10 +1,19 @@
-"""What the programs' ``--help`` has in common: how they are called, and how defaults are told."""
+"""What the programs' flags have in common: fields with a help, parsers, what ``--help`` tells."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import field
 from pathlib import Path
+from typing import Any
+
+from transformers import HfArgumentParser
+
+
+def option(default: Any, text: str) -> Any:
+    """A field with a default and its help."""
+    return field(default=default, metadata={"help": text})
 
 
 def name_of(program: str) -> str:
@@ -25,3 +34,14 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         if action.default is None or "(default: " in (action.help or ""):
             return action.help
         return super()._get_help_string(action)
+
+
+def parser_of(program: str, description: str, *flags: type) -> HfArgumentParser:
+    """The parser of a program of :mod:`gem_ds.cli` whose flags are the fields of dataclasses."""
+    return HfArgumentParser(
+        flags,  # type: ignore[arg-type]
+        prog=name_of(program),
+        description=description,
+        allow_abbrev=False,
+        formatter_class=HelpFormatter,
+    )

@@ -9,13 +9,13 @@ as reference, and as `correct` the F1 of the words, whose mean is the task's mai
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from gem_ds.data.metrics import text_f1
 from gem_ds.data.tasks import ChoiceExample, Example, NumberExample
-from gem_ds.files.atomic import atomic_write
+from gem_ds.files.atomic import save_jsonl
 
 PREDICTIONS_FILE = "predictions.jsonl"
 
@@ -24,13 +24,17 @@ def save_predictions(
     folder: Path, examples: Sequence[Example], predictions: Sequence[float]
 ) -> None:
     """Write predictions.jsonl, a line for each example in their order."""
+    save_jsonl(folder / PREDICTIONS_FILE, judged(examples, predictions))
+
+
+def judged(examples: Sequence[Example], predictions: Sequence[float]) -> list[dict[str, Any]]:
+    """The lines of predictions.jsonl."""
     lines = []
     for i, (example, prediction) in enumerate(zip(examples, predictions, strict=True)):
         reference, correct = _judged(example, prediction)
         line = {"id": i, "prediction": prediction, "reference": reference, "correct": correct}
-        lines.append(json.dumps(line) + "\n")
-    payload = "".join(lines).encode()
-    atomic_write(folder / PREDICTIONS_FILE, lambda path: path.write_bytes(payload))
+        lines.append(line)
+    return lines
 
 
 def _judged(example: Example, prediction: float) -> tuple[float, float | None]:

@@ -1,8 +1,7 @@
 """A transformers model that answers batches: left padding, a cache, stop strings, any noise.
 
 A completion ends before the first stop string in its text, at an eos token, or at its limit. What
-a batch holds beside a request does not change its completion, up to the ties that
-`evaluate.generation` describes (greedy: ties between the two largest logits).
+else a batch holds does not change it, up to the ties that `evaluate.generation` describes.
 
     p      = softmax(logits / temperature), cut to the fewest most likely tokens of share >= top_p
     token  = the first, in vocabulary order, up to which p has the share u of its total
@@ -29,12 +28,12 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from gem_ds.evaluate.arguments import sparing_memory
 from gem_ds.evaluate.generation import (
     Completion,
     GenerationSettings,
     Request,
     make_batches,
+    sparing_memory,
     uniform,
 )
 
@@ -42,59 +41,46 @@ _NO_CHARACTER = "\N{REPLACEMENT CHARACTER}"  # what decoders write for bytes tha
 _FILLER = 0  # masked out, so any token will do
 
 
+@dataclass
 class Transformers:
-    """A transformers model, whole on this rank or partitioned over all.
+    """A model in eval mode, whole on this rank or partitioned over all.
 
-    It must be in eval mode; its own sampling parameters and penalties are ignored. With
-    `synced_ranks` its weights are partitioned over ranks, all of which answer a batch at the same
-    time: each runs as many forward passes as the one that needs most.
+    Its own sampling parameters and penalties are ignored. With `synced_ranks` it is partitioned:
+    all answer a batch at the same time, in as many forward passes as the one that needs most.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        settings: GenerationSettings,
-        *,
-        batch_size: int,
-        synced_ranks: bool = False,
-    ) -> None:
-        assert not model.training, "dropout would make the completions random"
-        self.synced_ranks = synced_ranks
-        self._batch_size = batch_size
-        self._model = model
-        self._tokenizer = tokenizer
-        self._settings = settings
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    settings: GenerationSettings
+    batch_size: int
+    synced_ranks: bool = False
 
     def batches(self, requests: Sequence[Request]) -> list[list[list[Request]]]:
         """As `make_batches`."""
-        return make_batches(requests, self._batch_size)
+        return make_batches(requests, self.batch_size)
 
     def complete(self, requests: Sequence[Request]) -> list[Completion]:
-        """Answer the requests of one batch, in their order.
-
-        Raises:
-            ValueError: The memory does not suffice, or the logits are not finite.
-        """
+        """Answer the requests of one batch, in their order."""
+        assert not self.model.training, "dropout would make the completions random"
         (limit,) = {request.limit for request in requests}
         rows = [_Row(request.prompt_ids) for request in requests]
         width = max(len(row.prompt_ids) for row in rows)
         with sparing_memory(f"{len(requests)} samples of up to {width + limit} tokens"):
             self._generate(requests, rows, width, limit)
-        return [_completion(row, self._tokenizer, self._settings.stop_strings) for row in rows]
+        return [_completion(row, self.tokenizer, self.settings.stop_strings) for row in rows]
 
     def _generate(
         self, requests: Sequence[Request], rows: list[_Row], width: int, limit: int
     ) -> None:
-        """Fill the rows with what the model writes."""
-        model = self._model
+        model = self.model
         padding = [width - len(row.prompt_ids) for row in rows]
         input_ids = torch.tensor(
             [[_FILLER] * pad + row.prompt_ids for pad, row in zip(padding, rows, strict=True)]
         )
         attention_mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in padding])
-        eos = _eos_token_ids(model, self._tokenizer)
-        watch = _Watch(rows, self._tokenizer, self._settings.stop_strings, eos)
+        own = model.generation_config and model.generation_config.eos_token_id
+        eos = {*(own if isinstance(own, list) else [own]), self.tokenizer.eos_token_id}
+        watch = _Watch(rows, self.tokenizer, self.settings.stop_strings, eos)
         call: Any = model.generate
         with torch.inference_mode(), _plain_generation(model):
             call(
@@ -107,23 +93,17 @@ class Transformers:
                     pad_token_id=_FILLER,
                     use_cache=True,
                 ),
-                logits_processor=LogitsProcessorList([NextToken(requests, self._settings, width)]),
+                logits_processor=LogitsProcessorList([NextToken(requests, self.settings, width)]),
                 stopping_criteria=StoppingCriteriaList([watch]),
                 synced_gpus=self.synced_ranks,
             )
 
 
 def choose(logits: Tensor, uniforms: Tensor, *, temperature: float, top_p: float) -> Tensor:
-    """Draw a token per row by inverting its distribution function.
+    """Draw a token per row, int64 [rows], by inverting its distribution function.
 
-    Args:
-        logits: [rows, vocabulary], any float type; -inf excludes a token.
-        uniforms: fp64 [rows], each in (0, 1].
-        temperature: Above 0.
-        top_p: In (0, 1].
-
-    Returns:
-        int64 [rows].
+    `logits` [rows, vocabulary] may be -inf, `uniforms` (fp64 [rows]) lie in (0, 1], the temperature
+    is above 0 and `top_p` in (0, 1].
     """
     logits = logits.double()
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # no overflow however cold
@@ -138,18 +118,13 @@ def choose(logits: Tensor, uniforms: Tensor, *, temperature: float, top_p: float
     return torch.searchsorted(cumulative, target).squeeze(-1)
 
 
+@dataclass
 class NextToken(LogitsProcessor):
-    """Leaves each row one token to choose; where decoding is greedy, checks the logits only.
+    """Leaves each row one token to choose; where decoding is greedy, checks the logits only."""
 
-    `width` is that of the padded prompts, so that the position in a completion is known.
-    """
-
-    def __init__(
-        self, requests: Sequence[Request], settings: GenerationSettings, width: int
-    ) -> None:
-        self._requests = requests
-        self._settings = settings
-        self._width = width
+    requests: Sequence[Request]
+    settings: GenerationSettings
+    width: int  # of the padded prompts, so that the position in a completion is known
 
     def __call__(self, input_ids: Tensor, scores: Any) -> Any:
         """Scores [rows, vocabulary] with -inf for all tokens but the drawn one."""
@@ -158,17 +133,13 @@ class NextToken(LogitsProcessor):
                 "The model's logits are not finite, so there is no next token: its weights are "
                 "damaged, or overflow in this --dtype (try bfloat16 or float32)."
             )
-        settings = self._settings
+        settings = self.settings
         if settings.is_greedy:
             return scores
-        position = input_ids.shape[1] - self._width
-        uniforms = [uniform(settings.seed, request.key, position) for request in self._requests]
-        tokens = choose(
-            scores,
-            torch.tensor(uniforms, dtype=torch.float64, device=scores.device),
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-        )
+        position = input_ids.shape[1] - self.width
+        uniforms = [uniform(settings.seed, request.key, position) for request in self.requests]
+        noise = torch.tensor(uniforms, dtype=torch.float64, device=scores.device)
+        tokens = choose(scores, noise, temperature=settings.temperature, top_p=settings.top_p)
         return torch.full_like(scores, -torch.inf).scatter(-1, tokens[:, None], 0.0)
 
 
@@ -181,62 +152,47 @@ class _Row:
     finish_reason: str | None = None
 
 
+@dataclass
 class _Watch(StoppingCriteria):
     """Collects the new tokens of a batch's rows and says after each step which rows have ended.
 
     A stop string is looked for in the text of the last tokens, as many as it has bytes and one
     more, since a decoder may drop the space before its first token. Where these begin inside a
-    character they say nothing, and up to three more are taken. What is found must stand in the
-    whole text too: bytes that make no character can swallow it.
+    character, up to three more are taken. What is found must stand in the whole text too: bytes
+    that make no character can swallow it.
     """
 
-    def __init__(
-        self,
-        rows: list[_Row],
-        tokenizer: PreTrainedTokenizerBase,
-        stop_strings: Sequence[str],
-        eos_token_ids: set[int],
-    ) -> None:
-        self._rows = rows
-        self._tokenizer = tokenizer
-        self._stop_strings = stop_strings
-        self._eos_token_ids = eos_token_ids
-        self._window = 1 + max((len(stop.encode()) for stop in stop_strings), default=0)
+    rows: list[_Row]
+    tokenizer: PreTrainedTokenizerBase
+    stop_strings: Sequence[str]
+    eos_token_ids: set[int | None]  # the tokenizer's and those that the model was saved with
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """Take one more token per row, `input_ids[:, -1]`; returns bool [rows], True if ended."""
-        for row, token in zip(self._rows, input_ids[:, -1].tolist(), strict=True):
+        for row, token in zip(self.rows, input_ids[:, -1].tolist(), strict=True):
             if row.finish_reason is None:
                 row.new_ids.append(token)
                 row.finish_reason = self._end(row)
-        ended = [row.finish_reason is not None for row in self._rows]
+        ended = [row.finish_reason is not None for row in self.rows]
         return torch.tensor(ended, device=input_ids.device)
 
     def _end(self, row: _Row) -> str | None:
         """Why a row ends with its last token, or None if it goes on."""
-        if row.new_ids[-1] in self._eos_token_ids:
+        if row.new_ids[-1] in self.eos_token_ids:
             return "eos"
-        for window in range(self._window, self._window + 4):
+        shortest = 1 + max((len(stop.encode()) for stop in self.stop_strings), default=0)
+        for window in range(shortest, shortest + 4):
             context = row.prompt_ids[-1:] if len(row.new_ids) <= window else []
-            text = self._text(context, row.new_ids[-window:])
+            text = _text_after(context, row.new_ids[-window:], self.tokenizer)
             if self._stops(text):
-                return "stop" if self._stops(self._text(row.prompt_ids, row.new_ids)) else None
+                whole = _text_after(row.prompt_ids, row.new_ids, self.tokenizer)
+                return "stop" if self._stops(whole) else None
             if _NO_CHARACTER not in text:
                 break
         return None
 
     def _stops(self, text: str) -> bool:
-        return any(stop in text for stop in self._stop_strings)
-
-    def _text(self, context: list[int], ids: list[int]) -> str:
-        return _text_after(context, ids, self._tokenizer, skip_special_tokens=False)
-
-
-def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokens that end an answer: the tokenizer's eos and those the model was saved with."""
-    own = model.generation_config.eos_token_id if model.generation_config is not None else None
-    listed = own if isinstance(own, list) else [own]
-    return {token for token in (*listed, tokenizer.eos_token_id) if token is not None}
+        return any(stop in text for stop in self.stop_strings)
 
 
 @contextmanager
@@ -268,15 +224,9 @@ def _text_after(
     ids: list[int],
     tokenizer: PreTrainedTokenizerBase,
     *,
-    skip_special_tokens: bool,
+    skip_special_tokens: bool = False,
 ) -> str:
     """The text of `ids` where they follow `context`: at a start, decoders drop a space."""
-    before, whole = (
-        str(
-            tokenizer.decode(
-                tokens, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-            )
-        )
-        for tokens in (context, context + ids)
-    )
+    kept = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
+    before, whole = (str(tokenizer.decode(tokens, **kept)) for tokens in (context, context + ids))
     return whole[len(before) :]

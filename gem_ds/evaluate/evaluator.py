@@ -1,95 +1,64 @@
-"""One frame for every evaluator of written answers, from flags to results.json.
+"""One frame for every evaluator, from flags to results.json.
 
-    flags -> Asked -> samples.jsonl -> Report -> verdicts.jsonl, results.json, a line or two
-             prompts, stops            judgements and counts
+    flags -> samples.jsonl -> Report -> verdicts.jsonl, results.json, a line or two
 
-An evaluator fills in its protocol: what is asked (`Asked`), and what samples are worth (`Report`).
-`eval.score` enters at samples.jsonl. What is chosen and not written (`evaluate.classification`)
-shares the last step only.
+An evaluator asks its prompts and makes a `Report` of what comes back. `eval.score` enters at
+samples.jsonl; what is chosen and not written (`evaluate.classification`) leaves that file out.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from gem_ds.evaluate.arguments import SamplingArguments, check_arguments, parser_of
-from gem_ds.evaluate.generation import GenerationSettings, Prompt
-from gem_ds.evaluate.provenance import versions
+import torch
+
+from gem_ds.data.tasks import Example
+from gem_ds.evaluate.generation import Prompt
+from gem_ds.evaluate.model import SamplingArguments, check_arguments
 from gem_ds.evaluate.samples import Sample
-from gem_ds.evaluate.sampling import RESULTS_FILE, VERDICTS_FILE, sample_all
-from gem_ds.files.atomic import atomic_write, save_json
+from gem_ds.evaluate.sampling import RESULTS_FILE, VERDICTS_FILE
+from gem_ds.files.atomic import save_json, save_jsonl
+from gem_ds.flags import parser_of
 from gem_ds.progress import loading_bars
+
+_PACKAGES = ("gem_ds", "torch", "transformers", "tokenizers", "deepspeed", "peft", "vllm")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What samples are worth.
-
-    Attributes:
-        task: The benchmark.
-        results: Its own entries of results.json: counts and metrics.
-        protocol: How it asked and judged.
-        data_sha256: Of the data, by file or by name.
-        summary: The result for the reader.
-        verdicts: The lines of verdicts.jsonl; None where there is no such file.
-    """
+    """What a model's answers are worth."""
 
     task: str
-    results: Mapping[str, Any]
-    protocol: Any
-    data_sha256: Mapping[str, str]
-    summary: str
-    verdicts: Sequence[Mapping[str, Any]] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Asked:
-    """What an evaluator wants to be written, and what it makes of that.
-
-    Attributes:
-        prompts: By task id.
-        settings: How completions are made.
-        report: Judges the samples; raises ValueError where they are not of these prompts.
-        num_samples: Samples of each prompt.
-        is_timed: Whether results.json tells the seconds, and so differs from run to run.
-    """
-
-    prompts: Mapping[str, Prompt]
-    settings: GenerationSettings
-    report: Callable[[Sequence[Sample]], Report]
-    num_samples: int = 1
-    is_timed: bool = True
+    results: Mapping[str, Any]  # its own entries of results.json: counts and metrics
+    protocol: Any  # how it asked and judged
+    subject: Mapping[str, Any]  # entries on what has answered: settings of sampling, or the model
+    data_sha256: Mapping[str, str]  # by file or by name
+    summary: str  # for the reader
+    verdicts: Sequence[Mapping[str, Any]] | None = None  # lines of verdicts_file, if there is one
+    verdicts_file: str = VERDICTS_FILE
+    is_timed: bool = True  # whether results.json tells the seconds, and so differs from run to run
 
 
 def evaluate(
     program: str,
     description: str,
     flags: Sequence[type],
-    ask: Callable[..., Asked],
+    judge: Callable[..., Report | None],
     argv: Sequence[str] | None,
 ) -> dict[str, Any]:
-    """Evaluate a model: sample, judge, write the files and print the result.
+    """Evaluate a model; returns what results.json holds, nothing on every rank but the first.
 
-    Args:
-        program: For the help, as `description`.
-        description: What it does.
-        flags: The dataclasses of the evaluator's own flags.
-        ask: Receives the shared flags and its own.
-        argv: The flags; None takes those of this process.
-
-    Returns:
-        What results.json holds; nothing on every rank but the first.
-
-    Raises:
-        ValueError: Flags, model, delta, data or the host are refused; in one sentence.
-        OSError: A file cannot be read or written.
-        PeerError: Another rank tells what went wrong.
+    `judge` receives the shared flags and its own, and gives None on every rank but the first. What
+    is refused is a ValueError or OSError of one sentence; a PeerError where another rank tells it.
     """
     parser = parser_of(program, description, SamplingArguments, *flags)
     arguments, *own = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
@@ -97,38 +66,63 @@ def evaluate(
     check_arguments(arguments)
     is_main = int(os.environ.get("RANK", 0)) == 0
     with loading_bars(is_shown=is_main and not arguments.disable_tqdm):
-        asked = ask(arguments, *own)
-        samples = sample_all(
-            arguments, asked.prompts, asked.settings, num_samples=asked.num_samples
-        )
-    if samples is None:
+        report = judge(arguments, *own)
+    if report is None:
         return {}
-    report = asked.report(samples)
     seconds = round(time.perf_counter() - started, 1)
-    facts = {"seconds": seconds} if asked.is_timed else {}
-    return save_report(Path(arguments.output_dir), report, samples[0].settings, **facts)
+    facts = {"seconds": seconds} if report.is_timed else {}
+    return save_report(Path(arguments.output_dir), report, **facts)
 
 
-def save_report(
-    folder: Path, report: Report, settings: Mapping[str, Any], **facts: Any
-) -> dict[str, Any]:
-    """Write verdicts.jsonl and results.json, print the summary; returns what results.json holds."""
+def save_report(folder: Path, report: Report, **facts: Any) -> dict[str, Any]:
+    """Write verdicts and results.json, print the summary; returns what results.json holds."""
     results = {
         "task": report.task,
         **report.results,
         "protocol": report.protocol,
-        "sampling": settings,
+        **report.subject,
         "data_sha256": report.data_sha256,
         "versions": versions(),
         **facts,
     }
     (folder / RESULTS_FILE).unlink(missing_ok=True)  # never beside other verdicts
     if report.verdicts is not None:
-        payload = "".join(json.dumps(verdict) + "\n" for verdict in report.verdicts).encode()
-        atomic_write(folder / VERDICTS_FILE, lambda path: path.write_bytes(payload))
+        save_jsonl(folder / report.verdicts_file, report.verdicts)
     save_json(folder / RESULTS_FILE, results)
     print(report.summary)
     return results
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that are installed, and the device that torch uses."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return found
+
+
+def sha256_of_texts(texts: Iterable[str]) -> str:
+    """SHA-256 of texts in their order, for data that do not lie in a file."""
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(json.dumps(text).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def sha256_of_examples(task: str, examples: Iterable[Example]) -> dict[str, str]:
+    """SHA-256 of the examples of a task that are asked, by its name."""
+    return {f"{task} test": sha256_of_texts(json.dumps(asdict(e)) for e in examples)}
+
+
+def held_out(task: str, examples: Sequence[Example], limit: int | None) -> Sequence[Example]:
+    """The first `limit` of a task's held-out examples, of which there must be some."""
+    if not examples:
+        raise ValueError(f"--task {task} has no held-out examples: check the folder.")
+    return examples[:limit]
 
 
 def refuse_other_prompts(

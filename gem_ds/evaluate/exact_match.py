@@ -27,14 +27,7 @@ _NOT_FOUND = "[invalid]"  # the harness's word
 
 @dataclass(frozen=True, kw_only=True)
 class Match:
-    """Whether an output is right, under each of the three rules.
-
-    Attributes:
-        strict_match: Under the harness's rule of this name.
-        flexible_extract: Under the harness's rule of this name.
-        numeric: By value.
-        rule: Which rule found the answer that `numeric` judges; None if there is none.
-    """
+    """Whether an output is right under each of the three rules, and what found its number."""
 
     strict_match: bool
     flexible_extract: bool
@@ -47,15 +40,7 @@ RULES = {name.replace("_", "-"): name for name in ("strict_match", "flexible_ext
 
 
 def compare(output: str, answer: str) -> Match:
-    """Judge what a model wrote; raises nothing, whatever the two texts are.
-
-    Args:
-        output: The completion of a problem's prompt, whatever it is.
-        answer: The dataset's answer, which ends in `#### <number>`, or the number alone.
-
-    Returns:
-        Right or wrong by each; an output in which a rule finds no answer is wrong under that rule.
-    """
+    """Judge what a model wrote; `answer` is the dataset's, or the number at its end alone."""
     reference = _normalised(answer)
     strict = _STRICT.search(output)
     flexible = [match[0] for match in _FLEXIBLE.finditer(output)]
@@ -74,16 +59,10 @@ def is_reference(answer: str) -> bool:
 
 
 def tally(matches: Sequence[Match], total: int) -> dict[str, dict[str, Any]]:
-    """By rule, how many problems are right, of how many, the share in [0, 1] and its interval.
-
-    Args:
-        matches: Of the problems that have a sample.
-        total: All problems; one without a sample counts as wrong.
-    """
+    """By rule, how many of `total` problems are right, their share and its interval."""
     table: dict[str, dict[str, Any]] = {}
     for rule, name in RULES.items():
-        values = [float(getattr(match, name)) for match in matches]
-        values += [0.0] * (total - len(values))
+        values = [float(getattr(match, name)) for match in matches] + [0.0] * (total - len(matches))
         table[rule] = {
             "correct": int(sum(values)),
             "total": total,

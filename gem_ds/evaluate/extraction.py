@@ -33,13 +33,9 @@ def extract_program(completion: str, entry_point: str | None = None) -> str:
     it counts (a model that corrects itself does so below), behind the earlier blocks whose names
     it uses; else the first run of lines which is Python and defines it. Else what stands before
     `[BEGIN]` is searched in the same way. Where nothing defines it, the text is returned as it is.
-
-    Args:
-        completion: Any text; none makes this fail.
-        entry_point: The function that is wanted; without it any definition will do.
+    Without an entry point any definition will do.
     """
-    found = find_program(completion, entry_point)
-    if found is not None:
+    if (found := find_program(completion, entry_point)) is not None:
         return found
     texts = _between_marks(completion)
     return next(filter(str.strip, texts), texts[0])
@@ -49,8 +45,7 @@ def find_program(completion: str, entry_point: str | None = None) -> str | None:
     """As `extract_program`, but None where nothing defines the entry point."""
     for text in _between_marks(completion):
         for candidate in _candidates(text, entry_point):
-            tree = parse(candidate)
-            if tree is not None and _defines(tree, entry_point):
+            if (tree := parse(candidate)) is not None and _defines(tree, entry_point):
                 return _without_last_word(candidate, tree)
     return None
 
@@ -62,10 +57,7 @@ def parse(text: str) -> ast.Module | None:
 
 
 def _between_marks(text: str) -> list[str]:
-    """The answer proper, then what stands before its mark.
-
-    Both are without reasoning before them and without a run-on into another task.
-    """
+    """The answer, then what stands before its mark; without reasoning or a run-on task."""
     text = text.rpartition("</think>")[2]
     answer, run_on, _ = text.partition(_RUN_ON)
     if run_on and answer.strip():
@@ -92,15 +84,10 @@ def _candidates(text: str, entry_point: str | None) -> Iterator[str]:
 
 def _with_needs(block: str, earlier: list[str], entry_point: str | None) -> Iterator[str]:
     """A block that defines the entry point, behind the earlier ones whose names it uses."""
-    tree = parse(block)
-    if tree is None or not _defines(tree, entry_point):
+    if (tree := parse(block)) is None or not _defines(tree, entry_point):
         return
     needed = _used(tree) - _bound(tree) - _BUILTINS
-    before = []
-    for text in earlier:
-        other = parse(text)
-        if other is not None and needed & _globals(other):
-            before.append(text)
+    before = [t for t in earlier if (other := parse(t)) is not None and needed & _globals(other)]
     yield "\n".join([*before, block])
 
 
@@ -140,10 +127,7 @@ def _without_last_word(text: str, tree: ast.Module) -> str:
 
 
 def _parsed(text: str) -> ast.Module | int:
-    """The syntax tree, or the line (from 1) at which the text stops being Python.
-
-    What is longer than any program that a task asks for is none.
-    """
+    """The syntax tree, or the line (from 1) at which the text stops being Python."""
     if len(text) > _MAX_PARSED:
         return 1
     with warnings.catch_warnings():
@@ -165,8 +149,8 @@ def _defines(tree: ast.Module, entry_point: str | None) -> bool:
 def _globals(tree: ast.Module, *, with_foreign: bool = True) -> set[str]:
     """The names that a program leaves behind when it has run.
 
-    Foreign ones are imported from outside the standard library, where no program has its answer: a
-    use of one imports it from a file like `solution`.
+    Foreign ones come from outside the standard library, where no program has its answer: a use of
+    one imports it from a file like `solution`.
     """
     names = set()
     nodes: list[ast.AST] = list(tree.body)
@@ -181,11 +165,10 @@ def _globals(tree: ast.Module, *, with_foreign: bool = True) -> set[str]:
 
 
 def _is_foreign(node: ast.AST) -> bool:
-    modules: list[str] = []
-    if isinstance(node, ast.Import):
-        modules = [alias.name for alias in node.names]
-    elif isinstance(node, ast.ImportFrom):
+    if isinstance(node, ast.ImportFrom):
         modules = ["." if node.level else str(node.module)]
+    else:
+        modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
     return any(name.partition(".")[0] not in sys.stdlib_module_names for name in modules)
 
 

@@ -9,12 +9,12 @@ In this order, the first that finds a number:
     conclusion    nothing is announced: the last number of the last sentence that has one
 
 Of several announcements the last one counts. Where a text runs on into a next question, it ends
-there. Within a sentence, a number that is the answer comes before one that only stands in relation
-to it: "12 eggs left *from the 16*", "8, *not 9*", "15, *5 more than* Bob", "*Step 2:* ...",
-"$18 from eggs *at $2 each*"; and a result after `=` and a number in bold come before others.
+there. Within a sentence, the answer comes before a number that only stands in relation to it: "12
+eggs left *from the 16*", "8, *not 9*", "15, *5 more than* Bob", "*Step 2:* ...", "$18 from eggs *at
+$2 each*"; and a result after `=` and a number in bold come before others.
 
-This is a reading of words, so it can be fooled; the table in `tests/final_answers.py` says what it
-is known to read. Number words ("eighteen") are not read.
+This is a reading of words, so it can be fooled; `tests/evaluate/final_answers.toml` says what it is
+known to read. Number words ("eighteen") are not read.
 """
 
 from __future__ import annotations
@@ -106,7 +106,10 @@ class FinalAnswer:
 
 def final_answer(text: str) -> FinalAnswer | None:
     """The answer at which a text arrives, or None if it has no number; raises nothing."""
-    return _Reading(text).answer()
+    number, rule = _Reading(text).answer()
+    if number is None or number.value is None:
+        return None
+    return FinalAnswer(number.value, rule)
 
 
 class _Reading:
@@ -120,15 +123,13 @@ class _Reading:
         self._starts = [number.start for number in self.numbers]
         self._ends = [match.start() for match in _SENTENCE_END.finditer(self.text)]
 
-    def answer(self) -> FinalAnswer | None:
+    def answer(self) -> tuple[Number | None, str]:
         for announcement in reversed(list(_ANNOUNCEMENT.finditer(self.text))):
             kind = str(announcement.lastgroup)
             if (number := self._announced(announcement, kind)) is not None:
                 corrected = self._corrected(number)
-                if corrected is not None:
-                    return _answer(corrected, "correction")
-                return _answer(number, _KINDS[kind])
-        return _answer(self._conclusion(self.numbers), "conclusion")
+                return (number, _KINDS[kind]) if corrected is None else (corrected, "correction")
+        return self._conclusion(self.numbers), "conclusion"
 
     def _announced(self, announcement: re.Match[str], kind: str) -> Number | None:
         """The number that an announcement is about, if there is one; it may have no value."""
@@ -154,16 +155,11 @@ class _Reading:
     def _corrected(self, number: Number) -> Number | None:
         """What second thoughts about an announced answer lead to."""
         thought = _SECOND_THOUGHT.search(self.text, number.end)
-        if thought is None:
-            return None
-        return self._conclusion(self._between(thought.end(), len(self.text)))
+        later = [] if thought is None else self._between(thought.end(), len(self.text))
+        return self._conclusion(later)
 
     def _conclusion(self, numbers: Sequence[Number]) -> Number | None:
-        """The last number of the last sentence that has one which is not bound to another.
-
-        Within that sentence a bold number comes before a plain one, and that before a rate or one
-        in parentheses.
-        """
+        """The last free number of the last sentence that has one; bold ones first, asides last."""
         numbers = [number for number in numbers if number.value is not None]
         last = next((number for number in reversed(numbers) if not self._is_bound(number)), None)
         if last is None:
@@ -172,7 +168,11 @@ class _Reading:
         start = self._ends[place - 1] if place else 0
         free = [n for n in numbers if start <= n.start <= last.start and not self._is_bound(n)]
         plain = [n for n in free if not (self._is_rate(n) or self._is_aside(n))]
-        bold = [n for n in plain if self._is_bold(n)]
+        bold = [
+            n
+            for n in plain
+            if self.text.endswith("**", 0, n.start) and _BOLD_END.match(self.text, n.end)
+        ]
         return (bold or plain or free)[-1]
 
     def _is_bound(self, number: Number) -> bool:
@@ -201,10 +201,6 @@ class _Reading:
     def _before(self, number: Number) -> str:
         return self.text[max(0, number.start - _WINDOW) : number.start]
 
-    def _is_bold(self, number: Number) -> bool:
-        is_opened = self.text.endswith("**", 0, number.start)
-        return is_opened and _BOLD_END.match(self.text, number.end) is not None
-
     def _between(self, start: int, end: int) -> list[Number]:
         return self.numbers[bisect_left(self._starts, start) : bisect_left(self._starts, end)]
 
@@ -230,9 +226,3 @@ def _end_of_answer(text: str, numbers: Sequence[Number]) -> int:
     if (marked := _MARKED_ANSWER.search(text)) and (asked := _ASKED.search(text, marked.end())):
         ends.append(asked.start())
     return min(ends, default=len(text))
-
-
-def _answer(number: Number | None, rule: str) -> FinalAnswer | None:
-    if number is None or number.value is None:
-        return None
-    return FinalAnswer(number.value, rule)

@@ -2,33 +2,31 @@
 
     prompts -> tokens -> requests -> batches of similar length -> completions
 
-A prompt's tokens are those of training (`gem_ds.data.encode.encode_prompt`). Batches are the same
-whatever has been sampled already and however many ranks there are, so that a continued run rounds
-as an uninterrupted one does.
+A prompt's tokens are those of training (`gem_ds.data.encode`). Batches are the same whatever has
+been sampled already and on any number of ranks, so that a continued run rounds alike.
 
 The noise of sampling is drawn from a request's key (task id, number of the sample):
 
     u = hash(seed, task id, sample number, position) in (0, 1)
 
-No generator has a state that would be moved by what else is sampled, so a request is answered alike
-in whatever batch, order, process or continued run it comes. What is left are the logits: a batch
-pads its rows, and the kernels then round differently. In fp32 the border between two tokens moves
-by about 1e-6 of the probability, so that one token in a million may flip, and with it the rest of
-its sample. In bf16 the logits themselves are uncertain by several thousandths, and more samples
-differ the longer they are; each remains a fair draw from the model. Measured by
-`benchmarks/sampling_batches.py` on the embedded model, GSM8K, 100 samples of up to 128 tokens,
-batches of 4 and of 32 against batches of 1: fp32 none; bf16 2 and 4 (greedy 5 and 9).
+No generator has a state, so a request is answered alike in whatever batch, order, process or
+continued run it comes. What is left are the logits: a batch pads its rows, and kernels then round
+differently. In fp32 one token in a million may flip, and with it the rest of its sample; in bf16
+more do, and each sample remains a fair draw (measured by `benchmarks/sampling_batches.py`).
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import groupby
 from typing import Protocol
+
+import torch
 
 from gem_ds.data.encode import encode_prompt
 from gem_ds.data.tasks import Prompt
@@ -44,8 +42,8 @@ Key = tuple[str, int]
 class GenerationSettings:
     """How completions are made, apart from what must not change them (the batch size).
 
-    A completion ends before the first stop string. Temperature divides the logits, 0 is greedy;
-    tokens are drawn from the fewest most likely ones that have the share top_p together.
+    Temperature divides the logits, 0 is greedy; tokens are drawn from the fewest most likely ones
+    that have the share top_p together.
     """
 
     max_new_tokens: int
@@ -82,18 +80,11 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """What the model wrote after a prompt.
+    """What the model wrote after a prompt."""
 
-    Attributes:
-        text: The text, without the stop string or special tokens; it continues the prompt's text
-            exactly, so a leading space is kept.
-        num_tokens: Tokens that were generated, the eos or those of the stop string among them.
-        finish_reason: "eos", "stop" (a stop string) or "length".
-    """
-
-    text: str
+    text: str  # continues the prompt's exactly, a leading space too; no stop, no special tokens
     num_tokens: int
-    finish_reason: str
+    finish_reason: str  # "eos", "stop" (a stop string) or "length"
 
 
 class Backend(Protocol):
@@ -112,14 +103,7 @@ class Backend(Protocol):
 def make_requests(
     files: ModelFiles, prompts: Mapping[str, Prompt], keys: Iterable[Key], max_new_tokens: int
 ) -> list[Request]:
-    """Encode prompts, and refuse those which the model cannot read; needs no weights.
-
-    Near the end of the model's positions `max_new_tokens` is cut.
-
-    Raises:
-        ValueError: A prompt fills the model's positions, has tokens which the model lacks, or
-            cannot be encoded (`encode_prompt`).
-    """
+    """Encode prompts, by task id; near the end of the model's positions completions are cut."""
     positions, vocab_size = num_positions(files.config), files.config.get_text_config().vocab_size
     prompt_ids, limits = {}, {}
     for task_id, prompt in prompts.items():
@@ -139,8 +123,7 @@ def make_requests(
 def make_batches(requests: Sequence[Request], batch_size: int) -> list[list[list[Request]]]:
     """Groups of batches, longest prompts first; within a group all have one limit.
 
-    Limits differ only where prompts come near the end of the model's positions; there all prompts
-    of a group have one length, so no row, and no rank, runs past the end while another is at work.
+    So no row, and no rank, runs past the end of the model's positions while another is at work.
     """
     ordered = sorted(requests, key=lambda request: -len(request.prompt_ids))
     groups = [list(group) for _, group in groupby(ordered, key=lambda request: request.limit)]
@@ -163,3 +146,14 @@ def sample_seed(seed: int, key: Key) -> int:
 def _bits(*parts: int | str) -> int:
     """64 bits that depend on every part."""
     return int.from_bytes(blake2b(json.dumps(parts).encode(), digest_size=8).digest(), "big")
+
+
+@contextmanager
+def sparing_memory(batch: str) -> Iterator[None]:
+    """Turns running out of memory over a batch, which is described, into a ValueError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"The device's memory does not hold a batch of {batch}: lower --batch_size."
+        ) from error

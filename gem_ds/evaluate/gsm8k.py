@@ -10,14 +10,8 @@ r"""Exact match on GSM8K, greedy, under three rules of judgement.
 
 Prompt, stops and the worked problems of `--num_fewshot` are those of the community harness
 (lm-evaluation-harness, task gsm8k), to the byte: for each test problem in turn a
-`random.Random(1234).sample` of the train split, with a blank line after each. The default is no
-worked problem, since a model that was fine-tuned on the train split knows the form; the harness's
-default is 5.
-
-    output_dir/
-      samples.jsonl     what the model wrote (`gem_ds.evaluate.samples`)
-      verdicts.jsonl    per problem: right or wrong by each rule, and how the number was found
-      results.json      the counts, and what they were counted on
+`random.Random(1234).sample` of the train split, with a blank line after each. The default is none,
+since a model that was fine-tuned on the train split knows the form; the harness's default is 5.
 """
 
 from __future__ import annotations
@@ -26,18 +20,18 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from gem_ds.data.tasks import Example, load_task
-from gem_ds.evaluate.arguments import SamplingArguments, option
-from gem_ds.evaluate.evaluator import Asked, Report, evaluate, refuse_other_prompts
+from gem_ds.evaluate.evaluator import Report, evaluate, refuse_other_prompts, sha256_of_texts
 from gem_ds.evaluate.exact_match import compare, is_reference, summary, tally
 from gem_ds.evaluate.generation import GenerationSettings
+from gem_ds.evaluate.model import SamplingArguments, sha256_of
 from gem_ds.evaluate.pass_at_k import CONFIDENCE
-from gem_ds.evaluate.provenance import sha256_of_files, sha256_of_texts
 from gem_ds.evaluate.samples import Sample
+from gem_ds.evaluate.sampling import sample_all
+from gem_ds.flags import option
 
 STOP_STRINGS = ("Question:", "</s>", "<|im_end|>")
 SHOT_SEED = 1234
@@ -53,13 +47,7 @@ class Gsm8kArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class Problems:
-    """The problems that are asked, and where worked ones are taken from.
-
-    Attributes:
-        test: By task id.
-        train: The train split.
-        sha256: Of the data, by file or by name.
-    """
+    """The problems that are asked, by task id, the train split, and the data's SHA-256 by name."""
 
     test: dict[str, Example]
     train: list[Example]
@@ -69,22 +57,20 @@ class Problems:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Evaluate a model, as `gem_ds.evaluate.evaluator.evaluate`."""
     about = "Exact match of a causal language model on GSM8K, greedy."
-    return evaluate("eval.gsm8k", about, [Gsm8kArguments], _ask, argv)
+    return evaluate("eval gsm8k", about, [Gsm8kArguments], _judge, argv)
 
 
-def _ask(arguments: SamplingArguments, own: Gsm8kArguments) -> Asked:
+def _judge(arguments: SamplingArguments, own: Gsm8kArguments) -> Report | None:
     settings = GenerationSettings(max_new_tokens=own.max_new_tokens, stop_strings=STOP_STRINGS)
     problems = load(arguments.data_dir, arguments.limit)
-    prompts = prompts_of(problems, own.num_fewshot)
-    return Asked(prompts=prompts, settings=settings, report=partial(report, problems))
+    samples = sample_all(arguments, prompts_of(problems, own.num_fewshot), settings)
+    return None if samples is None else report(problems, samples)
 
 
 def load(data_dir: str | None, limit: int | None = None) -> Problems:
     """The first `limit` test problems, from a folder or from the Hub.
 
-    Raises:
-        ValueError: A file is at fault, or an answer could never be matched, so that every model
-            would score zero on it.
+    An answer that could never be matched is refused: every model would score zero on it.
     """
     task = load_task("gsm8k", data_dir=data_dir)
     for number, example in enumerate(task.test, start=1):
@@ -93,23 +79,19 @@ def load(data_dir: str | None, limit: int | None = None) -> Problems:
                 f"Example {number} of the test split has no '#### <number>' in its answer, so "
                 "nothing can be scored against it: add it."
             )
-    if data_dir is not None:
-        sha256 = sha256_of_files(Path(data_dir) / f"{split}.jsonl" for split in ("train", "test"))
-    else:
-        sha256 = {
-            f"openai/gsm8k {name}": sha256_of_texts(f"{e.prompt}{e.target}" for e in split)
-            for name, split in (("train", task.train), ("test", task.test))
-        }
+    sha256 = {}
+    for name, split in (("train", task.train), ("test", task.test)):
+        if data_dir is None:
+            texts = (f"{example.prompt}{example.target}" for example in split)
+            sha256[f"openai/gsm8k {name}"] = sha256_of_texts(texts)
+        else:
+            sha256[f"{name}.jsonl"] = sha256_of(Path(data_dir, f"{name}.jsonl"))
     test = {f"gsm8k/test/{i}": example for i, example in enumerate(task.test[:limit])}
     return Problems(test=test, train=task.train, sha256=sha256)
 
 
 def prompts_of(problems: Problems, num_fewshot: int) -> dict[str, str]:
-    """Task id to prompt, with the worked problems that the harness puts before it.
-
-    Raises:
-        ValueError: There are not so many worked problems.
-    """
+    """Task id to prompt, with the worked problems that the harness puts before it."""
     if not 0 <= num_fewshot <= len(problems.train):
         raise ValueError(
             f"--num_fewshot must be at least 0 and at most {len(problems.train)}, the size of the "
@@ -125,11 +107,7 @@ def prompts_of(problems: Problems, num_fewshot: int) -> dict[str, str]:
 
 
 def report(problems: Problems, samples: Sequence[Sample]) -> Report:
-    """Judge one sample of each problem; problems without one count as wrong and are named.
-
-    Raises:
-        ValueError: A problem has several samples, or prompts are not those of this data.
-    """
+    """Judge one sample of each problem; problems without one count as wrong and are named."""
     for task_id, count in Counter(sample.task_id for sample in samples).items():
         if count > 1:
             raise ValueError(
@@ -152,6 +130,7 @@ def report(problems: Problems, samples: Sequence[Sample]) -> Report:
             "without_samples": [task_id for task_id in problems.test if task_id not in matches],
         },
         protocol={"split": "test", "num_fewshot": num_fewshot, "shot_seed": SHOT_SEED},
+        subject={"sampling": samples[0].settings},
         data_sha256=problems.sha256,
         summary=summary(exact_match),
         verdicts=[{"task_id": task_id, **asdict(match)} for task_id, match in matches.items()],

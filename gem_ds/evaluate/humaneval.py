@@ -7,8 +7,7 @@ r"""HumanEval: functions to be completed behind header and docstring (arXiv 2107
 
 All of this is the paper's and its code's (openai/human-eval). Beyond it, an answer that does not
 continue the function but writes it anew, alone or in words and fences, is the program, behind the
-imports and helpers of the prompt. (The stops cut most of these; samples drawn without them do not
-lose by it.) These imports and helpers are set up for the tests too, which use some.
+imports and helpers of the prompt. These are set up for the tests too, which use some.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import gzip
 import hashlib
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,50 +31,38 @@ STOP_STRINGS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One problem.
+    """One problem."""
 
-    Attributes:
-        prompt: What is to be continued.
-        before: The part of the prompt before the function.
-        entry_point: The function's name.
-        test: Defines `check(candidate)`.
-    """
-
-    prompt: str
-    before: str
-    entry_point: str
-    test: str
+    prompt: str  # what is to be continued
+    before: str  # the part of the prompt before the function
+    entry_point: str  # the function's name
+    test: str  # defines `check(candidate)`
 
 
 @dataclass(frozen=True, kw_only=True)
 class HumanEval:
     """The benchmark (`gem_ds.evaluate.passk.Benchmark`)."""
 
-    problems: dict[str, Problem]
-    data_sha256: dict[str, str]
+    problems: dict[str, Problem]  # those that are asked, by task id
+    data_sha256: dict[str, str]  # what tells the data from others, by file or by name
     stop_strings: tuple[str, ...] = STOP_STRINGS
 
-    @property
-    def task_ids(self) -> Sequence[str]:
-        """The problems that are asked."""
-        return list(self.problems)
-
     def num_fewshot(self, wanted: int | None) -> int:
-        """None: the prompts are zero-shot."""
+        """How many worked problems a prompt shows, None for the default; refuses what cannot be."""
         if wanted:
             raise ValueError(f"--num_fewshot must be 0 for --task humaneval, not {wanted}.")
         return 0
 
     def num_shown(self, prompt: str) -> int:
-        """None."""
+        """How many worked problems a prompt seems to show."""
         return 0
 
     def prompts(self, num_fewshot: int) -> dict[str, str]:
-        """By task id."""
+        """By task id; ValueError where the data cannot give them."""
         return {task_id: problem.prompt for task_id, problem in self.problems.items()}
 
     def program(self, task_id: str, completion: str) -> Program:
-        """What is run for a completion; none fails."""
+        """What is run for a completion, with the problem's tests; no completion fails."""
         problem = self.problems[task_id]
         source = problem.prompt + completion
         if re.match(r"\s*\S", completion) and not re.match(r"(?:[ \t]*\r?\n)*[ \t]", completion):
@@ -86,20 +72,12 @@ class HumanEval:
         return Program(source, (test,), setup=problem.before, entry_point=problem.entry_point)
 
     def protocol(self, num_fewshot: int) -> dict[str, Any]:
-        """How it is asked."""
+        """How it is asked, for results.json."""
         return {"split": "test", "num_fewshot": num_fewshot}
 
 
 def load(data_dir: str | None, limit: int | None = None) -> HumanEval:
-    """The problems, or the first `limit` of them.
-
-    Args:
-        data_dir: Folder with one of `FILES`, as the benchmark ships it; None loads from the Hub.
-        limit: How many.
-
-    Raises:
-        ValueError: The file is missing or malformed; the sentence names the place.
-    """
+    """The first `limit` problems, of one of `FILES` as the benchmark ships it or from the Hub."""
     if data_dir is None:
         source, rows = HUB_DATASET, read_hub((HUB_DATASET,), "test")
         content = "".join(json.dumps(row.fields, sort_keys=True) + "\n" for row in rows).encode()
@@ -107,8 +85,12 @@ def load(data_dir: str | None, limit: int | None = None) -> HumanEval:
         paths = [Path(data_dir, name) for name in FILES if Path(data_dir, name).is_file()]
         if not paths:
             raise ValueError(f"There is no file {FILES[0]} or {FILES[1]} in {data_dir}: check it.")
-        source, content = paths[0].name, paths[0].read_bytes()
-        rows = parse_jsonl(paths[0], _unpacked(paths[0], content))
+        path, source, content = paths[0], paths[0].name, paths[0].read_bytes()
+        try:
+            lines = gzip.decompress(content) if path.suffix == ".gz" else content
+        except (OSError, EOFError, ValueError) as error:
+            raise ValueError(f"{path} cannot be unpacked ({error}): download it again.") from error
+        rows = parse_jsonl(path, lines)
     problems: dict[str, Problem] = {}
     for row in rows:
         if (task_id := row.text("task_id")) in problems:
@@ -118,13 +100,6 @@ def load(data_dir: str | None, limit: int | None = None) -> HumanEval:
         raise ValueError(f"{source} holds no problem: download it again.")
     sha256 = hashlib.sha256(content).hexdigest()
     return HumanEval(problems=dict(list(problems.items())[:limit]), data_sha256={source: sha256})
-
-
-def _unpacked(path: Path, content: bytes) -> bytes:
-    try:
-        return gzip.decompress(content) if path.suffix == ".gz" else content
-    except (OSError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} cannot be unpacked ({error}): download it again.") from error
 
 
 def _problem(row: Line) -> Problem:

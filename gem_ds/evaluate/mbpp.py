@@ -8,24 +8,23 @@ Shots and stop are those of the dataset's README and, to the byte, of the commun
 (lm-evaluation-harness, task mbpp). The harness runs a completion as it stands; here the program is
 looked for first (`gem_ds.evaluate.extraction`), as chat models wrap it in words and fences.
 
-A template with `{header}` makes a completion task of it: the prompt ends inside the program, which
-begins at the header and goes on until a line stands at the margin again. HumanEval asks like that,
-with the text as the function's docstring.
+With `{header}` in a template, as HumanEval asks, the prompt ends inside the program, which begins
+at the header and goes on until a line stands at the margin again.
 """
 
 from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
 from gem_ds.data.tasks.mbpp import Dataset, Problem, load_problems, prompt_of, target_of
-from gem_ds.evaluate.arguments import option
 from gem_ds.evaluate.extraction import extract_program, parse
 from gem_ds.evaluate.sandbox import Program
+from gem_ds.flags import option
 
 SHOT_IDS = (2, 3, 4)
 STOP_STRINGS = ("[DONE]",)
@@ -59,22 +58,11 @@ def load(data_dir: str | None, limit: int | None, flags: MbppArguments) -> Mbpp:
 
 @dataclass(frozen=True, kw_only=True)
 class Mbpp:
-    """The benchmark (`gem_ds.evaluate.passk.Benchmark`).
-
-    Attributes:
-        dataset: Where the shots come from.
-        problems: Those that are asked, by task id.
-        flags: How.
-    """
+    """The benchmark (`gem_ds.evaluate.passk.Benchmark`); its shots come from the dataset."""
 
     dataset: Dataset
     problems: dict[str, Problem]
     flags: MbppArguments
-
-    @property
-    def task_ids(self) -> Sequence[str]:
-        """The problems that are asked."""
-        return list(self.problems)
 
     @property
     def data_sha256(self) -> dict[str, str]:
@@ -84,7 +72,8 @@ class Mbpp:
     @property
     def stop_strings(self) -> tuple[str, ...]:
         """The protocol's mark, or what leaves the function that a header began."""
-        return MARGIN_STOP_STRINGS if self._continues else STOP_STRINGS
+        continues = "{header}" in (self.flags.prompt_template or "")
+        return MARGIN_STOP_STRINGS if continues else STOP_STRINGS
 
     def num_fewshot(self, wanted: int | None) -> int:
         """By default 3, and 0 with a template, which says nothing about shots."""
@@ -95,9 +84,8 @@ class Mbpp:
             )
         if wanted not in (None, 0, 3):
             raise ValueError(f"--num_fewshot must be 0 or 3, not {wanted}.")
-        if wanted is None:
-            return 3 if self.flags.prompt_template is None else 0
-        return wanted
+        default = 3 if self.flags.prompt_template is None else 0
+        return default if wanted is None else wanted
 
     def num_shown(self, prompt: str) -> int:
         """Each worked problem is closed by the mark."""
@@ -105,11 +93,7 @@ class Mbpp:
         return 3 if self.flags.prompt_template is None and closed in prompt else 0
 
     def prompts(self, num_fewshot: int) -> dict[str, str]:
-        """By task id.
-
-        Raises:
-            ValueError: The dataset lacks a shot, or the template cannot be filled.
-        """
+        """By task id; ValueError if the dataset lacks a shot or the template cannot be filled."""
         if (template := self.flags.prompt_template) is not None:
             if _PLACEHOLDER.search(template) is None:
                 raise ValueError(
@@ -131,7 +115,7 @@ class Mbpp:
         """What is run for a completion; none fails."""
         problem, template = self.problems[task_id], self.flags.prompt_template
         entry_point = entry_point_of(problem)
-        if template is not None and self._continues:
+        if template is not None and "{header}" in template:
             begun = template_prompt(problem, template[template.index("{header}") :])
             source = begun + _MARGIN.split(completion, maxsplit=1)[0]
         else:
@@ -147,11 +131,6 @@ class Mbpp:
             "prompt_template": self.flags.prompt_template,
         }
 
-    @property
-    def _continues(self) -> bool:
-        """Whether a completion goes on where a header has begun the program."""
-        return "{header}" in (self.flags.prompt_template or "")
-
 
 def few_shot_prompt(problem: Problem, shots: list[Problem]) -> str:
     """The prompt of the protocol; `shots` are worked problems that go before, none for zero."""
@@ -160,18 +139,13 @@ def few_shot_prompt(problem: Problem, shots: list[Problem]) -> str:
 
 
 def template_prompt(problem: Problem, template: str) -> str:
-    """A template with `{text}`, `{tests}` and `{header}` replaced; other braces stand.
-
-    Raises:
-        ValueError: The template wants the header of a problem that has no single entry point.
-    """
-
-    def value(match: re.Match[str]) -> str:
-        if match[1] == "header":
-            return header_of(problem)
-        return problem.text if match[1] == "text" else "\n".join(problem.tests)
-
-    return _PLACEHOLDER.sub(value, template)
+    """A template with `{text}`, `{tests}` and `{header}` replaced; other braces stand."""
+    values: dict[str, Callable[[], str]] = {
+        "header": lambda: header_of(problem),
+        "text": lambda: problem.text,
+        "tests": lambda: "\n".join(problem.tests),
+    }
+    return _PLACEHOLDER.sub(lambda match: values[match[1]](), template)
 
 
 @cache
@@ -187,11 +161,7 @@ def entry_point_of(problem: Problem) -> str | None:
 
 
 def header_of(problem: Problem) -> str:
-    """`def name(arguments):` of the entry point, without annotations.
-
-    Raises:
-        ValueError: The problem has no single entry point.
-    """
+    """`def name(arguments):` of the entry point, without annotations."""
     name, solution = entry_point_of(problem), parse(problem.code)
     if name is None or solution is None:
         raise ValueError(

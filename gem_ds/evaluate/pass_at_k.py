@@ -6,9 +6,8 @@ This is the unbiased estimator of Chen et al. (arXiv 2107.03374, section 2.1). I
 n < k, and that is an error here, never a zero. The score is its mean over *all* problems: one
 without samples counts as zero and is named, so that the denominator never shrinks.
 
-The interval is a percentile bootstrap over problems: it says how far the score would move had other
-problems been drawn, not other samples. Where all problems agree (all solved, or none) it has no
-width, and says nothing about how sure that is.
+The interval is a percentile bootstrap over problems: how far the score would move had other ones
+been drawn, not other samples. Where all problems agree it has no width, and says nothing.
 """
 
 from __future__ import annotations
@@ -33,11 +32,7 @@ def results_of(
     *,
     isolation: str,
 ) -> dict[str, Any]:
-    """The scores of all problems and what they were counted on, as results.json has them.
-
-    Raises:
-        ValueError: A problem has samples, but fewer than k.
-    """
+    """The scores of all problems and what they were counted on, as results.json has them."""
     tried = Counter(verdict["task_id"] for verdict in verdicts)
     right = Counter(v["task_id"] for v in verdicts if v["status"] == "passed")
     counts = {name: (tried[name], right[name]) for name in task_ids}
@@ -79,33 +74,21 @@ def summary(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def pass_at_k(n: int, c: int, k: int) -> float:
-    """The unbiased estimate for one problem; the float nearest to the exact rational number.
-
-    Args:
-        n: Samples.
-        c: Those that are right.
-        k: Samples that a user would try.
-
-    Raises:
-        ValueError: k < 1, n < k, c < 0 or c > n.
-    """
-    return float(_exact(n, c, k))
+def pass_at_k(n: int, c: int, k: int) -> Fraction:
+    """The unbiased estimate for one problem: `c` of `n` samples are right, and a user tries `k`."""
+    if k < 1:
+        raise ValueError(f"k must be at least 1, not {k}.")
+    if n < k:
+        raise ValueError(f"pass@{k} needs at least {k} samples, not {n}: draw more or lower k.")
+    if not 0 <= c <= n:
+        raise ValueError(f"{c} right samples of {n} cannot be: the count must lie in 0 to {n}.")
+    return 1 - Fraction(comb(n - c, k), comb(n, k))
 
 
 def mean_pass_at_k(
-    counts: Mapping[str, tuple[int, int]], k: int, *, seed: int = 0
+    counts: Mapping[str, tuple[int, int]], k: int
 ) -> tuple[float, tuple[float, float]]:
-    """pass@k over all problems, in [0, 1], and its confidence interval.
-
-    Args:
-        counts: By problem, its samples and how many are right; one without counts as zero.
-        k: Samples that a user would try.
-        seed: Of the bootstrap.
-
-    Raises:
-        ValueError: There are no problems, or one has samples, but fewer than k; it is named.
-    """
+    """pass@k over all problems, by the samples and the right ones of each, and its interval."""
     if not counts:
         raise ValueError("There are no problems, so there is no score.")
     values = []
@@ -115,48 +98,24 @@ def mean_pass_at_k(
                 f"{name} has {n} samples and pass@{k} needs at least {k}: lower k or draw more "
                 "samples."
             )
-        values.append(_exact(n, c, k) if n else Fraction(0))
-    interval = bootstrap_interval([float(value) for value in values], seed=seed)
+        values.append(pass_at_k(n, c, k) if n else Fraction(0))
+    interval = bootstrap_interval([float(value) for value in values])
     return float(sum(values, Fraction(0)) / len(values)), interval
 
 
 def bootstrap_interval(
-    values: Sequence[float],
-    *,
-    seed: int = 0,
-    confidence: float = CONFIDENCE,
-    num_resamples: int = NUM_RESAMPLES,
+    values: Sequence[float], *, seed: int = 0, confidence: float = CONFIDENCE
 ) -> tuple[float, float]:
-    """A percentile interval for the mean of `values`, drawn again with replacement.
+    """A percentile interval for the mean of `values`, one of each problem, drawn with replacement.
 
-    A resample matters only through how often it holds each distinct value, and these numbers are
-    multinomial: one draw a resample instead of `len(values)`.
-
-    Args:
-        values: One score per problem.
-        seed: The same seed gives the same interval.
-        confidence: The share of resampled means that lie inside.
-        num_resamples: How many.
-
-    Raises:
-        ValueError: There are no values.
+    How often a resample holds each distinct value is multinomial: one draw instead of many.
     """
     if not values:
         raise ValueError("There are no values, so there is no interval.")
     distinct = Counter(values)
     levels = np.array(sorted(distinct))
     shares = np.array([distinct[level] for level in levels.tolist()]) / len(values)
-    draws = np.random.default_rng(seed).multinomial(len(values), shares, size=num_resamples)
+    draws = np.random.default_rng(seed).multinomial(len(values), shares, size=NUM_RESAMPLES)
     tail = (1 - confidence) / 2
     low, high = np.quantile(draws @ levels / len(values), [tail, 1 - tail])
     return float(low), float(high)
-
-
-def _exact(n: int, c: int, k: int) -> Fraction:
-    if k < 1:
-        raise ValueError(f"k must be at least 1, not {k}.")
-    if n < k:
-        raise ValueError(f"pass@{k} needs at least {k} samples, not {n}: draw more or lower k.")
-    if not 0 <= c <= n:
-        raise ValueError(f"{c} right samples of {n} cannot be: the count must lie in 0 to {n}.")
-    return 1 - Fraction(comb(n - c, k), comb(n, k))

@@ -6,16 +6,9 @@
 
     samples -> programs -> verdicts of the sandbox -> pass@k per problem -> mean, interval
 
-    output_dir/
-      samples.jsonl     what the model wrote, one line a sample; a run that was stopped goes on here
-      verdicts.jsonl    what became of each: the program that was run, and why it failed
-      results.json      pass@k with its interval, the counts, and what they were counted on
-
 A sample passes when its program, the problem's setup code and all of the problem's tests run
 without an error. Greedy pass@1 is `--n 1 --k 1 --temperature 0`.
-
-`python -m eval.score --task mbpp O/samples.jsonl` does the second half again, without a model.
-A further benchmark is a `Benchmark` in a file of its own, and a line of `TASKS`.
+A further benchmark is a class as `humaneval.HumanEval`, in a file of its own, and two lines here.
 """
 
 from __future__ import annotations
@@ -26,52 +19,24 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Protocol
+from typing import Any
 
 from gem_ds.evaluate import humaneval, mbpp
-from gem_ds.evaluate.arguments import SamplingArguments, option
-from gem_ds.evaluate.evaluator import Asked, Report, evaluate, refuse_other_prompts
+from gem_ds.evaluate.evaluator import Report, evaluate, refuse_other_prompts
 from gem_ds.evaluate.generation import GenerationSettings
+from gem_ds.evaluate.model import SamplingArguments
 from gem_ds.evaluate.pass_at_k import results_of, summary
 from gem_ds.evaluate.samples import Sample
+from gem_ds.evaluate.sampling import sample_all
 from gem_ds.evaluate.sandbox import Program, Sandbox
 from gem_ds.evaluate.sandbox.pool import best_level, num_processors
+from gem_ds.flags import option
 from gem_ds.progress import Progress
 
+#: How the problems of a benchmark are asked, and what a completion stands for.
+Benchmark = mbpp.Mbpp | humaneval.HumanEval
 
-class Benchmark(Protocol):
-    """A benchmark of programs: how its problems are asked, and what a completion stands for."""
-
-    @property
-    def task_ids(self) -> Sequence[str]:
-        """The problems that are asked."""
-
-    @property
-    def data_sha256(self) -> Mapping[str, str]:
-        """What tells its data from others, by file or by name."""
-
-    @property
-    def stop_strings(self) -> tuple[str, ...]:
-        """What ends a completion."""
-
-    def num_fewshot(self, wanted: int | None) -> int:
-        """How many worked problems a prompt shows, None for the default; refuses what cannot be."""
-
-    def num_shown(self, prompt: str) -> int:
-        """How many worked problems a prompt seems to show."""
-
-    def prompts(self, num_fewshot: int) -> dict[str, str]:
-        """By task id; raises ValueError where the data cannot give them."""
-
-    def program(self, task_id: str, completion: str) -> Program:
-        """What is run for a completion, with the problem's tests; no completion fails."""
-
-    def protocol(self, num_fewshot: int) -> dict[str, Any]:
-        """How it is asked, for results.json."""
-
-
-#: By name: the flags of its own that a benchmark has, if any, and how it is loaded, from
-#: `data_dir`, `limit` and these flags.
+#: By name: the flags of its own that a benchmark has, if any, and how it is loaded with these.
 TASKS: dict[str, tuple[type | None, Callable[..., Benchmark]]] = {
     "mbpp": (mbpp.MbppArguments, mbpp.load),
     "humaneval": (None, humaneval.load),
@@ -140,11 +105,7 @@ class JudgingArguments:
         return {"timeout": self.timeout, "memory_mb": self.memory_mb}
 
     def ks(self, num_samples: int, where: str) -> list[int]:
-        """Each k of pass@k, where a problem has so many samples.
-
-        Raises:
-            ValueError: That is too few for one of them; the sentence has `where` in it.
-        """
+        """Each k of pass@k for so many samples of a problem; a refusal says `where` these are."""
         if self.k is None:
             return [k for k in (1, 10) if k <= num_samples]
         if num_samples < max(self.k):
@@ -155,11 +116,11 @@ class JudgingArguments:
         return self.k
 
     def open_sandbox(self) -> Sandbox:
-        """The sandbox, to be entered; raises `gem_ds.evaluate.sandbox.SandboxUnavailableError`."""
-        if self.num_workers > num_processors():
+        """The sandbox, to be entered."""
+        if self.num_workers > (most := num_processors()):
             print(
-                f"--num_workers {self.num_workers} is lowered to {num_processors()}, the number of "
-                "processors: programs that share one would run out of time.",
+                f"--num_workers {self.num_workers} is lowered to {most}, the number of processors: "
+                "programs that share one would run out of time.",
                 file=sys.stderr,
             )
         return Sandbox(num_workers=self.num_workers, allow_weak=self.allow_weak_sandbox)
@@ -169,12 +130,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Evaluate a model, as `gem_ds.evaluate.evaluator.evaluate`."""
     flags = [PassKArguments, JudgingArguments, *OWN_FLAGS]
     about = "pass@k of a causal language model on a benchmark of programs."
-    return evaluate("eval.passk", about, flags, _ask, argv)
+    return evaluate("eval passk", about, flags, _judge, argv)
 
 
-def _ask(
+def _judge(
     arguments: SamplingArguments, own: PassKArguments, judging: JudgingArguments, *flags: Any
-) -> Asked:
+) -> Report | None:
     judging.ks(own.n, "--n is")
     benchmark = load(own.task, arguments.data_dir, arguments.limit, flags)
     num_fewshot = benchmark.num_fewshot(own.num_fewshot)
@@ -188,26 +149,20 @@ def _ask(
     prompts = benchmark.prompts(num_fewshot)
     if int(os.environ.get("RANK", 0)) == 0:
         best_level(judging.allow_weak_sandbox)  # refuses the host before a model is loaded
-    show_bar = not arguments.disable_tqdm
-    return Asked(
-        prompts=prompts,
-        settings=settings,
-        report=lambda samples: report(own.task, benchmark, samples, judging, show_bar=show_bar),
-        num_samples=own.n,
-        is_timed=False,  # else scoring again would give another file
-    )
+    samples = sample_all(arguments, prompts, settings, num_samples=own.n)
+    if samples is None:
+        return None
+    return report(own.task, benchmark, samples, judging, show_bar=not arguments.disable_tqdm)
 
 
 def load(task: str, data_dir: str | None, limit: int | None, flags: Sequence[Any]) -> Benchmark:
     """A benchmark of `TASKS`, with its own ones of these flags; refuses flags of other ones."""
     kind, load_task = TASKS[task]
-    own = None
+    own = [given for given in flags if type(given) is kind]
     for given in flags:
-        if type(given) is kind:
-            own = given
-        else:
+        if given not in own:
             refuse_changed(given, task)
-    return load_task(data_dir, limit) if own is None else load_task(data_dir, limit, own)
+    return load_task(data_dir, limit, *own)
 
 
 def refuse_changed(flags: Any, task: str) -> None:
@@ -223,14 +178,9 @@ def report(
     samples: Sequence[Sample],
     judging: JudgingArguments,
     *,
-    show_bar: bool = True,
+    show_bar: bool,
 ) -> Report:
-    """Run the programs and count; problems without samples count as zero and are named.
-
-    Raises:
-        ValueError: A problem has samples, but fewer than k, or prompts are not those of this
-            benchmark, or there is no sandbox.
-    """
+    """Run the programs and count; problems without samples count as zero and are named."""
     num_fewshot = benchmark.num_shown(str(samples[0].prompt))
     refuse_other_prompts(samples, benchmark.prompts(num_fewshot), num_fewshot)
     counts = Counter(sample.task_id for sample in samples)
@@ -238,14 +188,16 @@ def report(
     ks = judging.ks(counts[rarest], f"{rarest} has")
     with judging.open_sandbox() as sandbox:
         verdicts = verdicts_of(samples, benchmark, sandbox, judging.limits, show_bar=show_bar)
-    results = results_of(verdicts, benchmark.task_ids, ks, isolation=sandbox.isolation)
+    results = results_of(verdicts, list(benchmark.problems), ks, isolation=sandbox.isolation)
     return Report(
         task=task,
         results=results,
         protocol=benchmark.protocol(num_fewshot) | judging.limits,
+        subject={"sampling": samples[0].settings},
         data_sha256=benchmark.data_sha256,
         summary=summary(results),
         verdicts=verdicts,
+        is_timed=False,  # else scoring again would give another file
     )
 
 
@@ -255,12 +207,9 @@ def verdicts_of(
     sandbox: Sandbox,
     limits: Mapping[str, Any],
     *,
-    show_bar: bool = True,
+    show_bar: bool = False,
 ) -> list[dict[str, Any]]:
-    """The lines of verdicts.jsonl, in the order of the samples.
-
-    Equal programs of one problem are run once.
-    """
+    """The lines of verdicts.jsonl, in the order of the samples; equal programs are run once."""
     jobs = [replace(benchmark.program(s.task_id, s.completion), **limits) for s in samples]
     distinct = list(dict.fromkeys(jobs))
     verdicts = {}

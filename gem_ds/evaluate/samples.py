@@ -4,12 +4,12 @@
                       "finish_reason": "stop", "num_tokens": 93, "settings": {...}}
 
 `settings` is all that decides a sample beside its prompt and its number (model, delta, seed,
-temperature, ...; `evaluate.sampling` writes it). It is in every line, so a line tells by itself
-what it is, and a run knows by it whether it may go on with a file that another left: `SampleLog`.
+temperature, ...; `evaluate.sampling` writes it), so that a line tells by itself what it is, and a
+run knows whether it may go on with a file that another left.
 
-While a run is at work lines are appended in the order in which samples are finished; a killed run
-leaves whole lines and perhaps a part of one. When all samples are there, the file is put into the
-order of tasks and sample numbers, in one step, so that it does not tell how it came about.
+While a run is at work lines are appended as samples are finished; a killed run leaves whole lines
+and perhaps a part of one. When all are there, the file is put into the order of tasks and sample
+numbers, in one step, so that it does not tell how it came about.
 """
 
 from __future__ import annotations
@@ -44,24 +44,18 @@ class Sample:
         """The task id and the sample's number."""
         return self.task_id, self.sample
 
+    def line(self) -> bytes:
+        """As it stands in the file."""
+        return (json.dumps(asdict(self)) + "\n").encode()
+
 
 def read_samples(
     path: str | Path, task_ids: Collection[str], *, allow_missing: bool = False
 ) -> list[Sample]:
-    """Read a file of samples to score it.
+    """The samples of a file, in the order of `task_ids`, its problems, and of their numbers.
 
-    Args:
-        path: The file.
-        task_ids: The problems that it must be about, in order.
-        allow_missing: Accept a problem without samples, or with fewer than another one.
-
-    Returns:
-        The samples in the order of `task_ids` and of their numbers.
-
-    Raises:
-        ValueError: No such file, a line that is cut off or malformed (it is named), two lines for
-            one sample, a foreign id, samples missing, or samples of several runs, whose score would
-            be of no model.
+    `allow_missing` accepts a problem without samples, or with fewer than another one. Samples of
+    several runs, whose score would be of no model, are refused.
     """
     path = Path(path)
     samples = _unique([(line, _sample(line)) for line in read_jsonl(path)])
@@ -87,16 +81,9 @@ def read_samples(
 class SampleLog:
     """The samples file of a run: what an earlier part of it left, and what is added now.
 
-    Args:
-        path: The file, whose folder must exist before the first `append`; None on a rank that
-            does not write, and knows the keys only.
-        prompts: Task id to prompt, in the order of the finished file.
-        num_samples: Samples of each prompt.
-        settings: What the samples depend on besides, as it is to stand in each line.
-        overwrite: Begin anew; the file is deleted with the first `append`.
-
-    Raises:
-        ValueError: The file holds other samples than this run would make; says what differs.
+    The folder of `path` must exist before the first `append`; where it is None, a rank does not
+    write, and knows the keys only. Prompts are by task id, in the order of the finished file. With
+    `overwrite` the file is deleted with the first `append`.
     """
 
     def __init__(
@@ -118,16 +105,22 @@ class SampleLog:
             self._take_up(path, path.read_bytes())
 
     def append(self, answers: Iterable[tuple[Request, Completion]]) -> None:
-        """Add finished samples, passing over those that are there.
-
-        When this returns, a process that is killed does not lose them.
-        """
+        """Add finished samples, so that a kill loses none; those that are there are passed over."""
         assert self._path is not None, "this rank does not write"
         lines = []
         for request, completion in answers:
             if request.key not in self.samples:
-                self.samples[request.key] = sample = self._made(request.key, completion)
-                lines.append(_line(sample))
+                task_id, number = request.key
+                self.samples[request.key] = sample = Sample(
+                    task_id=task_id,
+                    sample=number,
+                    prompt=self._prompts[task_id],
+                    completion=completion.text,
+                    finish_reason=completion.finish_reason,
+                    num_tokens=completion.num_tokens,
+                    settings=self._settings,
+                )
+                lines.append(sample.line())
         with self._path.open("ab") as file:
             file.truncate(self._length)  # drops the part of a line that a killed run left
             file.write(b"".join(lines))
@@ -138,22 +131,10 @@ class SampleLog:
         assert self._path is not None, "this rank does not write"
         assert len(self.samples) == len(self.keys), "samples are missing"
         samples = [self.samples[key] for key in self.keys]
-        payload = b"".join(map(_line, samples))
+        payload = b"".join(sample.line() for sample in samples)
         if not self._path.exists() or self._path.read_bytes() != payload:
             atomic_write(self._path, lambda path: path.write_bytes(payload))
         return samples
-
-    def _made(self, key: Key, completion: Completion) -> Sample:
-        task_id, number = key
-        return Sample(
-            task_id=task_id,
-            sample=number,
-            prompt=self._prompts[task_id],
-            completion=completion.text,
-            finish_reason=completion.finish_reason,
-            num_tokens=completion.num_tokens,
-            settings=self._settings,
-        )
 
     def _take_up(self, path: Path, content: bytes) -> None:
         """Keep the samples that an earlier part of this run left."""
@@ -172,10 +153,6 @@ class SampleLog:
                     "continue it, --overwrite_output_dir to delete it, or another --output_dir."
                 )
         self.samples = {sample.key: sample for sample in _unique(read)}
-
-
-def _line(sample: Sample) -> bytes:
-    return (json.dumps(asdict(sample)) + "\n").encode()
 
 
 def _sample(line: Line) -> Sample:

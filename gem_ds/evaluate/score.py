@@ -11,16 +11,16 @@ that the protocol gives it, equally many of each, and all drawn with the same se
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from gem_ds.evaluate import gsm8k, passk
-from gem_ds.evaluate.arguments import option, parser_of
-from gem_ds.evaluate.evaluator import Report, save_report
-from gem_ds.evaluate.samples import Sample, read_samples
+from gem_ds.evaluate.evaluator import save_report
+from gem_ds.evaluate.samples import read_samples
+from gem_ds.flags import option, parser_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,14 +46,9 @@ class ScoreArguments:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Score a file; returns what results.json holds.
-
-    Raises:
-        ValueError: Flags, samples, data or the host are refused; in one sentence.
-        OSError: A file cannot be read or written.
-    """
+    """Score a file; returns what results.json holds, and raises as `evaluator.evaluate`."""
     parser = parser_of(
-        "eval.score",
+        "eval score",
         "Score a file of samples again, without a model.",
         *(ScoreArguments, passk.JudgingArguments, *passk.OWN_FLAGS),
     )
@@ -62,27 +57,20 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if words and words[-1].endswith(".jsonl"):  # behind `--k 1 10` it would be taken for another k
         words.insert(0, words.pop())
     arguments, *flags, rest = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
-    path = Path(rest.samples)
-    task_ids, report = _task(arguments, flags)
+    task, path = arguments.task, Path(rest.samples)
+    if task == "gsm8k":
+        for given in flags:
+            passk.refuse_changed(given, task)
+        problems = gsm8k.load(arguments.data_dir, arguments.limit)
+        task_ids, report = list(problems.test), partial(gsm8k.report, problems)
+    else:
+        judging, *own = flags
+        benchmark = passk.load(task, arguments.data_dir, arguments.limit, own)
+        show_bar = not arguments.disable_tqdm
+        report = partial(passk.report, task, benchmark, judging=judging, show_bar=show_bar)
+        task_ids = list(benchmark.problems)
     samples = read_samples(path, task_ids, allow_missing=arguments.allow_missing)
     folder = path.parent if arguments.output_dir is None else Path(arguments.output_dir)
     scored = report(samples)
     folder.mkdir(parents=True, exist_ok=True)
-    return save_report(folder, scored, samples[0].settings)
-
-
-def _task(
-    arguments: ScoreArguments, flags: Sequence[Any]
-) -> tuple[Sequence[str], Callable[[Sequence[Sample]], Report]]:
-    """The problems of the task, and how samples of them are judged."""
-    if arguments.task == "gsm8k":
-        for given in flags:
-            passk.refuse_changed(given, "gsm8k")
-        problems = gsm8k.load(arguments.data_dir, arguments.limit)
-        return list(problems.test), partial(gsm8k.report, problems)
-    judging, *own = flags
-    benchmark = passk.load(arguments.task, arguments.data_dir, arguments.limit, own)
-    show_bar = not arguments.disable_tqdm
-    return benchmark.task_ids, partial(
-        passk.report, arguments.task, benchmark, judging=judging, show_bar=show_bar
-    )
+    return save_report(folder, scored)

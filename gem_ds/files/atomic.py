@@ -17,7 +17,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -124,6 +124,12 @@ def save_tensors(
 def save_json(path: str | Path, obj: Any) -> None:
     """Writes `obj` as indented JSON, atomically; raises as `atomic_write`."""
     payload = (json.dumps(obj, indent=2) + "\n").encode()
+    atomic_write(path, lambda temporary: temporary.write_bytes(payload))
+
+
+def save_jsonl(path: str | Path, rows: Iterable[Any]) -> None:
+    """Writes `rows` as JSON, one on a line, atomically; raises as `atomic_write`."""
+    payload = "".join(json.dumps(row) + "\n" for row in rows).encode()
     atomic_write(path, lambda temporary: temporary.write_bytes(payload))
 
 

@@ -64,20 +64,17 @@ def harness(output: str, answer: str, pattern: str, position: int) -> bool:
     return sides[0] == sides[1]
 
 
-@settings(max_examples=200, deadline=None)
-@given(output=st.text("#$0125-., \n%/é{", max_size=30), answer=st.text("015.,-$", max_size=4))
+@settings(max_examples=200)
+@given(
+    output=st.text("#$0125-., \n%/é{", max_size=30) | st.text(max_size=60),
+    answer=st.text("015.,-$", max_size=4),
+)
 def test_the_two_harness_rules_agree_with_its_description(output, answer):
     output = output.replace("{", "#### ")
     verdict = compare(output, f"so\n#### {answer}")
     strict = harness(output, f"so\n#### {answer}", r"#### (\-?[0-9\.\,]+)", 0)
     flexible = harness(output, f"so\n#### {answer}", r"(-?[$0-9.,]{2,})|(-?[0-9]+)", -1)
     assert (verdict.strict_match, verdict.flexible_extract) == (strict, flexible)
-
-
-@settings(max_examples=50, deadline=None)
-@given(output=st.text(max_size=60), answer=st.text(max_size=20))
-def test_no_text_makes_it_fail(output, answer):
-    assert isinstance(compare(output, answer), Match)
 
 
 def test_references_of_the_dataset_are_right_under_every_rule(gem_data_dir):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import (
     GenerationConfig,
@@ -18,14 +18,12 @@ from transformers import (
 from gem_ds.data.encode import encode_prompt
 from gem_ds.evaluate.decoding import Transformers
 from gem_ds.evaluate.generation import GenerationSettings, make_batches, make_requests, uniform
-from gem_ds.files.delta import Delta
-from gem_ds.files.mask import Mask, WeightInfo, checksum, dtype_name
 from gem_ds.models.load import ModelFiles, load_weights, open_model
+from tests.tiny_evaluation import one_layer, refusal, save_delta
 from tests.tiny_tokenizers import byte_level, save_sentencepiece
 
 CPU = torch.device("cpu")
 PROMPTS = ["a", "Question: why?", "bc", "How many clips are in 12 boxes?", "", "é €", "a", "zz top"]
-SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
 @pytest.fixture(scope="module")
@@ -35,22 +33,25 @@ def sentencepiece_tokenizer(tmp_path_factory) -> LlamaTokenizer:
     return LlamaTokenizer.from_pretrained(save_sentencepiece(folder, lines, vocab_size=300))
 
 
+@pytest.fixture(params=["byte-level", "sentencepiece"])
+def tokenizer(request, sentencepiece_tokenizer):
+    """One of each family."""
+    return byte_level() if request.param == "byte-level" else sentencepiece_tokenizer
+
+
 def tiny_model(architecture: str, **options):
     """A random fp32 model whose logits are far enough apart for an argmax to be no matter of luck.
 
     Many tokens end an answer, so that the rows of a batch end at different times.
     """
     torch.manual_seed(3)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     if architecture == "opt":
-        config = OPTConfig(
-            vocab_size=258, ffn_dim=16, word_embed_proj_dim=16, init_std=0.5, **SIZES, **options
-        )
-        model = OPTForCausalLM(config)
+        sizes |= {"ffn_dim": 16, "word_embed_proj_dim": 16, "init_std": 0.5}
+        model = OPTForCausalLM(OPTConfig(vocab_size=258, **sizes, **options))
     else:
-        config = LlamaConfig(
-            vocab_size=258, intermediate_size=32, initializer_range=0.5, **SIZES, **options
-        )
-        model = LlamaForCausalLM(config)
+        sizes |= {"intermediate_size": 32, "initializer_range": 0.5}
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=258, **sizes, **options))
     model.generation_config.eos_token_id = list(range(1, 258, 10))
     return model.eval()
 
@@ -101,14 +102,8 @@ def one_at_a_time(model, tokenizer, prompt: str, limit: int, num_positions: int,
 
 def complete(model, tokenizer, prompts, *, max_new_tokens=12, stop=(), batch_size=3, **drawn):
     wanted = GenerationSettings(max_new_tokens=max_new_tokens, stop_strings=tuple(stop), **drawn)
-    files = ModelFiles(
-        name="model",
-        revision="main",
-        dtype="float32",
-        config=model.config,
-        tokenizer=tokenizer,
-        delta=None,
-    )
+    told = {"name": "model", "revision": "main", "dtype": "float32", "delta": None}
+    files = ModelFiles(config=model.config, tokenizer=tokenizer, **told)
     named = {f"number {i}": prompt for i, prompt in enumerate(prompts)}
     requests = make_requests(files, named, [(name, 0) for name in named], max_new_tokens)
     backend = Transformers(model, tokenizer, wanted, batch_size=batch_size)
@@ -120,20 +115,25 @@ def complete(model, tokenizer, prompts, *, max_new_tokens=12, stop=(), batch_siz
     return [found[name] for name in named]
 
 
-def load_model(name, *, delta_path=None, dtype="auto"):
-    files = open_model(name, delta_path=delta_path, dtype=dtype)
-    return load_weights(files, CPU), files.tokenizer
+def triples(completions) -> list[tuple[str, int, str]]:
+    return [(c.text, c.num_tokens, c.finish_reason) for c in completions]
 
 
+@pytest.mark.parametrize("drawn", [{}, DRAWN], ids=["greedy", "drawn"])
 @pytest.mark.parametrize(("architecture", "batch_size"), [("llama", 3), ("opt", 8)])
-def test_a_batch_writes_what_each_prompt_gets_alone(architecture, batch_size):
-    """Wrong padding, masks, positions or order would change a completion."""
+def test_a_batch_writes_what_each_prompt_gets_alone(architecture, batch_size, drawn):
+    """Wrong padding, masks, positions, order or noise would change a completion."""
     model, tokenizer = tiny_model(architecture), byte_level()
-    expected = [one_at_a_time(model, tokenizer, prompt, 12, 1000) for prompt in PROMPTS]
-    assert {end for _, _, end in expected} == {"eos", "length"}
-    assert len({length for _, length, _ in expected}) > 2
-    found = complete(model, tokenizer, PROMPTS, batch_size=batch_size)
-    assert [(c.text, c.num_tokens, c.finish_reason) for c in found] == expected
+    expected = [
+        one_at_a_time(model, tokenizer, prompt, 12, 1000, f"number {i}" if drawn else None)
+        for i, prompt in enumerate(PROMPTS)
+    ]
+    if drawn:
+        assert expected[0][0] != expected[6][0], "the same prompt under another name"
+    else:
+        assert {end for _, _, end in expected} == {"eos", "length"}
+        assert len({length for _, length, _ in expected}) > 2
+    assert triples(complete(model, tokenizer, PROMPTS, batch_size=batch_size, **drawn)) == expected
 
 
 @pytest.mark.parametrize("architecture", ["llama", "opt"])
@@ -144,21 +144,7 @@ def test_a_completion_ends_with_the_positions_of_the_model_whatever_shares_its_b
     prompts = ["a" * length for length in (1, 15, 3, 10, 10, 14, 4, 12)]
     expected = [one_at_a_time(model, tokenizer, prompt, 12, 16) for prompt in prompts]
     assert [length for _, length, end in expected if end == "length"]
-    found = complete(model, tokenizer, prompts, batch_size=8)
-    assert [(c.text, c.num_tokens, c.finish_reason) for c in found] == expected
-
-
-@pytest.mark.parametrize(("architecture", "batch_size"), [("llama", 3), ("opt", 8)])
-def test_a_drawn_sample_is_what_its_noise_gives_alone(architecture, batch_size):
-    """Noise of another row or position, or a wrong order of its steps, would change a sample."""
-    model, tokenizer = tiny_model(architecture), byte_level()
-    expected = [
-        one_at_a_time(model, tokenizer, prompt, 12, 1000, task_id=f"number {i}")
-        for i, prompt in enumerate(PROMPTS)
-    ]
-    assert expected[0][0] != expected[6][0], "the same prompt under another name"
-    found = complete(model, tokenizer, PROMPTS, batch_size=batch_size, **DRAWN)
-    assert [(c.text, c.num_tokens, c.finish_reason) for c in found] == expected
+    assert triples(complete(model, tokenizer, prompts, batch_size=8)) == expected
 
 
 def test_sampling_settings_of_the_model_are_ignored_and_kept():
@@ -208,14 +194,7 @@ class Scripted(LlamaForCausalLM):
 
 
 def scripted(tokenizer, continuations: dict[str, list[int]]) -> Scripted:
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=4,
-        intermediate_size=4,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-    )
-    model = Scripted(config).eval()
+    model = Scripted(one_layer(len(tokenizer))).eval()
     model.generation_config.eos_token_id = None
     model.scripts = {
         encode_prompt(prompt, tokenizer)[-1]: ids for prompt, ids in continuations.items()
@@ -231,35 +210,25 @@ def ids_of(tokenizer, text: str) -> list[int]:
 SCRIPT_PROMPTS = ["Question: x?y", "b", "Hello 7"]
 
 
-@pytest.mark.parametrize("family", ["byte-level", "sentencepiece"])
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_a_completion_is_the_text_before_the_first_stop_string(
-    sentencepiece_tokenizer, family, data
-):
+def test_a_completion_is_the_text_before_the_first_stop_string(tokenizer, data):
     """Each row stops at once, neither a token too early nor one too late, and cuts exactly."""
-    tokenizer = byte_level() if family == "byte-level" else sentencepiece_tokenizer
     texts = data.draw(st.lists(st.text("ab é€\n: 4", max_size=12), min_size=3, max_size=3))
     stops = data.draw(st.lists(st.text("ab é\n: 4", min_size=1, max_size=4), max_size=2))
     _check_stops(tokenizer, texts, stops)
 
 
-@pytest.mark.parametrize("family", ["byte-level", "sentencepiece"])
-def test_a_stop_string_may_follow_a_character_of_several_tokens(sentencepiece_tokenizer, family):
-    tokenizer = byte_level() if family == "byte-level" else sentencepiece_tokenizer
+def test_a_stop_string_may_follow_a_character_of_several_tokens(tokenizer):
     _check_stops(tokenizer, ["", "", "é\n4"], ["\n"])
     _check_stops(tokenizer, ["a€\nb", "€é\n\n", "€€:€"], ["\n", ":"])
 
 
 def _check_stops(tokenizer, texts: list[str], stops: list[str]) -> None:
     scripts = [ids_of(tokenizer, text) for text in texts]
-    continuations = dict(zip(SCRIPT_PROMPTS, scripts, strict=True))
-    model = scripted(tokenizer, continuations)
+    model = scripted(tokenizer, dict(zip(SCRIPT_PROMPTS, scripts, strict=True)))
     limit = max(map(len, scripts)) or 1
-    found = complete(
-        model, tokenizer, SCRIPT_PROMPTS, max_new_tokens=limit, stop=stops, batch_size=3
-    )
-
+    found = complete(model, tokenizer, SCRIPT_PROMPTS, max_new_tokens=limit, stop=stops)
     for prompt, script, completion in zip(SCRIPT_PROMPTS, scripts, found, strict=True):
         prompt_ids = encode_prompt(prompt, tokenizer)
         written = (script + [model.rest] * limit)[:limit]
@@ -278,15 +247,11 @@ def _check_stops(tokenizer, texts: list[str], stops: list[str]) -> None:
     assert model.num_steps == max(completion.num_tokens for completion in found)
 
 
-@pytest.mark.parametrize("family", ["byte-level", "sentencepiece"])
 @pytest.mark.parametrize(
     ("stops", "text", "num_written"), [([" 4"], "", 2), (["4", " 4"], "", 2), (["44"], " ", 3)]
 )
-def test_stop_strings_at_the_start_and_within_each_other(
-    sentencepiece_tokenizer, family, stops, text, num_written
-):
+def test_stop_strings_at_the_start_and_within_each_other(tokenizer, stops, text, num_written):
     """The first one in the text counts, not the first in the list; a leading space is seen too."""
-    tokenizer = byte_level() if family == "byte-level" else sentencepiece_tokenizer
     written = [ids_of(tokenizer, piece)[-1] for piece in (" ", "a4", "a4", "ab", "ab")]
     model = scripted(tokenizer, {"b": written})
     (completion,) = complete(model, tokenizer, ["b"], stop=stops)
@@ -312,12 +277,11 @@ def test_a_stop_string_may_be_a_special_token_or_end_within_a_token():
         "c": [*ids_of(tokenizer, "89"), tokenizer.eos_token_id, *ids_of(tokenizer, "3")],
         "d": ids_of(tokenizer, "5<|im_en 6"),
     }
-    found = complete(
-        scripted(tokenizer, scripts), tokenizer, list(scripts), stop=["Q:", "<|im_end|>"]
-    )
-    texts = [(c.text[:9], c.num_tokens, c.finish_reason) for c in found]
-    assert texts[:3] == [("12", 3, "stop"), ("7", 2, "stop"), ("89", 3, "eos")]
-    assert texts[3] == ("5<|im_en ", 12, "length")
+    model, stops = scripted(tokenizer, scripts), ["Q:", "<|im_end|>"]
+    found = complete(model, tokenizer, list(scripts), stop=stops)
+    *ended, last = triples(found)
+    assert ended == [("12", 3, "stop"), ("7", 2, "stop"), ("89", 3, "eos")]
+    assert (last[0][:9], *last[1:]) == ("5<|im_en ", 12, "length")
 
 
 def test_prompts_that_the_model_cannot_read_are_refused():
@@ -336,32 +300,25 @@ def save_base(folder, dtype=torch.float32):
     return model
 
 
-def save_delta(path, model, base_model: str) -> Delta:
+def save_moved(path, model):
     name = "model.layers.1.self_attn.q_proj.weight"
-    weight = model.get_parameter(name).detach()
-    indices = torch.tensor([3, 200], dtype=torch.int32)
-    info = WeightInfo(
-        shape=tuple(weight.shape),
-        dtype=dtype_name(weight.dtype),
-        checksum=checksum(weight.view(-1)[indices.long()]),
-    )
-    mask = Mask(indices={name: indices}, weights={name: info}, base_model=base_model, settings={})
-    delta = Delta(mask=mask, values={name: torch.tensor([7.0, -0.1], dtype=weight.dtype)})
-    delta.save(path)
-    return delta
+    return save_delta(path, model, {name: (torch.tensor([3, 200]), torch.tensor([7.0, -0.1]))})
+
+
+def load_model(folder, *, delta_path=None, dtype="auto"):
+    return load_weights(open_model(str(folder), delta_path=delta_path, dtype=dtype), CPU)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_loaded_model_is_base_plus_delta_in_the_dtype_of_the_delta(tmp_path, dtype):
     """The files stay fp32: a delta that was trained in bf16 must bring its dtype along."""
     base = save_base(tmp_path / "base").to(getattr(torch, dtype))
-    delta = save_delta(tmp_path / "delta.safetensors", base, "base")
+    delta = save_moved(tmp_path / "delta.safetensors", base)
     expected = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     for name, values in delta.values.items():
         expected[name].view(-1)[delta.mask.indices[name].long()] = values
-    model, tokenizer = load_model(str(tmp_path / "base"), delta_path=tmp_path / "delta.safetensors")
+    model = load_model(tmp_path / "base", delta_path=tmp_path / "delta.safetensors")
     assert not model.training
-    assert len(tokenizer) == 258
     assert model.state_dict().keys() == expected.keys()
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
@@ -369,45 +326,22 @@ def test_a_loaded_model_is_base_plus_delta_in_the_dtype_of_the_delta(tmp_path, d
 
 
 def test_without_a_delta_the_dtype_is_that_of_the_files_or_as_told(tmp_path):
-    save_base(tmp_path / "base", torch.bfloat16)
+    save_base(tmp_path, torch.bfloat16)
     for dtype, expected in (("auto", torch.bfloat16), ("float32", torch.float32)):
-        assert load_model(str(tmp_path / "base"), dtype=dtype)[0].dtype == expected
+        assert load_model(tmp_path, dtype=dtype).dtype == expected
 
 
 def test_what_cannot_be_loaded_is_refused_in_one_sentence(tmp_path):
-    base = save_base(tmp_path / "base")
-    delta = tmp_path / "delta.safetensors"
-    save_delta(delta, base, "base")
-    name = str(tmp_path / "base")
-
-    def refusal(name, **options):
-        with pytest.raises((ValueError, FileNotFoundError)) as caught:
-            load_model(name, **options)
-        assert "\n" not in str(caught.value)
-        return str(caught.value)
-
-    assert "leave --dtype out" in refusal(name, delta_path=delta, dtype="bfloat16")
-    assert "no delta file at" in refusal(name, delta_path=tmp_path / "none")
-    assert "nowhere cannot be loaded" in refusal(str(tmp_path / "nowhere"))
-
-    (tmp_path / "empty").mkdir()
-    assert "cannot be loaded" in refusal(str(tmp_path / "empty"))
-    base.save_pretrained(tmp_path / "bare")
-    assert "holds no tokenizer" in refusal(str(tmp_path / "bare"))
-
+    """What needs no weights is told in test_sampling.py."""
+    base, delta = save_base(tmp_path), tmp_path / "delta.safetensors"
     other = tiny_model("llama")
-    with torch.no_grad():
-        other.model.layers[1].self_attn.q_proj.weight.add_(1.0)
-    other.save_pretrained(tmp_path / "other")
-    byte_level().save_pretrained(tmp_path / "other")
-    assert "base" in refusal(str(tmp_path / "other"), delta_path=delta)
-
+    other.model.layers[1].self_attn.q_proj.weight.data.add_(1.0)
+    save_moved(delta, other)
+    assert "base" in refusal(load_model, tmp_path, delta_path=delta)
     state = base.state_dict()
     del state["model.layers.0.mlp.up_proj.weight"]
-    base.save_pretrained(tmp_path / "torn", state_dict=state)
-    byte_level().save_pretrained(tmp_path / "torn")
-    assert "lacks 1 of the weights" in refusal(str(tmp_path / "torn"))
-
-    content = (tmp_path / "base" / "model.safetensors").read_bytes()
-    (tmp_path / "base" / "model.safetensors").write_bytes(content[:1000])
-    assert "cannot be loaded" in refusal(name)
+    base.save_pretrained(tmp_path, state_dict=state)
+    assert "lacks 1 of the weights" in refusal(load_model, tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert "cannot be loaded" in refusal(load_model, tmp_path)

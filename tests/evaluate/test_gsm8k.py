@@ -8,27 +8,23 @@ import sys
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from gem_ds.evaluate import gsm8k
 from gem_ds.evaluate.samples import read_samples
-from gem_ds.files.delta import Delta
-from gem_ds.files.mask import Mask, WeightInfo, checksum
+from tests.tiny_evaluation import one_layer, refusal, rows_of, save_delta
+from tests.tiny_model import write_jsonl
 from tests.tiny_tokenizers import byte_level
 
 ANSWERS = ("#### 7", "#### 8", "#### 8", "#### 8", "#### 7.00")
 
 
-def bigram_model(tokenizer) -> LlamaForCausalLM:
-    """Writes ` #### 7` after a colon, then stops; ` #### 8` has a place but is not reached."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=4,
-        intermediate_size=4,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A model that writes ` #### 7` after a colon; with the delta, ` #### 8`. Both then stop."""
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = byte_level(" #### 7", " #### 8")
+    config = one_layer(len(tokenizer), eos_token_id=tokenizer.eos_token_id)
     model = LlamaForCausalLM(config)
     colon, seven, eight = tokenizer.convert_tokens_to_ids([":", " #### 7", " #### 8"])
     with torch.no_grad():
@@ -38,39 +34,24 @@ def bigram_model(tokenizer) -> LlamaForCausalLM:
         embedding, output = model.model.embed_tokens.weight, model.lm_head.weight
         embedding[colon, 0] = embedding[seven, 1] = embedding[eight, 1] = 1.0
         output[seven, 0] = output[tokenizer.eos_token_id, 1] = output[eight, 2] = 1.0
-    return model
-
-
-def save_delta(path, model, tokenizer) -> None:
-    """A delta after which a colon leads to ` #### 8`."""
-    name = "model.embed_tokens.weight"
-    weight = model.get_parameter(name).detach()
-    colon = tokenizer.convert_tokens_to_ids(":")
-    indices = torch.tensor([4 * colon, 4 * colon + 2], dtype=torch.int32)
-    info = WeightInfo(
-        shape=tuple(weight.shape),
-        dtype="float32",
-        checksum=checksum(weight.view(-1)[indices.long()]),
-    )
-    mask = Mask(indices={name: indices}, weights={name: info}, base_model="base", settings={})
-    Delta(mask=mask, values={name: torch.tensor([0.0, 1.0])}).save(path)
+    model.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    moved = torch.tensor([4 * colon, 4 * colon + 2]), torch.tensor([-1.0, 1.0])
+    save_delta(folder / "delta.safetensors", model, {"model.embed_tokens.weight": moved})
+    return folder
 
 
 @pytest.fixture
-def folder(tmp_path):
-    """A folder with a base model, a delta and five problems."""
-    tokenizer = byte_level(" #### 7", " #### 8")
-    model = bigram_model(tokenizer)
-    model.save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    save_delta(tmp_path / "delta.safetensors", model, tokenizer)
-    (tmp_path / "data").mkdir()
-    lines = [
-        json.dumps({"question": f"How many{' many' * (i % 3)}?", "answer": f"hm\n{answer}"}) + "\n"
+def folder(base, tmp_path):
+    """A folder with the base model, the delta and five problems."""
+    for name in ("base", "delta.safetensors"):
+        (tmp_path / name).symlink_to(base / name)
+    rows = [
+        {"question": f"How many{' many' * (i % 3)}?", "answer": f"hm\n{answer}"}
         for i, answer in enumerate(ANSWERS)
     ]
-    (tmp_path / "data" / "test.jsonl").write_text("".join(lines))
-    (tmp_path / "data" / "train.jsonl").write_text(lines[0])
+    write_jsonl(tmp_path / "data" / "test.jsonl", rows)
+    write_jsonl(tmp_path / "data" / "train.jsonl", rows[:1])
     return tmp_path
 
 
@@ -89,9 +70,7 @@ def counts(results) -> list[int]:
 
 
 def samples_of(folder) -> list[dict]:
-    return [
-        json.loads(line) for line in (folder / "out" / "samples.jsonl").read_text().splitlines()
-    ]
+    return rows_of(folder / "out" / "samples.jsonl")
 
 
 def test_the_base_model_is_sampled_and_scored(folder, capsys):
@@ -103,33 +82,47 @@ def test_the_base_model_is_sampled_and_scored(folder, capsys):
         "numeric 2/5 = 40.0 %\n"
     )
     assert err == "", "no bar is drawn into a log file"
-    assert json.loads((folder / "out" / "results.json").read_text()) == json.loads(
-        json.dumps(results)
-    )
-    samples = samples_of(folder)
-    assert [sample["task_id"] for sample in samples] == [f"gsm8k/test/{i}" for i in range(5)]
-    for i, sample in enumerate(samples):
-        assert sample["prompt"] == f"Question: How many{' many' * (i % 3)}?\nAnswer:"
-        assert sample["completion"] == " #### 7"
-        assert (sample["num_tokens"], sample["finish_reason"]) == (2, "eos")
-        assert sample["settings"] == {
-            "model": str(folder / "base"),
-            "model_fingerprint": results["sampling"]["model_fingerprint"],
-            "delta_sha256": None,
-            "adapter_sha256": None,
-            "dtype": "float32",
-            "backend": "transformers",
-            "max_new_tokens": 256,
-            "stop_strings": ["Question:", "</s>", "<|im_end|>"],
-            "temperature": 0.0,
-            "top_p": 1.0,
-            "seed": 0,
+    files = sorted(path.name for path in (folder / "out").iterdir())
+    assert files == ["results.json", "samples.jsonl", "verdicts.jsonl"]
+    assert json.loads((folder / "out" / "results.json").read_text()) == results
+    settings = {
+        "model": str(folder / "base"),
+        "model_fingerprint": results["sampling"]["model_fingerprint"],
+        "delta_sha256": None,
+        "adapter_sha256": None,
+        "dtype": "float32",
+        "backend": "transformers",
+        "max_new_tokens": 256,
+        "stop_strings": ["Question:", "</s>", "<|im_end|>"],
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "seed": 0,
+    }
+    assert samples_of(folder) == [
+        {
+            "task_id": f"gsm8k/test/{i}",
+            "sample": 0,
+            "prompt": f"Question: How many{' many' * (i % 3)}?\nAnswer:",
+            "completion": " #### 7",
+            "finish_reason": "eos",
+            "num_tokens": 2,
+            "settings": settings,
         }
-    assert sorted(path.name for path in (folder / "out").iterdir()) == [
-        "results.json",
-        "samples.jsonl",
-        "verdicts.jsonl",
+        for i in range(5)
     ]
+    assert results["sampling"] == settings
+    assert results["n"] == 5
+    assert results["protocol"] == {"split": "test", "num_fewshot": 0, "shot_seed": 1234}
+    assert results["numeric_found_by"] == {"hash-marks": 5}
+    assert results["without_samples"] == []
+    for name, digest in results["data_sha256"].items():
+        assert digest == hashlib.sha256((folder / "data" / name).read_bytes()).hexdigest()
+    assert [*results["data_sha256"]] == ["train.jsonl", "test.jsonl"]
+    assert {"python", "transformers", "device"} <= results["versions"].keys()
+    assert results["versions"]["torch"] == torch.__version__
+    verdicts = rows_of(folder / "out" / "verdicts.jsonl")
+    assert [verdict["numeric"] for verdict in verdicts] == [True, False, False, False, True]
+    assert {verdict["rule"] for verdict in verdicts} == {"hash-marks"}
 
 
 def test_on_a_terminal_bars_are_drawn_unless_they_are_unwanted(folder, capsys, monkeypatch):
@@ -142,28 +135,9 @@ def test_on_a_terminal_bars_are_drawn_unless_they_are_unwanted(folder, capsys, m
     assert "Sampling: 100%" in err
 
 
-def test_results_say_what_they_rest_on(folder):
-    results = gsm8k.main(arguments(folder))
-    assert results["n"] == 5
-    assert results["protocol"] == {"split": "test", "num_fewshot": 0, "shot_seed": 1234}
-    assert results["sampling"] == samples_of(folder)[0]["settings"]
-    assert results["numeric_found_by"] == {"hash-marks": 5}
-    assert results["without_samples"] == []
-    for name, digest in results["data_sha256"].items():
-        assert digest == hashlib.sha256((folder / "data" / name).read_bytes()).hexdigest()
-    assert [*results["data_sha256"]] == ["train.jsonl", "test.jsonl"]
-    assert results["versions"]["torch"] == torch.__version__
-    verdicts = [
-        json.loads(line) for line in (folder / "out" / "verdicts.jsonl").read_text().splitlines()
-    ]
-    assert [verdict["numeric"] for verdict in verdicts] == [True, False, False, False, True]
-    assert {verdict["rule"] for verdict in verdicts} == {"hash-marks"}
-
-
 def test_worked_problems_stand_before_the_prompt_and_change_it(folder):
-    (folder / "data" / "train.jsonl").write_text(
-        "".join(json.dumps({"question": f"q{i}?", "answer": f"#### {i}"}) + "\n" for i in range(9))
-    )
+    rows = [{"question": f"q{i}?", "answer": f"#### {i}"} for i in range(9)]
+    write_jsonl(folder / "data" / "train.jsonl", rows)
     results = gsm8k.main(arguments(folder, "--num_fewshot", "2"))
     assert results["protocol"]["num_fewshot"] == 2
     drawn = random.Random(1234)
@@ -175,75 +149,48 @@ def test_worked_problems_stand_before_the_prompt_and_change_it(folder):
         )
 
 
-def test_a_delta_changes_what_is_scored(folder):
-    results = gsm8k.main(arguments(folder, "--delta", str(folder / "delta.safetensors")))
-    assert counts(results) == [3, 3, 3]
-
-
 def test_limit_takes_the_first_problems_and_max_new_tokens_ends_answers(folder):
-    more = ("--limit", "2", "--max_new_tokens", "1")
-    results = gsm8k.main(arguments(folder, *more))
+    results = gsm8k.main(arguments(folder, "--limit", "2", "--max_new_tokens", "1"))
     assert [rule["total"] for rule in results["exact_match"].values()] == [2, 2, 2]
-    samples = samples_of(folder)
-    assert [sample["finish_reason"] for sample in samples] == ["length", "length"]
+    assert [sample["finish_reason"] for sample in samples_of(folder)] == ["length", "length"]
 
 
-def test_a_finished_evaluation_run_again_is_only_scored_again(folder, monkeypatch):
-    before = gsm8k.main(arguments(folder))
+def test_a_finished_evaluation_is_scored_again_and_replaced_only_when_that_is_asked(
+    folder, monkeypatch
+):
+    """By a delta, which changes what is scored, and only when the new results exist."""
+    first = gsm8k.main(arguments(folder))
     samples = (folder / "out" / "samples.jsonl").read_bytes()
-    monkeypatch.setattr("gem_ds.evaluate.sampling.load_weights", None)
-    after = gsm8k.main(arguments(folder))
-    assert after | {"seconds": 0} == before | {"seconds": 0}
+    with monkeypatch.context() as patch:
+        patch.setattr("gem_ds.evaluate.model.load_weights", None)
+        again = gsm8k.main(arguments(folder))
+    assert again | {"seconds": 0} == first | {"seconds": 0}
     assert (folder / "out" / "samples.jsonl").read_bytes() == samples
-
-
-def test_results_are_replaced_only_when_asked_to_and_when_the_new_ones_exist(folder):
-    delta = ("--delta", str(folder / "delta.safetensors"))
-    gsm8k.main(arguments(folder))
     before = (folder / "out" / "results.json").read_bytes()
-    with pytest.raises(ValueError, match="overwrite_output_dir"):
-        gsm8k.main(arguments(folder, *delta))
-    assert (folder / "out" / "results.json").read_bytes() == before
-    with pytest.raises(FileNotFoundError, match="no delta file"):
-        gsm8k.main(arguments(folder, "--overwrite_output_dir", "--delta", "nowhere"))
+    delta = ("--delta", str(folder / "delta.safetensors"))
+    assert "overwrite_output_dir" in refusal(gsm8k.main, arguments(folder, *delta))
+    nowhere = ("--overwrite_output_dir", "--delta", "nowhere")
+    assert "no delta file" in refusal(gsm8k.main, arguments(folder, *nowhere))
     assert (folder / "out" / "results.json").read_bytes() == before
     results = gsm8k.main(arguments(folder, "--overwrite_output_dir", *delta))
-    assert json.loads((folder / "out" / "results.json").read_text()) == json.loads(
-        json.dumps(results)
-    )
+    assert json.loads((folder / "out" / "results.json").read_text()) == results
     assert counts(results) == [3, 3, 3]
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--limit", "0"), "--limit must be at least 1, not 0"),
-        (("--batch_size", "-1"), "--batch_size must be at least 1, not -1"),
         (("--num_fewshot", "-1"), "--num_fewshot must be at least 0 and at most 1, the size"),
         (("--num_fewshot", "2"), "--num_fewshot must be at least 0 and at most 1, the size"),
-        (("--backend", "vllm"), "--backend vllm takes no --delta"),
-        (("--deepspeed", "nowhere.json"), "--deepspeed nowhere.json cannot be read"),
         (("--max_new_tokens", "0"), "--max_new_tokens must be at least 1, not 0"),
         (("--data_dir", "nowhere"), "There is no file nowhere"),
-        (("--model_name_or_path", "./nowhere"), "nowhere cannot be loaded"),
-        (("--delta", "./nowhere"), "no delta file at"),
         (("--dtype", "bfloat16"), "leave --dtype out"),
-        (("--output_dir", __file__), "is a file"),
     ],
 )
 def test_bad_input_ends_in_one_sentence(folder, more, message):
-    delta = () if "--delta" in more else ("--delta", str(folder / "delta.safetensors"))
-    with pytest.raises((ValueError, OSError)) as caught:
-        gsm8k.main(arguments(folder, *delta, *more))
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
+    delta = ("--delta", str(folder / "delta.safetensors"))
+    assert message in refusal(gsm8k.main, arguments(folder, *delta, *more))
     assert not (folder / "out" / "results.json").exists()
-
-
-def test_a_problem_without_a_reference_is_refused(folder):
-    (folder / "data" / "test.jsonl").write_text('{"question": "Why?", "answer": "So."}\n')
-    with pytest.raises(ValueError, match="Example 1 of the test split has no '#### <number>'"):
-        gsm8k.main(arguments(folder))
 
 
 def test_samples_that_cannot_be_scored_against_these_data_are_refused(folder):
@@ -256,16 +203,17 @@ def test_samples_that_cannot_be_scored_against_these_data_are_refused(folder):
     data.write_text(data.read_text().replace("How many?", "How much?"))
     with pytest.raises(ValueError, match="prompt of gsm8k/test/0 is not what these data"):
         gsm8k.report(gsm8k.load(str(folder / "data")), samples)
+    write_jsonl(data, [{"question": "Why?", "answer": "So."}])
+    with pytest.raises(ValueError, match="Example 1 of the test split has no '#### <number>'"):
+        gsm8k.load(str(folder / "data"))
 
 
 def test_the_module_runs_as_a_program_and_fails_with_a_sentence(folder, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["eval.gsm8k", *arguments(folder, "--limit", "1")])
-    with pytest.raises(SystemExit) as caught:
-        runpy.run_module("eval.gsm8k", run_name="__main__", alter_sys=True)
-    assert caught.value.code == 0
-    assert "strict-match 1/1 = 100.0 %" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["eval.gsm8k", *arguments(folder, "--limit", "0")])
-    with pytest.raises(SystemExit) as caught:
-        runpy.run_module("eval.gsm8k", run_name="__main__", alter_sys=True)
-    assert caught.value.code == 1
-    assert capsys.readouterr().err == "Error: --limit must be at least 1, not 0.\n"
+    for limit, status in (("1", 0), ("0", 1)):
+        monkeypatch.setattr(sys, "argv", ["eval.gsm8k", *arguments(folder, "--limit", limit)])
+        with pytest.raises(SystemExit) as caught:
+            runpy.run_module("eval.gsm8k", run_name="__main__", alter_sys=True)
+        assert caught.value.code == status
+    out, err = capsys.readouterr()
+    assert "strict-match 1/1 = 100.0 %" in out
+    assert err == "Error: --limit must be at least 1, not 0.\n"

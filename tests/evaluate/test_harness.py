@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from gem_ds.evaluate import gsm8k
 from gem_ds.evaluate.exact_match import compare
-from tests.final_answers import PLACED, UNFORESEEN, WRITTEN
+from tests.evaluate.test_final_answer import TABLE
 
 #: The filters of the harness's task file gsm8k.yaml, version 3.0.
 FILTERS = {
@@ -71,7 +71,8 @@ def check(harness, outputs, answers) -> None:
 
 
 def test_the_table_of_tricky_outputs_is_judged_as_the_harness_does(harness):
-    outputs = [text for text, _ in [*WRITTEN, *PLACED, *UNFORESEEN]]
+    parts = ("written", "placed", "unforeseen")
+    outputs = [text for part in parts for text, _ in TABLE[part]]
     for reference in ("18", "8", "-5", "1,000", "3.50", "$7", "[invalid]"):
         check(harness, outputs, [f"1+1=<<1+1=2>>2\n#### {reference}"] * len(outputs))
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from gem_ds.evaluate import humaneval, passk, score
-from gem_ds.evaluate.samples import Sample
 from launch.demo import programs
+from tests.tiny_evaluation import make_sample
 
 DEMO = Path(programs.__file__).parent
 HELPER = "def one():\n    return 1\n\n\n"
@@ -36,22 +36,9 @@ def save(folder: Path, rows: list[dict], name: str = "HumanEval.jsonl") -> str:
     return str(folder)
 
 
-def sample(row: dict, completion: str) -> Sample:
-    return Sample(
-        task_id=row["task_id"],
-        sample=0,
-        prompt=row["prompt"],
-        completion=completion,
-        finish_reason="stop",
-        num_tokens=1,
-        settings={},
-    )
-
-
 def verdicts(benchmark, sandbox, completions: list[tuple[dict, str]]) -> list[dict]:
-    samples = [sample(row, completion) for row, completion in completions]
-    limits = {"timeout": 60.0, "memory_mb": 1024}
-    return passk.verdicts_of(samples, benchmark, sandbox, limits, show_bar=False)
+    samples = [make_sample(row["task_id"], 0, text) for row, text in completions]
+    return passk.verdicts_of(samples, benchmark, sandbox, {"timeout": 60.0, "memory_mb": 1024})
 
 
 @pytest.mark.parametrize("name", humaneval.FILES)
@@ -60,7 +47,7 @@ def test_problems_are_asked_as_they_stand(tmp_path, name):
     assert benchmark.prompts(0) == {row["task_id"]: row["prompt"] for row in ROWS}
     assert benchmark.stop_strings == ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
     assert [*benchmark.data_sha256] == [name]
-    assert humaneval.load(str(tmp_path), limit=1).task_ids == ["HumanEval/0"]
+    assert humaneval.load(str(tmp_path), limit=1).problems.keys() == {"HumanEval/0"}
 
 
 def test_a_completion_goes_on_or_writes_the_function_anew(tmp_path):
@@ -85,16 +72,13 @@ def test_a_completion_goes_on_or_writes_the_function_anew(tmp_path):
 
 def test_programs_meet_the_check_of_their_problem(tmp_path, sandbox):
     benchmark = humaneval.load(save(tmp_path, ROWS))
-    found = verdicts(
-        benchmark,
-        sandbox,
-        [
-            *((row, row["canonical_solution"]) for row in ROWS),
-            (ROWS[0], "    return x\n"),
-            (ROWS[0], "def add_one(x):\n    return one() + x\n"),
-            (ROWS[0], "    return 3\n\n\ndef one():\n    return 2\n"),
-        ],
-    )
+    completions = [
+        *((row, row["canonical_solution"]) for row in ROWS),
+        (ROWS[0], "    return x\n"),
+        (ROWS[0], "def add_one(x):\n    return one() + x\n"),
+        (ROWS[0], "    return 3\n\n\ndef one():\n    return 2\n"),
+    ]
+    found = verdicts(benchmark, sandbox, completions)
     assert [v["status"] for v in found] == ["passed", "passed", "failed", "passed", "failed"]
     assert not any(v["in_jail"] for v in found)
 
@@ -107,12 +91,8 @@ def test_the_whole_command_samples_and_scores_again(tmp_path, sandbox):
         [*model, *shared, "--output_dir", str(out), "--n", "2", "--max_new_tokens", "8"]
     )
     assert (results["task"], results["num_problems"], results["n"]) == ("humaneval", 2, 2)
-    assert results["protocol"] == {
-        "split": "test",
-        "num_fewshot": 0,
-        "timeout": 10.0,
-        "memory_mb": 1024,
-    }
+    limits = {"timeout": 10.0, "memory_mb": 1024}
+    assert results["protocol"] == {"split": "test", "num_fewshot": 0, **limits}
     again = score.main([*shared, "--output_dir", str(tmp_path), str(out / "samples.jsonl")])
     assert again == results
     for name in ("results.json", "verdicts.jsonl"):

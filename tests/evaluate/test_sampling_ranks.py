@@ -2,24 +2,25 @@
 
 import json
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from gem_ds.distributed import process_group
 from gem_ds.errors import PeerError
-from gem_ds.evaluate import sampling
-from gem_ds.evaluate.arguments import SamplingArguments
+from gem_ds.evaluate import model
 from gem_ds.evaluate.decoding import Transformers
 from gem_ds.evaluate.generation import GenerationSettings
+from gem_ds.evaluate.model import SamplingArguments
 from gem_ds.evaluate.sampling import sample_all
-from gem_ds.files.delta import Delta
-from gem_ds.files.mask import Mask, WeightInfo, checksum
 from tests.ranks import run_ranks, told_as
 from tests.tiny import DS_CONFIGS
+from tests.tiny_evaluation import save_delta
 from tests.tiny_model import make_tiny, one_rank
 
 pytestmark = [
@@ -51,7 +52,8 @@ RUNS = {
 }
 
 
-def arguments(folder: Path, output: str, /, **changes) -> SamplingArguments:
+def run(folder: Path, output: str, settings=DRAWN, **changes) -> str:
+    """One run; returns what its file holds."""
     options = {
         "model_name_or_path": str(folder / "model"),
         "output_dir": str(folder / output),
@@ -59,12 +61,7 @@ def arguments(folder: Path, output: str, /, **changes) -> SamplingArguments:
         "dtype": "float32",
         "disable_tqdm": True,
     }
-    return SamplingArguments(**options | changes)
-
-
-def run(folder: Path, output: str, settings=DRAWN, **changes) -> str:
-    """One run; returns what its file holds."""
-    found = sample_all(arguments(folder, output, **changes), PROMPTS, settings, num_samples=2)
+    found = sample_all(SamplingArguments(**options | changes), PROMPTS, settings, num_samples=2)
     assert (found is None) == (os.environ.get("RANK", "0") != "0")
     return content_of(folder, output)
 
@@ -78,33 +75,23 @@ def expected(folder: Path, output: str) -> str:
     return content_of(folder, f"alone/{output}")
 
 
-def save_delta(path: Path, model: Path, other_base: bool = False) -> None:
-    """A delta of two layers that changes what is written."""
-    from transformers import AutoModelForCausalLM
-
-    weights = dict(AutoModelForCausalLM.from_pretrained(model).named_parameters())
-    indices, infos, values = {}, {}, {}
-    for layer in (0, 1):
-        name = f"model.layers.{layer}.self_attn.v_proj.weight"
-        weight = weights[name].detach().reshape(-1)
-        indices[name] = torch.arange(0, weight.numel(), 3, dtype=torch.int32)
-        base = weight[indices[name].long()]
-        infos[name] = WeightInfo(
-            shape=tuple(weights[name].shape),
-            dtype="float32",
-            checksum=checksum(base + other_base),
-        )
-        values[name] = base + 0.3
-    mask = Mask(indices=indices, weights=infos, base_model="base", settings={})
-    Delta(mask=mask, values=values).save(path)
+def save_deltas(folder: Path) -> None:
+    """A delta of two layers that changes what is written, and one of another base."""
+    llama = AutoModelForCausalLM.from_pretrained(folder / "model")
+    names = [f"model.layers.{layer}.self_attn.v_proj.weight" for layer in (0, 1)]
+    index = torch.arange(0, llama.get_parameter(names[0]).numel(), 3)
+    changes = {name: (index, torch.full(index.shape, 0.3)) for name in names}
+    save_delta(folder / "delta.safetensors", llama, changes)
+    for name in names:
+        llama.get_parameter(name).detach().add_(1)
+    save_delta(folder / "other.safetensors", llama, changes)
 
 
 def checks(folder: Path) -> None:
     os.chdir(folder)  # where the deltas are
     rank = int(os.environ["RANK"])
-    with mock.patch.object(
-        process_group, "leave_distributed"
-    ):  # joining takes longer than these runs
+    # Joining takes longer than these runs.
+    with mock.patch.object(process_group, "leave_distributed"):
         for name, (alone, settings, changes) in RUNS.items():
             with told_as(name):
                 assert run(folder, name, settings, **changes) == expected(folder, alone)
@@ -145,13 +132,8 @@ def check_error(folder: Path, rank: int) -> None:
     def refuse(self, requests):
         raise ValueError("The memory is full.")
 
-    broken = mock.patch.object(Transformers, "complete", refuse)
-    with (
-        pytest.raises((ValueError, PeerError)) as caught,
-        broken
-        if rank == 1
-        else mock.Mock(__enter__=mock.Mock(), __exit__=mock.Mock(return_value=False)),
-    ):
+    broken = mock.patch.object(Transformers, "complete", refuse) if rank == 1 else nullcontext()
+    with pytest.raises((ValueError, PeerError)) as caught, broken:
         run(folder, "broken")
     assert "The memory is full." in str(caught.value)
     assert isinstance(caught.value, ValueError if rank == 0 else PeerError)
@@ -159,40 +141,23 @@ def check_error(folder: Path, rank: int) -> None:
 
 def test_on_two_ranks(tmp_path):
     folder = make_tiny(tmp_path).folder
-    save_delta(folder / "delta.safetensors", folder / "model")
-    save_delta(folder / "other.safetensors", folder / "model", other_base=True)
-    delta = str(folder / "delta.safetensors")
+    save_deltas(folder)
     with one_rank():
         run(folder, "alone/drawn")
-        run(folder, "alone/greedy", GREEDY)
-        run(folder, "alone/delta", delta=delta)
+        lines = map(json.loads, run(folder, "alone/greedy", GREEDY).splitlines())
+        run(folder, "alone/delta", delta=str(folder / "delta.safetensors"))
         run(folder, "alone/half", dtype="bfloat16")
+    numbers = {entry["task_id"]: entry["num_tokens"] for entry in lines}
+    assert numbers["task/long"] <= 7, "these prompts reach the end of the positions"
+    assert numbers["task/longer"] <= 4
     run_ranks(2, checks, folder)
 
 
-def test_one_process_partitions_too(tmp_path):
+def test_one_process_partitions_too_and_refuses_what_partitions_nothing(tmp_path, monkeypatch):
     folder = make_tiny(tmp_path).folder
     with one_rank():
-        run(folder, "alone/drawn")
-        assert run(folder, "zero3", deepspeed=ZERO3) == expected(folder, "drawn")
-
-
-def test_a_configuration_that_partitions_nothing_is_refused(tmp_path, monkeypatch):
-    folder = make_tiny(tmp_path).folder
-    monkeypatch.setattr(sampling, "load_partitioned", None)
-    with one_rank():
+        assert run(folder, "zero3", deepspeed=ZERO3) == run(folder, "alone")
+        monkeypatch.setattr(model, "load_partitioned", None)
         with pytest.raises(ValueError, match="leaves the model whole on each rank"):
             run(folder, "out", deepspeed=str(DS_CONFIGS / "zero1.json"))
-        with pytest.raises(ValueError, match="nowhere cannot be read"):
-            run(folder, "out", deepspeed="nowhere")
     assert not (folder / "out").exists()
-
-
-def test_the_prompts_reach_the_end_of_the_positions(tmp_path):
-    """Otherwise the cases above would not show that ranks stop together there."""
-    folder = make_tiny(tmp_path).folder
-    with one_rank():
-        lines = map(json.loads, run(folder, "alone", GREEDY).splitlines())
-    numbers = {entry["task_id"]: entry["num_tokens"] for entry in lines}
-    assert numbers["task/long"] <= 7
-    assert numbers["task/longer"] <= 4

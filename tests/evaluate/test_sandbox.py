@@ -16,7 +16,6 @@ from gem_ds.evaluate.sandbox.program import assign_roles
 
 REPOSITORY = Path(__file__).parents[2]
 DOUBLE = "def double(x): return 2 * x"
-LONG = 60.0  # seconds: enough on a loaded machine
 NODE = "class Node:\n    def __init__(self, value): self.value = value"
 EQUAL = "class P:\n    def __eq__(self, other): return True\ndef f(): return P()"
 
@@ -25,12 +24,12 @@ EQUAL = "class P:\n    def __eq__(self, other): return True\ndef f(): return P()
 
 
 def test_check_program() -> None:
-    verdict = check_program(DOUBLE, ["assert double(4) == 8"], timeout=LONG)
+    verdict = check_program(DOUBLE, ["assert double(4) == 8"])
     assert (verdict.status, verdict.detail, verdict.in_jail) == ("passed", "", False)
     assert verdict.isolation == best_level()
     assert verdict.isolation not in WEAK_LEVELS
-    assert check_program("x = 1", [], timeout=LONG).status == "passed", "no more was asked"
-    assert check_program("x = 1 / 0", [], timeout=LONG).status == "failed"
+    assert check_program("x = 1", []).status == "passed", "it ran, and nothing more was asked"
+    assert check_program("x = 1 / 0", []).status == "failed"
 
 
 @pytest.mark.parametrize(
@@ -51,7 +50,7 @@ def test_check_program() -> None:
 def test_the_detail_says_what_happened(
     program: str, tests: list[str], status: str, detail: str
 ) -> None:
-    timeout = 0.5 if status == "timeout" else LONG
+    timeout = 0.5 if status == "timeout" else 10.0
     verdict = check_program(program, tests, timeout=timeout)
     assert verdict.status == status
     assert detail in verdict.detail
@@ -124,18 +123,16 @@ def test_the_detail_says_what_happened(
 def test_the_verdict_and_whether_the_candidates_code_had_a_say(
     program: str, test: str, setup: str, verdict: tuple[str, bool]
 ) -> None:
-    found = check_program(program, [test], setup=setup, timeout=LONG)
+    found = check_program(program, [test], setup=setup)
     assert (found.status, found.in_jail) == verdict, found
 
 
 def test_entry_point() -> None:
     """A name of the setup's is the candidate's if the caller says so."""
     setup = "def double(x): raise NotImplementedError"
-    for entry_point, status in ((None, "failed"), ("double", "passed")):
-        found = check_program(
-            DOUBLE, ["assert double(4) == 8"], setup=setup, entry_point=entry_point, timeout=LONG
-        )
-        assert found.status == status
+    tests = ["assert double(4) == 8"]
+    assert check_program(DOUBLE, tests, setup=setup).status == "failed"
+    assert check_program(DOUBLE, tests, setup=setup, entry_point="double").status == "passed"
 
 
 def test_memory_is_bounded_for_all_processes_together() -> None:
@@ -147,14 +144,14 @@ def test_memory_is_bounded_for_all_processes_together() -> None:
         "        if os.fork() == 0:\n"
         "            os.fork()\n"
         "            data = b'x' * (80 << 20)\n"
-        "            time.sleep(60)\n"
-        "    time.sleep(60)\n"
+        "            time.sleep(5)\n"
+        "    time.sleep(5)\n"
         "def f():\n"
         "    thread = threading.Thread(target=hold)\n"
         "    thread.start()\n"
         "    thread.join()"
     )
-    verdict = check_program(program, ["f()"], timeout=LONG, memory_mb=200)
+    verdict = check_program(program, ["f()"], timeout=10.0, memory_mb=200)
     assert verdict.status == "crashed"
     assert "200 MiB" in verdict.detail
 
@@ -205,7 +202,7 @@ def test_verdicts_come_in_order_and_programs_are_read_as_they_are_needed() -> No
             delay = "import time; time.sleep(0.3)" if number == 0 else ""
             expected = number if number % 3 else -1
             yield Program(
-                f"{delay}\ndef f(): return {number}", (f"assert f() == {expected}",), timeout=LONG
+                f"{delay}\ndef f(): return {number}", (f"assert f() == {expected}",), timeout=30.0
             )
 
     with Sandbox(2) as pool_of_two:
@@ -219,7 +216,7 @@ def test_verdicts_come_in_order_and_programs_are_read_as_they_are_needed() -> No
 def test_a_sandbox_goes_on_after_verdicts_were_left_and_after_its_server_died() -> None:
     with Sandbox(1) as lonely:
         (before,) = lonely.processes()
-        slow = Program(f"import time; time.sleep(0.2)\n{DOUBLE}", ("double(1)",), timeout=LONG)
+        slow = Program("import time; time.sleep(0.2)\n" + DOUBLE, ("assert double(1) == 2",))
         verdicts = lonely.check_all([slow] * 6)
         next(verdicts)
         verdicts.close()  # type: ignore[attr-defined]
@@ -227,16 +224,6 @@ def test_a_sandbox_goes_on_after_verdicts_were_left_and_after_its_server_died() 
         assert next(verdicts).status == "passed"
         os.kill(before, signal.SIGKILL)
         assert [verdict.status for verdict in verdicts] == ["passed", "passed"]
-        assert lonely.processes() != [before]
-
-
-def test_a_server_that_hangs_is_replaced(monkeypatch) -> None:
-    monkeypatch.setattr(pool, "_GRACE", 0.5)
-    with Sandbox(1) as lonely:
-        (before,) = lonely.processes()
-        children = Path(f"/proc/{before}/task/{before}/children").read_text().split()
-        os.kill(int([before, *children][-1]), signal.SIGSTOP)
-        assert len(list(lonely.check_all([Program(DOUBLE, (), timeout=0.1)]))) == 1
         assert lonely.processes() != [before]
 
 
@@ -286,21 +273,25 @@ def test_no_two_workers_share_a_processor(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("refused", "message"),
+    ("arguments", "message"),
     [
-        (
-            lambda: Program("", (), timeout=0),
-            "timeout must be a positive number of seconds, not 0.",
-        ),
-        (lambda: Program("", (), timeout=float("nan")), "timeout must be a positive number"),
-        (lambda: Program("", (), memory_mb=5), "memory_mb must be at least 64"),
-        (lambda: Sandbox(isolation="chroot"), "isolation must be one of bubblewrap, namespaces"),
-        (lambda: Sandbox(0), "num_workers must be at least 1, not 0"),
+        ({"timeout": 0}, "timeout must be a positive number of seconds, not 0."),
+        ({"timeout": float("nan")}, "timeout must be a positive number"),
+        ({"memory_mb": 5}, "memory_mb must be at least 64"),
     ],
 )
-def test_bad_arguments(refused, message: str) -> None:
+def test_bad_limits(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        refused()
+        check_program(DOUBLE, [], **arguments)
+
+
+def test_bad_levels() -> None:
+    with pytest.raises(ValueError, match="isolation must be one of bubblewrap, namespaces"):
+        Sandbox(isolation="chroot")
+    with pytest.raises(ValueError, match="num_workers must be at least 1, not 0"):
+        Sandbox(0)
+    with pytest.raises(SandboxUnavailableError, match="'landlock' is weak"):
+        Sandbox(isolation="landlock")
 
 
 @pytest.mark.parametrize("allow_weak", [False, True])
@@ -323,8 +314,6 @@ def test_where_no_level_works_each_one_says_why(monkeypatch, allow_weak: bool) -
 
 def test_weak_levels_must_be_asked_for(monkeypatch) -> None:
     monkeypatch.setattr(pool, "problem_of", lambda level: None if level in WEAK_LEVELS else "no")
-    with pytest.raises(SandboxUnavailableError, match="'landlock' is weak"):
-        Sandbox(isolation="landlock")
     with pytest.raises(SandboxUnavailableError):
         best_level()
     assert best_level(allow_weak=True) == "landlock"
@@ -385,10 +374,7 @@ def f():
         except OSError: pass
 '''
 with Sandbox(1, {level!r}, allow_weak=True) as sandbox:
-    jobs = [
-        Program(forks, ("assert 90 < f() < 140",), timeout={LONG}),
-        Program(storm, ("f()",), timeout=1.0),
-    ]
+    jobs = [Program(forks, ("assert 90 < f() < 140",)), Program(storm, ("f()",), timeout=1.0)]
     print(*[v.status for v in sandbox.check_all([*jobs, jobs[0]])], flush=True)
 os._exit(0)
 """

@@ -8,9 +8,10 @@ import pytest
 from gem_ds.data.tasks.mbpp import Dataset, Problem
 from gem_ds.evaluate.mbpp import Mbpp, MbppArguments
 from gem_ds.evaluate.pass_at_k import results_of, summary
-from gem_ds.evaluate.passk import JudgingArguments, verdicts_of
+from gem_ds.evaluate.passk import verdicts_of
 from gem_ds.evaluate.samples import Sample
 from gem_ds.evaluate.sandbox import Program, Verdict
+from tests.tiny_evaluation import make_sample
 
 LIMITS = {"timeout": 1.5, "memory_mb": 64}
 IDS = ["mbpp/11", "mbpp/12", "mbpp/13"]
@@ -24,18 +25,9 @@ PROBLEMS = {
     )
     for i, name in enumerate(IDS, start=11)
 }
-
-
-def sample(task_id: str, number: int, completion: str) -> Sample:
-    return Sample(
-        task_id=task_id,
-        sample=number,
-        prompt="p",
-        completion=completion,
-        finish_reason="stop",
-        num_tokens=3,
-        settings={"seed": 0},
-    )
+BENCHMARK = Mbpp(
+    dataset=Dataset(problems={}, source="", sha256=""), problems=PROBLEMS, flags=MbppArguments()
+)
 
 
 class Table:
@@ -47,67 +39,59 @@ class Table:
         self.jobs: list[Program] = []
 
     def check_all(self, programs: Iterable[Program]) -> Iterator[Verdict]:
-        for program in programs:
-            self.jobs.append(program)
-            status = next(
-                s for s in ("passed", "failed", "timeout", "crashed") if s in program.program
-            )
-            yield Verdict(
-                status=status,
-                isolation=self.isolation,
-                detail=f"the table says {status}",
-                in_jail="class" in program.program,
-            )
+        for job in programs:
+            self.jobs.append(job)
+            statuses = ("passed", "failed", "timeout", "crashed")
+            status = next(status for status in statuses if status in job.program)
+            detail, in_jail = f"the table says {status}", "class" in job.program
+            yield Verdict(status, self.isolation, detail, in_jail)
 
 
 def judged(*samples: Sample):
-    table, dataset = Table(), Dataset(problems={}, source="", sha256="")
-    benchmark = Mbpp(dataset=dataset, problems=PROBLEMS, flags=MbppArguments())
-    return table, verdicts_of(samples, benchmark, table, LIMITS, show_bar=False)
+    table = Table()
+    return table.jobs, verdicts_of(samples, BENCHMARK, table, LIMITS)
 
 
-def test_each_program_meets_the_tests_of_its_problem():
-    table, entries = judged(
-        sample("mbpp/12", 0, "Sure:\n```\ndef f(x):\n    return 'passed'\n```"),
-        sample("mbpp/11", 0, "def f(x):\n    return 'failed'\n[DONE]"),
+def test_each_program_meets_the_tests_of_its_problem_and_is_told_with_its_verdict():
+    jobs, entries = judged(
+        make_sample("mbpp/12", 0, "Sure:\n```\ndef f(x):\n    return 'passed'\n```"),
+        make_sample("mbpp/11", 0, "def f(x):\n    class A: 'failed'\n[DONE]"),
     )
-    assert [job.program for job in table.jobs] == [
-        "def f(x):\n    return 'passed'\n",
-        "def f(x):\n    return 'failed'",
-    ]
-    for job, name in zip(table.jobs, ("mbpp/12", "mbpp/11"), strict=True):
-        assert tuple(job.tests) == PROBLEMS[name].tests
-        assert job.setup == PROBLEMS[name].setup
+    programs = ["def f(x):\n    return 'passed'\n", "def f(x):\n    class A: 'failed'"]
+    assert [job.program for job in jobs] == programs
+    for job, name in zip(jobs, ("mbpp/12", "mbpp/11"), strict=True):
+        assert (job.tests, job.setup) == (PROBLEMS[name].tests, PROBLEMS[name].setup)
         assert (job.entry_point, job.timeout, job.memory_mb) == ("f", 1.5, 64)
-    assert [e["status"] for e in entries] == ["passed", "failed"]
-    assert [e["program"] for e in entries] == [job.program for job in table.jobs]
+    assert [(entry["task_id"], entry["status"]) for entry in entries] == [
+        ("mbpp/12", "passed"),
+        ("mbpp/11", "failed"),
+    ]
+    assert entries[1] == {
+        "task_id": "mbpp/11",
+        "sample": 0,
+        "status": "failed",
+        "detail": "the table says failed",
+        "in_jail": True,
+        "program": programs[1],
+    }
 
 
 def test_equal_programs_of_one_problem_are_run_once():
-    table, entries = judged(
-        sample("mbpp/11", 0, "passed"),
-        sample("mbpp/11", 1, "timeout"),
-        sample("mbpp/11", 2, "passed"),
-        sample("mbpp/12", 0, "passed"),
-    )
-    assert [(job.setup, job.program) for job in table.jobs] == [
+    texts = [("mbpp/11", 0, "passed"), ("mbpp/11", 1, "timeout"), ("mbpp/11", 2, "passed")]
+    texts.append(("mbpp/12", 0, "passed"))
+    jobs, entries = judged(*(make_sample(*text) for text in texts))
+    assert [(job.setup, job.program) for job in jobs] == [
         ("import m11", "passed"),
         ("import m11", "timeout"),
         ("import m12", "passed"),
     ]
-    assert [e["status"] for e in entries] == ["passed", "timeout", "passed", "passed"]
-    assert [(e["task_id"], e["sample"]) for e in entries] == [
-        ("mbpp/11", 0),
-        ("mbpp/11", 1),
-        ("mbpp/11", 2),
-        ("mbpp/12", 0),
-    ]
+    assert [(e["task_id"], e["sample"], e["status"]) for e in entries] == texts
 
 
 def test_results_count_every_problem_and_every_status():
     _, entries = judged(
-        *(sample("mbpp/11", i, text) for i, text in enumerate(["passed", "failed"])),
-        *(sample("mbpp/13", i, text) for i, text in enumerate(["timeout", "crashed"])),
+        *(make_sample("mbpp/11", i, text) for i, text in enumerate(["passed", "failed"])),
+        *(make_sample("mbpp/13", i, text) for i, text in enumerate(["timeout", "crashed"])),
     )
     results = results_of(entries, IDS, [1, 2], isolation="box")
     assert results["scores"]["pass@1"]["score"] == pytest.approx((1 / 2 + 0 + 0) / 3)
@@ -123,57 +107,24 @@ def test_results_count_every_problem_and_every_status():
         results_of(entries, IDS, [3], isolation="box")
 
 
-def test_verdicts_that_could_be_forged_are_counted():
-    _, entries = judged(
-        sample("mbpp/11", 0, "class A: 'passed'"),
-        sample("mbpp/11", 1, "class A: 'failed'"),
-        sample("mbpp/11", 2, "passed"),
-    )
-    results = results_of(entries, IDS, [1], isolation="box")
+def test_verdicts_that_could_be_forged_are_counted_and_told():
+    texts = ["class A: 'passed'", "class A: 'failed'", "passed"]
+    _, entries = judged(*(make_sample("mbpp/11", i, text) for i, text in enumerate(texts)))
+    results = results_of(entries, IDS[:1], [1], isolation="box")
     assert results["tested_in_jail"] == {"samples": 2, "passed": 1}
+    assert summary(results).split("\n")[2].startswith("of those that passed, 1 had a say")
 
 
-def test_the_summary_says_what_was_counted():
-    _, entries = judged(sample("mbpp/11", 0, "passed"), sample("mbpp/13", 0, "passed"))
-    results = results_of(entries, IDS, [1], isolation="box")
-    first, second, third = summary(results).split("\n")
+def test_the_summary_says_what_was_counted_and_cuts_a_long_list_of_problems():
+    _, entries = judged(make_sample("mbpp/11", 0, "passed"), make_sample("mbpp/13", 0, "passed"))
+    first, second, third = summary(results_of(entries, IDS, [1], isolation="box")).split("\n")
     assert first.startswith("pass@1 = 66.7 % (")
     assert first.endswith(" on 3 problems, n = 1")
     assert second == "programs: 2 passed, 0 failed, 0 timeout, 0 crashed; isolation: box"
     assert third == "without samples, counted as zero: mbpp/12"
-
-
-def test_a_long_list_of_problems_without_samples_is_cut_in_the_summary_only():
     ids = [f"mbpp/{i}" for i in range(11, 31)]
-    results = results_of(judged(sample("mbpp/11", 0, "passed"))[1], ids, [1], isolation="box")
+    results = results_of(entries[:1], ids, [1], isolation="box")
     assert results["without_samples"] == ids[1:]
-    last = summary(results).split("\n")[-1]
-    assert last == (
+    assert summary(results).split("\n")[-1] == (
         "without samples, counted as zero: mbpp/12, mbpp/13, mbpp/14, mbpp/15, mbpp/16 and 14 more"
     )
-
-
-def test_a_verdict_says_what_was_run_and_why_it_failed():
-    _, entries = judged(sample("mbpp/11", 0, "passed"), sample("mbpp/11", 1, "class: failed"))
-    assert entries[1] == {
-        "task_id": "mbpp/11",
-        "sample": 1,
-        "status": "failed",
-        "detail": "the table says failed",
-        "in_jail": True,
-        "program": "class: failed",
-    }
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"timeout": 0.0}, "timeout must be a positive .*, not 0.0"),
-        ({"timeout": float("nan")}, "timeout must be a positive .*, not nan"),
-        ({"timeout": float("inf")}, "timeout must be a positive .*, not inf"),
-        ({"memory_mb": 63}, "memory_mb must be at least 64 .*, not 63"),
-    ],
-)
-def test_limits_that_nothing_could_keep_are_refused(values, message):
-    with pytest.raises(ValueError, match=message):
-        JudgingArguments(**values)

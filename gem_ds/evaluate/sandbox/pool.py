@@ -11,11 +11,11 @@ import contextlib
 import functools
 import itertools
 import os
+import select
 import socket
 import subprocess
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from multiprocessing import connection
 
 from gem_ds.evaluate.sandbox.program import Job, Program, SandboxUnavailableError, Verdict
 from gem_ds.evaluate.sandbox.room import ENVIRONMENT, code_folder, command
@@ -145,14 +145,16 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
 
     def _collect(self) -> None:
         """Waits until a server answers, and settles what it answered."""
-        busy = [worker for worker in self._workers if worker.jobs]
-        patience = _GRACE + max(worker.jobs[0].program.timeout for worker in busy)
-        ready = connection.wait([worker.control for worker in busy], patience)
-        for worker in busy:
+        busy = {worker.control.fileno(): worker for worker in self._workers if worker.jobs}
+        poller = select.poll()
+        for descriptor in busy:
+            poller.register(descriptor, select.POLLIN)
+        patience = _GRACE + max(worker.jobs[0].program.timeout for worker in busy.values())
+        ready = [busy[descriptor] for descriptor, _ in poller.poll(1000 * patience)]
+        for worker in ready or busy.values():
             if not ready:
                 worker.process.kill()
-            if not ready or worker.control in ready:
-                worker.collect()
+            worker.collect()
 
 
 class _Worker:

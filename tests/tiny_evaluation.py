@@ -1,0 +1,62 @@
+"""What tests of the evaluators share: made samples, a delta, and files read back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+from transformers import LlamaConfig
+
+from gem_ds.evaluate.samples import Sample
+from gem_ds.files.delta import Delta
+from gem_ds.files.mask import Mask, WeightInfo, checksum, dtype_name
+
+
+def make_sample(task_id: str, number: int = 0, completion: str = "", **changes: Any) -> Sample:
+    """A sample that a model might have written."""
+    fields = {"prompt": "p", "finish_reason": "stop", "num_tokens": 9, "settings": {"seed": 0}}
+    return Sample(task_id=task_id, sample=number, completion=completion, **fields | changes)
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def save_delta(
+    path: Path,
+    model: Any,
+    changes: Mapping[str, tuple[Tensor, Tensor]],
+    head: Mapping[str, Tensor] | None = None,
+) -> Delta:
+    """A delta of `model`, named base: by weight the flat indices, and what is added there."""
+    indices, infos, values = {}, {}, {}
+    for name, (index, added) in changes.items():
+        weight = model.get_parameter(name).detach()
+        before = weight.reshape(-1)[index.long()]
+        indices[name], values[name] = index.int(), before + added.to(weight.dtype)
+        infos[name] = WeightInfo(
+            shape=tuple(weight.shape), dtype=dtype_name(weight.dtype), checksum=checksum(before)
+        )
+    mask = Mask(indices=indices, weights=infos, base_model="base", settings={})
+    delta = Delta(mask=mask, values=values, head=dict(head or {}))
+    delta.save(path)
+    return delta
+
+
+def one_layer(vocab_size: int, **more: Any) -> LlamaConfig:
+    """The smallest Llama there is."""
+    sizes = {"hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1}
+    return LlamaConfig(vocab_size=vocab_size, num_attention_heads=1, **sizes, **more)
+
+
+def refusal(run: Any, *args: Any, **options: Any) -> str:
+    """The one sentence with which a call is refused."""
+    with pytest.raises((ValueError, OSError), match=r"\S") as caught:
+        run(*args, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
