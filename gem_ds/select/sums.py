@@ -51,7 +51,7 @@ def _peak(part: Tensor) -> Tensor:
     """The largest magnitude, fp32; a NaN if there is one, 0 if there is nothing."""
     if not part.numel():
         return part.new_zeros((), dtype=torch.float32)
-    low, high = part.aminmax()
+    low, high = part.aminmax()  # hands a NaN on
     return torch.maximum(high, -low).float()
 
 
