@@ -17,17 +17,10 @@ def make_classifier(dtype: torch.dtype = torch.float32) -> BertForSequenceClassi
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = BertConfig(
-            vocab_size=30,
-            hidden_size=16,
-            intermediate_size=10,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=24,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            initializer_range=0.2,
-            num_labels=3,
-        )
+            vocab_size=30, hidden_size=16, intermediate_size=10, num_hidden_layers=2,
+            num_attention_heads=2, max_position_embeddings=24, hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0, initializer_range=0.2, num_labels=3,
+        )  # fmt: skip
         return BertForSequenceClassification(config).to(dtype)
 
 

@@ -4,7 +4,7 @@
                                   [--data_dir D] --output_dir O [--limit N] [--max_length 1024]
 
 A causal model predicts the candidate whose tokens have the highest mean log-likelihood after the
-prompt (`gem_ds.models.choices`), an encoder what its classification head says.
+prompt (`gem_ds.models.objective`), an encoder what its classification head says.
 
 predictions.jsonl tells what was predicted for each example (`gem_ds.data.predictions`).
 """
@@ -33,10 +33,9 @@ from gem_ds.evaluate.model import (
 )
 from gem_ds.files.atomic import make_folder
 from gem_ds.flags import option
-from gem_ds.models.choices import predict_all
 from gem_ds.models.encoders import is_encoder, num_positions
 from gem_ds.models.load import ModelFiles
-from gem_ds.models.objective import Predictor, objective_of
+from gem_ds.models.objective import Predictor, objective_of, predict_all
 from gem_ds.models.tokenizer import pad_token_id, refuse_foreign_tokens
 
 RANKING = (

@@ -1,35 +1,44 @@
 """What is learnt of a task and how its answers are predicted, by kind of task and of model.
 
-    kind      causal model                                 encoder
+    kind      causal model                                 encoder's head
     text      write the answer                             -
-    labels    write the right one, or rank the candidates  classify the pair
-    choices   the same                                     score each candidate's pair
-    number    write the number                             regression
+    labels    write the right one, or rank the candidates  cross-entropy over the labels of a pair
+    choices   the same                                     cross-entropy over the candidates' pairs
+    number    write the number                             squared error of a pair's number
 
-A causal model predicts a label or a choice by the likeliest candidate, however it was trained. What
-is written (text; numbers of causal models) is predicted by generation, which is `eval`'s.
+What is written (text; numbers of causal models) is predicted by generation, which is `evaluate`'s.
+A causal model predicts a label or a choice by the likeliest candidate, however it was trained:
+
+    score(c) = 1/|c| * sum_t log p(c_t | prompt, c_<t)       c_t: the |c| tokens of a candidate
+    prediction = argmax over c of score(c), ties to the first
+    loss       = -log softmax(score)[right candidate]        (--classification_loss candidates)
+
+Losses are summed over examples. All candidates of an example stand in the same micro-batch, each in
+a sequence of its own, so B examples are a forward pass of B times the number of candidates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from gem_ds.data.batches import SummedLoss
-from gem_ds.data.dataset import Dataset
+from gem_ds.data.dataset import IGNORED_LABEL, Dataset
 from gem_ds.data.encode import encode_candidates, encode_pairs, encode_texts
 from gem_ds.data.tasks import Example, Kind
-from gem_ds.models.choices import (
-    Predict,
-    predict_candidates,
-    predict_pairs,
-    summed_candidate_loss,
-    summed_pair_loss,
-)
-from gem_ds.models.loss import summed_answer_loss
+from gem_ds.distributed.comm import Comm
+from gem_ds.models.loss import answer_labels, answer_logits, summed_answer_loss
+
+Predict = Callable[[nn.Module, dict[str, Tensor]], Tensor]
+"""Takes a model and a batch of n examples; index of the answer int64 [n] (-1 if a score is NaN), or
+the number fp32 [n]."""
 
 Encode = Callable[[Sequence[Example], PreTrainedTokenizerBase, int], Dataset]
 """Examples, tokenizer and max_length to a dataset."""
@@ -72,3 +81,99 @@ def objective_of(
         return Objective(encode=encode_pairs, summed_loss=summed_pair_loss, predictor=head)
     predictor = ranking if has_candidates else None
     return Objective(encode=encode_texts, summed_loss=summed_answer_loss, predictor=predictor)
+
+
+@torch.no_grad()
+def predict_all(
+    model: nn.Module,
+    dataset: Dataset,
+    predict: Predict,
+    comm: Comm,
+    *,
+    batch_size: int,
+    pad_token_id: int,
+) -> list[int] | list[float]:
+    """The prediction for each row, in order; the same on every rank. All ranks call this together.
+
+    Batches are cut as they are on one rank and dealt out in turn, so predictions are the same on
+    any number of ranks. All run the same number of forward passes, as ZeRO-3 demands: one that has
+    no batch left runs one without rows. The model is put into eval mode.
+    """
+    model.eval()
+    own: list[list[int] | list[float]] = []
+    for start in range(0, len(dataset), batch_size * comm.world_size):
+        first = start + batch_size * comm.rank
+        batch = dataset.collate(range(first, min(first + batch_size, len(dataset))), pad_token_id)
+        own.append(predict(model, {k: v.to(comm.device) for k, v in batch.items()}).tolist())
+    turns = zip(*comm.gather_objects(own), strict=True)
+    predictions = [prediction for turn in turns for part in turn for prediction in part]
+    assert len(predictions) == len(dataset)
+    with comm.in_unison():
+        if not all(p >= 0 if isinstance(p, int) else math.isfinite(p) for p in predictions):
+            raise ValueError(
+                "The model's scores are not finite: check the model, or use bf16 or fp32 instead "
+                "of fp16."
+            )
+    return predictions
+
+
+def summed_candidate_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """The loss of a batch of `encode_candidates`, summed over its examples; fp32 scalar."""
+    scores = _candidate_scores(model, batch)
+    return F.cross_entropy(scores, batch["answers"], reduction="sum")
+
+
+def predict_candidates(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """The likeliest candidate of each example: int64 [n], as `best_choice`."""
+    return best_choice(_candidate_scores(model, batch))
+
+
+def summed_pair_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """The loss of a batch of `encode_pairs`, summed over its examples; fp32 scalar."""
+    outputs, answers = _head_outputs(model, batch), batch["answers"]
+    if answers.is_floating_point():
+        return (outputs[:, 0] - answers).square().sum()
+    return F.cross_entropy(outputs, answers, reduction="sum")
+
+
+def predict_pairs(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """The best label or candidate of each example (int64 [n], as `best_choice`), or the number."""
+    outputs = _head_outputs(model, batch)
+    return outputs[:, 0] if batch["answers"].is_floating_point() else best_choice(outputs)
+
+
+def best_choice(scores: Tensor) -> Tensor:
+    """Index of the largest of each row's scores [n, C], the first of several: int64 [n].
+
+    -1 where a score is NaN, so that nothing is best.
+    """
+    return scores.argmax(dim=1).masked_fill(scores.isnan().any(dim=1), -1)
+
+
+def mean_log_likelihoods(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Mean log-likelihood of each sequence's labelled tokens: fp32 [S]; 0 where there are none."""
+    positions, labels = batch["answer_positions"], batch["labels"]
+    texts = {key: batch[key] for key in ("input_ids", "attention_mask", "answer_positions")}
+    logits = answer_logits(model, texts).float()
+    losses = F.cross_entropy(logits, answer_labels(batch), reduction="none")
+    by_token = losses.new_zeros(labels.numel()).index_copy(0, positions, losses).view(labels.shape)
+    return -by_token.sum(dim=1) / (labels != IGNORED_LABEL).sum(dim=1).clamp(min=1)
+
+
+def _candidate_scores(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    return _in_groups(mean_log_likelihoods(model, batch), batch["candidates"])
+
+
+def _head_outputs(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """fp32 [n, labels], [n, candidates], or [n, 1] the number."""
+    inputs = {key: value for key, value in batch.items() if key not in ("candidates", "answers")}
+    logits: Tensor = model(**inputs).logits.float()
+    candidates = batch["candidates"]
+    if logits.shape[1] > 1:  # the head scores labels, of one pair each
+        return logits[candidates[:, 0]]
+    return _in_groups(logits[:, 0], candidates)
+
+
+def _in_groups(scores: Tensor, candidates: Tensor) -> Tensor:
+    """Scores [S] of rows as [n, C] of groups (`rows_of_groups`), -inf where there is no row."""
+    return scores[candidates.clamp(min=0)].masked_fill(candidates < 0, -torch.inf)

@@ -15,9 +15,9 @@ from gem_ds.files.atomic import atomic_write, save_json
 from gem_ds.files.card import TRAINING_LOSS, ModelCard
 from gem_ds.files.checkpoint import TrainerState
 from gem_ds.files.mask import Mask, WeightInfo, dtype_name
-from gem_ds.models.choices import predict_all
 from gem_ds.models.encoders import auto_class, is_encoder
 from gem_ds.models.load import DTYPES
+from gem_ds.models.objective import predict_all
 from gem_ds.select.rules import CALIBRATED_METHODS, SPARSE_METHODS
 from gem_ds.train.config import DEFAULT_DENSITY
 from gem_ds.train.methods import product_of

@@ -19,9 +19,9 @@ from gem_ds.data.tasks import AnswerExample, Kind, TaskData, load_task
 from gem_ds.distributed import process_group
 from gem_ds.evaluate import classification, gsm8k, squad
 from gem_ds.files.delta import Delta
-from gem_ds.models.choices import predict_pairs
 from gem_ds.models.encoders import head_names, initialise_head, set_head
 from gem_ds.models.load import load_weights, open_model
+from gem_ds.models.objective import predict_pairs
 from tests.ranks import run_ranks
 from tests.tiny_evaluation import refusal, rows_of, save_delta
 from tests.tiny_model import REPOSITORY, Tiny, make_tiny

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import shutil
-import subprocess
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -68,22 +64,17 @@ def assert_equal(found: Checkpoint, expected: Checkpoint) -> None:
 
 def test_the_digest_is_of_all_that_a_run_starts_from() -> None:
     """Two nodes may hold checkpoints of the same step that are not of the same run."""
-
-    def changed(**fields: Any) -> str:
-        return replace(make_checkpoint(7), **fields).digest()
-
-    vectors = make_checkpoint(7).vectors
-    one_bit = vectors | {"exp_avg": torch.nextafter(vectors["exp_avg"], torch.tensor(9.0))}
+    whole = make_checkpoint(7)
+    one_bit = torch.nextafter(whole.vectors["exp_avg"], torch.tensor(9.0))
     others = [
-        changed(vectors=one_bit),
-        changed(head_vectors=vectors),
-        changed(num_updates=5),
-        changed(loss_scale=1.0),
-        make_checkpoint(8).digest(),
+        replace(whole, vectors=whole.vectors | {"exp_avg": one_bit}),
+        replace(whole, head_vectors=whole.vectors),
+        replace(whole, num_updates=5),
+        replace(whole, loss_scale=1.0),
+        make_checkpoint(8),
     ]
-    digest = make_checkpoint(7).digest()
-    assert changed() == digest
-    assert digest not in others
+    assert make_checkpoint(7).digest() == whole.digest()
+    assert whole.digest() not in {other.digest() for other in others}
 
 
 @given(
@@ -139,64 +130,27 @@ def test_a_kill_while_an_old_one_is_deleted_leaves_no_half_of_it(tmp_path, monke
     delete_old_checkpoints(tmp_path, 1)
 
 
-@pytest.mark.parametrize("moment", range(5))
-def test_a_kill_while_saving_leaves_the_earlier_ones_whole(tmp_path, monkeypatch, moment):
-    """Whichever file was being put in its place."""
+def test_a_kill_while_saving_leaves_the_earlier_ones_whole(tmp_path, monkeypatch):
+    """All files of the new one are written: it has no name yet."""
     earlier = make_checkpoint(1)
     earlier.save(tmp_path)
-    replace_file, calls = os.replace, []
+    replace_file = os.replace
 
     def until_killed(source: Path, target: Path) -> None:
-        calls.append(target)
-        if len(calls) > moment:
+        if source.is_dir():
+            assert {path.name for path in source.iterdir()} == set(FILES)
             raise KeyboardInterrupt
         replace_file(source, target)
 
     monkeypatch.setattr(os, "replace", until_killed)
     monkeypatch.setattr(shutil, "rmtree", lambda folder: None)  # a killed process tidies nothing up
-    try:
+    with pytest.raises(KeyboardInterrupt):
         make_checkpoint(2).save(tmp_path)
-        assert moment == 4, "three files and the folder"
-    except KeyboardInterrupt:
-        assert list(list_checkpoints(tmp_path)) == [1]
     monkeypatch.undo()
+    assert list(list_checkpoints(tmp_path)) == [1]
     assert_equal(Checkpoint.load(tmp_path / "checkpoint-1"), earlier)
     remove_leftovers(tmp_path)
-    assert all(path.name.startswith("checkpoint-") for path in tmp_path.iterdir())
-
-
-@pytest.fixture
-def small_disk(tmp_path) -> Iterator[Path]:
-    """A file system of 64 KiB; only an administrator can make one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
-    try:
-        subprocess.run(command, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("may not mount a file system here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-def test_a_full_disk_leaves_the_earlier_ones_whole(small_disk):
-    earlier = make_checkpoint(1, (64,) * 10)
-    earlier.save(small_disk)
-
-    def fill() -> None:
-        for step in range(2, 99):
-            make_checkpoint(step, (64,) * 10).save(small_disk)
-
-    with pytest.raises(OSError, match="free space on that disk") as caught:
-        fill()
-    assert caught.value.errno == errno.ENOSPC
-    assert "\n" not in str(caught.value)
-    steps = list_checkpoints(small_disk)
-    assert list(steps) == list(range(1, len(steps) + 1))
-    assert_equal(Checkpoint.load(steps[1]), earlier)
-    for folder in steps.values():
-        Checkpoint.load(folder)
-    assert not list(small_disk.glob(".*")), "and no temporary"
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
 def _spoil_vectors(folder: Path, **vectors: torch.Tensor | None) -> None:

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 from gem_ds.files.atomic import load_tensors, save_tensors
 from gem_ds.files.delta import DELTA_KIND, Delta, apply_delta
 from gem_ds.files.mask import Mask
-from tests.deltas import bits, make_delta
+from tests.deltas import bits, bytes_of, make_delta
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -50,6 +50,11 @@ CHOSEN = {Q0: [0, 9, 63], V1: [3], "model.layers.0.self_attn.v_proj.weight": []}
 # Files
 
 
+def content(delta: Delta) -> list[tuple[str, torch.dtype, bytes]]:
+    tensors = [*delta.mask.indices.items(), *delta.values.items(), *delta.head.items()]
+    return [(name, tensor.dtype, bytes_of(tensor)) for name, tensor in tensors]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_delta_comes_back_from_its_file(tmp_path, dtype):
     delta = make_delta(tiny_llama().to(dtype), CHOSEN)
@@ -60,15 +65,7 @@ def test_a_delta_comes_back_from_its_file(tmp_path, dtype):
     assert loaded.mask.weights == delta.mask.weights
     assert loaded.mask.settings == delta.mask.settings
     assert loaded.dtype == dtype
-    for own, found in (
-        (delta.mask.indices, loaded.mask.indices),
-        (delta.values, loaded.values),
-        (delta.head, loaded.head),
-    ):
-        assert list(found) == list(own)
-        for name, tensor in own.items():
-            assert found[name].dtype == tensor.dtype
-            assert torch.equal(found[name], tensor)
+    assert content(loaded) == content(delta)
 
 
 def test_a_delta_is_shown_in_a_line():
@@ -164,36 +161,31 @@ class Matrix(nn.Module):
 
 
 @settings(deadline=None, max_examples=60)
-@given(data=st.data())
-def test_any_bits_survive_in_any_layout(data):
+@given(
+    dtype=st.sampled_from(DTYPES),
+    shape=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    seed=st.integers(0, 2**32),
+    is_transposed=st.booleans(),
+    is_strided=st.booleans(),
+)
+def test_any_bits_survive_in_any_layout(dtype, shape, seed, is_transposed, is_strided):
     """NaN payloads, -0.0, subnormals: a copy through arithmetic would lose them."""
-    dtype = data.draw(st.sampled_from(DTYPES))
-    rows, columns = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 6))
-    count = rows * columns * dtype.itemsize
-    content = data.draw(st.binary(min_size=count, max_size=count))
-    weight = torch.tensor(list(content), dtype=torch.uint8).view(dtype).reshape(rows, columns)
-    if data.draw(st.booleans()):
+    generator = torch.Generator().manual_seed(seed)
+    size = shape[0] * shape[1]
+    raw = torch.randint(256, (size * dtype.itemsize,), generator=generator, dtype=torch.uint8)
+    weight = raw.view(dtype).reshape(shape)
+    weight.view(-1)[-2:] = torch.tensor([-torch.nan, -0.0], dtype=dtype)[-size:]
+    if is_transposed:
         weight = weight.t()
-    if data.draw(st.booleans()):
+    if is_strided:
         weight = torch.stack([weight, weight], dim=2)[:, :, 1]  # every second element of storage
     model = Matrix(weight)
-    chosen = sorted(data.draw(st.sets(st.integers(0, weight.numel() - 1), min_size=1)))
+    chosen = (torch.rand(size, generator=generator) < 0.5).nonzero().flatten().tolist()
     delta = make_delta(model, {"weight": chosen})
     base, trained = bits(model), naive_overwrite(model, delta)
     with apply_delta(model, delta):
         assert bits(model) == trained
     assert bits(model) == base
-
-
-def test_special_values_are_restored_to_the_bit():
-    patterns = [0x7F800001, 0x7FC12345, -(2**31), 0x00000001, -(2**31) + 0x7F812345]
-    weight = torch.tensor(patterns, dtype=torch.int32).view(torch.float32).reshape(5, 1)
-    model = Matrix(weight.clone())
-    delta = make_delta(model, {"weight": [0, 1, 2, 3, 4]})
-    applied = apply_delta(model, delta)
-    assert model.weight.isfinite().all()
-    applied.revert()
-    assert model.weight.view(torch.int32).flatten().tolist() == patterns
 
 
 def test_the_context_manager_reverts_after_an_error_and_only_once():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -58,6 +59,28 @@ def load(folder: Path) -> tuple[Any, list[str]]:
     set_head(config, "saved", make_task("labels"))
     alone = Comm(torch.device("cpu"))
     return load_for_training(str(folder), config, {}, alone, dtype=torch.float32, seed=42)
+
+
+@pytest.mark.parametrize(
+    ("told", "kind"),
+    [
+        ("Connection closed by peer", RuntimeError),
+        ("CUDA error: an illegal memory access", RuntimeError),
+        ("Error(s) in loading state_dict for Bert:", ValueError),
+        ("[enforce fail] PytorchStreamReader failed reading file", ValueError),
+    ],
+)
+def test_only_what_is_the_files_fault_is_told_as_such(
+    tmp_path: Path, told: str, kind: type[Exception]
+) -> None:
+    make_encoder("bert").config.save_pretrained(tmp_path)
+    failing = mock.Mock(from_pretrained=mock.Mock(side_effect=RuntimeError(told)))
+    with (
+        mock.patch("gem_ds.models.load.auto_class", return_value=failing),
+        pytest.raises(kind, match=re.escape(told)) as caught,
+    ):
+        load(tmp_path)
+    assert ("cannot be loaded" in str(caught.value)) == (kind is ValueError)
 
 
 def test_no_encoder_that_transformers_loads_as_a_causal_model_is_missing() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -11,22 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import (
-    CohereConfig,
-    CohereForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTJConfig,
-    GPTJForCausalLM,
-    GraniteConfig,
-    GraniteForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
 from gem_ds.data.dataset import answer_positions
@@ -64,67 +48,40 @@ pytestmark = [
 VOCABULARY = 40
 EXAMPLES = random_examples(5)
 SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "initializer_range": 0.2,
-    "pad_token_id": None,
+    "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "ffn_dim": 24,
+    "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
+    "initializer_range": 0.2, "init_std": 0.2, "max_position_embeddings": MAX_LENGTH,
+    "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
+#: By name: a type of model, and what its configuration has beside the sizes.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "tied llama": ("llama", {"tie_word_embeddings": True}),
+    "gpt2": ("gpt2", {}),
+    "untied gpt2": ("gpt2", {"tie_word_embeddings": False}),
+    "opt": ("opt", {"word_embed_proj_dim": 8}),
+    "untied opt": ("opt", {"word_embed_proj_dim": 8, "tie_word_embeddings": False}),
+    "gptj, with a bias": ("gptj", {"rotary_dim": 4}),
+    "gemma2 without a softcap": ("gemma2", {"final_logit_softcapping": None}),
 }
-GPT_SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "n_embd": 16,
-    "n_layer": 2,
-    "n_head": 2,
-    "n_positions": MAX_LENGTH,
-    "initializer_range": 0.2,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-OPT_SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "word_embed_proj_dim": 8,
-    "ffn_dim": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": MAX_LENGTH,
-    "init_std": 0.2,
-}
-MAKERS: dict[str, Callable[[], nn.Module]] = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
-    "tied llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)),
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT_SIZES)),
-    "untied gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT_SIZES, tie_word_embeddings=False)),
-    "opt": lambda: OPTForCausalLM(OPTConfig(**OPT_SIZES)),
-    "untied opt": lambda: OPTForCausalLM(OPTConfig(**OPT_SIZES, tie_word_embeddings=False)),
-    "gptj, with a bias": lambda: GPTJForCausalLM(GPTJConfig(**GPT_SIZES, rotary_dim=4)),
-    "gemma2 without a softcap": lambda: Gemma2ForCausalLM(
-        Gemma2Config(**SIZES, final_logit_softcapping=None)
-    ),
-}
-CHANGING: dict[str, Callable[[], nn.Module]] = {
-    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES)),
-    "cohere": lambda: CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.5)),
-    "granite": lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=2.0)),
+CHANGING: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma2": ("gemma2", {}),
+    "cohere": ("cohere", {"logit_scale": 0.5}),
+    "granite": ("granite", {"logits_scaling": 2.0}),
 }
 
 
-@pytest.fixture(scope="module")
-def comm() -> Comm:
-    """Of a rank that is alone and needs no process group."""
-    alone = mock.create_autospec(Comm, instance=True, device=torch.device("cpu"))
-    alone.any.side_effect = lambda flag: flag
-    return alone
+ALONE = Comm(torch.device("cpu"))
 
 
-def make(maker: Callable[[], nn.Module]) -> nn.Module:
+def make(
+    name: str = "llama", make_model: Any = AutoModelForCausalLM.from_config, **more: Any
+) -> Any:
+    model_type, own = (MODELS | CHANGING)[name]
+    config = AutoConfig.for_model(model_type, **SIZES | own | more)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return maker().eval()
+        return make_model(config).eval()
 
 
 def batch_of(*, packed: bool = False) -> dict[str, Tensor]:
@@ -165,12 +122,12 @@ def assert_same(model: nn.Module, batch: dict[str, Tensor], relative: float = 1e
             assert error <= relative * max(scales[name], 0.01 * max(scales.values())), name
 
 
-@pytest.mark.parametrize("name", MAKERS)
-def test_what_is_computed_in_chunks_is_what_whole_logits_give(name: str, comm: Comm) -> None:
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_computed_in_chunks_is_what_whole_logits_give(name: str) -> None:
     """In bf16 both round the logits; a model that returns them in fp32 changes none of them."""
     for dtype, relative in ((torch.float32, 1e-5), (torch.bfloat16, 0.03)):
-        model = make(MAKERS[name]).to(dtype)
-        assert answer_loss_of(model, comm) is chunked_answer_loss
+        model = make(name).to(dtype)
+        assert answer_loss_of(model, ALONE) is chunked_answer_loss
         assert_same(model, batch_of(), relative)
 
 
@@ -179,27 +136,27 @@ def loss_alone(model: nn.Module) -> Tensor:
     return sum(naive_loss(model, e) for e in naive_examples(EXAMPLES, range(len(EXAMPLES))))  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("loss_of", [summed_answer_loss, chunked_answer_loss])
-def test_the_loss_is_that_of_examples_alone(loss_of: Any) -> None:
-    model = make(MAKERS["llama"])
-    for packed in (False, True):
-        found = loss_of(model, batch_of(packed=packed))
-        torch.testing.assert_close(found, loss_alone(model), rtol=1e-5, atol=0)
+def test_the_loss_is_that_of_examples_alone() -> None:
+    model = make()
+    for loss_of in (summed_answer_loss, chunked_answer_loss):
+        for packed in (False, True):
+            found = loss_of(model, batch_of(packed=packed))
+            torch.testing.assert_close(found, loss_alone(model), rtol=1e-5, atol=0)
 
 
 def test_parts_that_are_trained_and_blocks_that_are_recomputed() -> None:
     """Through a frozen output layer the gradient goes on to the layers that are selected from."""
-    model = make(MAKERS["llama"])
+    model = make()
     model.lm_head.weight.requires_grad_(False)
     assert_same(model, batch_of(packed=True))
-    assert_same(checkpointed(make(MAKERS["llama"])).train(), batch_of())  # type: ignore[arg-type]
+    assert_same(checkpointed(make()).train(), batch_of())  # type: ignore[arg-type]
     adapted = LoraConfig(r=2, target_modules=["q_proj"])
-    assert_same(get_peft_model(make(MAKERS["llama"]), adapted), batch_of())
+    assert_same(get_peft_model(make(), adapted), batch_of())
 
 
 def test_no_rows_are_a_batch_of_weight_zero() -> None:
     """A rank without examples runs its backward all the same, and adds nothing."""
-    model = make(MAKERS["tied llama"])
+    model = make("tied llama")
     loss = chunked_answer_loss(model, EXAMPLES.collate([], PAD_TOKEN_ID))
     assert loss.item() == 0
     for gradient in gradients(model, loss).values():
@@ -223,40 +180,36 @@ class Doubling(LlamaForCausalLM):
         return output
 
 
-@pytest.mark.parametrize("name", [*CHANGING, "not calling"])
-def test_models_whose_logits_are_not_their_output_layers_keep_them(name: str, comm: Comm) -> None:
-    makers = CHANGING | {"not calling": lambda: NotCalling(LlamaConfig(**SIZES))}
-    model = make(makers[name])
-    assert answer_loss_of(model, comm) is summed_answer_loss
-    found = summed_answer_loss(model, batch_of())
-    torch.testing.assert_close(found, loss_alone(model), rtol=1e-5, atol=0)
-    if name in CHANGING:
+@pytest.mark.parametrize("kind", [*CHANGING, NotCalling, Doubling])
+def test_models_whose_logits_are_not_their_output_layers_keep_them(kind: Any) -> None:
+    model = make(kind) if isinstance(kind, str) else make("llama", kind)
+    assert answer_loss_of(model, ALONE) is summed_answer_loss
+    if kind is not Doubling:
+        found = summed_answer_loss(model, batch_of())
+        torch.testing.assert_close(found, loss_alone(model), rtol=1e-5, atol=0)
+    if kind in list(CHANGING):
         with pytest.raises(AssertionError, match="changed its logits"):
             chunked_answer_loss(model, batch_of())
-    doubling = make(lambda: Doubling(LlamaConfig(**SIZES)))
-    assert answer_loss_of(doubling, comm) is summed_answer_loss
 
 
-def test_output_layers_that_are_more_than_a_product_keep_them_whole(comm: Comm) -> None:
+def lora_on_the_output() -> Any:
+    return get_peft_model(make(), LoraConfig(r=2, target_modules=["lm_head"]))
+
+
+def test_output_layers_that_are_more_than_a_product_keep_them_whole() -> None:
     """Adapted by peft in two ways, selected from, and of a class of its own."""
-    own = make(MAKERS["llama"])
+    own = make()
     own.lm_head = type("Linear4bit", (nn.Linear,), {})(16, VOCABULARY, bias=False)
-    selected = make(MAKERS["llama"])
+    selected = make()
     TargetLayers(selected, {"lm_head.weight": selected.lm_head}, 3)  # type: ignore[dict-item]
-    adapted = [
-        get_peft_model(make(MAKERS["llama"]), LoraConfig(r=2, **target))
-        for target in (
-            {"target_modules": ["lm_head"]},
-            {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
-        )
-    ]
-    for model in (own, selected, *adapted):
-        assert answer_loss_of(model, comm) is summed_answer_loss
+    copied = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    for model in (own, selected, lora_on_the_output(), get_peft_model(make(), copied)):
+        assert answer_loss_of(model, ALONE) is summed_answer_loss
         assert summed_answer_loss(model, batch_of()) > 0
 
 
 def test_the_output_layer_is_itself_again_after_an_error() -> None:
-    model = make(MAKERS["llama"])
+    model = make()
     tokens = torch.full((1, 3), VOCABULARY)  # no such token
     with pytest.raises(IndexError):
         chunked_answer_loss(
@@ -267,58 +220,36 @@ def test_the_output_layer_is_itself_again_after_an_error() -> None:
     assert model(input_ids=tokens - 1).logits.shape == (1, 3, VOCABULARY)
 
 
-def trains_all(model: nn.Module) -> None:
-    """As full fine-tuning."""
-
-
-def trains_queries(model: nn.Module) -> None:
-    """As an adapter would: only inner layers."""
+def test_a_step_makes_nothing_of_the_size_of_the_logits() -> None:
+    """The largest is a chunk, where inner layers are trained."""
+    vocabulary, chunk_rows = 3000, 4
+    model = make(vocab_size=vocabulary)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("q_proj" in name)
-
-
-@pytest.mark.parametrize("choose", [trains_all, trains_queries])
-def test_a_step_makes_nothing_of_the_size_of_the_logits(choose: Any) -> None:
-    """The largest is a chunk, or the gradient of a trained weight."""
-    vocabulary, chunk_rows = 3000, 4
-    model = make(lambda: LlamaForCausalLM(LlamaConfig(**SIZES | {"vocab_size": vocabulary})))
-    choose(model)
     batch = batch_of()
     with mock.patch.object(cross_entropy, "rows_of_chunk", return_value=chunk_rows):
         with LargestTensor() as largest:
             chunked_answer_loss(model, batch).backward()
         with LargestTensor() as largest_whole:
             whole_logits_loss(model, batch).backward()
+        with torch.no_grad(), LargestTensor() as largest_of_logits:
+            answer_logits(model, batch)
     assert largest_whole.num_entries == batch["labels"].numel() * vocabulary
-    rows = SIZES["hidden_size"] if choose is trains_all else chunk_rows
-    assert largest.num_entries == rows * vocabulary
+    assert largest.num_entries == chunk_rows * vocabulary
+    assert largest_of_logits.num_entries == len(batch["answer_positions"]) * vocabulary
 
 
 # Logits of answers only
 
 
-def lora_on_the_output() -> nn.Module:
-    adapted = LoraConfig(r=2, target_modules=["lm_head"])
-    return get_peft_model(make(MAKERS["llama"]), adapted)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("name", [*MAKERS, *CHANGING, "lora"])
+@pytest.mark.parametrize("name", [*MODELS, *CHANGING, "lora"])
 def test_answer_logits_are_the_models_own(name: str) -> None:
     """Where it changes what its output layer returns, too."""
-    model = make((MAKERS | CHANGING | {"lora": lora_on_the_output})[name])
+    model = lora_on_the_output() if name == "lora" else make(name)
     batch = batch_of()
     whole = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     expected = whole.flatten(0, 1)[batch["answer_positions"]]
     torch.testing.assert_close(answer_logits(model, batch), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_answer_logits_are_no_more_than_the_answers() -> None:
-    vocabulary = 3000
-    model = make(lambda: LlamaForCausalLM(LlamaConfig(**SIZES | {"vocab_size": vocabulary})))
-    batch = batch_of()
-    with LargestTensor() as largest:
-        answer_logits(model, batch)
-    assert largest.num_entries == len(batch["answer_positions"]) * vocabulary
 
 
 # On ranks
@@ -329,7 +260,7 @@ def _losses_at_stage_3() -> dict[str, tuple[bool, float]]:
     comm = init_distributed()
     found = {}
     for name in ("llama", "tied llama", "gemma2"):
-        model = make((MAKERS | CHANGING)[name])
+        model = make(name)
         engine, _ = make_engine(Setting(3, variant="gathered"), comm, model, 3)
         loss_of = answer_loss_of(engine.model, comm)
         with torch.no_grad():
@@ -344,7 +275,6 @@ def test_partitioned_weights_on_two_ranks() -> None:
     """The swapped layer is the one whose weight ZeRO-3 gathers, and for its call only."""
     for found in run_ranks(2, _losses_at_stage_3):
         for name, (is_chunked, loss) in found.items():
-            model = make((MAKERS | CHANGING)[name])
-            assert is_chunked == (name in MAKERS)
-            expected = summed_answer_loss(model, batch_of()).item()
+            assert is_chunked == (name in MODELS)
+            expected = summed_answer_loss(make(name), batch_of()).item()
             assert loss == pytest.approx(expected, rel=1e-5)

@@ -24,15 +24,10 @@ QUERY_VALUE = {
     "distilbert": ("q_lin", "v_lin"),
 }
 FUSED = {
-    "gpt2": "c_attn",
-    "gpt_bigcode": "c_attn",
-    "gpt_neox": "query_key_value",
-    "bloom": "query_key_value",
-    "falcon": "query_key_value",
-    "phi3": "qkv_proj",
-    "codegen": "qkv_proj",
-    "mpt": "Wqkv",
-    "modernbert": "Wqkv",
+    **dict.fromkeys(("gpt2", "gpt_bigcode"), "c_attn"),
+    **dict.fromkeys(("gpt_neox", "bloom", "falcon"), "query_key_value"),
+    **dict.fromkeys(("phi3", "codegen"), "qkv_proj"),
+    **dict.fromkeys(("mpt", "modernbert"), "Wqkv"),
 }
 
 NUM_LAYERS = 2
@@ -61,11 +56,6 @@ def llama() -> PreTrainedModel:
     return _model("llama")
 
 
-def _layers_of(names: list[str]) -> list[str]:
-    """Module names without their layer numbers, each once."""
-    return sorted({re.sub(r"\.\d+\.", ".N.", name.removesuffix(".weight")) for name in names})
-
-
 @pytest.mark.parametrize("model_type", QUERY_VALUE)
 def test_the_default_is_query_and_value_of_every_layer(model_type: str) -> None:
     model = _model(model_type)
@@ -92,18 +82,25 @@ def test_an_unknown_architecture_asks_for_names() -> None:
         find_targets(nn.Linear(2, 2))
 
 
-def test_suffixes(llama: PreTrainedModel) -> None:
-    assert _layers_of(list(find_targets(llama, ["o_proj", "mlp.up_proj"]))) == [
-        "model.layers.N.mlp.up_proj",
-        "model.layers.N.self_attn.o_proj",
-    ]
-    one = find_targets(llama, ["model.layers.1.self_attn.q_proj"])
-    assert list(one) == ["model.layers.1.self_attn.q_proj.weight"]
-
-
-def test_one_regular_expression_matches_whole_names(llama: PreTrainedModel) -> None:
-    targets = find_targets(llama, [r"model\.layers\.1\..*\.[qk]_proj"])
-    assert list(targets) == [f"model.layers.1.self_attn.{x}_proj.weight" for x in "qk"]
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (
+            ["o_proj", "mlp.up_proj"],
+            ["model.layers.N.mlp.up_proj", "model.layers.N.self_attn.o_proj"],
+        ),
+        (["model.layers.1.self_attn.q_proj"], ["model.layers.1.self_attn.q_proj"]),
+        (
+            [r"model\.layers\.1\..*\.[qk]_proj"],  # an expression matches whole names
+            ["model.layers.1.self_attn.k_proj", "model.layers.1.self_attn.q_proj"],
+        ),
+    ],
+)
+def test_layers_by_suffix_or_expression(
+    llama: PreTrainedModel, names: list[str], expected: list[str]
+) -> None:
+    whole = {name.replace(".N.", f".{layer}.") for name in expected for layer in range(NUM_LAYERS)}
+    assert {name.removesuffix(".weight") for name in find_targets(llama, names)} == whole
 
 
 def test_all_linear_leaves_out_the_output_layer(llama: PreTrainedModel) -> None:
@@ -116,13 +113,11 @@ def test_all_linear_leaves_out_the_output_layer(llama: PreTrainedModel) -> None:
     assert {type(module).__name__ for module in transposed.values()} == {"Conv1D"}
 
 
-@pytest.mark.parametrize("names", [None, ["v_proj", "q_proj"], ["all-linear"], [".*proj"]])
-def test_targets_come_in_the_order_of_the_parameters(
-    llama: PreTrainedModel, names: list[str] | None
-) -> None:
+def test_targets_come_in_the_order_of_the_parameters(llama: PreTrainedModel) -> None:
     order = [name for name, _ in llama.named_parameters()]
-    targets = list(find_targets(llama, names))
-    assert targets == sorted(targets, key=order.index)
+    for names in (None, ["v_proj", "q_proj"], ["all-linear"], [".*proj"]):
+        targets = list(find_targets(llama, names))
+        assert targets == sorted(targets, key=order.index)
 
 
 def test_layers_by_the_names_of_their_weights(llama: PreTrainedModel) -> None:
@@ -166,22 +161,16 @@ class Tied(nn.Module):
         self.out.weight = self.embedding.weight
 
 
-@pytest.mark.parametrize(
-    ("name", "other"),
-    [("out", "embedding"), ("first", "second"), ("second", "first")],
-)
-def test_a_tied_weight(name: str, other: str) -> None:
-    sentence = f"{name} shares its weight with {other}.weight: leave it out"
-    with pytest.raises(ValueError, match=sentence):
-        find_targets(Tied(), [name])
+def test_a_tied_weight_is_refused_by_the_names_that_share_it() -> None:
+    for name, other in (("out", "embedding"), ("first", "second"), ("second", "first")):
+        sentence = f"{name} shares its weight with {other}.weight: leave it out"
+        with pytest.raises(ValueError, match=sentence):
+            find_targets(Tied(), [name])
     assert list(find_targets(Tied(), ["own"])) == ["own.weight"]
     model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
     model["c"] = model["a"]
     with pytest.raises(ValueError, match=r"a shares its weight with c\.weight"):
         find_targets(model, ["all-linear"])
-
-
-def test_a_tied_output_layer_of_a_real_model_is_refused_by_name() -> None:
     model = _model("opt")
     model.tie_weights()
     with pytest.raises(ValueError, match=r"lm_head shares its weight with model\.decoder\.embed"):
