@@ -179,8 +179,7 @@ class Engine(BaseEngine):
         for key in STATE_KEYS:
             part = masters.detach() if key == "master" else moments[key]
             part = part.view(-1)[place].to(self.device)
-            is_whole = self.stage == 0
-            whole = part.clone() if is_whole else torch.cat(self.comm.all_gather(part))
+            whole = part.clone() if self.stage == 0 else torch.cat(self.comm.all_gather(part))
             state[key] = whole.cpu()
         return state
 

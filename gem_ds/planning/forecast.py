@@ -30,7 +30,6 @@ from gem_ds.train.prepare import resolve_deepspeed
 from gem_ds.train.targets import settle_targets
 
 _FP32 = 4  # bytes of a number
-_ALLREDUCE_SIZE = 500_000_000  # DeepSpeed's own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,8 +189,8 @@ class _Rank:
         if self.stage >= 1:
             live.add("gradients", _FP32 * self.part(total))
             return
-        if self.world_size > 1:  # gradients are copied into a message
-            live.add("messages", self.message_itemsize * min(total, _ALLREDUCE_SIZE))
+        if self.world_size > 1:  # gradients are copied into messages of DeepSpeed's own size
+            live.add("messages", self.message_itemsize * min(total, 500_000_000))
         if self.itemsize < _FP32:
             live.add("gradients", _FP32 * total)
 

@@ -102,18 +102,6 @@ def micro_batch(rank: int, i: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return x, torch.randint(0, 4, (BATCH,), generator=random)
 
 
-def clipped_entries(
-    dense: nn.Module, names: list[str], indices: list[Tensor]
-) -> tuple[Tensor, float]:
-    """Selected entries of a dense gradient as an engine delivers them, and their norm before."""
-    gradients = [dense.get_parameter(name).grad for name in names]
-    entries = torch.cat(
-        [g.flatten()[index.long()] for g, index in zip(gradients, indices, strict=True)]
-    )
-    norm = entries.norm()
-    return entries * (CLIPPING / (norm + 1e-6)).clamp(max=1.0), float(norm)
-
-
 def delivered(engine: Engine) -> Tensor:
     """The gradient of an engine's only step from moments of zero."""
     return engine.get_state()["exp_avg"] / (1 - ADAM["betas"][0])
@@ -172,15 +160,6 @@ def make_engine(model: nn.Module, layers: TargetLayers, setting: Setting, comm: 
     return Engine(model, [layers.vector], lambda params: SparseAdamW(params, **ADAM), config, comm)
 
 
-def sampled_sinks(layers: TargetLayers, indices: list[Tensor]) -> list[Any]:
-    """Sinks that collect the gradient's entries, one layer after another."""
-    starts = itertools.accumulate(map(len, indices), initial=0)
-    return [
-        SampledSink(layers.vector, start, Pattern.of(index, layer.shape))
-        for start, index, layer in zip(starts, indices, layers, strict=False)
-    ]
-
-
 class Bench:
     """A model in an engine of some setting, beside a dense twin of the same weights."""
 
@@ -196,7 +175,11 @@ class Bench:
             torch.randperm(layer.numel, generator=random)[:k].sort().values.int()
             for layer, k in zip(self.layers, NUM_SELECTED.values(), strict=True)
         ]
-        self.sinks = sampled_sinks(self.layers, self.indices)
+        starts = itertools.accumulate(map(len, self.indices), initial=0)
+        self.sinks = [
+            SampledSink(self.layers.vector, start, Pattern.of(index, layer.shape))
+            for start, index, layer in zip(starts, self.indices, self.layers, strict=False)
+        ]
         self.engine = make_engine(model, self.layers, setting, comm)
 
     def everyone(self, step: int, total: int = K) -> list[Tensor]:

@@ -38,7 +38,6 @@ from tests.distributed.bench import (
     Vectors,
     assert_close,
     assert_equal,
-    clipped_entries,
     config_of,
     delivered,
     flat_gradient,
@@ -46,7 +45,6 @@ from tests.distributed.bench import (
     make_engine,
     micro_batch,
     no_vectors,
-    sampled_sinks,
     some_vectors,
 )
 from tests.ranks import run_ranks, told_as
@@ -197,8 +195,11 @@ def gradient(bench: Bench) -> None:
     for rank, i in itertools.product(range(world_size), range(3)):
         x, y = micro_batch(rank, i, bench.setting.torch_dtype)
         (F.cross_entropy(dense(x.float()), y) / world_size).backward()
-    names = [layer.name for layer in bench.layers]
-    expected, norm = clipped_entries(dense, names, bench.indices)
+    gradients = [dense.get_parameter(layer.name).grad.flatten() for layer in bench.layers]
+    indices = [index.long() for index in bench.indices]
+    expected = torch.cat([g[index] for g, index in zip(gradients, indices, strict=True)])
+    norm = float(expected.norm())
+    expected *= min(1.0, CLIPPING / (norm + 1e-6))
     tolerance = 1e-5 if bench.setting.dtype == "fp32" else 5e-2
     assert (delivered(engine) - expected).norm() <= tolerance * expected.norm()
     assert engine.loss_scale == 1.0
@@ -329,7 +330,7 @@ def few_entries(setting: Setting, comm: Comm) -> None:
 
 
 def real_model(setting: Setting, folder: Path, comm: Comm) -> None:
-    """A Llama that is loaded into partitions, with tied embeddings and checkpointed blocks."""
+    """A Llama with tied embeddings, loaded into partitions, is the one that was saved."""
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     dense = LlamaForCausalLM.from_pretrained(folder)
@@ -347,26 +348,6 @@ def real_model(setting: Setting, folder: Path, comm: Comm) -> None:
     for layer in layers:
         shards = comm.all_gather(engine.weights.read_shard(layer.weight))
         assert torch.equal(torch.cat(shards), dense.get_parameter(layer.name).flatten())
-
-    engine.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-    engine.model.train()
-    indices = [torch.arange(5, dtype=torch.int32) * 7 + i for i in range(len(layers))]
-    batches = [
-        torch.randint(0, 50, (2, 9), generator=generator(rank, i, 13))
-        for rank in range(comm.world_size)
-        for i in range(2)
-    ]
-    with layers.sinks(sampled_sinks(layers, indices)):
-        for i, ids in enumerate(batches[2 * comm.rank : 2 * comm.rank + 2]):
-            loss = engine.backward(
-                lambda model, ids=ids: model(ids, labels=ids, use_cache=False).loss, deliver=i == 1
-            )
-            torch.testing.assert_close(loss, dense(ids, labels=ids).loss.detach())
-    assert engine.step()
-    for ids in batches:
-        (dense(ids, labels=ids).loss / comm.world_size).backward()
-    expected, _ = clipped_entries(dense, list(shapes), indices)
-    torch.testing.assert_close(delivered(engine), expected, rtol=1e-4, atol=1e-7)
 
 
 def _conform(folder: Path) -> None:
