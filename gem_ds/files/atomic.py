@@ -47,9 +47,7 @@ _NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL, errno.EBAD
 def atomic_write(path: str | Path, write: Callable[[Path], object]) -> None:
     """Writes one file, by `write(temporary path)`, so that `path` never holds a part of it.
 
-    Raises:
-        OSError: For example the disk is full. `errno` is kept, the message says what to do, the
-            earlier file is whole, the temporary is gone.
+    An OSError keeps its number and says what to do; the earlier file is whole, no temporary left.
     """
     with _replacing(Path(path)) as temporary:
         write(temporary)
@@ -134,12 +132,7 @@ def save_jsonl(path: str | Path, rows: Iterable[Any]) -> None:
 
 
 def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Reads a GEM safetensors file of one kind.
-
-    Raises:
-        ValueError: It is a folder, truncated, not safetensors, not written by GEM, of another kind
-            or of a newer format; FileNotFoundError if there is none.
-    """
+    """Reads a GEM safetensors file of one kind; a ValueError says why it is none."""
     path = Path(path)
     noun = kind.removeprefix("gem_")
     if path.is_dir():

@@ -35,18 +35,14 @@ _FOLDER = re.compile(r"checkpoint-(\d+)")
 
 @dataclass(kw_only=True)
 class TrainerState:
-    """Progress of a run, as ``trainer_state.json`` shows it.
-
-    ``unlogged_losses`` are those of the steps since the last log entry, so that a resumed run logs
-    the same means; ``settings`` are the flags that say how a step is taken.
-    """
+    """Progress of a run, as ``trainer_state.json`` shows it."""
 
     global_step: int = 0
     max_steps: int = 0
     epoch: float = 0.0
     log_history: list[dict[str, Any]] = field(default_factory=list)
-    unlogged_losses: list[float] = field(default_factory=list)
-    settings: dict[str, Any] = field(default_factory=dict)
+    unlogged_losses: list[float] = field(default_factory=list)  # since the last log entry
+    settings: dict[str, Any] = field(default_factory=dict)  # flags that say how a step is taken
 
     def save(self, folder: Path) -> None:
         """Write ``trainer_state.json`` into a folder, atomically."""
@@ -105,11 +101,7 @@ class Checkpoint:
 
     @classmethod
     def load(cls, folder: Path) -> Checkpoint:
-        """Read a checkpoint folder.
-
-        Raises:
-            ValueError: it is not one, or a file in it is damaged.
-        """
+        """Read a checkpoint folder; a ValueError says what of it is damaged."""
         if not (folder / "optimizer.safetensors").is_file():
             raise ValueError(
                 f"{folder} is not a checkpoint of gem_ds: pass a checkpoint-N folder, or last."

@@ -81,12 +81,7 @@ class Delta:
 
     @classmethod
     def load(cls, path: str | Path) -> Delta:
-        """Reads a delta file.
-
-        Raises:
-            FileNotFoundError: There is no such file.
-            ValueError: It is no delta file, or what it holds is invalid; says which weight.
-        """
+        """Reads a delta file; a ValueError says what of it, or of which weight, is invalid."""
         remedy = "pass the delta.safetensors that launch/train.py wrote"
         with taking_tensors(path, DELTA_KIND, remedy) as (tensors, metadata):
             mask = unpack_mask(tensors, metadata)

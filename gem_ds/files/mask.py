@@ -114,12 +114,7 @@ class Mask:
 
     @classmethod
     def load(cls, path: str | Path) -> Mask:
-        """Reads a mask file.
-
-        Raises:
-            FileNotFoundError: There is no such file.
-            ValueError: It is no mask file, or what it holds is invalid; says which weight.
-        """
+        """Reads a mask file; a ValueError says what of it, or of which weight, is invalid."""
         remedy = "make the mask again with launch/train.py --max_steps 0"
         with taking_tensors(path, MASK_KIND, remedy) as content:
             return unpack_mask(*content)
@@ -151,10 +146,7 @@ class Mask:
         ]
 
     def check_base(self, values: Mapping[str, Tensor], noun: str = "mask") -> None:
-        """Refuses base weights other than those that a mask, or the delta on it, was made for.
-
-        `values` are as for `differing_weights`.
-        """
+        """Refuses other base weights, by values as `differing_weights` takes them."""
         if differing := self.differing_weights(values):
             revision = f" at revision {self.revision}" if self.revision else ""
             raise ValueError(

@@ -81,10 +81,7 @@ def set_labels(config: PretrainedConfig, labels: Sequence[str]) -> None:
 
 
 def _refuse_other_outputs(config: PretrainedConfig, name: str, labels: Sequence[str]) -> None:
-    """Compare number and, where the names are the task's, order of a saved head's outputs.
-
-    The head is trained from where it is, so an output must go on meaning the label that it meant.
-    """
+    """A saved head is trained from where it is, so an output must go on meaning its label."""
     saved = [str(label).lower() for _, label in sorted((config.id2label or {}).items())]
     own = [label.lower() for label in labels]
     if len(saved) != len(own):

@@ -205,10 +205,7 @@ def load_weights(files: ModelFiles, device: torch.device) -> PreTrainedModel:
 
 
 def load_partitioned(files: ModelFiles, deepspeed: Mapping[str, Any]) -> PreTrainedModel:
-    """The model in ZeRO-3 partitions over the ranks, all of which are in this call.
-
-    As `load_weights`, without an adapter; `deepspeed` is what `inference_config` gives.
-    """
+    """As `load_weights`, without an adapter, in ZeRO-3 partitions over the ranks; all call it."""
     from gem_ds.distributed.engine import prepare_inference
     from gem_ds.distributed.weights import partitioned_loading, whole_weights
 

@@ -24,12 +24,9 @@ def has_tokenizer(model: str, revision: str | None = None) -> bool:
 def load_tokenizer(
     model: str, revision: str | None = None, *, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, given its folder or Hub name, which must hold one.
-
-    Without files transformers builds an empty one for a known architecture.
-    """
+    """The tokenizer of a model, given its folder or Hub name, which must hold one."""
     try:
-        if has_tokenizer(model, revision):
+        if has_tokenizer(model, revision):  # else transformers would build an empty one
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 model, revision=revision or "main", trust_remote_code=trust_remote_code
             )
