@@ -4,7 +4,7 @@
     python benchmarks/digests.py                    # run every case, compare
     python benchmarks/digests.py --only resume bf16 --keep /tmp/outputs
 
-The cases are command lines, as a user types them; this file imports nothing of the product, so that
+The cases are command lines, as a user types them, and nothing of the product is imported, so that
 its modules may move. Of what they write each part has a digest of its own (the first 16 digits of a
 SHA-256), so that a difference that was meant can be told from one that was not:
 
@@ -14,13 +14,10 @@ SHA-256), so that a difference that was meant can be told from one that was not:
     Markdown       each section
 
 Lists, and mappings whose values are alike (the weights of a mask), are tables: a key of theirs is
-one column. Metadata of safetensors that is JSON is treated as JSON. What `LEFT_OUT` names is in no
-digest. Commands run in a folder that links to this checkout's, so that no path in their files is of
-this machine.
-
-A comparison prints a line for each part, `same`, `DIFFERS`, `missing` (recorded and not found) or
-`new`, and exits with 1 unless all are the same. Bits depend on the processor and on the libraries;
-where these are not those of the record, the first lines say so.
+one column. Commands run in a folder that links to this checkout's, so that no path in their files
+is of this machine. Bits depend on the processor and the libraries: where these are not those of the
+record, the first lines say so. Then there is a line for each part, `same`, `DIFFERS`, `missing`
+(recorded and not found) or `new`; the exit status is 1 unless all are the same.
 """
 
 from __future__ import annotations
@@ -51,18 +48,15 @@ from transformers import BertConfig, BertModel, BertTokenizer
 REPOSITORY = Path(__file__).resolve().parents[1]
 RECORD = Path(__file__).with_suffix(".json")
 
-#: Keys, columns and files that are in no digest, by the reason.
-LEFT_OUT = {
-    "time": (
-        *("seconds", "tokens_per_second", "seconds_per_step", "calibration_seconds"),
-        *("runtime_seconds", "s per step", "calibration s"),
-    ),
-    "memory of the process, libraries included": ("peak_memory_bytes", "peak memory"),
-    "versions: those that decide bits are recorded": ("versions", "transformers_version"),
-    "peft's, with its version": ("peft_version", "adapter/README.md"),
-    "the base model's": ("exported/tokenizer.json", "model/tokenizer.json"),
+#: Keys, columns and files that are in no digest.
+NAMES_LEFT_OUT = {
+    *("seconds", "tokens_per_second", "seconds_per_step", "calibration_seconds"),  # time
+    *("runtime_seconds", "s per step", "calibration s"),
+    *("peak_memory_bytes", "peak memory"),  # of the process, libraries included
+    *("versions", "transformers_version"),  # those that decide bits are recorded
+    *("peft_version", "adapter/README.md"),
+    *("exported/tokenizer.json", "model/tokenizer.json"),  # the base model's
 }
-NAMES_LEFT_OUT = {name for names in LEFT_OUT.values() for name in names}
 #: Lists that were sets: peft writes them in another order each time.
 UNORDERED = ("target_modules",)
 
@@ -192,13 +186,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.keep and args.keep.exists():
         parser.error(f"--keep {args.keep} exists: name a new folder.")
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    os.environ |= ENVIRONMENT | {"PATH": path}
+    os.environ |= ENVIRONMENT
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     transformers.utils.logging.disable_progress_bar()
     record = json.loads(RECORD.read_text()) if RECORD.exists() else {"machine": {}, "digests": {}}
     here = machine()
-    for fact, value in here.items():
-        if not args.record and value != (recorded := record["machine"].get(fact)):
+    for fact, value in here.items() if not args.record else ():
+        if value != (recorded := record["machine"].get(fact)):
             print(f"{fact} is {value} and the record's is {recorded}: bits may differ")
     digests, counts = record["digests"], Counter[str]()
     with tempfile.TemporaryDirectory() as temporary:
@@ -236,8 +230,7 @@ def run_case(case: str, folder: Path) -> dict[str, str]:
     for path in (path for part in FOLDERS for path in sorted((out / part).glob("*.*"))):
         name = str(path.relative_to(out))
         if path.suffix in FORMATS and name not in NAMES_LEFT_OUT:
-            for part, digest in digests_of(path).items():
-                found[f"{name} {part}"] = digest
+            found |= {f"{name} {part}": digest for part, digest in digests_of(path).items()}
     return found
 
 
@@ -257,11 +250,9 @@ def machine() -> dict[str, str]:
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.exists() else ""
     cpu = re.findall(r"^(?:cpu family|model|model name)\s*: (.+)", text, re.MULTILINE)[:3]
+    processor = ", ".join([*cpu, torch.backends.cpu.get_cpu_capability()])
     packages = ("torch", "transformers", "deepspeed")
-    return {
-        "processor": ", ".join([*cpu, torch.backends.cpu.get_cpu_capability()]),
-        **{package: metadata.version(package) for package in packages},
-    }
+    return {"processor": processor} | {package: metadata.version(package) for package in packages}
 
 
 def free_port() -> int:
@@ -279,13 +270,12 @@ def digests_of(path: Path) -> dict[str, str]:
     if path.suffix == ".safetensors":
         return _of_tensors(path)
     text = path.read_text(encoding="utf-8")
-    if path.suffix == ".json":
-        return _of_values(json.loads(text))
-    if path.suffix == ".jsonl":
-        return _of_values([json.loads(line) for line in text.splitlines()])
+    if path.suffix == ".md":
+        return _of_sections(text)
+    lines = text.splitlines()
     if path.suffix == ".csv":
-        return _of_values(list(csv.DictReader(text.splitlines())))
-    return _of_sections(text)
+        return _of_values(list(csv.DictReader(lines)))
+    return _of_values([*map(json.loads, lines)] if path.suffix == ".jsonl" else json.loads(text))
 
 
 def _of_tensors(path: Path) -> dict[str, str]:
@@ -295,10 +285,7 @@ def _of_tensors(path: Path) -> dict[str, str]:
         digest.update(tensor["data"])
     with safe_open(path, framework="pt") as file:
         fields = file.metadata() or {}
-    parsed = {
-        name: json.loads(text) if text.startswith(("{", "[")) else text
-        for name, text in fields.items()
-    }
+    parsed = {n: json.loads(text) if text[:1] in ("{", "[") else text for n, text in fields.items()}
     of_metadata = {f"metadata {name}": part for name, part in _of_values(parsed).items()}
     return {"tensors": digest.hexdigest()[:16], **of_metadata}
 
@@ -339,11 +326,8 @@ def _of_sections(text: str) -> dict[str, str]:
         else:
             cells = [cell.strip() for cell in line.split("|")]
             header = header or cells
-            line = "|".join(
-                cell
-                for cell, column in zip(cells, header, strict=False)
-                if column not in NAMES_LEFT_OUT
-            )
+            columns = zip(header, cells, strict=False)
+            line = "|".join(cell for name, cell in columns if name not in NAMES_LEFT_OUT)
         sections[title].append(line.rstrip())
     return {title: _digest("\n".join(lines)) for title, lines in sections.items()}
 

@@ -12,9 +12,8 @@ a single one says nothing of others.
 
 A loss is not known by example. Its interval is Student's, over the seeds alone.
 
-A weighting is how often each of n examples was drawn, so that of [b, n] weights a metric has [b]
-values. What is undefined, for instance the correlation with a constant, is 0. The metrics are those
-of data/metrics.py, which computes them of one set of examples.
+The metrics are those of data/metrics.py, here on many weightings of n examples at once: of [b, n]
+weights there are [b] values. What is undefined, as the correlation with a constant, is 0.
 """
 
 from __future__ import annotations
@@ -71,8 +70,7 @@ class Findings:
 def resample_scores(runs: Sequence[Predictions], metric: str) -> np.ndarray:
     """[1 + b] a method's metric, mean over its runs: on the examples, and on each resample.
 
-    The runs are one of each seed, on the same examples. Methods of as many runs, in the same order
-    of seeds, have the same resamples. Raises ValueError where the predictions lack the metric.
+    There is a run of each seed. The resamples are the same for every method of as many runs.
     """
     num_examples = len(runs[0].ids)
     once = np.ones((1, num_examples))
@@ -173,10 +171,7 @@ def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
 
 
 def compare_methods(comparison: Comparison, runs: pd.DataFrame) -> Findings:
-    """The paired bootstrap on one task's finished final runs, over the seeds that both sides have.
-
-    They are lines of the frame that :mod:`gem_ds.comparison.table` makes.
-    """
+    """Of one task's finished final runs, lines of a table of cells; over seeds of both sides."""
     methods = {str(name): own.set_index("seed") for name, own in runs.groupby("method", sort=False)}
     reference = REFERENCE if REFERENCE in methods else next(iter(methods), REFERENCE)
     shared = {

@@ -99,20 +99,17 @@ def training_command(comparison: Comparison, cell: Cell) -> list[str]:
         "output_dir": folder_of(comparison, cell),
         "overwrite_output_dir": True,
     }
-    words = [*comparison.launcher, *program_of(comparison)]
+    words = [*comparison.launcher]
+    if comparison.program is not None:
+        words += [comparison.program]
+    elif Path(PROGRAM).is_file() and Path.cwd() == Path(__file__).resolve().parents[2]:
+        words += [PROGRAM]
+    else:  # outside of a checkout
+        words += ["-m" if comparison.launcher == ("python",) else "--module", MODULE]
     for name, value in (_flags_of(comparison, cell) | own).items():
         if value is not None:
             words += [f"--{name}", *_words(value)]
     return words
-
-
-def program_of(comparison: Comparison) -> tuple[str, ...]:
-    """What comes behind the launcher: outside of a checkout the installed module."""
-    if comparison.program is not None:
-        return (comparison.program,)
-    if Path(PROGRAM).is_file() and Path.cwd() == Path(__file__).resolve().parents[2]:
-        return (PROGRAM,)
-    return ("-m" if comparison.launcher == ("python",) else "--module", MODULE)
 
 
 def evaluation_command(comparison: Comparison, cell: Cell) -> list[str]:
@@ -169,17 +166,16 @@ def _difference(text: str, wanted: dict[str, str]) -> str:
         found = {}
     if not isinstance(found, dict) or not found:
         return "its cell.json is damaged"
+    by_module = rf" (-m|--module) {re.escape(MODULE)} "  # the same program by another name
     for name in wanted | found:
-        # It does not matter by which of its names training was started.
         old, new = (
-            re.sub(rf" (-m|--module) {re.escape(MODULE)} ", f" {PROGRAM} ", commands.get(name, ""))
+            shlex.split(re.sub(by_module, f" {PROGRAM} ", commands.get(name, "")))
             for commands in (found, wanted)
         )
-        before, now = shlex.split(old), shlex.split(new)
-        for was, now_is, flag in zip_longest(before, now, ["", *before], fillvalue=""):
-            if was != now_is:
+        for before, now, flag in zip_longest(old, new, ["", *old], fillvalue=""):
+            if before != now:
                 flag = flag if flag.startswith("--") else name
-                return f"{flag}: {was or 'nothing'}, now {now_is or 'nothing'}"
+                return f"{flag}: {before or 'nothing'}, now {now or 'nothing'}"
     return ""
 
 

@@ -4,12 +4,8 @@
 
     search (development split) -> learning rates -> final runs (test split) -> report
 
-The same command goes on where it was stopped. The file is described at the top of
-gem_ds/comparison/grid.py. In the comparison's output_dir:
-
-    table.md table.csv cells.csv      the numbers, for reading, by task and method, by run
-    score_vs_parameters.png learning_rates.png budget_<task>.png
-    <task>/<method>/<split>/lr<rate>_seed<seed>/    a run: cell.json, log.txt, what it wrote
+The same command goes on where it was stopped. The file is described in grid.py, what is written in
+docs/comparing.md.
 """
 
 from __future__ import annotations
@@ -40,17 +36,9 @@ from gem_ds.train.output_dir import output_dir_of_one_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a comparison; returns 0, or 1 if a run failed.
-
-    Raises:
-        ValueError, OSError: the file, a folder or the launcher is at fault, in one sentence.
-        gem_ds.errors.Interrupted: by a signal.
-    """
-    parser = argparse.ArgumentParser(
-        prog=name_of("compare"),
-        description="Compare fine-tuning methods over tasks, seeds and learning rates.",
-        allow_abbrev=False,
-    )
+    """Run a comparison; returns 0, or 1 if a run failed."""
+    about = "Compare fine-tuning methods over tasks, seeds and learning rates."
+    parser = argparse.ArgumentParser(name_of("compare"), description=about, allow_abbrev=False)
     parser.add_argument("--config", type=Path, required=True, help="YAML file of the comparison.")
     parser.add_argument("--output_dir", type=Path, help="Where everything is written instead.")
     parser.add_argument("--data_dir", type=Path, help="Folder that holds the tasks' data_dirs.")

@@ -12,7 +12,7 @@ from gem_ds.comparison.bootstrap import Findings, Interval, is_loss
 from gem_ds.comparison.cells import Cell, folder_of, rate_text
 from gem_ds.comparison.grid import Comparison
 from gem_ds.comparison.results import LOSS
-from gem_ds.comparison.table import averages, finished, mean_and_std
+from gem_ds.comparison.table import finished, mean_and_std
 
 _INTERVAL = "95 % interval"
 
@@ -41,7 +41,7 @@ def markdown(
         rows = table[table.task == task]
         parts += _score_section(task, rows) + _difference_section(findings[task], rows)
         parts += _rate_section(comparison, rows, cells)
-    parts += _average_section(averages(table, cells), table)
+    parts += _average_section(table, cells)
     lines = [f"* {cell}: {why} (`{folder_of(comparison, cell)}`)" for cell, why in failures.items()]
     parts += ["## Failed runs", "\n".join(lines)] if lines else []
     return "\n\n".join(parts) + "\n"
@@ -66,9 +66,8 @@ class Unit:
 
     def write_range(self, low: float, high: float, *, sign: bool = False) -> str:
         """An interval, if there is one."""
-        if math.isnan(low):
-            return ""
-        return f"{self.write(low, sign=sign)} to {self.write(high, sign=sign)}"
+        ends = self.write(low, sign=sign), self.write(high, sign=sign)
+        return "" if math.isnan(low) else " to ".join(ends)
 
     def write_spread(self, mean: float, std: float) -> str:
         """Mean and standard deviation, if there is one."""
@@ -144,15 +143,10 @@ def _difference_section(found: Findings, rows: pd.DataFrame) -> list[str]:
 
 
 def _interval_table(title: str, unit: Unit, found: Mapping[str, Interval]) -> str:
-    lines = [
-        (
-            method,
-            unit.write(each.value, sign=True),
-            unit.write_range(each.low, each.high, sign=True),
-            "real" if each.is_real else "",
-        )
-        for method, each in found.items()
-    ]
+    lines = []
+    for method, each in found.items():
+        reach = unit.write_range(each.low, each.high, sign=True)
+        lines.append((method, unit.write(each.value, sign=True), reach, "real" * each.is_real))
     return _table(("method", title, _INTERVAL, ""), lines)
 
 
@@ -172,15 +166,18 @@ def _rate_section(comparison: Comparison, rows: pd.DataFrame, cells: pd.DataFram
     return [title, _table(["method"], lines)] if lines else []
 
 
-def _average_section(means: Mapping[str, Sequence[float]], table: pd.DataFrame) -> list[str]:
-    if not means:
+def _average_section(table: pd.DataFrame, cells: pd.DataFrame) -> list[str]:
+    """Mean and deviation over the seeds of the mean over the tasks, where that means something."""
+    if table.task.nunique() < 2 or any(map(is_loss, table.metric)):
         return []
-    unit, lines = Unit("average"), []
-    for method, values in means.items():
-        done = table[(table.method == method) & (table.num_seeds > 0)]
-        share = list(done.num_trainable / done.num_parameters)
-        score = unit.write_spread(*mean_and_std(values)) if values else "failed"
-        lines.append((method, score, _percent(fmean(share)) if share else ""))
+    lines = []
+    for method, own in table.groupby("method", sort=False):
+        runs = cells[(cells.method == method) & (cells.split == "test")]
+        means = (fmean(scores) for _, scores in runs.groupby("seed", sort=False).score)
+        failed = own.num_failed.any()  # somewhere
+        score = "failed" if failed else Unit("average").write_spread(*mean_and_std(means))
+        share = list((own.num_trainable / own.num_parameters)[own.num_seeds > 0])
+        lines.append((str(method), score, _percent(fmean(share)) if share else ""))
     header = ("method", "score (points of 100)", "trained, of all")
     return ["## Average over the tasks", _table(header, lines)]
 

@@ -13,14 +13,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
@@ -35,9 +34,7 @@ from gem_ds.files.atomic import atomic_write
 from gem_ds.files.mask import Mask
 from gem_ds.train.methods import METHODS
 
-#: Colour of all that is written.
 TEXT = "#333333"
-
 COLOURS = (
     *("#D55E00", "#E69F00", "#009E73", "#009E73", "#56B4E9", "#7F7F7F", "#CC79A7", "#000000"),
     *("#7F7F7F", "#0072B2", "#CC79A7", "#56B4E9"),
@@ -58,23 +55,20 @@ class _Counts(EngFormatter):
 
 def write_plots(comparison: Comparison, table: pd.DataFrame, cells: pd.DataFrame) -> None:
     """Write the pictures that there is something to show in."""
-    folder = comparison.output_dir
+    figures = {}
     if any(table.num_seeds > 0):
-        save(score_figure(table), folder / "score_vs_parameters.png")
+        figures["score_vs_parameters"] = score_figure(table)
     if any(cells.score[cells.split == "dev"].notna()):
-        save(rate_figure(comparison, table, cells), folder / "learning_rates.png")
+        figures["learning_rates"] = rate_figure(comparison, table, cells)
     for task in comparison.tasks:
         runs = finished(cells, task, "test").drop_duplicates("method")
         paths = {c.method: folder_of(comparison, c) / "mask.safetensors" for c in runs.cell}
         masks = {method: Mask.load(path) for method, path in paths.items() if path.exists()}
         if masks:
-            save(budget_figure(task, masks), folder / f"budget_{task}.png")
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, atomically."""
-    FigureCanvasAgg(figure)
-    atomic_write(path, lambda temporary: figure.savefig(temporary, format="png", dpi=160))
+            figures[f"budget_{task}"] = budget_figure(task, masks)
+    for name, figure in figures.items():
+        write = partial(figure.savefig, format="png", dpi=160)
+        atomic_write(comparison.output_dir / f"{name}.png", write)
 
 
 def score_figure(table: pd.DataFrame) -> Figure:
@@ -86,8 +80,8 @@ def score_figure(table: pd.DataFrame) -> Figure:
         places = side_by_side(list(done.num_trainable))
         for row, place in zip(done.itertuples(), places, strict=True):
             error = None if math.isnan(row.std) else row.std * unit.factor
-            bar: dict[str, Any] = {"elinewidth": 1.2, "capsize": 2.5, "linestyle": "none"}
-            axes.errorbar(place, row.mean * unit.factor, yerr=error, **bar, **_look(row.method))
+            look = _look(row.method) | {"elinewidth": 1.2, "capsize": 2.5, "linestyle": "none"}
+            axes.errorbar(place, row.mean * unit.factor, yerr=error, **look)
         note = " (equal ones side by side)" if places != list(done.num_trainable) else ""
         _finish(axes, task, f"trained parameters{note}", unit.label)
         if places:
@@ -115,8 +109,13 @@ def rate_figure(comparison: Comparison, table: pd.DataFrame, cells: pd.DataFrame
         _finish(axes, f"{task}, development split", "learning rate", unit.label)
         grids = (comparison.methods[method].learning_rates for method in own.method)
         _span(axes, [rate for grid in grids for rate in grid], margin=1.5)
-        if unit.is_loss and max(seen) > 4 * min(seen) > 0:
-            _scale_by_factors(axes)
+        if unit.is_loss and max(seen) > 4 * min(seen) > 0:  # of a rate that is too large
+            axes.set_yscale("log")
+            low, high = axes.get_ylim()
+            factors = (1, 2, 3, 5) if high < 3e3 * low else (1,)
+            axes.yaxis.set_major_locator(LogLocator(subs=factors))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
     _legend(figure, table, rings=True)
     return figure
 
@@ -151,15 +150,6 @@ def _finish(axes: Axes, title: str, x_label: str, y_label: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#AAAAAA")
     axes.margins(y=0.12)
-
-
-def _scale_by_factors(axes: Axes) -> None:
-    """For a rate that is too large and so ends at many times the loss of the others."""
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5) if high < 3e3 * low else (1,)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _span(axes: Axes, values: Sequence[float], *, margin: float) -> None:
@@ -210,8 +200,7 @@ def budget_figure(task: str, masks: Mapping[str, Mask]) -> Figure:
             grid[spot] = np.nansum([grid[spot], 100 * index.numel() / mask.num_selected])
         grids[method] = grid
     top = max(float(np.nanmax(grid)) for grid in grids.values())
-    lines = math.ceil(len(grids) / 4)
-    columns = math.ceil(len(grids) / lines)
+    columns = math.ceil(len(grids) / (lines := math.ceil(len(grids) / 4)))
     width = max(1.9, 0.62 * len(modules) + 0.5)
     height = max(2.2, min(6.0, 0.32 * len(layers) + 0.6))
     figure = Figure(figsize=(columns * width + 1.5, lines * height + 1.3), layout="constrained")

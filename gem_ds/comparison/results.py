@@ -46,10 +46,7 @@ class Predictions:
 
 
 def read_training(folder: Path) -> Result:
-    """The result of the training program; ValueError where it is absent or not whole.
-
-    Its score is the first of its metrics, or where it has none, as answers are generated, the loss.
-    """
+    """The result of the training program: its first metric, or the loss where it has none."""
     path = folder / RESULTS_FILE
     content = _read_json(path)
     loss, metrics = content.get("last_eval_loss"), content.get("eval_metrics")
@@ -85,8 +82,7 @@ def read_result(comparison: Comparison, cell: Cell) -> Result:
 def read_predictions(comparison: Comparison, cell: Cell) -> Predictions:
     """What a finished run said of each example of its split; ValueError as `read_result`.
 
-    An evaluator's verdicts are averaged over the samples of a problem. A verdict is a truth value,
-    a number, or the word ``passed`` among other words.
+    Verdicts (a truth value, a number, the word ``passed`` or another) are averaged over samples.
     """
     folder, evaluation = folder_of(comparison, cell), evaluation_of(comparison, cell)
     if evaluation is None:

@@ -39,7 +39,7 @@ GRACE = 30.0
 #: Seconds that processes just killed have to go.
 PATIENCE = 3.0
 
-#: What a cell of the search need not keep: its score is all that is wanted of it.
+#: What a cell of the search need not keep.
 WEIGHTS = ("delta.safetensors", "adapter", "model")
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -62,7 +62,7 @@ class Runner:
         """
         for cell in cells:
             refuse_other_commands(self.comparison, cell)
-        waiting = deque(cell for cell in cells if not self.is_finished(cell))
+        waiting = deque(cell for cell in cells if not self.is_whole(cell))
         self.num_done, self.num_all = len(cells) - len(waiting), len(cells)
         if self.num_done:
             print(f"{self.num_done} of {self.num_all} runs are finished already", flush=True)
@@ -99,7 +99,7 @@ class Runner:
             with open(folder / LOG_FILE, "ab") as log:
                 lock(log, folder)
                 if name == "train":
-                    if "evaluate" in commands and self.is_trained(cell):
+                    if "evaluate" in commands and self.is_whole(cell, training_only=True):
                         continue
                     for entry in folder.iterdir():
                         if entry.name != LOG_FILE:
@@ -109,14 +109,14 @@ class Runner:
                 process = self.spawn(shlex.split(command), slot, log)
             yield process
             _signal_group(process, signal.SIGKILL)  # whatever a failed launcher has left behind
-            if process.returncode or not self.is_trained(cell):
+            if process.returncode or not self.is_whole(cell, training_only=True):
                 break
         self.conclude(cell, process.returncode, time.monotonic() - started)
 
     def conclude(self, cell: Cell, status: int, seconds: float) -> None:
         """Note what came of a cell, and delete what it no longer needs."""
         folder = folder_of(self.comparison, cell)
-        if status == 0 and self.is_finished(cell):
+        if status == 0 and self.is_whole(cell):
             result = read_result(self.comparison, cell)
             news = f"{result['metric']} {result['score']:.4g}"
             for path in folder.glob("checkpoint-*"):
@@ -130,16 +130,11 @@ class Runner:
         self.num_done += 1
         print(f"[{self.num_done}/{self.num_all}] {cell}: {news} ({seconds:.0f} s)", flush=True)
 
-    def is_finished(self, cell: Cell) -> bool:
-        """Whether its results are whole."""
+    def is_whole(self, cell: Cell, *, training_only: bool = False) -> bool:
+        """Whether its results, or those of its training alone, are whole."""
         with suppress(ValueError):
-            return bool(read_result(self.comparison, cell))
-        return False
-
-    def is_trained(self, cell: Cell) -> bool:
-        """Whether those of its training are."""
-        with suppress(ValueError):
-            return bool(read_training(folder_of(self.comparison, cell)))
+            read_training(folder_of(self.comparison, cell))
+            return training_only or bool(read_result(self.comparison, cell))
         return False
 
     def spawn(self, command: Sequence[str], slot: int, log: IO[bytes]) -> Process:
@@ -189,10 +184,7 @@ class Runner:
 
 
 def lock(log: IO[bytes], folder: Path) -> None:
-    """Hold the log for as long as anyone has it open, the child that inherits it above all.
-
-    So a process that has outlived its comparison is noticed, and refused.
-    """
+    """Hold the log, with the child that inherits it: if it outlives us, the next one sees it."""
     deadline = time.monotonic() + PATIENCE
     while not try_lock(log):
         if time.monotonic() > deadline:

@@ -1,7 +1,7 @@
 """The numbers of a comparison: a line per run, the rates chosen by them, a line per method.
 
 They are pandas' frames of Python's own values, so that a count stays whole beside one that failed.
-A cell that has not come to its end has no score, which is NaN.
+A cell that has not come to its end has no score, but NaN.
 """
 
 from __future__ import annotations
@@ -64,11 +64,7 @@ def choose_rates(comparison: Comparison, cells: pd.DataFrame) -> Rates:
 
 
 def best_rate(tried: pd.DataFrame) -> float | None:
-    """The rate of the best score; of equal ones that of the least loss, then the smallest.
-
-    Shares of right answers are often equal where nothing has been learnt yet, and losses are not.
-    None where nothing has been tried.
-    """
+    """That of the best aim; of equal ones, as before anything is learnt, of the least loss."""
     badness = tried.aim if any(map(is_loss, tried.aim_name)) else -tried.aim
     return min(zip(badness, tried.loss, tried.learning_rate, strict=True), default=(None,))[-1]
 
@@ -81,14 +77,12 @@ def tabulate(
     for (task, method), rate in rates.items():
         grid = comparison.methods[method].learning_rates
         tried, runs = (finished(cells, task, split, method) for split in ("dev", "test"))
-        mean, std = mean_and_std(runs.score)
         record = {"task": task, "method": method, "metric": next(iter(runs.metric), "")}
-        record |= {"mean": mean, "std": std}
+        record |= zip(("mean", "std"), mean_and_std(runs.score), strict=True)
         if comparison.choose_by == "loss":
-            loss, nothing = interval_over_seeds(runs.loss), interval_over_seeds([])
-            score = findings[task].scores.get(method, nothing)
-            record |= {"low": score.low, "high": score.high, "loss": loss.value}
-            record |= {"loss_std": mean_and_std(runs.loss)[1]}
+            loss, std = interval_over_seeds(runs.loss), mean_and_std(runs.loss)[1]
+            score = findings[task].scores.get(method, interval_over_seeds([]))
+            record |= {"low": score.low, "high": score.high, "loss": loss.value, "loss_std": std}
             record |= {"loss_low": loss.low, "loss_high": loss.high}
         record |= {
             "num_seeds": len(runs),
@@ -109,21 +103,6 @@ def mean_and_std(values: Iterable[float]) -> tuple[float, float]:
     values = list(values)
     mean = fmean(values) if values else math.nan
     return mean, stdev(values) if len(values) > 1 else math.nan
-
-
-def averages(table: pd.DataFrame, cells: pd.DataFrame) -> dict[str, list[float]]:
-    """By method, for each seed the mean over the tasks; empty for a method that failed somewhere.
-
-    Without any method where a task's metric is a loss, or there is one task only.
-    """
-    if table.task.nunique() < 2 or any(map(is_loss, table.metric)):
-        return {}
-    means = {}
-    for method, own in table.groupby("method", sort=False):
-        runs = cells[(cells.method == method) & (cells.split == "test")]
-        by_seed = () if own.num_failed.any() else runs.groupby("seed", sort=False).score
-        means[str(method)] = [fmean(each) for _, each in by_seed]
-    return means
 
 
 def table_csv(table: pd.DataFrame) -> str:

@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 import torch
@@ -54,8 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = train_tokenizer(args.seed)
     model = build_model(tokenizer)
     recent: deque[float] = deque(maxlen=LOG_EVERY)
-    run = pretrain(model, tokenizer, args.seed, args.steps, args.rows, args.learning_rate)
-    for step, loss in enumerate(run, start=1):
+    for step, loss in enumerate(pretrain(model, tokenizer, args), start=1):
         recent.append(loss)
         if step % LOG_EVERY == 0 or step == args.steps:
             seconds = time.monotonic() - started
@@ -122,12 +122,9 @@ def build_model(tokenizer: LlamaTokenizer) -> LlamaForCausalLM:
             intermediate_size=640,
             num_hidden_layers=4,
             num_attention_heads=8,
-            num_key_value_heads=8,
             max_position_embeddings=1024,
             tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            **_special_tokens(tokenizer),
         )
     )
 
@@ -145,13 +142,13 @@ def packed_rows(tokenizer: LlamaTokenizer, seed: int) -> Iterator[list[int]]:
             row += tokens
 
 
+def _special_tokens(tokenizer: LlamaTokenizer) -> dict[str, Any]:
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {name: getattr(tokenizer, name) for name in names}
+
+
 def pretrain(
-    model: LlamaForCausalLM,
-    tokenizer: LlamaTokenizer,
-    seed: int,
-    steps: int,
-    rows: int,
-    learning_rate: float,
+    model: LlamaForCausalLM, tokenizer: LlamaTokenizer, args: argparse.Namespace
 ) -> Iterator[float]:
     """Train `model` in place, one step for every loss (mean over tokens, nats) that is drawn.
 
@@ -161,18 +158,19 @@ def pretrain(
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
-        lr=learning_rate,
+        lr=args.learning_rate,
         betas=(0.9, 0.98),
         fused=True,
     )
-    warmup = max(1, steps // 50)
+    warmup = max(1, args.steps // 50)
+    decay = max(1, args.steps - warmup)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+        optimizer, lambda step: min((step + 1) / warmup, (args.steps - step) / decay)
     )
-    stream = packed_rows(tokenizer, seed)
+    stream = packed_rows(tokenizer, args.seed)
     model.train()
-    for _ in range(steps):
-        batch = [torch.tensor(row) for row in itertools.islice(stream, rows)]
+    for _ in range(args.steps):
+        batch = [torch.tensor(row) for row in itertools.islice(stream, args.rows)]
         input_ids, labels = (  # [rows, longest row]
             pad_sequence(batch, batch_first=True, padding_value=value)
             for value in (tokenizer.pad_token_id, PAD_LABEL)
@@ -192,12 +190,7 @@ def pretrain(
 def save(model: LlamaForCausalLM, tokenizer: LlamaTokenizer, output_dir: Path) -> None:
     """Write the folder that `from_pretrained` reads, in bfloat16."""
     model.bfloat16()
-    model.generation_config = GenerationConfig(
-        do_sample=False,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    model.generation_config = GenerationConfig(do_sample=False, **_special_tokens(tokenizer))
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
 

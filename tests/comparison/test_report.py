@@ -19,9 +19,8 @@ from gem_ds.comparison.bootstrap import compare_methods
 from gem_ds.comparison.cells import Cell, folder_of
 from gem_ds.comparison.grid import Comparison, Evaluation, Method, Task
 from gem_ds.comparison.markdown import Unit, byte_text, markdown
-from gem_ds.comparison.results import COSTS, read_predictions, read_result, read_training
+from gem_ds.comparison.results import COSTS, read_predictions, read_result
 from gem_ds.comparison.table import (
-    averages,
     best_rate,
     cells_csv,
     finished,
@@ -101,30 +100,30 @@ def test_the_best_rate_has_the_best_aim_then_the_least_loss_and_is_the_smallest(
         assert best_rate(tried) == (order[0][-1] if order else None)
 
 
-def test_an_edge_is_the_end_of_a_grid_of_several_rates(tmp_path: Path) -> None:
-    def is_at_edge(rate: float, *rates: float) -> bool:
-        methods = {"gem": Method(learning_rates=rates)}
-        comparison = replace(comparison_in(tmp_path), methods=methods)
-        cells = tabulate_cells(comparison, [])
-        return tabulate(comparison, cells, {("a", "gem"): rate}, {}).is_at_edge[0]
-
-    assert [is_at_edge(rate, 1, 2, 3) for rate in (1, 2, 3)] == [True, False, True]
-    assert not is_at_edge(1, 1)
+@pytest.mark.parametrize(
+    ("rates", "are_at_edge"), [((1.0, 2.0, 3.0), [True, False, True]), ((1.0,), [False])]
+)
+def test_an_edge_is_the_end_of_a_grid_of_several_rates(rates: Any, are_at_edge: list) -> None:
+    methods = {"gem": Method(learning_rates=rates)}
+    comparison = replace(comparison_in(Path("out")), methods=methods)
+    cells = tabulate_cells(comparison, [])
+    tables = [tabulate(comparison, cells, {("a", "gem"): rate}, {}) for rate in rates]
+    assert [table.is_at_edge[0] for table in tables] == are_at_edge
 
 
 def test_an_average_is_over_tasks_within_each_seed(tmp_path: Path) -> None:
     comparison = comparison_in(tmp_path, a=Task(), b=Task())
     scores = {"gem": {"a": (0.2, 0.4), "b": (0.4, 0.8)}, "full": {"a": (0.5,), "b": (0.5, 0.5)}}
-    for method, by_task in scores.items():
-        for task, own in by_task.items():
-            for seed, score in enumerate(own, start=1):
-                save_run(comparison, cell_of(task, method, seed), "accuracy", score)
-    made = report(comparison, [cell_of(t, m, s) for m in scores for t in "ab" for s in (1, 2)])
-    found = averages(made.table, made.cells)
-    assert found["gem"] == pytest.approx([0.3, 0.6])
-    assert found["full"] == []  # one of its runs is missing
-    assert averages(made.table[made.table.task == "a"], made.cells) == {}
-    assert averages(made.table.assign(metric="eval_loss"), made.cells) == {}
+    cells = [cell_of(t, m, s) for m in scores for t in "ab" for s in (1, 2)]
+    for metric in ("accuracy", "eval_loss"):
+        for cell in cells:
+            for score in scores[cell.method][cell.task][cell.seed - 1 : cell.seed]:
+                save_run(comparison, cell, metric, score)
+        # Seed by seed 0.3 and 0.6, a deviation of 0.3 / sqrt(2); one run of full is missing.
+        lines = "| gem | 45.0 ± 21.2 | 100 % |\n| full | failed | 100 % |\n"
+        assert (lines in report(comparison, cells).text) == (metric == "accuracy")
+        alone = replace(comparison, tasks={"a": Task()})
+        assert "Average" not in report(alone, [cell for cell in cells if cell.task == "a"]).text
     mean, std = mean_and_std([0.3, 0.6])
     assert (mean, std) == pytest.approx((0.45, 0.3 / math.sqrt(2)))
     assert math.isnan(mean_and_std([1.0])[1])
@@ -192,38 +191,30 @@ def test_losses_stand_beside_scores_where_rates_are_chosen_by_them(tmp_path: Pat
         assert text in made.text
 
 
-def test_a_run_without_the_loss_that_rates_are_chosen_by_is_not_whole(tmp_path: Path) -> None:
+def test_results_that_lack_something_are_not_whole(tmp_path: Path) -> None:
     comparison, cell = comparison_in(tmp_path), cell_of("a", "gem", 1)
-    save_run(comparison, cell, "accuracy", 0.5, math.nan)
-    assert read_result(comparison, cell)["score"] == 0.5
-    with pytest.raises(ValueError, match="has no number last_eval_loss"):
-        read_result(replace(comparison, choose_by="loss"), cell)
-
-
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        ({"eval_metrics": {}}, "has neither eval_metrics nor last_eval_loss"),
+    path = save_run(comparison, cell, "accuracy", 0.5) / "all_results.json"
+    whole = json.loads(path.read_text())
+    for change, sentence in (
         ({"eval_metrics": {}, "last_eval_loss": math.nan}, "has no number eval_loss"),
         ({"num_trainable": None}, "has no number num_trainable"),
         ({"eval_metrics": {"accuracy": math.nan}}, "has no number accuracy"),
-    ],
-)
-def test_results_that_lack_something_are_not_whole(
-    tmp_path: Path, change: dict, sentence: str
-) -> None:
-    content = dict.fromkeys(COSTS, 1) | {"eval_metrics": {"accuracy": 0.5, "f1": 0.1}}
-
-    def read(change: dict) -> tuple[str, float]:
-        (tmp_path / "all_results.json").write_text(json.dumps(content | change))
-        found = read_training(tmp_path)
-        return found["metric"], found["score"]
-
-    losses = {"first_eval_loss": 3.0, "last_eval_loss": 2.0}
-    assert read({}) == read(losses) == ("accuracy", 0.5)
-    assert read(losses | {"eval_metrics": {}}) == ("eval_loss", 2.0)
-    with pytest.raises(ValueError, match=sentence):
-        read(change)
+        ({"last_eval_loss": math.nan}, "has no number last_eval_loss"),
+    ):
+        path.write_text(json.dumps(whole | change))
+        with pytest.raises(ValueError, match=sentence):
+            read_result(replace(comparison, choose_by="loss"), cell)
+    assert read_result(comparison, cell)["score"] == 0.5  # whose loss is not asked for
+    path.write_text(json.dumps(whole | {"eval_metrics": {}}))
+    result = read_result(comparison, cell)
+    assert (result["metric"], result["score"]) == ("eval_loss", 1.0)
+    del whole["last_eval_loss"]
+    path.write_text(json.dumps(whole | {"eval_metrics": {"f1": 0.1, "accuracy": 0.5}}))
+    result = read_result(comparison, cell)
+    assert (result["metric"], result["score"]) == ("f1", 0.1)
+    path.write_text(json.dumps(whole | {"eval_metrics": {}}))
+    with pytest.raises(ValueError, match="has neither eval_metrics nor last_eval_loss"):
+        read_result(comparison, cell)
 
 
 def test_verdicts_are_averaged_over_the_samples_of_a_problem(tmp_path: Path) -> None:
