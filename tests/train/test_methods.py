@@ -148,11 +148,12 @@ def test_every_method_trains(tiny: Tiny, results, name: str, method: str) -> Non
 
 
 def test_sparse_methods_choose_differently(tiny: Tiny, results) -> None:
-    chosen = set()
-    for method in SPARSE_METHODS:
+    """All but random_shira, which is random where all matrices have the same shape."""
+    methods, chosen = set(SPARSE_METHODS) - {"random_shira"}, set()
+    for method in methods:
         indices = _delta(tiny.folder / f"{method}_bert").mask.indices
         chosen.add(str({name: index.tolist() for name, index in indices.items()}))
-    assert len(chosen) == len(SPARSE_METHODS)
+    assert len(chosen) == len(methods)
 
 
 @pytest.mark.parametrize(
