@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,29 @@ import pytest
 from torch import Tensor
 from transformers import LlamaConfig
 
+from gem_ds.evaluate.generation import GenerationSettings
+from gem_ds.evaluate.model import SamplingArguments
 from gem_ds.evaluate.samples import Sample
+from gem_ds.evaluate.sampling import sample_all
 from gem_ds.files.delta import Delta
 from gem_ds.files.mask import Mask, WeightInfo, checksum, dtype_name
+
+#: By what refuses: what is passed, and words of the sentence.
+REFUSED = tomllib.loads((Path(__file__).parent / "evaluate" / "refused.toml").read_text())
+
+DRAWN = GenerationSettings(
+    max_new_tokens=9, stop_strings=("zz",), temperature=1.2, top_p=0.9, seed=1
+)
+
+
+def draw(
+    model: Path, output_dir: Path, prompts: Mapping[str, str], num_samples: int, /, **options: Any
+) -> list[Sample] | None:
+    """Samples of prompts, in fp32 and batches of four where the options say nothing else."""
+    options = {"batch_size": 4, "dtype": "float32", "disable_tqdm": True} | options
+    settings = options.pop("settings", DRAWN)
+    options = {"model_name_or_path": str(model), "output_dir": str(output_dir)} | options
+    return sample_all(SamplingArguments(**options), prompts, settings, num_samples=num_samples)
 
 
 def make_sample(task_id: str, number: int = 0, completion: str = "", **changes: Any) -> Sample:

@@ -2,6 +2,8 @@
 
 import json
 import re
+import tomllib
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -9,40 +11,12 @@ from hypothesis import strategies as st
 
 from gem_ds.evaluate.exact_match import Match, compare, summary, tally
 
-# output, reference, then whether it is right: strict-match, flexible-extract, numeric
-TABLE = [
-    ("23-11=12\n23+12=35\n#### 35", "35", True, True, True),
-    ("It is 35.", "35", False, True, True),
-    ("#### 35.", "35", True, True, True),
-    ("####35", "35", False, True, True),  # the harness wants the space
-    ("#### 34\nNo, wait.\n#### 35", "35", False, True, True),  # the harness takes the first
-    ("#### 35\nIt took 12 hours.", "35", True, False, True),
-    ("#### 1,234", "1234", True, True, True),
-    ("#### 1234", "1,234", True, True, True),
-    ("#### $1,234", "1234", False, True, True),  # a dollar sign is not in the strict pattern
-    ("It costs $1,234.50 in all.", "1234.5", False, False, True),
-    ("#### 29.00", "29", False, False, True),
-    ("#### 29.", "29", True, True, True),
-    ("#### -5", "-5", True, True, True),
-    ("#### \N{MINUS SIGN}5", "-5", False, False, True),
-    ("#### 5", "-5", False, False, False),
-    ("That is 3/4 of it.", "0.75", False, False, True),
-    ("The answer is 7", "7", False, True, True),
-    ("The answer is 7.", "7", False, True, True),
-    ("#### 35 apples in 2 boxes", "35", True, False, True),
-    ("#### 50%", "50", True, True, True),
-    ("#### 350", "35", False, False, False),
-    ("#### 3.5", "35", False, False, False),
-    ("#### thirty-five", "35", False, False, False),
-    ("", "35", False, False, False),
-    ("####", "35", False, False, False),
-    ("#### 5/0", "5", True, False, False),
-    ("#### 35\n\nQuestion: 4+4?\nAnswer: 8\n#### 8", "35", True, False, True),
-]
+TABLE = tomllib.loads(Path(__file__).with_name("exact_match.toml").read_text("utf-8"))["table"]
 
 
-@pytest.mark.parametrize(("output", "reference", "strict", "flexible", "numeric"), TABLE)
-def test_verdicts_on_a_table(output, reference, strict, flexible, numeric):
+@pytest.mark.parametrize(("output", "reference", "rules"), TABLE)
+def test_verdicts_on_a_table(output, reference, rules):
+    strict, flexible, numeric = (rule in rules for rule in "sfn")
     expected = Match(strict_match=strict, flexible_extract=flexible, numeric=numeric)
     assert compare(output, reference) == expected
     assert compare(output, f" 1+1=<<1+1=2>>2, then\n#### {reference}") == expected

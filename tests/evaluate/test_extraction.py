@@ -19,6 +19,7 @@ PI = "def area(r):\n    return math.pi * r * r"
 TEXTS = {"{ADD}": ADD, "{WRONG}": "def add(a, b):\n    return a - b", "{USE}": "print(add(1, 2))"}
 with Path(__file__).with_name("extracted.toml").open("rb") as file:
     TABLE = tomllib.load(file)
+WRAPPERS, LONG = TABLE.pop("wrappers"), TABLE.pop("long")
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -42,17 +43,6 @@ def test_without_an_entry_point_any_definition_will_do():
     assert extract_program("x = 1") == "x = 1"
     half_a_character = "def add():\n    return '\ud800'"
     assert extract_program(half_a_character, "add") == half_a_character
-
-
-WRAPPERS = {
-    "as it is": "{}",
-    "marks": "Of course.\n[BEGIN]\n{}\n[DONE]\nI hope this helps!",
-    "fence": "Here is the function:\n\n```python\n{}\n```\n\nIt passes the tests.",
-    "fence between marks": "[BEGIN]\n```\n{}\n```\n[DONE]",
-    "open fence": "```python\n{}\n",
-    "conversation": "Here is the function.\n\n{}\n\nThis passes the tests.",
-    "use": "```python\n{}\n```\nFor example:\n```python\nprint('some use of it')\n```",
-}
 
 
 @pytest.mark.parametrize("sanitized", [False, True])
@@ -91,24 +81,8 @@ def test_no_text_makes_it_fail_and_a_program_is_a_part_of_the_text(text):
             assert line.strip() in text
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "(" * 100_000,
-        "-" * 100_000 + "1",
-        "1" + "+1" * 50_000,
-        "x" + ".a" * 25_000,
-        "9" * 100_000,
-        "def f():\n    pass\n" * 1_500,
-        "def f(:\n" * 5_000,
-        "if a:\n" * 3_000,
-        "```" * 20_000,
-        "```\nx = 1\n" * 2_000,
-        "[BEGIN]" * 20_000,
-    ],
-    ids=range(11),
-)
-def test_long_and_deep_texts_take_no_long_time(text):
-    start = time.perf_counter()
-    extract_program(text, "add")
-    assert time.perf_counter() - start < 10
+@pytest.mark.parametrize(("start", "unit", "times", "end"), LONG, ids=str)
+def test_long_and_deep_texts_take_no_long_time(start, unit, times, end):
+    begun = time.perf_counter()
+    extract_program(start + unit * times + end, "add")
+    assert time.perf_counter() - begun < 10

@@ -165,10 +165,6 @@ def test_sampling_settings_of_the_model_are_ignored_and_kept():
     assert model.generation_config is own
 
 
-def test_no_prompts_no_completions():
-    assert complete(tiny_model("llama"), byte_level(), []) == []
-
-
 class Scripted(LlamaForCausalLM):
     """Writes after a prompt what is laid down for the prompt's last token, then the token `rest`.
 
@@ -300,11 +296,6 @@ def save_base(folder, dtype=torch.float32):
     return model
 
 
-def save_moved(path, model):
-    name = "model.layers.1.self_attn.q_proj.weight"
-    return save_delta(path, model, {name: (torch.tensor([3, 200]), torch.tensor([7.0, -0.1]))})
-
-
 def load_model(folder, *, delta_path=None, dtype="auto"):
     return load_weights(open_model(str(folder), delta_path=delta_path, dtype=dtype), CPU)
 
@@ -313,7 +304,9 @@ def load_model(folder, *, delta_path=None, dtype="auto"):
 def test_a_loaded_model_is_base_plus_delta_in_the_dtype_of_the_delta(tmp_path, dtype):
     """The files stay fp32: a delta that was trained in bf16 must bring its dtype along."""
     base = save_base(tmp_path / "base").to(getattr(torch, dtype))
-    delta = save_moved(tmp_path / "delta.safetensors", base)
+    name = "model.layers.1.self_attn.q_proj.weight"
+    moved = {name: (torch.tensor([3, 200]), torch.tensor([7.0, -0.1]))}
+    delta = save_delta(tmp_path / "delta.safetensors", base, moved)
     expected = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     for name, values in delta.values.items():
         expected[name].view(-1)[delta.mask.indices[name].long()] = values
@@ -331,17 +324,9 @@ def test_without_a_delta_the_dtype_is_that_of_the_files_or_as_told(tmp_path):
         assert load_model(tmp_path, dtype=dtype).dtype == expected
 
 
-def test_what_cannot_be_loaded_is_refused_in_one_sentence(tmp_path):
-    """What needs no weights is told in test_sampling.py."""
-    base, delta = save_base(tmp_path), tmp_path / "delta.safetensors"
-    other = tiny_model("llama")
-    other.model.layers[1].self_attn.q_proj.weight.data.add_(1.0)
-    save_moved(delta, other)
-    assert "base" in refusal(load_model, tmp_path, delta_path=delta)
-    state = base.state_dict()
-    del state["model.layers.0.mlp.up_proj.weight"]
-    base.save_pretrained(tmp_path, state_dict=state)
-    assert "lacks 1 of the weights" in refusal(load_model, tmp_path)
+def test_damaged_weights_are_refused_in_one_sentence(tmp_path):
+    """All else that cannot be loaded is told in test_sampling.py and test_classification.py."""
+    save_base(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     assert "cannot be loaded" in refusal(load_model, tmp_path)

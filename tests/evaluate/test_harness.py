@@ -1,4 +1,4 @@
-"""GSM8K against lm-evaluation-harness: its own filters, metric and sampler on the same outputs.
+"""GSM8K against lm-evaluation-harness: its own filters and metric on the same outputs.
 
 They skip where it is not installed (the extra `peers` brings it), but for the last, which holds
 what the harness made.
@@ -15,13 +15,10 @@ from gem_ds.evaluate import gsm8k
 from gem_ds.evaluate.exact_match import compare
 from tests.evaluate.test_final_answer import TABLE
 
-#: The filters of the harness's task file gsm8k.yaml, version 3.0.
+#: The filters of the harness's task file gsm8k.yaml, version 3.0, before `take_first`.
 FILTERS = {
-    "strict-match": [("regex", {"regex_pattern": r"#### (\-?[0-9\.\,]+)"}), ("take_first", None)],
-    "flexible-extract": [
-        ("regex", {"group_select": -1, "regex_pattern": r"(-?[$0-9.,]{2,})|(-?[0-9]+)"}),
-        ("take_first", None),
-    ],
+    "strict-match": {"regex_pattern": r"#### (\-?[0-9\.\,]+)"},
+    "flexible-extract": {"group_select": -1, "regex_pattern": r"(-?[$0-9.,]{2,})|(-?[0-9]+)"},
 }
 IGNORED = [",", r"\$", "(?s).*#### ", r"\.$"]
 
@@ -40,12 +37,12 @@ def harness():
 
     def judge(outputs, answers):
         verdicts = {}
-        for name, steps in FILTERS.items():
+        for name, pattern in FILTERS.items():
             instances = [
                 Instance("generate_until", {}, ("", {}), i, metadata=("gsm8k", i, 1), resps=[text])
                 for i, text in enumerate(outputs)
             ]
-            build_filter_ensemble(name, steps).apply(instances)
+            build_filter_ensemble(name, [("regex", pattern), ("take_first", None)]).apply(instances)
             verdicts[name] = [
                 bool(
                     metrics.exact_match_fn(
@@ -77,14 +74,6 @@ def test_the_table_of_tricky_outputs_is_judged_as_the_harness_does(harness):
         check(harness, outputs, [f"1+1=<<1+1=2>>2\n#### {reference}"] * len(outputs))
 
 
-def test_real_answers_are_judged_as_the_harness_does(harness, gem_data_dir):
-    """On themselves, and on their neighbours'."""
-    lines = (gem_data_dir / "gsm8k" / "test.jsonl").read_text(encoding="utf-8").splitlines()
-    answers = [json.loads(line)["answer"] for line in lines]
-    check(harness, answers, answers)
-    check(harness, answers[1:], answers[:-1])
-
-
 def test_any_text_is_judged_as_the_harness_does(harness):
     @settings(max_examples=400, deadline=None)
     @given(output=st.text("#$0125-., \n%/é{", max_size=30), answer=st.text("015.,-$ #", max_size=6))
@@ -92,17 +81,6 @@ def test_any_text_is_judged_as_the_harness_does(harness):
         check(harness, [output.replace("{", "#### ")], [f"so\n#### {answer}"])
 
     agree()
-
-
-def test_worked_problems_are_those_that_the_harness_draws(gem_data_dir):
-    samplers = pytest.importorskip("lm_eval.api.samplers", reason="lm-eval is not installed")
-    problems = gsm8k.load(str(gem_data_dir / "gsm8k"), limit=50)
-    sampler = samplers.ContextSampler(problems.train, rnd=1234)
-    for (task_id, prompt), example in zip(
-        gsm8k.prompts_of(problems, 5).items(), problems.test.values(), strict=True
-    ):
-        shots = [f"{shot.prompt}{shot.target}" for shot in sampler.sample(5)]
-        assert prompt == "\n\n".join([*shots, example.prompt]), task_id
 
 
 def test_five_shot_prompts_are_the_harness_s_to_the_byte(gem_data_dir):

@@ -16,7 +16,6 @@ from gem_ds.evaluate.mbpp import (
     Mbpp,
     MbppArguments,
     entry_point_of,
-    few_shot_prompt,
     header_of,
     load,
     template_prompt,
@@ -85,19 +84,6 @@ def test_three_shot_prompts_are_the_harness_own(gem_data_dir):
     shots = [ask(**row) + task["target_delimiter"] + answer(**row) for row in listed]
     for name, p in asked.problems.items():
         assert prompts[name] == "\n\n".join([*shots, ask(**rows[p.task_id])])
-
-
-def test_limit_takes_the_first_problems_of_a_split(gem_data_dir):
-    two = load(gem_data_dir / "mbpp", 2, MbppArguments())
-    assert list(two.problems) == ["mbpp/11", "mbpp/12"]
-    assert len(load(gem_data_dir / "mbpp", 10**6, MbppArguments(split="validation")).problems) == 90
-
-
-def test_a_dataset_without_the_shots_is_refused():
-    lacking = benchmark(problem(), problem(task_id=2))
-    with pytest.raises(ValueError, match=r"x lacks problem 3, .* or --num_fewshot 0"):
-        lacking.prompts(3)
-    assert lacking.prompts(0) == {"mbpp/11": few_shot_prompt(problem(), [])}
 
 
 def test_every_problem_has_an_entry_point_that_its_tests_call(whole):

@@ -4,7 +4,9 @@ A reference that fails there is a right program counted as wrong, a forgery that
 one counted as right: together they bound what the sandbox can do to a score.
 """
 
+import tomllib
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 
@@ -23,24 +25,8 @@ IN_JAIL = {
     "mbpp/927": "the setup builds trees of the solution's class Node",
 }
 
-#: What passes where tests run beside the program: its result claims to equal whatever it meets.
-FORGERY = """
-class Everything(float):
-    def __eq__(self, other): return True
-    def __ne__(self, other): return False
-    def __hash__(self): return 0
-    def __bool__(self): return True
-    def __getattr__(self, name): return self
-    def __call__(self, *args, **kwargs): return self
-    def __iter__(self): return iter([self])
-    def __len__(self): return 1
-    def __getitem__(self, index): return self
-    __lt__ = __le__ = __gt__ = __ge__ = __contains__ = __eq__
-    __sub__ = __add__ = __abs__ = lambda self, *args: self
-
-def {name}(*args, **kwargs):
-    return Everything()
-"""
+#: Passes where tests run beside the program.
+FORGERY = tomllib.loads(Path(__file__).with_name("stand_ins.toml").read_text())["forgery"]
 
 
 def all_problems(gem_data_dir, *, sanitized: bool) -> Mbpp:

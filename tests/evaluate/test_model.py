@@ -7,28 +7,15 @@ from gem_ds.evaluate import model
 from gem_ds.evaluate.evaluator import sha256_of_texts
 from gem_ds.evaluate.model import SamplingArguments, check_arguments, model_fingerprint
 from tests.tiny import DS_CONFIGS
+from tests.tiny_evaluation import REFUSED, refusal
 
-ZERO3 = str(DS_CONFIGS / "zero3.json")
 
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"limit": 0}, "--limit must be at least 1, not 0"),
-        ({"batch_size": 0}, "--batch_size must be at least 1, not 0"),
-        ({"output_dir": __file__}, "is a file"),
-        ({"delta": "d", "adapter": "a"}, "Pass --delta or --adapter, not both"),
-        ({"adapter": "a", "deepspeed": ZERO3}, "whole on each rank: leave --deepspeed out"),
-        ({"backend": "vllm", "delta": "d"}, "--backend vllm takes no --delta: write the model"),
-        ({"backend": "vllm", "adapter": "a"}, "--backend vllm takes no --adapter: merge it"),
-        ({"deepspeed": "nowhere.json"}, "--deepspeed nowhere.json cannot be read"),
-        ({"backend": "vllm", "deepspeed": ZERO3}, "start it with plain python"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "message"), REFUSED["model_arguments"])
 def test_flags_that_cannot_be_are_refused(tmp_path, changes, message):
     options = {"model_name_or_path": "m", "output_dir": str(tmp_path)} | changes
-    with pytest.raises(ValueError, match=message):
-        check_arguments(SamplingArguments(**options))
+    given = {"{zero3}": str(DS_CONFIGS / "zero3.json"), "{file}": __file__}
+    arguments = {name: given.get(value, value) for name, value in options.items()}
+    assert message in refusal(check_arguments, SamplingArguments(**arguments))
 
 
 @pytest.fixture

@@ -4,15 +4,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-import torch
 
 from gem_ds.data.tasks.mbpp import load_problems
 from gem_ds.evaluate import passk, score
-from gem_ds.evaluate.sandbox import SandboxUnavailableError
+from gem_ds.evaluate.sandbox import Program, SandboxUnavailableError, Verdict
 from launch.demo import programs
-from tests.tiny_evaluation import refusal, rows_of
+from tests.tiny_evaluation import REFUSED, make_sample, refusal, rows_of
+from tests.tiny_model import one_rank
 
 DEMO = Path(programs.__file__).parent
 HEADER = ("--prompt_template", "{header}")
@@ -41,10 +42,8 @@ def by_hand(program: str, tests: tuple[str, ...]) -> str:
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
     """More are no faster on so small a model, and wait for each other on a busy machine."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
+    with one_rank():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -99,27 +98,23 @@ def test_scoring_again_gives_the_same_files(finished, tmp_path):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
 
 
-def test_a_run_that_was_stopped_goes_on_and_gives_the_same_files(finished, tmp_path):
-    folder, _ = finished
-    whole = (folder / "samples.jsonl").read_bytes()
-    (tmp_path / "samples.jsonl").write_bytes(whole[: len(whole) // 2])
-    passk.main(flags(tmp_path, *WHOLE))
-    for name in FILES:
-        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+def test_equal_programs_of_one_problem_are_run_once():
+    def judge(programs):
+        for job in programs:
+            jobs.append(job)
+            yield Verdict(job.program, "box", f"by {job.tests[0]}", job.program == "timeout")
 
-
-def test_old_verdicts_do_not_outlive_their_samples(tmp_path, monkeypatch, sandbox):
-    """A run that is stopped now must not leave the results of another one beside its samples."""
-    for name in ("verdicts.jsonl", "results.json"):
-        (tmp_path / name).write_text("old")
-
-    def stopped(*_, **__):
-        raise OSError("stopped")
-
-    monkeypatch.setattr(passk, "verdicts_of", stopped)
-    with pytest.raises(OSError, match="stopped"):
-        passk.main(flags(tmp_path, "--n", "1", "--temperature", "0", "--limit", "1", *HEADER))
-    assert [path.name for path in tmp_path.iterdir()] == ["samples.jsonl"]
+    jobs = []
+    texts = [("a", 0, "passed"), ("a", 1, "timeout"), ("a", 2, "passed"), ("b", 0, "passed")]
+    benchmark = SimpleNamespace(program=lambda task_id, text: Program(text, (task_id,)))
+    limits = {"timeout": 1.5, "memory_mb": 64}
+    samples = [make_sample(*text) for text in texts]
+    entries = passk.verdicts_of(samples, benchmark, SimpleNamespace(check_all=judge), limits)
+    distinct = [("passed", "a"), ("timeout", "a"), ("passed", "b")]
+    assert jobs == [Program(text, (task_id,), **limits) for text, task_id in distinct]
+    assert [(e["task_id"], e["sample"], e["status"]) for e in entries] == texts
+    told = {"status": "timeout", "detail": "by a", "in_jail": True, "program": "timeout"}
+    assert entries[1] == {"task_id": "a", "sample": 1, **told}
 
 
 def test_without_k_it_is_what_the_samples_allow(tmp_path, capsys, sandbox):
@@ -140,30 +135,7 @@ def no_model(monkeypatch):
     monkeypatch.setattr(passk, "sample_all", sample_all)
 
 
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        ("--n 9 --k 10", "pass@10 needs at least 10 samples of a problem and --n is 9"),
-        ("--n 2 --k 1 3", "pass@3 needs at least 3 samples of a problem and --n is 2"),
-        ("--n 0", "--n must be at least 1, not 0"),
-        ("--k 0", "--k must be at least 1, not 0"),
-        ("--temperature 0", "--temperature 0 is greedy, and 10 samples would be the same one"),
-        ("--top_p 0", "--top_p must be"),
-        ("--timeout 0", "timeout must be a positive number of seconds, not 0.0"),
-        ("--memory_mb 0", "memory_mb must be at least 64"),
-        ("--num_workers 0", "--num_workers must be at least 1, not 0"),
-        ("--num_fewshot 2", "--num_fewshot must be 0 or 3, not 2"),
-        (
-            "--num_fewshot 0 --prompt_template {header}",
-            "--num_fewshot has no meaning with --prompt_template",
-        ),
-        ("--prompt_template x", "--prompt_template names none of {text}, {tests} and"),
-        ("", "mbpp.jsonl lacks problem 2, "),
-        ("--split train", "no problem of the train split (ids 601 to 974)"),
-        ("--sanitized", "sanitized-mbpp.json: check the path"),
-        ("--data_dir nowhere", "There is no file nowhere/mbpp.jsonl"),
-    ],
-)
+@pytest.mark.parametrize(("more", "message"), REFUSED["passk"])
 def test_bad_flags_are_refused_in_one_sentence_before_a_model_is_loaded(
     no_model, tmp_path, more, message
 ):

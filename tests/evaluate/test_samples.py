@@ -7,7 +7,7 @@ import pytest
 
 from gem_ds.evaluate.generation import Completion, Request
 from gem_ds.evaluate.samples import SampleLog, read_samples
-from tests.tiny_evaluation import make_sample, refusal
+from tests.tiny_evaluation import REFUSED, make_sample, refusal
 
 SETTINGS = {"model": "m", "seed": 0, "stop_strings": ["x"]}
 TEXT = " é\n\u2028 1"
@@ -39,27 +39,9 @@ def test_a_problem_without_samples_may_be_allowed(path):
     assert [sample.key for sample in found] == [("a", 0), ("a", 1), ("b", 0)]
 
 
-@pytest.mark.parametrize(
-    ("lines", "message"),
-    [
-        ([line("a"), line("b"), line("a")], "line 3: sample 0 of 'a' stands in line 1 already"),
-        ([line("a")], "lacks 1 of 2 samples, for example sample 0 of 'b'"),
-        ([line("a"), line("a", 1), line("b")], "lacks 1 of 4 samples, for example sample 1 of 'b'"),
-        ([line("a"), line("b", 10**12)], "for example sample 1 of 'a'"),
-        ([line("a"), line("b"), line("c")], "samples of 'c', which is no problem of this task"),
-        ([line("a"), line("b", -1)], "line 2: the field 'sample' must be there and be a whole"),
-        ([line("a"), line("b", True)], "line 2: the field 'sample'"),
-        ([line("a"), line("b", num_tokens="3")], "line 2: the field 'num_tokens'"),
-        ([line("a"), line("b", completion=None)], "line 2: the field 'completion' must be a str"),
-        ([line("a"), line("b", settings=[])], "line 2: the field 'settings' must be there"),
-        ([line("a"), {"task_id": "b"}], "line 2: there is no field 'prompt'"),
-        ([line("a"), [1]], "line 2: each line must be a JSON object, not a list"),
-        ([line("a"), line("b", settings={})], "mixes runs: sample 0 of 'b' was drawn with other"),
-        ([], "samples.jsonl is empty"),
-    ],
-)
-def test_a_file_that_cannot_be_scored_is_refused_in_one_sentence(path, lines, message):
-    write(path, *lines)
+@pytest.mark.parametrize(("changes", "message"), REFUSED["samples"])
+def test_a_file_that_cannot_be_scored_is_refused_in_one_sentence(path, changes, message):
+    write(path, *(line() | change for change in changes))
     told = refusal(read_samples, path, ["a", "b"])
     assert message in told
     assert "samples.jsonl" in told
@@ -69,13 +51,14 @@ def test_a_file_that_cannot_be_scored_is_refused_in_one_sentence(path, lines, me
     ("content", "message"),
     [
         (b'{"task_id": "a", "sam', "line 2: this is not JSON"),
+        (b'{"task_id": "b"}', "line 2: there is no field 'prompt'"),
+        (b"[1]", "line 2: each line must be a JSON object, not a list"),
         (b'{"task_id": "a", "sample": ' + b"1" * 5000 + b"}\n", "line 2: this JSON has a number"),
         (b"[" * 100_000 + b"\n", "line 2: this JSON has"),
     ],
-    ids=range(3),
+    ids=range(5),
 )
 def test_a_line_that_is_cut_off_or_damaged_is_named_and_a_missing_file(path, content, message):
-    """What else a line may be is told in the tests of the data."""
     assert "There is no file" in refusal(read_samples, path, ["a"])
     write(path, line("b"))
     path.write_bytes(path.read_bytes() + content)
@@ -139,18 +122,7 @@ def test_a_run_that_is_begun_anew_leaves_the_old_file_until_it_has_a_sample(path
     assert path.read_text().count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"settings": SETTINGS | {"seed": 5}}, "line 1: the folder holds another run, with seed 0"),
-        ({"settings": SETTINGS | {"model": "n"}}, 'with model "m" and not "n"'),
-        ({"settings": SETTINGS | {"top_p": 0.5}}, "with top_p null and not 0.5"),
-        ({"settings": {"model": "m", "seed": 0}}, 'with stop_strings ["x"] and not null'),
-        ({"num_samples": 1}, "line 2: the folder holds another run, with sample 1 of 'a'"),
-        ({"prompts": {"a": "prompt of a"}}, "line 3: the folder holds another run, with sample 0"),
-        ({"prompts": PROMPTS | {"c": "other"}}, "line 5: the folder holds another run, with anoth"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "message"), REFUSED["samples_of_another_run"])
 def test_the_samples_of_another_run_are_refused_and_kept(path, whole, changes, message):
     path.write_bytes(whole)
     told = refusal(open_log, path, **changes)

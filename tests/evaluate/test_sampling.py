@@ -9,50 +9,26 @@ import torch
 
 from gem_ds.evaluate import model
 from gem_ds.evaluate.decoding import Transformers
-from gem_ds.evaluate.generation import GenerationSettings
-from gem_ds.evaluate.model import SamplingArguments
-from gem_ds.evaluate.sampling import sample_all
-from tests.tiny_evaluation import refusal
-from tests.tiny_model import make_tiny
+from tests.tiny_evaluation import DRAWN, draw, refusal
+from tests.tiny_model import make_tiny, one_rank
 from tests.tiny_tasks import make_bert
 
 PROMPTS = {f"task/{i}": f"Say {'so ' * (i % 4)}{i}" for i in range(7)}
 KEYS = [(task, number) for task in PROMPTS for number in range(3)]
-DRAWN = GenerationSettings(
-    max_new_tokens=9, stop_strings=("zz",), temperature=1.2, top_p=0.9, seed=1
-)
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    return make_tiny(tmp_path_factory.mktemp("tiny"))
+    with one_rank():  # what a product rounds to depends on the number of threads
+        yield make_tiny(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """What a product rounds to depends on the number of threads that it is shared over."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def sampled(tiny, output_dir, settings=DRAWN, prompts=PROMPTS, num_samples=3, **changes):
-    options = {
-        "model_name_or_path": str(tiny.model),
-        "output_dir": str(output_dir),
-        "batch_size": 4,
-        "dtype": "float32",
-        "disable_tqdm": True,
-    }
-    arguments = SamplingArguments(**options | changes)
-    found = sample_all(arguments, prompts, settings, num_samples=num_samples)
-    assert found is not None
-    return found
+def sampled(tiny, output_dir, prompts=PROMPTS, num_samples=3, **options):
+    return draw(tiny.model, output_dir, prompts, num_samples, **options)
 
 
 @pytest.fixture(scope="module")
-def reference(tiny, tmp_path_factory, one_thread) -> bytes:
+def reference(tiny, tmp_path_factory) -> bytes:
     """The file of a run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("reference")
     sampled(tiny, folder)
@@ -84,16 +60,10 @@ def test_a_file_holds_each_sample_and_all_that_decides_it(tiny, reference):
     assert {name: settings[name] for name in expected} == expected
 
 
-@pytest.mark.parametrize("batch_size", [1, 5])
-def test_the_batch_size_changes_no_sample(tiny, reference, tmp_path, batch_size):
-    sampled(tiny, tmp_path, batch_size=batch_size)
-    assert (tmp_path / "samples.jsonl").read_bytes() == reference
-
-
 def test_a_sample_does_not_depend_on_what_else_is_sampled(tiny, reference, tmp_path):
-    """More samples, fewer problems, another order: each stays what it is."""
+    """More samples, fewer problems, another order, another batch size: each stays what it is."""
     some = {task_id: PROMPTS[task_id] for task_id in reversed([*PROMPTS][2:5])}
-    found = sampled(tiny, tmp_path, prompts=some, num_samples=5)
+    found = sampled(tiny, tmp_path, prompts=some, num_samples=5, batch_size=1)
     expected = {(task, n): text for task, n, text in texts(reference)}
     common = [sample for sample in found if sample.sample < 3]
     assert len(common) == 9
@@ -103,11 +73,11 @@ def test_a_sample_does_not_depend_on_what_else_is_sampled(tiny, reference, tmp_p
 def test_the_seed_changes_samples_and_greedy_ones_are_one(tiny, reference, left):
     """And overwriting begins anew."""
     seed = replace(DRAWN, seed=2)
-    other = sampled(tiny, left.parent, seed, overwrite_output_dir=True)
+    other = sampled(tiny, left.parent, settings=seed, overwrite_output_dir=True)
     different = [s.completion != t for s, (*_, t) in zip(other, texts(reference), strict=True)]
     assert sum(different) > 15
     greedy = replace(DRAWN, temperature=0.0)
-    found = sampled(tiny, left.parent, greedy, overwrite_output_dir=True)
+    found = sampled(tiny, left.parent, settings=greedy, overwrite_output_dir=True)
     assert len({(sample.task_id, sample.completion) for sample in found}) == len(PROMPTS)
     assert [text for *_, text in texts(left.read_bytes())] == [s.completion for s in found]
 
@@ -140,37 +110,25 @@ def test_an_interrupted_run_goes_on_to_the_same_file(tiny, reference, tmp_path, 
 
 def test_results_last_as_long_as_the_samples_that_they_were_counted_on(tiny, left, monkeypatch):
     """A complete file needs no weights, and one that is not loses its results."""
-    reference, results = left.read_bytes(), left.with_name("results.json")
-    results.write_text("{}")
+    reference = left.read_bytes()
+    results = [left.with_name(name) for name in ("results.json", "verdicts.jsonl")]
+    for path in results:
+        path.write_text("{}")
     with monkeypatch.context() as patch:
         patch.setattr(model, "load_weights", None)
         assert len(sampled(tiny, left.parent)) == 21
     assert left.read_bytes() == reference
-    assert results.exists()
+    assert all(path.exists() for path in results)
     left.write_bytes(reference[:-1])
     sampled(tiny, left.parent)
     assert left.read_bytes() == reference
-    assert not results.exists()
+    assert not any(path.exists() for path in results)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"settings": replace(DRAWN, seed=2)}, "with seed 1 and not 2"),
-        ({"settings": replace(DRAWN, temperature=0.7)}, "with temperature 1.2 and not 0.7"),
-        ({"settings": replace(DRAWN, max_new_tokens=8)}, "with max_new_tokens 9 and not 8"),
-        ({"dtype": "bfloat16"}, "with dtype"),
-        ({"num_samples": 2}, "with sample 2 of 'task/0'"),
-        ({"prompts": PROMPTS | {"task/3": "Else"}}, "with another prompt for 'task/3'"),
-    ],
-)
-def test_what_another_run_left_is_refused_in_one_sentence(tiny, reference, left, changes, message):
-    told = refusal(sampled, tiny, left.parent, **changes)
-    assert f"holds another run, {message}" in told
-    assert left.read_bytes() == reference
-
-
-def test_a_model_that_was_trained_on_under_its_name_is_another(tiny, left):
+def test_what_another_model_left_is_refused_in_one_sentence(tiny, reference, left):
+    """All else that tells runs apart is told in test_samples.py."""
+    told = refusal(sampled, tiny, left.parent, dtype="bfloat16")
+    assert 'holds another run, with dtype "float32" and not "bfloat16"' in told
     weights = tiny.model / "model.safetensors"
     before = weights.read_bytes()
     weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
@@ -178,22 +136,20 @@ def test_a_model_that_was_trained_on_under_its_name_is_another(tiny, left):
         assert "holds another run, with model_fingerprint" in refusal(sampled, tiny, left.parent)
     finally:
         weights.write_bytes(before)
+    assert left.read_bytes() == reference
 
 
 def test_what_the_model_cannot_do_is_refused_before_its_weights_are_read(
     tiny, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(model, "load_weights", None)
-    bare = tmp_path / "bare"
+    bare, bert = tmp_path / "bare", make_bert(tmp_path / "bert")
     bare.mkdir()
     (bare / "config.json").write_bytes((tiny.model / "config.json").read_bytes())
     cases = [
         ({"model_name_or_path": str(bare)}, "holds no tokenizer"),
         ({"model_name_or_path": "./nowhere"}, "nowhere cannot be loaded"),
-        (
-            {"model_name_or_path": str(make_bert(tmp_path / "bert"))},
-            "is an encoder (bert), which does not write",
-        ),
+        ({"model_name_or_path": str(bert)}, "is an encoder (bert), which does not write"),
         ({"delta": str(tmp_path / "nowhere")}, "no delta file at"),
         ({"prompts": PROMPTS | {"task/9": "a" * 200}}, "prompt of task/9 has 200 tokens"),
     ]

@@ -15,10 +15,12 @@ from gem_ds.evaluate import sandbox
 from gem_ds.evaluate.sandbox import Program, Sandbox, SandboxUnavailableError, check_program, pool
 from gem_ds.evaluate.sandbox.pool import LEVELS, WEAK_LEVELS, best_level, problem_of
 from gem_ds.evaluate.sandbox.program import assign_roles
+from tests.tiny_evaluation import REFUSED
 
 REPOSITORY = Path(__file__).parents[2]
 DOUBLE = "def double(x): return 2 * x"
 VERDICTS = tomllib.loads(Path(__file__).with_name("sandbox_verdicts.toml").read_text())
+ROLES = VERDICTS.pop("roles")
 
 
 # Verdicts
@@ -75,21 +77,7 @@ def f():
 # Who defines which names
 
 
-@pytest.mark.parametrize(
-    ("program", "tests", "setup", "candidate", "modules"),
-    [
-        ("def f(): 1", ["assert f(1) == len([1])"], "", ["f"], []),
-        ("def f(): 1\ndef abs(x): 0", ["assert abs(f(1)) == 1"], "", ["f"], []),
-        ("def sum(): 1", ["assert sum(1) == 1"], "", ["sum"], []),
-        ("import sys\ndef f(): 1", ["assert f(1) == sys.maxsize"], "", ["f"], ["sys"]),
-        ("sys = 1\ndef f(): 1", ["assert f(1) == sys.maxsize"], "", ["f", "sys"], []),
-        ("def math(): 1", ["assert math.floor(g(1)) == 1"], "import math", ["g"], []),
-        ("def f(", ["x = f(1)", "assert x == 1"], "", ["f"], []),
-        ("class N: 1", ["assert f(root)"], "root = N(1)", ["N", "f"], []),
-        ("", ["assert all(f(i) == i for i in range(3))"], "", ["f"], []),
-        ("", ["def check(g):\n    assert g(1) == 1", "check(f)"], "", ["f"], []),
-    ],
-)
+@pytest.mark.parametrize(("program", "tests", "setup", "candidate", "modules"), ROLES)
 def test_roles(program, tests, setup, candidate, modules) -> None:
     roles = assign_roles(Program(program, tuple(tests), setup))
     assert (list(roles.candidate), list(roles.modules)) == (candidate, modules)
@@ -176,17 +164,7 @@ def test_no_two_workers_share_a_processor(monkeypatch) -> None:
 # Refusals
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"timeout": 0}, "timeout must be a positive number of seconds, not 0."),
-        ({"timeout": float("nan")}, "timeout must be a positive number"),
-        ({"memory_mb": 5}, "memory_mb must be at least 64"),
-        ({"isolation": "chroot"}, "isolation must be one of bubblewrap, namespaces"),
-        ({"num_workers": 0}, "num_workers must be at least 1, not 0"),
-        ({"isolation": "landlock"}, "'landlock' is weak"),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "message"), REFUSED["sandbox"])
 def test_bad_arguments(arguments: dict, message: str) -> None:
     of_program = arguments.keys() & {"timeout", "memory_mb"}
     with pytest.raises(ValueError, match=message):

@@ -33,20 +33,15 @@ def is_no_builtin(value: object) -> bool:
     return value not in (int, len, ValueError, dict)
 
 
+TYPES = (type(None), bool, int, bytes, Fraction, datetime.date, datetime.timedelta)
 any_text = st.text(st.characters(codec=None, categories=None))  # surrogates too
 hashables = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
+    st.one_of(map(st.from_type, TYPES))
     | st.floats(allow_nan=False)
     | st.complex_numbers(allow_nan=False)
     | any_text
-    | st.binary()
-    | st.fractions()
     | st.decimals(allow_nan=False)
-    | st.dates()
     | st.datetimes().map(lambda moment: moment.replace(fold=0))
-    | st.timedeltas()
     | st.builds(range, st.integers(-9, 9), st.integers(-9, 9), st.integers(1, 3))
     | st.sampled_from([..., NotImplemented, int, len, ValueError, dict]),
     lambda inner: (
@@ -107,23 +102,14 @@ def test_plain_data_survives_exactly(value) -> None:
 @pytest.mark.parametrize(
     "value",
     [
-        -0.0,
-        math.inf,
         math.nan,
-        -(2**63),
-        True,
-        1,
         "\ud83d\ude00",
-        "\U0001f600",
         slice(1, None, 2),
         Decimal("NaN"),
         Decimal("1E+999999"),
-        Fraction(-1, 3),
         datetime.time(1, 2, 3, 4),
         {1: 2}.keys(),
         {1: 2}.items(),
-        deque([1, 2], maxlen=2),
-        defaultdict(int, a=1),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -235,16 +221,16 @@ def test_a_damaged_message_is_a_value_or_refused(value, data) -> None:
         Decoder().decode(bytes(message))
 
 
-def test_a_length_is_not_believed() -> None:
-    with pytest.raises(WireError, match="cut off"):
-        Decoder().decode(b"(\xff\xff\xff\xff")
-    with pytest.raises(WireError, match="cut off"):
-        Decoder().decode(b"s\xff\xff\xff\x7f")
-
-
-def test_no_other_class_can_be_named() -> None:
-    message = Encoder().encode(Decimal(1)).replace(b"decimal.Decimal", b"os.system______")
-    with pytest.raises(WireError, match="not plain data"):
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        (b"(\xff\xff\xff\xff", "cut off"),  # a length is not believed
+        (b"s\xff\xff\xff\x7f", "cut off"),
+        (Encoder().encode(Decimal(1)).replace(b"decimal.Decimal", b"os.system______"), "not plain"),
+    ],
+)
+def test_hostile_messages_are_refused(message, told) -> None:
+    with pytest.raises(WireError, match=told):
         Decoder().decode(message)
 
 

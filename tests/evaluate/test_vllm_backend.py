@@ -11,9 +11,7 @@ import pytest
 
 from gem_ds.evaluate import model
 from gem_ds.evaluate.generation import GenerationSettings, sample_seed
-from gem_ds.evaluate.model import SamplingArguments
-from gem_ds.evaluate.sampling import sample_all
-from tests.tiny_evaluation import refusal
+from tests.tiny_evaluation import draw, refusal
 from tests.tiny_model import make_tiny
 
 PROMPTS = {"task/0": "Say 0", "task/1": "Say so so 1", "task/2": "Say so 2"}
@@ -35,19 +33,12 @@ class FakeLLM:
         assert use_tqdm is False
         ids = [prompt["prompt_token_ids"] for prompt in prompts]
         self.asked += zip(ids, sampling_params, strict=True)
-        return [
-            SimpleNamespace(
-                outputs=[
-                    SimpleNamespace(
-                        text=f" {parameters['seed']}",
-                        token_ids=(1, 2, 3),
-                        finish_reason=reason,
-                        stop_reason=stop,
-                    )
-                ]
-            )
+        outputs = [
+            {"text": f" {parameters['seed']}", "token_ids": (1, 2, 3)}
+            | {"finish_reason": reason, "stop_reason": stop}
             for parameters, (reason, stop) in zip(sampling_params, ENDS, strict=False)
         ]
+        return [SimpleNamespace(outputs=[SimpleNamespace(**output)]) for output in outputs]
 
 
 @pytest.fixture
@@ -67,9 +58,8 @@ def made(monkeypatch):
 
 
 def run(tiny, settings=DRAWN, backend="vllm"):
-    folders = {"model_name_or_path": str(tiny.model), "output_dir": str(tiny.folder / "out")}
-    arguments = SamplingArguments(backend=backend, dtype="bfloat16", **folders)
-    return sample_all(arguments, PROMPTS, settings, num_samples=2)
+    options = {"backend": backend, "dtype": "bfloat16", "settings": settings}
+    return draw(tiny.model, tiny.folder / "out", PROMPTS, 2, **options)
 
 
 def test_requests_are_carried_to_vllm_and_its_answers_back(tiny, made, monkeypatch):
