@@ -83,7 +83,7 @@ def _check_output_dir(output_dir: Path, base: str, delta_path: Path, overwrite: 
 
 def _load_base(base: str, revision: str, delta: Delta) -> PreTrainedModel:
     """The base model in the delta's dtype, with every weight read from its files."""
-    config = AutoConfig.from_pretrained(base, revision=revision)
+    config = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=False)
     names = config.architectures or []
     model_class: Any = getattr(transformers, names[0], None) if names else None
     if delta.head:

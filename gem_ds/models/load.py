@@ -231,10 +231,12 @@ def _load_base(files: ModelFiles) -> PreTrainedModel:
     return model
 
 
-def _read_config(name: str, revision: str | None, **options: bool) -> PretrainedConfig:
-    try:
+def _read_config(
+    name: str, revision: str | None, *, trust_remote_code: bool = False
+) -> PretrainedConfig:
+    try:  # where it is not told whether to trust, transformers asks at the terminal
         config: PretrainedConfig = AutoConfig.from_pretrained(
-            name, revision=revision or "main", **options
+            name, revision=revision or "main", trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise _unloadable(name, error) from error

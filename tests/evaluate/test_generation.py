@@ -1,5 +1,6 @@
 """Batched generation against one prompt at a time without a cache, and against scripted models."""
 
+import json
 import math
 
 import pytest
@@ -330,3 +331,11 @@ def test_damaged_weights_are_refused_in_one_sentence(tmp_path):
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     assert "cannot be loaded" in refusal(load_model, tmp_path)
+
+
+def test_code_that_comes_with_a_model_is_refused_without_a_question(tmp_path, monkeypatch):
+    """Where it is not told, transformers asks at the terminal, and runs the code on a yes."""
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda question: pytest.fail(f"asked: {question}"))
+    assert "contains custom code" in refusal(open_model, str(tmp_path))

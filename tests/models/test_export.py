@@ -1,5 +1,6 @@
 """The exported folder is base + delta to the bit, and an export that fails leaves nothing."""
 
+import json
 import os
 import runpy
 import shutil
@@ -151,6 +152,11 @@ def nameless_base(folder: Path) -> None:
     (folder / "base" / "config.json").write_text(config.replace("LlamaForCausalLM", "NoSuchModel"))
 
 
+def base_with_code(folder: Path) -> None:
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}
+    (folder / "base" / "config.json").write_text(json.dumps(config))
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -159,9 +165,13 @@ def nameless_base(folder: Path) -> None:
         (lambda folder: (folder / "delta.safetensors").unlink(), "no delta file at"),
         (incomplete_base, "lacks 1 weights of LlamaForCausalLM, for example 'model.norm.weight'"),
         (nameless_base, "names no class of transformers"),
+        (base_with_code, "contains custom code"),
     ],
 )
-def test_what_does_not_fit_is_refused_and_leaves_nothing(tmp_path, capfd, spoil, message):
+def test_what_does_not_fit_is_refused_and_leaves_nothing(
+    tmp_path, capfd, monkeypatch, spoil, message
+):
+    monkeypatch.setattr("builtins.input", pytest.fail)  # nobody is asked
     save_run(tmp_path, tiny_model("llama"))
     spoil(tmp_path)
     before = sorted(os.listdir(tmp_path))
