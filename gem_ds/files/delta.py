@@ -45,9 +45,11 @@ class Delta:
     head: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in sorted(self.mask.weights.keys() ^ self.values.keys()):
-            has, lacks = ("values", "indices") if name in self.values else ("indices", "values")
-            raise ValueError(f"weight {name!r} has {has} but no {lacks}")
+        if unmatched := self.mask.weights.keys() ^ self.values.keys():
+            name = min(unmatched)
+            if name in self.values:
+                raise ValueError(f"weight {name!r} has values but no indices")
+            raise ValueError(f"weight {name!r} has indices but no values")
         for name, values in self.values.items():
             _check_values(name, values, self.mask)
         if both := self.head.keys() & self.values.keys():

@@ -76,9 +76,11 @@ class Mask:
     def __post_init__(self) -> None:
         if not self.weights:
             raise ValueError("the mask has no weights")
-        for name in sorted(self.weights.keys() ^ self.indices.keys()):
-            described, other = "is described but has no indices", "has indices but is not described"
-            raise ValueError(f"weight {name!r} {described if name in self.weights else other}")
+        if unmatched := self.weights.keys() ^ self.indices.keys():
+            name = min(unmatched)
+            if name in self.weights:
+                raise ValueError(f"weight {name!r} is described but has no indices")
+            raise ValueError(f"weight {name!r} has indices but is not described")
         for name, info in self.weights.items():
             _check_weight(name, info)
             _check_indices(name, self.indices[name], info.shape)
