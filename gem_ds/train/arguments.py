@@ -82,9 +82,8 @@ def check_arguments(args: Arguments) -> None:
         value = args.values()[name]
         if value is not None and not limit.holds(value):
             raise ValueError(f"--{name} must be {limit.words}, not {value}.")
-    for is_wrong, sentence in _contradictions(args):
-        if is_wrong:
-            raise ValueError(sentence)
+    if (sentence := next(_contradictions(args), None)) is not None:
+        raise ValueError(sentence)
 
 
 def _limits() -> Iterator[tuple[str, Limit]]:
@@ -95,33 +94,35 @@ def _limits() -> Iterator[tuple[str, Limit]]:
                 yield from ((name, limit) for limit in get_args(kind) if isinstance(limit, Limit))
 
 
-def _contradictions(args: Arguments) -> Iterator[tuple[bool, str]]:
-    """What is wrong with the flags together if it holds, and the sentence for it."""
-    data, method, train = args.data, args.method, args.train
-    yield train.bf16 and train.fp16, "Pass --bf16 or --fp16, not both."
-    epochs, strategy, name = train.num_train_epochs, train.eval_strategy, method.method
-    is_wrong = train.max_steps == -1 and not 0 < epochs < inf
-    yield is_wrong, f"--num_train_epochs must be above 0, not {epochs}."
-    is_wrong = train.eval_steps is not None and strategy in ("no", "epoch")
-    yield is_wrong, f"--eval_strategy {strategy} has no steps between: leave --eval_steps out."
-    is_wrong = data.evaluate_on == "dev" and not data.dev_examples
-    yield is_wrong, "--evaluate_on dev needs a development set: pass --dev_examples."
+def _contradictions(args: Arguments) -> Iterator[str]:
+    """A sentence for each thing that is wrong with the flags together."""
+    data, method, train, name = args.data, args.method, args.train, args.method.method
+    if train.bf16 and train.fp16:
+        yield "Pass --bf16 or --fp16, not both."
+    if train.max_steps == -1 and not 0 < train.num_train_epochs < inf:
+        yield f"--num_train_epochs must be above 0, not {train.num_train_epochs}."
+    if train.eval_steps is not None and (strategy := train.eval_strategy) in ("no", "epoch"):
+        yield f"--eval_strategy {strategy} has no steps between: leave --eval_steps out."
+    if data.evaluate_on == "dev" and not data.dev_examples:
+        yield "--evaluate_on dev needs a development set: pass --dev_examples."
     for flag in ("calibration_examples", "calibration_head_steps", "calibration_buffer_gb"):
-        is_wrong = bool(method.mask and getattr(method, flag))
-        yield is_wrong, f"--mask skips calibration: leave --{flag} out."
-    is_wrong = train.optimizer == "adamw_8bit" and name != "full"
-    yield is_wrong, "--optimizer adamw_8bit is for --method full: the others have little state."
+        if method.mask and getattr(method, flag):
+            yield f"--mask skips calibration: leave --{flag} out."
+    if train.optimizer == "adamw_8bit" and name != "full":
+        yield "--optimizer adamw_8bit is for --method full: the others have little state."
     if name in SPARSE_METHODS:
         return
-    yield method.mask is not None, f"--method {name} selects no entries: leave --mask out."
-    is_wrong = name in DENSE_METHODS and bool(method.target_modules)
-    yield is_wrong, f"--method {name} has no target layers: leave --target_modules out."
-    is_wrong = method.sddmm_kernel != "auto"
-    yield is_wrong, f"--method {name} selects no entries: leave --sddmm_kernel out."
-    yield train.max_steps == 0, f"--max_steps 0 writes a mask, and --method {name} has none."
+    if method.mask is not None:
+        yield f"--method {name} selects no entries: leave --mask out."
+    if name in DENSE_METHODS and method.target_modules:
+        yield f"--method {name} has no target layers: leave --target_modules out."
+    if method.sddmm_kernel != "auto":
+        yield f"--method {name} selects no entries: leave --sddmm_kernel out."
+    if train.max_steps == 0:
+        yield f"--max_steps 0 writes a mask, and --method {name} has none."
     for flag in ("save_steps", "resume_from_checkpoint"):
-        is_wrong = getattr(train, flag) is not None
-        yield is_wrong, f"--method {name} writes no checkpoints: leave --{flag} out."
+        if getattr(train, flag) is not None:
+            yield f"--method {name} writes no checkpoints: leave --{flag} out."
 
 
 class _Parser(HfArgumentParser):
