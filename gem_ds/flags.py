@@ -11,9 +11,12 @@ from typing import Any
 from transformers import HfArgumentParser
 
 
-def option(default: Any, text: str) -> Any:
-    """A field with a default and its help."""
-    return field(default=default, metadata={"help": text})
+def option(default: Any, text: str, **metadata: Any) -> Any:
+    """A field with a default and its help; `metadata` is argparse's, such as ``nargs``."""
+    metadata["help"] = text
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def name_of(program: str) -> str:

@@ -1,4 +1,4 @@
-"""What the command line takes: plain values, no torch.
+"""What the command line takes: plain values.
 
 The ``help`` of a field is its documentation, its type says what is allowed. Names are those of
 transformers' ``TrainingArguments`` wherever it has one, but for ``optimizer`` (``optim`` there).
@@ -7,11 +7,12 @@ transformers' ``TrainingArguments`` wherever it has one, but for ``optimizer`` (
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from gem_ds.data.tasks import task_names
 from gem_ds.distributed.zero_config import Dtype
+from gem_ds.flags import option
 from gem_ds.train.methods import METHODS, methods_help
 
 SddmmKernel = Literal["auto", "dense", "tiled", "gather", "library", "triton"]
@@ -54,23 +55,16 @@ Method = Annotated[str, _one_of(METHODS)]
 OptimizerName = Annotated[str, _one_of(("adamw", "adamw_8bit"))]
 
 
-def _option(default: Any, text: str, **metadata: Any) -> Any:
-    metadata["help"] = text
-    if isinstance(default, list):
-        return field(default_factory=default.copy, metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
 @dataclass(frozen=True, kw_only=True)
 class ModelArguments:
     """The base model."""
 
-    model_name_or_path: str | None = _option(
+    model_name_or_path: str | None = option(
         None, "Hub id or folder of the pretrained model: a causal language model or an encoder."
     )
-    revision: str | None = _option(None, "Revision of the model on the Hub.")
-    trust_remote_code: bool = _option(False, "Run model code that comes with the weights.")
-    attn_implementation: str | None = _option(
+    revision: str | None = option(None, "Revision of the model on the Hub.")
+    trust_remote_code: bool = option(False, "Run model code that comes with the weights.")
+    attn_implementation: str | None = option(
         None, "Attention kernel, for instance sdpa or flash_attention_2 (default: the model's own)."
     )
 
@@ -79,40 +73,40 @@ class ModelArguments:
 class DataArguments:
     """The task and its examples."""
 
-    task: str | None = _option(
+    task: str | None = option(
         None, f"What to train on: {', '.join(task_names())} (jsonl is your own file)."
     )
-    data_dir: str | None = _option(
+    data_dir: str | None = option(
         None, "Folder with the task's files; without it the task is loaded from the Hub."
     )
-    train_file: str | None = _option(None, "With --task jsonl: the training file.")
-    test_file: str | None = _option(None, "With --task jsonl: the held-out file.")
-    prompt_field: str | None = _option(None, "With --task jsonl: the field that holds the prompt.")
-    target_field: str | None = _option(None, "With --task jsonl: the field that holds the target.")
-    max_length: Count = _option(1024, "Tokens of prompt and answer; longer answers are cut.")
-    packing: bool = _option(
+    train_file: str | None = option(None, "With --task jsonl: the training file.")
+    test_file: str | None = option(None, "With --task jsonl: the held-out file.")
+    prompt_field: str | None = option(None, "With --task jsonl: the field that holds the prompt.")
+    target_field: str | None = option(None, "With --task jsonl: the field that holds the target.")
+    max_length: Count = option(1024, "Tokens of prompt and answer; longer answers are cut.")
+    packing: bool = option(
         False, "Let several examples share one sequence; attention stays within each."
     )
-    train_sampling_strategy: Literal["random", "group_by_length"] = _option(
+    train_sampling_strategy: Literal["random", "group_by_length"] = option(
         "random",
         "Order of the examples: random, or group_by_length, where those of a step are of about the "
         "same length and little is padded.",
     )
-    classification_loss: Literal["tokens", "candidates"] = _option(
+    classification_loss: Literal["tokens", "candidates"] = option(
         "tokens",
         "What a causal model learns of a classification task: to write the right candidate, or to "
         "rank it above the others.",
     )
-    train_examples: Count | None = _option(
+    train_examples: Count | None = option(
         None, "Train on so many examples only; which ones does not depend on the seed."
     )
-    dev_examples: CountFromZero = _option(
+    dev_examples: CountFromZero = option(
         0, "Take so many training examples as a development set; the same ones for every seed."
     )
-    max_eval_samples: Count | None = _option(
+    max_eval_samples: Count | None = option(
         None, "Measure the held-out loss and the metrics on the first so many examples only."
     )
-    evaluate_on: Literal["test", "dev"] | None = _option(
+    evaluate_on: Literal["test", "dev"] | None = option(
         None,
         "What the held-out loss and the metrics are measured on (default: test, where the task has "
         "held-out examples).",
@@ -123,39 +117,39 @@ class DataArguments:
 class MethodArguments:
     """What is trained."""
 
-    method: Method = _option("gem", f"How to fine-tune: {methods_help()}.")
-    density: str | None = _option(
+    method: Method = option("gem", f"How to fine-tune: {methods_help()}.")
+    density: str | None = option(
         None,
         "Sparse methods and shira: share of the model's parameters that is trained, in (0, 1] "
         f"(default: {DEFAULT_DENSITY}).",
     )
-    lora_r: Count = _option(8, "With --method lora: rank of the update.")
-    lora_alpha: Amount = _option(16.0, "With --method lora: the update is scaled by this over r.")
-    lora_dropout: Share = _option(0.0, "With --method lora: dropout before the update.")
-    target_modules: list[str] | None = _option(
+    lora_r: Count = option(8, "With --method lora: rank of the update.")
+    lora_alpha: Amount = option(16.0, "With --method lora: the update is scaled by this over r.")
+    lora_dropout: Share = option(0.0, "With --method lora: dropout before the update.")
+    target_modules: list[str] | None = option(
         None,
         "Module-name suffixes (q_proj v_proj), one regular expression over whole module names, or "
         "all-linear (default: the query and value projections of the architecture).",
         nargs="+",
     )
-    calibration_examples: Count | None = _option(
+    calibration_examples: Count | None = option(
         None,
         "Calibrated methods: look at the first N examples of the shuffled order (default: all).",
     )
-    calibration_head_steps: CountFromZero | None = _option(
+    calibration_head_steps: CountFromZero | None = option(
         None,
         "Calibrated methods on an encoder: first train its head alone for so many steps on the "
         "calibration examples, so that gradients are not those of a random head; training itself "
         f"starts from the head's first values all the same (default: {DEFAULT_HEAD_STEPS}).",
     )
-    calibration_buffer_gb: Amount = _option(
+    calibration_buffer_gb: Amount = option(
         0.0,
         "Calibrated methods: keep whole gradients of as many layers as fit in so many gigabytes "
         "(10^9 bytes) per rank, beside the statistics; they cross the network once, those of the "
         "other layers with every micro-batch.",
     )
-    mask: str | None = _option(None, "Train the entries of this mask.safetensors; no calibration.")
-    sddmm_kernel: SddmmKernel = _option(
+    mask: str | None = option(None, "Train the entries of this mask.safetensors; no calibration.")
+    sddmm_kernel: SddmmKernel = option(
         "auto",
         "Sparse methods: how the gradient at the selected entries is computed. dense makes a "
         "layer's whole gradient, tiled a few rows of it at a time, gather and library the selected "
@@ -174,64 +168,64 @@ class MethodArguments:
 class TrainArguments:
     """The training run."""
 
-    output_dir: str | None = _option(None, "Where everything is written.")
-    overwrite_output_dir: bool = _option(False, "Delete the run that output_dir holds.")
-    resume_from_checkpoint: str | None = _option(
+    output_dir: str | None = option(None, "Where everything is written.")
+    overwrite_output_dir: bool = option(False, "Delete the run that output_dir holds.")
+    resume_from_checkpoint: str | None = option(
         None, "A checkpoint folder, or last for the newest one in output_dir."
     )
-    deepspeed: str | None = _option(None, "DeepSpeed JSON (default: ZeRO stage 0).")
-    local_rank: int = _option(-1, "Set by the deepspeed launcher.")
-    per_device_train_batch_size: Count = _option(8, "Examples per rank and micro-batch.")
-    per_device_eval_batch_size: Count = _option(8, "The same for held-out examples.")
-    gradient_accumulation_steps: Count = _option(1, "Micro-batches per rank and step.")
-    num_train_epochs: float = _option(3.0, "Passes over the training set.")
-    max_steps: Steps = _option(
+    deepspeed: str | None = option(None, "DeepSpeed JSON (default: ZeRO stage 0).")
+    local_rank: int = option(-1, "Set by the deepspeed launcher.")
+    per_device_train_batch_size: Count = option(8, "Examples per rank and micro-batch.")
+    per_device_eval_batch_size: Count = option(8, "The same for held-out examples.")
+    gradient_accumulation_steps: Count = option(1, "Micro-batches per rank and step.")
+    num_train_epochs: float = option(3.0, "Passes over the training set.")
+    max_steps: Steps = option(
         -1, "Steps instead of epochs; 0 calibrates, writes the mask and stops."
     )
-    optimizer: OptimizerName = _option(
+    optimizer: OptimizerName = option(
         "adamw", "adamw, or with --method full adamw_8bit (needs bitsandbytes and a GPU)."
     )
-    learning_rate: Amount | None = _option(
+    learning_rate: Amount | None = option(
         None,
         f"Peak learning rate (default: {DEFAULT_LEARNING_RATE:g}, with --method full "
         f"{DEFAULT_LEARNING_RATE_OF_FULL:g}).",
     )
-    head_learning_rate: Amount = _option(
+    head_learning_rate: Amount = option(
         1e-3,
         "Peak learning rate of an encoder's head, pooler and classifier, which is trained whole.",
     )
-    weight_decay: Amount = _option(0.0, "Decoupled weight decay of the selected weights.")
-    adam_beta1: Share = _option(0.9, "Decay of the first moment.")
-    adam_beta2: Share = _option(0.999, "Decay of the second moment.")
-    adam_epsilon: Positive = _option(1e-8, "Added to the root of the second moment.")
-    max_grad_norm: Amount = _option(
+    weight_decay: Amount = option(0.0, "Decoupled weight decay of the selected weights.")
+    adam_beta1: Share = option(0.9, "Decay of the first moment.")
+    adam_beta2: Share = option(0.999, "Decay of the second moment.")
+    adam_epsilon: Positive = option(1e-8, "Added to the root of the second moment.")
+    max_grad_norm: Amount = option(
         1.0, "Largest norm of the gradient; a larger one is scaled down to it, 0 turns this off."
     )
-    lr_scheduler_type: Schedule = _option("linear", f"One of {', '.join(SCHEDULES)}.")
-    warmup_steps: Amount = _option(0, "Steps of warmup; a value below 1 is a share of all steps.")
-    seed: int = _option(42, "Seeds the order of the data and dropout.")
-    bf16: bool = _option(False, "Weights and activations in bfloat16; masters stay fp32.")
-    fp16: bool = _option(False, "Weights and activations in float16 with loss scaling.")
-    gradient_checkpointing: bool = _option(False, "Recompute activations in the backward pass.")
-    logging_steps: Count = _option(10, "Log every so many steps.")
-    eval_strategy: Literal["no", "steps", "epoch"] | None = _option(
+    lr_scheduler_type: Schedule = option("linear", f"One of {', '.join(SCHEDULES)}.")
+    warmup_steps: Amount = option(0, "Steps of warmup; a value below 1 is a share of all steps.")
+    seed: int = option(42, "Seeds the order of the data and dropout.")
+    bf16: bool = option(False, "Weights and activations in bfloat16; masters stay fp32.")
+    fp16: bool = option(False, "Weights and activations in float16 with loss scaling.")
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass.")
+    logging_steps: Count = option(10, "Log every so many steps.")
+    eval_strategy: Literal["no", "steps", "epoch"] | None = option(
         None,
         "When the held-out loss is measured: before training and every --eval_steps or each epoch, "
         "or never; a task's metrics are measured once at the end all the same (default: steps "
         "where --eval_steps is given, else epoch).",
     )
-    eval_steps: Count | None = _option(
+    eval_steps: Count | None = option(
         None, "Held-out loss every so many steps (default: each epoch, else --logging_steps)."
     )
-    save_steps: Count | None = _option(None, "Steps between checkpoints (default: an epoch).")
-    save_total_limit: Count | None = _option(None, "Keep only the newest checkpoints.")
-    report_to: list[str] = _option(
+    save_steps: Count | None = option(None, "Steps between checkpoints (default: an epoch).")
+    save_total_limit: Count | None = option(None, "Keep only the newest checkpoints.")
+    report_to: list[str] = option(
         ["none"],
         "Trackers: none, all that are installed, or some of tensorboard, wandb, trackio, mlflow, "
         "comet_ml, clearml, aim, dvclive, swanlab; metrics.jsonl is written always.",
         nargs="+",
     )
-    disable_tqdm: bool = _option(False, "No progress bar, nor its lines in a log file.")
+    disable_tqdm: bool = option(False, "No progress bar, nor its lines in a log file.")
 
     @property
     def dtype(self) -> Dtype:
