@@ -70,7 +70,8 @@ def load_examples(data: DataArguments) -> TaskData:
 def _split(examples: Sequence[Example], num_dev: int) -> tuple[list[int], int]:
     """A fixed random order of the examples, and how many of them are not of the development set.
 
-    Examples on the same passage stay together, so that none is half learnt: that set may be larger.
+    Examples on the same passage stay together, so that none is half learnt; the development set may
+    thereby be a little larger than asked for.
     """
     passages = _passages(examples)
     texts: dict[str, list[int]] = {}

@@ -59,7 +59,7 @@ class StepResult:
 
     loss: float  # mean over the items of the global batch, before the update
     learning_rate: float
-    #: L2, before clipping, where the ZeRO stage computes it; on a GPU it waits where it is read.
+    #: L2, before clipping, where the ZeRO stage computes it; reading it may wait for the GPU.
     grad_norm: Tensor | float | None
     num_tokens: int  # read over all ranks, padding left out
     seconds: float

@@ -106,17 +106,15 @@ def main(argv: Sequence[str] | None = None, mask: Mask | None = None) -> RunResu
         leave_distributed()  # after any other error a peer may wait, and leaving would wait for it
         raise
     leave_distributed()
-    names = {"mask": "mask.safetensors", "delta": "delta.safetensors"}
-    names |= {"adapter": "adapter", "model": "model"}
-    found = {key: folder / name for key, name in names.items()}
-    paths = {key: path if path.exists() else None for key, path in found.items()}
+    names = ("mask.safetensors", "delta.safetensors", "adapter", "model")
+    files = {path.stem: path if path.exists() else None for path in map(folder.joinpath, names)}
     return RunResult(
         output_dir=folder,
         results=results,
         metrics=results.get("eval_metrics", {}),
         log_history=run.state.log_history,
         stopped=run.is_stopped,
-        **paths,
+        **files,
     )
 
 

@@ -66,7 +66,7 @@ class PreparedRun:
 def prepare(args: Arguments, world_size: int) -> PreparedRun:
     """Decide and check everything that needs no weights; a ValueError says what to change."""
     output_dir = Path(str(args.train.output_dir))
-    _refuse_lacking(args)
+    _refuse_unavailable(args)
     checkpoint = _load_checkpoint(args, output_dir)
     mask = checkpoint.mask if checkpoint else None
     if mask is None and args.method.mask:
@@ -121,11 +121,11 @@ def resolve_deepspeed(
     train: TrainArguments,
     config: PretrainedConfig,
     budget: int,
-    ranks: int,
+    world_size: int,
 ) -> dict[str, Any]:
     """The engine's configuration: the DeepSpeed JSON ``written`` with what the flags say."""
     shape = RunShape(
-        world_size=ranks,
+        world_size=world_size,
         micro_batch_size=train.per_device_train_batch_size,
         gradient_accumulation_steps=train.gradient_accumulation_steps,
         max_grad_norm=train.max_grad_norm,
@@ -136,7 +136,7 @@ def resolve_deepspeed(
     return resolve_config(written, shape)
 
 
-def _refuse_lacking(args: Arguments) -> None:
+def _refuse_unavailable(args: Arguments) -> None:
     """Refuse flags that need what this machine has not."""
     find_trackers(args.train.report_to)
     if args.train.optimizer == "adamw_8bit":

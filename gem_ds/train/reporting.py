@@ -117,7 +117,7 @@ class Reporter:
 
 
 def find_trackers(names: Sequence[str]) -> list[str]:
-    """The trackers of accelerate that ``--report_to`` asks for; a ValueError where one is not."""
+    """The trackers of accelerate that ``--report_to`` asks for, which must be installed."""
     installed = [str(tracker) for tracker in get_available_trackers()]
     if list(names) in (["none"], ["all"]):
         return installed if "all" in names else []
@@ -157,9 +157,10 @@ def _start_tracker(name: str, output_dir: Path, first_step: int, flags: dict[str
     if name == "tensorboard":
         # What an earlier session wrote of later steps is taken back, as in metrics.jsonl.
         tracker = tracker_class(TENSORBOARD_FOLDER, output_dir, purge_step=first_step)
+    elif tracker_class.requires_logging_directory:
+        tracker = tracker_class("gem_ds", output_dir)
     else:
-        folders = [output_dir] * tracker_class.requires_logging_directory
-        tracker = tracker_class("gem_ds", *folders)
+        tracker = tracker_class("gem_ds")
     tracker.main_process_only = False  # this is the main process
     tracker.start()
     if name != "tensorboard":  # which would show the flags as a run of its own

@@ -30,7 +30,7 @@ class Targets:
 
 
 def settle_targets(args: Arguments, config: PretrainedConfig, mask: Mask | None) -> Targets:
-    """What of a model a run changes, found on the meta device; a ValueError if that cannot be."""
+    """What of a model a run changes, found on the meta device, where it costs nothing."""
     try:
         with torch.device("meta"):
             model = auto_class(config).from_config(
