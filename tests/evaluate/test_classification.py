@@ -83,9 +83,7 @@ def expected_of(model: Any, kind: Kind) -> list[float]:
 
 
 @pytest.mark.parametrize("kind", ["labels", "choices", "number"])
-def test_an_encoder_takes_its_head_from_the_delta(
-    tiny: Tiny, kind: Kind, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_encoder_takes_its_head_from_the_delta(tiny: Tiny, kind: Kind, capsys: Any) -> None:
     delta, name = save_headed(tiny, kind), f"encoder_{kind}"
     capsys.readouterr()
     results = evaluate(tiny, kind, "bert", name, "--delta", delta)
@@ -162,16 +160,11 @@ def test_an_adapter_generates(tiny: Tiny) -> None:
     assert written[0] != written[1]
 
 
-@pytest.mark.parametrize("is_half", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("method", ["lora", "shira"])
-def test_an_adapter_keeps_the_precision_of_its_training(
-    tiny: Tiny, method: str, is_half: bool
-) -> None:
+def test_an_adapter_keeps_the_dtype_of_its_training(tiny: Tiny, method: str, dtype: Any) -> None:
     """Beside a base in fp32 files, where its training was in 16 bits; an fp32 one stays so."""
-    folder, dtype = (
-        tiny.folder / f"{method}_{is_half}",
-        torch.bfloat16 if is_half else torch.float32,
-    )
+    folder = tiny.folder / f"{method}_{dtype}"
     model = AutoModelForCausalLM.from_pretrained(tiny.model, dtype=dtype)
     of_method: Any = {"lora": LoraConfig, "shira": ShiraConfig}[method]
     config = of_method(task_type=TaskType.CAUSAL_LM, target_modules=["q_proj"], r=2)
@@ -191,15 +184,9 @@ def ask(tiny: Tiny, task: TaskData, name: str, *more: str) -> dict[str, Any]:
         return squad.main([*command, *more])
 
 
-def test_short_answers_are_the_rest_of_the_line(tiny: Tiny) -> None:
-    results = ask(tiny, make_task("number"), "short", "--task", "stsb")
-    rows = rows_of(tiny.folder / "short" / "samples.jsonl")
-    assert results["n"] == len(rows) == 5
-    assert not any("\n" in row["completion"] for row in rows)
+def test_a_short_answer_is_the_rest_of_the_line_and_judged_by_itself_too(tiny: Tiny) -> None:
+    assert ask(tiny, make_task("number"), "stsb", "--task", "stsb")["n"] == 5
     assert "no held-out examples" in refusal(ask, tiny, TaskData(train=[], test=[]), "none")
-
-
-def test_each_answer_is_judged_by_itself_too(tiny: Tiny) -> None:
     examples = [
         AnswerExample(prompt=prompt, target=" e f", answers=("e f", "d"), passage="p")
         for prompt in ("a b", "c d", "e f")
@@ -207,7 +194,9 @@ def test_each_answer_is_judged_by_itself_too(tiny: Tiny) -> None:
     results = ask(tiny, TaskData(train=[], test=[*examples]), "squad")
     samples = rows_of(tiny.folder / "squad" / "samples.jsonl")
     verdicts = rows_of(tiny.folder / "squad" / "verdicts.jsonl")
+    assert results["n"] == len(samples) == 3
     for sample, verdict in zip(samples, verdicts, strict=True):
+        assert "\n" not in sample["completion"]
         answers = [sample["completion"].strip()]
         assert verdict == {
             "task_id": sample["task_id"],

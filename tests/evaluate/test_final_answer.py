@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from gem_ds.evaluate.final_answer import final_answer
 
 with Path(__file__).with_name("final_answers.toml").open("rb") as file:
-    TABLE = {
-        part: [(text, None if answer == "none" else Fraction(answer)) for text, answer in rows]
-        for part, rows in tomllib.load(file).items()
-    }
+    DATA = tomllib.load(file)
+RULES, UNITS = DATA.pop("rules"), DATA.pop("units")
+TABLE = {
+    part: [(text, None if answer == "none" else Fraction(answer)) for text, answer in rows]
+    for part, rows in DATA.items()
+}
 
 
 def value_of(text: str) -> Fraction | None:
@@ -48,17 +50,7 @@ def test_a_number_is_the_same_wherever_it_stands(lead):
         assert value_of(f"2 + 2 = 4.\n{lead}{text}\n") == expected, text
 
 
-@pytest.mark.parametrize(
-    ("text", "rule"),
-    [
-        ("#### 18", "hash-marks"),
-        (r"\boxed{18}", "boxed"),
-        ("The answer is 18.", "announced"),
-        ("18 is the answer.", "announced"),
-        ("#### 17. Wait, it is 18.", "correction"),
-        ("9 * 2 = 18", "conclusion"),
-    ],
-)
+@pytest.mark.parametrize(("text", "rule"), RULES)
 def test_the_rule_that_found_the_answer_is_named(text, rule):
     found = final_answer(text)
     assert found is not None
@@ -104,18 +96,10 @@ def test_a_number_too_long_to_be_an_answer_is_none(text):
     assert value_of(f"#### 7\n\n{text}") == 7
 
 
-UNITS = (
-    r"9|1,|1.|1:|11,|111,|111.|1 |123 |1'|1_|a1|1x|x1|#### |answer |answer: |answer is "
-    r"| is the answer |\boxed{|\boxed{1|\frac{1}{|\frac{1,|<<1|<<|{|(|)(|(4)|  |**|** 1|Wait, |No. "
-    r"|Question:|- |-1|$|$-|1/|1 / |1^|1e|1e9|½|٣|1 or |of the |5 of |from the 5 |1 times as |=|1= "
-    r"|é|1)|\text|\,|{,}|thousand|1 thousand |1 hours |1st "
-)
-
-
 @pytest.mark.parametrize("lead", ["", "#### 5. "])
 def test_time_grows_with_the_text_and_not_with_its_square(lead):
     """A pattern that backtracks would take minutes: each text is 4 times as long as an output."""
-    for unit in (*UNITS.split("|"), "\n", "\t", " \n", "\n1. x", "\x00"):
+    for unit in UNITS:
         text = lead + unit * (4_000 // len(unit))
         started = time.process_time()
         final_answer(text)

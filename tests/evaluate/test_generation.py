@@ -8,12 +8,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     GenerationConfig,
-    LlamaConfig,
     LlamaForCausalLM,
     LlamaTokenizer,
-    OPTConfig,
-    OPTForCausalLM,
 )
 
 from gem_ds.data.encode import encode_prompt
@@ -36,7 +35,6 @@ def sentencepiece_tokenizer(tmp_path_factory) -> LlamaTokenizer:
 
 @pytest.fixture(params=["byte-level", "sentencepiece"])
 def tokenizer(request, sentencepiece_tokenizer):
-    """One of each family."""
     return byte_level() if request.param == "byte-level" else sentencepiece_tokenizer
 
 
@@ -45,14 +43,14 @@ def tiny_model(architecture: str, **options):
 
     Many tokens end an answer, so that the rows of a batch end at different times.
     """
+    own = {
+        "llama": {"intermediate_size": 32, "initializer_range": 0.5},
+        "opt": {"ffn_dim": 16, "word_embed_proj_dim": 16, "init_std": 0.5},
+    }
+    sizes = {"vocab_size": 258, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     torch.manual_seed(3)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    if architecture == "opt":
-        sizes |= {"ffn_dim": 16, "word_embed_proj_dim": 16, "init_std": 0.5}
-        model = OPTForCausalLM(OPTConfig(vocab_size=258, **sizes, **options))
-    else:
-        sizes |= {"intermediate_size": 32, "initializer_range": 0.5}
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=258, **sizes, **options))
+    config = AutoConfig.for_model(architecture, **sizes, **own[architecture], **options)
+    model = AutoModelForCausalLM.from_config(config)
     model.generation_config.eos_token_id = list(range(1, 258, 10))
     return model.eval()
 

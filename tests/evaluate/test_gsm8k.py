@@ -16,6 +16,9 @@ from tests.tiny_evaluation import REFUSED, one_layer, refusal, rows_of, save_del
 from tests.tiny_model import write_jsonl
 from tests.tiny_tokenizers import byte_level
 
+#: SHA-256 of the 1,319 prompts with five worked problems that lm-eval 0.4.13 builds from these
+#: files with its default seed, as JSON strings, one a line.
+FIVE_SHOT_SHA256 = "319ccd39afc88e3456c852afcc1cd975c90f69819fe9260a08823f64c39bf47a"
 ANSWERS = ("#### 7", "#### 8", "#### 8", "#### 8", "#### 7.00")
 
 
@@ -147,6 +150,13 @@ def test_worked_problems_stand_before_the_prompt_and_change_it(folder):
             f"Question: q{one}?\nAnswer: #### {one}\n\nQuestion: q{two}?\nAnswer: #### {two}\n\n"
             f"Question: How many{' many' * (i % 3)}?\nAnswer:"
         )
+
+
+def test_five_shot_prompts_are_the_harness_s_to_the_byte(gem_data_dir):
+    prompts = gsm8k.prompts_of(gsm8k.load(str(gem_data_dir / "gsm8k")), 5)
+    assert len(prompts) == 1319
+    content = "".join(json.dumps(prompt) + "\n" for prompt in prompts.values())
+    assert hashlib.sha256(content.encode()).hexdigest() == FIVE_SHOT_SHA256
 
 
 def test_a_finished_evaluation_is_scored_again_and_replaced_only_when_that_is_asked(

@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import json
+import tomllib
 from pathlib import Path
 
 import jinja2
@@ -21,6 +22,7 @@ from gem_ds.evaluate.mbpp import (
     template_prompt,
 )
 
+TABLES = tomllib.loads(Path(__file__).with_name("mbpp.toml").read_text())
 README_FORM = (  # the dataset's README, with its own names for what is filled in
     "You are an expert Python programmer, and here is your task: {prompt} Your code should pass "
     "these tests:\n\n{tests}\n[BEGIN]\n{code}\n[DONE]"
@@ -95,20 +97,9 @@ def test_every_problem_has_an_entry_point_that_its_tests_call(whole):
         assert callable(namespace[str(name)])
 
 
-@pytest.mark.parametrize(
-    ("code", "tests", "expected"),
-    [
-        ("def f(): pass", ["assert f() == g()"], "f"),
-        ("def g(): pass\ndef f(): g()", ["assert max(f(), 1)"], "f"),
-        ("def f(): pass\ndef g(): pass", ["assert f() == g()"], None),
-        ("class f: pass", ["assert f()"], None),
-        ("f = 1", ["assert f"], None),
-        ("def f(:", ["assert f()"], None),
-        ("def f(): pass", ["assert f("], None),
-    ],
-)
+@pytest.mark.parametrize(("code", "tests", "expected"), TABLES["entry_points"])
 def test_the_entry_point_is_the_one_function_called(code, tests, expected):
-    assert entry_point_of(problem(code, tests)) == expected
+    assert (entry_point_of(problem(code, tests)) or "none") == expected
 
 
 def test_headers_keep_arguments_and_drop_annotations():
@@ -129,17 +120,7 @@ def test_templates_fill_their_three_names_and_leave_other_braces():
 
 def test_a_header_makes_the_completion_a_continuation():
     asked = benchmark(problem(), template='# {text}\n{header}\n    """{text}"""\n')
-    kept = {
-        "    return x": "    return x",
-        "    return x\n\nprint(f(1))": "    return x\n",
-        "    return max(\n        x,\n    )\n": "    return max(\n        x,\n    )\n",
-        "    return [\nx\n": "    return [",
-        "    return g(\n)\ndef g(): pass": "    return g(\n)",
-        "": "",
-        "\n\n": "\n\n",
-        "    return x\r\n\r\nprint(1)": "    return x\r\n\r",
-        "    return x\n```\nIt": "    return x",
-    }
+    kept = dict(TABLES["kept"])
     begun = 'def f(x, y=2):\n    """Do it."""\n'
     programs = {text: asked.program("mbpp/11", text).program for text in kept}
     assert programs == {text: begun + rest for text, rest in kept.items()}

@@ -22,7 +22,6 @@ FILES = ("samples.jsonl", "results.json", "verdicts.jsonl")
 
 
 def flags(output_dir: Path, *more: str) -> list[str]:
-    """A run of a few seconds; later flags win."""
     return [
         *("--model_name_or_path", str(DEMO / "model")),
         *("--data_dir", str(DEMO / "programs")),

@@ -102,7 +102,6 @@ def test_the_finished_file_does_not_tell_the_order_of_the_samples(path, whole):
 
 
 def test_a_run_killed_at_any_byte_goes_on_to_the_same_file(path, whole):
-    """A part of a last line is dropped, whole lines are kept, whatever the byte."""
     for length in range(0, len(whole) + 1, 29):
         path.write_bytes(whole[:length])
         log = open_log(path)

@@ -47,7 +47,6 @@ RUNS = {
 
 
 def run(folder: Path, output: str, **options) -> str:
-    """One run; returns what its file holds."""
     found = draw(folder / "model", folder / output, PROMPTS, 2, **options)
     assert (found is None) == (os.environ.get("RANK", "0") != "0")
     return content_of(folder, output)
@@ -88,7 +87,6 @@ def checks(folder: Path) -> None:
 
 
 def check_interruption(folder: Path) -> None:
-    """Both ranks stop in their first full batch; started again they go on to the same file."""
     complete, interruptions = Transformers.complete, []
 
     def interrupted(self, requests):

@@ -196,7 +196,6 @@ def test_weak_levels_must_be_asked_for(monkeypatch) -> None:
 
 
 def printed_by(program: str, *flags: str) -> str:
-    """What a process of its own prints."""
     command = [sys.executable, *flags, "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=60)
     assert done.returncode == 0, done.stderr

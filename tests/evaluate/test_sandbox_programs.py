@@ -65,7 +65,6 @@ class World:
             listener.close()
 
     def prepare(self, text: str) -> str:
-        """Replaces the names between @ signs."""
         values = {
             "code": code_folder(),
             "canary": str(self.canary),

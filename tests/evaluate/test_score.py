@@ -21,17 +21,8 @@ RIGHT, WRONG = "def f(x):\n    return x + 1\n", "def f(x):\n    return x"
 @pytest.fixture
 def folder(tmp_path):
     """Three problems, and the three that prompts show."""
-    rows = [
-        {
-            "text": f"Task {i}.",
-            "code": RIGHT,
-            "task_id": i,
-            "test_setup_code": "",
-            "test_list": ["assert f(1) == 2"],
-            "challenge_test_list": [],
-        }
-        for i in (2, 3, 4, 11, 12, 13)
-    ]
+    row = {"code": RIGHT, "test_setup_code": "", "test_list": ["assert f(1) == 2"]}
+    rows = [row | {"task_id": i, "text": f"Task {i}."} for i in (2, 3, 4, 11, 12, 13)]
     write_jsonl(tmp_path / "mbpp.jsonl", rows)
     return tmp_path
 
@@ -92,14 +83,6 @@ def test_missing_problems_count_as_zero_only_when_that_is_asked_for(folder, caps
     assert run(folder, "--limit", "2")["num_problems"] == 2
     told = refusal(run, folder, "--limit", "2", "--k", "10")
     assert told.startswith("pass@10 needs at least 10 samples of a problem and mbpp/11 has 1: draw")
-
-
-@pytest.mark.parametrize(("changes", "message"), REFUSED["score"])
-def test_a_bad_file_is_refused_in_one_sentence(folder, changes, message):
-    """What a line may be at all is told in test_samples.py."""
-    write(folder, sample(folder, 11), sample(folder, 12), sample(folder, 13) | changes)
-    assert message in refusal(run, folder)
-    assert not (folder / "results.json").exists()
 
 
 def test_bad_flags_and_a_missing_file_are_refused(folder):
