@@ -44,19 +44,10 @@ def test_eight_bits_get_the_groups_and_what_the_flags_say(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     body, head = [nn.Parameter(torch.zeros(2))], [nn.Parameter(torch.zeros(3))] * with_head
-    optimizer = make_dense_optimizer(
-        TrainArguments(
-            optimizer="adamw_8bit",
-            learning_rate=0.1,
-            head_learning_rate=0.2,
-            weight_decay=0.3,
-            adam_beta1=0.4,
-            adam_beta2=0.5,
-            adam_epsilon=0.6,
-        ),
-        body,
-        head,
-    )
+    adam = {"adam_beta1": 0.4, "adam_beta2": 0.5, "adam_epsilon": 0.6, "weight_decay": 0.3}
+    rates = {"learning_rate": 0.1, "head_learning_rate": 0.2}
+    train = TrainArguments(optimizer="adamw_8bit", **rates, **adam)
+    optimizer = make_dense_optimizer(train, body, head)
     assert type(optimizer).__name__ == "AdamW8bit"
     expected = [(body, 0.1), (head, 0.2)][: 1 + with_head]
     assert [(group["params"], group["lr"]) for group in optimizer.param_groups] == expected
@@ -64,16 +55,22 @@ def test_eight_bits_get_the_groups_and_what_the_flags_say(
         assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.4, 0.5), 0.6, 0.3)
 
 
-@pytest.mark.parametrize(("warmup_steps", "expected"), [(0.25, 2), (0.2, 2), (1, 1), (3.0, 3)])
-def test_a_warmup_below_one_is_a_share_of_all_steps(warmup_steps: float, expected: int) -> None:
-    train = TrainArguments(learning_rate=0.1, warmup_steps=warmup_steps)
-    optimizer = make_dense_optimizer(train, [nn.Parameter(torch.zeros(2))], [])
+def rates_from(train: TrainArguments, num_updates: int = 0) -> list[list[float]]:
+    """Of body and head in each of the 8 steps of a run that are left after so many updates."""
+    body, head = [nn.Parameter(torch.zeros(2))], [nn.Parameter(torch.zeros(3))]
+    optimizer = make_dense_optimizer(train, body, head)
+    scheduler = make_scheduler(train, optimizer, 8, num_updates)
     rates = []
-    scheduler = make_scheduler(train, optimizer, 8, 0)
-    for _ in range(8):
-        rates += scheduler.get_last_lr()
+    for _ in range(num_updates, 8):
+        rates.append(scheduler.get_last_lr())
         optimizer.step()
         scheduler.step()
+    return rates
+
+
+@pytest.mark.parametrize(("warmup_steps", "expected"), [(0.25, 2), (0.2, 2), (1, 1), (3.0, 3)])
+def test_a_warmup_below_one_is_a_share_of_all_steps(warmup_steps: float, expected: int) -> None:
+    rates = rates_from(TrainArguments(learning_rate=0.1, warmup_steps=warmup_steps))
     assert rates.index(max(rates)) == expected
 
 
@@ -83,20 +80,8 @@ def test_a_resumed_schedule_goes_on_where_it_stopped(name: str) -> None:
     train = TrainArguments(
         learning_rate=0.1, head_learning_rate=0.2, warmup_steps=3, lr_scheduler_type=name
     )
-
-    def rates_from(num_updates: int) -> list[list[float]]:
-        body, head = [nn.Parameter(torch.zeros(2))], [nn.Parameter(torch.zeros(3))]
-        optimizer = make_dense_optimizer(train, body, head)
-        scheduler = make_scheduler(train, optimizer, 8, num_updates)
-        rates = []
-        for _ in range(num_updates, 8):
-            rates.append(scheduler.get_last_lr())
-            optimizer.step()
-            scheduler.step()
-        return rates
-
-    whole = rates_from(0)
+    whole = rates_from(train)
     assert all(head == 2 * body for body, head in whole)
     assert [0.1, 0.2] in whole
     for num_updates in (1, 5):
-        assert rates_from(num_updates) == whole[num_updates:]
+        assert rates_from(train, num_updates) == whole[num_updates:]
