@@ -18,7 +18,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from gem_ds.evaluate import humaneval, mbpp
@@ -48,9 +48,7 @@ OWN_FLAGS = [flags for flags, _ in TASKS.values() if flags is not None]
 class PassKArguments:
     """The flags of sampling that are this evaluator's own."""
 
-    task: str = field(
-        default="mbpp", metadata={"help": "Which problems are asked.", "choices": [*TASKS]}
-    )
+    task: str = option("mbpp", "Which problems are asked.", choices=[*TASKS])
     n: int = option(10, "Samples of each problem.")
     temperature: float = option(0.8, "Divides the logits; 0 is greedy.")
     top_p: float = option(0.95, "Share of the probability that tokens are drawn from.")
@@ -74,11 +72,8 @@ class PassKArguments:
 class JudgingArguments:
     """The flags that say how programs are run and counted."""
 
-    k: list[int] | None = field(
-        default=None,
-        metadata={
-            "help": "Each k of pass@k (default: 1, and 10 if a problem has so many samples)."
-        },
+    k: list[int] | None = option(
+        None, "Each k of pass@k (default: 1, and 10 if a problem has so many samples)."
     )
     timeout: float = option(
         10.0, "Seconds that a program and its tests may take; the slowest reference takes 3."
