@@ -35,8 +35,9 @@ def add_adapter(
 ) -> Any:
     """Put a new adapter on a model; all but it and the head, which is trained whole, is frozen.
 
-    LoRA and SHiRA, of a rank, change the layers of the weights `targets`; SHiRA trains about K
-    entries. IA3 scales what peft's own table names for the architecture, unless there are targets.
+    LoRA and SHiRA have the `rank` and change the layers of the weights `targets`; SHiRA trains
+    about K entries. IA3 scales what peft's own table names for the architecture, unless there are
+    targets.
     """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it warns
     import peft
