@@ -226,7 +226,7 @@ def run_case(case: str, folder: Path) -> dict[str, str]:
             print(f"{done.stdout}{done.stderr}"[-3000:])
             print(f"{case} failed with {shlex.join(words)}")
             return {}
-    found = {}
+    found: dict[str, str] = {}
     for path in (path for part in FOLDERS for path in sorted((out / part).glob("*.*"))):
         name = str(path.relative_to(out))
         if path.suffix in FORMATS and name not in NAMES_LEFT_OUT:

@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import cycle
+from itertools import cycle, product
 from typing import Any
 
 import numpy as np
@@ -40,8 +40,11 @@ COLOURS = (
     *("#7F7F7F", "#0072B2", "#CC79A7", "#56B4E9"),
 )
 
+#: How markers are filled, and markers: the rules that came last have hollow ones.
+MARKERS = tuple(product(("full", "none"), "*osP^XvDphd<>8H"))
+
 #: Colour and marker by method, in the order of the table of methods.
-STYLES = dict(zip(METHODS, zip(cycle(COLOURS), "*osP^XvDphd<>8H", strict=False), strict=False))
+STYLES = dict(zip(METHODS, zip(cycle(COLOURS), MARKERS, strict=False), strict=False))
 
 #: What is around the rates that were chosen.
 _RING: dict[str, Any] = {"marker": "o", "mfc": "none", "ls": "none"}
@@ -161,10 +164,11 @@ def _span(axes: Axes, values: Sequence[float], *, margin: float) -> None:
 
 def _look(method: str) -> dict[str, Any]:
     """How its points are drawn; what the others are measured against lies on top."""
-    colour, marker = STYLES[method]
+    colour, (fill, marker) = STYLES[method]
     size = 11 if marker == "*" else 7  # a star looks smaller than the others
     order = 4.0 if method == REFERENCE else 3.0
-    return {"color": colour, "marker": marker, "ms": size, "zorder": order}
+    look = {"color": colour, "marker": marker, "fillstyle": fill}
+    return look | {"ms": size, "zorder": order}
 
 
 def _legend(figure: Figure, table: pd.DataFrame, *, rings: bool = False) -> None:
@@ -173,7 +177,9 @@ def _legend(figure: Figure, table: pd.DataFrame, *, rings: bool = False) -> None
     handles = [Line2D([], [], ls="none", label=name, **_look(name)) for name in methods]
     if rings:
         handles.append(Line2D([], [], label="chosen", **_RING | {"mec": TEXT, "ms": 11}))
-    figure.legend(handles=handles, loc="outside right center", frameon=False, labelcolor=TEXT)
+    spacing = 0.5 if len(handles) < 16 else 0.2  # so that all methods fit beside one panel
+    look: dict[str, Any] = {"frameon": False, "labelcolor": TEXT, "labelspacing": spacing}
+    figure.legend(handles=handles, loc="outside right center", **look)
 
 
 def side_by_side(counts: Sequence[float]) -> list[float]:
