@@ -13,17 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
-    BertConfig,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     BertForMaskedLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
 )
 
@@ -44,59 +42,29 @@ MAX_LENGTH = 24
 _VOCABULARY = 40
 
 Tensors = dict[str, Tensor]
-
-
-_SIZES = {"vocab_size": _VOCABULARY, "num_hidden_layers": 2, "num_attention_heads": 3}
-_SIZES |= {"hidden_size": 15, "max_position_embeddings": MAX_LENGTH}
-
-#: By name: the model, its config, the config's values, and what it calls its dropout rates.
-_MODELS: dict[str, tuple[Any, Any, dict[str, Any], list[str]]] = {
-    "llama": (
-        LlamaForCausalLM,
-        LlamaConfig,
-        {
-            "vocab_size": _VOCABULARY,
-            "hidden_size": 20,
-            "intermediate_size": 9,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 5,
-            "num_key_value_heads": 1,
-            "head_dim": 2,  # the targets hold 200 and 40 entries, which three ranks cannot share
-            "initializer_range": 0.2,
-        },
-        [],
-    ),
-    "opt": (
-        OPTForCausalLM,
-        OPTConfig,
-        _SIZES | {"word_embed_proj_dim": 15, "ffn_dim": 10, "init_std": 0.2},
-        ["dropout", "attention_dropout"],
-    ),
-    "bert": (
-        BertForMaskedLM,
-        BertConfig,
-        _SIZES | {"intermediate_size": 10, "initializer_range": 0.2},
-        ["hidden_dropout_prob", "attention_probs_dropout_prob"],
-    ),
-    "gpt2": (
-        GPT2LMHeadModel,
-        GPT2Config,
-        _SIZES | {"initializer_range": 0.2},
-        ["resid_pdrop", "embd_pdrop", "attn_pdrop"],
-    ),
+CONFIGS = yaml.safe_load(Path(__file__).with_name("tiny_models.yaml").read_text(encoding="utf-8"))
+DROPOUTS = {
+    "opt": ("dropout", "attention_dropout"),
+    "bert": ("hidden_dropout_prob", "attention_probs_dropout_prob"),
+    "gpt2": ("resid_pdrop", "embd_pdrop", "attn_pdrop"),
 }
+
+
+def tiny_config(name: str, **more: Any) -> PretrainedConfig:
+    """A configuration of tiny_models.yaml."""
+    values = {"model_type": name} | CONFIGS[name] | more
+    return AutoConfig.for_model(**values)
 
 
 def make_model(
     architecture: str, dtype: torch.dtype = torch.float32, dropout: float = 0.3
 ) -> PreTrainedModel:
     """A model of random weights, always the same; all but Llama drop out in train mode."""
-    kind, config, settings, rates = _MODELS[architecture]
+    rates = dict.fromkeys(DROPOUTS.get(architecture, ()), dropout)
+    auto_class = AutoModelForMaskedLM if architecture == "bert" else AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model: PreTrainedModel = kind(config(**settings, **dict.fromkeys(rates, dropout)))
-        model.to(dtype)  # type: ignore[arg-type]
-        return model
+        return auto_class.from_config(tiny_config(architecture, **rates)).to(dtype)
 
 
 class Matrices(nn.Module):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertForSequenceClassification
 
 from gem_ds.data.dataset import Dataset
+from tests.tiny import tiny_config
 
 NUM_EXAMPLES = 17
 
@@ -16,12 +17,7 @@ def make_classifier(dtype: torch.dtype = torch.float32) -> BertForSequenceClassi
     """Always the same weights; no dropout."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        config = BertConfig(
-            vocab_size=30, hidden_size=16, intermediate_size=10, num_hidden_layers=2,
-            num_attention_heads=2, max_position_embeddings=24, hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0, initializer_range=0.2, num_labels=3,
-        )  # fmt: skip
-        return BertForSequenceClassification(config).to(dtype)
+        return BertForSequenceClassification(tiny_config("classifier")).to(dtype)
 
 
 def random_pairs() -> Dataset:

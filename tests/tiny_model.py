@@ -22,10 +22,11 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from gem_ds.distributed.process_group import leave_distributed
 from gem_ds.train import main as train
+from tests.tiny import tiny_config
 from tests.tiny_tokenizers import byte_level
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -82,18 +83,8 @@ def make_tiny(folder: Path) -> Tiny:
     tiny = Tiny(folder, folder / "model", folder / "data")
     tokenizer = byte_level(chat_template=CHAT_TEMPLATE)
     tokenizer.save_pretrained(tiny.model)
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=len(tokenizer),
-        max_position_embeddings=128,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        tie_word_embeddings=True,
-    )
+    tokens = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = tiny_config("trained", vocab_size=len(tokenizer), **tokens)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(tiny.model)

@@ -11,7 +11,6 @@ from unittest import mock
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForMaskedLM,
     BertTokenizer,
@@ -19,6 +18,7 @@ from transformers import (
 )
 
 from gem_ds.data.tasks import ChoiceExample, Example, Kind, NumberExample, TaskData
+from tests.tiny import CONFIGS, DROPOUTS, tiny_config
 
 WORDS = ["red", "green", "blue", "warm", "cold", "##er", "##ish", "is", "not", "very"]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -28,21 +28,7 @@ LABELS = ("entailment", "not_entailment")
 NAMES: dict[Kind, str] = {"labels": "rte", "choices": "copa", "number": "stsb"}
 KINDS = tuple(NAMES)
 
-#: What published models of a type have beside the defaults.
-AS_PUBLISHED: dict[str, dict[str, object]] = {
-    "deberta-v2": {
-        "relative_attention": True,
-        "pos_att_type": ["p2c", "c2p"],
-        "share_att_key": True,
-        "position_buckets": 8,
-        "norm_rel_ebd": "layer_norm",
-        "position_biased_input": False,
-        "type_vocab_size": 0,
-    },
-    "modernbert": {"bos_token_id": SPECIAL.index("[CLS]"), "eos_token_id": SPECIAL.index("[SEP]")},
-    "roberta": {"type_vocab_size": 1},
-}
-#: Their tokenizers do not tell the first text from the second.
+#: Whose tokenizers do not tell the first text from the second.
 WITHOUT_TYPES = ("modernbert", "roberta")
 
 
@@ -56,22 +42,8 @@ def make_encoder(folder: Path, model_type: str, auto_class: Any, dropout: float 
     tokenizer = bert_tokenizer()
     if model_type in WITHOUT_TYPES:
         tokenizer.model_input_names = ["input_ids", "attention_mask"]
-    config = AutoConfig.for_model(
-        model_type,
-        vocab_size=len(tokenizer),
-        hidden_size=24,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        max_position_embeddings=48,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-        initializer_range=0.2,
-        pad_token_id=tokenizer.pad_token_id,
-        cls_token_id=tokenizer.cls_token_id,
-        sep_token_id=tokenizer.sep_token_id,
-        **AS_PUBLISHED.get(model_type, {}),
-    )
+    more = dict.fromkeys(DROPOUTS["bert"], dropout) | CONFIGS["published"].get(model_type, {})
+    config = tiny_config("encoder", model_type=model_type, vocab_size=len(tokenizer), **more)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = auto_class.from_config(config)

@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from gem_ds.distributed import engine as zero
 from gem_ds.distributed.comm import Comm
@@ -48,7 +48,7 @@ from tests.distributed.bench import (
     some_vectors,
 )
 from tests.ranks import run_ranks, told_as
-from tests.tiny import Setting
+from tests.tiny import Setting, tiny_config
 
 pytestmark = pytest.mark.slow  # starts engines or programs
 
@@ -371,17 +371,8 @@ def _conform(folder: Path) -> None:
 
 @pytest.mark.parametrize("world_size", SETTINGS_BY_WORLD_SIZE)
 def test_conformance(world_size: int, tmp_path: Path) -> None:
-    config = LlamaConfig(  # of odd sizes
-        hidden_size=14,
-        intermediate_size=9,
-        num_hidden_layers=2,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        vocab_size=51,
-        tie_word_embeddings=True,
-    )
     torch.manual_seed(1)
-    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    LlamaForCausalLM(tiny_config("odd")).save_pretrained(tmp_path)
     run_ranks(world_size, _conform, tmp_path, timeout=300)
 
 
