@@ -1,4 +1,4 @@
-"""Deltas of a model in memory: some entries of some weights, with other values."""
+"""Deltas of a model in memory, and a mask of none."""
 
 from __future__ import annotations
 
@@ -32,6 +32,16 @@ def make_delta(
     settings = {"density": 0.1}
     mask = Mask(indices=indices, weights=weights, base_model=base_model, settings=settings)
     return Delta(mask=mask, values=trained)
+
+
+def mask_of(names: Sequence[str]) -> Mask:
+    """One entry of the first weight, two of the second, and so on; of no model."""
+    return Mask(
+        indices={n: torch.arange(i, dtype=torch.int32) for i, n in enumerate(names, start=1)},
+        weights={n: WeightInfo(shape=(40, 40), dtype="float32", checksum="0" * 64) for n in names},
+        base_model="tiny",
+        settings={},
+    )
 
 
 def bytes_of(tensor: Tensor) -> bytes:

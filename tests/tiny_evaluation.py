@@ -17,7 +17,7 @@ from gem_ds.evaluate.model import SamplingArguments
 from gem_ds.evaluate.samples import Sample
 from gem_ds.evaluate.sampling import sample_all
 from gem_ds.files.delta import Delta
-from gem_ds.files.mask import Mask, WeightInfo, checksum, dtype_name
+from gem_ds.files.mask import Mask, WeightInfo
 
 #: By what refuses: what is passed, and words of the sentence.
 REFUSED = tomllib.loads((Path(__file__).parent / "evaluate" / "refused.toml").read_text())
@@ -60,9 +60,7 @@ def save_delta(
         weight = model.get_parameter(name).detach()
         before = weight.reshape(-1)[index.long()]
         indices[name], values[name] = index.int(), before + added.to(weight.dtype)
-        infos[name] = WeightInfo(
-            shape=tuple(weight.shape), dtype=dtype_name(weight.dtype), checksum=checksum(before)
-        )
+        infos[name] = WeightInfo.of(weight.shape, before)
     mask = Mask(indices=indices, weights=infos, base_model="base", settings={})
     delta = Delta(mask=mask, values=values, head=dict(head or {}))
     delta.save(path)

@@ -48,17 +48,13 @@ def difference(first: Any, second: Any, metric: str = "accuracy") -> Interval:
 
 
 @pytest.mark.parametrize(
-    ("name", "values"),
-    [
-        ("matthews_correlation", st.integers(0, 3)),
-        ("f1a", st.integers(0, 1)),
-        ("pearson", st.integers(-5, 5)),
-    ],
+    ("name", "low", "high"), [("matthews_correlation", 0, 3), ("f1a", 0, 1), ("pearson", -5, 5)]
 )
 @given(data=st.data())
 def test_a_weighted_metric_is_that_of_the_repeated_examples(
-    name: str, values: st.SearchStrategy[int], data: st.DataObject
+    name: str, low: int, high: int, data: st.DataObject
 ) -> None:
+    values = st.integers(low, high)
     triples = st.lists(st.tuples(values, values, st.integers(0, 3)), min_size=2, max_size=20)
     drawn = data.draw(triples.filter(lambda rows: any(count for *_, count in rows)))
     truth, guess, counts = zip(*drawn, strict=True)
@@ -108,14 +104,11 @@ def test_a_large_gap_is_real_and_a_small_one_or_that_of_one_seed_is_not() -> Non
     alike = first.copy()
     alike[[0, 100, 101]] = [False, True, True]  # one right answer more, of two that differ
     base, better = predictions_of(first), predictions_of(np.arange(200) < 160)
-    found = difference([better], [base])
-    assert found.value == pytest.approx(0.3)
-    assert found.is_real
+    assert difference([better], [base]).is_real
     assert difference([base], [better]).is_real
     assert not difference([predictions_of(alike)], [base]).is_real
     # With other seeds a gain of one in three may well not be seen.
-    found = difference([better, base, base], [base] * 3)
-    assert (found.value, found.low, found.is_real) == (pytest.approx(0.1), 0, False)
+    assert not difference([better, base, base], [base] * 3).is_real
 
 
 @pytest.mark.parametrize("num_seeds", [1, 3])

@@ -25,7 +25,7 @@ from gem_ds.comparison.plots import (
 from gem_ds.comparison.results import COSTS
 from gem_ds.comparison.table import tabulate
 from gem_ds.train.methods import METHODS
-from tests.comparison.tiny_mask import mask_of
+from tests.deltas import mask_of
 
 
 def comparison_of(num_tasks: int) -> tuple[Comparison, pd.DataFrame, pd.DataFrame]:

@@ -29,6 +29,7 @@ from gem_ds.comparison.table import (
     tabulate,
     tabulate_cells,
 )
+from tests.tiny_evaluation import refusal
 
 
 def comparison_in(folder: Path, *, choose_by: Any = "score", **tasks: Task) -> Comparison:
@@ -202,8 +203,7 @@ def test_results_that_lack_something_are_not_whole(tmp_path: Path) -> None:
         ({"last_eval_loss": math.nan}, "has no number last_eval_loss"),
     ):
         path.write_text(json.dumps(whole | change))
-        with pytest.raises(ValueError, match=sentence):
-            read_result(replace(comparison, choose_by="loss"), cell)
+        assert sentence in refusal(read_result, replace(comparison, choose_by="loss"), cell)
     assert read_result(comparison, cell)["score"] == 0.5  # whose loss is not asked for
     path.write_text(json.dumps(whole | {"eval_metrics": {}}))
     result = read_result(comparison, cell)
@@ -213,8 +213,7 @@ def test_results_that_lack_something_are_not_whole(tmp_path: Path) -> None:
     result = read_result(comparison, cell)
     assert (result["metric"], result["score"]) == ("f1", 0.1)
     path.write_text(json.dumps(whole | {"eval_metrics": {}}))
-    with pytest.raises(ValueError, match="has neither eval_metrics nor last_eval_loss"):
-        read_result(comparison, cell)
+    assert "has neither eval_metrics nor last_eval_loss" in refusal(read_result, comparison, cell)
 
 
 def test_verdicts_are_averaged_over_the_samples_of_a_problem(tmp_path: Path) -> None:
@@ -223,8 +222,7 @@ def test_verdicts_are_averaged_over_the_samples_of_a_problem(tmp_path: Path) -> 
     cell = cell_of("a", "gem", 1)
     folder = save_run(comparison, cell, "loss", 3.0) / "eval"
     folder.mkdir()
-    with pytest.raises(ValueError, match=r"results\.json cannot be read"):
-        read_result(comparison, cell)
+    assert "results.json cannot be read" in refusal(read_result, comparison, cell)
     verdicts = [("p/1", True), ("p/1", False), ("p/0", 1), ("p/0", 1)]
     lines = [json.dumps({"task_id": name, "ok": ok}) for name, ok in verdicts]
     (folder / "verdicts.jsonl").write_text("\n".join(lines))
@@ -232,11 +230,9 @@ def test_verdicts_are_averaged_over_the_samples_of_a_problem(tmp_path: Path) -> 
     assert found.ids == ["p/1", "p/0"]
     assert found.correct.tolist() == [0.5, 1.0]
     (folder / "verdicts.jsonl").write_text(json.dumps({"task_id": "p/0", "ok": None}))
-    with pytest.raises(ValueError, match="has no verdict ok of some samples"):
-        read_predictions(comparison, cell)
+    assert "has no verdict ok of some samples" in refusal(read_predictions, comparison, cell)
     (folder / "results.json").write_text(json.dumps({"a": {"b-c": {"d": 0.75}}}))
     result = read_result(comparison, cell)
     assert (result["metric"], result["score"]) == ("a.b-c.d", 0.75)
     (folder / "results.json").write_text(json.dumps({"a": {"b-c": {}}}))
-    with pytest.raises(ValueError, match=r"has no number at a\.b-c\.d"):
-        read_result(comparison, cell)
+    assert "has no number at a.b-c.d" in refusal(read_result, comparison, cell)

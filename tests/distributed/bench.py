@@ -7,6 +7,7 @@ is the optimizer as one process would run it.
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from collections.abc import Mapping
 from typing import Any
@@ -52,7 +53,6 @@ class OddModel(nn.Module):
         self.head = nn.Linear(3, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[batch, features] to [batch, classes]."""
         h = self.norm(self.first(x).tanh())
         h = checkpoint(self._block, h, use_reentrant=False) if self.training else self._block(h)
         return self.head(h) + self.spread(self.point(self.narrow(h)).tanh())
@@ -67,10 +67,7 @@ assert all(K % size for size in (2, 3)), "the flat parameter pads too"
 
 
 def generator(*seed: int) -> torch.Generator:
-    """A generator of this seed, which may have several parts."""
-    number = 0
-    for part in seed:
-        number = number * 1009 + part
+    number = functools.reduce(lambda sum, part: sum * 1009 + part, seed)
     return torch.Generator().manual_seed(number)
 
 
@@ -155,7 +152,6 @@ def config_of(setting: Setting, world_size: int) -> dict[str, Any]:
 
 
 def make_engine(model: nn.Module, layers: TargetLayers, setting: Setting, comm: Comm) -> Engine:
-    """The model in an engine of the setting."""
     config = config_of(setting, comm.world_size)
     return Engine(model, [layers.vector], lambda params: SparseAdamW(params, **ADAM), config, comm)
 
@@ -183,11 +179,9 @@ class Bench:
         self.engine = make_engine(model, self.layers, setting, comm)
 
     def everyone(self, step: int, total: int = K) -> list[Tensor]:
-        """The gradients of all ranks."""
         return [flat_gradient(rank, step, total) for rank in range(self.comm.world_size)]
 
     def batch(self, i: int) -> tuple[Tensor, Tensor]:
-        """This rank's i-th micro-batch."""
         return micro_batch(self.comm.rank, i, self.setting.torch_dtype)
 
     def gathered(self) -> Vectors:
@@ -196,9 +190,8 @@ class Bench:
 
         named = dict(self.engine.model.named_parameters())
         named.pop("gem_entries.values")
-        if self.setting.stage < 3:
-            return {name: parameter.data.clone() for name, parameter in named.items()}
-        with deepspeed.zero.GatheredParameters(list(named.values())):
+        partitioned = list(named.values()) if self.setting.stage == 3 else []
+        with deepspeed.zero.GatheredParameters(partitioned):
             return {name: parameter.data.clone() for name, parameter in named.items()}
 
     def step_with(self, gradient: Tensor) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gem_ds.distributed.comm import Comm, free_port
+from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.process_group import init_distributed
 from gem_ds.errors import PeerError
 from tests.ranks import RankError, run_ranks
@@ -114,20 +113,10 @@ def test_one_rank_talks_to_nobody() -> None:
     assert comm.start_reduce_scatter(tensor)() is tensor
     assert comm.gather_shards(tensor) is tensor
     assert [part.tolist() for part in comm.all_gather(tensor)] == [[1, 2, 3]]
-    assert comm.broadcast_object("word") == "word"
-    assert comm.gather_objects("word") == ["word"]
-    assert comm.any(True)
-    assert not comm.any(False)
-    assert comm.largest(-3) == -3
+    assert (comm.broadcast_object("word"), comm.gather_objects("word")) == ("word", ["word"])
+    assert (comm.any(True), comm.any(False), comm.largest(-3)) == (True, False, -3)
     for error in (None, ValueError("too small"), KeyError("layer"), OSError("full")):
         assert _raises(comm, error) is error
-
-
-def test_a_free_port_can_be_listened_on() -> None:
-    ports = [free_port() for _ in range(3)]
-    for port in ports:
-        with socket.create_server(("127.0.0.1", port)):
-            assert 1024 <= port < 65536
 
 
 # What the other test files rely on: no rank that fails can hang a test.
@@ -140,24 +129,18 @@ def _fails_before_a_collective() -> None:
     comm.any(False)
 
 
-def _dies() -> None:
-    os._exit(7)
-
-
-def _sleeps() -> None:
-    time.sleep(60)
-
-
 @pytest.mark.parametrize(
-    ("function", "message"),
+    ("message", "timeout", "function", "args"),
     [
-        (_fails_before_a_collective, "rank 1 of 2.*ValueError: only I am wrong"),
-        (_dies, "rank . of 2: died with exit code 7"),
-        (_sleeps, "did not return within 1"),
+        ("rank 1 of 2.*ValueError: only I am wrong", 20, _fails_before_a_collective, ()),
+        ("rank . of 2: died with exit code 7", 20, os._exit, (7,)),
+        ("did not return within 1", 1, time.sleep, (60,)),
     ],
 )
-def test_ranks_that_fail_are_reported_and_ended(function: Callable[[], Any], message: str) -> None:
+def test_ranks_that_fail_are_reported_and_ended(
+    message: str, timeout: float, function: Callable[..., Any], args: Any
+) -> None:
     start = time.monotonic()
     with pytest.raises(RankError, match=f"(?s){message}"):
-        run_ranks(2, function, timeout=20 if function is not _sleeps else 1)
+        run_ranks(2, function, *args, timeout=timeout)
     assert time.monotonic() - start < 15

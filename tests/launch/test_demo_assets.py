@@ -12,14 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gem_ds.data.tasks.mbpp import load_problems
 from launch.demo import compare, corpus, pretrain, programs, task
+from tests.tiny_evaluation import refusal
 
 DEMO = Path(task.__file__).parent
 MODEL = DEMO / "model"
-GSM8K_LIKE = (
-    "Question: Weng earns $12 an hour; yesterday she did 50 minutes. How much?\nAnswer: Weng earns "
-    "12/60 = $<<12/60=0.2>>0.2 per minute.\nWorking 50 minutes, she earned 0.2 x 50 = "
-    "$<<0.2*50=10>>10.\n#### 10"
-)
 
 
 @pytest.fixture(scope="module")
@@ -33,19 +29,16 @@ def model():
 
 
 def test_corpus_depends_on_the_seed_alone():
-    """A corpus that drifts makes the recorded pretraining command a fiction."""
     first = list(corpus.generate_documents(5, 200))
     assert first == list(corpus.generate_documents(5, 200))
     assert first[:50] == list(corpus.generate_documents(5, 50))
     assert first != list(corpus.generate_documents(6, 200))
-    with pytest.raises(ValueError, match="pass 0 or more"):
-        next(corpus.generate_documents(0, -1))
+    assert "pass 0 or more" in refusal(next, corpus.generate_documents(0, -1))
 
 
 @given(st.integers(0, 10**6))
 @settings(max_examples=20, deadline=None)
 def test_what_the_corpus_says_is_right(seed):
-    """Wrong sums in the text would teach wrong sums; functions return what their comments say."""
     for document in corpus.generate_documents(seed, 20):
         if document.startswith("def "):
             source, _, calls = document.partition("\n\n")
@@ -72,8 +65,7 @@ def test_committed_data_are_reproduced_byte_for_byte(tmp_path):
     programs.main(["--output_dir", str(tmp_path)])
     for name in ("task/train.jsonl", "task/test.jsonl", "programs/mbpp.jsonl"):
         assert (tmp_path / Path(name).name).read_bytes() == (DEMO / name).read_bytes()
-    with pytest.raises(ValueError, match="lower --train_examples"):
-        task.generate_examples(0, 10**6)
+    assert "lower --train_examples" in refusal(task.generate_examples, 0, 10**6)
 
 
 def test_task_answers_are_right_and_no_problem_is_in_both_parts():
@@ -85,13 +77,10 @@ def test_task_answers_are_right_and_no_problem_is_in_both_parts():
             row = json.loads(line)
             first, by = map(int, re.findall(r"\d+", row["question"]))
             (relation,) = re.findall(r"more than|fewer than|times as many as", row["question"])
-            sign, second = {
-                "more than": ("+", first + by),
-                "fewer than": ("-", first - by),
-                "times as many as": ("*", first * by),
-            }[relation]
-            total = first + second
+            sign = {"more than": "+", "fewer than": "-", "times as many as": "*"}[relation]
+            second = eval(f"{first}{sign}{by}")
             assert second > 0
+            total = first + second
             steps = f"{first}{sign}{by}={second}\n{first}+{second}={total}"
             assert row["answer"] == f"{steps}\n#### {total}"
             problems[-1].add((first, relation, by))
@@ -109,7 +98,6 @@ def asked_for(text: str, x: int) -> int:
 
 
 def test_programs_do_what_their_text_asks_for_and_are_partly_beyond_the_pretraining():
-    """Wrong tests would count right programs as wrong; known programs would only be remembered."""
     problems = load_problems(DEMO / "programs").split("test")
     assert len({problem.text for problem in problems}) == len(problems) == 40
     for problem in problems:
@@ -128,7 +116,6 @@ def test_programs_do_what_their_text_asks_for_and_are_partly_beyond_the_pretrain
 
 
 def test_model_fits_its_tokenizer(model, tokenizer):
-    """Every token has an embedding, and fp32 holds the stored weights exactly."""
     assert sum(file.stat().st_size for file in MODEL.iterdir()) <= 12_000_000
     assert len(tokenizer) == model.config.vocab_size == model.get_input_embeddings().num_embeddings
     assert model.dtype == torch.bfloat16
@@ -139,7 +126,7 @@ def test_model_fits_its_tokenizer(model, tokenizer):
 
 def test_pretraining_command_makes_this_kind_of_folder(tmp_path, model, tokenizer):
     """The recorded command must still run, and give this tokenizer and this shape of model."""
-    threads = str(torch.get_num_threads())
+    threads = torch.get_num_threads()
     flags = f"--output_dir {tmp_path} --steps 1 --rows 1 --threads {threads}"
     pretrain.main(flags.split())
     assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == tokenizer.get_vocab()
@@ -148,12 +135,11 @@ def test_pretraining_command_makes_this_kind_of_folder(tmp_path, model, tokenize
         (k, v.shape, v.dtype) for k, v in model.state_dict().items()
     ]
     assert "--steps 1 --rows 1" in (tmp_path / "README.md").read_text(encoding="utf-8")
-    with pytest.raises(ValueError, match="pass 1 or more"):
-        pretrain.main(["--output_dir", str(tmp_path), "--steps", "0"])
+    flags = ["--output_dir", str(tmp_path), "--steps", "0"]
+    assert "pass 1 or more" in refusal(pretrain.main, flags)
 
 
 def test_packed_rows_hold_whole_documents(tokenizer):
-    """A document cut at a row's end would be learned without its beginning."""
     rows = [row for _, row in zip(range(5), pretrain.packed_rows(tokenizer, 17), strict=False)]
     text = tokenizer.decode([token for row in rows for token in row]).split("</s>")
     assert all(row[-1] == tokenizer.eos_token_id for row in rows)
@@ -172,7 +158,7 @@ def test_model_has_learned_its_text(model, tokenizer):
 
 
 @given(st.text(st.characters(codec="utf-8", exclude_characters="▁"), max_size=60))
-@example(GSM8K_LIKE)
+@example("How much?\nAnswer: Weng earns 12/60 = $<<12/60=0.2>>0.2 per minute.\n#### 10")
 @example("def f(x):\n    return {x: 1}\n\n\n\t# 2  spaces ")
 @example(" lead")
 @settings(max_examples=100, deadline=None)
@@ -189,10 +175,9 @@ def test_tokenizer_splits_digits_and_adds_no_special_token(tokenizer):
 
 @pytest.mark.parametrize(("after", "status"), [(0.93, 0), (0.31, 0), (0.28, 1), (0.0, 1)])
 def test_the_demo_fails_where_exact_match_does_not_rise(tmp_path, capsys, after, status):
-    folders = {tmp_path / "before": 0.005, tmp_path / "after": after}
-    for folder, accuracy in folders.items():
-        folder.mkdir()
+    for name, accuracy in (("before", 0.005), ("after", after)):
+        (tmp_path / name).mkdir()
         results = {"exact_match": {"strict-match": {"accuracy": accuracy}}}
-        (folder / "results.json").write_text(json.dumps(results))
-    assert compare.main([*map(str, folders)]) == status
+        (tmp_path / name / "results.json").write_text(json.dumps(results))
+    assert compare.main([f"{tmp_path}/before", f"{tmp_path}/after"]) == status
     assert f"by {100 * after - 0.5:.1f} points" in capsys.readouterr().out
