@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 
 from torch import Tensor
 
@@ -92,7 +93,8 @@ def by_shape(score: Callable[[tuple[int, ...]], int]) -> LayerScore:
 
 _norm_times_entropy = by_statistics(lambda s: s.norm * s.entropy)
 _tempered = by_statistics(lambda s: math.sqrt(1 + s.norm * s.entropy))
-_effective_entries = by_statistics(lambda s: math.exp(s.entropy) if s.total else 0.0)
+# As a Decimal, since ranks on different machines may round math.exp differently.
+_effective_entries = by_statistics(lambda s: float(Decimal(s.entropy).exp()) if s.total else 0.0)
 _equal = by_shape(lambda shape: 1)
 _rows_and_columns = by_shape(sum)
 _size = by_shape(math.prod)
@@ -195,7 +197,7 @@ RULES = {
         budgets=in_proportion_to(_size),
         needs_gradient=False,
         help=f"the largest entries of the part of w of rank {scores.PRINCIPAL_RANK}, budgets by "
-        "size (arXiv 2506.00772)",
+        "size (arXiv 2506.00772, whose code has rows plus columns, and chooses anew in training)",
     ),
 }
 

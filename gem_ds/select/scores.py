@@ -7,9 +7,9 @@ For the weight matrix of layer l, with g the calibration gradient and w the weig
     H_l = max(0, -sum p log(p + 1e-8))                 entropy of the ratios, natural logarithm
     s_l = ||r||_2 * H_l                                layer score
 
-(GEM, arXiv 2508.16191.) The other scores that sparse fine-tuning knows, the gradient's or the
-weight's magnitude or chance, go through the same statistics. Which score decides on what is
-:mod:`gem_ds.select.rules`' business; how sums run over ranks, :mod:`gem_ds.select.sums`'.
+(GEM, arXiv 2508.16191.) The other scores that sparse fine-tuning knows, magnitudes of the gradient,
+the weight or its principal part, and chance, go through the same statistics. Which score decides on
+what is :mod:`gem_ds.select.rules`' business; how sums run over ranks, :mod:`gem_ds.select.sums`'.
 """
 
 from __future__ import annotations
@@ -90,31 +90,34 @@ def _shift_right(x: Tensor, count: int) -> Tensor:
     return torch.bitwise_and(x >> count, 2 ** (64 - count) - 1)
 
 
-#: Of a matrix of at least eight times as many rows and columns, else an eighth of those.
+#: Of the principal part; of a matrix with fewer than eight times as many rows or columns an eighth.
 PRINCIPAL_RANK = 128
 
 
 def principal_magnitudes(shards: Shards, group: Group, seed: int) -> list[Tensor]:
     """``|U U^T w|``, U the leading left singular vectors of w (LIFT, arXiv 2506.00772).
 
-    Each rank gathers a matrix after the other and computes in fp64. What it keeps is rounded to
-    2^-24 of the matrix' largest: entries that are equal, or 0, but for rounding tie.
+    Each rank gathers a matrix after the other, computes in fp64 and keeps its own range, so that
+    ranks need not agree on the last bits. Scores are rounded to 2^-24 of the matrix' largest:
+    entries that are equal, or 0, but for rounding tie.
     """
     largest_magnitudes([shard.weight for shard in shards], shards, group)  # refuses what is broken
-    found = []
-    for shard in shards:
-        whole = torch.zeros(shard.numel, dtype=torch.float64, device=shard.device)
-        own = slice(shard.start, shard.start + shard.weight.numel())
-        whole[own] = shard.weight.to(whole)
-        matrix = group.all_reduce(whole, "sum").view(shard.shape)
-        wide = matrix if shard.shape[0] <= shard.shape[1] else matrix.T
-        rank = max(1, min(PRINCIPAL_RANK, len(wide) // 8))
-        leading = torch.linalg.eigh(wide @ wide.T).eigenvectors[:, -rank:]
-        part = (leading @ (leading.T @ wide)).abs_()
-        part.div_(part.amax().clamp(min=torch.finfo(part.dtype).tiny)).mul_(2**24)
-        flat = (part if wide is matrix else part.T).reshape(-1)
-        found.append(flat[own].round().float())
-    return found
+    return [_principal_magnitude(shard, group) for shard in shards]
+
+
+def _principal_magnitude(shard: TargetShard, group: Group) -> Tensor:
+    """Of one matrix; three copies of it exist meanwhile, in fp64."""
+    whole = torch.zeros(shard.numel, dtype=torch.float64, device=shard.device)
+    own = slice(shard.start, shard.start + shard.weight.numel())
+    whole[own] = shard.weight.to(whole)
+    matrix = group.all_reduce(whole, "sum").view(shard.shape)
+    wide = matrix if shard.shape[0] <= shard.shape[1] else matrix.T
+    rank = max(1, min(PRINCIPAL_RANK, len(wide) // 8))
+    leading = torch.linalg.eigh(wide @ wide.T).eigenvectors[:, -rank:]
+    part: Tensor = (leading @ (leading.T @ wide)).abs_()
+    part.div_(part.amax().clamp(min=torch.finfo(part.dtype).tiny)).mul_(2**24)
+    flat = (part if wide is matrix else part.T).reshape(-1)
+    return flat[own].round().float()
 
 
 # Of layers: the same bits on every rank and for every way to cut the matrices

@@ -1,9 +1,9 @@
 """Calibration: batches -> gradient statistics in shards -> the selected entries.
 
 In each backward, every target layer forms its dense gradient ``dy^T x`` of one micro-batch, sums it
-over the ranks into the ranks' own ranges (:mod:`sparse.gradients`), and drops it. A rank keeps
-fp32 statistics of its own ranges only; two dense matrices exist at a time, the product of a layer
-and that of the layer before it, which is on its way. More are kept where a buffer is allowed.
+over the ranks into the ranks' own ranges (:mod:`gem_ds.sparse.gradients`), and drops it. A rank
+keeps fp32 statistics of its own ranges only; two dense matrices exist at a time, the product of a
+layer and that of the layer before it, which is on its way. More are kept where a buffer is allowed.
 
 The engine, its hooks and its partitions are those of training; no optimizer step is taken.
 """
