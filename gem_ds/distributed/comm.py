@@ -104,7 +104,7 @@ class Comm:
 
     def any(self, flag: bool) -> bool:
         """True on every rank when ``flag`` is true on at least one."""
-        return bool(self.largest(flag))
+        return bool(self.largest(int(flag)))
 
     def largest(self, value: int) -> int:
         """The largest of the ranks' values."""

@@ -42,7 +42,7 @@ def prepare_inference(model: nn.Module, config: dict[str, Any]) -> None:
 class BaseEngine:
     """An engine that steps; what it trains and how its backward runs is the subclasses' business.
 
-    ``config`` is what :func:`distributed.zero_config.resolve_config` returns.
+    ``config`` is what :func:`gem_ds.distributed.zero_config.resolve_config` returns.
     """
 
     def __init__(
@@ -175,13 +175,13 @@ class Engine(BaseEngine):
         """
         masters, place, _ = self._masters(vector or self.vectors[0])
         moments = self.optimizer.state[masters] or self.optimizer.reset_state(masters)
-        state = {}
-        for key in STATE_KEYS:
-            part = masters.detach() if key == "master" else moments[key]
-            part = part.view(-1)[place].to(self.device)
-            whole = part.clone() if self.stage == 0 else torch.cat(self.comm.all_gather(part))
-            state[key] = whole.cpu()
-        return state
+        parts = {**moments, "master": masters.detach()}
+        return {key: self._gather(parts[key].view(-1)[place]).cpu() for key in STATE_KEYS}
+
+    def _gather(self, part: Tensor) -> Tensor:
+        """A copy on the device of a vector of which each rank holds a part, or at stage 0 all."""
+        part = part.to(self.device)
+        return part.clone() if self.stage == 0 else torch.cat(self.comm.all_gather(part))
 
     @property
     def num_updates(self) -> int:
@@ -238,5 +238,9 @@ class DenseEngine(BaseEngine):
     def whole_parameters(self, names: Collection[str]) -> dict[str, Tensor]:
         """Copies of parameters on the CPU, whole, on rank 0; on other ranks there are none."""
         named = dict(self.model.named_parameters())
-        wholes = ((name, self.weights.read_whole(named[name])) for name in names)
-        return {name: whole.cpu().clone() for name, whole in wholes if self.comm.is_main}
+        found = {}
+        for name in names:
+            whole = self.weights.read_whole(named[name])  # by all ranks together
+            if self.comm.is_main:
+                found[name] = whole.cpu().clone()
+        return found

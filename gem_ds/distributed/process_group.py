@@ -85,8 +85,8 @@ def _wait_for_locks(*, is_telling: bool) -> None:
             while (age := time.time() - lock.stat().st_mtime) < _OLD_LOCK:
                 if is_telling and age > _SHORT_LOCK:
                     is_telling = False
-                    told = "Waiting for the process that compiles deepspeed_shm_comm; if there is"
-                    print(f"{told} none, delete {lock}", file=sys.stderr)
+                    told = "Waiting for the process that compiles deepspeed_shm_comm"
+                    print(f"{told}; if there is none, delete {lock}", file=sys.stderr)
                 time.sleep(1)
             lock.unlink()
 

@@ -4,8 +4,8 @@
 the engine itself and resolves it the same way. A value that contradicts a flag is refused, and so
 is what the trainer cannot honour.
 
-Gradient accumulation happens before the engine, in fp32 (:mod:`sparse.layers`), so the engine is
-told one micro-batch per step whatever the run accumulates.
+Gradient accumulation happens before the engine, in fp32 (:mod:`gem_ds.sparse.flat_values`), so
+the engine is told one micro-batch per step whatever the run accumulates.
 """
 
 from __future__ import annotations
@@ -102,11 +102,11 @@ def resolve_config(config: dict[str, Any], shape: RunShape) -> dict[str, Any]:
     _refuse(config)
     accumulation = shape.gradient_accumulation_steps
     global_batch = shape.micro_batch_size * accumulation * shape.world_size
-    flag = "--per_device_train_batch_size"
-    _settle(config, "train_micro_batch_size_per_gpu", shape.micro_batch_size, flag)
+    per_device = "--per_device_train_batch_size"
+    _settle(config, "train_micro_batch_size_per_gpu", shape.micro_batch_size, per_device)
     _settle(config, "gradient_accumulation_steps", accumulation, "--gradient_accumulation_steps")
-    flag = f"{flag} x ranks x --gradient_accumulation_steps"
-    _settle(config, "train_batch_size", global_batch, flag)
+    in_all = f"{per_device} x ranks x --gradient_accumulation_steps"
+    _settle(config, "train_batch_size", global_batch, in_all)
     _settle(config, "gradient_clipping", float(shape.max_grad_norm), "--max_grad_norm")
     for dtype in ("bf16", "fp16"):
         section = config.setdefault(dtype, {})
