@@ -1,1 +1,1 @@
-"""Launchers: train.py (what `deepspeed` runs), export.py, and the embedded demonstration."""
+"""What a checkout starts: train.py (by `deepspeed`), export.py, compare.py, plan.py, the demo."""

@@ -31,8 +31,11 @@ def fits(found: Forecast, memory_bytes: float) -> bool:
 
 def least_change(setting: Setting, memory_bytes: float) -> tuple[list[str], Forecast] | None:
     """The first of :func:`changes` that fits: what to change, and what is needed then."""
-    needs = ((told, forecast(changed)) for told, changed in changes(setting))
-    return next(((told, found) for told, found in needs if fits(found, memory_bytes)), None)
+    for told, changed in changes(setting):
+        found = forecast(changed)
+        if fits(found, memory_bytes):
+            return told, found
+    return None
 
 
 def changes(setting: Setting) -> Iterator[tuple[list[str], Setting]]:

@@ -75,9 +75,8 @@ def describe(setting: Setting, found: Forecast) -> str:
     if found.calibration:
         messages["statistics, in a micro-batch"] = found.calibration_messages
     lines += [f"  {what:<36}{num_bytes / GB:>10.3f}" for what, num_bytes in messages.items()]
-    return "\n".join(
-        [*lines, f"Masters and moments of all ranks      {found.state / GB:>10.3f} GB"]
-    )
+    lines.append(f"Masters and moments of all ranks      {found.state / GB:>10.3f} GB")
+    return "\n".join(lines)
 
 
 def _memory_lines(found: Forecast) -> list[str]:

@@ -76,7 +76,7 @@ class Subject:
         available = sum(layer.numel for layer in layers)
         # Budgets are not known: each layer gets a share by its size.
         counts = [self.num_selected * layer.numel // available for layer in layers]
-        sinks = [partial(self._hold, *pair) for pair in zip(layers, counts, strict=True)]
+        sinks = [partial(self._hold, layer, n) for layer, n in zip(layers, counts, strict=True)]
         # The place in the head's vector changes no size, and biases are few.
         whole = [WholeSink(layer, head.vector, 0, None) for layer in head] if head else []
         self._run(live, sinks, whole, delivers=True)
@@ -120,7 +120,7 @@ class Subject:
 
     @torch.no_grad()
     def _answer_loss(self) -> Callable[..., Tensor]:
-        """As :func:`models.loss.answer_loss_of`, which compares numbers; here there are none."""
+        """As :func:`gem_ds.models.loss.answer_loss_of`, which compares numbers; here are none."""
         layer = plain_output_layer(self.model)
         if layer is None:
             return summed_answer_loss

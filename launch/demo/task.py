@@ -41,7 +41,7 @@ def write_lines(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
 
 
 def generate_examples(seed: int, count: int) -> list[Example]:
-    """As many different problems, each a mapping with `question` and `answer`."""
+    """`count` different problems, each a mapping with `question` and `answer`."""
     comparisons = [  # sign, first quantity, number that relates the second one to it
         *(("+", first, by) for first in range(10, 60) for by in range(2, 30)),
         *(("-", first, by) for first in range(10, 60) for by in range(2, min(30, first))),
