@@ -151,17 +151,17 @@ def refuse_other_commands(comparison: Comparison, cell: Cell) -> None:
             raise ValueError(
                 f"{folder} holds files of something else: delete it, or choose another output_dir."
             )
-    elif parting := _difference(path.read_text(encoding="utf-8"), commands_of(comparison, cell)):
+    elif parting := _difference(path.read_bytes(), commands_of(comparison, cell)):
         raise ValueError(
             f"{folder} holds a run of another command ({parting}): delete that folder, or choose "
             "another output_dir."
         )
 
 
-def _difference(text: str, wanted: dict[str, str]) -> str:
+def _difference(content: bytes, wanted: dict[str, str]) -> str:
     """In words, where the commands of a cell.json part from others; empty where they do not."""
     try:
-        found = json.loads(text)
+        found = json.loads(content)
     except ValueError:
         found = {}
     if not isinstance(found, dict) or not found:

@@ -125,3 +125,13 @@ def test_outside_of_a_checkout_the_module_runs_and_goes_on_with_what_was_begun(
     other = parse_comparison(content | {"program": "mine.py"})
     told = refusal(refuse_other_commands, other, cell)
     assert "(train: launch/train.py, now mine.py)" in told
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xff", b"{", b"[]", b"{}"])
+def test_a_damaged_command_file_is_refused_in_one_sentence(tmp_path: Path, content: bytes) -> None:
+    comparison = parse_comparison(GRID["comparison"] | {"output_dir": str(tmp_path / "out")})
+    folder = folder_of(comparison, cell_of("rte", "lora"))
+    folder.mkdir(parents=True)
+    (folder / CELL_FILE).write_bytes(content)
+    told = refusal(refuse_other_commands, comparison, cell_of("rte", "lora"))
+    assert "(its cell.json is damaged): delete that folder" in told
