@@ -22,9 +22,9 @@ class Progress:
     """How far a loop has come, on standard error: a bar on a terminal, else lines for a log file.
 
     Args:
-        what: is going on, for example ``Training``.
+        what: name of the loop, for example ``Training``.
         total: rounds of the loop.
-        unit: what a round is called.
+        unit: name of a round, for example ``step``.
         initial: rounds that were done before.
         is_shown: False hides it.
         interval: seconds between lines; None leaves them to :meth:`tell`.

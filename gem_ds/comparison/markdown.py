@@ -146,7 +146,8 @@ def _interval_table(title: str, unit: Unit, found: Mapping[str, Interval]) -> st
     lines = []
     for method, each in found.items():
         reach = unit.write_range(each.low, each.high, sign=True)
-        lines.append((method, unit.write(each.value, sign=True), reach, "real" * each.is_real))
+        verdict = "real" if each.is_real else ""
+        lines.append((method, unit.write(each.value, sign=True), reach, verdict))
     return _table(("method", title, _INTERVAL, ""), lines)
 
 

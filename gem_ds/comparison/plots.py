@@ -206,7 +206,8 @@ def budget_figure(task: str, masks: Mapping[str, Mask]) -> Figure:
             grid[spot] = np.nansum([grid[spot], 100 * index.numel() / mask.num_selected])
         grids[method] = grid
     top = max(float(np.nanmax(grid)) for grid in grids.values())
-    columns = math.ceil(len(grids) / (lines := math.ceil(len(grids) / 4)))
+    lines = math.ceil(len(grids) / 4)
+    columns = math.ceil(len(grids) / lines)
     width = max(1.9, 0.62 * len(modules) + 0.5)
     height = max(2.2, min(6.0, 0.32 * len(layers) + 0.6))
     figure = Figure(figsize=(columns * width + 1.5, lines * height + 1.3), layout="constrained")

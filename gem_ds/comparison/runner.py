@@ -72,6 +72,7 @@ class Runner:
             while waiting:
                 yield from self.work_on(waiting.popleft(), slot)
 
+        # By what yields a slot's processes one after another: the present one.
         at_work: dict[Iterator[Process], Process | None] = dict.fromkeys(
             map(processes, range(self.comparison.num_parallel))
         )

@@ -46,7 +46,7 @@ class Transformers:
     """A model in eval mode, whole on this rank or partitioned over all.
 
     Its own sampling parameters and penalties are ignored. With `synced_ranks` it is partitioned:
-    all answer a batch at the same time, in as many forward passes as the one that needs most.
+    all ranks answer a batch at the same time, each in as many forward passes as the longest needs.
     """
 
     model: PreTrainedModel

@@ -75,7 +75,7 @@ def summary(results: Mapping[str, Any]) -> str:
 
 
 def pass_at_k(n: int, c: int, k: int) -> Fraction:
-    """The unbiased estimate for one problem: `c` of `n` samples are right, and a user tries `k`."""
+    """The exact estimate for one problem: `c` of `n` samples are right, and a user tries `k`."""
     if k < 1:
         raise ValueError(f"k must be at least 1, not {k}.")
     if n < k:

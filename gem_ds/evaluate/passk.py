@@ -7,8 +7,8 @@
     samples -> programs -> verdicts of the sandbox -> pass@k per problem -> mean, interval
 
 A sample passes when its program, the problem's setup code and all of the problem's tests run
-without an error. Greedy pass@1 is `--n 1 --k 1 --temperature 0`.
-A further benchmark is a class as `humaneval.HumanEval`, in a file of its own, and two lines here.
+without an error. Greedy pass@1 is `--n 1 --k 1 --temperature 0`. A further benchmark is a class as
+`humaneval.HumanEval`, in a file of its own, and an entry in `Benchmark` and in `TASKS`.
 """
 
 from __future__ import annotations

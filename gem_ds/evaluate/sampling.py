@@ -84,9 +84,13 @@ def sample_all(
 
                 backend: Backend = Vllm(files, settings)
             else:
-                model = load_model(files, deepspeed, comm)
-                size, is_synced = arguments.batch_size, deepspeed is not None
-                backend = Transformers(model, files.tokenizer, settings, size, is_synced)
+                backend = Transformers(
+                    load_model(files, deepspeed, comm),
+                    files.tokenizer,
+                    settings,
+                    batch_size=arguments.batch_size,
+                    synced_ranks=deepspeed is not None,
+                )
             if comm.is_main:
                 for name in (RESULTS_FILE, VERDICTS_FILE):
                     (folder / name).unlink(missing_ok=True)

@@ -46,7 +46,7 @@ def _judge(arguments: SamplingArguments, own: ShortAnswerArguments) -> Report | 
         return None
     answers: list[Any] = [sample.completion.strip() for sample in samples]
     verdicts = None
-    if own.task == "stsb":
+    if task.kind == "number":
         answers = [read_number(answer) for answer in answers]
     else:  # metrics of each text by itself: those of the task are their means
         verdicts = [

@@ -58,7 +58,7 @@ def mount(source: str, target: str, kind: str = "", flags: int = 0, options: str
 def restrict_mount(target: str, attributes: int, *, recursive: bool) -> None:
     """Sets MOUNT_ATTR_* on a mount, and on those below it."""
     attr = struct.pack("=4Q", attributes, 0, 0, 0)  # struct mount_attr: what is to be set
-    flags = _AT_RECURSIVE * recursive
+    flags = _AT_RECURSIVE if recursive else 0
     syscall(_MOUNT_SETATTR, _AT_FDCWD, os.fsencode(target), flags, attr, len(attr))
 
 

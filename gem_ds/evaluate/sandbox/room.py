@@ -12,8 +12,9 @@ For each candidate it enters a cell, a further pid, mount and ipc namespace in w
 /dev/shm are empty and of limited size, starts a judge in it and leaves it.
 
 A candidate of root's must not be root, whom the kernel neither counts nor refuses: it gets an
-unprivileged identity of the room's own. An ordinary user's has his, in a room that holds nothing of
-his. The way to an interpreter under root's own home is built anew, open to all.
+unprivileged identity of the room's own. An ordinary user has one identity only, so the candidate
+has it too, in a room that holds nothing of the user's. The way to an interpreter under root's own
+home is built anew, open to all.
 """
 
 from __future__ import annotations
@@ -162,7 +163,7 @@ def _become_child() -> None:
 
 def code_folder() -> str:
     """The folder that holds the package `gem_ds`."""
-    return os.path.abspath(__file__ + len(__name__.split(".")) * "/..")
+    return os.path.abspath(f"{__file__}/../../../..")
 
 
 def interpreter() -> str:
