@@ -7,7 +7,6 @@ import os
 import signal
 import stat
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -80,12 +79,6 @@ def test_the_file_is_ordinary_safetensors_that_others_can_read(tmp_path):
     assert torch.equal(loaded["c"], loaded["b"])
 
 
-def test_json_comes_back(tmp_path):
-    save_json(tmp_path / "f.json", METADATA)
-    assert json.loads((tmp_path / "f.json").read_text()) == METADATA
-    assert os.listdir(tmp_path) == ["f.json"]
-
-
 # Writing is all or nothing
 
 
@@ -105,15 +98,9 @@ def assert_whole(path: Path) -> None:
     assert os.listdir(path.parent) == [path.name]
 
 
-@pytest.mark.parametrize(
-    ("write_whole", "expected"),
-    [
-        (atomic_write, {"sync file": 1}),
-        (atomic_folder, {"sync file": 1, "sync folder": 2}),
-    ],
-)
+@pytest.mark.parametrize(("write_whole", "num_folders"), [(atomic_write, 0), (atomic_folder, 2)])
 def test_content_is_on_the_disk_before_the_name_and_the_name_before_the_return(
-    tmp_path, monkeypatch, write_whole, expected
+    tmp_path, monkeypatch, write_whole, num_folders
 ):
     calls = []
     fsync, replace = os.fsync, os.replace
@@ -131,7 +118,7 @@ def test_content_is_on_the_disk_before_the_name_and_the_name_before_the_return(
     monkeypatch.setattr(os, "replace", logged_replace)
     write_whole(tmp_path / "f", write)
     place = calls.index("rename")
-    assert Counter(calls[:place]) == expected
+    assert sorted(calls[:place]) == ["sync file"] + ["sync folder"] * num_folders
     assert calls[place:] == ["rename", "sync folder"]
 
 

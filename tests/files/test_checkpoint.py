@@ -160,14 +160,13 @@ def _spoil_vectors(folder: Path, **vectors: torch.Tensor | None) -> None:
     replace(checkpoint, vectors=kept).save(folder.parent)
 
 
+def _truncate(file: Path) -> None:
+    os.truncate(file, file.stat().st_size - 5)
+
+
 DAMAGES = {
     **{f"no {name}": lambda f, name=name: (f / name).unlink() for name in FILES},
-    **{
-        f"{name} truncated": lambda f, name=name: os.truncate(
-            f / name, os.path.getsize(f / name) - 5
-        )
-        for name in FILES
-    },
+    **{f"{name} truncated": lambda f, name=name: _truncate(f / name) for name in FILES},
     "other state": lambda f: (f / FILES[2]).write_text('{"a": 1}'),
     "mask for optimizer": lambda f: shutil.copy(f / FILES[0], f / FILES[1]),
     "mask of another size": lambda f: make_checkpoint(5, (4, 2)).mask.save(f / FILES[0]),

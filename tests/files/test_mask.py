@@ -130,33 +130,33 @@ def test_a_file_with_bad_tensors_is_refused(tmp_path, message):
     refuse(tmp_path / "mask.safetensors", whole, metadata, message)
 
 
-BF16 = {"dtype": "bfloat16", "checksum": ""}
+BF16 = {"shape": [3, 4], "dtype": "bfloat16", "checksum": ""}
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("weights", None, "'weights' is missing"),
-        ("weights", {}, "no weights"),
-        ("weights", {"b": 3}, "'b' is missing or has a wrong type"),
-        ("weights", {"b": {"shape": [3, 4], "dtype": "bfloat16"}}, "'checksum' is missing"),
-        ("weights", {"b": {"shape": 12, **BF16}}, "'shape'"),
-        *(
-            ("weights", {"b": {"shape": shape, **BF16}}, "impossible shape")
-            for shape in ([0], ["3"], [])
-        ),
-        *(
-            ("weights", {"b": {"shape": [3, 4], **BF16, "dtype": dtype}}, f"dtype '{dtype}'")
-            for dtype in ("int8", "nn")
-        ),
-        ("base_model", 3, "'base_model' is missing or has a wrong type"),
-        ("settings", [], "'settings'"),
-    ],
-)
-def test_a_file_with_bad_metadata_is_refused(tmp_path, field, value, message):
+#: What one of its two weights is said to be, or other fields, and words of the sentence.
+BAD_METADATA = [
+    ({"weights": None}, "'weights' is missing"),
+    ({"weights": {}}, "no weights"),
+    ({"base_model": 3}, "'base_model' is missing or has a wrong type"),
+    ({"settings": []}, "'settings'"),
+    *(
+        ({"weights": {"b": described}}, message)
+        for described, message in (
+            (3, "'b' is missing or has a wrong type"),
+            ({"shape": [3, 4], "dtype": "bfloat16"}, "'checksum' is missing"),
+            (BF16 | {"shape": 12}, "'shape'"),
+            *((BF16 | {"shape": shape}, "impossible shape") for shape in ([0], ["3"], [])),
+            *((BF16 | {"dtype": dtype}, f"dtype '{dtype}'") for dtype in ("int8", "nn")),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("changed", "message"), BAD_METADATA)
+def test_a_file_with_bad_metadata_is_refused(tmp_path, changed, message):
     tensors, metadata = pack_mask(make_mask())
     del tensors["a.indices"], metadata["weights"]["a"]
-    refuse(tmp_path / "mask.safetensors", tensors, {**metadata, field: value}, message)
+    refuse(tmp_path / "mask.safetensors", tensors, metadata | changed, message)
 
 
 def test_indices_without_a_description_and_the_reverse_are_refused():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import tomllib
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,39 +13,18 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 
 from gem_ds.models.targets import find_targets, targets_of
 
-Q_PROJ_MODELS = """
-    cohere cohere2 exaone4 gemma gemma2 gemma3_text gpt_neo gptj granite helium llama
-    ministral mistral mixtral nemotron olmo olmo2 olmo3 opt phi qwen2 qwen2_moe qwen3 qwen3_moe
-    smollm3 stablelm starcoder2
-"""
-QUERY_MODELS = ("bert", "camembert", "electra", "ernie", "roberta", "xlm-roberta")
-QUERY_VALUE = {
-    **dict.fromkeys(Q_PROJ_MODELS.split(), ("q_proj", "v_proj")),
-    **dict.fromkeys(QUERY_MODELS, ("query", "value")),
-    "deberta-v2": ("query_proj", "value_proj"),
-    "distilbert": ("q_lin", "v_lin"),
-}
-FUSED = {
-    **dict.fromkeys(("gpt2", "gpt_bigcode"), "c_attn"),
-    **dict.fromkeys(("gpt_neox", "bloom", "falcon"), "query_key_value"),
-    **dict.fromkeys(("phi3", "codegen"), "qkv_proj"),
-    **dict.fromkeys(("mpt", "modernbert"), "Wqkv"),
-}
-
+TABLES = tomllib.loads(Path(__file__).with_name("targets.toml").read_text())
+QUERY_VALUE, FUSED = (
+    {model_type: names for names, types in TABLES[kind].items() for model_type in types.split()}
+    for kind in ("query_value", "fused")
+)
 NUM_LAYERS = 2
-DEPTH_KEYS = {"gpt2": "n_layer", "gptj": "n_layer", "gpt_bigcode": "n_layer", "mpt": "n_layers",
-              "bloom": "n_layer", "distilbert": "n_layers", "gpt_neo": "num_layers"}  # fmt: skip
-OTHER_KEYS = {
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "nemotron": {"num_key_value_heads": 48},
-    "ministral": {"head_dim": 128},
-}
 
 
 def _model(model_type: str) -> PreTrainedModel:
     """A model of this architecture with two layers and no memory behind its weights."""
-    depth = {DEPTH_KEYS.get(model_type, "num_hidden_layers"): NUM_LAYERS}
-    config = AutoConfig.for_model(model_type, **depth, **OTHER_KEYS.get(model_type, {}))
+    sizes = TABLES["sizes"].get(model_type, {"num_hidden_layers": NUM_LAYERS})
+    config = AutoConfig.for_model(model_type, **sizes)
     family = (
         AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
     )
@@ -61,8 +42,8 @@ def test_the_default_is_query_and_value_of_every_layer(model_type: str) -> None:
     model = _model(model_type)
     targets = find_targets(model)
     assert len(targets) == 2 * NUM_LAYERS
-    suffixes = [name.removesuffix(".weight").rpartition(".")[2] for name in targets]
-    assert tuple(sorted(set(suffixes))) == QUERY_VALUE[model_type]
+    suffixes = {name.split(".")[-2] for name in targets}
+    assert " ".join(sorted(suffixes)) == QUERY_VALUE[model_type]
     assert all(model.get_parameter(name) is module.weight for name, module in targets.items())
 
 
@@ -82,25 +63,12 @@ def test_an_unknown_architecture_asks_for_names() -> None:
         find_targets(nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize(
-    ("names", "expected"),
-    [
-        (
-            ["o_proj", "mlp.up_proj"],
-            ["model.layers.N.mlp.up_proj", "model.layers.N.self_attn.o_proj"],
-        ),
-        (["model.layers.1.self_attn.q_proj"], ["model.layers.1.self_attn.q_proj"]),
-        (
-            [r"model\.layers\.1\..*\.[qk]_proj"],  # an expression matches whole names
-            ["model.layers.1.self_attn.k_proj", "model.layers.1.self_attn.q_proj"],
-        ),
-    ],
-)
+@pytest.mark.parametrize(("names", "expected"), TABLES["chosen"].items())
 def test_layers_by_suffix_or_expression(
-    llama: PreTrainedModel, names: list[str], expected: list[str]
+    llama: PreTrainedModel, names: str, expected: list[str]
 ) -> None:
-    whole = {name.replace(".N.", f".{layer}.") for name in expected for layer in range(NUM_LAYERS)}
-    assert {name.removesuffix(".weight") for name in find_targets(llama, names)} == whole
+    found = find_targets(llama, names.split())
+    assert sorted(name.removesuffix(".weight") for name in found) == expected
 
 
 def test_all_linear_leaves_out_the_output_layer(llama: PreTrainedModel) -> None:
@@ -128,23 +96,12 @@ def test_layers_by_the_names_of_their_weights(llama: PreTrainedModel) -> None:
         targets_of(llama, ["model.layers.9.self_attn.q_proj.weight"])
 
 
-@pytest.mark.parametrize(
-    ("names", "sentence"),
-    [
-        (["query"], r"query matches no module.*down_proj, gate_proj, k_proj"),
-        (["proj"], "--target_modules proj matches no module"),  # a suffix ends at a dot
-        (["q_proj", "v_prj"], "--target_modules v_prj matches no module"),
-        ([r"layers\.1\..*\.[qk]_proj"], "matches no module"),  # not the whole name
-        (["mlp"], r"matches model\.layers\.0\.mlp, a LlamaMLP: only linear"),
-        ([r".*layers.*(q_proj|layernorm)"], "a LlamaRMSNorm: only linear"),
-        (["(q_proj"], r"\(q_proj is neither a module name nor a regular"),
-    ],
-)
+@pytest.mark.parametrize(("names", "sentence"), TABLES["refused"].items())
 def test_names_that_are_no_linear_layers_are_refused(
-    llama: PreTrainedModel, names: list[str], sentence: str
+    llama: PreTrainedModel, names: str, sentence: str
 ) -> None:
     with pytest.raises(ValueError, match=sentence):
-        find_targets(llama, names)
+        find_targets(llama, names.split())
 
 
 class Tied(nn.Module):
