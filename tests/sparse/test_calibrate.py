@@ -133,12 +133,8 @@ def _calibrate(comm: Comm, case: Case) -> Outcome:
     model.train()
     engine, layers = make_engine(case.setting, comm, model, K)
     examples = random_examples(NUM_EXAMPLES)
-    batches = make_batches(
-        pack(examples, MAX_LENGTH) if case.packed else examples,
-        comm,
-        case.micro_batch_size,
-        case.accumulation,
-    )
+    dataset = pack(examples, MAX_LENGTH) if case.packed else examples
+    batches = make_batches(dataset, comm, case.micro_batch_size, case.accumulation)
     given = (engine, layers, batches, summed_loss_of(case.architecture))
     start = comm.start_reduce_scatter
     with mock.patch.object(comm, "start_reduce_scatter", wraps=start) as reductions:
@@ -146,12 +142,11 @@ def _calibrate(comm: Comm, case: Case) -> Outcome:
     num_micro_batches = batches.steps_per_epoch * case.accumulation
     at_once = (NUM_TARGETS - case.num_buffered(comm.world_size)) * num_micro_batches
     assert reductions.call_count == case.num_buffered(comm.world_size) + at_once
-    forwards: list[None] = []
-    progress: list[None] = []
-    layers[0].module.register_forward_hook(lambda *call: forwards.append(None))
-    selection = calibrate(*given, K, lambda: progress.append(None), buffer_gb=case.buffer_gb)
-    assert len(progress) == batches.steps_per_epoch
-    assert len(forwards) == num_micro_batches * (1 + case.checkpointing)
+    progress, forwards = mock.Mock(), mock.Mock(return_value=None)
+    layers[0].module.register_forward_hook(forwards)
+    selection = calibrate(*given, K, progress, buffer_gb=case.buffer_gb)
+    assert progress.call_count == batches.steps_per_epoch
+    assert forwards.call_count == num_micro_batches * (1 + case.checkpointing)
     _assert_unchanged(engine, case)
     indices = gather_indices(selection.indices, comm)
     return Outcome(
@@ -180,27 +175,22 @@ def _dense(architecture: str) -> tuple[Tensors, Tensors]:
 
 
 @pytest.mark.parametrize(("world_size", "case"), ALL_CASES, ids=str)
-class TestOracle:
-    """Each line of the method, on every kind of engine."""
-
-    def test_statistics(self, outcomes: Callable, world_size: int, case: Case) -> None:
-        gradients, weights = _dense(case.architecture)
-        scores = [oracle.layer_score(oracle.ratio(gradients[n], w)) for n, w in weights.items()]
-        for outcome in outcomes(world_size, case):
-            assert list(outcome.gradients) == list(gradients)
-            assert max_error(outcome.gradients, gradients) <= 1e-5
-            assert outcome.selection.layer_scores == pytest.approx(scores, rel=1e-5)
-
-    def test_mask(self, outcomes: Callable, world_size: int, case: Case) -> None:
-        """That of the ranks' statistics, and of dense gradients up to rounding."""
-        dense, weights = _dense(case.architecture)
-        for outcome in outcomes(world_size, case):
-            gradients = {n: g.view_as(weights[n]) for n, g in outcome.gradients.items()}
-            masks = oracle.select(gradients, weights, K)
-            expected = {name: mask.flatten().nonzero()[:, 0] for name, mask in masks.items()}
-            assert outcome.selection.budgets == [len(index) for index in expected.values()]
-            assert all(torch.equal(outcome.indices[n], index) for n, index in expected.items())
-            assert_selected_up_to_rounding(outcome.indices, dense, weights, K)
+def test_statistics_and_mask_are_the_oracles(
+    outcomes: Callable, world_size: int, case: Case
+) -> None:
+    """The mask is that of the ranks' statistics, and of dense gradients up to rounding."""
+    dense, weights = _dense(case.architecture)
+    scores = [oracle.layer_score(oracle.ratio(dense[n], w)) for n, w in weights.items()]
+    for outcome in outcomes(world_size, case):
+        assert list(outcome.gradients) == list(dense)
+        assert max_error(outcome.gradients, dense) <= 1e-5
+        assert outcome.selection.layer_scores == pytest.approx(scores, rel=1e-5)
+        gradients = {n: g.view_as(weights[n]) for n, g in outcome.gradients.items()}
+        masks = oracle.select(gradients, weights, K)
+        expected = {name: mask.flatten().nonzero()[:, 0] for name, mask in masks.items()}
+        assert outcome.selection.budgets == [len(index) for index in expected.values()]
+        assert all(torch.equal(outcome.indices[n], index) for n, index in expected.items())
+        assert_selected_up_to_rounding(outcome.indices, dense, weights, K)
 
 
 def test_checkpointing_leaves_no_trace_in_the_statistics(outcomes: Callable) -> None:
@@ -295,8 +285,8 @@ def test_target_without_gradient_is_refused_by_name_on_every_rank(oddities: list
 
 
 def test_gradient_in_the_range_of_one_rank_is_enough(oddities: list) -> None:
-    found = [account["gradient in the first rank's range only"] for account in oddities]
-    assert found == ["no error"] * 2
+    for account in oddities:
+        assert account["gradient in the first rank's range only"] == "no error"
 
 
 def test_loss_that_is_not_finite_on_one_rank_is_refused_on_every_rank(oddities: list) -> None:

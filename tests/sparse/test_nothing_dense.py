@@ -113,18 +113,12 @@ class Account:
 
 
 class Looking:
-    """Looks at the process whenever a layer's gradient is handed to the network, and has arrived.
-
-    Attributes:
-        dense: what is of the size of a target or more, each time that a gradient is handed over.
-        dense_on_the_way: the same, each time that one has arrived.
-        parts: what is of the size of a partition or more then.
-    """
+    """Looks at the process as a layer's gradient is handed to the network, and has arrived."""
 
     def __init__(self) -> None:
-        self.dense: list[list[str]] = []
-        self.dense_on_the_way: list[list[str]] = []
-        self.parts: list[list[str]] = []
+        self.dense: list[list[str]] = []  # of a target's size or more, when one is handed over
+        self.dense_on_the_way: list[list[str]] = []  # the same, when one has arrived
+        self.parts: list[list[str]] = []  # of a partition's size or more then
 
     def at(self, engine: Engine) -> Any:
         """Within the block, look at the gradients that the engine's Comm reduces."""
@@ -225,7 +219,9 @@ def accounts() -> Accounts:
 
 
 @pytest.mark.parametrize("total", [FEW, MANY])
-def test_calibration_holds_its_ranges_and_two_products(accounts: Accounts, total: int) -> None:
+def test_calibration_holds_its_ranges_and_two_products_and_training_nothing_dense(
+    accounts: Accounts, total: int
+) -> None:
     """Beside the model's own weights."""
     for account in accounts[total]:
         looking = account.calibration
@@ -236,11 +232,6 @@ def test_calibration_holds_its_ranges_and_two_products(accounts: Accounts, total
         assert alive == ([2] * (NUM_TARGETS - 1) + [1]) * NUM_CALIBRATION_PASSES
         parts = [len(tensors) - NUM_TARGETS for tensors in looking.parts]
         assert parts == [1 + products for products in alive], "ranges, products, one sum"
-
-
-@pytest.mark.parametrize("total", [FEW, MANY])
-def test_training_holds_and_computes_nothing_dense(accounts: Accounts, total: int) -> None:
-    for account in accounts[total]:
         assert account.dense_in_backward == []
         assert account.calibration_product >= TARGET_SIZE, "the recorder sees products"
         assert account.training_product < PARTITION
@@ -252,14 +243,10 @@ def test_training_holds_and_computes_nothing_dense(accounts: Accounts, total: in
 def test_what_crosses_the_network_is_proportional_to_the_selected_entries(
     accounts: Accounts,
 ) -> None:
-    """Gradients out and values back, 4 bytes each, and a few numbers."""
+    """Gradients out and values back, 4 bytes each; gathers of weights carry the values along."""
     for few, many in zip(accounts[FEW], accounts[MANY], strict=True):
         assert (many.payload - few.payload) / (MANY - FEW) == pytest.approx(8)
-        assert 8 * FEW <= few.payload <= 8 * FEW + 300
-
-
-def test_gathers_of_weights_carry_the_values_along(accounts: Accounts) -> None:
-    """Once for each forward and each backward pass."""
-    for few, many in zip(accounts[FEW], accounts[MANY], strict=True):
+        assert 8 * FEW <= few.payload <= 8 * FEW + 300, "and a few numbers"
+        # Once for each forward and each backward pass.
         assert (many.gathers - few.gathers) / (MANY - FEW) <= 8 * NUM_MICRO_BATCHES
         assert few.gathers >= 4 * TARGET_SIZE, "the counter sees the weights"

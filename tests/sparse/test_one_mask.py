@@ -7,6 +7,7 @@ calibration the statistics round differently; that is test_calibrate.py's.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,25 +58,19 @@ def _weights() -> Tensors:
     return weights
 
 
-def _quantised(seed: int) -> Tensors:
+def _statistics(draw: Callable[..., Tensor], seed: int) -> Tensors:
     generator = torch.Generator().manual_seed(seed)
-    gradients = {
-        name: torch.randint(-2, 3, shape, generator=generator).float()
-        for name, shape in SHAPES.items()
-    }
-    gradients["twin"] = gradients["large"].clone()
-    return gradients
+    return {name: draw(shape, generator=generator) for name, shape in SHAPES.items()}
+
+
+def _quantised(seed: int) -> Tensors:
+    gradients = _statistics(functools.partial(torch.randint, -2, 3), seed)
+    return {n: g.float() for n, g in (gradients | {"twin": gradients["large"].clone()}).items()}
 
 
 def _heavy_tailed(seed: int) -> Tensors:
-    generator = torch.Generator().manual_seed(seed)
-    gradients = {
-        name: torch.exp(4 * torch.randn(shape, generator=generator))
-        for name, shape in SHAPES.items()
-    }
-    for name in ("three", "even"):
-        gradients[name].zero_()
-    return gradients
+    zeroed = ("three", "even")
+    return {n: (4 * g).exp() * (n not in zeroed) for n, g in _statistics(torch.randn, seed).items()}
 
 
 def _zeros() -> Tensors:
@@ -183,27 +178,17 @@ def _expected(name: str) -> Tensors:
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-class TestSameStatistics:
-    """Bit for bit the oracle's mask on every rank, so one mask for all of them."""
-
-    @pytest.mark.parametrize("name", GIVEN)
-    def test_mask_file(
-        self, accounts: Accounts, world_size: int, setting: Setting, name: str
-    ) -> None:
-        expected = _expected(name)
-        for account in accounts(world_size):
-            tensors = account[setting, name]
-            assert tensors.keys() == expected.keys()
-            for key, index in expected.items():
-                assert tensors[key].dtype == torch.int32
-                assert torch.equal(tensors[key], index), key
-
-    def test_refusal(self, accounts: Accounts, world_size: int, setting: Setting) -> None:
-        for name, (_, culprits) in REFUSED.items():
-            sentences = {account[setting, name] for account in accounts(world_size)}
-            assert len(sentences) == 1, "the ranks agree"
-            (sentence,) = sentences
-            assert [key for key in SHAPES if f"{key}.weight" in sentence] == culprits
+def test_the_mask_is_the_oracles(accounts: Accounts, world_size: int, setting: Setting) -> None:
+    """Bit for bit on every rank, so it is one mask for all; and all refuse in the same words."""
+    for account, name in itertools.product(accounts(world_size), GIVEN):
+        found, expected = account[setting, name], _expected(name)
+        assert found.keys() == expected.keys()
+        for key, index in expected.items():
+            assert found[key].dtype == torch.int32
+            assert torch.equal(found[key], index), f"{name}: {key}"
+    for name, (_, culprits) in REFUSED.items():
+        (sentence,) = {account[setting, name] for account in accounts(world_size)}
+        assert [key for key in SHAPES if f"{key}.weight" in sentence] == culprits
 
 
 def test_cases_tie() -> None:
