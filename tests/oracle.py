@@ -168,8 +168,7 @@ def select(
         **dict.fromkeys(("gem", "entropy_gradient", "damped"), layer_score),
         "tempered": lambda s: math.sqrt(1 + layer_score(s)),
         "effective": lambda s: math.exp(entropy(s)) if s.any() else 0.0,
-        "random_shira": lambda s: sum(s.shape),
-        "lift": lambda s: s.numel(),
+        **dict.fromkeys(("random_shira", "lift"), lambda s: sum(s.shape)),
     }
     of_layers = [by_rule.get(rule, lambda s: 1.0)(s) for s in scores.values()]
     shares = budgets(of_layers, [s.numel() for s in scores.values()], total)

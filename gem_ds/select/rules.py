@@ -97,7 +97,6 @@ _tempered = by_statistics(lambda s: math.sqrt(1 + s.norm * s.entropy))
 _effective_entries = by_statistics(lambda s: float(Decimal(s.entropy).exp()) if s.total else 0.0)
 _equal = by_shape(lambda shape: 1)
 _rows_and_columns = by_shape(sum)
-_size = by_shape(math.prod)
 
 
 # Budgets
@@ -194,10 +193,10 @@ RULES = {
     ),
     "lift": Rule(
         entry_score=scores.principal_magnitudes,
-        budgets=in_proportion_to(_size),
+        budgets=in_proportion_to(_rows_and_columns),
         needs_gradient=False,
         help=f"the largest entries of the part of w of rank {scores.PRINCIPAL_RANK}, budgets by "
-        "size (arXiv 2506.00772, whose code has rows plus columns, and chooses anew in training)",
+        "rows plus columns, chosen once (arXiv 2506.00772, whose code chooses anew in training)",
     ),
 }
 

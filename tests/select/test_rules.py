@@ -122,7 +122,7 @@ def test_budgets_by_shape_and_by_entropy() -> None:
         return _select(rule, gradients, weights, total, 1)[0].budgets
 
     assert budgets("random_shira", 50) == [16, 34]
-    assert budgets("lift", 50) == [25, 25]
+    assert budgets("lift", 50) == [16, 34]
     assert budgets("effective", 50) == [40, 10]
     # s = 8 log 64 = 33.3 and 36 log 16 = 99.8; the roots of 1 + s are 5.86 and 10.04
     assert budgets("gem", 40) == [10, 30]
