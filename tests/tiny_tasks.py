@@ -10,13 +10,17 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
+    BertForSequenceClassification,
     BertTokenizer,
     PreTrainedTokenizerFast,
 )
 
+from gem_ds.data.dataset import Dataset
 from gem_ds.data.tasks import ChoiceExample, Example, Kind, NumberExample, TaskData
 from tests.tiny import CONFIGS, DROPOUTS, tiny_config
 
@@ -27,6 +31,7 @@ LABELS = ("entailment", "not_entailment")
 #: A task of each kind that has metrics.
 NAMES: dict[Kind, str] = {"labels": "rte", "choices": "copa", "number": "stsb"}
 KINDS = tuple(NAMES)
+NUM_PAIRS = 17
 
 #: Whose tokenizers do not tell the first text from the second.
 WITHOUT_TYPES = ("modernbert", "roberta")
@@ -77,6 +82,38 @@ def choice(
     """An example whose target is the right one of its candidates."""
     more |= {"candidates": candidates, "answer": answer, "pairs": pairs}
     return ChoiceExample(prompt=prompt, target=candidates[answer], **more)
+
+
+def make_classifier(dtype: torch.dtype = torch.float32) -> BertForSequenceClassification:
+    """A head for three labels; always the same weights, no dropout."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return BertForSequenceClassification(tiny_config("classifier")).to(dtype)
+
+
+def random_pairs() -> Dataset:
+    """Random pairs of 3 to 13 tokens with one of three labels."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(3, 14, (NUM_PAIRS,), generator=generator)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    total = int(offsets[-1])
+    return Dataset(
+        tokens=torch.randint(1, 30, (total,), generator=generator).int(),
+        types=torch.randint(0, 2, (total,), generator=generator).int(),
+        offsets=offsets,
+        groups=torch.arange(NUM_PAIRS + 1),
+        truncated=torch.zeros(NUM_PAIRS, dtype=torch.bool),
+        answers=torch.randint(0, 3, (NUM_PAIRS,), generator=generator),
+    )
+
+
+def naive_pair_loss(model: nn.Module, i: int) -> Tensor:
+    """Of one example, without batch or padding."""
+    data = random_pairs()
+    own = slice(int(data.offsets[i]), int(data.offsets[i + 1]))
+    tokens, types = (part[None, own].long() for part in (data.tokens, data.types))
+    logits = model(input_ids=tokens, token_type_ids=types).logits
+    return F.cross_entropy(logits, data.answers[i : i + 1], reduction="sum")
 
 
 @contextmanager

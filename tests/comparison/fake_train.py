@@ -2,9 +2,8 @@
 
     python fake_train.py --method gem --learning_rate 1e-02 ... --output_dir O [--fail ...]
 
-On the development split the best rate of each method is `DEV_BEST`; on the test split it is another
-one, so that a choice that looked there would be seen. Test accuracy is that of `ACCURACY`, in
-`NUM_EXAMPLES` examples, and each seed gets one example more right than the one before. As with the
+On the test split another rate is the best one than on the development split, so that a choice that
+looked there would be seen. Each seed gets one example more right than the one before. As with the
 real program, the tasks `GENERATED` get no metrics and no predictions, but a held-out loss: here the
 share of wrong answers.
 

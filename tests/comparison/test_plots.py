@@ -80,10 +80,7 @@ def test_all_methods_on_several_tasks_are_readable(num_tasks: int) -> None:
     assert_tidy(rate_figure(comparison, table, cells))
 
 
-@pytest.mark.parametrize(
-    "losses",
-    [(0.007, 0.06, 2.1), (0.68, 0.69, 0.7), (0.007, 1.0, 1e6)],
-)
+@pytest.mark.parametrize("losses", [(0.007, 0.06, 2.1), (0.68, 0.69, 0.7), (0.007, 1.0, 1e6)])
 def test_losses_are_told_apart_beside_one_that_is_far_off(losses: tuple[float, ...]) -> None:
     comparison, table, _ = comparison_of(1)
     rates = comparison.methods["gem"].learning_rates

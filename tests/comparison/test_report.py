@@ -101,15 +101,14 @@ def test_the_best_rate_has_the_best_aim_then_the_least_loss_and_is_the_smallest(
         assert best_rate(tried) == (order[0][-1] if order else None)
 
 
-@pytest.mark.parametrize(
-    ("rates", "are_at_edge"), [((1.0, 2.0, 3.0), [True, False, True]), ((1.0,), [False])]
-)
-def test_an_edge_is_the_end_of_a_grid_of_several_rates(rates: Any, are_at_edge: list) -> None:
-    methods = {"gem": Method(learning_rates=rates)}
-    comparison = replace(comparison_in(Path("out")), methods=methods)
-    cells = tabulate_cells(comparison, [])
-    tables = [tabulate(comparison, cells, {("a", "gem"): rate}, {}) for rate in rates]
-    assert [table.is_at_edge[0] for table in tables] == are_at_edge
+def test_an_edge_is_the_end_of_a_grid_of_several_rates() -> None:
+    for rates, edges in (((1.0, 2.0, 3.0), {1.0, 3.0}), ((1.0,), set())):
+        methods = {"gem": Method(learning_rates=rates)}
+        comparison = replace(comparison_in(Path("out")), methods=methods)
+        cells = tabulate_cells(comparison, [])
+        for rate in rates:
+            table = tabulate(comparison, cells, {("a", "gem"): rate}, {})
+            assert table.is_at_edge[0] == (rate in edges)
 
 
 def test_an_average_is_over_tasks_within_each_seed(tmp_path: Path) -> None:

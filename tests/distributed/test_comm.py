@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -98,6 +99,8 @@ def _speak() -> None:
     comm = init_distributed()
     for check in (_reductions, _gathers, _objects, _agreements):
         check(comm)
+    named = Path("/dev/shm").glob(f"deepspeed_*_{os.environ['MASTER_PORT']}_*")
+    assert not list(named), "shared memory would outlive the ranks"
 
 
 def test_three_ranks() -> None:

@@ -1,10 +1,7 @@
 """The conformance test of the one door to DeepSpeed, on real ranks.
 
-Every ZeRO stage, in fp32 and bf16, plainly, offloaded to the CPU and with every weight persistent,
-has to do the same things: read a rank's range, write entries so that every later forward pass sees
-them, keep masters and moments, apply a step, skip a step, go on from another engine's state. If a
-DeepSpeed release lays its memory out in another way, it shows here first: a failure names the kind
-of engine, and its traceback the check.
+Every kind of engine has to pass the same checks. If a DeepSpeed release lays its memory out in
+another way, it shows here first: a failure names the kind of engine, and its traceback the check.
 
 All of it runs on two ranks, the plain fp32 engines also on one and, where ranks hold parts, on
 three. The engines of one world size are made one after another in the same processes.
@@ -387,17 +384,12 @@ def test_sums_of_bf16_gradients_round_once() -> None:
         assert min(errors) > rounding / 2, "means are rounded to bf16 at last"
 
 
-@pytest.mark.parametrize(
-    ("scale", "is_dynamic", "expected"),
-    [(2.0, True, True), (1.0, True, False), (2.0, False, False)],
-)
-def test_a_loss_scale_is_lowered_where_it_can_be(
-    scale: float, is_dynamic: bool, expected: bool
-) -> None:
+@pytest.mark.parametrize(("scale", "is_dynamic"), [(2.0, True), (1.0, True), (2.0, False)])
+def test_a_loss_scale_is_lowered_where_it_can_be(scale: float, is_dynamic: bool) -> None:
     from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler  # noqa: TID251
 
     limits = {"scale_window": 1, "min_scale": 1, "delayed_shift": 1, "init_scale": scale}
     limits["consecutive_hysteresis"] = False
     scaler = CreateLossScaler(torch.half, scale, is_dynamic, limits)
     engine = mock.Mock(spec=zero.BaseEngine, _scaler=scaler)
-    assert zero.BaseEngine.lowers_loss_scale.fget(engine) == expected
+    assert zero.BaseEngine.lowers_loss_scale.fget(engine) == (is_dynamic and scale > 1)

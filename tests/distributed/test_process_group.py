@@ -60,17 +60,6 @@ def test_several_processes_without_ranks_are_refused(
         process_group.init_distributed()
 
 
-def _named_buffers() -> set[str]:
-    comm = init_distributed()
-    comm.any(False)  # every rank has come so far
-    port = os.environ["MASTER_PORT"]
-    return {path.name for path in Path("/dev/shm").glob(f"deepspeed_*_{port}_*")}
-
-
-def test_no_shared_memory_outlives_the_ranks() -> None:
-    assert run_ranks(2, _named_buffers) == [set(), set()]
-
-
 @pytest.mark.parametrize("age", [0, 60, 3600])
 def test_a_lock_is_waited_for_until_it_is_too_old_to_be_held(
     age: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -45,11 +45,10 @@ def test_a_recipe_holds_flags_of_the_training_program(path: Path) -> None:
 
 @pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
 def test_a_comparison_is_fair_and_the_training_program_understands_it(path: Path) -> None:
-    """Every method has as many tries."""
     comparison = read_comparison(path)
     assert comparison.output_dir == Path("runs") / path.stem
     assert len(comparison.seeds) == 3
-    assert len({len(method.learning_rates) for method in comparison.methods.values()}) == 1
+    assert len({len(m.learning_rates) for m in comparison.methods.values()}) == 1, "equal tries"
     for cell in search_cells(comparison):
         command = training_command(comparison, cell)
         arguments = parse_arguments(command[command.index("launch/train.py") + 1 :])

@@ -59,7 +59,7 @@ from gem_ds.train.targets import Targets
 from tests import oracle
 from tests.ranks import run_ranks
 from tests.tiny import Setting, bits, make_model, naive_examples, naive_loss, random_examples
-from tests.tiny_classifier import NUM_EXAMPLES, make_classifier, naive_pair_loss, random_pairs
+from tests.tiny_tasks import NUM_PAIRS, make_classifier, naive_pair_loss, random_pairs
 
 pytestmark = [
     pytest.mark.slow,  # starts engines or programs
@@ -255,7 +255,7 @@ class Inspector:
 
 def _batches(comm: Comm, plan: Plan) -> Batches:
     return Batches(
-        random_pairs() if plan.model == "bert" else random_examples(NUM_EXAMPLES),
+        random_pairs() if plan.model == "bert" else random_examples(NUM_PAIRS),
         comm,
         global_batch_size=GLOBAL_BATCH_SIZE,
         micro_batch_size=plan.micro_batch_size,
@@ -411,7 +411,7 @@ def _dense(method: str, name: str, max_grad_norm: float, num_steps: int, alone: 
 def _global_batch(name: str, step: int) -> tuple[list[Any], int, Callable[..., Tensor]]:
     """Its examples one by one, how many items the loss is a mean of, and that of an example."""
     schedule = BatchSchedule(
-        num_rows=NUM_EXAMPLES,
+        num_rows=NUM_PAIRS,
         global_batch_size=GLOBAL_BATCH_SIZE,
         micro_batch_size=1,
         rank=0,
@@ -421,7 +421,7 @@ def _global_batch(name: str, step: int) -> tuple[list[Any], int, Callable[..., T
     batch = list(schedule.global_batch(step))
     if name == "bert":
         return batch, len(batch), naive_pair_loss
-    examples = naive_examples(random_examples(NUM_EXAMPLES), batch)
+    examples = naive_examples(random_examples(NUM_PAIRS), batch)
     return examples, sum(len(tokens) - start for tokens, start in examples), naive_loss
 
 
