@@ -103,18 +103,12 @@ def test_a_file_with_bad_tensors_is_refused(tmp_path, message):
     assert str(caught.value).startswith(f"{path} cannot be used: ")
 
 
-def test_a_mask_file_is_no_delta_and_the_reverse(tmp_path):
+def test_a_mask_file_is_no_delta_and_values_belong_to_a_mask_or_a_head(tmp_path):
     delta = make_delta(tiny_llama(), CHOSEN)
-    delta.mask.save(tmp_path / "f")
-    with pytest.raises(ValueError, match="pass a delta file"):
-        Delta.load(tmp_path / "f")
-    delta.save(tmp_path / "f")
-    with pytest.raises(ValueError, match="pass a mask file"):
-        Mask.load(tmp_path / "f")
-
-
-def test_values_without_a_mask_and_a_head_within_it_are_refused():
-    delta = make_delta(tiny_llama(), CHOSEN)
+    for saved, kind, message in ((delta.mask, Delta, "a delta file"), (delta, Mask, "a mask file")):
+        saved.save(tmp_path / "f")
+        with pytest.raises(ValueError, match=f"pass {message}"):
+            kind.load(tmp_path / "f")
     with pytest.raises(ValueError, match="'x' has values but no indices"):
         replace(delta, values={**delta.values, "x": torch.zeros(1)})
     with pytest.raises(ValueError, match=f"'{Q0}' is in the mask and in the head"):

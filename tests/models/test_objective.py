@@ -159,23 +159,21 @@ def test_the_heads_loss_and_predictions_are_those_of_transformers(folder, kind):
     assert len(set(expected)) > 1
 
 
-@pytest.mark.parametrize("kind", ["candidates", *KINDS])
-def test_no_examples_are_a_batch_without_items(tiny, folder, kind):
+def test_no_examples_are_a_batch_without_items(tiny, folder):
     """A rank without rows runs forward and backward too, and must add nothing."""
-    if kind == "candidates":
-        model, tokenizer = tiny
-        dataset = encode_candidates(EXAMPLES, tokenizer, 128)
-        loss_of, predict = summed_candidate_loss, predict_candidates
-    else:
-        model, dataset = load(folder, make_task(kind)), dataset_of(make_task(kind))
-        loss_of, predict = summed_pair_loss, predict_pairs
-    batch = dataset.collate([], pad_token_id=0)
-    assert dataset.num_items([]) == 0
-    loss = loss_of(model, batch)
-    assert loss.item() == 0
-    for gradient in torch.autograd.grad(loss, list(model.parameters())):
-        assert gradient.abs().max() == 0
-    assert predict(model, batch).tolist() == []
+    model, tokenizer = tiny
+    candidates = encode_candidates(EXAMPLES, tokenizer, 128)
+    cases = [(model, candidates, summed_candidate_loss, predict_candidates)]
+    for task in map(make_task, KINDS):
+        cases.append((load(folder, task), dataset_of(task), summed_pair_loss, predict_pairs))
+    for model, dataset, loss_of, predict in cases:
+        batch = dataset.collate([], pad_token_id=0)
+        assert dataset.num_items([]) == 0
+        loss = loss_of(model, batch)
+        assert loss.item() == 0
+        for gradient in torch.autograd.grad(loss, list(model.parameters())):
+            assert gradient.abs().max() == 0
+        assert predict(model, batch).tolist() == []
 
 
 def test_a_head_depends_on_the_seed_and_its_names(folder):

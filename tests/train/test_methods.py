@@ -149,20 +149,16 @@ def test_every_method_trains(tiny: Tiny, results) -> None:
     assert len(set(chosen.values())) == len(chosen)
 
 
-@pytest.mark.parametrize(
-    ("name", "size"), [("ia3_bert", 2 * (24 + 24 + 24 + 32)), ("shira_bert", 2 * 2 * (24 + 24))]
-)
-def test_adapters_of_an_encoder_come_with_its_trained_head(
-    tiny: Tiny, results, name: str, size: int
-) -> None:
+def test_adapters_of_an_encoder_come_with_its_trained_head(tiny: Tiny, results) -> None:
     """A head that is frozen, or left out of the file, would make the adapter useless."""
-    assert results[name]["num_trainable"] == size + HEAD_SIZE
-    adapter = load_file(tiny.folder / name / "adapter" / "adapter_model.safetensors")
-    head = {key for key in adapter if "ia3" not in key and "shira" not in key}
-    assert head == {f"base_model.model.{parameter}" for parameter in HEAD}
     before = load_file(tiny.folder / BERT / "model.safetensors")["pooler.dense.weight"]
-    after = adapter["base_model.model.bert.pooler.dense.weight"]
-    assert 0 < (after - before).abs().max() < 1
+    for name, size in (("ia3_bert", 2 * (24 + 24 + 24 + 32)), ("shira_bert", 2 * 2 * (24 + 24))):
+        assert results[name]["num_trainable"] == size + HEAD_SIZE
+        adapter = load_file(tiny.folder / name / "adapter" / "adapter_model.safetensors")
+        head = {key for key in adapter if "ia3" not in key and "shira" not in key}
+        assert head == {f"base_model.model.{parameter}" for parameter in HEAD}
+        after = adapter["base_model.model.bert.pooler.dense.weight"]
+        assert 0 < (after - before).abs().max() < 1
 
 
 def test_stages_write_the_same(tiny: Tiny, results) -> None:
@@ -174,23 +170,18 @@ def test_stages_write_the_same(tiny: Tiny, results) -> None:
         torch.testing.assert_close(partitioned[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize(
-    ("name", "again", "file"),
-    [
+def test_a_command_gives_the_same_numbers_again(tiny: Tiny, results) -> None:
+    """To the last digit, dropout included."""
+    differs = ("calibration_seconds", "seconds_per_step", "runtime_seconds", "peak_memory_bytes")
+    for *names, file in (
         ("gem_bert", "again", "delta.safetensors"),
         ("full3", "full_again", "model/model.safetensors"),
-    ],
-)
-def test_a_command_gives_the_same_numbers_again(
-    tiny: Tiny, results, name: str, again: str, file: str
-) -> None:
-    """To the last digit, dropout included."""
-    first, second = tiny.folder / name, tiny.folder / again
-    assert (second / file).read_bytes() == (first / file).read_bytes()
-    assert _log(second) == _log(first)
-    differs = ("calibration_seconds", "seconds_per_step", "runtime_seconds", "peak_memory_bytes")
-    kept = [{k: v for k, v in results[n].items() if k not in differs} for n in (name, again)]
-    assert kept[0] == kept[1]
+    ):
+        first, second = (tiny.folder / name for name in names)
+        assert (second / file).read_bytes() == (first / file).read_bytes()
+        assert _log(second) == _log(first)
+        kept = [{k: v for k, v in results[n].items() if k not in differs} for n in names]
+        assert kept[0] == kept[1]
 
 
 def _assert_same(first: Path, second: Path, **tolerance: float) -> None:

@@ -6,7 +6,6 @@ import errno
 import json
 import math
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -25,7 +24,7 @@ from gem_ds.train.sparse_tuning import SparseTuning
 from tests import oracle
 from tests.ranks import run_ranks
 from tests.tiny import Example, assert_selected_up_to_rounding, bits, naive_loss
-from tests.tiny_model import REPOSITORY, Tiny, joined, mains, make_tiny, one_rank
+from tests.tiny_model import REPOSITORY, Tiny, mains, make_tiny, one_rank
 
 pytestmark = pytest.mark.slow  # starts engines or programs
 
@@ -156,24 +155,12 @@ def test_a_run_is_the_oracles(tiny, tmp_path, world_size, stage, size, accumulat
     assert results["changed_share"] == pytest.approx(num_changed / total)
 
 
-def test_a_bf16_weight_does_not_show_a_small_update(tiny, tmp_path):
-    flags = tiny.flags(tmp_path, "--bf16", learning_rate=1e-6, max_steps=2)
-    with joined():
-        mains(flags)
-    results = json.loads((tmp_path / "all_results.json").read_text())
-    assert 0 < results["changed_share"] < 0.5, "only weights near zero have places that fine"
-
-
-@pytest.mark.parametrize(
-    ("epochs", "max_steps", "expected"), [(1.5, -1, 8), (2, -1, 10), (2, 3, 3)]
-)
-def test_a_part_of_an_epoch_is_rounded_up_to_steps(epochs, max_steps, expected):
-    run: Any = SimpleNamespace(
-        prepared=SimpleNamespace(checkpoint=None),
-        args=SimpleNamespace(train=TrainArguments(num_train_epochs=epochs, max_steps=max_steps)),
-        train_batches=SimpleNamespace(steps_per_epoch=5),
-    )
-    assert Run.initial_state(run).max_steps == expected
+def test_a_part_of_an_epoch_is_rounded_up_to_steps():
+    for epochs, max_steps, expected in ((1.5, -1, 8), (2, -1, 10), (2, 3, 3)):
+        train = TrainArguments(num_train_epochs=epochs, max_steps=max_steps)
+        run: Any = mock.Mock(**{"args.train": train, "train_batches.steps_per_epoch": 5})
+        run.prepared.checkpoint = None
+        assert Run.initial_state(run).max_steps == expected
 
 
 def test_predictions_that_fail_cost_no_training(tiny, tmp_path, monkeypatch):

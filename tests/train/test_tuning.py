@@ -1,12 +1,9 @@
 """Training on real ranks against dense AdamW in one process: entries with a head, or parameters.
 
-The reference differentiates a dense model by ordinary autograd, one example at a time, and steps
-``tests.oracle.DenseMaskedAdamW`` on the mean loss of the global batch, with a learning rate of its
-own for a head. A run has to come to the same losses and values at any ZeRO stage and on any number
-of ranks, clip all by their common norm, and where entries are trained leave every other parameter
-as it was, to the bit. Before a calibration the head alone is trained, which leaves no trace. What
-other methods write is read by the library that its users would read it with, and has to give the
-logits of the engine that wrote it.
+The reference differentiates a dense model by ordinary autograd, one example at a time. A run has to
+come to its losses and values at any ZeRO stage and on any number of ranks, clip all by their common
+norm, and where entries are trained leave every other parameter as it was, to the bit. What other
+methods write is read by the library that its users would read it with.
 """
 
 from __future__ import annotations
@@ -32,7 +29,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from gem_ds.data.batches import Batches, BatchSchedule
+from gem_ds.data.batches import Batches, permutation
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.process_group import init_distributed
 from gem_ds.files.checkpoint import TrainerState
@@ -83,10 +80,10 @@ ADAM: dict[str, Any] = {"betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.1}
 TRAIN = TrainArguments(
     learning_rate=0.01,
     head_learning_rate=0.03,
-    adam_beta1=0.8,
-    adam_beta2=0.95,
-    adam_epsilon=1e-3,
-    weight_decay=0.1,
+    adam_beta1=ADAM["betas"][0],
+    adam_beta2=ADAM["betas"][1],
+    adam_epsilon=ADAM["eps"],
+    weight_decay=ADAM["weight_decay"],
     disable_tqdm=True,
 )
 
@@ -155,23 +152,12 @@ def _model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     if name == "bert":
         return make_classifier(dtype)
     if name == "opt":
-        model = make_model(name, dtype)
-        for module in model.modules():
-            if isinstance(getattr(module, "dropout", None), float):
-                module.dropout = 0.0
-        return model
+        return make_model(name, dtype, dropout=0.0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=40,
-            hidden_size=12,
-            intermediate_size=9,
-            num_hidden_layers=2,
-            num_attention_heads=3,
-            num_key_value_heads=1,
-            initializer_range=0.2,
-            tie_word_embeddings=True,
-        )
+        sizes = {"vocab_size": 40, "hidden_size": 12, "intermediate_size": 9}
+        sizes |= {"num_hidden_layers": 2, "num_attention_heads": 3, "num_key_value_heads": 1}
+        config = LlamaConfig(**sizes, initializer_range=0.2, tie_word_embeddings=True)
         return LlamaForCausalLM(config).to(dtype)
 
 
@@ -253,17 +239,6 @@ class Inspector:
                     self.violations.append(f"{name} {when}")
 
 
-def _batches(comm: Comm, plan: Plan) -> Batches:
-    return Batches(
-        random_pairs() if plan.model == "bert" else random_examples(NUM_PAIRS),
-        comm,
-        global_batch_size=GLOBAL_BATCH_SIZE,
-        micro_batch_size=plan.micro_batch_size,
-        seed=SEED,
-        pad_token_id=0,
-    )
-
-
 def _train(comm: Comm, plan: Plan, folder: Path) -> Outcome:
     model = _model(plan.model, plan.setting.torch_dtype)
     folder = folder / f"{plan} on {comm.world_size}"
@@ -271,7 +246,14 @@ def _train(comm: Comm, plan: Plan, folder: Path) -> Outcome:
     prepared = _prepared(plan.method, model, folder, deepspeed)
     kind = SparseTuning if plan.method == "gem" else DenseTuning
     tuning: Any = kind(prepared, model, sorted(head_names(model)), comm)
-    batches = _batches(comm, plan)
+    batches = Batches(
+        random_pairs() if plan.model == "bert" else random_examples(NUM_PAIRS),
+        comm,
+        global_batch_size=GLOBAL_BATCH_SIZE,
+        micro_batch_size=plan.micro_batch_size,
+        seed=SEED,
+        pad_token_id=0,
+    )
     scheduler = LambdaLR(tuning.engine.optimizer, _rate_factor)
     inspector, parts, summed_loss = None, [], summed_pair_loss
     alone: dict[str, Tensor] = {}
@@ -380,8 +362,7 @@ def _dense(method: str, name: str, max_grad_norm: float, num_steps: int, alone: 
             key: p
             for key, p in network.named_parameters()
             if method == "full"
-            or key in head
-            or key in indices
+            or key in {*head, *indices}
             or (method == "bitfit" and key.endswith("bias"))
         }
     base = {key: p.detach().clone() for key, p in params.items()}
@@ -410,15 +391,9 @@ def _dense(method: str, name: str, max_grad_norm: float, num_steps: int, alone: 
 
 def _global_batch(name: str, step: int) -> tuple[list[Any], int, Callable[..., Tensor]]:
     """Its examples one by one, how many items the loss is a mean of, and that of an example."""
-    schedule = BatchSchedule(
-        num_rows=NUM_PAIRS,
-        global_batch_size=GLOBAL_BATCH_SIZE,
-        micro_batch_size=1,
-        rank=0,
-        world_size=1,
-        seed=SEED,
-    )
-    batch = list(schedule.global_batch(step))
+    epoch, number = divmod(step, 3)  # of 8, 8 and 1 examples
+    order = permutation(NUM_PAIRS, SEED, epoch)
+    batch = order[number * GLOBAL_BATCH_SIZE :][:GLOBAL_BATCH_SIZE].tolist()
     if name == "bert":
         return batch, len(batch), naive_pair_loss
     examples = naive_examples(random_examples(NUM_PAIRS), batch)
