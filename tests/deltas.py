@@ -1,7 +1,5 @@
 """Deltas of a model in memory, and a mask of none."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import torch

@@ -8,8 +8,6 @@ A fault is caught if one of its tests fails (pytest exits with 1) and missed if 
 exit, or none in time, says nothing of the tests: then the fault is broken.
 """
 
-from __future__ import annotations
-
 import sys
 
 sys.path.pop(0)  # this script's folder: its `select` is not Python's

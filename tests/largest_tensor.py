@@ -1,7 +1,5 @@
 """How large a tensor is made while some code runs."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -5,8 +5,6 @@ are exactly rounded (``math.fsum``), budgets are fractions, masks come from a Py
 purpose.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence

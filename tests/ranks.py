@@ -9,8 +9,6 @@ The ranks run on the CPU with one thread each, whatever the machine has. They ar
 server process that has imported DeepSpeed already, which takes longer than most tests.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import pickle

@@ -1,7 +1,5 @@
 """The programs' common end: an error is a sentence and a status, whatever the program."""
 
-from __future__ import annotations
-
 import errno
 import subprocess
 import sys

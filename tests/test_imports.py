@@ -1,7 +1,5 @@
 """Who may import whom: packages in order, doors to two libraries, nothing heavy too early."""
 
-from __future__ import annotations
-
 import ast
 import subprocess
 import sys

@@ -21,8 +21,6 @@ where LLAMA are the flags below, and programs/mbpp.jsonl is lines 1, 17 and 37 o
 launch/demo/programs/mbpp.jsonl. Of what they wrote a part was kept.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

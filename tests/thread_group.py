@@ -1,7 +1,5 @@
 """Ranks as threads of one process: what gem_ds expects of a group, without a network."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor

@@ -4,8 +4,6 @@ A model is made anew wherever it is needed, always with the same weights, so tha
 dense reference agree on them without a file.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What tests of the evaluators share: made samples, a delta, and files read back."""
 
-from __future__ import annotations
-
 import json
 import tomllib
 from collections.abc import Mapping

@@ -7,8 +7,6 @@ A Llama of two layers with random weights and a byte-level tokenizer; questions 
 GSM8K's form.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import random

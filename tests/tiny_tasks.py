@@ -1,7 +1,5 @@
 """Small tasks of each kind without a file, and encoders that learn them (`task_of`)."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager

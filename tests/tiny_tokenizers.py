@@ -1,7 +1,5 @@
 """Small tokenizers of both families: of bytes, and of SentencePiece."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from io import BytesIO
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The data of PEFT's comparison, made from folders: what is kept, and how it is asked."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -13,8 +13,6 @@ share of wrong answers.
     --metric       its name (default: accuracy)
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """Metrics on resamples against those of eval, and the paired bootstrap against a plain loop."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

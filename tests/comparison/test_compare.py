@@ -1,7 +1,5 @@
 """launch/compare.py with a stand-in for training: what runs, what is chosen, what is written."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """The file of a comparison: every mistake is one sentence, and commands are what it says."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """Pictures: nothing overlaps or is cut off, whatever takes part."""
 
-from __future__ import annotations
-
 import itertools
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Tables: rates, units, averages, losses, and what is said where something cannot be computed."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterable

@@ -4,8 +4,6 @@ A :class:`Bench` is a small odd-shaped model in an engine with a dense copy, and
 is the optimizer as one process would run it.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import itertools

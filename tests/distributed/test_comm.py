@@ -1,7 +1,5 @@
 """What ranks say to each other: three of them against plain sums, and one that talks to nobody."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable

@@ -7,8 +7,6 @@ All of it runs on two ranks, the plain fp32 engines also on one and, where ranks
 three. The engines of one world size are made one after another in the same processes.
 """
 
-from __future__ import annotations
-
 import copy
 import itertools
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The optimizer against torch's own AdamW."""
 
-from __future__ import annotations
-
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -1,7 +1,5 @@
 """Joining the process group and leaving it, and what DeepSpeed leaves behind on a CPU."""
 
-from __future__ import annotations
-
 import os
 import threading
 import time

@@ -1,7 +1,5 @@
 """The DeepSpeed JSON: what is read, completed, contradicted and refused."""
 
-from __future__ import annotations
-
 import copy
 import json
 from dataclasses import replace

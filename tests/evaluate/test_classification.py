@@ -1,7 +1,5 @@
 """The evaluator of chosen answers, on causal models and encoders, with deltas and adapters."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Checkpoints: they come back to the bit, and under their name they are whole or absent."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

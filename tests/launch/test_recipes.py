@@ -1,7 +1,5 @@
 """The recipes: each is read without a complaint, and comparisons are fair."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """What peft writes of a new adapter is the same in each run."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The fused loss against torch's own cross-entropy of whole logits: values and all gradients."""
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager
 from unittest import mock
 

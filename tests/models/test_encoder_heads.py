@@ -3,8 +3,6 @@
 The head is the same layers whether or not the files hold them.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

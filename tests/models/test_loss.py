@@ -1,7 +1,5 @@
 """The answer loss in chunks against the one of whole logits, on models of many kinds."""
 
-from __future__ import annotations
-
 from typing import Any
 from unittest import mock
 

@@ -1,7 +1,5 @@
 """Losses and predictions of candidates and heads, against a loop over one of them at a time."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

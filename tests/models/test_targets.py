@@ -1,7 +1,5 @@
 """Which layers are targets: by architecture, by name, by expression, and what is refused."""
 
-from __future__ import annotations
-
 import re
 import tomllib
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The forecast of what a run needs: against hand-counted programs, and against runs."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from dataclasses import replace

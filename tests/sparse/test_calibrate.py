@@ -4,8 +4,6 @@ However the model is held, the examples are cut and the gradients travel, sums a
 oracle's but for the rounding of fp32.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass

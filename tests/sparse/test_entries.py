@@ -1,7 +1,5 @@
 """The selected entries on real ranks: reading, cutting and writing them, to the bit."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Where a sum of gradients waits, what weighs it, what it holds; the sums: test_calibrate.py's."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

@@ -3,8 +3,6 @@
 The library's kernel has sparse tensors, whose storages cannot be told.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 

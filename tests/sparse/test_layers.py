@@ -1,7 +1,5 @@
 """Gradients of selected entries, against autograd on a dense copy of the same model."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Sequence
 

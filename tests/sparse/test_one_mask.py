@@ -4,8 +4,6 @@ From the same statistics the mask file holds the same bits, and they are the ora
 calibration the statistics round differently; that is test_calibrate.py's.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 from collections.abc import Callable

@@ -4,8 +4,6 @@ The Triton kernel takes part where it can run: on CUDA, or under Triton's interp
 `tests/sparse/test_sddmm_triton.py` starts.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Which kernel is chosen for which layer, and which are refused."""
 
-from __future__ import annotations
-
 import importlib.util
 import itertools
 from contextlib import nullcontext

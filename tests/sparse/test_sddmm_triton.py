@@ -4,8 +4,6 @@ Triton reads ``TRITON_INTERPRET`` when it is imported, and something else may ha
 this process; so the tests run in one of their own.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

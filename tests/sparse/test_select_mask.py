@@ -1,7 +1,5 @@
 """A mask from Python: the launcher's for the same examples, and a model that is left as it was."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

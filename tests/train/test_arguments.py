@@ -1,7 +1,5 @@
 """The command line: a recipe gives any flag, flags win, mistakes and contradictions are named."""
 
-from __future__ import annotations
-
 import math
 import tomllib
 from dataclasses import fields, replace

@@ -5,8 +5,6 @@ runs them line by line; then two ranks run some together, those that only the we
 weights that are cut, and both have to come back from every line.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import os

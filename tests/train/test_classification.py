@@ -1,7 +1,5 @@
 """Training on tasks that are no text, from flags to metrics: on any ranks, at any ZeRO stage."""
 
-from __future__ import annotations
-
 import functools
 import json
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The loop's own decisions: a skipped step, a loss that diverges, dropout's noise."""
 
-from __future__ import annotations
-
 import itertools
 from contextlib import nullcontext
 from dataclasses import dataclass

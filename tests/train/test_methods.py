@@ -1,7 +1,5 @@
 """Each method from flags to files: at any ZeRO stage, again, or resumed elsewhere."""
 
-from __future__ import annotations
-
 import json
 from contextlib import nullcontext, redirect_stdout
 from io import StringIO

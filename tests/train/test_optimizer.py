@@ -3,8 +3,6 @@
 With a stand-in for bitsandbytes, which few machines have.
 """
 
-from __future__ import annotations
-
 import sys
 from types import ModuleType
 

@@ -3,8 +3,6 @@
 What is refused is in test_bad_input.py.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

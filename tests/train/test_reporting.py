@@ -1,7 +1,5 @@
 """What a person sees: every number once, on rank 0 only, on the disk at once."""
 
-from __future__ import annotations
-
 import json
 import sys
 import time

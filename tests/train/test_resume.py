@@ -3,8 +3,6 @@
 On another number of ranks, and with a head, it is test_methods that resumes.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import random

@@ -1,7 +1,5 @@
 """A whole run, from its flags to its files, against the oracle on a dense model in one process."""
 
-from __future__ import annotations
-
 import errno
 import json
 import math

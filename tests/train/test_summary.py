@@ -1,7 +1,5 @@
 """What is said of a selection, against numbers counted by hand."""
 
-from __future__ import annotations
-
 import math
 from types import SimpleNamespace
 from typing import Any

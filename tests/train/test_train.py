@@ -1,7 +1,5 @@
 """The command line, end to end: what a run leaves, and that it is what the flags asked for."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

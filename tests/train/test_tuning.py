@@ -6,8 +6,6 @@ norm, and where entries are trained leave every other parameter as it was, to th
 methods write is read by the library that its users would read it with.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
