@@ -60,10 +60,11 @@ def run_ranks(
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
             }
-            process = context.Process(target=_main, args=(theirs, environment, function, args))
-            process.start()
+            processes.append(
+                context.Process(target=_main, args=(theirs, environment, function, args))
+            )
+            processes[-1].start()
             theirs.close()  # so that a rank's death reads as the end of the pipe
-            processes.append(process)
             waiting[ours] = rank
         results = _collect(waiting, processes, timeout)
         for process in processes:
