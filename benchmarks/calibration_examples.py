@@ -29,6 +29,7 @@ from gem_ds.select.selection import select_shards
 from gem_ds.select.shards import Solo, TargetShard
 from gem_ds.sparse.calibrate import sum_gradients
 from gem_ds.train.arguments import parse_arguments
+from gem_ds.train.config import Arguments
 from gem_ds.train.prepare import prepare
 from gem_ds.train.run import Run
 from gem_ds.train.sparse_tuning import SparseTuning
@@ -39,20 +40,15 @@ SMALLEST = 8
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the table and the picture."""
     args = parse_arguments(sys.argv[1:] if argv is None else argv)
-    prepared = prepare(args, world_size=1)
-    run = Run(prepared, init_distributed())
-    tuning = run.tuning
-    assert isinstance(tuning, SparseTuning), "a calibrated method"
-    order = permutation(len(prepared.data.train), args.train.seed, epoch=0)
-    order = order[: args.method.calibration_examples]
-    half = len(order) // 2
+    run, tuning, halves = calibrating_run(args)
+    budget, half = run.prepared.targets.budget, halves.shape[1]
     ends = [SMALLEST << i for i in range(half.bit_length()) if SMALLEST << i < half] + [half]
 
-    sums = [list(sums_up_to(run, tuning, part, ends)) for part in order[: 2 * half].view(2, half)]
+    sums = [list(sums_up_to(run, tuning, part, ends)) for part in halves]
     everything = [a + b for a, b in zip(sums[0][-1], sums[1][-1], strict=True)]
 
     def mask(gradients: list[Tensor]) -> Tensor:
-        return mask_of(tuning, gradients, prepared.targets.budget, args.method.method)
+        return mask_of(tuning, gradients, budget, args.method.method)
 
     goal = mask(everything)
     rows = []
@@ -60,12 +56,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         masks = mask(first), mask(second)
         with_all = [overlap(one, goal) for one in masks]
         rows.append((n, sum(with_all) / 2, overlap(*masks)))
-    chance = prepared.targets.budget / sum(layer.numel for layer in tuning.layers)
+    chance = budget / sum(layer.numel for layer in tuning.layers)
     folder = Path(str(args.train.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
     write_table(folder / "overlap.md", rows, 2 * half, chance)
     draw(folder / "overlap.png", rows, 2 * half, chance)
     print((folder / "overlap.md").read_text(), end="")
+
+
+def calibrating_run(args: Arguments) -> tuple[Run, SparseTuning, Tensor]:
+    """A run of a calibrated method, and the examples that it calibrates on in halves [2, half]."""
+    prepared = prepare(args, world_size=1)
+    run = Run(prepared, init_distributed())
+    assert isinstance(run.tuning, SparseTuning), "a calibrated method"
+    order = permutation(len(prepared.data.train), args.train.seed, epoch=0)
+    order = order[: args.method.calibration_examples]
+    half = len(order) // 2
+    return run, run.tuning, order[: 2 * half].view(2, half)
 
 
 def sums_up_to(

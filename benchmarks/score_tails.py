@@ -29,22 +29,17 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
 import torch
-from calibration_examples import overlap, sums_up_to
+from calibration_examples import calibrating_run, overlap, sums_up_to
 from matplotlib import pyplot as plt
 from torch import Tensor
 
-from gem_ds.data.batches import permutation
-from gem_ds.distributed.process_group import init_distributed
 from gem_ds.select.budget import allocate_budget
 from gem_ds.train.arguments import parse_arguments
-from gem_ds.train.prepare import prepare
-from gem_ds.train.run import Run
-from gem_ds.train.sparse_tuning import SparseTuning
+from gem_ds.train.config import Arguments
 
 DAMPINGS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, math.inf)
 HEADS = (1, 10, 100)
@@ -118,18 +113,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     print((folder / "tails.md").read_text(), end="")
 
 
-def read(args: Any) -> Problem:
-    """Sum the gradients of the first examples of the shuffled order, in two halves."""
-    prepared = prepare(args, world_size=1)
-    run = Run(prepared, init_distributed())
-    tuning = run.tuning
-    assert isinstance(tuning, SparseTuning), "a calibrated method"
-    order = permutation(len(prepared.data.train), args.train.seed, epoch=0)
-    order = order[: args.method.calibration_examples]
-    half = len(order) // 2
-    parts = order[: 2 * half].view(2, half)
+def read(args: Arguments) -> Problem:
+    """Sum the gradients of the two halves of what the run calibrates on."""
+    run, tuning, halves = calibrating_run(args)
     first, second = (
-        [g.double() for g in next(iter(sums_up_to(run, tuning, part, [half])))] for part in parts
+        [g.double() for g in next(sums_up_to(run, tuning, half, [len(half)]))] for half in halves
     )
     weights = [
         tuning.engine.weights.read_shard(layer.weight).double().abs() for layer in tuning.layers
@@ -138,7 +126,7 @@ def read(args: Any) -> Problem:
         gradients=[a + b for a, b in zip(first, second, strict=True)],
         halves=(first, second),
         weights=weights,
-        total=prepared.targets.budget,
+        total=run.prepared.targets.budget,
     )
 
 

@@ -40,7 +40,7 @@ COLOURS = (
     *("#7F7F7F", "#0072B2", "#CC79A7", "#56B4E9"),
 )
 
-#: How markers are filled, and markers: the rules that came last have hollow ones.
+#: How a marker is filled, and which: hollow ones where there are more methods than markers.
 MARKERS = tuple(product(("full", "none"), "*osP^XvDphd<>8H"))
 
 #: Colour and marker by method, in the order of the table of methods.
