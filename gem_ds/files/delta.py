@@ -13,7 +13,6 @@ on a whole model in one process, on any device; the values that are replaced are
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -56,7 +55,8 @@ class Delta:
             raise ValueError(f"weight {min(both)!r} is in the mask and in the head")
 
     def __repr__(self) -> str:
-        head = f", and a head of {sum(h.numel() for h in self.head.values()):,}" * bool(self.head)
+        size = sum(parameter.numel() for parameter in self.head.values())
+        head = f", and a head of {size:,}" if self.head else ""
         return f"Delta(values of {self.mask!r}{head})"
 
     @property
@@ -95,7 +95,7 @@ class Delta:
             return cls(mask=mask, values=values, head=head)
 
 
-class AppliedDelta(ExitStack):
+class AppliedDelta:
     """A delta that stands in a model; keeps the base values and can put them back.
 
     As a context manager it reverts on leaving:
@@ -105,12 +105,23 @@ class AppliedDelta(ExitStack):
         ...  # the base model again, bit for bit
     """
 
+    def __init__(self, replaced: list[tuple[nn.Parameter, Tensor | None, Tensor]]) -> None:
+        self._replaced = replaced
+
     def revert(self) -> None:
         """Puts the base values back, bit for bit; a second call does nothing.
 
         The model may have moved to another device since, but must have kept its dtype.
         """
-        self.close()
+        while self._replaced:
+            _write(*self._replaced[-1])
+            self._replaced.pop()
+
+    def __enter__(self) -> AppliedDelta:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.revert()
 
 
 def apply_delta(model: nn.Module, delta: Delta) -> AppliedDelta:
@@ -137,11 +148,9 @@ def apply_delta(model: nn.Module, delta: Delta) -> AppliedDelta:
     entries = delta.mask.indices | dict.fromkeys(delta.head)
     base = {name: _read(parameters[name], index) for name, index in entries.items()}
     _check_base(delta, base)
-    applied = AppliedDelta()
     for name, values in (delta.values | delta.head).items():
-        applied.callback(_write, parameters[name], entries[name], base[name])
         _write(parameters[name], entries[name], values)
-    return applied
+    return AppliedDelta([(parameters[name], entries[name], base[name]) for name in entries])
 
 
 def _check_values(name: str, values: Tensor, mask: Mask) -> None:

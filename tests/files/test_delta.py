@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
 
+from gem_ds.files import delta as delta_module
 from gem_ds.files.atomic import load_tensors, save_tensors
 from gem_ds.files.delta import DELTA_KIND, Delta, apply_delta
 from gem_ds.files.mask import Mask
@@ -180,6 +181,25 @@ def test_any_bits_survive_in_any_layout(dtype, shape, seed, is_transposed, is_st
     with apply_delta(model, delta):
         assert bits(model) == trained
     assert bits(model) == base
+
+
+def test_a_revert_that_failed_goes_on_where_it_stopped(monkeypatch):
+    model = tiny_llama()
+    before = bits(model)
+    applied = apply_delta(model, make_delta(model, CHOSEN))
+    write, results = delta_module._write, iter([True, False])
+
+    def failing_once(*arguments):
+        if not next(results, True):
+            raise torch.OutOfMemoryError
+        write(*arguments)
+
+    monkeypatch.setattr(delta_module, "_write", failing_once)
+    with pytest.raises(torch.OutOfMemoryError):
+        applied.revert()
+    assert bits(model) != before
+    applied.revert()
+    assert bits(model) == before
 
 
 def test_the_context_manager_reverts_after_an_error_and_only_once():
