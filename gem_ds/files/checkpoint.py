@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from gem_ds.distributed.optim import STATE_KEYS
-from gem_ds.files.atomic import atomic_folder, load_tensors, metadata_field, save_json, save_tensors
+from gem_ds.files.atomic import atomic_folder, save_json
 from gem_ds.files.mask import Mask, checksum
+from gem_ds.files.tensors import load_tensors, metadata_field, save_tensors
 
 CHECKPOINT_KIND = "gem_checkpoint"
 _HEAD = "head."

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gem_ds.files.atomic import metadata_field, save_tensors, taking_tensors
 from gem_ds.files.mask import Mask, dtype_name, pack_mask, take_tensors, unpack_mask
+from gem_ds.files.tensors import metadata_field, save_tensors, taking_tensors
 
 DELTA_KIND = "gem_delta"
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gem_ds.files.atomic import metadata_field, save_tensors, taking_tensors
+from gem_ds.files.tensors import metadata_field, save_tensors, taking_tensors
 
 MASK_KIND = "gem_mask"
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
 
 from gem_ds.files import delta as delta_module
-from gem_ds.files.atomic import load_tensors, save_tensors
 from gem_ds.files.delta import DELTA_KIND, Delta, apply_delta
 from gem_ds.files.mask import Mask
+from gem_ds.files.tensors import load_tensors, save_tensors
 from tests.deltas import bits, bytes_of, make_delta
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -1,0 +1,110 @@
+"""The safetensors files of GEM: tensors and one JSON object, written whole and read back.
+
+A GEM file is an ordinary safetensors file whose string metadata has the single key ``gem``. Its
+value is one JSON object: ``kind``, ``format_version`` and the caller's fields.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor
+
+from gem_ds.files.atomic import atomic_write
+
+FORMAT_VERSION = 1
+METADATA_KEY = "gem"
+
+
+def save_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], *, kind: str
+) -> None:
+    """Writes a GEM safetensors file, atomically; raises as `atomic_write`.
+
+    The bytes are made in memory first (two transient copies of the tensors, which hold selected
+    entries only): safetensors' own file writer hides the number of an `OSError` and creates files
+    that only their owner can read.
+    """
+    assert metadata.keys().isdisjoint({"kind", "format_version"}), "reserved fields"
+    header = {"kind": kind, "format_version": FORMAT_VERSION, **metadata}
+    packed = {
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+    payload = serialize(packed, metadata={METADATA_KEY: json.dumps(header)})
+    atomic_write(path, lambda temporary: temporary.write_bytes(payload))
+
+
+def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads a GEM safetensors file of one kind; a ValueError says why it is none."""
+    path = Path(path)
+    noun = kind.removeprefix("gem_")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: pass the {noun} file in it")
+    if not path.exists():
+        raise FileNotFoundError(f"There is no {noun} file at {path}: check the path.")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            header = _parse_header(path, noun, kind, file.metadata() or {})
+            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({error}): it was truncated or has another "
+            f"format, so copy it again or pass a {noun} file that gem_ds wrote"
+        ) from error
+
+
+def metadata_field(metadata: Mapping[str, Any], name: str, types: type | tuple[type, ...]) -> Any:
+    """One field of a file's metadata; a ValueError names it if it is absent or mistyped."""
+    if name not in metadata or not isinstance(metadata[name], types):
+        raise ValueError(f"the metadata field {name!r} is missing or has a wrong type")
+    return metadata[name]
+
+
+@contextmanager
+def taking_tensors(
+    path: str | Path, kind: str, remedy: str
+) -> Iterator[tuple[dict[str, Tensor], dict[str, Any]]]:
+    """Reads as `load_tensors`, for a block that takes every tensor out of the mapping.
+
+    The ValueErrors raised inside are told with `path` before and `remedy` after them.
+    """
+    tensors, metadata = load_tensors(path, kind)
+    try:
+        yield tensors, metadata
+        if tensors:
+            name = min(tensors)
+            raise ValueError(f"it holds tensor {name!r}, which its metadata does not describe")
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be used: {error}; {remedy}") from error
+
+
+def _parse_header(path: Path, noun: str, kind: str, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The JSON object under the key `gem`, checked for kind and version, without these two."""
+    remedy = f"pass a {noun} file that gem_ds wrote"
+    if METADATA_KEY not in metadata:
+        raise ValueError(f"{path} is a safetensors file without GEM metadata: {remedy}")
+    try:
+        header: Any = json.loads(metadata[METADATA_KEY])
+        if not isinstance(header, dict):
+            raise ValueError("not a JSON object")
+    except ValueError as error:
+        raise ValueError(f"{path} has damaged GEM metadata ({error}): {remedy}") from error
+    found, version = header.pop("kind", None), header.pop("format_version", None)
+    if found != kind:
+        raise ValueError(f"{path} is of kind {found!r}, not {kind!r}: {remedy}")
+    if not isinstance(version, int) or version < 1:
+        raise ValueError(f"{path} has no valid format version ({version!r}): {remedy}")
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format version {version}, and this gem_ds reads up to {FORMAT_VERSION}: "
+            "upgrade gem_ds"
+        )
+    return header
