@@ -9,7 +9,6 @@ Both have what a run asks of a tuning (:class:`gem_ds.train.dense_tuning.DenseTu
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,12 +32,13 @@ class Baseline:
 class _FrozenEngine(BaseEngine):
     """Runs backward passes to the output of the input embedding; a step changes nothing."""
 
-    def backward(self, compute_loss: Callable[[nn.Module], Tensor], *, deliver: bool) -> Tensor:
-        loss = compute_loss(self._engine.module)
+    def module(self, *, deliver: bool) -> nn.Module:
+        return self.model
+
+    def backward(self, loss: Tensor) -> None:
         loss.backward()
         if self.stage == 3:
             self._engine.optimizer.parameter_offload.release_backward_leftovers()
-        return loss.detach()
 
     def step(self) -> bool:
         return True

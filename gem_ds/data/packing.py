@@ -8,7 +8,8 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from dataclasses import replace
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from gem_ds.data.dataset import Dataset, offsets_of
 
@@ -52,3 +53,31 @@ def pack_rows(lengths: Tensor, max_length: int) -> list[list[int]]:
             insort(rooms, room)
         rows_by_room.setdefault(room, []).append(row)
     return rows
+
+
+@torch.no_grad()
+def refuse_leaking_rows(
+    model: nn.Module, device: torch.device, vocab_size: int, micro_batch_size: int
+) -> None:
+    """Refuse packing for a model that lets the examples of a row see each other.
+
+    Two sequences share each row of a micro-batch, laid out as `Dataset.collate` does it; the first
+    one's tokens are changed, and the logits of the second must not move. (Flash attention reads the
+    borders in a micro-batch of one row only, so the size matters.) All ranks call this together.
+    """
+    length = 4
+    ids = torch.arange(2 * length, device=device) % vocab_size
+    changed = torch.cat([ids[length:], ids[length:]])
+    position_ids = torch.arange(length, device=device).repeat(micro_batch_size, 2)
+    model.eval()
+    plain, other = (
+        model(
+            input_ids=row.expand(micro_batch_size, -1), position_ids=position_ids, use_cache=False
+        ).logits[:, length:]
+        for row in (ids, changed)
+    )
+    if (plain - other).abs().max() > 1e-3 * plain.abs().max():
+        raise ValueError(
+            "This model lets packed examples see each other: leave --packing out, or with flash "
+            "attention pass --per_device_train_batch_size 1 and --per_device_eval_batch_size 1."
+        )

@@ -138,31 +138,29 @@ class Engine(BaseEngine):
         self.vectors = list(vectors)
         super().__init__(model, optimizer([vector.values for vector in vectors]), config, comm)
 
-    def backward(
-        self,
-        compute_loss: Callable[[nn.Module], Tensor],
-        *,
-        deliver: bool,
-        loss_scale: float | None = None,
-    ) -> Tensor:
-        """Run one micro-batch; the sinks of the target layers receive what its backward knows.
+    def module(self, *, deliver: bool) -> nn.Module:
+        """What to call, once, for a micro-batch whose loss goes to :meth:`backward`.
 
-        ``compute_loss`` calls the model that it is given once; its scalar is returned, detached.
-        The last micro-batch of a global batch delivers the collected gradient to the optimizer;
-        ``loss_scale`` multiplies the loss of the others (default: the optimizer's, so that they
-        add up).
+        The last one of a global batch delivers the collected gradient to the optimizer. The engine
+        does not see the others: frozen weights need nothing of it but ZeRO-3's hooks.
         """
         for vector in self.vectors:
             vector.delivers = deliver
-        if deliver:
-            loss = compute_loss(self._engine)
+        self._delivers = deliver
+        return self._engine if deliver else self.model
+
+    def backward(self, loss: Tensor, *, loss_scale: float | None = None) -> None:
+        """The backward of a scalar; the sinks of the target layers receive what it knows.
+
+        ``loss_scale`` multiplies a loss that delivers nothing (default: the optimizer's, so that
+        micro-batches add up).
+        """
+        if self._delivers:
             self._engine.backward(loss)
-        else:  # the engine does not see it: frozen weights need nothing of it but ZeRO-3's hooks
-            loss = compute_loss(self.model)
-            (loss * (self.loss_scale if loss_scale is None else loss_scale)).backward()
-            if self.stage == 3:
-                self._engine.optimizer.parameter_offload.release_backward_leftovers()
-        return loss.detach()
+            return
+        (loss * (self.loss_scale if loss_scale is None else loss_scale)).backward()
+        if self.stage == 3:
+            self._engine.optimizer.parameter_offload.release_backward_leftovers()
 
     def gather_values(self, vector: FlatVector | None = None) -> Tensor:
         """``values`` [K] of a vector (the first) in the model's dtype, whole, on every rank."""
@@ -228,12 +226,14 @@ class Engine(BaseEngine):
 class DenseEngine(BaseEngine):
     """An engine that trains parameters of the model themselves, as DeepSpeed does it."""
 
-    def backward(self, compute_loss: Callable[[nn.Module], Tensor], *, deliver: bool) -> Tensor:
-        """As :meth:`Engine.backward`; the engine accumulates the gradients."""
+    def module(self, *, deliver: bool) -> nn.Module:
+        """As :meth:`Engine.module`; the engine accumulates the gradients."""
         self._engine.set_gradient_accumulation_boundary(deliver)
-        loss = compute_loss(self._engine)
+        return self._engine  # type: ignore[no-any-return]
+
+    def backward(self, loss: Tensor) -> None:
+        """As :meth:`Engine.backward`."""
         self._engine.backward(loss)
-        return loss.detach()
 
     def whole_parameters(self, names: Collection[str]) -> dict[str, Tensor]:
         """Copies of parameters on the CPU, whole, on rank 0; on other ranks there are none."""

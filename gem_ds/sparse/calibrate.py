@@ -108,10 +108,10 @@ def sum_gradients(
             for batch, num_items in zip(batches.micro_batches(step), counts, strict=True):
                 for sink in sinks:
                     sink.scale = num_items / LOSS_SCALE
-                mean_loss = partial(_mean_loss, summed_loss, batch, num_items)
-                loss = engine.backward(mean_loss, deliver=False, loss_scale=LOSS_SCALE)
+                loss = summed_loss(engine.module(deliver=False), batch) / num_items
+                engine.backward(loss, loss_scale=LOSS_SCALE)
                 reducer.finish()
-                num_broken += ~loss.isfinite()
+                num_broken += ~loss.detach().isfinite()
             if engine.comm.all_reduce(num_broken, "max").item():
                 with engine.comm.in_unison():
                     raise ValueError(
@@ -125,12 +125,6 @@ def sum_gradients(
     with engine.comm.in_unison():
         refuse_unreached(layers, reached.bool().tolist())
     return shards
-
-
-def _mean_loss(
-    summed_loss: SummedLoss, batch: dict[str, Tensor], num_items: int, model: nn.Module
-) -> Tensor:
-    return summed_loss(model, batch) / num_items
 
 
 def _largest_num_items(batches: Batches, comm: Comm) -> list[list[int]]:

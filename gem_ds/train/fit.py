@@ -24,7 +24,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from gem_ds.data.batches import Batches, SummedLoss
@@ -154,11 +154,10 @@ def accumulate(engine: StepEngine, train: Batches, summed_loss: SummedLoss, step
     share = 1.0 / train.num_items(step)
     total = torch.zeros((), device=engine.device)
     for i, batch in enumerate(train.micro_batches(step)):
-
-        def scaled_loss(model: nn.Module, batch: dict[str, Tensor] = batch) -> Tensor:
-            return summed_loss(model, batch) * (share * engine.comm.world_size)
-
-        total += engine.backward(scaled_loss, deliver=i == train.num_micro_batches - 1)
+        model = engine.module(deliver=i == train.num_micro_batches - 1)
+        loss = summed_loss(model, batch) * (share * engine.comm.world_size)
+        engine.backward(loss)
+        total += loss.detach()
     return total
 
 

@@ -7,29 +7,53 @@ here communicates.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from gem_ds.data.tasks import TaskData
+from gem_ds.data.batches import permutation
+from gem_ds.data.dataset import Dataset
+from gem_ds.data.tasks import (
+    AnswerExample,
+    ChoiceExample,
+    Example,
+    NumberExample,
+    TaskData,
+    load_task,
+)
 from gem_ds.distributed.zero_config import RunShape, read_config, resolve_config, zero_stage
-from gem_ds.files.checkpoint import Checkpoint, RunIdentity, find_checkpoint, list_checkpoints
-from gem_ds.files.mask import Mask, checksum, dtype_name
-from gem_ds.models.encoders import is_encoder, set_head
-from gem_ds.models.load import DTYPES, refuse_damaged_files, trainable_config
+from gem_ds.files.checkpoint import Checkpoint, RunIdentity
+from gem_ds.files.mask import Mask
+from gem_ds.models.encoders import is_encoder, num_positions, set_head
+from gem_ds.models.load import refuse_damaged_files, trainable_config
 from gem_ds.models.objective import Objective, objective_of
-from gem_ds.models.tokenizer import load_tokenizer, pad_token_id
+from gem_ds.models.tokenizer import load_tokenizer, pad_token_id, refuse_foreign_tokens
 from gem_ds.sparse.sddmm import check_kernel
-from gem_ds.train.config import Arguments, TrainArguments
-from gem_ds.train.examples import RunData, encode_examples, fingerprint, load_examples
-from gem_ds.train.methods import product_of
+from gem_ds.train.config import Arguments, DataArguments, TrainArguments
 from gem_ds.train.optimizer import adam_of_bitsandbytes
-from gem_ds.train.output_dir import refuse_losses, refuse_run
 from gem_ds.train.reporting import find_trackers
+from gem_ds.train.resume import entries_of, identity_of, load_checkpoint
 from gem_ds.train.targets import Targets, settle_targets
+
+_SPLIT_SEED = 0  # of which examples are the development set; no flag changes it
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunData:
+    """What a run reads, encoded."""
+
+    train: Dataset
+    test: Dataset  # held-out examples, for the loss; may be empty
+    questions: Dataset | None  # what predictions are made from; None where answers are generated
+    references: list[Example]  # the held-out examples as text
+
+    def fingerprint(self) -> str:
+        """A hash of what a run is measured on."""
+        return self.test.fingerprint() + (self.questions.fingerprint() if self.questions else "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +81,7 @@ class PreparedRun:
             self.data.fingerprint(),
             self.targets,
             self.deepspeed,
-            None if self.mask is None else _entries(self.mask),
+            None if self.mask is None else entries_of(self.mask),
             None if self.checkpoint is None else self.checkpoint.digest(),
         )
         return hashlib.sha256(repr(parts).encode()).hexdigest()
@@ -67,7 +91,7 @@ def prepare(args: Arguments, world_size: int) -> PreparedRun:
     """Decide and check everything that needs no weights; a ValueError says what to change."""
     output_dir = Path(str(args.train.output_dir))
     _refuse_unavailable(args)
-    checkpoint = _load_checkpoint(args, output_dir)
+    checkpoint = load_checkpoint(args, output_dir)
     mask = checkpoint.mask if checkpoint else None
     if mask is None and args.method.mask:
         mask = Mask.load(args.method.mask)
@@ -107,13 +131,8 @@ def prepare(args: Arguments, world_size: int) -> PreparedRun:
         deepspeed=deepspeed,
         mask=mask,
         checkpoint=checkpoint,
-        identity=_identity(args, data, checkpoint, world_size),
+        identity=identity_of(args, fingerprint(args.data, data.train), checkpoint, world_size),
     )
-
-
-def batch_size_of_flags(train: TrainArguments, world_size: int) -> int:
-    """Examples per step of a run that resumes nothing."""
-    return train.per_device_train_batch_size * train.gradient_accumulation_steps * world_size
 
 
 def resolve_deepspeed(
@@ -146,64 +165,94 @@ def _refuse_unavailable(args: Arguments) -> None:
     check_kernel(args.method.sddmm_kernel, "cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _load_checkpoint(args: Arguments, output_dir: Path) -> Checkpoint | None:
-    """The checkpoint to go on from, after a check of what the output folder holds."""
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ValueError(f"--output_dir {output_dir} is a file: name a folder.")
-    refuse_losses(
-        output_dir,
-        {"--model_name_or_path": args.model.model_name_or_path, "--mask": args.method.mask},
-        product_of(args.method.method),
-        overwrite=args.train.overwrite_output_dir,
+def load_examples(data: DataArguments) -> TaskData:
+    """The examples that the flags name; ``test`` is what the run is measured on."""
+    task = load_task(
+        str(data.task),
+        data_dir=data.data_dir,
+        train_file=data.train_file,
+        test_file=data.test_file,
+        prompt_field=data.prompt_field,
+        target_field=data.target_field,
     )
-    if args.train.resume_from_checkpoint is None:
-        if not args.train.overwrite_output_dir:
-            refuse_run(output_dir)
-        return None
-    if args.train.overwrite_output_dir:
-        raise ValueError("--overwrite_output_dir would delete what --resume_from_checkpoint needs.")
-    folder = find_checkpoint(output_dir, args.train.resume_from_checkpoint)
-    checkpoint = Checkpoint.load(folder)
-    if args.method.mask and _entries(Mask.load(args.method.mask)) != _entries(checkpoint.mask):
-        raise ValueError("The checkpoint trains other entries than --mask: leave --mask out.")
-    if folder.resolve().parent != output_dir.resolve():
-        refuse_run(output_dir)
-    elif (newest := max(list_checkpoints(output_dir), default=0)) > checkpoint.state.global_step:
+    if data.evaluate_on == "test" and not task.test:
         raise ValueError(
-            f"{output_dir} holds checkpoint-{newest}, which is later than {folder.name}: delete "
-            "what is later, or name another --output_dir."
+            f"--evaluate_on test: {data.data_dir or data.train_file} holds no held-out examples of "
+            f"--task {data.task}: add its validation file, or pass --evaluate_on dev."
         )
-    dtype = dtype_name(DTYPES[args.train.dtype])
-    if (before := checkpoint.mask.dtype) != dtype:
+    order, num_left = _split(task.train, data.dev_examples)
+    if data.dev_examples and num_left < 1:
         raise ValueError(
-            f"The checkpoint was trained in {before} and the flags say {dtype}: pass --bf16, "
-            "--fp16 or neither as before."
+            f"--dev_examples {data.dev_examples} leaves none of the {len(task.train)} training "
+            "examples to train on: lower it."
         )
-    return checkpoint
+    train = sorted(order[:num_left][: data.train_examples])
+    dev = sorted(order[num_left:])
+    test = [task.train[i] for i in dev] if data.evaluate_on == "dev" else task.test
+    return replace(task, train=[task.train[i] for i in train], test=test[: data.max_eval_samples])
 
 
-def _entries(mask: Mask) -> dict[str, str]:
-    """Fingerprints of the entries of each weight."""
-    return {name: checksum(indices) for name, indices in mask.indices.items()}
+def _split(examples: Sequence[Example], num_dev: int) -> tuple[list[int], int]:
+    """A fixed random order of the examples, and how many of them are not of the development set.
+
+    Examples on the same passage stay together, so that none is half learnt; the development set may
+    thereby be a little larger than asked for.
+    """
+    passages = _passages(examples)
+    texts: dict[str, list[int]] = {}
+    for i in permutation(len(examples), _SPLIT_SEED, epoch=0).tolist():
+        texts.setdefault(passages[i], []).append(i)
+    order: list[int] = []
+    num_left = len(examples)
+    for group in reversed(texts.values()):
+        if len(order) < num_dev:
+            num_left -= len(group)
+        order += reversed(group)
+    return order[::-1], num_left
 
 
-def _identity(
-    args: Arguments, data: RunData, checkpoint: Checkpoint | None, world_size: int
-) -> RunIdentity:
-    """That of the flags and the data; of a resumed run the checkpoint's, if these agree with it."""
-    now = RunIdentity(
-        global_batch_size=batch_size_of_flags(args.train, world_size),
-        seed=args.train.seed,
-        data=fingerprint(args.data, data.train),
-    )
-    if checkpoint is None:
-        return now
-    before = checkpoint.identity
-    if now.data != before.data:
+def _passages(examples: Sequence[Example]) -> list[str]:
+    """What each example is about: of a pair of texts that which is the longer one on the whole."""
+    pairs = [e.pairs[0] for e in examples if isinstance(e, ChoiceExample | NumberExample)]
+    if pairs:
+        firsts, seconds = ([text or "" for text in texts] for texts in zip(*pairs, strict=True))
+        longer = firsts if sum(map(len, firsts)) >= sum(map(len, seconds)) else seconds
+        return [text.replace("*", "") for text in longer]  # by which wsc marks words of a text
+    return [e.passage if isinstance(e, AnswerExample) else str(e.prompt) for e in examples]
+
+
+def encode_examples(
+    data: DataArguments,
+    task: TaskData,
+    objective: Objective,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+) -> RunData:
+    """The examples as datasets; a ValueError if one cannot be, or the model cannot read it."""
+    train = objective.encode(task.train, tokenizer, data.max_length)
+    test = objective.encode(task.test, tokenizer, data.max_length)
+    if data.packing and train.answers is not None:
         raise ValueError(
-            "The checkpoint was trained on other examples or in another order: pass the same data, "
-            "--max_length, --packing and --train_sampling_strategy as before."
+            "--packing is for examples whose answers are written, one sequence each: leave it out."
         )
-    if now.seed != before.seed:
-        raise ValueError(f"The checkpoint was trained with --seed {before.seed}: pass it again.")
-    return before
+    predictor, questions = objective.predictor, None
+    if predictor is not None:
+        is_same = predictor.encode == objective.encode
+        questions = test if is_same else predictor.encode(task.test, tokenizer, data.max_length)
+    datasets = [train, test, *([] if questions is None else [questions])]
+    vocab_size = config.get_text_config().vocab_size
+    refuse_foreign_tokens(max(dataset.largest_token for dataset in datasets), vocab_size)
+    longest, limit = max(dataset.longest for dataset in datasets), num_positions(config)
+    if limit and longest > limit:
+        raise ValueError(
+            f"The longest example has {longest} tokens and the model reads {limit}: pass "
+            f"--max_length {limit} or less."
+        )
+    return RunData(train=train, test=test, questions=questions, references=task.test)
+
+
+def fingerprint(data: DataArguments, train: Dataset) -> str:
+    """What tells the rows of a training set, and the order they come in, from others."""
+    packed = f"packed into {data.max_length}" if data.packing else "one by one"
+    told = f"{train.fingerprint()} {packed} {data.train_sampling_strategy}"
+    return hashlib.sha256(told.encode()).hexdigest()

@@ -11,19 +11,20 @@ from typing import Any
 
 from gem_ds.data.batches import Batches, SummedLoss, permutation
 from gem_ds.data.dataset import Dataset
-from gem_ds.data.packing import pack
+from gem_ds.data.packing import pack, refuse_leaking_rows
 from gem_ds.distributed.comm import Comm
 from gem_ds.files.checkpoint import TrainerState, delete_old_checkpoints
 from gem_ds.models.load import DTYPES, enable_checkpointing, load_for_training
-from gem_ds.models.loss import answer_loss_of, refuse_leaking_rows, summed_answer_loss
+from gem_ds.models.loss import answer_loss_of, summed_answer_loss
 from gem_ds.select.rules import SPARSE_METHODS
 from gem_ds.train.dense_tuning import DenseTuning
 from gem_ds.train.fit import fit, mean_loss
 from gem_ds.train.methods import product_of
 from gem_ds.train.optimizer import make_scheduler
-from gem_ds.train.prepare import PreparedRun, batch_size_of_flags
+from gem_ds.train.prepare import PreparedRun
 from gem_ds.train.reporting import Reporter, peak_memory_bytes
 from gem_ds.train.results import measure, save_results
+from gem_ds.train.resume import batch_size_of_flags
 from gem_ds.train.sparse_tuning import SparseTuning
 from gem_ds.train.summary import describe
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from gem_ds.models import cross_entropy
-from gem_ds.models.cross_entropy import summed_cross_entropy
+from gem_ds.models import loss as losses
+from gem_ds.models.loss import summed_cross_entropy
 from tests.largest_tensor import LargestTensor
 
 Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor]
@@ -44,7 +44,7 @@ def inputs(
 
 
 def chunks_of(num_rows: int) -> AbstractContextManager[object]:
-    return mock.patch.object(cross_entropy, "rows_of_chunk", return_value=num_rows)
+    return mock.patch.object(losses, "rows_of_chunk", return_value=num_rows)
 
 
 def assert_same(given: Inputs, factor: float, relative: float) -> None:
@@ -130,7 +130,7 @@ def test_extreme_logits() -> None:
 def test_without_gradients_none_is_made_and_a_second_backward_is_refused() -> None:
     """It would cost a product more, or find its gradients scaled already."""
     hidden, weight, bias, labels = inputs(6, 4)
-    with torch.no_grad(), mock.patch.object(cross_entropy, "add_product") as add_product:
+    with torch.no_grad(), mock.patch.object(losses, "add_product") as add_product:
         loss = summed_cross_entropy(hidden, weight, bias, labels)
     assert not loss.requires_grad
     add_product.assert_not_called()

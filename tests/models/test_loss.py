@@ -15,7 +15,7 @@ from gem_ds.data.dataset import answer_positions
 from gem_ds.data.packing import pack
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.process_group import init_distributed
-from gem_ds.models import cross_entropy
+from gem_ds.models import loss as losses
 from gem_ds.models.loss import (
     answer_logits,
     answer_loss_of,
@@ -110,7 +110,7 @@ def assert_same(model: nn.Module, batch: dict[str, Tensor], relative: float = 1e
     whole = gradients(model, expected)
     scales = {name: gradient.abs().max().item() for name, gradient in whole.items()}
     for loss_of in (chunked_answer_loss, summed_answer_loss):
-        with mock.patch.object(cross_entropy, "rows_of_chunk", return_value=3):
+        with mock.patch.object(losses, "rows_of_chunk", return_value=3):
             found = loss_of(model, batch)
         torch.testing.assert_close(found, expected, rtol=relative, atol=0)
         own = gradients(model, found)
@@ -225,7 +225,7 @@ def test_a_step_makes_nothing_of_the_size_of_the_logits() -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("q_proj" in name)
     batch = batch_of()
-    with mock.patch.object(cross_entropy, "rows_of_chunk", return_value=chunk_rows):
+    with mock.patch.object(losses, "rows_of_chunk", return_value=chunk_rows):
         with LargestTensor() as largest:
             chunked_answer_loss(model, batch).backward()
         with LargestTensor() as largest_whole:

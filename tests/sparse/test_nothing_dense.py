@@ -10,7 +10,6 @@ be a product of matrices first, and those are recorded too.
 
 from __future__ import annotations
 
-import functools
 import gc
 import warnings
 from collections.abc import Callable, Sequence
@@ -199,10 +198,8 @@ def _watched_backward(entries: SelectedEntries, batches: Batches) -> tuple[list[
     engine.model.train()
     with entries.layers.sinks(sinks), products:
         for i, batch in enumerate(batches.micro_batches(0)):
-            engine.backward(
-                functools.partial(chunked_answer_loss, batch=batch),
-                deliver=i == NUM_MICRO_BATCHES - 1,
-            )
+            model = engine.module(deliver=i == NUM_MICRO_BATCHES - 1)
+            engine.backward(chunked_answer_loss(model, batch))
     assert engine.step()
     entries.write_back()
     return seen, products

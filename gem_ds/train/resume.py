@@ -1,0 +1,80 @@
+"""What a run goes on from, and whether it may: the output folder, the flags, the data agree."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gem_ds.files.checkpoint import Checkpoint, RunIdentity, find_checkpoint, list_checkpoints
+from gem_ds.files.mask import Mask, checksum, dtype_name
+from gem_ds.models.load import DTYPES
+from gem_ds.train.config import Arguments, TrainArguments
+from gem_ds.train.methods import product_of
+from gem_ds.train.output_dir import refuse_losses, refuse_run
+
+
+def batch_size_of_flags(train: TrainArguments, world_size: int) -> int:
+    """Examples per step of a run that resumes nothing."""
+    return train.per_device_train_batch_size * train.gradient_accumulation_steps * world_size
+
+
+def load_checkpoint(args: Arguments, output_dir: Path) -> Checkpoint | None:
+    """The checkpoint to go on from, after a check of what the output folder holds."""
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"--output_dir {output_dir} is a file: name a folder.")
+    refuse_losses(
+        output_dir,
+        {"--model_name_or_path": args.model.model_name_or_path, "--mask": args.method.mask},
+        product_of(args.method.method),
+        overwrite=args.train.overwrite_output_dir,
+    )
+    if args.train.resume_from_checkpoint is None:
+        if not args.train.overwrite_output_dir:
+            refuse_run(output_dir)
+        return None
+    if args.train.overwrite_output_dir:
+        raise ValueError("--overwrite_output_dir would delete what --resume_from_checkpoint needs.")
+    folder = find_checkpoint(output_dir, args.train.resume_from_checkpoint)
+    checkpoint = Checkpoint.load(folder)
+    if args.method.mask and entries_of(Mask.load(args.method.mask)) != entries_of(checkpoint.mask):
+        raise ValueError("The checkpoint trains other entries than --mask: leave --mask out.")
+    if folder.resolve().parent != output_dir.resolve():
+        refuse_run(output_dir)
+    elif (newest := max(list_checkpoints(output_dir), default=0)) > checkpoint.state.global_step:
+        raise ValueError(
+            f"{output_dir} holds checkpoint-{newest}, which is later than {folder.name}: delete "
+            "what is later, or name another --output_dir."
+        )
+    dtype = dtype_name(DTYPES[args.train.dtype])
+    if (before := checkpoint.mask.dtype) != dtype:
+        raise ValueError(
+            f"The checkpoint was trained in {before} and the flags say {dtype}: pass --bf16, "
+            "--fp16 or neither as before."
+        )
+    return checkpoint
+
+
+def entries_of(mask: Mask) -> dict[str, str]:
+    """Fingerprints of the entries of each weight."""
+    return {name: checksum(indices) for name, indices in mask.indices.items()}
+
+
+def identity_of(
+    args: Arguments, data: str, checkpoint: Checkpoint | None, world_size: int
+) -> RunIdentity:
+    """That of the flags and the data; of a resumed run the checkpoint's, if these agree with it."""
+    now = RunIdentity(
+        global_batch_size=batch_size_of_flags(args.train, world_size),
+        seed=args.train.seed,
+        data=data,
+    )
+    if checkpoint is None:
+        return now
+    before = checkpoint.identity
+    if now.data != before.data:
+        raise ValueError(
+            "The checkpoint was trained on other examples or in another order: pass the same data, "
+            "--max_length, --packing and --train_sampling_strategy as before."
+        )
+    if now.seed != before.seed:
+        raise ValueError(f"The checkpoint was trained with --seed {before.seed}: pass it again.")
+    return before
