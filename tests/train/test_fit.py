@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from gem_ds.data.batches import Batches
+from gem_ds.data.packing import refuse_leaking_rows
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.engine import Engine
 from gem_ds.distributed.process_group import init_distributed
 from gem_ds.files.checkpoint import TrainerState
-from gem_ds.models.loss import refuse_leaking_rows, summed_answer_loss
+from gem_ds.models.loss import summed_answer_loss
 from gem_ds.sparse.entries import SelectedEntries
 from gem_ds.train.fit import DivergedError, StepResult, fit, mean_loss, seed_noise
 from tests.ranks import run_ranks
