@@ -153,6 +153,15 @@ def is_joined() -> bool:
     return dist.is_initialized()
 
 
+def store_of_group() -> Any:
+    """The store in which the ranks of the group have met, over a connection of this call's own.
+
+    On the group's own connection a thread would wait for whatever the main thread waits for.
+    """
+    store: Any = dist.distributed_c10d._get_default_store()
+    return store.clone()
+
+
 def free_port() -> int:
     """A TCP port of this machine that nobody listens on."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from gem_ds.data.tasks import TaskData
 from gem_ds.distributed.comm import Comm
+from gem_ds.distributed.watchdog import DEFAULT_SECONDS, watching
 from gem_ds.distributed.zero_config import inference_config, read_config
 from gem_ds.flags import option
 from gem_ds.models.load import ModelFiles, load_partitioned, load_weights, open_model
@@ -51,6 +52,11 @@ class SamplingArguments:
         None, "DeepSpeed JSON of ZeRO stage 3, for a model larger than one GPU."
     )
     local_rank: int = option(-1, "Set by the deepspeed launcher.")
+    watchdog_seconds: float = option(
+        DEFAULT_SECONDS,
+        "Several ranks: end all when a process of theirs is stopped, dead or cut off for so long; "
+        "0 waits for it.",
+    )
     disable_tqdm: bool = option(False, "No progress bar.")
 
 
@@ -60,6 +66,9 @@ def check_arguments(arguments: SamplingArguments) -> None:
         count = getattr(arguments, flag)
         if count is not None and count < 1:
             raise ValueError(f"--{flag} must be at least 1, not {count}.")
+    if not arguments.watchdog_seconds >= 0:
+        seconds = arguments.watchdog_seconds
+        raise ValueError(f"--watchdog_seconds must be at least 0, not {seconds:g}.")
     if Path(arguments.output_dir).exists() and not Path(arguments.output_dir).is_dir():
         raise ValueError(f"--output_dir {arguments.output_dir} is a file: choose another name.")
     if arguments.delta is not None and arguments.adapter is not None:
@@ -97,7 +106,8 @@ def joined_ranks(arguments: SamplingArguments) -> Iterator[Comm]:
     try:
         with warnings.catch_warnings():  # DeepSpeed calls what torch has renamed
             warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
-            yield comm
+            with watching(comm, arguments.watchdog_seconds):
+                yield comm
     finally:
         process_group.leave_distributed()
 

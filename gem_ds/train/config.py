@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from gem_ds.data.tasks import task_names
+from gem_ds.distributed.watchdog import DEFAULT_SECONDS
 from gem_ds.distributed.zero_config import Dtype
 from gem_ds.flags import option
 from gem_ds.train.methods import METHODS, methods_help
@@ -175,6 +176,11 @@ class TrainArguments:
     )
     deepspeed: str | None = option(None, "DeepSpeed JSON (default: ZeRO stage 0).")
     local_rank: int = option(-1, "Set by the deepspeed launcher.")
+    watchdog_seconds: Amount = option(
+        DEFAULT_SECONDS,
+        "Several ranks: end all when a process of theirs is stopped, dead or cut off for so long; "
+        "0 waits for it.",
+    )
     per_device_train_batch_size: Count = option(8, "Examples per rank and micro-batch.")
     per_device_eval_batch_size: Count = option(8, "The same for held-out examples.")
     gradient_accumulation_steps: Count = option(1, "Micro-batches per rank and step.")

@@ -20,6 +20,7 @@ import transformers
 
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.process_group import init_distributed, leave_distributed
+from gem_ds.distributed.watchdog import watching
 from gem_ds.errors import PeerError
 from gem_ds.files.mask import Mask
 from gem_ds.progress import loading_bars
@@ -86,7 +87,10 @@ def main(argv: Sequence[str] | None = None, mask: Mask | None = None) -> RunResu
                     path = Path(stack.enter_context(TemporaryDirectory()), "mask.safetensors")
                     mask.save(path)
                     flags.append(f"--mask={path}")
-                prepared = prepare(parse_arguments(flags), comm.world_size)
+                args = parse_arguments(flags)
+            stack.enter_context(watching(comm, args.train.watchdog_seconds))
+            with comm.agreement():
+                prepared = prepare(args, comm.world_size)
             with comm.in_unison():
                 _refuse_other_runs(prepared, comm)
             train, folder = prepared.args.train, prepared.output_dir
