@@ -173,11 +173,25 @@ def test_tokenizer_splits_digits_and_adds_no_special_token(tokenizer):
     assert tokenizer.encode(prompt) + tokenizer.encode(target) == tokenizer.encode(prompt + target)
 
 
-@pytest.mark.parametrize(("after", "status"), [(0.93, 0), (0.31, 0), (0.28, 1), (0.0, 1)])
-def test_the_demo_fails_where_exact_match_does_not_rise(tmp_path, capsys, after, status):
-    for name, accuracy in (("before", 0.005), ("after", after)):
-        (tmp_path / name).mkdir()
-        results = {"exact_match": {"strict-match": {"accuracy": accuracy}}}
-        (tmp_path / name / "results.json").write_text(json.dumps(results))
-    assert compare.main([f"{tmp_path}/before", f"{tmp_path}/after"]) == status
-    assert f"by {100 * after - 0.5:.1f} points" in capsys.readouterr().out
+@pytest.mark.parametrize("after", [93, 31, 28, 0])
+def test_a_demo_fails_where_its_score_does_not_rise(tmp_path, capsys, after):
+    for name, num_right in (("before", 1), ("after", after)):
+        for kind, file, field in (
+            ("real", "predictions.jsonl", "correct"),
+            ("demo", "verdicts.jsonl", "strict_match"),
+        ):
+            (tmp_path / kind / name).mkdir(parents=True)
+            lines = [json.dumps({field: i < num_right}) + "\n" for i in range(100)]
+            (tmp_path / kind / name / file).write_text("".join(lines))
+    for kind, flags in (("demo", []), ("real", ["--points", "20"]), ("real", ["--points", "95"])):
+        is_enough = after - 1 >= float(flags[-1] if flags else 30)
+        folders = [str(tmp_path / kind / name) for name in ("before", "after")]
+        assert compare.main([*folders, *flags]) == (0 if is_enough else 1)
+        said = capsys.readouterr().out
+        assert f"by {after - 1:.1f} points" in said
+        assert f"from 1.0% to {after:.1f}%" in said
+        low, high = map(float, re.search(r"interval (\S+) to (\S+)\)", said).groups())
+        share = max(after - 1, 1) / 100  # of the examples whose answer has changed
+        width = 2 * 1.96 * 100 * (share * (1 - share) / 100) ** 0.5
+        assert low <= after - 1 <= high
+        assert high - low == pytest.approx(width, abs=1.6)

@@ -1,0 +1,62 @@
+"""Learning-rate curves: loss and score on the development split by method and rate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from matplotlib.figure import Figure
+from steps.table import markdown
+
+from gem_ds.comparison.bootstrap import is_loss
+from gem_ds.comparison.cells import rate_text
+
+from .figures import look, panels, set_scale
+from .runs import FinishedRun, by_method
+
+
+def rate_table(runs: Sequence[FinishedRun]) -> str:
+    """Of one task: a line per method, the least loss in bold; the score behind it."""
+    tried = by_method([run for run in runs if run.split == "dev"])
+    rates = sorted({run.learning_rate for own in tried.values() for run in own})
+    rows = []
+    for method, own in tried.items():
+        losses = {run.learning_rate: run.result["loss"] for run in own}
+        row = {"method": method} | dict.fromkeys(map(rate_text, rates), "")
+        for run in own:
+            score = f" ({run.result['score']:.3f})" if _has_score(run) else ""
+            text = f"{run.result['loss']:.3f}{score}"
+            is_best = run.result["loss"] == min(losses.values())
+            row[rate_text(run.learning_rate)] = f"**{text}**" if is_best else text
+        rows.append(row)
+    return markdown(rows) if rows else ""
+
+
+def rate_figure(tasks: Mapping[str, Sequence[FinishedRun]]) -> Figure | None:
+    """Loss above, score below where there is one, a column per task."""
+    tried = {task: [run for run in runs if run.split == "dev"] for task, runs in tasks.items()}
+    tried = {task: runs for task, runs in tried.items() if runs}
+    if not tried:
+        return None
+    every = [run for runs in tried.values() for run in runs]
+    kinds = ["loss", "score"] if any(_has_score(run) for run in every) else ["loss"]
+    figure, axes = panels(kinds, list(tried), [run.method for run in every])
+    for kind in kinds:
+        for task, runs in tried.items():
+            here = axes[kind, task]
+            if kind == "score" and not any(map(_has_score, runs)):
+                here.set_visible(False)
+                continue
+            for method, own in by_method(runs).items():
+                rates = [run.learning_rate for run in own]
+                here.plot(rates, [run.result[kind] for run in own], **look(method))
+            metric = runs[0].result["metric"].replace("_", " ") if kind == "score" else "loss"
+            here.set(
+                xscale="log", title=task, xlabel="learning rate", ylabel=f"development {metric}"
+            )
+            if kind == "loss":
+                set_scale(here)
+    return figure
+
+
+def _has_score(run: FinishedRun) -> bool:
+    return not is_loss(run.result["metric"])
