@@ -55,6 +55,7 @@ NAMES_LEFT_OUT = {
     *("peak_memory_bytes", "peak memory"),  # of the process, libraries included
     *("versions", "transformers_version"),  # those that decide bits are recorded
     *("peft_version", "adapter/README.md"),
+    *("digest", "digests", "file_digests"),  # of what is digested here, times included
     *("exported/tokenizer.json", "model/tokenizer.json"),  # the base model's
 }
 #: Lists that were sets: peft writes them in another order each time.

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Sequence
 from importlib import import_module
 
-from gem_ds.errors import Interrupted, PeerError, sentence_of
+from gem_ds.errors import Interrupted, PeerError, sentence_of, sentence_of_limit
 
 #: Where a program's ``main(argv)`` is, which raises what is wrong as a sentence, and what it does.
 PROGRAMS = {
@@ -72,9 +72,12 @@ def run(program: str, argv: Sequence[str] | None = None) -> int:
         return 1
     except Interrupted:
         sentence, status = "Stopped; the same command goes on from here.", 130
-    except (ValueError, OSError, SafetensorError) as error:
+    except Exception as error:
+        told = sentence_of_limit(error)
+        if told is None and not isinstance(error, (ValueError, OSError, SafetensorError)):
+            raise
         rank = int(os.environ.get("RANK", 0))
-        sentence = f"Error: {f'On rank {rank}: ' if rank else ''}{sentence_of(error)}"
+        sentence = f"Error: {f'On rank {rank}: ' if rank else ''}{told or sentence_of(error)}"
         status = 1
     else:
         return result if isinstance(result, int) else 0

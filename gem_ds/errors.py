@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
+#: What libraries say where the machine has no more of something, and what a user can do.
+_LIMITS = {
+    r"Too many open files": "raise the number of files that a process may open (ulimit -n)",
+    r"start new thread": "raise the number of processes (ulimit -u)",
+    r"out of memory|allocate memory|bad_alloc": (
+        "lower the batch size or the length, spread the model over more GPUs, or free memory"
+    ),
+}
+
 
 class PeerError(RuntimeError):
     """Rank 0 tells the user what went wrong; this rank only stops."""
@@ -16,3 +27,14 @@ def sentence_of(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is None and error.strerror:
         return error.strerror
     return str(error)
+
+
+def sentence_of_limit(error: Exception) -> str | None:
+    """What to do where memory, files or threads ran out, in whatever words; None otherwise."""
+    if not isinstance(error, (MemoryError, OSError, RuntimeError)):
+        return None
+    told = str(error).strip().partition("\n")[0] or "out of memory"  # as Python's MemoryError
+    for words, remedy in _LIMITS.items():
+        if re.search(words, told):
+            return f"A limit of this machine is reached ({told}): {remedy}."
+    return None

@@ -1,18 +1,27 @@
 """The programs' common end: an error is a sentence and a status, whatever the program."""
 
 import errno
+import os
+import re
+import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from safetensors import SafetensorError
 
 from gem_ds import cli
 from gem_ds.errors import Interrupted, PeerError
+from gem_ds.files.mask import Mask
 from gem_ds.flags import name_of
+
+OLD_MASK = Path(__file__).parent / "files_0_1/llama/mask.safetensors"
 
 
 def end(monkeypatch: pytest.MonkeyPatch, outcome: Any) -> int:
@@ -54,6 +63,53 @@ def test_a_rank_names_itself_and_a_fault_of_the_program_is_raised(monkeypatch, c
     assert capsys.readouterr().err == "Error: On rank 2: So.\n"
     with pytest.raises(KeyError):
         end(monkeypatch, KeyError("bug"))
+
+
+def _exhausted(take: Callable[[], object]) -> Exception:
+    """What a library raises where something is to be had no more."""
+    try:
+        take()
+    except Exception as error:
+        return error
+    raise AssertionError("there was enough")
+
+
+def _without_files(read: Callable[[], object]) -> Callable[[], object]:
+    """The same, in a process that may open no more files."""
+
+    def take() -> None:
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        os.close(free := os.open(os.devnull, os.O_RDONLY))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+        try:
+            read()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+    return take
+
+
+def _fill_gpu() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory.\nGPU 0 has a total capacity of 80 GiB")
+
+
+LIMITS = {
+    "of Python's memory": (lambda: bytes(2**62), "free memory"),
+    "of torch's memory": (lambda: torch.empty(2**50), "free memory"),
+    "of a GPU's": (_fill_gpu, "batch size"),
+    "of open files": (_without_files(Path(__file__).read_text), "ulimit -n"),
+    "of a tensor file's": (_without_files(lambda: Mask.load(OLD_MASK)), "ulimit -n"),
+}
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_a_limit_of_the_machine_is_a_sentence(monkeypatch, capsys, limit):
+    take, remedy = LIMITS[limit]
+    assert end(monkeypatch, _exhausted(take)) == 1
+    told = capsys.readouterr().err
+    assert re.fullmatch(
+        rf"Error: A limit of this machine is reached \(.+\): .*{remedy}.*\.\n", told
+    )
 
 
 def test_every_program_is_there_and_unknown_ones_are_told_which(capsys):

@@ -27,10 +27,11 @@ from gem_ds.data.tasks import Example, load_task
 from gem_ds.evaluate.evaluator import Report, evaluate, refuse_other_prompts, sha256_of_texts
 from gem_ds.evaluate.exact_match import compare, is_reference, summary, tally
 from gem_ds.evaluate.generation import GenerationSettings
-from gem_ds.evaluate.model import SamplingArguments, sha256_of
+from gem_ds.evaluate.model import SamplingArguments
 from gem_ds.evaluate.pass_at_k import CONFIDENCE
 from gem_ds.evaluate.samples import Sample
 from gem_ds.evaluate.sampling import sample_all
+from gem_ds.files.digests import digest_of_file
 from gem_ds.flags import option
 
 STOP_STRINGS = ("Question:", "</s>", "<|im_end|>")
@@ -85,7 +86,7 @@ def load(data_dir: str | None, limit: int | None = None) -> Problems:
             texts = (f"{example.prompt}{example.target}" for example in split)
             sha256[f"openai/gsm8k {name}"] = sha256_of_texts(texts)
         else:
-            sha256[f"{name}.jsonl"] = sha256_of(Path(data_dir, f"{name}.jsonl"))
+            sha256[f"{name}.jsonl"] = digest_of_file(Path(data_dir, f"{name}.jsonl"))
     test = {f"gsm8k/test/{i}": example for i, example in enumerate(task.test[:limit])}
     return Problems(test=test, train=task.train, sha256=sha256)
 

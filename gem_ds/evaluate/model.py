@@ -18,6 +18,7 @@ from gem_ds.data.tasks import TaskData
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.watchdog import DEFAULT_SECONDS, watching
 from gem_ds.distributed.zero_config import inference_config, read_config
+from gem_ds.files.digests import digest_of_file
 from gem_ds.flags import option
 from gem_ds.models.load import ModelFiles, load_partitioned, load_weights, open_model
 
@@ -146,8 +147,8 @@ def model_facts(arguments: SamplingArguments, files: ModelFiles) -> dict[str, ob
     return {
         "model": files.name,
         "model_fingerprint": model_fingerprint(files.name, files.config),
-        "delta_sha256": None if delta is None else sha256_of(delta),
-        "adapter_sha256": None if adapter is None else {p.name: sha256_of(p) for p in parts},
+        "delta_sha256": None if delta is None else digest_of_file(delta),
+        "adapter_sha256": None if adapter is None else {p.name: digest_of_file(p) for p in parts},
     }
 
 
@@ -174,9 +175,3 @@ def model_fingerprint(name: str, config: PretrainedConfig) -> str:
                 file.seek((size - _BLOCK) * i // (_NUM_BLOCKS - 1))
                 digest.update(file.read(_BLOCK))
     return digest.hexdigest()[:16]
-
-
-def sha256_of(path: str | Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -4,7 +4,8 @@
       mask.safetensors        which entries
       optimizer.safetensors   master, exp_avg, exp_avg_sq: fp32 [K], and where a head is trained
                               head.master and so on: fp32 [its size]; metadata: updates, loss
-                              scale, and what the run must still agree with to go on
+                              scale, what the run must still agree with to go on, and the digests
+                              of the other two files
       trainer_state.json      step, epoch and log history, with the names of transformers
 
 There is no position in the data, no state of a random generator and none of the learning-rate
@@ -17,33 +18,42 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from gem_ds.distributed.optim import STATE_KEYS
 from gem_ds.files.atomic import atomic_folder, save_json
-from gem_ds.files.mask import Mask, checksum
-from gem_ds.files.tensors import load_tensors, metadata_field, save_tensors
+from gem_ds.files.digests import checksum, digest_of_file
+from gem_ds.files.mask import Mask
+from gem_ds.files.schema import STRICT, from_json
+from gem_ds.files.tensors import load_tensors, save_tensors
 
 CHECKPOINT_KIND = "gem_checkpoint"
 _HEAD = "head."
 _FOLDER = re.compile(r"checkpoint-(\d+)")
+_MASK, _OPTIMIZER, _STATE = "mask.safetensors", "optimizer.safetensors", "trainer_state.json"
+
+Count = Annotated[int, Field(ge=0, lt=2**53)]  # 2^53: what a JSON number surely holds
 
 
 @dataclass(kw_only=True)
 class TrainerState:
     """Progress of a run, as ``trainer_state.json`` shows it."""
 
-    global_step: int = 0
-    max_steps: int = 0
-    epoch: float = 0.0
+    global_step: Count = 0
+    max_steps: Count = 0
+    epoch: Annotated[float, Field(ge=0)] = 0.0
     log_history: list[dict[str, Any]] = field(default_factory=list)
     unlogged_losses: list[float] = field(default_factory=list)  # since the last log entry
     settings: dict[str, Any] = field(default_factory=dict)  # flags that say how a step is taken
+    __pydantic_config__ = STRICT
 
     def save(self, folder: Path) -> None:
         """Write ``trainer_state.json`` into a folder, atomically."""
@@ -54,9 +64,23 @@ class TrainerState:
 class RunIdentity:
     """What a run must keep from one session to the next; the world size is not in it."""
 
-    global_batch_size: int  # examples per step, over all ranks
+    global_batch_size: Annotated[Count, Field(ge=1)]  # examples per step, over all ranks
     seed: int  # of the order of the data
     data: str  # fingerprint of the encoded examples, their rows and the kind of their order
+    __pydantic_config__ = STRICT
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Numbers:
+    """The metadata of ``optimizer.safetensors``."""
+
+    num_updates: Count
+    loss_scale: Annotated[float, Field(gt=0)]
+    identity: RunIdentity
+    file_digests: dict[str, str] = field(
+        default_factory=dict
+    )  # of the other two; old ones have none
+    __pydantic_config__ = STRICT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,53 +113,78 @@ class Checkpoint:
         return folder
 
     def _write(self, folder: Path) -> None:
-        self.mask.save(folder / "mask.safetensors")
-        metadata = {
-            "num_updates": self.num_updates,
-            "loss_scale": self.loss_scale,
-            "identity": asdict(self.identity),
-        }
+        self.mask.save(folder / _MASK)
+        self.state.save(folder)
+        numbers = _Numbers(
+            num_updates=self.num_updates,
+            loss_scale=self.loss_scale,
+            identity=self.identity,
+            file_digests={name: digest_of_file(folder / name) for name in (_MASK, _STATE)},
+        )
         head = {f"{_HEAD}{key}": vector for key, vector in self.head_vectors.items()}
         tensors = self.vectors | head
-        save_tensors(folder / "optimizer.safetensors", tensors, metadata, kind=CHECKPOINT_KIND)
-        self.state.save(folder)
+        save_tensors(folder / _OPTIMIZER, tensors, asdict(numbers), kind=CHECKPOINT_KIND)
 
     @classmethod
     def load(cls, folder: Path) -> Checkpoint:
         """Read a checkpoint folder; a ValueError says what of it is damaged."""
-        if not (folder / "optimizer.safetensors").is_file():
+        if not (folder / _OPTIMIZER).is_file():
             raise ValueError(
                 f"{folder} is not a checkpoint of gem_ds: pass a checkpoint-N folder, or last."
             )
-        tensors, metadata = load_tensors(folder / "optimizer.safetensors", CHECKPOINT_KIND)
-        mask = Mask.load(folder / "mask.safetensors")
-        head = {k.removeprefix(_HEAD): v for k, v in tensors.items() if k.startswith(_HEAD)}
-        vectors = {key: v for key, v in tensors.items() if not key.startswith(_HEAD)}
-        is_head_whole = not head or _is_state(head, len(next(iter(head.values()))))
-        if not (_is_state(vectors, mask.num_selected) and is_head_whole):
-            raise ValueError(
-                f"{folder} is damaged (its optimizer state does not fit its mask): resume an "
-                "earlier one."
-            )
-        try:
-            state = json.loads((folder / "trainer_state.json").read_text())
+        with _damaged(folder):
+            tensors, metadata = load_tensors(folder / _OPTIMIZER, CHECKPOINT_KIND)
+            numbers = from_json(_Numbers, json.dumps(metadata))
+            for name, digest in numbers.file_digests.items():
+                if digest_of_file(folder / name) != digest:
+                    raise ValueError(f"{name} is not the one that was saved with it")
+            mask = Mask.load(folder / _MASK)
+            head = {k.removeprefix(_HEAD): v for k, v in tensors.items() if k.startswith(_HEAD)}
+            vectors = {key: v for key, v in tensors.items() if not key.startswith(_HEAD)}
+            _check_vectors(vectors, mask.num_selected)
+            if head:
+                _check_vectors(head, len(next(iter(head.values()))))
+            state = from_json(TrainerState, (folder / _STATE).read_bytes())
+            _check_counts(folder.name, numbers.num_updates, state)
             return cls(
                 mask=mask,
                 vectors=vectors,
                 head_vectors=head,
-                num_updates=metadata_field(metadata, "num_updates", int),
-                loss_scale=metadata_field(metadata, "loss_scale", float),
-                identity=RunIdentity(**metadata_field(metadata, "identity", dict)),
-                state=TrainerState(**state),
+                num_updates=numbers.num_updates,
+                loss_scale=numbers.loss_scale,
+                identity=numbers.identity,
+                state=state,
             )
-        except (OSError, TypeError, ValueError) as error:
-            raise ValueError(f"{folder} is damaged ({error}): resume an earlier one.") from error
 
 
-def _is_state(vectors: dict[str, Tensor], size: int) -> bool:
-    """Whether these are masters and moments of so many entries."""
+@contextmanager
+def _damaged(folder: Path) -> Iterator[None]:
+    """Tells what is wrong with the files of a checkpoint, and what to do."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(f"{folder} is damaged ({error}): resume an earlier one.") from error
+
+
+def _check_vectors(vectors: Mapping[str, Tensor], size: int) -> None:
+    """Refuses what are no masters and moments of so many entries."""
     found = {name: (tuple(vector.shape), vector.dtype) for name, vector in vectors.items()}
-    return found == dict.fromkeys(STATE_KEYS, ((size,), torch.float32))
+    if found != dict.fromkeys(STATE_KEYS, ((size,), torch.float32)):
+        raise ValueError("its optimizer state does not fit its mask")
+    for name in ("master", "exp_avg"):
+        if not vectors[name].isfinite().all():
+            raise ValueError(f"its {name} holds NaN or infinity")
+    if not (vectors["exp_avg_sq"] >= 0).all():  # it may overflow, which only stops an entry
+        raise ValueError("its exp_avg_sq holds NaN or negative numbers")
+
+
+def _check_counts(name: str, num_updates: int, state: TrainerState) -> None:
+    """Refuses counts that contradict each other or the folder's name."""
+    step = state.global_step
+    if num_updates > step:
+        raise ValueError(f"it counts {num_updates} updates in {step} steps")
+    if (named := _FOLDER.fullmatch(name)) and int(named[1]) != step:
+        raise ValueError(f"its trainer_state.json is of step {step}")
 
 
 def list_checkpoints(output_dir: Path) -> dict[int, Path]:

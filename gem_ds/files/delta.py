@@ -33,7 +33,8 @@ class Delta:
     Attributes:
         mask: The entries, the weights that they belong to, and the base model.
         values: Weight name to trained values (k_l,), in the weight's dtype, finite.
-        head: Parameter name to dense trained parameter; for a task head that the base lacks.
+        head: Parameter name to dense trained parameter, finite; for a task head that the base
+            lacks.
 
     Raises:
         ValueError: Values and mask disagree, or a value is not finite; the weight is named.
@@ -51,6 +52,9 @@ class Delta:
             raise ValueError(f"weight {name!r} has indices but no values")
         for name, values in self.values.items():
             _check_values(name, values, self.mask)
+        for name, parameter in self.head.items():
+            if parameter.is_floating_point() and not parameter.isfinite().all():
+                raise ValueError(f"the head's parameter {name!r} holds NaN or infinity")
         if both := self.head.keys() & self.values.keys():
             raise ValueError(f"weight {min(both)!r} is in the mask and in the head")
 
@@ -88,7 +92,7 @@ class Delta:
         with taking_tensors(path, DELTA_KIND, remedy) as (tensors, metadata):
             mask = unpack_mask(tensors, metadata)
             values = take_tensors(tensors, mask.weights, "values")
-            names = metadata_field(metadata, "head", list)
+            names = dict.fromkeys(map(str, metadata_field(metadata, "head", list)))
             if missing := [name for name in names if f"head.{name}" not in tensors]:
                 raise ValueError(f"the head's parameter {missing[0]!r} is missing")
             head = {name: tensors.pop(f"head.{name}") for name in names}

@@ -12,7 +12,6 @@ valid, as it checks itself. How entries are chosen is told in `gem_ds.select`.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
@@ -23,9 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gem_ds.files.digests import checksum
 from gem_ds.files.tensors import metadata_field, save_tensors, taking_tensors
 
 MASK_KIND = "gem_mask"
+
+#: What a trained weight can have; 8 bits and fewer need scales, which no entry has.
+_DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 #: Fields of a mask that stand in its metadata as they are.
 _FIELDS: dict[str, Any] = {
@@ -163,16 +166,6 @@ def index_dtype(numel: int) -> torch.dtype:
     return torch.int32 if numel < 2**31 else torch.int64
 
 
-def checksum(values: Tensor) -> str:
-    """SHA-256, in hex, of the bytes of `values` in their own dtype (little-endian machines).
-
-    Bytes are compared, not numbers: 0.0 and -0.0 differ, and a NaN equals itself.
-    """
-    # A clone, as a single element of any stride already counts as contiguous but has no byte view.
-    packed = values.detach().cpu().clone(memory_format=torch.contiguous_format)
-    return hashlib.sha256(packed.view(torch.uint8).numpy().data).hexdigest()
-
-
 def dtype_name(dtype: torch.dtype) -> str:
     """The torch name of a dtype without the module: torch.bfloat16 -> ``bfloat16``."""
     return str(dtype).removeprefix("torch.")
@@ -217,8 +210,7 @@ def take_tensors(
 def _check_weight(name: str, info: WeightInfo) -> None:
     if not info.shape or not all(type(size) is int and size > 0 for size in info.shape):
         raise ValueError(f"weight {name!r} has the impossible shape {info.shape}")
-    dtype = getattr(torch, info.dtype, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+    if info.dtype not in _DTYPES:
         raise ValueError(f"weight {name!r} has the dtype {info.dtype!r}, which no weight can have")
 
 

@@ -1,7 +1,12 @@
 """The safetensors files of GEM: tensors and one JSON object, written whole and read back.
 
 A GEM file is an ordinary safetensors file whose string metadata has the single key ``gem``. Its
-value is one JSON object: ``kind``, ``format_version`` and the caller's fields.
+value is one JSON object: ``kind``, ``format_version``, the caller's fields and
+
+    digests    tensor name -> digest of its dtype, shape and bytes
+    digest     of the whole object but for itself, and so of all that the file holds
+
+Reading checks both, so that a flipped bit is no other result. Older files have neither.
 """
 
 from __future__ import annotations
@@ -18,9 +23,13 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from gem_ds.files.atomic import atomic_write
+from gem_ds.files.digests import digest_of_json, digest_of_tensor
 
 FORMAT_VERSION = 1
 METADATA_KEY = "gem"
+
+#: Fields of the JSON object that are not the caller's.
+_RESERVED = {"kind", "format_version", "digests", "digest"}
 
 
 def save_tensors(
@@ -32,12 +41,14 @@ def save_tensors(
     entries only): safetensors' own file writer hides the number of an `OSError` and creates files
     that only their owner can read.
     """
-    assert metadata.keys().isdisjoint({"kind", "format_version"}), "reserved fields"
-    header = {"kind": kind, "format_version": FORMAT_VERSION, **metadata}
+    assert metadata.keys().isdisjoint(_RESERVED), "reserved fields"
     packed = {
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
     }
+    header = {"kind": kind, "format_version": FORMAT_VERSION, **metadata}
+    header["digests"] = {name: digest_of_tensor(tensor) for name, tensor in packed.items()}
+    header["digest"] = digest_of_json(header)
     payload = serialize(packed, metadata={METADATA_KEY: json.dumps(header)})
     atomic_write(path, lambda temporary: temporary.write_bytes(payload))
 
@@ -50,15 +61,19 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
         raise ValueError(f"{path} is a folder: pass the {noun} file in it")
     if not path.exists():
         raise FileNotFoundError(f"There is no {noun} file at {path}: check the path.")
+    with path.open("rb"):  # whose errors are true: to safetensors any file is missing that is shut
+        pass
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             header = _parse_header(path, noun, kind, file.metadata() or {})
-            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(
             f"{path} is not a whole safetensors file ({error}): it was truncated or has another "
             f"format, so copy it again or pass a {noun} file that gem_ds wrote"
         ) from error
+    _check_tensors(path, header.pop("digests", None), tensors)
+    return tensors, header
 
 
 def metadata_field(metadata: Mapping[str, Any], name: str, types: type | tuple[type, ...]) -> Any:
@@ -95,7 +110,8 @@ def _parse_header(path: Path, noun: str, kind: str, metadata: Mapping[str, str])
         header: Any = json.loads(metadata[METADATA_KEY])
         if not isinstance(header, dict):
             raise ValueError("not a JSON object")
-    except ValueError as error:
+        _check_header(header)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} has damaged GEM metadata ({error}): {remedy}") from error
     found, version = header.pop("kind", None), header.pop("format_version", None)
     if found != kind:
@@ -108,3 +124,24 @@ def _parse_header(path: Path, noun: str, kind: str, metadata: Mapping[str, str])
             "upgrade gem_ds"
         )
     return header
+
+
+def _check_header(header: dict[str, Any]) -> None:
+    """Refuses a header that is not as it was written; takes its own digest out of it."""
+    digest = header.pop("digest", None)
+    if digest is None and "digests" not in header:
+        return
+    if digest != digest_of_json(header) or not isinstance(header.get("digests"), dict):
+        raise ValueError("it is not what was written, by its digest")
+
+
+def _check_tensors(path: Path, digests: dict[str, str] | None, tensors: dict[str, Tensor]) -> None:
+    """Refuses tensors that are not those that were written; `digests` are None in old files."""
+    if digests is None:
+        return
+    for name in sorted(digests.keys() | tensors.keys()):
+        if name not in tensors or digest_of_tensor(tensors[name]) != digests.get(name):
+            raise ValueError(
+                f"{path} is damaged (tensor {name!r} is not what was written, by its digest): copy "
+                "it again"
+            )

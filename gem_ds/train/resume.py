@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from gem_ds.files.checkpoint import Checkpoint, RunIdentity, find_checkpoint, list_checkpoints
-from gem_ds.files.mask import Mask, checksum, dtype_name
+from gem_ds.files.digests import checksum
+from gem_ds.files.mask import Mask, dtype_name
 from gem_ds.models.load import DTYPES
 from gem_ds.train.config import Arguments, TrainArguments
 from gem_ds.train.methods import product_of

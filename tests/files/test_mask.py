@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gem_ds.files.mask import MASK_KIND, Mask, WeightInfo, checksum, index_dtype, pack_mask
+from gem_ds.files.digests import checksum
+from gem_ds.files.mask import MASK_KIND, Mask, WeightInfo, index_dtype, pack_mask
 from gem_ds.files.tensors import save_tensors
 
 SETTINGS = {"density": 0.001, "seed": 3, "targets": ["q", "v"], "calibration_examples": None}

@@ -91,6 +91,7 @@ def header(**fields: object) -> dict[str, str]:
         ({"format": "pt"}, "without GEM metadata"),
         ({"gem": "{"}, "damaged GEM metadata"),
         ({"gem": "[1]"}, "damaged GEM metadata"),
+        ({"gem": "[" * 100_000}, "damaged GEM metadata"),
         (header(format_version=1), "is of kind None, not 'gem_mask'"),
         (header(kind="gem_delta", format_version=1), "is of kind 'gem_delta', not 'gem_mask'"),
         (header(kind=KIND), "no valid format version"),

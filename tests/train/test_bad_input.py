@@ -13,17 +13,18 @@ import shutil
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from gem_ds.errors import PeerError
 from gem_ds.files.checkpoint import Checkpoint, list_checkpoints
+from gem_ds.files.mask import Mask
 from gem_ds.train import main as train
 from gem_ds.train import run
 from tests.ranks import run_ranks
@@ -102,11 +103,12 @@ class Workshop:
 
     def _make_far_mask(self) -> None:
         """The run's mask, as if it were of a layer that the model does not have."""
-        source = self.run / "mask.safetensors"
-        with safe_open(source, framework="pt") as file:
-            header = file.metadata()["gem"].replace("layers.0", "layers.9")
-        tensors = {k.replace("layers.0", "layers.9"): v for k, v in load_file(source).items()}
-        save_file(tensors, self.folder / "far.safetensors", metadata={"gem": header})
+        mask = Mask.load(self.run / "mask.safetensors")
+        indices, weights = (
+            {name.replace("layers.0", "layers.9"): item for name, item in part.items()}
+            for part in (mask.indices, mask.weights)
+        )
+        replace(mask, indices=indices, weights=weights).save(self.folder / "far.safetensors")
 
     def flags(self, **values: object) -> list[str]:
         """A good command line but for ``values``; its output folder does not exist."""
