@@ -10,17 +10,25 @@ import builtins
 import re
 import sys
 import textwrap
-import warnings
+from bisect import bisect_left
 from collections.abc import Iterator
 
 from gem_ds.data.tasks.mbpp import prompt_of
+from gem_ds.evaluate import syntax
+from gem_ds.evaluate.syntax import Fault
 
-_MAX_PARSED = 1 << 17  # characters; a tree takes much memory, and it is made where the model lies
+#: Characters that are parsed for each one of a completion, and for a short one: what stands in a
+#: fence amid words is read some ten times, a text that repeats itself could be without end.
+_PASSES = 64
+_SHORT = 1_000
+_EXACT_CUTS = 8  # then more than one line at a time is taken away from what is no Python
 
 #: How every prompt begins; a model that goes on writing begins another one.
 _RUN_ON = prompt_of("", ()).partition(":")[0]
 _LANGUAGE = re.compile(r"\A(?:[\w+.-]*[ \t]*\r?\n|(?:python3?|py)\b[ \t]*)", re.IGNORECASE)
 _CODE_LINE = re.compile(r"(?:def|class|import|from|async)\b|@|[A-Za-z_]\w*[ \t]*=[^=]")
+#: A line at the margin that goes on with the statement above it.
+_CONTINUATION = re.compile(r"[\s#)\]}]|$|(?:else|elif|except|finally)\b")
 _BUILTINS = frozenset(dir(builtins))
 _DEFINITIONS = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
@@ -43,17 +51,38 @@ def extract_program(completion: str, entry_point: str | None = None) -> str:
 
 def find_program(completion: str, entry_point: str | None = None) -> str | None:
     """As `extract_program`, but None where nothing defines the entry point."""
+    parser = _Parser(len(completion))
     for text in _between_marks(completion):
-        for candidate in _candidates(text, entry_point):
-            if (tree := parse(candidate)) is not None and _defines(tree, entry_point):
+        for candidate in _candidates(text, entry_point, parser):
+            tree = parser.tree_of(candidate)
+            if tree is not None and _defines(tree, entry_point):
                 return _without_last_word(candidate, tree)
     return None
 
 
-def parse(text: str) -> ast.Module | None:
-    """The syntax tree of a text, None if it is not Python or more than the parser can take."""
-    tree = _parsed(text)
-    return None if isinstance(tree, int) else tree
+class _Parser:
+    """Parses parts of one completion; when so much has been read, nothing is Python any more."""
+
+    def __init__(self, num_characters: int) -> None:
+        self._left = _PASSES * (num_characters + _SHORT)
+        self._reserve = self._left // 2
+
+    def parse(self, text: str) -> ast.Module | Fault:
+        """As `syntax.parse`."""
+        if len(text) > self._left:
+            return Fault(1)
+        self._left -= len(text)
+        return syntax.parse(text)
+
+    def tree_of(self, text: str) -> ast.Module | None:
+        """As `syntax.tree_of`."""
+        parsed = self.parse(text)
+        return None if isinstance(parsed, Fault) else parsed
+
+    @property
+    def is_patient(self) -> bool:
+        """Whether there is enough left to try what may be in vain."""
+        return self._left > self._reserve
 
 
 def _between_marks(text: str) -> list[str]:
@@ -70,47 +99,75 @@ def _between_marks(text: str) -> list[str]:
     return [text.removesuffix("\n") if done else text, *texts[1:]]
 
 
-def _candidates(text: str, entry_point: str | None) -> Iterator[str]:
+def _candidates(text: str, entry_point: str | None, parser: _Parser) -> Iterator[str]:
     """Texts that may be the program, the likeliest first."""
     yield text
     pieces = text.split("```")
-    blocks = [_dedented(_LANGUAGE.sub("", block, count=1)) for block in pieces[1::2]]
-    for i in reversed(range(len(blocks))):
-        yield from _with_needs(blocks[i], blocks[:i], entry_point)
+    blocks = [_dedented(_LANGUAGE.sub("", block, count=1), parser) for block in pieces[1::2]]
+    yield from _last_block(blocks, entry_point, parser)
     for piece in pieces:
-        yield _dedented(piece)
-        yield from _python_lines(piece)
+        yield _dedented(piece, parser)
+        yield from _python_lines(piece, parser)
 
 
-def _with_needs(block: str, earlier: list[str], entry_point: str | None) -> Iterator[str]:
-    """A block that defines the entry point, behind the earlier ones whose names it uses."""
-    if (tree := parse(block)) is None or not _defines(tree, entry_point):
-        return
-    needed = _used(tree) - _bound(tree) - _BUILTINS
-    before = [t for t in earlier if (other := parse(t)) is not None and needed & _globals(other)]
-    yield "\n".join([*before, block])
+def _last_block(blocks: list[str], entry_point: str | None, parser: _Parser) -> Iterator[str]:
+    """The last block that defines the entry point, behind the earlier ones whose names it uses."""
+    trees = [parser.tree_of(block) for block in blocks]
+    for i, tree in reversed([*enumerate(trees)]):
+        if tree is not None and _defines(tree, entry_point):
+            needed = _used(tree) - _bound(tree) - _BUILTINS
+            earlier = zip(blocks[:i], trees[:i], strict=True)
+            before = [text for text, other in earlier if other and needed & _globals(other)]
+            yield "\n".join([*before, blocks[i]])
+            return
 
 
-def _python_lines(text: str) -> Iterator[str]:
-    """Runs of lines that begin like code and are Python, each as long as can be."""
+def _python_lines(text: str, parser: _Parser) -> Iterator[str]:
+    """Runs of lines that begin like code and are Python, each as long as can be.
+
+    A part goes from a line at the margin to the next, and is parsed by itself.
+    """
     lines = text.split("\n")
-    start = 0
-    while start < len(lines):
-        if _CODE_LINE.match(lines[start]) is None:
-            start += 1
+    starts = [i for i, line in enumerate(lines) if not i or not _CONTINUATION.match(line)]
+    borders = [*starts, len(lines)]
+    i = 0
+    while i < len(starts):
+        begun = borders[i]
+        if _CODE_LINE.match(lines[begun]) is None:
+            i += 1
             continue
-        end = len(lines)
-        while end > start and isinstance(bad := _parsed("\n".join(lines[start:end])), int):
-            end = min(end - 1, start + bad - 1)
-        if end > start:
-            yield "\n".join(lines[start:end])
-        start = max(end, start + 1)
+        end = begun
+        while end == borders[i] and i < len(starts):
+            end = _statement_end(lines, borders, i, parser)
+            i = max(i + 1, bisect_left(borders, end))
+        if end > begun:
+            yield "\n".join(lines[begun:end])
 
 
-def _dedented(text: str) -> str:
+def _statement_end(lines: list[str], borders: list[int], i: int, parser: _Parser) -> int:
+    """Up to which line the i-th part is Python; with the next ones, where it has no end itself."""
+    start, num_parts = borders[i], 1
+    while True:
+        stop = borders[min(i + num_parts, len(borders) - 1)]
+        fault = parser.parse("\n".join(lines[start:stop]))
+        if not isinstance(fault, Fault):
+            return stop
+        if not fault.is_unfinished or stop == len(lines) or not parser.is_patient:
+            break
+        num_parts *= 2
+    num_cuts = 0
+    while isinstance(fault, Fault) and stop > start:
+        step = 1 << max(0, num_cuts - _EXACT_CUTS)
+        stop = max(start, min(stop - step, start + fault.line - 1))
+        fault = parser.parse("\n".join(lines[start:stop]))
+        num_cuts += 1
+    return stop
+
+
+def _dedented(text: str, parser: _Parser) -> str:
     """The text without the margin that it has as a whole or on its first line, if it is Python."""
     variants = (text, textwrap.dedent(text), text.lstrip())
-    return next((variant for variant in variants if parse(variant) is not None), text)
+    return next((v for v in variants if parser.tree_of(v) is not None), text)
 
 
 def _without_last_word(text: str, tree: ast.Module) -> str:
@@ -124,20 +181,6 @@ def _without_last_word(text: str, tree: ast.Module) -> str:
     if not all(isinstance(word, ast.Name) and word.id not in known for word in words):
         return text
     return "\n".join(text.split("\n")[: last.lineno - 1])
-
-
-def _parsed(text: str) -> ast.Module | int:
-    """The syntax tree, or the line (from 1) at which the text stops being Python."""
-    if len(text) > _MAX_PARSED:
-        return 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "\d" in a string
-        try:
-            return ast.parse(text)
-        except SyntaxError as error:
-            return error.lineno or 1
-        except (ValueError, RecursionError, MemoryError):  # surrogates, deep nesting
-            return 1
 
 
 def _defines(tree: ast.Module, entry_point: str | None) -> bool:

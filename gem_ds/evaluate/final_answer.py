@@ -94,6 +94,7 @@ _LINE_START = re.compile(r"(?:^|\n)[ \t*(]{0,9}$")
 _LABEL_END = re.compile(r"[.)][*]{0,2}[ \t]+\S")
 _BOLD_END = re.compile(r"[^*\n]{0,25}\*\*")
 _WINDOW = 60  # characters before a number that say what part it plays
+_NEAREST = 32  # numbers of a sentence among which an announced answer is; a text may repeat both
 
 
 @dataclass(frozen=True)
@@ -136,11 +137,11 @@ class _Reading:
         if kind == "after":
             place = bisect_left(self._ends, announcement.start())
             start = self._ends[place - 1] + 1 if place else 0
-            return self._conclusion(self._between(start, announcement.start()))
+            return self._conclusion(self._between(start, announcement.start())[-_NEAREST:])
         lead = _LEAD.match(self.text, announcement.end())
         assert lead is not None, "it matches the empty text"
         end = self._boxed_end(announcement.end()) if kind == "boxed" else self._end(lead.end())
-        numbers = self._between(announcement.end(), end)
+        numbers = self._between(announcement.end(), end)[:_NEAREST]
         stated = [number for number in numbers if number.value is not None]
         if not stated:  # "The answer is 3-5" is an answer, but none that is a number
             return numbers[0] if numbers else None

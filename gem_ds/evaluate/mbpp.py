@@ -22,8 +22,9 @@ from functools import cache
 from typing import Any, Literal
 
 from gem_ds.data.tasks.mbpp import Dataset, Problem, load_problems, prompt_of, target_of
-from gem_ds.evaluate.extraction import extract_program, parse
+from gem_ds.evaluate.extraction import extract_program
 from gem_ds.evaluate.sandbox import Program
+from gem_ds.evaluate.syntax import tree_of
 from gem_ds.flags import option
 
 SHOT_IDS = (2, 3, 4)
@@ -151,7 +152,7 @@ def template_prompt(problem: Problem, template: str) -> str:
 @cache
 def entry_point_of(problem: Problem) -> str | None:
     """The function of the reference solution that the tests call, None unless there is just one."""
-    solution, tests = parse(problem.code), parse("\n".join(problem.tests))
+    solution, tests = tree_of(problem.code), tree_of("\n".join(problem.tests))
     if solution is None or tests is None:
         return None
     calls = [node.func for node in ast.walk(tests) if isinstance(node, ast.Call)]
@@ -162,7 +163,7 @@ def entry_point_of(problem: Problem) -> str | None:
 
 def header_of(problem: Problem) -> str:
     """`def name(arguments):` of the entry point, without annotations."""
-    name, solution = entry_point_of(problem), parse(problem.code)
+    name, solution = entry_point_of(problem), tree_of(problem.code)
     if name is None or solution is None:
         raise ValueError(
             f"The tests of problem {problem.task_id} do not call one function of its solution, so "

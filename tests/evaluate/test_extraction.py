@@ -81,6 +81,13 @@ def test_no_text_makes_it_fail_and_a_program_is_a_part_of_the_text(text):
             assert line.strip() in text
 
 
+@pytest.mark.parametrize("line", ["x = (", "@a(", "x = f(1, 2,", "def f(:", "try:", "x = [y, '''z"])
+def test_a_program_is_found_beside_a_line_that_is_repeated(line):
+    repeated = f"{line}\n" * 320
+    for text in (f"{ADD}\n{repeated}", f"{repeated}\n{ADD}\n", f"So:\n{repeated}```\n{ADD}\n```"):
+        assert extract_program(text, "add").strip() == ADD
+
+
 @pytest.mark.parametrize(("start", "unit", "times", "end"), LONG, ids=str)
 def test_long_and_deep_texts_take_no_long_time(start, unit, times, end):
     begun = time.perf_counter()

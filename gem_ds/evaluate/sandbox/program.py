@@ -11,12 +11,12 @@ import ast
 import builtins
 import math
 import sys
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from gem_ds.evaluate.sandbox.wire import Decoder, Encoder
+from gem_ds.evaluate.syntax import tree_of
 
 Status = Literal["passed", "failed", "timeout", "crashed"]
 
@@ -132,7 +132,7 @@ def assign_roles(job: Program) -> Roles:
     """Reads the sources; nothing is run. A source that does not parse defines and uses nothing."""
     setup = _parse(job.setup)
     used, given = _names([setup, *map(_parse, job.tests)]), _names([setup])
-    own = _names([_parse(job.program if len(job.program) <= _MAX_PARSED else "")])
+    own = _names([_parse(job.program, _MAX_PARSED)])
     foreign = used.read - used.bound
     candidate = {name for name in foreign if not hasattr(builtins, name)}
     modules = (candidate & own.imported & sys.stdlib_module_names) - {job.entry_point}
@@ -181,43 +181,62 @@ class _Names:
     kinds: set[str] = field(default_factory=set)
 
     def add(self, node: ast.AST) -> None:
-        """Adds the names of a node, but for `as_class` not those of its children."""
+        """Adds the names of a node, but not those of its children."""
         if isinstance(node, ast.Name):
             (self.read if isinstance(node.ctx, ast.Load) else self.bound).add(node.id)
         elif isinstance(node, ast.arg):
             self.bound.add(node.arg)
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             self.bound.add(node.name)
-            if isinstance(node, ast.ClassDef):
-                self.as_class.update(*(_names([base]).read for base in node.bases))
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            if node.func.id in ("callable", "hasattr"):
-                self.kinds.add(node.func.id)
-            elif node.func.id == "isinstance":
-                self.kinds |= {n for n in _names(node.args[1:]).read if not hasattr(builtins, n)}
         elif isinstance(node, ast.ExceptHandler):
             self.bound.update([node.name] if node.name else [])
-            self.as_class.update(_names([node.type]).read if node.type else [])
-        elif isinstance(node, ast.With):
-            self.as_class.update(*(_names([item.context_expr]).read for item in node.items))
         elif isinstance(node, _IMPORT):
             names = {alias.asname or alias.name.partition(".")[0] for alias in node.names}
             self.bound |= names
             self.imported |= names
+        elif _function_called(node) in ("callable", "hasattr"):
+            self.kinds.add(_function_called(node))
 
 
 def _names(trees: Iterable[ast.AST]) -> _Names:
+    """All names in some trees. Each node is visited once: a program may nest them at will."""
     names = _Names()
-    for tree in trees:
-        for node in ast.walk(tree):
-            names.add(node)
+    nodes = [(tree, False, False) for tree in trees]  # with what the names in it are, if read
+    while nodes:
+        node, is_class, is_kind = nodes.pop()
+        names.add(node)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            names.as_class.update([node.id] if is_class else [])
+            names.kinds.update([node.id] if is_kind and not hasattr(builtins, node.id) else [])
+        classes, kinds = _classes_of(node), _kinds_of(node)
+        nodes += [
+            (child, is_class or child in classes, is_kind or child in kinds)
+            for child in ast.iter_child_nodes(node)
+        ]
     return names
 
 
-def _parse(source: str) -> ast.Module:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd escapes and the like
-            return ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return ast.Module(body=[], type_ignores=[])
+def _function_called(node: ast.AST) -> str:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        return node.func.id
+    return ""
+
+
+def _classes_of(node: ast.AST) -> set[ast.AST]:
+    """The children that must be classes or context managers."""
+    if isinstance(node, ast.ClassDef):
+        return set(node.bases)
+    if isinstance(node, ast.ExceptHandler):
+        return {node.type} if node.type else set()
+    return {node.context_expr} if isinstance(node, ast.withitem) else set()
+
+
+def _kinds_of(node: ast.AST) -> set[ast.AST]:
+    """The children that say of what kind something is to be."""
+    if isinstance(node, ast.Call) and _function_called(node) == "isinstance":
+        return set(node.args[1:])
+    return set()
+
+
+def _parse(source: str, max_length: int = sys.maxsize) -> ast.Module:
+    return tree_of(source, max_length) or ast.Module(body=[], type_ignores=[])

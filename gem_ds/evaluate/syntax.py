@@ -1,0 +1,49 @@
+"""Python text to its syntax tree, in time and memory that grow with the text and no faster.
+
+What a model wrote may be anything, and this runs in the evaluator's own process, without a clock.
+CPython's parser reads a text once, but joins the parts of `import a.a.a` one by one: the square of
+their number, in time and in memory. So a name of many parts is no Python here, and neither is what
+is longer than a tree should be made of.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import warnings
+from dataclasses import dataclass
+
+MAX_LENGTH = 1 << 17  # characters; a tree takes a thousand times the memory
+_ENDLESS_NAME = re.compile(r"(?:\.[\s\\]*+\w++[\s\\]*+){64}")
+_UNFINISHED = ("was never closed", "unterminated triple-quoted")  # of CPython's messages
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Where a text stops being Python, and whether more text could mend it."""
+
+    line: int  # from 1
+    is_unfinished: bool = False  # a bracket or a string is open, or decorators lack their function
+
+
+def parse(text: str, max_length: int = MAX_LENGTH) -> ast.Module | Fault:
+    """The syntax tree of a text, or what is wrong with it; raises nothing."""
+    if len(text) > max_length or _ENDLESS_NAME.search(text):
+        return Fault(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "\d" in a string
+        try:
+            return ast.parse(text)
+        except SyntaxError as error:
+            line = error.lineno or 1
+            lacks_function = text.startswith("@") and line == len(text.rstrip().splitlines())
+            is_open = any(words in error.msg for words in _UNFINISHED)
+            return Fault(line, is_open or lacks_function)
+        except (ValueError, RecursionError, MemoryError):  # surrogates, deep nesting
+            return Fault(1)
+
+
+def tree_of(text: str, max_length: int = MAX_LENGTH) -> ast.Module | None:
+    """The syntax tree of a text, None if it is no Python."""
+    parsed = parse(text, max_length)
+    return None if isinstance(parsed, Fault) else parsed
