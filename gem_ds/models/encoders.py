@@ -17,7 +17,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+)
 
 from gem_ds.data.tasks import TaskData
 
@@ -44,8 +49,15 @@ def is_encoder(config: PretrainedConfig) -> bool:
 
 
 def auto_class(config: PretrainedConfig) -> Any:
-    """The class of transformers that loads the model as GEM trains it."""
-    return AutoModelForSequenceClassification if is_encoder(config) else AutoModelForCausalLM
+    """The class of transformers that loads the model as GEM trains it.
+
+    A model that reads images too and writes is a causal one, by whatever class it is found.
+    """
+    if is_encoder(config):
+        return AutoModelForSequenceClassification
+    is_causal = type(config) in AutoModelForCausalLM._model_mapping
+    reads_images = type(config) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if reads_images and not is_causal else AutoModelForCausalLM
 
 
 def num_positions(config: PretrainedConfig) -> int | None:

@@ -1,14 +1,15 @@
 """Which layers GEM selects from: the query and value projections, or what the user names.
 
 A target is a *parameter*: the weight matrix of a linear layer. One that is also used elsewhere
-(tied) is refused, and ``all-linear`` leaves out the output layer.
+(tied) is refused, and ``all-linear`` leaves out the output layer. Of a model that reads images or
+sound too, targets are layers of its language model: nothing else is reached from text.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
 
 from torch import nn
 
@@ -37,13 +38,35 @@ def find_targets(
     suffixes such as ``["q_proj", "v_proj"]``; one regular expression that a whole module name must
     match; or ``["all-linear"]``, every linear layer but the output layer.
     """
-    modules = {name: module for name, module in model.named_modules() if name}
+    everywhere = {name: module for name, module in model.named_modules() if name}
+    part = language_model(model)
+    modules = {n: m for n, m in everywhere.items() if n.startswith(f"{part}.")} or everywhere
     patterns = list(target_modules) if target_modules else _default_targets(model, modules)
     if patterns == [ALL_LINEAR]:
-        output = getattr(model, "get_output_embeddings", lambda: None)()
-        chosen = {n: m for n, m in modules.items() if kind_of(m) and m is not output}
-    else:
-        chosen = _matching(modules, patterns)
+        return _checked(model, linear_layers(model, modules), patterns)
+    return _checked(model, _matching(modules, patterns, everywhere), patterns)
+
+
+def language_model(model: nn.Module) -> str:
+    """The module that reads text in a model that reads images or sound too; else the empty name."""
+    config: Any = getattr(model, "config", None)
+    if config is None or config.get_text_config() is config:
+        return ""
+    decoder: Any = cast(Any, model).get_decoder()
+    names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
+    return names[decoder]
+
+
+def linear_layers(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Those of the modules that ``all-linear`` means: all linear layers but the output layer."""
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    return {n: m for n, m in modules.items() if kind_of(m) and m is not output}
+
+
+def _checked(
+    model: nn.Module, chosen: Mapping[str, nn.Module], patterns: list[str]
+) -> dict[str, nn.Module]:
+    """The chosen layers by their weights' names, in the parameters' order; all must be linear."""
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
@@ -66,18 +89,19 @@ def find_targets(
     return dict(sorted(targets.items(), key=lambda item: order[item[0]]))
 
 
-def _matching(modules: dict[str, nn.Module], patterns: list[str]) -> dict[str, nn.Module]:
+def _matching(
+    modules: dict[str, nn.Module], patterns: list[str], everywhere: dict[str, nn.Module]
+) -> dict[str, nn.Module]:
+    """The modules that the patterns name; ``everywhere`` are those of the whole model."""
     chosen: dict[str, nn.Module] = {}
     for pattern in patterns:
-        matching = {n: m for n, m in modules.items() if n == pattern or n.endswith(f".{pattern}")}
-        if not matching and len(patterns) == 1:
-            try:
-                matching = {n: m for n, m in modules.items() if re.fullmatch(pattern, n)}
-            except re.error as error:
-                raise ValueError(
-                    f"--target_modules {pattern} is neither a module name nor a regular "
-                    f"expression: {error}."
-                ) from None
+        is_expression = len(patterns) == 1
+        matching = _matches(modules, pattern, is_expression=is_expression)
+        if not matching and (others := _matches(everywhere, pattern, is_expression=is_expression)):
+            raise ValueError(
+                f"--target_modules {pattern} matches {next(iter(others))}, which no text reaches: "
+                "name layers of the language model."
+            )
         if not matching:
             linear = {n.rpartition(".")[2] for n, m in modules.items() if kind_of(m)}
             raise ValueError(
@@ -86,6 +110,22 @@ def _matching(modules: dict[str, nn.Module], patterns: list[str]) -> dict[str, n
             )
         chosen |= matching
     return chosen
+
+
+def _matches(
+    modules: Mapping[str, nn.Module], pattern: str, *, is_expression: bool
+) -> dict[str, nn.Module]:
+    """The modules of this name, of names that end in it, or that an expression matches wholly."""
+    matching = {n: m for n, m in modules.items() if n == pattern or n.endswith(f".{pattern}")}
+    if matching or not is_expression:
+        return matching
+    try:
+        return {n: m for n, m in modules.items() if re.fullmatch(pattern, n)}
+    except re.error as error:
+        raise ValueError(
+            f"--target_modules {pattern} is neither a module name nor a regular expression: "
+            f"{error}."
+        ) from None
 
 
 def _default_targets(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
@@ -128,5 +168,8 @@ def head_layers(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
 
 def targets_of(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
     """The linear layers that own the named weights, in their order; raises as `find_targets`."""
-    modules = "|".join(re.escape(name.removesuffix(".weight")) for name in names)
-    return find_targets(model, [f"(?:{modules})"])  # as an expression a name is no suffix
+    modules = dict(model.named_modules())
+    chosen = [name.removesuffix(".weight") for name in names]
+    if missing := [name for name in chosen if name not in modules]:
+        raise ValueError(f"This model has no module {missing[0]}: pass the model of the mask.")
+    return _checked(model, {name: modules[name] for name in chosen}, chosen)

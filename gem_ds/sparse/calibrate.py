@@ -33,6 +33,8 @@ from gem_ds.sparse.layers import TargetLayer, TargetLayers
 #: stay in range; a power of two, so that taking it out again does not round.
 LOSS_SCALE = 2.0**10
 
+_NUM_NAMED = 8  # layers that a sentence names
+
 
 def calibrate(
     engine: Engine,
@@ -97,7 +99,7 @@ def sum_gradients(
 
     Per layer this rank's range (:meth:`Weights.shard_range`) of it, flat, fp32. Each rank may keep
     ``buffer_gb`` 10^9 bytes of whole gradients, which then cross the network once. A loss that is
-    not finite is a ValueError, and so is a target that no gradient reaches.
+    not finite is a ValueError, and so is a target that no gradient reaches, after the first step.
     """
     reducer = ShardReducer(engine.comm)
     sinks = make_sinks(engine.weights, layers, reducer, buffer_gb)
@@ -118,13 +120,22 @@ def sum_gradients(
                         "The loss is not finite during calibration: check the base model and "
                         "the data, or use --bf16 or fp32 instead of --fp16."
                     )
+            if step == 0:
+                _refuse_unreached(layers, [sink.sums for sink in sinks], engine.comm, is_first=True)
             progress()
     shards = [sink.take() for sink in sinks]
-    reached = torch.tensor([float(shard.any()) for shard in shards], device=engine.device)
-    engine.comm.all_reduce(reached, "max")
-    with engine.comm.in_unison():
-        refuse_unreached(layers, reached.bool().tolist())
+    _refuse_unreached(layers, shards, engine.comm)
     return shards
+
+
+def _refuse_unreached(
+    layers: TargetLayers, sums: list[Tensor], comm: Comm, *, is_first: bool = False
+) -> None:
+    """:func:`refuse_unreached` on all ranks alike, each of which holds a part of the sums."""
+    reached = torch.stack([part.any() for part in sums]).float()
+    comm.all_reduce(reached, "max")
+    with comm.in_unison():
+        refuse_unreached(layers, reached.bool().tolist(), is_first=is_first)
 
 
 def _largest_num_items(batches: Batches, comm: Comm) -> list[list[int]]:
@@ -161,11 +172,24 @@ def checkpointing_in_eval_mode(model: nn.Module) -> Iterator[None]:
                 block.forward = forward
 
 
-def refuse_unreached(layers: Sequence[TargetLayer], reached: Sequence[bool]) -> None:
-    """Raise a ValueError that names the layers whose gradient is zero."""
-    flags = zip(layers, reached, strict=True)
-    if unreached := [layer.name for layer, flag in flags if not flag]:
-        raise ValueError(
-            f"No gradient reaches {', '.join(unreached)}: leave such layers out of "
-            "--target_modules, or check that the model uses them for this task."
-        )
+def refuse_unreached(
+    layers: Sequence[TargetLayer], reached: Sequence[bool], *, is_first: bool = False
+) -> None:
+    """Raise a ValueError that names the layers whose gradient is zero.
+
+    After the first batch experts may still wait for a token that is routed to them.
+    """
+    unreached = [
+        layer.name
+        for layer, flag in zip(layers, reached, strict=True)
+        if not flag and not (is_first and "expert" in layer.name)
+    ]
+    if not unreached:
+        return
+    names = ", ".join(unreached[:_NUM_NAMED])
+    if len(unreached) > _NUM_NAMED:
+        names += f" and {len(unreached) - _NUM_NAMED} more of {len(layers)} targets"
+    raise ValueError(
+        f"No gradient reaches {names}: leave such layers out of --target_modules (one regular "
+        "expression can tell them apart), or check that the model uses them for this task."
+    )

@@ -73,6 +73,11 @@ class ShardSink:
         product(a, b, out=padded[:numel].view(shape))
         self.reducer.add(self.shard, padded, self.scale)
 
+    @property
+    def sums(self) -> Tensor:
+        """What this rank holds so far."""
+        return self.shard
+
     def take(self) -> Tensor:
         """This rank's range of the gradient, fp32."""
         return self.shard
@@ -92,6 +97,11 @@ class BufferedSink:
         """Add the gradient of one backward."""
         sums = self.whole[: self.layer.numel].view(self.layer.shape)
         add_product(sums, a, b, scale=self.scale)
+
+    @property
+    def sums(self) -> Tensor:
+        """What this rank holds so far."""
+        return self.whole
 
     def take(self) -> Tensor:
         """Reduce; this rank's range of the gradient, fp32. The buffer is given away."""

@@ -178,6 +178,8 @@ def _sum_gradients(
                     "there a label?), or use bfloat16 or float32."
                 )
             value.backward()
+            if number == 1:
+                refuse_unreached(layers, [bool(total.any()) for total in sums], is_first=True)
     if not number:
         raise ValueError("There are no batches: pass at least one, or a rule that needs none.")
     refuse_unreached(layers, [bool(total.any()) for total in sums])

@@ -101,6 +101,8 @@ def main(argv: Sequence[str] | None = None, mask: Mask | None = None) -> RunResu
                     num_examples, task = len(prepared.data.train), prepared.args.data.task
                     name = prepared.args.model.model_name_or_path
                     print(f"Loading {name} to train on {num_examples:,} examples of {task}")
+                    if reach := prepared.targets.reach:
+                        print(reach)
                     sys.stdout.flush()
             show_bars = comm.is_main and not train.disable_tqdm
             stack.enter_context(loading_bars(is_shown=show_bars))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 from gem_ds.distributed.weights import num_parameters
 from gem_ds.files.mask import Mask
 from gem_ds.models.encoders import auto_class, head_names, is_encoder, without_head
+from gem_ds.models.reach import describe_reach
 from gem_ds.models.targets import find_targets, targets_of
 from gem_ds.select.budget import total_budget
 from gem_ds.train.config import DEFAULT_DENSITY, Arguments
@@ -27,6 +28,7 @@ class Targets:
     num_parameters: int  # N
     budget: int = 0  # K; 0 for methods that train whole parameters
     shira_rank: int = 0
+    reach: str = ""  # a sentence: what the targets hold of the model, and what none reaches
 
 
 def settle_targets(args: Arguments, config: PretrainedConfig, mask: Mask | None) -> Targets:
@@ -42,6 +44,13 @@ def settle_targets(args: Arguments, config: PretrainedConfig, mask: Mask | None)
             f"{args.model.model_name_or_path} is a {config.model_type} model, which transformers "
             f"does not know as a {what} model: pass one that is."
         ) from error
+    targets = _settle(args, model, mask)
+    if not targets.names:
+        return targets
+    return replace(targets, reach=describe_reach(model, targets.names, head_names(model)))
+
+
+def _settle(args: Arguments, model: Any, mask: Mask | None) -> Targets:
     num_entries = num_parameters(without_head(model))
     if mask is not None:
         return _targets_of_mask(mask, args, model, num_entries)

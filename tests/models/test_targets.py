@@ -2,6 +2,7 @@
 
 import re
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
+from gem_ds.models.encoders import auto_class
+from gem_ds.models.reach import describe_reach
 from gem_ds.models.targets import find_targets, targets_of
+from gem_ds.sparse.layers import kind_of
+from tests.tiny import tiny_config
 
 TABLES = tomllib.loads(Path(__file__).with_name("targets.toml").read_text())
 QUERY_VALUE, FUSED = (
@@ -90,7 +95,7 @@ def test_layers_by_the_names_of_their_weights(llama: PreTrainedModel) -> None:
     targets = find_targets(llama, ["all-linear"])
     assert targets_of(llama, list(targets)[::-1]) == targets
     assert list(targets_of(llama, list(targets)[::-1])) == list(targets)
-    with pytest.raises(ValueError, match=r"q_proj\) matches no module"):
+    with pytest.raises(ValueError, match=r"no module model\.layers\.9\.self_attn\.q_proj: pass"):
         targets_of(llama, ["model.layers.9.self_attn.q_proj.weight"])
 
 
@@ -100,6 +105,47 @@ def test_names_that_are_no_linear_layers_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=sentence):
         find_targets(llama, names.split())
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "qwen2_vl", "llava", "idefics3", "mixtral"])
+def test_every_target_is_reached_from_text_and_what_none_reaches_is_told(kind: str) -> None:
+    """As autograd says; of a model that reads images its tower has layers of the same names."""
+    config = tiny_config(kind)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = auto_class(config).from_config(config)
+    model(input_ids=torch.arange(3, 15).view(2, 6)).logits.square().sum().backward()
+    reached = {n: p for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    layers = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    layers = layers & set(reached) - {"lm_head.weight"}
+    query_value = [name for name in reached if re.fullmatch(r".*[qv]_proj\.weight", name)]
+    assert list(find_targets(model)) == query_value == list(find_targets(model, [r".*[qv]_proj"]))
+    assert list(find_targets(model, ["q_proj", "v_proj"])) == query_value
+    everything = find_targets(model, ["all-linear"])
+    assert set(everything) == layers
+
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+
+    def share(names: Iterable[str]) -> str:
+        return f"{sum(sizes[name] for name in names) / sum(sizes.values()):.1%}"
+
+    told = describe_reach(model, query_value)
+    assert f"4 target layers hold {share(query_value)} of the parameters" in told
+    assert f"those of --target_modules all-linear {share(everything)};" in told
+    assert f"; no target reaches {share(sizes.keys() - layers)} (" in told
+    outside = [name for name, p in model.named_parameters() if p.grad is None]
+    assert ("outside of the language model" in told) == bool(outside) == (kind != "mixtral")
+    if outside:
+        assert f"outside of the language model {share(outside)}" in told
+        tower = next(m for n, m in model.named_modules() if f"{n}.weight" in outside and kind_of(m))
+        name = next(n for n, m in model.named_modules() if m is tower)
+        with pytest.raises(ValueError, match=rf"matches {name}, which no text reaches: name lay"):
+            find_targets(model, [re.escape(name)])
+        assert list(targets_of(model, [f"{name}.weight"])) == [f"{name}.weight"], "a mask has it"
+    else:
+        experts = [name for name, p in model.named_parameters() if p.dim() == 3]
+        assert f"(experts and convolutions {share(experts)}, " in told
+    assert "all-linear" not in describe_reach(model, everything)
 
 
 class Tied(nn.Module):

@@ -5,6 +5,7 @@ oracle's but for the rounding of fp32.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -213,6 +214,12 @@ def test_bf16_costs_what_it_costs_ordinary_autograd(outcomes: Callable) -> None:
 # What calibration refuses, and what it has to live with
 
 
+def _route(experts: nn.ModuleList) -> Callable[..., Tensor]:
+    """A hook that sends a block's output through one expert in the first pass, then the other."""
+    turns = itertools.chain([experts[0]], itertools.repeat(experts[1]))
+    return lambda module, inputs, output: output + next(turns)(output)
+
+
 def _all_oddities() -> dict[str, Any]:
     """A rank's account of calibrations in which something is odd."""
     comm, found = init_distributed(), {}
@@ -223,11 +230,12 @@ def _all_oddities() -> dict[str, Any]:
     def error_of(
         engine: Engine, layers: TargetLayers, loss: SummedLoss = summed_answer_loss
     ) -> str:
-        batches = make_batches(random_examples(NUM_EXAMPLES), comm, 3)
+        """With how many steps were done before."""
+        batches, steps = make_batches(random_examples(NUM_EXAMPLES), comm, 3), mock.Mock()
         try:
-            sum_gradients(engine, layers, batches, loss)
+            sum_gradients(engine, layers, batches, loss, steps)
         except (ValueError, PeerError) as error:
-            return str(error)
+            return f"after {steps.call_count}: {error}"
         return "no error"
 
     cut_off = make_model("llama")
@@ -238,6 +246,12 @@ def _all_oddities() -> dict[str, Any]:
     extended.add_module("spare", spare)
     targets = find_targets(extended) | {"spare.weight": spare}
     found["never called"] = error_of(*engine_of(extended, targets=targets))
+
+    routed = make_model("llama")
+    routed.add_module("experts", nn.ModuleList([nn.Linear(20, 20), nn.Linear(20, 20)]))
+    experts = {f"experts.{i}.weight": expert for i, expert in enumerate(routed.experts)}
+    routed.model.layers[1].register_forward_hook(_route(routed.experts))
+    found["an expert's first token"] = error_of(*engine_of(routed, targets=experts))
 
     reached_at_one = make_model("llama")
     v_proj = reached_at_one.model.layers[1].self_attn.v_proj
@@ -279,7 +293,9 @@ def test_target_without_gradient_is_refused_by_name_on_every_rank(oddities: list
         assert "No gradient reaches" in sentence
         for name in find_targets(make_model("llama")):
             assert (name in sentence) == ("layers.1." in name)
-        assert account["never called"].startswith("No gradient reaches spare.weight:")
+        assert account["never called"].startswith("after 0: No gradient reaches spare.weight:")
+        assert sentence.startswith("after 0: "), "the first step has shown it"
+        assert account["an expert's first token"] == "no error"
 
 
 def test_gradient_in_the_range_of_one_rank_is_enough(oddities: list) -> None:

@@ -1,0 +1,63 @@
+"""Models that read images too, trained on text: their language model learns, as any other does."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from gem_ds.files.delta import Delta, apply_delta
+from gem_ds.models.encoders import auto_class
+from gem_ds.train import main as train
+from tests.tiny import CONFIGS, naive_loss, tiny_config
+from tests.tiny_model import REPOSITORY, Tiny, make_tiny, one_rank
+
+pytestmark = [
+    pytest.mark.slow,  # starts engines or programs
+    pytest.mark.filterwarnings("ignore:`torch.distributed:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
+    with one_rank():
+        yield make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.mark.parametrize(("kind", "zero"), [("gemma3", 0), ("qwen2_vl", 3), ("llava", 2)])
+def test_text_trains_the_language_model_and_nothing_else(
+    kind: str, zero: int, tiny: Tiny, tmp_path: Path
+) -> None:
+    """Qwen2-VL and LLaVA are no causal models to transformers, though they write."""
+    folder = tmp_path / kind
+    shutil.copytree(tiny.model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    vocab_size = json.loads((tiny.model / "config.json").read_text())["vocab_size"]
+    text_config = CONFIGS[kind]["text_config"] | {"vocab_size": vocab_size}
+    config = tiny_config(kind, text_config=text_config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = auto_class(config).from_config(config)
+    model.save_pretrained(folder)
+    flags = {"model_name_or_path": folder, "max_steps": 2, "density": "0.005"}
+    flags["deepspeed"] = REPOSITORY / "ds_configs" / f"zero{zero}.json"
+    result = train.main(tiny.flags(tmp_path / "run", **flags))
+    delta = Delta.load(tmp_path / "run" / "delta.safetensors")
+    assert all(name.startswith("model.language_model.") for name in delta.values)
+    losses = [line["eval_loss"] for line in result.log_history if "eval_loss" in line]
+    model.eval()
+    assert _mean_loss(model, tiny) == pytest.approx(losses[0], rel=1e-5)
+    apply_delta(model, delta)
+    assert _mean_loss(model, tiny) == pytest.approx(losses[-1], rel=1e-5)
+    assert losses[-1] < losses[0]
+
+
+@torch.no_grad()
+def _mean_loss(model: nn.Module, tiny: Tiny) -> float:
+    """Per answer token, one example at a time."""
+    examples = tiny.encoded("test.jsonl")
+    total = sum(naive_loss(model, example).item() for example in examples)
+    return total / sum(len(tokens) - prompt_length for tokens, prompt_length in examples)
