@@ -8,13 +8,13 @@ In this order, the first that finds a number:
     announced     the answer is 18; Answer: 18; 18 is the final answer
     conclusion    nothing is announced: the last number of the last sentence that has one
 
-Of several announcements the last one counts. Where a text runs on into a next question, it ends
-there. Within a sentence, the answer comes before a number that only stands in relation to it: "12
+Of several announcements the last one counts. A text that runs on into another conversation ends
+where that begins (`evaluate.run_on`). Within a sentence, the answer comes before a number that only stands in relation to it: "12
 eggs left *from the 16*", "8, *not 9*", "15, *5 more than* Bob", "*Step 2:* ...", "$18 from eggs *at
 $2 each*"; and a result after `=` and a number in bold come before others.
 
-This is a reading of words, so it can be fooled; `tests/evaluate/final_answers.toml` says what it is
-known to read. Number words ("eighteen") are not read.
+This is a reading of words, so it can be fooled; `tests/evaluate/final_answers.toml` and
+`run_ons.toml` say what it is known to read. Number words ("eighteen") are not read.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from gem_ds.data.numbers import Number, cleaned, find_numbers
+from gem_ds.evaluate.run_on import end_of_answer
 
 _ANNOUNCEMENT = re.compile(
     r"(?P<hash>\#{4,8})"
@@ -51,15 +52,12 @@ _SECOND_THOUGHT = re.compile(
     r"|\blet me (?:correct|redo|recalculate|recompute|fix)\b",
     re.IGNORECASE,
 )
-_NEXT_QUESTION = re.compile(
-    r"\bQuestion\s?[0-9]{0,4}\s?:"
-    r"|\n[\s*\#]{0,9}(?:Q|Problem|Exercise|User|Human)\s?[0-9]{0,4}\s?[*]{0,2}:"
-    r"|<\|(?:im_end|im_start|endoftext|eot_id)\|>|</s>"
+#: A heading that counts a step, with what the step says below it: #### 2. Compute the money
+_COUNTED = r"(?i:step|part|day|week|month|year|phase|stage|section|case|round|method) [0-9]{1,2}"
+_TITLE = r"[*_]{0,2} {1,3}[*_]{0,2}[A-Z][^\n.!?]{0,80}"
+_HEADING = re.compile(
+    rf"[ *_(]{{0,5}}(?:{_COUNTED}[*_:]{{0,3}}|(?:{_COUNTED}|[0-9]{{1,2}})(?:[.):]| -){_TITLE})\n"
 )
-
-#: After an answer in the dataset's own form, a story that asks something is the next problem.
-_MARKED_ANSWER = re.compile(r"\#{4}\s{0,3}[^\w\n]{0,5}[0-9]")
-_ASKED = re.compile(r"[.!]\s{1,3}(?:How|What|If|Find)\b[^\n?]{0,200}\?")
 
 #: What stands before a number that is no answer, but in relation to one.
 _DETERMINER = r"(?:(?:the|all|her|his|their|its|our|my|those|these|about|only|original) ){0,2}"
@@ -119,7 +117,8 @@ class _Reading:
     def __init__(self, text: str) -> None:
         text = cleaned(text)
         numbers = find_numbers(text)
-        self.text = text[: _end_of_answer(text, numbers)]
+        first = numbers[0].start if numbers else len(text)
+        self.text = text[: end_of_answer(text, first)]
         self.numbers = [number for number in numbers if number.end <= len(self.text)]
         self._starts = [number.start for number in self.numbers]
         self._ends = [match.start() for match in _SENTENCE_END.finditer(self.text)]
@@ -138,6 +137,9 @@ class _Reading:
             place = bisect_left(self._ends, announcement.start())
             start = self._ends[place - 1] + 1 if place else 0
             return self._conclusion(self._between(start, announcement.start())[-_NEAREST:])
+        heading = _HEADING.match(self.text, announcement.end()) if kind == "hash" else None
+        if heading is not None and self._starts and self._starts[-1] >= heading.end():
+            return None
         lead = _LEAD.match(self.text, announcement.end())
         assert lead is not None, "it matches the empty text"
         end = self._boxed_end(announcement.end()) if kind == "boxed" else self._end(lead.end())
@@ -218,12 +220,3 @@ class _Reading:
             if depth == 0:
                 return position
         return self._end(start)
-
-
-def _end_of_answer(text: str, numbers: Sequence[Number]) -> int:
-    """Where a text runs on into a next question; its end if it does not."""
-    first = numbers[0].start if numbers else len(text)
-    ends = [match.start() for match in _NEXT_QUESTION.finditer(text) if match.start() > first]
-    if (marked := _MARKED_ANSWER.search(text)) and (asked := _ASKED.search(text, marked.end())):
-        ends.append(asked.start())
-    return min(ends, default=len(text))

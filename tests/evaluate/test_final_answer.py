@@ -11,13 +11,20 @@ from hypothesis import strategies as st
 
 from gem_ds.evaluate.final_answer import final_answer
 
-with Path(__file__).with_name("final_answers.toml").open("rb") as file:
-    DATA = tomllib.load(file)
+
+def judged(tables: dict[str, list]) -> dict[str, list[tuple[str, Fraction | None]]]:
+    return {
+        part: [(text, None if answer == "none" else Fraction(answer)) for text, answer in rows]
+        for part, rows in tables.items()
+    }
+
+
+DATA, RUN_ONS = (
+    tomllib.loads(Path(__file__).with_name(name).read_text("utf-8"))
+    for name in ("final_answers.toml", "run_ons.toml")
+)
 RULES, UNITS = DATA.pop("rules"), DATA.pop("units")
-TABLE = {
-    part: [(text, None if answer == "none" else Fraction(answer)) for text, answer in rows]
-    for part, rows in DATA.items()
-}
+TABLE, RUN_ON_TABLE = judged(DATA), judged(RUN_ONS)
 
 
 def value_of(text: str) -> Fraction | None:
@@ -32,8 +39,14 @@ def test_an_answer_is_read_as_a_careful_person_reads_it(text, expected):
     assert value_of(text) == expected
 
 
+@pytest.mark.parametrize("part", [part for part in RUN_ON_TABLE if part != "misread"])
+def test_an_answer_ends_where_another_conversation_begins(part):
+    for text, expected in RUN_ON_TABLE[part]:
+        assert value_of(text) == expected, text
+
+
 @pytest.mark.xfail(strict=True, reason="a known limit")
-@pytest.mark.parametrize(("text", "expected"), TABLE["misread"])
+@pytest.mark.parametrize(("text", "expected"), TABLE["misread"] + RUN_ON_TABLE["misread"])
 def test_what_is_known_to_be_misread(text, expected):
     assert value_of(text) == expected
 
