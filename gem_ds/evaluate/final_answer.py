@@ -9,9 +9,10 @@ In this order, the first that finds a number:
     conclusion    nothing is announced: the last number of the last sentence that has one
 
 Of several announcements the last one counts. A text that runs on into another conversation ends
-where that begins (`evaluate.run_on`). Within a sentence, the answer comes before a number that only stands in relation to it: "12
-eggs left *from the 16*", "8, *not 9*", "15, *5 more than* Bob", "*Step 2:* ...", "$18 from eggs *at
-$2 each*"; and a result after `=` and a number in bold come before others.
+where that begins (`evaluate.run_on`). Within a sentence, the answer comes before a number that only
+stands in relation to it: "12 eggs left *from the 16*", "8, *not 9*", "15, *5 more than* Bob",
+"*Step 2:* ...", "$18 from eggs *at $2 each*"; and a result after `=` and a number in bold come
+before others.
 
 This is a reading of words, so it can be fooled; `tests/evaluate/final_answers.toml` and
 `run_ons.toml` say what it is known to read. Number words ("eighteen") are not read.
