@@ -18,11 +18,16 @@ from tests.tiny_evaluation import make_sample
 
 pytestmark = pytest.mark.slow  # starts engines or programs
 
-#: Whose tests make or compare objects of the solution's own classes, so that its code has a say.
+#: In whose tests the solution's code has a say, by whether the set is the sanitized one.
 IN_JAIL = {
-    "mbpp/367": "the setup builds trees of the solution's class Node",
-    "mbpp/601": "the tests make objects of the solution's class Pair",
-    "mbpp/927": "the setup builds trees of the solution's class Node",
+    False: {
+        "mbpp/367": "the setup builds trees of the solution's class Node",
+        "mbpp/601": "the tests make objects of the solution's class Pair",
+        "mbpp/927": "the setup builds trees of the solution's class Node",
+    },
+    True: dict.fromkeys(
+        ("mbpp/737", "mbpp/787", "mbpp/794"), "the truth is asked of a match that is returned"
+    ),
 }
 
 #: Passes where tests run beside the program.
@@ -50,7 +55,7 @@ def test_every_reference_solution_passes(gem_data_dir, sandbox, sanitized, numbe
     verdicts = verdicts_on(sandbox, benchmark, codes)
     assert [v for v in verdicts if v["status"] != "passed"] == []
     in_jail = {verdict["task_id"] for verdict in verdicts if verdict["in_jail"]}
-    assert in_jail == (set() if sanitized else IN_JAIL.keys())
+    assert in_jail == IN_JAIL[sanitized].keys()
 
 
 def passes_beside_its_tests(program: str, problem: Problem) -> bool:

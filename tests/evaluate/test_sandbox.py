@@ -45,6 +45,16 @@ def test_the_verdict_on_a_table(name: str) -> None:
     assert {field: getattr(verdict, field) for field in case} == case, verdict
 
 
+def test_no_function_of_the_tests_poses_as_a_method() -> None:
+    """As a method of what should be text, it would be asked what only text can answer."""
+    program = (
+        "from collections import namedtuple\ndef f(g): return namedtuple('T', 'startswith')(g)"
+    )
+    verdict = check_program(program, ["assert f(lambda text: 'b' in text).startswith('zebra')"])
+    assert verdict.status == "failed"
+    assert "pose as a method" in verdict.detail
+
+
 def test_entry_point() -> None:
     """A name of the setup's is the candidate's if the caller says so."""
     setup = "def double(x): raise NotImplementedError"

@@ -7,8 +7,11 @@ The program runs alone in a jail; the tests run in a process of their own, and a
 as plain data (`judge`). The files, from the caller to the kernel:
 
     program, pool            what is asked, by whom it is run, in what order, and the verdict
+    usage                    whether the tests can run away from the program
     server, judge            processes of ours: one for each worker, one for each program
-    wire                     plain data between judge and candidate
+    conversation, remote     what the judge asks, and what stands for the candidate's objects
+    errors, link             exceptions and containers that both sides know
+    wire, values, channel    plain data as bytes
     candidate                the program's process
     jails, room, confine     what it is kept in, what it sees there, what it has given up
     kernel
@@ -16,12 +19,13 @@ as plain data (`judge`). The files, from the caller to the kernel:
 Not protected against: flaws of the kernel; what can be learned from timing or from the load on
 shared processors, caches and memory; a program that knows its task's answers by heart, or that
 tells tests from their arguments; tests or setups that are themselves hostile. Where the tests use
-the candidate's own classes beyond plain data, its code has a say (`Verdict.in_jail`). Uncounted is
-the memory that /tmp and /dev/shm hold (64 MiB each) and what lies in pipes and sockets.
+the candidate's own classes beyond plain data, or look at more than data, its code has a say, and so
+it could forge a pass (`Verdict.in_jail`). Uncounted is the memory that /tmp and /dev/shm hold (64
+MiB each) and what lies in pipes and sockets.
 
 A result of more than 16 MiB, or nested more than 400 deep, fails. Programs can import the standard
-library only. The tests do not see what a program prints, nor the program what a test's own function
-does to its arguments. Whether they see each other's files depends on the level.
+library only. Where the tests do not run beside the program, a NaN is not the same object as before,
+and lists that hold more than some hundred items are copies from one call to the next.
 """
 
 from __future__ import annotations

@@ -1,24 +1,29 @@
 """The candidate's side: runs the program in the jail, then serves what the judge asks of it.
 
 Nothing here is trusted: the program shares this process and may change all of it. What it sends is
-data, and is read as such by `gem_ds.evaluate.sandbox.judge`. The messages:
+data, and is read as such by `gem_ds.evaluate.sandbox.judge`. The messages, over a `Link`:
 
-    ("value", result, states)                states: what the request's containers hold now
-    ("raised", bases, args, text, states)    an exception, by the names of its builtin bases
-    ("call",), (number, args, kwargs)        calls a function that was an argument
+    ("ask", operation, args, kwargs)     of the judge
+    ("call", number, args, kwargs)       of the candidate: calls a function that was an argument
+    ("value", result)                    the answer to the last of these that has none yet, or
+    ("raised", exception)                the exception that there was instead (`errors`)
+    ("finish",)                          there are no more questions
 
 The first answer comes unasked, when the program has run, and tests that came with it.
 """
 
 from __future__ import annotations
 
-import _operator as operator  # in C; see gem_ds.evaluate.sandbox.wire
+import _operator as operator  # in C; see gem_ds.evaluate.sandbox.values
 import builtins
-import itertools
 import os
 import sys
 
-from gem_ds.evaluate.sandbox.wire import TYPE_CHECKING, Channel, Decoder, Encoder, contents
+from gem_ds.evaluate.sandbox.channel import Channel
+from gem_ds.evaluate.sandbox.errors import Errors
+from gem_ds.evaluate.sandbox.link import Link
+from gem_ds.evaluate.sandbox.values import MUTABLE_KINDS, TYPE_CHECKING, contents, refill
+from gem_ds.evaluate.sandbox.wire import Decoder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -27,12 +32,20 @@ if TYPE_CHECKING:
 MODULE = "candidate"  # not __main__: what a program does when it is run as a script is not judged
 
 #: what may be asked of two objects of the candidate, but of none together with plain data
-SYMMETRIC = (
-    *("eq", "ne", "lt", "le", "gt", "ge", "add", "sub", "mul", "truediv", "floordiv", "mod"),
-    *("pow", "matmul", "and_", "or_", "xor"),
+COMPARED = ("eq", "ne", "lt", "le", "gt", "ge")
+#: what may be asked of an object and a second operand, in either order
+ARITHMETIC = (
+    *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"),
+    *("and_", "or_", "xor", "lshift", "rshift"),
 )
-UNARY = ("neg", "pos", "abs", "invert")
+IN_PLACE = tuple(f"i{name.rstrip('_')}" for name in ARITHMETIC)
+UNARY = ("neg", "pos", "abs", "invert", "index")
 ITEMS = ("getitem", "setitem", "delitem")
+#: functions of Python's, each asking an object's method of that name with two lines around it
+BUILTIN = (
+    *("setattr", "delattr", "len", "hash", "reversed", "round", "format", "divmod"),
+    *("bool", "int", "float", "complex", "bytes", "str", "repr"),
+)
 
 
 def main(job: int, channel: int) -> None:
@@ -54,11 +67,10 @@ def run(sources: Sequence[str], channel: Channel) -> None:
         for source in sources:
             exec(compile(source, f"{MODULE}.py", "exec", dont_inherit=True), module.__dict__)
     except BaseException as error:
-        service.send_error(error, [])
+        service.send_error(error)
         return
-    channel.send(Encoder().encode(("value", None, ())))
-    while service.answer():
-        pass
+    service.send_value(None)
+    service.serve()
     if "threading" in sys.modules:
         sys.modules["threading"]._shutdown()  # a program ends when its threads have ended
 
@@ -68,77 +80,148 @@ class _Service:
 
     def __init__(self, namespace: dict[str, Any], channel: Channel) -> None:
         self._namespace = namespace
-        self._channel = channel
+        self._link = Link(channel, self._refer, self._resolve)
+        self._errors = Errors(lambda args: True)
         self._lent: list[Any] = []
+        self._numbers: dict[int, int] = {}  # of what is lent, by id
+        self._borrowed: dict[int, Any] = {}
+        self._missing: str | None = None  # a name in the request that the program does not define
         self._operations: dict[str, Callable[..., Any]] = {
             "call": lambda function, /, *args, **kwargs: function(*args, **kwargs),
-            "take": lambda items, count: list(itertools.islice(items, count)),  # less at the end
-            **{f.__name__: f for f in (getattr, setattr, isinstance, iter, len, hash)},
-            **{f.__name__: f for f in (bool, int, float, str, repr)},
-            **{name: getattr(operator, name) for name in (*SYMMETRIC, *UNARY, *ITEMS)},
+            "copy": lambda value: __import__("copy").copy(value),
+            "deepcopy": lambda value: __import__("copy").deepcopy(value),
+            **{f.__name__: f for f in (getattr, iter, next)},
+            **{name: getattr(builtins, name) for name in BUILTIN},
+            **{
+                name: getattr(operator, name)
+                for name in (*COMPARED, *ARITHMETIC, *IN_PLACE, *UNARY, *ITEMS)
+            },
         }
 
-    def answer(self) -> bool:
-        """Serves one request; false if there are no more."""
-        request = Decoder(self._resolve)
-        message = self._channel.receive()
-        try:
-            operation, args, kwargs = request.decode(message)
-            if operation == "finish":
-                return False
-            result = self._operations[operation](*args, **kwargs)
-            self._send(("value", result), request.objects)
-        except BaseException as error:
-            self.send_error(error, request.objects)
-        return True
+    def serve(self) -> tuple[Any, ...]:
+        """Serves requests until another message comes, and returns that."""
+        while True:
+            self._missing = None
+            try:
+                kind, *content = self._link.receive()
+            except EOFError:
+                os._exit(1)  # there is no judge any more
+            except BaseException as error:  # an object of the program's that cannot be in a set
+                self.send_error(error)
+                continue
+            if kind != "ask":
+                return kind, *content
+            try:
+                self.send_value(self._answer(*content))
+            except BaseException as error:
+                self.send_error(error)
 
-    def send_error(self, error: BaseException, objects: list[Any]) -> None:
-        """Reports an exception as data."""
-        bases = tuple(b.__name__ for b in type(error).__mro__ if b.__module__ == "builtins")
-        try:
-            text = f"{type(error).__name__}: {error}"[:1000]
-            self._send(("raised", bases, error.args, text), objects)
-        except Exception:  # its arguments or its text cannot be had
-            self._send(("raised", bases, (), type(error).__name__), [])
+    def _answer(self, operation: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._missing is not None:
+            raise NameError(f"name {self._missing!r} is not defined")
+        return self._operations[operation](*args, **kwargs)
 
-    def _send(self, message: tuple[Any, ...], objects: list[Any]) -> None:
-        states = tuple(contents(value) for value in objects)
-        self._channel.send(Encoder(self._refer, objects).encode((*message, states)))
+    def send_value(self, value: Any) -> None:
+        """Answers with a value."""
+        self._link.send("value", value)
+
+    def send_error(self, error: BaseException) -> None:
+        """Answers with an exception."""
+        try:
+            self._link.send("raised", self._errors.described(error))
+        except Exception:  # its arguments cannot be had
+            bare = Exception(type(error).__name__)
+            self._link.send("raised", self._errors.described(bare))
+
+    def call_judge(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Calls the judge's function of that number, which may ask something meanwhile."""
+        self._link.send("call", number, args, kwargs)
+        kind, content = self.serve()
+        if kind == "value":
+            return content
+        raise self._errors.rebuilt(content)
 
     def _refer(self, value: Any) -> tuple[str, Any]:
-        if isinstance(value, _Borrowed):
-            return "function", value.number
-        self._lent.append(value)
-        return "object", len(self._lent) - 1
+        if type(value) is _Borrowed:
+            return "function", value._number
+        if (number := self._numbers.get(id(value))) is None:
+            number = self._numbers[id(value)] = len(self._lent)
+            self._lent.append(value)
+        is_iterator = hasattr(type(value), "__next__") and not hasattr(type(value), "__len__")
+        return "iterator" if is_iterator else "object", (number, _hash(value))
 
     def _resolve(self, kind: str, name: Any) -> Any:
         if kind == "object":
             return self._lent[name]
-        if kind == "function":
-            return _Borrowed(name, self)
+        if kind == "heir":
+            _, number, inherited = name
+            value = self._lent[number]
+            if isinstance(value, (*MUTABLE_KINDS.values(),)):
+                refill(value, contents(inherited))
+            return value
+        if kind in ("function", "iterator"):
+            number, *described = name
+            if number not in self._borrowed:
+                self._borrowed[number] = _Borrowed(self, number, *described)
+            function = self._borrowed[number]
+            return function if kind == "function" else _each(function)
         if name in self._namespace:
             return self._namespace[name]
-        if hasattr(builtins, name):
-            return getattr(builtins, name)
-        raise NameError(f"name {name!r} is not defined")
+        if not hasattr(builtins, name):
+            self._missing = name
+        return getattr(builtins, name, None)
 
-    def call_judge(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Calls the judge's function of that number."""
-        self._channel.send(Encoder().encode(("call",)))
-        self._channel.send(Encoder(self._refer).encode((number, args, kwargs)))
-        kind, *content = Decoder(self._resolve).decode(self._channel.receive())
-        if kind == "value":
-            return content[0]
-        name, arguments = content
-        raise getattr(builtins, name)(*arguments)
+
+def _hash(value: Any) -> int | None:
+    """What tells the value from others in a set; None if it cannot be in one."""
+    try:
+        return hash(value)
+    except Exception:
+        return None
+
+
+def _each(function: Callable[[], Any]) -> Any:
+    """An iterator of the judge's, by the function that gives the next item."""
+    while True:
+        try:
+            item = function()
+        except StopIteration as end:
+            return end.value
+        yield item
 
 
 class _Borrowed:
-    """A function that the judge passed as an argument."""
+    # A function that the judge passed as an argument. It has no docstring, and what it has is what
+    # a function has, as far as that tells nothing of what the function does.
 
-    def __init__(self, number: int, service: _Service) -> None:
-        self.number = number
+    __slots__ = (
+        *("_service", "_number", "__name__", "__qualname__", "__code__", "__defaults__"),
+        *("__kwdefaults__", "__annotations__", "__dict__", "__weakref__"),
+    )
+
+    def __init__(self, service: _Service, number: int, name: str = "", code: Any = None) -> None:
         self._service = service
+        self._number = number
+        self.__name__ = self.__qualname__ = name
+        self.__annotations__ = {}
+        if code is not None:
+            names, counts, flags = code
+            argcount, posonlyargcount, kwonlyargcount = counts
+            self.__code__ = (lambda: None).__code__.replace(
+                co_name=name,
+                co_varnames=names,
+                co_nlocals=len(names),
+                co_argcount=argcount,
+                co_posonlyargcount=posonlyargcount,
+                co_kwonlyargcount=kwonlyargcount,
+                co_flags=flags,
+            )
+            self.__defaults__ = self.__kwdefaults__ = None  # they are not told
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._service.call_judge(self.number, args, kwargs)
+        return self._service.call_judge(self._number, args, kwargs)
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        if instance is None:
+            return self
+        return lambda *args, **kwargs: self(instance, *args, **kwargs)

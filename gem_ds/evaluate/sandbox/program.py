@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from gem_ds.evaluate.sandbox.usage import runs_beside
 from gem_ds.evaluate.sandbox.wire import Decoder, Encoder
 from gem_ds.evaluate.syntax import tree_of
 
@@ -131,7 +132,8 @@ class Roles(NamedTuple):
 def assign_roles(job: Program) -> Roles:
     """Reads the sources; nothing is run. A source that does not parse defines and uses nothing."""
     setup = _parse(job.setup)
-    used, given = _names([setup, *map(_parse, job.tests)]), _names([setup])
+    tests = [*map(_parse, job.tests)]
+    used, given = _names([setup, *tests]), _names([setup])
     own = _names([_parse(job.program, _MAX_PARSED)])
     foreign = used.read - used.bound
     candidate = {name for name in foreign if not hasattr(builtins, name)}
@@ -141,30 +143,38 @@ def assign_roles(job: Program) -> Roles:
         candidate.add(job.entry_point)
     elif not candidate:  # a task may want a function of a builtin's name
         candidate = foreign & own.bound
-    shared = _shared(setup, given.imported, own.read - own.bound)
+    shared = _shared(setup, given, own.read - own.bound)
     return Roles(
         candidate=tuple(sorted(candidate)),
         modules=tuple(sorted(modules)),
         program_setup="\n".join(map(ast.unparse, shared)),
         shares_setup=any(_names([node]).bound and not isinstance(node, _IMPORT) for node in shared),
         setup_is_last=bool(given.read & candidate),
-        in_jail=bool(used.as_class & candidate or used.kinds - candidate),
+        in_jail=runs_beside(
+            [ast.Module([n for n in setup.body if not _is_call(n, given)], []), *tests],
+            *(candidate, job.entry_point, used.bound, modules),
+        ),
     )
 
 
-def _shared(setup: ast.Module, imported: set[str], lacking: set[str]) -> list[ast.stmt]:
+def _shared(setup: ast.Module, given: _Names, lacking: set[str]) -> list[ast.stmt]:
     """The setup's statements that the program needs, where `lacking` are names it has not."""
-    lacking = lacking - imported
+    lacking = lacking - given.imported
     shared = []
     for node in reversed(setup.body):
         names = _names([node])
-        is_call = isinstance(node, ast.Expr) and names.read & imported
         if names.bound & lacking:
             lacking |= names.read
-        elif not isinstance(node, _IMPORT) and not (is_call and names.read <= imported):
+        elif not isinstance(node, _IMPORT) and not _is_call(node, given):
             continue
         shared.append(node)
     return shared[::-1]
+
+
+def _is_call(node: ast.stmt, given: _Names) -> bool:
+    """Whether it calls what was imported, with nothing else in it, for the sake of an effect."""
+    read = _names([node]).read
+    return isinstance(node, ast.Expr) and bool(read) and read <= given.imported
 
 
 @dataclass
@@ -175,10 +185,6 @@ class _Names:
     bound: set[str] = field(default_factory=set)
     #: bound by an import
     imported: set[str] = field(default_factory=set)
-    #: read where only a class or a context manager will do: caught, derived from, entered
-    as_class: set[str] = field(default_factory=set)
-    #: that decide what kind of object something is, beyond builtin types: stand-ins would mislead
-    kinds: set[str] = field(default_factory=set)
 
     def add(self, node: ast.AST) -> None:
         """Adds the names of a node, but not those of its children."""
@@ -194,48 +200,15 @@ class _Names:
             names = {alias.asname or alias.name.partition(".")[0] for alias in node.names}
             self.bound |= names
             self.imported |= names
-        elif _function_called(node) in ("callable", "hasattr"):
-            self.kinds.add(_function_called(node))
 
 
 def _names(trees: Iterable[ast.AST]) -> _Names:
     """All names in some trees. Each node is visited once: a program may nest them at will."""
     names = _Names()
-    nodes = [(tree, False, False) for tree in trees]  # with what the names in it are, if read
-    while nodes:
-        node, is_class, is_kind = nodes.pop()
-        names.add(node)
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
-            names.as_class.update([node.id] if is_class else [])
-            names.kinds.update([node.id] if is_kind and not hasattr(builtins, node.id) else [])
-        classes, kinds = _classes_of(node), _kinds_of(node)
-        nodes += [
-            (child, is_class or child in classes, is_kind or child in kinds)
-            for child in ast.iter_child_nodes(node)
-        ]
+    for tree in trees:
+        for node in ast.walk(tree):
+            names.add(node)
     return names
-
-
-def _function_called(node: ast.AST) -> str:
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-        return node.func.id
-    return ""
-
-
-def _classes_of(node: ast.AST) -> set[ast.AST]:
-    """The children that must be classes or context managers."""
-    if isinstance(node, ast.ClassDef):
-        return set(node.bases)
-    if isinstance(node, ast.ExceptHandler):
-        return {node.type} if node.type else set()
-    return {node.context_expr} if isinstance(node, ast.withitem) else set()
-
-
-def _kinds_of(node: ast.AST) -> set[ast.AST]:
-    """The children that say of what kind something is to be."""
-    if isinstance(node, ast.Call) and _function_called(node) == "isinstance":
-        return set(node.args[1:])
-    return set()
 
 
 def _parse(source: str, max_length: int = sys.maxsize) -> ast.Module:

@@ -1,31 +1,41 @@
 """Plain data as bytes: all that judge and candidate can say to each other.
 
 The candidate's side is hostile, so the encoding can express data and nothing else: no class is
-looked up by a name that the other side chose, nothing is called but the constructors listed here,
+looked up by a name that the other side chose, nothing is called but the constructors of `values`,
 and every length is checked before it is believed.
 
-Plain, and kept to the exact type: None, booleans, integers, floats, strings (surrogates too),
-bytes, list, tuple, dict, set, frozenset, deque, bytearray, Counter, OrderedDict, defaultdict, named
-tuples, views of dicts, and what `_CONSTRUCTED` and `_BUILTINS` list. An instance of a subclass is
-sent as what it inherits from, read by that type's own methods, so that nothing which it overrides
-is asked. All else is *foreign*: `refer` gives it a reference, of which `resolve` makes something.
+What is not plain is *foreign*: `refer` gives it a reference, of which `resolve` makes something. An
+instance of a subclass of a plain type is an *heir*: where `refer` is told of it, its reference goes
+before what it inherits; else it is sent as that alone.
 
 Containers that can change are numbered in the order in which they are met, and met again they are
-written as their number. So shared and cyclic structure survives; and as both sides number alike, a
-reply can speak of the request's containers: see `contents` and `refill`.
+written as their number. So shared and cyclic structure survives, and what one message has numbered
+the next ones can speak of (`link`).
 """
 
 from __future__ import annotations
 
-import builtins
-import os
 import sys
+from _collections import defaultdict, deque
 
-# In C, and so there already: a fresh interpreter imports this file for each program, and to load
-# `collections`, `operator` or `typing` as files would take longer than all the rest.
-from _collections import OrderedDict, defaultdict, deque
+from gem_ds.evaluate.sandbox.values import (
+    BUILTIN_NAMES,
+    BUILTINS,
+    CONSTRUCTED,
+    COUNTER,
+    MAX_BYTES,
+    MUTABLE_KINDS,
+    SINGLES,
+    TYPE_CHECKING,
+    VIEWS,
+    WireError,
+    class_of,
+    constructed_name,
+    contents,
+    is_named_tuple,
+    refill,
+)
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from typing import Any
@@ -33,70 +43,11 @@ if TYPE_CHECKING:
     Refer = Callable[[Any], tuple[str, Any]]  # gives a value's kind, and its name or number
     Resolve = Callable[[str, Any], Any]
 
-MAX_BYTES = 16 << 20  # of one message
 MAX_DEPTH = 400  # of nesting; comparing deeper values would exhaust the stack anyway
 _FRAMES = 8 * MAX_DEPTH  # that reading or writing it takes
 _MAX_LIMIT = (1 << 31) - 1  # of recursion, which programs like to set to the most there is
-
-
-class WireError(ValueError):
-    """The value cannot be sent, or the bytes are not a value."""
-
-
-_SINGLES = {b"N": None, b"1": True, b"0": False, b"E": Ellipsis, b"I": NotImplemented}
-_SINGLE_TAGS = {id(value): tag for tag, value in _SINGLES.items()}
+_SINGLE_TAGS = {id(value): tag for tag, value in SINGLES.items()}
 _TEXT = ("utf-8", "surrogatepass")
-_FUNCTIONS = (abs, all, any, chr, len, max, min, ord, pow, repr, sorted, sum)
-_BUILTINS = {
-    **{function.__name__: function for function in _FUNCTIONS},
-    **{name: kind for name, kind in vars(builtins).items() if isinstance(kind, type)},
-}
-_BUILTIN_NAMES = {id(value): name for name, value in _BUILTINS.items()}
-_CONSTRUCTED: dict[str, Callable[[Any], tuple[Any, ...]]] = {
-    "builtins.complex": lambda x: (x.real, x.imag),
-    "builtins.range": lambda x: (x.start, x.stop, x.step),
-    "builtins.slice": lambda x: (x.start, x.stop, x.step),
-    "decimal.Decimal": lambda x: (str(x),),
-    "fractions.Fraction": lambda x: (x.numerator, x.denominator),
-    "datetime.timedelta": lambda x: (x.days, x.seconds, x.microseconds),
-    "datetime.date": lambda x: (x.year, x.month, x.day),
-    "datetime.time": lambda x: (x.hour, x.minute, x.second, x.microsecond),
-    "datetime.datetime": lambda x: (*x.timetuple()[:6], x.microsecond),
-}
-_VIEWS = {type({}.keys()): b"k", type({}.values()): b"v", type({}.items()): b"m"}
-_MUTABLE_KINDS: dict[bytes, type] = {  # the most special first
-    b"V": defaultdict,
-    b"O": OrderedDict,
-    b"D": dict,
-    b"L": list,
-    b"S": set,
-    b"Q": deque,
-    b"A": bytearray,
-}
-_COUNTER = b"C"  # the one that is not in C, and is loaded if there is one
-
-
-def contents(container: Any) -> tuple[Any, ...] | bytes:
-    """What a mutable container holds: its items, keys and values in turn, or bytes."""
-    if isinstance(container, dict):
-        kind: Any = OrderedDict if isinstance(container, OrderedDict) else dict
-        return tuple(part for item in kind.items(container) for part in item)
-    if isinstance(container, bytearray):
-        return bytes(bytearray.__getitem__(container, slice(None)))
-    kind = next(kind for kind in (list, set, deque) if isinstance(container, kind))
-    return tuple(kind.__iter__(container))
-
-
-def refill(container: Any, items: Any) -> None:
-    """Makes `container`, of a type in this module's list, hold what `contents` returned."""
-    container.clear()
-    if isinstance(container, dict):
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            container[key] = value
-    elif isinstance(container, set):
-        container.update(items)
-    else:
-        container.extend(items)
 
 
 def _refuse(value: object) -> tuple[str, Any]:
@@ -110,10 +61,13 @@ def _meaningless(kind: str, name: Any) -> Any:
 class Encoder:
     """Writes one message; `known` are the containers that both sides have numbered already."""
 
-    def __init__(self, refer: Refer = _refuse, known: Iterable[Any] = ()) -> None:
+    def __init__(
+        self, refer: Refer = _refuse, known: Iterable[Any] = (), *, tells_heirs: bool = False
+    ) -> None:
         self.objects = list(known)  # held, so that no other object gets their ids
         self._numbers = {id(value): number for number, value in enumerate(self.objects)}
         self._refer = refer
+        self._tells_heirs = tells_heirs
         self._out = bytearray()
 
     def encode(self, value: object) -> bytes:
@@ -138,23 +92,37 @@ class Encoder:
 
     def _write_rare(self, value: Any, depth: int) -> None:
         kind = type(value)
-        name = f"{kind.__module__}.{kind.__qualname__}"
-        if _is_constructed(value, name):
+        if (name := constructed_name(value)) is not None:
             self._write_bytes(b"X", name.encode())
-            self._write(_CONSTRUCTED[name](value), depth + 1)
-        elif kind in _VIEWS:
-            self._write_items(_VIEWS[kind], iter(value), depth)
-        elif id(value) in _BUILTIN_NAMES:
-            self._write_bytes(b"t", _BUILTIN_NAMES[id(value)].encode())
-        elif issubclass(kind, tuple) and isinstance(getattr(kind, "_fields", None), tuple):
-            self._out += b"U"
-            self._write((kind.__name__, kind._fields), depth + 1)  # type: ignore[attr-defined]
-            self._write_items(b"(", tuple.__iter__(value), depth)
+            self._write(CONSTRUCTED[name](value), depth + 1)
+        elif kind in VIEWS:
+            self._write_items(VIEWS[kind], iter(value), depth)
+        elif id(value) in BUILTIN_NAMES:
+            self._write_bytes(b"t", BUILTIN_NAMES[id(value)].encode())
+        elif kind is _counter():
+            self._write_mutable(value, depth)
+        elif is_named_tuple(kind):
+            self._write_named_tuple(value, depth)
         elif base := next((base for base in _WRITERS if issubclass(kind, base)), None):
-            _WRITERS[base](self, value, depth)
+            self._write_heir(value, base, depth)
         else:
             self._out += b"R"
             self._write(self._refer(value), depth + 1)
+
+    def _write_heir(self, value: Any, base: type, depth: int) -> None:
+        if self._numbers.get(id(value)) is None and self._tells_heirs:
+            self._out += b"H"
+            self._write(self._refer(value), depth + 1)
+        if isinstance(getattr(type(value), "_fields", None), tuple) and base is tuple:
+            self._write_named_tuple(value, depth)
+        else:
+            _WRITERS[base](self, value, depth)
+
+    def _write_named_tuple(self, value: Any, depth: int) -> None:
+        kind = type(value)
+        self._out += b"U"
+        self._write((kind.__name__, kind._fields), depth + 1)
+        self._write_items(b"(", tuple.__iter__(value), depth)
 
     def _write_bytes(self, tag: bytes, data: bytes) -> None:
         if len(data) > MAX_BYTES:
@@ -175,14 +143,17 @@ class Encoder:
             return
         self._numbers[id(value)] = len(self.objects)
         self.objects.append(value)
-        counter = getattr(sys.modules.get("collections"), "Counter", ())
-        kinds = {_COUNTER: counter, **_MUTABLE_KINDS}
+        kinds = {COUNTER: _counter(), **MUTABLE_KINDS}
         self._out += next(tag for tag, kind in kinds.items() if isinstance(value, kind))
         if isinstance(value, deque):
             self._write(value.maxlen, depth + 1)
         elif isinstance(value, defaultdict):
             self._write(value.default_factory, depth + 1)
         self._write(contents(value), depth)
+
+
+def _counter() -> Any:
+    return getattr(sys.modules.get("collections"), "Counter", ())
 
 
 def _packed(length: int) -> bytes:
@@ -193,17 +164,6 @@ def _int_bytes(value: int) -> bytes:
     return int.to_bytes(value, int.bit_length(value) // 8 + 1, "little", signed=True)
 
 
-def _is_constructed(value: Any, name: str) -> bool:
-    """Whether it is of the class of that name in `_CONSTRUCTED`, and no moment in a time zone."""
-    module, _, attribute = name.rpartition(".")
-    return (
-        name in _CONSTRUCTED
-        and getattr(sys.modules.get(module), attribute, None) is type(value)
-        and getattr(value, "tzinfo", None) is None
-        and not getattr(value, "fold", 0)
-    )
-
-
 _ALL = slice(None)
 _WRITERS: dict[type, Callable[[Encoder, Any, int], None]] = {
     int: lambda to, value, depth: to._write_bytes(b"i", _int_bytes(value)),
@@ -212,7 +172,7 @@ _WRITERS: dict[type, Callable[[Encoder, Any, int], None]] = {
     bytes: lambda to, value, depth: to._write_bytes(b"b", bytes.__getitem__(value, _ALL)),
     tuple: lambda to, value, depth: to._write_items(b"(", tuple.__iter__(value), depth),
     frozenset: lambda to, value, depth: to._write_items(b"Z", frozenset.__iter__(value), depth),
-    **dict.fromkeys(_MUTABLE_KINDS.values(), Encoder._write_mutable),
+    **dict.fromkeys(MUTABLE_KINDS.values(), Encoder._write_mutable),
 }
 
 
@@ -221,6 +181,8 @@ class Decoder:
 
     def __init__(self, resolve: Resolve = _meaningless, known: Iterable[Any] = ()) -> None:
         self.objects = list(known)
+        #: what can be called and lies in a field of a named tuple, as if it were a method
+        self.methods: list[tuple[str, Any]] = []
         self._resolve = resolve
         self._data = b""
         self._at = 0
@@ -257,10 +219,10 @@ class Decoder:
         if depth > MAX_DEPTH + 1:
             raise WireError(f"a value is nested more than {MAX_DEPTH} deep")
         tag = self._take(1)
-        if tag in _SINGLES:
-            return _SINGLES[tag]
-        if tag in _MUTABLE_KINDS:
-            return self._read_mutable(_MUTABLE_KINDS[tag], depth)
+        if tag in SINGLES:
+            return SINGLES[tag]
+        if tag in MUTABLE_KINDS:
+            return self._read_mutable(MUTABLE_KINDS[tag], depth)
         if tag not in _READERS:
             raise WireError(f"the tag {tag!r} is unknown")
         return _READERS[tag](self, depth)
@@ -278,22 +240,33 @@ class Decoder:
         refill(container, self._read(depth))
         return container
 
+    def _read_heir(self, depth: int) -> Any:
+        kind, name = self._read(depth + 1)
+        number = len(self.objects)
+        inherited = self._read(depth)
+        value = self._resolve("heir", (kind, name, inherited))
+        if number < len(self.objects) and self.objects[number] is inherited:
+            self.objects[number] = value
+        return value
+
     def _read_named_tuple(self, depth: int) -> Any:
         named = __import__("collections").namedtuple(*self._read(depth + 1))
-        values = self._read(depth)
-        if any(id(value) in _BUILTIN_NAMES for value in values):
-            raise WireError("a field of a named tuple may not pose as a method")
-        return named._make(values)
+        value = named._make(self._read(depth))
+        self.methods += [item for item in value._asdict().items() if callable(item[1])]
+        return value
 
     def _read_constructed(self, depth: int) -> Any:
         name = self._take_sized().decode()
-        if name not in _CONSTRUCTED:
+        if name not in CONSTRUCTED:
             raise WireError(f"{name!r} is not plain data")
-        module, _, attribute = name.rpartition(".")
+        module = name.partition(".")[0]
         arguments = self._read(depth + 1)
         if module == "datetime" and not all(type(number) is int for number in arguments):
             raise WireError("a moment is made of numbers")  # it would take a pickled state too
-        return getattr(__import__(module), attribute)(*arguments)
+        if name == "collections.ChainMap" and not all(isinstance(a, dict) for a in arguments):
+            raise WireError("a chain is made of dicts")
+        __import__(module)
+        return class_of(name)(*arguments)
 
 
 _READERS: dict[bytes, Callable[[Decoder, int], Any]] = {
@@ -306,53 +279,11 @@ _READERS: dict[bytes, Callable[[Decoder, int], Any]] = {
     b"k": lambda of, depth: dict.fromkeys(of._read_items(depth)).keys(),
     b"v": lambda of, depth: dict(enumerate(of._read_items(depth))).values(),
     b"m": lambda of, depth: dict(of._read_items(depth)).items(),
-    b"t": lambda of, depth: _BUILTINS[of._take_sized().decode()],
+    b"t": lambda of, depth: BUILTINS[of._take_sized().decode()],
     b"r": lambda of, depth: of.objects[of._take_length()],
     b"R": lambda of, depth: of._resolve(*of._read(depth + 1)),
+    b"H": Decoder._read_heir,
     b"U": Decoder._read_named_tuple,
     b"X": Decoder._read_constructed,
-    _COUNTER: lambda of, depth: of._read_mutable(__import__("collections").Counter, depth),
+    COUNTER: lambda of, depth: of._read_mutable(__import__("collections").Counter, depth),
 }
-
-
-class Channel:
-    """Messages over an open stream socket, each after its length.
-
-    Where the socket has timeouts, `while_waiting` is called at each.
-    """
-
-    def __init__(self, descriptor: int, while_waiting: Callable[[], None] = lambda: None) -> None:
-        self._descriptor = descriptor
-        self._while_waiting = while_waiting
-
-    def send(self, message: bytes) -> None:
-        """Sends one message; raises `OSError` where nobody receives."""
-        data = memoryview(_packed(len(message)) + message)
-        while data:
-            try:
-                data = data[os.write(self._descriptor, data) :]
-            except BlockingIOError:
-                self._while_waiting()
-
-    def receive(self) -> bytes:
-        """The next message; raises `EOFError` where none is to come, `WireError` for a huge one."""
-        size = int.from_bytes(self._receive(4), "little")
-        if size > MAX_BYTES + (1 << 20):
-            raise WireError(f"a message takes more than {MAX_BYTES >> 20} MiB")
-        return self._receive(size)
-
-    def _receive(self, size: int) -> bytes:
-        parts = []
-        while size:
-            try:
-                part = os.read(self._descriptor, min(size, 1 << 20))
-            except BlockingIOError:
-                self._while_waiting()
-                continue
-            except ConnectionError:
-                part = b""
-            if not part:
-                raise EOFError("the other side has closed")
-            parts.append(part)
-            size -= len(part)
-        return b"".join(parts)
