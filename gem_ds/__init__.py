@@ -11,27 +11,32 @@ if TYPE_CHECKING:
     from gem_ds.select.selection import select_entries
     from gem_ds.sparse.select_mask import select_mask
     from gem_ds.train.main import RunResult, finetune
+    from gem_ds.tuner import GemConfig, select_mask_with
 
 __all__ = [
     "AppliedDelta",
     "Delta",
+    "GemConfig",
     "Mask",
     "RunResult",
     "apply_delta",
     "finetune",
     "select_entries",
     "select_mask",
+    "select_mask_with",
 ]
 
 _MODULES = {
     "AppliedDelta": "gem_ds.files.delta",
     "Delta": "gem_ds.files.delta",
+    "GemConfig": "gem_ds.tuner",
     "Mask": "gem_ds.files.mask",
     "RunResult": "gem_ds.train.main",
     "apply_delta": "gem_ds.files.delta",
     "finetune": "gem_ds.train.main",
     "select_entries": "gem_ds.select.selection",
     "select_mask": "gem_ds.sparse.select_mask",
+    "select_mask_with": "gem_ds.tuner",
 }
 
 

@@ -87,11 +87,13 @@ class TargetLayer:
         y: Tensor = _AnchoredLinear.apply(x, weight, bias, self.anchor, self)
         return y
 
-    def matrix(self, weight: Tensor) -> Tensor:
+    @staticmethod
+    def matrix(weight: Tensor) -> Tensor:
         """The weight as [out, in]."""
         return weight
 
-    def factors(self, dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    @staticmethod
+    def factors(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """What a sink takes, of dy and x, [tokens, features] each."""
         return dy, x
 
@@ -99,11 +101,13 @@ class TargetLayer:
 class Conv1DLayer(TargetLayer):
     """transformers' Conv1D, a linear layer that stores its weight as [in, out]."""
 
-    def matrix(self, weight: Tensor) -> Tensor:
+    @staticmethod
+    def matrix(weight: Tensor) -> Tensor:
         """The weight as [out, in]."""
         return weight.t()
 
-    def factors(self, dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    @staticmethod
+    def factors(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """The gradient is ``x^T dy``."""
         return x, dy
 

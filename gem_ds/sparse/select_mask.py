@@ -43,6 +43,7 @@ def select_mask(
     rule: str = "gem",
     seed: int = 0,
     base_model: str | None = None,
+    reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> Mask:
     """Select the entries of a model that a rule would train.
 
@@ -61,6 +62,8 @@ def select_mask(
         rule: one of :data:`gem_ds.select.rules.RULES`.
         seed: of rules that choose by chance.
         base_model: the name of the model for the mask's reader (default: what its config says).
+        reduce: sums a tensor over the processes, where each reads batches of its own and holds the
+            same model: ``accelerator.reduce``. All of them then return the same mask.
 
     Returns:
         The mask; ``mask.save(path)`` makes a file that ``--mask`` takes.
@@ -79,7 +82,7 @@ def select_mask(
         layers = TargetLayers(model, targets, num_entries=1, vector_name=None)
         try:
             if RULES[rule].needs_gradient:
-                gradients = _sum_gradients(layers, batches, loss or _summed_loss)
+                gradients = _sum_gradients(layers, batches, loss or _summed_loss, reduce)
         finally:
             layers.detach()
     indices = _select(layers, gradients, budget, rule, seed)
@@ -154,7 +157,10 @@ def _budget(
 
 
 def _sum_gradients(
-    layers: TargetLayers, batches: Iterable[Any], loss: Callable[[Any, Any], Tensor]
+    layers: TargetLayers,
+    batches: Iterable[Any],
+    loss: Callable[[Any, Any], Tensor],
+    reduce: Callable[[Tensor], Tensor] | None,
 ) -> list[Tensor]:
     """Per layer the gradient of the loss summed over the batches, fp32, flat."""
     sums = [
@@ -182,6 +188,8 @@ def _sum_gradients(
                 refuse_unreached(layers, [bool(total.any()) for total in sums], is_first=True)
     if not number:
         raise ValueError("There are no batches: pass at least one, or a rule that needs none.")
+    if reduce is not None:
+        sums = [reduce(total) for total in sums]
     refuse_unreached(layers, [bool(total.any()) for total in sums])
     return [total.view(-1) for total in sums]
 

@@ -1,0 +1,68 @@
+"""A mask from what a trainer of transformers or TRL is about to learn: its data, collator, loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from decimal import Decimal
+from itertools import islice
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+
+from gem_ds.files.mask import Mask
+from gem_ds.sparse.select_mask import select_mask
+
+
+def select_mask_with(
+    trainer: Trainer,
+    num_batches: int | None = None,
+    *,
+    density: float | str | Decimal = "0.001",
+    target_modules: Sequence[str] | str | None = None,
+    rule: str = "gem",
+    seed: int = 0,
+) -> Mask:
+    """Select the entries that a rule would train, by the gradient of a trainer's own loss.
+
+    The trainer has the model without an adapter; a second one trains the mask:
+
+        mask = gem_ds.select_mask_with(SFTTrainer(model, args, train_dataset=data), 64)
+        trainer = SFTTrainer(
+            model, args, train_dataset=data, peft_config=gem_ds.GemConfig(mask=mask)
+        )
+
+    Args:
+        trainer: Its dataloader gives the batches, as its collator makes them (chat templates,
+            packing, the loss of completions alone), and its ``compute_loss`` their loss. Under data
+            parallelism each process reads its own batches, and all get the same mask.
+        num_batches: How many each process reads (default: an epoch).
+        density: As :func:`gem_ds.select_mask`, with what follows.
+        target_modules: Names of modules.
+        rule: One of :data:`gem_ds.select.rules.RULES`.
+        seed: Of rules that choose by chance.
+
+    Raises:
+        ValueError: As :func:`gem_ds.select_mask`.
+    """
+
+    def summed_loss(model: Any, batch: Any) -> Tensor:
+        batch = trainer._prepare_inputs(batch)
+        if trainer.model_accepts_loss_kwargs:  # a sum, divided by the number that it is given
+            one = torch.ones((), device=trainer.args.device)
+            return cast(Tensor, trainer.compute_loss(model, batch, num_items_in_batch=one))
+        size = next(len(value) for value in batch.values() if torch.is_tensor(value))
+        return cast(Tensor, trainer.compute_loss(model, batch)) * size
+
+    accelerator = trainer.accelerator
+    return select_mask(
+        accelerator.unwrap_model(trainer.model),
+        islice(trainer.get_train_dataloader(), num_batches),
+        summed_loss,
+        density=density,
+        target_modules=target_modules,
+        rule=rule,
+        seed=seed,
+        reduce=accelerator.reduce if accelerator.num_processes > 1 else None,
+    )
