@@ -1,6 +1,7 @@
-"""Preference optimization of a mask with TRL: the disabled adapter is the reference model.
+r"""Preference optimization of a mask with TRL: the disabled adapter is the reference model.
 
-    python examples/dpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data pairs.jsonl --output_dir runs/dpo
+    python examples/dpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data pairs.jsonl \
+        --output_dir runs/dpo
 
 ``pairs.jsonl`` has a ``prompt``, a ``chosen`` and a ``rejected`` answer on each line.
 """

@@ -1,4 +1,4 @@
-"""Reinforcement learning of a mask with TRL's GRPO, from a reward that is a function.
+r"""Reinforcement learning of a mask with TRL's GRPO, from a reward that is a function.
 
     python examples/grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --mask mask.safetensors \
         --data questions.jsonl --output_dir runs/grpo
@@ -28,9 +28,11 @@ flags = parser.parse_args()
 
 
 def reward(completions: list[str], answer: list[str], **others: object) -> list[float]:
-    """1 for a completion that ends in the answer's last word."""
-    last = [text.split()[-1] if text.split() else "" for text in completions]
-    return [float(word == wanted.split()[-1]) for word, wanted in zip(last, answer, strict=True)]
+    """The share of the answer's words that the completion has."""
+    pairs = [
+        (set(text.split()), set(a.split())) for text, a in zip(completions, answer, strict=True)
+    ]
+    return [len(words & wanted) / len(wanted) for words, wanted in pairs]
 
 
 args = GRPOConfig(

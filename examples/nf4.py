@@ -1,4 +1,4 @@
-"""A mask on a base of 4 bits: half a byte a weight, and fp32 values at the entries.
+r"""A mask on a base of 4 bits: half a byte a weight, and fp32 values at the entries.
 
     python examples/nf4.py --model Qwen/Qwen2.5-0.5B --mask mask.safetensors \
         --data train.jsonl --output_dir runs/nf4

@@ -32,7 +32,8 @@ def encode(line: str) -> dict[str, torch.Tensor]:
     """One example as a batch of one; the prompt is not learnt."""
     example = json.loads(line)
     prompt = tokenizer(example["prompt"]).input_ids
-    ids = tokenizer(example["prompt"] + example["completion"]).input_ids + [tokenizer.eos_token_id]
+    ids = tokenizer(example["prompt"] + example["completion"]).input_ids
+    ids.append(tokenizer.eos_token_id)
     labels = [-100] * len(prompt) + ids[len(prompt) :]
     return {"input_ids": torch.tensor([ids]), "labels": torch.tensor([labels])}
 

@@ -20,7 +20,7 @@ ORDER = [
     {"files"},
     {"data"},
     {"models", "sparse"},
-    {"train", "evaluate"},
+    {"train", "evaluate", "tuner"},
     {"comparison", "planning"},
     {"cli"},
     {""},
