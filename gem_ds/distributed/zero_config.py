@@ -2,7 +2,7 @@
 
 "auto" in such a file is resolved by transformers' Trainer, not by DeepSpeed; this project drives
 the engine itself and resolves it the same way. A value that contradicts a flag is refused, and so
-is what the trainer cannot honour.
+is what the trainer cannot honour (:mod:`gem_ds.distributed.zero_keys`).
 
 Gradient accumulation happens before the engine, in fp32 (:mod:`gem_ds.sparse.flat_values`), so
 the engine is told one micro-batch per step whatever the run accumulates.
@@ -10,52 +10,34 @@ the engine is told one micro-batch per step whatever the run accumulates.
 
 from __future__ import annotations
 
-import copy
 import json
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from gem_ds.distributed.zero_keys import COMMENTS, check_keys, refuse_requests, shown, taken_keys
+
 Dtype = Literal["fp32", "bf16", "fp16"]
 
-_REFUSED_SECTIONS = {
-    "optimizer": "GEM brings its own optimizer; set it with --learning_rate and its neighbours",
-    "scheduler": "set the schedule with --lr_scheduler_type and --warmup_steps",
-    "bfloat16": "call the section bf16",
-    "data_types": "how gradients accumulate is the trainer's business",
-    "torch_autocast": "use --bf16 or --fp16",
-    "amp": "use --bf16 or --fp16",
-    "tensor_parallel": "GEM shards over data-parallel ranks only",
-    "autotp_size": "GEM shards over data-parallel ranks only",
-    "sequence_parallel_size": "GEM shards over data-parallel ranks only",
-    "expert_parallel": "GEM shards over data-parallel ranks only",
-    "pipeline": "GEM shards over data-parallel ranks only",
-    "compression_training": "it changes weights that GEM keeps",
-    "curriculum_learning": "the order of the data is the trainer's",
-    "data_efficiency": "the order of the data is the trainer's",
-    "progressive_layer_drop": "every target layer must run in every step",
-    "elasticity": "resume a checkpoint on another number of ranks instead",
-    "hybrid_engine": "it is for reinforcement learning",
-    "compile": "the trainer needs DeepSpeed's eager hooks",
-    "zero_force_ds_cpu_optimizer": "GEM brings its own optimizer and sets this itself",
-    "zero_allow_untested_optimizer": "GEM brings its own optimizer and sets this itself",
-}
-_REFUSED_ZERO = {
-    "zero_hpz_partition_size": "hpZ keeps second copies of the weights that updates do not reach",
-    "mics_shard_size": "MiCS partitions weights in a way that updates do not reach",
-    "zero_quantized_weights": "quantized weights do not show an update exactly",
-    "zero_quantized_nontrainable_weights": "quantized weights do not show an update exactly",
-    "zero_quantized_gradients": "the gradient of the selected entries is sent as it is",
-    "zenflow": "it replaces the optimizer",
-}
-_LOW_PRECISION_MASTERS = (
-    "bf16_master_weights_and_grads",
-    "bf16_optimizer_states",
-    "fp16_master_weights_and_grads",
-)
 #: DeepSpeed's measure of throughput waits for the device in every forward pass and every step.
 _NO_TIMERS = {"throughput": {"enabled": False}}
+_MAX_DEPTH = 20
+
+#: Optimizers and schedules whose place the flags' can take, by section.
+_TYPES = {
+    "optimizer": ("auto", "adam", "adamw"),
+    "scheduler": ("auto", "warmuplr", "warmupdecaylr", "warmupcosinelr"),
+}
+#: Parameters of theirs with the values that a run has anyway.
+_SAME_AS_RUN: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("torch_adam", "fused"), (True, False)),
+    **dict.fromkeys(("adam_w_mode", "bias_correction"), (True,)),
+    "amsgrad": (False,),
+    "warmup_type": ("linear",),
+    "last_batch_iteration": (-1,),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,19 +51,39 @@ class RunShape:
     dtype: Dtype
     hidden_size: int
     num_selected: int  # K, or 0 where whole parameters are trained
+    #: By name in the ``params`` of these sections: the value of the run, and the flag it is from.
+    optimizer: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
+    scheduler: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """What a DeepSpeed JSON holds; a ``ValueError`` says why there is none."""
+    """What a DeepSpeed JSON holds; a ``ValueError`` says why there is none.
+
+    UTF-8, UTF-16 and UTF-32, with a byte order mark or without.
+    """
+    where = f"--deepspeed {path}"
     try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
+        config = json.loads(Path(path).read_bytes(), object_pairs_hook=_without_duplicates)
     except OSError as error:
-        raise ValueError(f"--deepspeed {path} cannot be read: {error.strerror}.") from None
-    except ValueError as error:
-        raise ValueError(f"--deepspeed {path} is not valid JSON: {error}.") from None
+        raise ValueError(f"{where} cannot be read: {error.strerror}.") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not valid JSON: {error}.") from None
     if not isinstance(config, dict):
-        raise ValueError(f"--deepspeed {path} must hold one JSON object.")
+        raise ValueError(f"{where} must hold one JSON object.")
+    level: list[Any] = [config]
+    for _ in range(_MAX_DEPTH):
+        level = [inner for v in level for inner in (v.values() if isinstance(v, dict) else v)]
+        level = [value for value in level if isinstance(value, dict | list)]
+    if level:
+        raise ValueError(f"{where} is nested deeper than any configuration of DeepSpeed's.")
     return config
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = Counter(name for name, _ in pairs if not name.startswith(COMMENTS))
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise ValueError(f"{twice[0]} stands in it twice")
+    return dict(pairs)
 
 
 def zero_stage(config: Mapping[str, Any]) -> int:
@@ -98,8 +100,12 @@ def resolve_config(config: dict[str, Any], shape: RunShape) -> dict[str, Any]:
     Raises:
         ValueError: a value contradicts a flag, or asks for what the trainer cannot honour.
     """
-    config = copy.deepcopy(config)
-    _refuse(config)
+    check_keys(config)
+    stage = zero_stage(config)
+    _refuse_effectless_offload(config)
+    _settle_optimizer(config, shape)
+    refuse_requests(_without_what_holds_already(config, shape))
+    config = taken_keys(config)
     accumulation = shape.gradient_accumulation_steps
     global_batch = shape.micro_batch_size * accumulation * shape.world_size
     per_device = "--per_device_train_batch_size"
@@ -111,13 +117,13 @@ def resolve_config(config: dict[str, Any], shape: RunShape) -> dict[str, Any]:
     for dtype in ("bf16", "fp16"):
         section = config.setdefault(dtype, {})
         _settle(section, "enabled", shape.dtype == dtype, f"--{dtype}", prefix=f"{dtype}.")
-    stage = zero_stage(config)
     if shape.dtype == "fp16" and stage == 0:
         raise ValueError(
             "fp16 needs ZeRO stage 1, 2 or 3: DeepSpeed does not scale the loss at stage 0; use "
             "ds_configs/zero1.json or --bf16."
         )
-    zero = config.setdefault("zero_optimization", {"stage": 0})
+    zero = config.setdefault("zero_optimization", {})
+    zero["stage"] = stage
     _fill(zero, "reduce_bucket_size", shape.num_selected or shape.hidden_size**2)  # one message
     if shape.num_selected:
         # In the model's dtype a sum over many ranks would lose what is small beside it.
@@ -140,13 +146,15 @@ def inference_config(config: Mapping[str, Any], *, dtype: str, hidden_size: int)
     left out, so that the file of a training run serves for evaluation too. ``dtype`` is that of the
     weights, by its torch name.
     """
+    check_keys(config)
+    config = taken_keys(config)
     if zero_stage(config) < 3:
         raise ValueError(
             f"The DeepSpeed JSON is of ZeRO stage {zero_stage(config)}, which leaves the model "
             "whole on each rank: use ds_configs/zero3.json, or leave --deepspeed out."
         )
     zero = {
-        key: copy.deepcopy(value)
+        key: value
         for key, value in config["zero_optimization"].items()
         if key in ("stage", "offload_param") or key.startswith("stage3_")
     }
@@ -163,49 +171,58 @@ def inference_config(config: Mapping[str, Any], *, dtype: str, hidden_size: int)
     return inference
 
 
-def _section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    section = config.get(name, {})
-    if not isinstance(section, dict):
-        raise ValueError(f"{name} in the DeepSpeed JSON must be an object.")
-    return section
+def _section(config: Mapping[str, Any], name: str, path: str = "") -> dict[str, Any]:
+    section = config.get(name)
+    if not (section is None or isinstance(section, dict)):
+        raise ValueError(f"{path or name} in the DeepSpeed JSON must be an object.")
+    return section or {}
 
 
-def _refuse(config: dict[str, Any]) -> None:
-    for key, reason in _REFUSED_SECTIONS.items():
-        if config.get(key):
-            raise ValueError(f"Remove {key} from the DeepSpeed JSON: {reason}.")
-    zero = _section(config, "zero_optimization")
-    for key, reason in _REFUSED_ZERO.items():
-        value = zero.get(key)
-        if value and not (key == "zero_hpz_partition_size" and value == 1) and value != -1:
-            raise ValueError(f"Remove zero_optimization.{key} from the DeepSpeed JSON: {reason}.")
+def _refuse_effectless_offload(config: Mapping[str, Any]) -> None:
+    zero = taken_keys(config).get("zero_optimization", {})
     for key, least_stage in (("offload_optimizer", 1), ("offload_param", 3)):
-        offload = _section(zero, key)
-        if offload.get("device", "none") != "none" and zero_stage(config) < least_stage:
+        device = zero.get(key, {}).get("device", "none")
+        if device != "none" and zero_stage(config) < least_stage:
             raise ValueError(
                 f"zero_optimization.{key} has no effect below stage {least_stage}: raise "
                 "zero_optimization.stage, or remove it."
             )
-        if offload.get("device") == "nvme":
+        if device == "nvme":
             raise ValueError(
                 f"zero_optimization.{key}.device is nvme, which updates do not reach: use cpu."
             )
-        if offload.get("super_offload") or offload.get("ratio", 1) != 1:
+
+
+def _settle_optimizer(config: Mapping[str, Any], shape: RunShape) -> None:
+    """Refuse an optimizer or a schedule that is not the run's; the flags decide."""
+    for name, of_flags in (("optimizer", shape.optimizer), ("scheduler", shape.scheduler)):
+        section = _section(config, name)
+        kind, params = section.get("type", "auto"), _section(section, "params", f"{name}.params")
+        if str(kind).lower() not in _TYPES[name]:
             raise ValueError(
-                f"Remove super_offload and ratio from zero_optimization.{key}: they need an "
-                "optimizer of DeepSpeed's."
+                f"{name}.type is {shown(kind)} in the DeepSpeed JSON, which GEM has not: remove "
+                "the section, and the flags set it."
             )
-    for section, key in (
-        (config, "managed_gradient_accumulation"),
-        (zero, "compute_grad_norm"),
-        (_section(config, "bf16"), "check_grad_overflow"),
-    ):
-        if section.get(key) is False:
-            raise ValueError(f"Remove {key} from the DeepSpeed JSON: GEM needs it on.")
-    for dtype in ("bf16", "fp16"):
-        for key in _LOW_PRECISION_MASTERS:
-            if _section(config, dtype).get(key):
-                raise ValueError(f"Remove {dtype}.{key}: GEM keeps fp32 masters and moments.")
+        if unknown := section.keys() - {"type", "params", "legacy_fusion"}:
+            raise ValueError(
+                f"Remove {name}.{min(unknown)} from the DeepSpeed JSON: nobody reads it."
+            )
+        for key, value in params.items():
+            if value in ("auto", None) or value in _SAME_AS_RUN.get(key, ()):
+                continue
+            if key not in of_flags:
+                raise ValueError(
+                    f"{name}.params.{key} is {shown(value)} in the DeepSpeed JSON, and no flag "
+                    'sets it: write "auto" or remove the line.'
+                )
+            _settle(dict(params), key, *of_flags[key], prefix=f"{name}.params.")
+
+
+def _without_what_holds_already(config: Mapping[str, Any], shape: RunShape) -> dict[str, Any]:
+    """Selected values accumulate their gradients in fp32, so a file may ask for that."""
+    asked = config.get("data_types")
+    holds = shape.num_selected and asked == {"grad_accum_dtype": "fp32"}
+    return {key: value for key, value in config.items() if not (key == "data_types" and holds)}
 
 
 def _settle(
@@ -214,8 +231,8 @@ def _settle(
     given = section.get(key, "auto")
     if given != "auto" and given != value:
         raise ValueError(
-            f"{prefix}{key} is {json.dumps(given)} in the DeepSpeed JSON but {flag} makes it "
-            f'{json.dumps(value)}: make them equal, or write "auto" in the JSON.'
+            f"{prefix}{key} is {shown(given)} in the DeepSpeed JSON but {flag} makes it "
+            f'{shown(value)}: make them equal, or write "auto" in the JSON.'
         )
     section[key] = value
 

@@ -100,6 +100,8 @@ def main(argv: Sequence[str] | None = None, mask: Mask | None = None) -> RunResu
                     clear_output_dir(folder, overwrite=train.overwrite_output_dir)
                     num_examples, task = len(prepared.data.train), prepared.args.data.task
                     name = prepared.args.model.model_name_or_path
+                    for note in prepared.notes:
+                        print(note)
                     print(f"Loading {name} to train on {num_examples:,} examples of {task}")
                     if reach := prepared.targets.reach:
                         print(reach)

@@ -26,6 +26,7 @@ from gem_ds.data.tasks import (
     load_task,
 )
 from gem_ds.distributed.zero_config import RunShape, read_config, resolve_config, zero_stage
+from gem_ds.distributed.zero_keys import told_ignored
 from gem_ds.files.checkpoint import Checkpoint, RunIdentity
 from gem_ds.files.mask import Mask
 from gem_ds.models.encoders import is_encoder, num_positions, set_head
@@ -73,6 +74,7 @@ class PreparedRun:
     mask: Mask | None  # the entries, where they are not to be calibrated
     checkpoint: Checkpoint | None  # what to go on from
     identity: RunIdentity  # the checkpoint's; what a later resume must agree with
+    notes: list[str]  # how what the user gave was read, a line each
 
     def digest(self) -> str:
         """A fingerprint of what all ranks must agree on before they meet in a collective."""
@@ -132,6 +134,7 @@ def prepare(args: Arguments, world_size: int) -> PreparedRun:
         mask=mask,
         checkpoint=checkpoint,
         identity=identity_of(args, fingerprint(args.data, data.train), checkpoint, world_size),
+        notes=list(filter(None, [told_ignored(written)])),
     )
 
 
@@ -151,6 +154,18 @@ def resolve_deepspeed(
         dtype=train.dtype,
         hidden_size=config.get_text_config().hidden_size,
         num_selected=budget,
+        optimizer={
+            "lr": (train.learning_rate, "--learning_rate"),
+            "betas": ([train.adam_beta1, train.adam_beta2], "--adam_beta1 and --adam_beta2"),
+            "eps": (train.adam_epsilon, "--adam_epsilon"),
+            "weight_decay": (train.weight_decay, "--weight_decay"),
+        },
+        scheduler={
+            "warmup_min_lr": (0, "a warmup"),
+            "warmup_max_lr": (train.learning_rate, "--learning_rate"),
+            "warmup_num_steps": (train.warmup_steps, "--warmup_steps"),
+            "total_num_steps": (train.max_steps, "--max_steps"),
+        },
     )
     return resolve_config(written, shape)
 
