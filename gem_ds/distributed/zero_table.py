@@ -68,6 +68,7 @@ _SECTION = Taken("an object", lambda value: isinstance(value, dict))
 _DTYPE = _one_of("fp32", "fp16", "bf16")
 
 _SETS_ITSELF = "GEM brings its own optimizer and sets this itself"
+_AVERAGED = "gradients are averaged as they are"
 _NOT_DEEPSPEEDS = Ignored("DeepSpeed has no such section")
 _DATA_PARALLEL = "GEM shards over data-parallel ranks only"
 _REMOVED = "DeepSpeed no longer has it"
@@ -120,12 +121,13 @@ TABLE: dict[str, dict[str, Treatment]] = {
             ("communication_data_type", "seq_parallel_communication_data_type"), _DTYPE
         ),
         **dict.fromkeys(("wall_clock_breakdown", "memory_breakdown", "dump_state"), _SWITCH),
-        **dict.fromkeys(("prescale_gradients", "disable_allgather", "disable_python_gc"), _SWITCH),
+        **dict.fromkeys(("disable_allgather", "disable_python_gc"), _SWITCH),
         **dict.fromkeys(("timers", "comms_logger", "flops_profiler"), _SECTION),
         **dict.fromkeys(("tensorboard", "wandb", "csv_monitor", "comet", "aio"), _SECTION),
         "steps_per_print": _COUNT,
-        "gradient_predivide_factor": Taken("above 0", lambda v: _is_number(v) and v > 0),
-        "log_level": _TEXT,
+        "prescale_gradients": Ignored(_AVERAGED),
+        "gradient_predivide_factor": Ignored(_AVERAGED, nothing=1),
+        "log_level": _one_of("debug", "info", "warning", "error", "critical"),
         "vocabulary_size": _COUNT,
         "zero_allow_untested_optimizer": Ignored(_SETS_ITSELF, True),
         "zero_force_ds_cpu_optimizer": Ignored(_SETS_ITSELF),
@@ -174,7 +176,7 @@ TABLE: dict[str, dict[str, Treatment]] = {
         "stage": _SETTLED,
         **dict.fromkeys(("contiguous_gradients", "reduce_scatter", "overlap_comm"), _SWITCH),
         **dict.fromkeys(("use_multi_rank_bucket_allreduce", "allgather_partitions"), _SWITCH),
-        **dict.fromkeys(("load_from_fp32_weights", "elastic_checkpoint", "legacy_stage1"), _SWITCH),
+        **dict.fromkeys(("load_from_fp32_weights", "elastic_checkpoint"), _SWITCH),
         **dict.fromkeys(("ignore_unused_parameters", "round_robin_gradients"), _SWITCH),
         **dict.fromkeys(("parameter_alignment", "memory_efficient_linear"), _SWITCH),
         **dict.fromkeys(("override_module_apply", "log_trace_cache_warnings"), _SWITCH),
@@ -194,6 +196,7 @@ TABLE: dict[str, dict[str, Treatment]] = {
         "mics_shard_size": Refused(
             "MiCS partitions weights in a way that updates do not reach", -1
         ),
+        "legacy_stage1": Refused(_REMOVED),
         "mics_hierarchical_params_gather": Refused(_REMOVED),
         "zeropp_loco_param": Refused(_REMOVED),
         "zero_quantized_weights": Refused(_QUANTIZED),

@@ -26,7 +26,7 @@ from gem_ds.select.rules import CALIBRATED_METHODS
 from gem_ds.sparse.gradients import buffered_layers
 from gem_ds.sparse.layers import TargetLayer
 from gem_ds.train.config import Arguments
-from gem_ds.train.prepare import resolve_deepspeed
+from gem_ds.train.deepspeed import resolve_deepspeed
 from gem_ds.train.targets import settle_targets
 
 _FP32 = 4  # bytes of a number

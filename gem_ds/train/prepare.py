@@ -25,7 +25,7 @@ from gem_ds.data.tasks import (
     TaskData,
     load_task,
 )
-from gem_ds.distributed.zero_config import RunShape, read_config, resolve_config, zero_stage
+from gem_ds.distributed.zero_config import read_config, zero_stage
 from gem_ds.distributed.zero_keys import told_ignored
 from gem_ds.files.checkpoint import Checkpoint, RunIdentity
 from gem_ds.files.mask import Mask
@@ -34,7 +34,8 @@ from gem_ds.models.load import refuse_damaged_files, trainable_config
 from gem_ds.models.objective import Objective, objective_of
 from gem_ds.models.tokenizer import load_tokenizer, pad_token_id, refuse_foreign_tokens
 from gem_ds.sparse.sddmm import check_kernel
-from gem_ds.train.config import Arguments, DataArguments, TrainArguments
+from gem_ds.train.config import Arguments, DataArguments
+from gem_ds.train.deepspeed import resolve_deepspeed
 from gem_ds.train.optimizer import adam_of_bitsandbytes
 from gem_ds.train.reporting import find_trackers
 from gem_ds.train.resume import entries_of, identity_of, load_checkpoint
@@ -136,38 +137,6 @@ def prepare(args: Arguments, world_size: int) -> PreparedRun:
         identity=identity_of(args, fingerprint(args.data, data.train), checkpoint, world_size),
         notes=list(filter(None, [told_ignored(written)])),
     )
-
-
-def resolve_deepspeed(
-    written: dict[str, Any],
-    train: TrainArguments,
-    config: PretrainedConfig,
-    budget: int,
-    world_size: int,
-) -> dict[str, Any]:
-    """The engine's configuration: the DeepSpeed JSON ``written`` with what the flags say."""
-    shape = RunShape(
-        world_size=world_size,
-        micro_batch_size=train.per_device_train_batch_size,
-        gradient_accumulation_steps=train.gradient_accumulation_steps,
-        max_grad_norm=train.max_grad_norm,
-        dtype=train.dtype,
-        hidden_size=config.get_text_config().hidden_size,
-        num_selected=budget,
-        optimizer={
-            "lr": (train.learning_rate, "--learning_rate"),
-            "betas": ([train.adam_beta1, train.adam_beta2], "--adam_beta1 and --adam_beta2"),
-            "eps": (train.adam_epsilon, "--adam_epsilon"),
-            "weight_decay": (train.weight_decay, "--weight_decay"),
-        },
-        scheduler={
-            "warmup_min_lr": (0, "a warmup"),
-            "warmup_max_lr": (train.learning_rate, "--learning_rate"),
-            "warmup_num_steps": (train.warmup_steps, "--warmup_steps"),
-            "total_num_steps": (train.max_steps, "--max_steps"),
-        },
-    )
-    return resolve_config(written, shape)
 
 
 def _refuse_unavailable(args: Arguments) -> None:

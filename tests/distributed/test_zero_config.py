@@ -67,6 +67,11 @@ def test_what_only_the_file_knows_is_kept() -> None:
     assert resolved.items() >= (kept | {"fp16": kept["fp16"] | {"enabled": True}}).items()
 
 
+def test_what_asks_for_nothing_is_not_handed_on() -> None:
+    resolved = resolve_config(CASES["asks_for_nothing"], SHAPE)
+    assert resolved == resolve_config({"zero_optimization": {"stage": 2}}, SHAPE)
+
+
 def test_gradients_of_whole_parameters_are_sent_as_deepspeed_does() -> None:
     resolved = resolve_config({}, replace(SHAPE, num_selected=0))
     assert "communication_data_type" not in resolved
@@ -114,6 +119,10 @@ def test_offload_and_fp16_begin_at_a_stage(key: str, least_stage: int) -> None:
         (b"\xff\xfe{}", "is not valid JSON"),
         (b"[1, 2]", "must hold one JSON object"),
         (None, "cannot be read: No such file"),
+        (b"[" * 100_000 + b"]" * 100_000, "is not valid JSON"),
+        (b'{"a":' * 50 + b"1" + b"}" * 50, "is nested deeper than any"),
+        (b'{"steps_per_print": ' + b"9" * 5000 + b"}", "is not valid JSON"),
+        (b'{"bf16": {}, "bf16": {}}', "is not valid JSON: bf16 stands in it twice"),
     ],
 )
 def test_a_file_that_is_no_configuration(tmp_path: Path, content: bytes | None, words: str) -> None:
@@ -121,6 +130,13 @@ def test_a_file_that_is_no_configuration(tmp_path: Path, content: bytes | None, 
     if content is not None:
         path.write_bytes(content)
     assert refusal(read_config, path).startswith(f"--deepspeed {path} {words}")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_a_byte_order_mark_harms_nothing(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text('{"_why": "größer", "_why": "", "bf16": {}}', encoding=encoding)
+    assert read_config(path).keys() == {"_why", "bf16"}
 
 
 # Inference
