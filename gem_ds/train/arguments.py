@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from math import inf
 from numbers import Number
-from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
-import yaml
 from transformers import HfArgumentParser
 
 from gem_ds.flags import HelpFormatter, name_of
@@ -27,6 +25,8 @@ from gem_ds.train.config import (
     TrainArguments,
 )
 from gem_ds.train.methods import DENSE_METHODS
+from gem_ds.train.other_trainers import MEANINGS, RENAMED, told, translate
+from gem_ds.train.recipe import converted, read_recipe
 
 _NEEDED = ("model_name_or_path", "task", "output_dir")
 
@@ -34,7 +34,8 @@ _NEEDED = ("model_name_or_path", "task", "output_dir")
 def parse_arguments(argv: Sequence[str], needed: Sequence[str] = _NEEDED) -> Arguments:
     """Read flags, on top of the recipe that ``--config`` names; those of ``needed`` must be there.
 
-    What is wrong is a ValueError, ``--help`` a SystemExit.
+    Flags of other trainers are read as :mod:`gem_ds.train.other_trainers` understands them. What is
+    wrong is a ValueError, ``--help`` a SystemExit.
     """
     parser = _Parser(
         (ModelArguments, DataArguments, MethodArguments, TrainArguments),  # type: ignore[arg-type]
@@ -44,15 +45,24 @@ def parse_arguments(argv: Sequence[str], needed: Sequence[str] = _NEEDED) -> Arg
         formatter_class=HelpFormatter,
     )
     parser.add_argument("--config", metavar="RECIPE.yaml", help="YAML file of flags; flags win.")
-    if recipe := parser.parse_known_args(argv)[0].config:
-        parser.set_defaults(**_converted(_read_recipe(recipe), parser, f"--config {recipe}: "))
-    model, data, method, train, _, unknown = parser.parse_args_into_dataclasses(
-        list(argv), return_remaining_strings=True, look_for_args_file=False
+    flags, left_out = translate(_said(argv))
+    _refuse_unknown(flags, parser)
+    words = [word for name, value in flags.items() for word in _as_words(name, value)]
+    if path := parser.parse_known_args(words)[0].config:
+        recipe, left_out_there = translate(read_recipe(path).items())
+        left_out += left_out_there
+        _refuse_unknown(recipe, parser, f"--config {path}: ")
+        actions = {action.dest: action for action in parser._actions}
+        parser.set_defaults(**converted(recipe, actions, f"--config {path}: "))
+    model, data, method, train, _, strays = parser.parse_args_into_dataclasses(
+        words, return_remaining_strings=True, look_for_args_file=False
     )
-    if unknown:
-        name = unknown[0].partition("=")[0]
-        raise ValueError(f"There is no flag {name}: see --help.")
-    args = Arguments(model=model, data=data, method=method, train=train)
+    if strays:
+        raise ValueError(f"There is no flag {strays[0]}: see --help.")
+    if data.task is None and data.train_file is not None:
+        data = replace(data, task="jsonl")
+    notes = [told(left_out)] if left_out else []
+    args = Arguments(model=model, data=data, method=method, train=train, notes=notes)
     if missing := [f"--{name}" for name in needed if not args.values()[name]]:
         raise ValueError(f"Pass {' and '.join(missing)} (on the command line or in --config).")
     check_arguments(args)
@@ -61,6 +71,44 @@ def parse_arguments(argv: Sequence[str], needed: Sequence[str] = _NEEDED) -> Arg
         rate = DEFAULT_LEARNING_RATE_OF_FULL if is_full else DEFAULT_LEARNING_RATE
         train = replace(train, learning_rate=rate)
     return replace(args, train=train)
+
+
+def _said(argv: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """The flags of a command line and the words that follow each; words before all have no name."""
+    name, words = "", list[str]()
+    for word in argv:
+        if not word.startswith("--"):
+            words.append(word)
+            continue
+        yield name, words
+        name, equals, value = word.removeprefix("--").partition("=")
+        name, words = name.replace("-", "_"), [value] if equals else []
+    yield name, words
+
+
+def _as_words(name: str, value: str | list[str]) -> list[str]:
+    """A flag and its value as a command line writes them."""
+    words = value if isinstance(value, list) else [value]
+    if len(words) == 1 and words[0].startswith("-"):
+        return [f"--{name}={words[0]}"]
+    return [f"--{name}", *words] if name else words
+
+
+def _refuse_unknown(names: Iterable[str], parser: _Parser, where: str = "") -> None:
+    """Refuse flags that there are not, all of them at once, with the nearest that there are."""
+    own = {option[2:] for option in parser._option_string_actions if option[:2] == "--"}
+    own = own - {"config", "help"} if where else own | {""}
+    known = [*own, *RENAMED, *MEANINGS]
+    told_names = []
+    for name in names:
+        if name not in own:
+            near = get_close_matches(name, known, n=1, cutoff=0.75)
+            told_names.append(f"--{name}" + "".join(f" (meaning --{other}?)" for other in near))
+    if told_names:
+        *first, last = told_names
+        listed = f"are no flags {', '.join(first)} and {last}" if first else f"is no flag {last}"
+        start = f"{where}there" if where else "There"
+        raise ValueError(f"{start} {listed}: leave out what has no other name, see --help.")
 
 
 def as_flags(values: Mapping[str, Any]) -> list[str]:
@@ -103,6 +151,8 @@ def _contradictions(args: Arguments) -> Iterator[str]:
         yield f"--num_train_epochs must be above 0, not {train.num_train_epochs}."
     if train.eval_steps is not None and (strategy := train.eval_strategy) in ("no", "epoch"):
         yield f"--eval_strategy {strategy} has no steps between: leave --eval_steps out."
+    if train.save_steps is not None and (strategy := train.save_strategy) in ("no", "epoch"):
+        yield f"--save_strategy {strategy} has no steps between: leave --save_steps out."
     if data.evaluate_on == "dev" and not data.dev_examples:
         yield "--evaluate_on dev needs a development set: pass --dev_examples."
     for flag in ("calibration_examples", "calibration_head_steps", "calibration_buffer_gb"):
@@ -130,45 +180,3 @@ class _Parser(HfArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message[:1].upper()}{message[1:]}: see --help.")
-
-
-def _read_recipe(path: str) -> dict[str, Any]:
-    try:
-        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"--config {path} cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"--config {path} is not valid YAML: {' '.join(str(error).split())}."
-        ) from None
-    if not isinstance(recipe, dict):
-        raise ValueError(f"--config {path} must map flag names to values.")
-    return recipe
-
-
-def _converted(recipe: dict[str, Any], parser: _Parser, where: str) -> dict[str, object]:
-    """The recipe's values, each converted and checked as its flag would be."""
-    actions = {action.dest: action for action in parser._actions}
-    for name in recipe:
-        if name not in actions or name in ("config", "help"):
-            raise ValueError(f"{where}there is no flag --{name}.")
-    return {name: _convert(actions[name], value, where) for name, value in recipe.items()}
-
-
-def _convert(action: argparse.Action, value: object, where: str) -> object:
-    """One value as its flag would give it; YAML reads 1e-3 as text, for instance."""
-    if value is None and action.default is None:
-        return None
-    if action.nargs == "+" and value is not None:
-        return [str(item) for item in value] if isinstance(value, list) else [str(value)]
-    convert = action.type if callable(action.type) else str
-    try:
-        if value is None or isinstance(value, (list, dict)):
-            raise ValueError
-        converted = convert(str(value))
-        if action.choices is not None and converted not in action.choices:
-            raise ValueError
-        return converted
-    except (ValueError, TypeError, argparse.ArgumentTypeError):
-        choices = f": pass one of {', '.join(action.choices)}" if action.choices else ""
-        raise ValueError(f"{where}{action.dest} cannot be {value!r}{choices}.") from None

@@ -7,7 +7,7 @@ transformers' ``TrainingArguments`` wherever it has one, but for ``optimizer`` (
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from gem_ds.data.tasks import task_names
@@ -208,10 +208,15 @@ class TrainArguments:
         1.0, "Largest norm of the gradient; a larger one is scaled down to it, 0 turns this off."
     )
     lr_scheduler_type: Schedule = option("linear", f"One of {', '.join(SCHEDULES)}.")
-    warmup_steps: Amount = option(0, "Steps of warmup; a value below 1 is a share of all steps.")
+    warmup_steps: Amount = option(
+        0, "Steps of warmup; a value below 1 is a share of all steps, as --warmup_ratio would be."
+    )
     seed: int = option(42, "Seeds the order of the data and dropout.")
     bf16: bool = option(False, "Weights and activations in bfloat16; masters stay fp32.")
     fp16: bool = option(False, "Weights and activations in float16 with loss scaling.")
+    tf32: bool = option(
+        False, "On a GPU, TF32 for products of fp32 matrices: faster, with 10 bits of mantissa."
+    )
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass.")
     logging_steps: Count = option(10, "Log every so many steps.")
     eval_strategy: Literal["no", "steps", "epoch"] | None = option(
@@ -222,6 +227,11 @@ class TrainArguments:
     )
     eval_steps: Count | None = option(
         None, "Held-out loss every so many steps (default: each epoch, else --logging_steps)."
+    )
+    save_strategy: Literal["no", "steps", "epoch"] | None = option(
+        None,
+        "When checkpoints are written: every --save_steps (500 if it is not given), each epoch, or "
+        "never but at a SIGTERM (default: steps where --save_steps is given, else epoch).",
     )
     save_steps: Count | None = option(None, "Steps between checkpoints (default: an epoch).")
     save_total_limit: Count | None = option(None, "Keep only the newest checkpoints.")
@@ -247,6 +257,7 @@ class Arguments:
     data: DataArguments = DataArguments()
     method: MethodArguments = MethodArguments()
     train: TrainArguments = TrainArguments()
+    notes: list[str] = field(default_factory=list)  # how what was said was read, a line each
 
     def values(self) -> dict[str, Any]:
         """All flags by name."""

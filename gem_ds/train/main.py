@@ -16,6 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 import transformers
 
 from gem_ds.distributed.comm import Comm
@@ -94,6 +95,10 @@ def main(argv: Sequence[str] | None = None, mask: Mask | None = None) -> RunResu
             with comm.in_unison():
                 _refuse_other_runs(prepared, comm)
             train, folder = prepared.args.train, prepared.output_dir
+            if train.tf32:
+                matmul = torch.backends.cuda.matmul
+                stack.callback(setattr, matmul, "allow_tf32", matmul.allow_tf32)
+                matmul.allow_tf32 = True
             with comm.agreement():
                 if comm.is_main:
                     stack.enter_context(output_dir_of_one_run(folder))

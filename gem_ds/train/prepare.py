@@ -7,7 +7,7 @@ here communicates.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from gem_ds.models.load import refuse_damaged_files, trainable_config
 from gem_ds.models.objective import Objective, objective_of
 from gem_ds.models.tokenizer import load_tokenizer, pad_token_id, refuse_foreign_tokens
 from gem_ds.sparse.sddmm import check_kernel
-from gem_ds.train.config import Arguments, DataArguments
+from gem_ds.train.config import Arguments, DataArguments, TrainArguments
 from gem_ds.train.deepspeed import resolve_deepspeed
 from gem_ds.train.optimizer import adam_of_bitsandbytes
 from gem_ds.train.reporting import find_trackers
@@ -135,8 +135,16 @@ def prepare(args: Arguments, world_size: int) -> PreparedRun:
         mask=mask,
         checkpoint=checkpoint,
         identity=identity_of(args, fingerprint(args.data, data.train), checkpoint, world_size),
-        notes=list(filter(None, [told_ignored(written)])),
+        notes=[*args.notes, *_notes(args.train, written)],
     )
+
+
+def _notes(train: TrainArguments, deepspeed: dict[str, Any]) -> Iterator[str]:
+    """How flags and the DeepSpeed JSON were read where they say more than is done."""
+    if train.tf32 and not torch.cuda.is_available():
+        yield "--tf32 has no effect without a GPU"
+    if passed_over := told_ignored(deepspeed):
+        yield passed_over
 
 
 def _refuse_unavailable(args: Arguments) -> None:

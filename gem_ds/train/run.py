@@ -215,7 +215,7 @@ class Run:
                 self.log(reporter, reporter.averages() | numbers | self.numbers())
             if self.is_due(between_evaluations) and not step.is_stopping:
                 self.evaluate(reporter)
-            if self.sparse and (step.is_stopping or self.is_due(train.save_steps or epoch)):
+            if self.sparse and (step.is_stopping or self.is_save_due()):
                 self.sparse.save_checkpoint(state)
                 self.has_unproven_checkpoint = True
         if state.global_step < state.max_steps:
@@ -239,6 +239,12 @@ class Run:
         """Whether what happens every ``interval`` steps, and at the end, happens now."""
         step = self.state.global_step
         return step % interval == 0 or step == self.state.max_steps
+
+    def is_save_due(self) -> bool:
+        """Whether ``--save_strategy`` asks for a checkpoint now."""
+        train, epoch = self.args.train, self.train_batches.steps_per_epoch
+        between = train.save_steps or (500 if train.save_strategy == "steps" else epoch)
+        return train.save_strategy != "no" and self.is_due(between)
 
     def numbers(self) -> dict[str, float]:
         """How many of the selected weights have changed so far, as a share."""

@@ -1,6 +1,8 @@
 """The command line: a recipe gives any flag, flags win, mistakes and contradictions are named."""
 
 import math
+import re
+import shlex
 import tomllib
 from dataclasses import fields, replace
 from pathlib import Path
@@ -20,6 +22,7 @@ from gem_ds.train.config import (
     ModelArguments,
     TrainArguments,
 )
+from gem_ds.train.other_trainers import MEANINGS, RENAMED, WITHOUT_EFFECT
 
 PARTS = (ModelArguments, DataArguments, MethodArguments, TrainArguments)
 NEEDED = ["--model_name_or_path", "m", "--task", "gsm8k", "--output_dir", "o"]
@@ -28,12 +31,15 @@ NEEDED = ["--model_name_or_path", "m", "--task", "gsm8k", "--output_dir", "o"]
 EVERY_FLAG = Path(__file__).with_name("every_flag.yaml")
 OTHER = yaml.safe_load(EVERY_FLAG.read_text())
 
+#: What other trainers' documentation says to type.
+COMMANDS = yaml.safe_load(Path(__file__).with_name("commands.yaml").read_text())
+
 BAD = tomllib.loads(Path(__file__).with_name("bad_arguments.toml").read_text())
 
 #: Flags that take no number at all, or whose other value contradicts another flag's.
 CHOICES = {
     *("lr_scheduler_type", "train_sampling_strategy", "classification_loss", "sddmm_kernel"),
-    *("eval_strategy", "mask", "fp16", "evaluate_on", "optimizer"),
+    *("eval_strategy", "save_strategy", "mask", "fp16", "evaluate_on", "optimizer"),
 }
 
 
@@ -84,11 +90,84 @@ def test_a_bad_recipe_is_refused_in_one_sentence(tmp_path, content, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_recipe_that_cannot_be_read_is_refused(tmp_path):
-    (tmp_path / "latin.yaml").write_bytes(b"task: caf\xe9")
-    for name, message in (("none", "cannot be read: No such file"), ("latin", "is not valid YAML")):
-        with pytest.raises(ValueError, match=rf"{name}\.yaml {message}"):
-            parse_arguments([*NEEDED, "--config", str(tmp_path / f"{name}.yaml")])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read: No such file"),
+        (b"task: caf\xe9", "is not valid YAML"),
+        (b"[" * 1000, "is nested too deeply"),
+        (b"a: " + b"{b: " * 2000, "is nested too deeply"),
+        (b"seed: " + b"9" * 5000, "is not valid YAML: Exceeds the limit"),
+        (b"run_name: 2024-13-45", "is not valid YAML: month must be"),
+        (b"seed: 1\nbf16: true\nseed: 2", "is not valid YAML: seed stands in it twice"),
+        (b"seed: !!python/object:os.system 1", "is not valid YAML"),
+        (b"target_modules: [[q_proj]]", r": target_modules cannot be \[\[\.\.\.\]\]"),
+        (b"target_modules: [null]", r": target_modules cannot be \[None\]"),
+        (b"output_dir: !!binary aGVsbG8=", r": output_dir cannot be b'hello'"),
+    ],
+    ids=lambda value: None if value is None else str(value[:20]),
+)
+def test_a_recipe_that_cannot_be_read_is_refused(tmp_path, content, message):
+    path = tmp_path / "recipe.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^--config .*recipe\.yaml:? ?{message}") as caught:
+        parse_arguments([*NEEDED, "--config", str(path)])
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("flag", ["target_modules", "density", "report_to"])
+def test_a_bomb_of_aliases_is_refused_without_being_written_out(tmp_path, flag):
+    """Nine aliases of nine aliases, nine deep: a billion values."""
+    deeper = [f"  - &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]
+    path = recipe(tmp_path, "\n".join([f"{flag}:", "  - &a0 [x, x]", *deeper]))
+    with pytest.raises(ValueError, match=rf"{flag} cannot be \[") as caught:
+        parse_arguments([*NEEDED, "--config", path])
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_byte_order_mark_harms_no_recipe(tmp_path, encoding):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("task: größer\nrun_name: null\n", encoding=encoding)
+    flags = ["--model_name_or_path", "m", "--output_dir", "o", "--config", str(path)]
+    assert parse_arguments(flags).data.task == "größer"
+
+
+@pytest.mark.parametrize("name", [*COMMANDS["taken"], *COMMANDS["recipes"]])
+def test_what_other_trainers_say_to_type_is_taken(tmp_path, name):
+    case = COMMANDS["taken"].get(name) or COMMANDS["recipes"][name]
+    flags = shlex.split(case["command"]) if "command" in case else []
+    if "recipe" in case:
+        flags = ["--config", recipe(tmp_path, case["recipe"])]
+    arguments = parse_arguments(flags)
+    assert arguments.values().items() >= ({"model_name_or_path": "M"} | case["flags"]).items()
+    assert len(arguments.notes) == bool(case["left_out"])
+    named = re.findall(r"--(\w+)", "".join(arguments.notes).replace("--output_dir", ""))
+    assert sorted(named) == sorted(case["left_out"])
+
+
+@pytest.mark.parametrize(("flags", "sentence"), COMMANDS["refused"])
+def test_what_has_no_meaning_here_is_named_all_at_once(flags, sentence):
+    with pytest.raises(ValueError, match="^" + re.escape(sentence) + "$"):
+        parse_arguments([*NEEDED, *shlex.split(flags)])
+
+
+def test_the_unknown_keys_of_a_recipe_are_named_all_at_once(tmp_path):
+    path = recipe(tmp_path, "dataset: a\ntemplate: llama3\nlora_ranc: 8\nwarmup_ratio: 0.1\n")
+    words = "there are no flags --dataset, --template and --lora_ranc (meaning --lora_rank?): leave"
+    with pytest.raises(ValueError, match=re.escape(f"{path}: {words}")):
+        parse_arguments(["--config", path])
+
+
+def test_no_other_name_hides_a_flag():
+    """A name is a flag of this trainer's or another's word for one, and each leads to one."""
+    own = {field.name for part in PARTS for field in fields(part)}
+    others = [*RENAMED, *MEANINGS, *WITHOUT_EFFECT]
+    assert len(set(others)) == len(others)
+    assert own.isdisjoint(others)
+    assert own.issuperset(RENAMED.values())
 
 
 @pytest.mark.parametrize(("flags", "message"), BAD["flags"])
@@ -136,6 +215,7 @@ def check(**values: Any) -> None:
     parts = {
         key: replace(part, **{name: values[name] for name in values.keys() & vars(part).keys()})
         for key, part in vars(parse_arguments(NEEDED)).items()
+        if key != "notes"
     }
     check_arguments(Arguments(**parts))
 

@@ -4,11 +4,13 @@ import errno
 import json
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -26,6 +28,9 @@ from tests.tiny_model import REPOSITORY, Tiny, mains, make_tiny, one_rank
 
 pytestmark = pytest.mark.slow  # starts engines or programs
 
+PUBLISHED = yaml.safe_load(
+    (REPOSITORY / "tests" / "distributed" / "published_configs.yaml").read_text()
+)["taken"]
 NUM_STEPS = 9
 BATCH_SIZE = 4
 SEED = 42
@@ -101,8 +106,13 @@ FLAGS = {
     "seed": SEED,
 }
 
-#: World size, ZeRO stage, examples of a micro-batch, micro-batches of a step; four in all.
-RUNS = [(1, 0, 4, 1), (2, 3, 2, 1), (2, 1, 1, 2)]
+#: World size, one of the DeepSpeed JSONs that other projects publish, examples of a micro-batch,
+#: micro-batches of a step; four in all.
+RUNS = [
+    (1, "llama-factory z0", 4, 1),
+    (2, "alpaca zero3 offload", 2, 1),
+    (2, "axolotl zero1", 1, 2),
+]
 
 
 def _read_entries(flags: list[str]) -> dict[str, Tensor]:
@@ -121,16 +131,18 @@ def _read_entries(flags: list[str]) -> dict[str, Tensor]:
     return seen
 
 
-@pytest.mark.parametrize(("world_size", "stage", "size", "accumulation"), RUNS)
-def test_a_run_is_the_oracles(tiny, tmp_path, world_size, stage, size, accumulation):
+@pytest.mark.parametrize(("world_size", "published", "size", "accumulation"), RUNS)
+def test_a_run_is_the_oracles(tiny, tmp_path, world_size, published, size, accumulation):
     """Every flag has reached what it is for: mask, losses, rates, and what the weights hold."""
+    deepspeed = tiny.folder / f"{published}.json"
+    deepspeed.write_text(json.dumps(PUBLISHED[published][0]))
     flags = tiny.flags(
         tmp_path,
         **FLAGS,
-        deepspeed=REPOSITORY / "ds_configs" / f"zero{stage}.json",
+        deepspeed=deepspeed,
         per_device_train_batch_size=size,
         gradient_accumulation_steps=accumulation,
-        gradient_checkpointing=stage == 3,
+        gradient_checkpointing="zero3" in published,
     )
     ranks = run_ranks(world_size, _read_entries, flags)
     delta, base = Delta.load(tmp_path / "delta.safetensors"), _model(tiny)
@@ -159,6 +171,28 @@ def test_a_part_of_an_epoch_is_rounded_up_to_steps():
         run: Any = mock.Mock(**{"args.train": train, "train_batches.steps_per_epoch": 5})
         run.prepared.checkpoint = None
         assert Run.initial_state(run).max_steps == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({}, [3, 6, 7]),
+        ({"save_steps": 2}, [2, 4, 6, 7]),
+        ({"save_strategy": "steps", "save_steps": 2}, [2, 4, 6, 7]),
+        ({"save_strategy": "steps"}, [7]),
+        ({"save_strategy": "epoch"}, [3, 6, 7]),
+        ({"save_strategy": "no"}, []),
+    ],
+)
+def test_checkpoints_are_due_when_the_flags_say(flags, expected):
+    """Of seven steps, three an epoch; the last one is always due, but where none is wanted."""
+    run: Any = mock.Mock(**{"args.train": TrainArguments(**flags), "state.max_steps": 7})
+    run.train_batches.steps_per_epoch = 3
+    run.is_due = partial(Run.is_due, run)
+    found = []
+    for run.state.global_step in range(1, 8):
+        found += [run.state.global_step] * Run.is_save_due(run)
+    assert found == expected
 
 
 def test_predictions_that_fail_cost_no_training(tiny, tmp_path, monkeypatch):

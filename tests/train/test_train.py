@@ -201,9 +201,27 @@ def test_python_runs_what_the_command_line_does(tiny, whole, tmp_path):
             gem_ds.finetune(**common | {"output_dir": tmp_path / "new"} | wrong)
 
 
-def test_the_held_out_loss_comes_when_it_is_asked_for_and_of_so_many_examples(tiny, tmp_path):
+def test_the_held_out_loss_comes_when_it_is_asked_for_and_of_so_many_examples(
+    tiny, tmp_path, monkeypatch, capsys
+):
+    """Also that --tf32 holds for the run alone, and what flags and files say in vain is told."""
+    seen = []
+    make_run = train.Run.__init__
+
+    def look(*args: Any) -> None:
+        seen.append(torch.backends.cuda.matmul.allow_tf32)
+        make_run(*args)
+
+    monkeypatch.setattr(train.Run, "__init__", look)
+    (tmp_path / "ds.json").write_text('{"scheduler": {"type": "WarmupLR"}}')
     values = {"max_steps": 4, "max_eval_samples": 2, "logging_steps": 3, "eval_strategy": "steps"}
-    train.main(tiny.flags(tmp_path / "run", **values))
+    values |= {"dataloader_num_workers": 4, "deepspeed": tmp_path / "ds.json"}
+    train.main(tiny.flags(tmp_path / "run", "--tf32", **values))
+    assert [*seen, torch.backends.cuda.matmul.allow_tf32] == [True, False]
+    told = capsys.readouterr().out.splitlines()[:3]
+    assert "--dataloader_num_workers (examples are read once" in told[0]
+    assert told[1].startswith("--tf32 has no effect") == (not torch.cuda.is_available())
+    assert "scheduler (--lr_scheduler_type and --warmup_steps decide)" in "".join(told)
     lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert [line["step"] for line in lines if "eval_loss" in line] == [0, 3, 4]
     loss = mean_loss(AutoModelForCausalLM.from_pretrained(tiny.model), tiny, 2)
