@@ -13,7 +13,8 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -26,7 +27,7 @@ from gem_ds.evaluate.generation import Prompt
 from gem_ds.evaluate.model import SamplingArguments, check_arguments
 from gem_ds.evaluate.samples import Sample
 from gem_ds.evaluate.sampling import RESULTS_FILE, VERDICTS_FILE
-from gem_ds.files.atomic import save_json, save_jsonl
+from gem_ds.files.atomic import make_folder, save_json, save_jsonl, try_lock
 from gem_ds.flags import parser_of
 from gem_ds.progress import loading_bars
 
@@ -65,13 +66,37 @@ def evaluate(
     started = time.perf_counter()
     check_arguments(arguments)
     is_main = int(os.environ.get("RANK", 0)) == 0
-    with loading_bars(is_shown=is_main and not arguments.disable_tqdm):
-        report = judge(arguments, *own)
-    if report is None:
-        return {}
-    seconds = round(time.perf_counter() - started, 1)
-    facts = {"seconds": seconds} if report.is_timed else {}
-    return save_report(Path(arguments.output_dir), report, **facts)
+    folder = Path(arguments.output_dir)
+    with folder_of_one_evaluation(folder) if is_main else nullcontext():
+        with loading_bars(is_shown=is_main and not arguments.disable_tqdm):
+            report = judge(arguments, *own)
+        if report is None:
+            return {}
+        seconds = round(time.perf_counter() - started, 1)
+        return save_report(folder, report, **({"seconds": seconds} if report.is_timed else {}))
+
+
+@contextmanager
+def folder_of_one_evaluation(folder: Path) -> Iterator[None]:
+    """Make the folder, and hold it against a second writer while the block lasts.
+
+    A new one that is left empty, since the block refuses its arguments, is removed.
+    """
+    is_new = not folder.exists()
+    make_folder(folder)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        if not try_lock(descriptor):
+            raise ValueError(
+                f"Another run or evaluation writes to --output_dir {folder}: wait for its end, or "
+                "name another folder."
+            )
+        yield
+    finally:
+        if is_new:
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
+        os.close(descriptor)  # which also unlocks
 
 
 def save_report(folder: Path, report: Report, **facts: Any) -> dict[str, Any]:

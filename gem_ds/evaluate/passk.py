@@ -1,14 +1,14 @@
 """pass@k on benchmarks of programs: sample programs, run them in the sandbox, estimate.
 
     python -m eval.passk --model_name_or_path M [--delta F] [--data_dir D] --output_dir O
-        [--task mbpp|humaneval] [--n 10 --k 1 10 --temperature 0.8 --top_p 0.95]
+        [--task mbpp|humaneval] [--num_samples 10 --k 1 10 --temperature 0.8 --top_p 0.95]
         [--sanitized] [--num_fewshot 0]
 
     samples -> programs -> verdicts of the sandbox -> pass@k per problem -> mean, interval
 
 A sample passes when its program, the problem's setup code and all of the problem's tests run
-without an error. Greedy pass@1 is `--n 1 --k 1 --temperature 0`. A further benchmark is a class as
-`humaneval.HumanEval`, in a file of its own, and an entry in `Benchmark` and in `TASKS`.
+without an error. Greedy pass@1 is `--num_samples 1 --k 1 --temperature 0`. A further benchmark is
+a class as `humaneval.HumanEval`, in a file of its own, and an entry in `Benchmark` and in `TASKS`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ class PassKArguments:
     """The flags of sampling that are this evaluator's own."""
 
     task: str = option("mbpp", "Which problems are asked.", choices=[*TASKS])
-    n: int = option(10, "Samples of each problem.")
+    num_samples: int = option(  # launchers take --n for a flag of their own
+        10, "Samples of each problem.", aliases=["--n"]
+    )
     temperature: float = option(0.8, "Divides the logits; 0 is greedy.")
     top_p: float = option(0.95, "Share of the probability that tokens are drawn from.")
     max_new_tokens: int = option(512, "The longest completion, in tokens.")
@@ -59,12 +61,12 @@ class PassKArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.n < 1:
-            raise ValueError(f"--n must be at least 1, not {self.n}.")
-        if self.temperature == 0 and self.n > 1:
+        if self.num_samples < 1:
+            raise ValueError(f"--num_samples must be at least 1, not {self.num_samples}.")
+        if self.temperature == 0 and self.num_samples > 1:
             raise ValueError(
-                f"--temperature 0 is greedy, and {self.n} samples would be the same one: pass "
-                "--n 1 --k 1, or a temperature."
+                f"--temperature 0 is greedy, and {self.num_samples} samples would be the same one: "
+                "pass --num_samples 1 --k 1, or a temperature."
             )
 
 
@@ -131,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def _judge(
     arguments: SamplingArguments, own: PassKArguments, judging: JudgingArguments, *flags: Any
 ) -> Report | None:
-    judging.ks(own.n, "--n is")
+    judging.ks(own.num_samples, "--num_samples is")
     benchmark = load(own.task, arguments.data_dir, arguments.limit, flags)
     num_fewshot = benchmark.num_fewshot(own.num_fewshot)
     settings = GenerationSettings(
@@ -144,7 +146,7 @@ def _judge(
     prompts = benchmark.prompts(num_fewshot)
     if int(os.environ.get("RANK", 0)) == 0:
         best_level(judging.allow_weak_sandbox)  # refuses the host before a model is loaded
-    samples = sample_all(arguments, prompts, settings, num_samples=own.n)
+    samples = sample_all(arguments, prompts, settings, num_samples=own.num_samples)
     if samples is None:
         return None
     return report(own.task, benchmark, samples, judging, show_bar=not arguments.disable_tqdm)

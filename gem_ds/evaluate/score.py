@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gem_ds.evaluate import gsm8k, passk
-from gem_ds.evaluate.evaluator import save_report
+from gem_ds.evaluate.evaluator import folder_of_one_evaluation, save_report
 from gem_ds.evaluate.samples import read_samples
 from gem_ds.flags import option, parser_of
 
@@ -69,8 +69,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         show_bar = not arguments.disable_tqdm
         report = partial(passk.report, task, benchmark, judging=judging, show_bar=show_bar)
         task_ids = list(benchmark.problems)
-    samples = read_samples(path, task_ids, allow_missing=arguments.allow_missing)
     folder = path.parent if arguments.output_dir is None else Path(arguments.output_dir)
-    scored = report(samples)
-    folder.mkdir(parents=True, exist_ok=True)
-    return save_report(folder, scored)
+    with folder_of_one_evaluation(folder):
+        samples = read_samples(path, task_ids, allow_missing=arguments.allow_missing)
+        return save_report(folder, report(samples))

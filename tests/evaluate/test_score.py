@@ -8,7 +8,9 @@ import pytest
 
 from gem_ds.data.tasks.mbpp import load_problems
 from gem_ds.evaluate import gsm8k, score
+from gem_ds.evaluate.evaluator import folder_of_one_evaluation
 from gem_ds.evaluate.mbpp import few_shot_prompt
+from gem_ds.train.output_dir import output_dir_of_one_run
 from launch.demo import task
 from tests.tiny_evaluation import REFUSED, make_sample, refusal
 from tests.tiny_model import write_jsonl
@@ -116,6 +118,23 @@ def right(tmp_path) -> list[dict]:
     ]
     write(tmp_path, *lines)
     return lines
+
+
+def test_a_folder_is_held_against_a_second_writer(tmp_path, right):
+    before = (tmp_path / "samples.jsonl").read_bytes()
+    asked = ("--model_name_or_path", "none", "--data_dir", str(DEMO / "task"), "--output_dir")
+    with folder_of_one_evaluation(tmp_path):
+        for write_too in (
+            lambda: score_gsm8k(tmp_path),
+            lambda: gsm8k.main([*asked, str(tmp_path), "--overwrite_output_dir"]),
+            lambda: output_dir_of_one_run(tmp_path).__enter__(),
+        ):
+            assert "Another run" in refusal(write_too)
+    assert [path.name for path in tmp_path.iterdir()] == ["samples.jsonl"]
+    assert (tmp_path / "samples.jsonl").read_bytes() == before
+    score_gsm8k(tmp_path)
+    refusal(gsm8k.main, [*asked, str(tmp_path / "new"), "--num_fewshot", "-1"])
+    assert not (tmp_path / "new").exists()  # what is refused leaves nothing behind
 
 
 def test_gsm8k_counts_what_is_missing_as_wrong_when_that_is_asked_for(tmp_path, right):
