@@ -6,6 +6,7 @@ from importlib import import_module
 
 TYPE_CHECKING = False  # not from typing: the sandbox's processes import this too and stay lean
 if TYPE_CHECKING:
+    from gem_ds.deltas.merge import merge_deltas
     from gem_ds.files.delta import AppliedDelta, Delta, apply_delta
     from gem_ds.files.mask import Mask
     from gem_ds.select.selection import select_entries
@@ -21,6 +22,7 @@ __all__ = [
     "RunResult",
     "apply_delta",
     "finetune",
+    "merge_deltas",
     "select_entries",
     "select_mask",
     "select_mask_with",
@@ -34,6 +36,7 @@ _MODULES = {
     "RunResult": "gem_ds.train.main",
     "apply_delta": "gem_ds.files.delta",
     "finetune": "gem_ds.train.main",
+    "merge_deltas": "gem_ds.deltas.merge",
     "select_entries": "gem_ds.select.selection",
     "select_mask": "gem_ds.sparse.select_mask",
     "select_mask_with": "gem_ds.tuner",

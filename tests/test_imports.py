@@ -20,7 +20,7 @@ ORDER = [
     {"files"},
     {"data"},
     {"models", "sparse"},
-    {"train", "evaluate", "tuner"},
+    {"train", "evaluate", "tuner", "deltas"},
     {"comparison", "planning"},
     {"cli"},
     {""},
