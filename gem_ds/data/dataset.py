@@ -8,7 +8,7 @@ several examples, whose sequences then lie in one row of the batch. The examples
 or numbers (`gem_ds.data.encode` makes them); what is not of their kind is None.
 
 Labels stand on the answer tokens only and are not shifted: the loss compares `logits[:, :-1]` with
-`labels[:, 1:]`.
+`labels[:, 1:]`. Where a conversation has several answers, what lies between them is `unlearnt`.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ class Dataset:
     truncated: Tensor  # bool [S], whether a part of the text was cut off
     #: int32 [S], each at least 1 and below the sequence's length; None where no token is learnt.
     prompt_lengths: Tensor | None = None
+    #: bool [sum of lengths], which tokens behind a prompt are no answer's; None where all are.
+    unlearnt: Tensor | None = None
     #: int32 [sum of lengths], which of two texts each token is of, where the model reads that.
     types: Tensor | None = None
     #: [n]; int64 index of a label or candidate, or fp32 the number; None where it is written.
@@ -71,8 +73,10 @@ class Dataset:
             return len(indices)
         assert self.prompt_lengths is not None, "without answers an answer is written"
         sequences = positions(self.groups, _index(indices))
-        lengths = _lengths(self.offsets, sequences)
-        return int(lengths.sum() - self.prompt_lengths[sequences].sum())
+        num_answer = _lengths(self.offsets, sequences) - self.prompt_lengths[sequences]
+        if self.unlearnt is None:
+            return int(num_answer.sum())
+        return int(num_answer.sum() - self.unlearnt[positions(self.offsets, sequences)].sum())
 
     def select(self, indices: Sequence[int]) -> Dataset:
         """The dataset of these rows, in their order."""
@@ -86,13 +90,14 @@ class Dataset:
             groups=offsets_of(_lengths(self.groups, index)),
             truncated=self.truncated[sequences],
             prompt_lengths=None if self.prompt_lengths is None else self.prompt_lengths[sequences],
+            unlearnt=None if self.unlearnt is None else self.unlearnt[entries],
             types=None if self.types is None else self.types[entries],
             answers=None if self.answers is None else self.answers[index],
         )
 
     def fingerprint(self) -> str:
         """A hash of all that a model reads and learns, so that a resume can refuse other data."""
-        texts = [self.offsets, self.prompt_lengths, self.tokens, self.types]
+        texts = [self.offsets, self.prompt_lengths, self.tokens, self.types, self.unlearnt]
         rows = [self.groups, self.answers] if self.answers is not None or self.is_packed else []
         if self.prompt_lengths is None:
             return _digest(*texts, *rows)
@@ -126,6 +131,8 @@ class Dataset:
         batch = {"input_ids": _filled(pad_token_id, is_token, tokens)}
         if rows.prompt_lengths is not None:
             is_answer = within >= rows.prompt_lengths.repeat_interleave(lengths)
+            if rows.unlearnt is not None:
+                is_answer &= ~rows.unlearnt
             labels = tokens.masked_fill(~is_answer, IGNORED_LABEL)
             batch["labels"] = _filled(IGNORED_LABEL, is_token, labels)
             batch["answer_positions"] = answer_positions(batch["labels"])
@@ -158,6 +165,12 @@ def rows_of_groups(counts: Tensor) -> Tensor:
     columns = torch.arange(max([1, *counts.tolist()]))
     rows = offsets_of(counts)[:-1, None] + columns
     return rows.masked_fill(columns >= counts[:, None], -1)
+
+
+def flat(rows: Sequence[list[int]]) -> Tensor:
+    """Token ids of all rows, end to end: int32."""
+    pieces = [torch.tensor(row, dtype=torch.int32) for row in rows]
+    return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int32)
 
 
 def offsets_of(lengths: Sequence[int] | Tensor) -> Tensor:

@@ -4,45 +4,94 @@
     encode_candidates  prompt and candidate, a sequence for each: which is the likeliest? Without an
                        eos: what follows an answer is no part of it, and a token that all candidates
                        share would weigh most in the shortest one
-    encode_pairs       sentence pairs for an encoder's head: one, or one for each candidate
 
-The prompt's tokens are those a generation would start from: the special tokens that the tokenizer
-puts at the start, then the text, never an eos. The answer's tokens are what `prompt + target` has
-beyond the prompt's tokens; where a token spans the border, the target is tokenized alone instead.
-Chat messages pass through the chat template, which then is in charge of the special tokens. Pairs
-are encoded as the tokenizer does it by itself; one that is too long loses tokens at the end of the
-longer text.
+Sentence pairs are `gem_ds.data.pairs`. The prompt's tokens are those a generation would start from:
+the special tokens that the tokenizer puts at the start (unless the text has its bos itself), then
+the text, never an eos. The answer's tokens are what `prompt + target` has beyond the prompt's
+tokens; where a token spans the border, they are those of the target behind another text, so that
+both together are the text given: at the start of a text many tokenizers would add a space.
+
+Chat messages pass through the chat template (`gem_ds.data.chat`), which then is in charge of the
+special tokens; an eos follows only where neither the template nor the data ends an answer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, cast
 
 import torch
-from jinja2 import TemplateError
-from torch import Tensor
 
-from gem_ds.data.dataset import Dataset, offsets_of
-from gem_ds.data.tasks import ChoiceExample, Example, NumberExample, Pair, Prompt
+from gem_ds.data import chat
+from gem_ds.data.dataset import Dataset, flat, offsets_of
+from gem_ds.data.tasks import ChoiceExample, Example, PlainText, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_CHUNK_SIZE = 1000  # texts per tokenizer call: enough to keep a fast tokenizer's threads busy
-_TYPES = "token_type_ids"
+_CHUNK_SIZE = 1000  # examples per tokenizer call: enough to keep a fast tokenizer's threads busy
+
+#: Texts that an answer is tokenized behind where the prompt is none: the first whose tokens stay
+#: what they are by themselves. A line's end comes first, as words seldom merge with it.
+_NEIGHBOURS = ("\n", ".", "a", "0", " .")
+
+
+class LongPromptsError(ValueError):
+    """Prompts that leave no room for an answer; `rows` are the examples' indices."""
+
+    def __init__(self, lengths: dict[int, int], places: Sequence[str], max_length: int) -> None:
+        self.rows, self.longest = sorted(lengths), max(lengths.values())
+        first = self.rows[0]
+        others = f"; so it is with {len(lengths):,} of {len(places):,} examples, of up to "
+        super().__init__(
+            f"{places[first]} has a prompt of {lengths[first]} tokens, which leaves no room for an "
+            f"answer within the max_length of {max_length}"
+            + (f"{others}{self.longest} tokens" if len(lengths) > 1 else "")
+            + ": raise --max_length, shorten or remove what is too long, or in training pass "
+            "--long_prompts drop or truncate_left."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sequence:
+    """One text in tokens, not yet cut: what is read and what is learnt, in turn."""
+
+    row: int  # the example's index
+    num_start: int  # tokens at its start that stay where the prompt is cut
+    pieces: list[list[int]]
+
+    def cut(self, max_length: int, *, from_left: bool) -> list[list[int]]:
+        """The pieces within a length: answers are cut at the end, before that a prompt may be."""
+        prompt, *rest = self.pieces
+        if from_left:
+            room = max(max_length - sum(map(len, rest)), max_length // 2, 1)
+            num_kept = min(self.num_start, room)
+            if len(prompt) > room:
+                prompt = prompt[:num_kept] + prompt[len(prompt) - room + num_kept :]
+        kept, room = [prompt], max_length - len(prompt)
+        for piece in rest:
+            kept.append(piece[: max(room, 0)])
+            room -= len(piece)
+        return kept
 
 
 def encode_texts(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    *,
+    truncate_left: bool = False,
 ) -> Dataset:
     """Encode examples as `prompt tokens + answer tokens + eos`, cut at `max_length`.
 
+    With `truncate_left` a prompt loses tokens at its start so that the answer fits, but keeps half
+    of `max_length`. A conversation may be several rows.
+
     Raises:
-        ValueError: A prompt alone fills `max_length`, or the tokenizer lacks what an example needs:
-            an eos token, a bos token for an empty prompt, a chat template. The sentence names the
-            example, counted from 1.
+        LongPromptsError: Prompts fill `max_length`.
+        ValueError: The tokenizer lacks what an example needs: an eos token, a bos token for an
+            empty prompt, a chat template that takes the messages.
     """
     if examples and tokenizer.eos_token_id is None:
         raise ValueError(
@@ -50,11 +99,15 @@ def encode_texts(
             "answer stops: set eos_token in its tokenizer_config.json."
         )
     rows = [[example] for example in examples]
-    return _encode_rows(rows, tokenizer, max_length, [tokenizer.eos_token_id])
+    return _dataset(rows, tokenizer, max_length, truncate_left=truncate_left, has_eos=True)
 
 
 def encode_candidates(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    *,
+    truncate_left: bool = False,
 ) -> Dataset:
     """Encode `prompt tokens + candidate tokens` for every candidate of every example.
 
@@ -62,101 +115,112 @@ def encode_candidates(
         ValueError: As `encode_texts` (no eos is needed), or a candidate has no tokens.
     """
     choices = cast(Sequence[ChoiceExample], examples)
-    rows = [[Example(prompt=e.prompt, target=text) for text in e.candidates] for e in choices]
-    dataset = _encode_rows(rows, tokenizer, max_length, [])
+    rows = [
+        [Example(prompt=e.prompt, target=text, place=e.place) for text in e.candidates]
+        for e in choices
+    ]
+    dataset = _dataset(rows, tokenizer, max_length, truncate_left=truncate_left, has_eos=False)
+    groups = offsets_of([len(row) for row in rows])
     answers = torch.tensor([example.answer for example in choices], dtype=torch.int64)
-    return replace(dataset, answers=answers)
-
-
-def encode_pairs(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> Dataset:
-    """Encode every pair of every example.
-
-    Raises:
-        ValueError: `max_length` leaves no room beside the tokenizer's special tokens.
-    """
-    asked = cast(Sequence[ChoiceExample | NumberExample], examples)
-    answers = [e.value if isinstance(e, NumberExample) else e.answer for e in asked]
-    is_number = any(isinstance(example, NumberExample) for example in asked)
-    pairs = [pair for example in asked for pair in example.pairs]
-    encoded = list(_encode_pairs(pairs, tokenizer, max_length))
-    has_types = _TYPES in tokenizer.model_input_names
-    return Dataset(
-        tokens=_flat([row["input_ids"] for row, _ in encoded]),
-        types=_flat([row[_TYPES] for row, _ in encoded]) if has_types else None,
-        offsets=offsets_of([len(row["input_ids"]) for row, _ in encoded]),
-        groups=offsets_of([len(example.pairs) for example in asked]),
-        truncated=torch.tensor([is_cut for _, is_cut in encoded], dtype=torch.bool),
-        answers=torch.tensor(answers, dtype=torch.float32 if is_number else torch.int64),
-    )
+    return replace(dataset, groups=groups, answers=answers)
 
 
 def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The token ids from which a generation starts: exactly the prompt part of `encode_texts`."""
-    (ids,) = _tokenize([_render(prompt, tokenizer, number=1)], tokenizer)
-    return _begun(prompt, ids, tokenizer, _start_tokens(tokenizer), number=1)
+    text = prompt
+    if not isinstance(text, str):
+        text = chat.render_prompt(text, tokenizer, "A prompt")
+    (ids,) = _tokenize([text], tokenizer)
+    start = _start_of(ids, prompt, tokenizer, _start_tokens(tokenizer))
+    if not (start or ids):
+        raise ValueError(_empty_prompt("A question"))
+    return start + ids
 
 
-def _flat(rows: Sequence[list[int]]) -> Tensor:
-    pieces = [torch.tensor(row, dtype=torch.int32) for row in rows]
-    return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int32)
-
-
-def _chunks(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    return (items[first : first + _CHUNK_SIZE] for first in range(0, len(items), _CHUNK_SIZE))
-
-
-def _encode_rows(
+def _dataset(
     rows: Sequence[Sequence[Example]],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
-    eos: list[int],
+    *,
+    truncate_left: bool,
+    has_eos: bool,
 ) -> Dataset:
-    """Every text of every row as a sequence; a row is what errors call an example."""
-    numbered = [(number, example) for number, row in enumerate(rows, 1) for example in row]
+    """Every text of every row as a sequence, a row for each."""
+    places = [row[0].place or f"Example {number}" for number, row in enumerate(rows, 1)]
+    numbered = [(i, example) for i, row in enumerate(rows) for example in row]
     sequences = [
         sequence
-        for chunk in _chunks(numbered)
-        for sequence in _encode_answers(chunk, tokenizer, max_length, eos)
+        for first in range(0, len(numbered), _CHUNK_SIZE)
+        for sequence in _encode(numbered[first : first + _CHUNK_SIZE], places, tokenizer, has_eos)
     ]
+    cut = [sequence.cut(max_length, from_left=truncate_left) for sequence in sequences]
+    if long := {
+        sequence.row: len(sequence.pieces[0])
+        for sequence, pieces in zip(sequences, cut, strict=True)
+        if len(pieces[0]) >= max_length
+    }:
+        raise LongPromptsError(long, places, max_length)
+    lengths = [sum(map(len, pieces)) for pieces in cut]
+    whole = [sum(map(len, sequence.pieces)) for sequence in sequences]
+    has_turns = any(len(pieces) > 2 for pieces in cut)
     return Dataset(
-        tokens=_flat([ids[:max_length] for ids, _ in sequences]),
-        offsets=offsets_of([min(len(ids), max_length) for ids, _ in sequences]),
-        groups=offsets_of([len(row) for row in rows]),
-        truncated=torch.tensor([len(ids) > max_length for ids, _ in sequences], dtype=torch.bool),
-        prompt_lengths=torch.tensor([length for _, length in sequences], dtype=torch.int32),
+        tokens=flat([piece for pieces in cut for piece in pieces]),
+        offsets=offsets_of(lengths),
+        groups=torch.arange(len(cut) + 1),
+        truncated=torch.tensor(lengths, dtype=torch.int64) < torch.tensor(whole, dtype=torch.int64),
+        prompt_lengths=torch.tensor([len(pieces[0]) for pieces in cut], dtype=torch.int32),
+        unlearnt=torch.cat([_unlearnt(pieces) for pieces in cut]) if has_turns else None,
     )
 
 
-def _encode_answers(
+def _unlearnt(pieces: Sequence[list[int]]) -> torch.Tensor:
+    """Which tokens are read behind the prompt, bool."""
+    turns = [torch.full([len(piece)], i > 0 and i % 2 == 0) for i, piece in enumerate(pieces)]
+    return torch.cat(turns)
+
+
+def _encode(
     numbered: Sequence[tuple[int, Example]],
+    places: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    eos: list[int],
-) -> Iterator[tuple[list[int], int]]:
-    """The tokens of each example, not yet cut, and how many of them are the prompt's."""
+    has_eos: bool,
+) -> Iterator[_Sequence]:
+    """The tokens of each example."""
     start_tokens = _start_tokens(tokenizer)
-    texts = [_render(example.prompt, tokenizer, number) for number, example in numbered]
-    prompts = _tokenize(texts, tokenizer)
-    wholes = _tokenize([t + e.target for t, (_, e) in zip(texts, numbered, strict=True)], tokenizer)
-    for (number, example), prompt, whole in zip(numbered, prompts, wholes, strict=True):
-        answer = whole[len(prompt) :]
-        if whole[: len(prompt)] != prompt:
-            (answer,) = _tokenize([example.target], tokenizer)
-        begun = _begun(example.prompt, prompt, tokenizer, start_tokens, number)
-        if len(begun) >= max_length:
+    eos, ends = ([tokenizer.eos_token_id], None) if has_eos else ([], False)
+    texts = []
+    for row, example in numbered:
+        if isinstance(example.prompt, str):
+            texts.append((row, example, [example.prompt, example.target]))
+            continue
+        rendered = chat.render_answers(example, tokenizer, places[row])
+        texts += [(row, example, pieces) for pieces in rendered]
+        if ends is None:
+            ends = bool(chat.end_of_turn(example, tokenizer, places[row]).strip())
+    tokens = _tokenize_pieces([pieces for _, _, pieces in texts], tokenizer)
+    for (row, example, _), (prompt, *rest) in zip(texts, tokens, strict=True):
+        start = _start_of(prompt, example.prompt, tokenizer, start_tokens)
+        is_ended = not isinstance(example.prompt, str) and ends
+        if eos and not is_ended and rest[-1][-1:] != eos:
+            rest[-1] = rest[-1] + eos
+        if not rest[-1]:
             raise ValueError(
-                f"Example {number} has a prompt of {len(begun)} tokens, which leaves no room for "
-                f"an answer within the max_length of {max_length}: raise --max_length, or shorten "
-                f"or remove the example."
+                f"{places[row]} has the candidate {example.target!r}, which the tokenizer makes no "
+                "tokens of, so it has no likelihood: write it out."
             )
-        if not (answer or eos):
-            raise ValueError(
-                f"Example {number} has the candidate {example.target!r}, which the tokenizer makes "
-                "no tokens of, so it has no likelihood: write it out."
-            )
-        yield [*begun, *answer, *eos], len(begun)
+        if not (start or prompt):
+            if not isinstance(example, PlainText) or len(rest[0]) < 2:
+                raise ValueError(_empty_prompt(places[row]))
+            prompt, rest[0] = rest[0][:1], rest[0][1:]  # nothing precedes what could be learnt
+        num_start = len(start) or int(prompt[:1] == [tokenizer.bos_token_id])
+        yield _Sequence(row=row, num_start=num_start, pieces=[start + prompt, *rest])
+
+
+def _empty_prompt(place: str) -> str:
+    return (
+        f"{place} has an empty prompt and the tokenizer has no bos token to stand for it: give it "
+        "a prompt."
+    )
 
 
 def _start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -168,72 +232,48 @@ def _start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return next(full[:n] for n in range(num_added + 1) if full[n : n + len(plain)] == plain)
 
 
-def _render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, number: int) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            f"Example {number} holds chat messages but the tokenizer has no chat template: use a "
-            f"model that has one, or pass --prompt_field and --target_field."
-        )
-    try:
-        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-    except TemplateError as error:
-        raise ValueError(
-            f"The tokenizer's chat template refuses the messages of example {number} ({error}): "
-            f"change their roles or their order."
-        ) from error
-    assert isinstance(text, str)
-    return text
+def _start_of(
+    ids: list[int],
+    prompt: Prompt,
+    tokenizer: PreTrainedTokenizerBase,
+    start_tokens: list[int],
+) -> list[int]:
+    """What precedes a prompt's tokens, so that the first answer token has one to follow."""
+    bos = tokenizer.bos_token_id
+    has_bos = bos is not None and ids[:1] == [bos]
+    if isinstance(prompt, str) and start_tokens and not has_bos:  # a template writes its own
+        return start_tokens
+    return [] if ids or bos is None else [bos]
 
 
 def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Token ids of each text, without special tokens and without a limit on the length."""
+    if not texts:
+        return []
     ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 
 
-def _begun(
-    prompt: Prompt,
-    ids: list[int],
-    tokenizer: PreTrainedTokenizerBase,
-    start_tokens: list[int],
-    number: int,
-) -> list[int]:
-    """A prompt's tokens with a start, so that the first answer token has one to follow."""
-    start = start_tokens if isinstance(prompt, str) else []  # a template writes its own
-    if start or ids:
-        return start + ids
-    if tokenizer.bos_token_id is None:
-        raise ValueError(
-            f"Example {number} has an empty prompt and the tokenizer has no bos token to stand for "
-            f"it: give the example a prompt."
-        )
-    return [tokenizer.bos_token_id]
+def _tokenize_pieces(
+    texts: Sequence[chat.Pieces], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[list[list[int]]]:
+    """The tokens of each text in pieces that lie end to end, no token across a border."""
+    begun = ["".join(pieces[: n + 1]) for pieces in texts for n in range(len(pieces))]
+    tokens = iter(_tokenize(begun, tokenizer))
+    for pieces in texts:
+        found = [before := next(tokens)]
+        for piece in pieces[1:]:
+            whole = next(tokens)
+            is_border = whole[: len(before)] == before
+            found.append(whole[len(before) :] if is_border else _behind(piece, tokenizer))
+            before = whole
+        yield found
 
 
-def _encode_pairs(
-    pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> Iterator[tuple[dict[str, list[int]], bool]]:
-    """What the tokenizer makes of each pair, and whether it was cut: the few that are too long."""
-    for chunk in _chunks(pairs):
-        texts = [list(side) for side in zip(*chunk, strict=True)]
-        has_second = texts[1][0] is not None  # all pairs of a task are alike
-        rows: Any = tokenizer(*texts[: 1 + has_second], verbose=False)
-        for i, pair in enumerate(chunk):
-            if len(rows["input_ids"][i]) > max_length:
-                yield _cut(pair, tokenizer, max_length), True
-            else:
-                yield {key: values[i] for key, values in rows.items()}, False
-
-
-def _cut(pair: Pair, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list[int]]:
-    """A pair whose longer text is cut so that `max_length` tokens are left."""
-    num_special = tokenizer.num_special_tokens_to_add(pair=pair[1] is not None)
-    if num_special >= max_length:
-        raise ValueError(
-            f"The tokenizer puts {num_special} special tokens around a pair, which leaves no room "
-            f"for text within the max_length of {max_length}: raise --max_length."
-        )
-    row: Any = tokenizer(*pair, truncation="longest_first", max_length=max_length)
-    return dict(row)
+def _behind(piece: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of a text that does not stand at the start."""
+    for neighbour in _NEIGHBOURS:
+        alone, whole = _tokenize([neighbour, neighbour + piece], tokenizer)
+        if whole[: len(alone)] == alone:
+            return whole[len(alone) :]
+    return _tokenize([piece], tokenizer)[0]

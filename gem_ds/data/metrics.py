@@ -33,6 +33,8 @@ _OUT_OF_FIVE = re.compile(  # but for the fifths of a mixed number, 3 4/5
     rf"(?<![0-9]\s[0-9])\s*/\s*{SCALE[1]:g}(?:\.0+)?(?!\.?[0-9])"
 )
 
+_AS_LABELS = "cb"  # the task whose metrics own labels have
+
 #: Examples and what was predicted for each -> the value.
 Measure = Callable[[Sequence[Any], Sequence[Any]], float]
 
@@ -42,7 +44,7 @@ def score(
     examples: Sequence[Example],
     predictions: Sequence[int] | Sequence[float] | Sequence[str],
 ) -> dict[str, float]:
-    """Every metric of a task of `METRICS` by name, the main one first.
+    """Every metric of a task of `METRICS` by name, the main one first; of own labels those of cb.
 
     Of each example a prediction is the index of a candidate; for stsb a number; for squad a text.
 
@@ -50,6 +52,7 @@ def score(
         ValueError: The task has no metric, there is nothing to judge, or a prediction is missing or
             impossible.
     """
+    task = _AS_LABELS if task == "jsonl" else task
     if task not in METRICS:
         raise ValueError(f"{task} has no metric here: there are those of {', '.join(METRICS)}.")
     if not examples or len(examples) != len(predictions):

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gem_ds.data.tasks.lines import Line, parse_jsonl, read_hub
+from gem_ds.data.tasks.lines import Line, parse_jsonl
+from gem_ds.data.tasks.published import read_hub
 from gem_ds.evaluate.extraction import find_program
 from gem_ds.evaluate.sandbox import Program
 

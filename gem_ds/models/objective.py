@@ -20,19 +20,19 @@ a sequence of its own, so B examples are a forward pass of B times the number of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerBase
 
 from gem_ds.data.batches import SummedLoss
 from gem_ds.data.dataset import IGNORED_LABEL, Dataset
-from gem_ds.data.encode import encode_candidates, encode_pairs, encode_texts
-from gem_ds.data.tasks import Example, Kind
+from gem_ds.data.encode import encode_candidates, encode_texts
+from gem_ds.data.pairs import encode_pairs
+from gem_ds.data.tasks import Kind
 from gem_ds.distributed.comm import Comm
 from gem_ds.models.loss import answer_labels, answer_logits, summed_answer_loss
 
@@ -40,8 +40,8 @@ Predict = Callable[[nn.Module, dict[str, Tensor]], Tensor]
 """Takes a model and a batch of n examples; index of the answer int64 [n] (-1 if a score is NaN), or
 the number fp32 [n]."""
 
-Encode = Callable[[Sequence[Example], PreTrainedTokenizerBase, int], Dataset]
-"""Examples, tokenizer and max_length to a dataset."""
+Encode = Callable[..., Dataset]
+"""Examples, tokenizer and max_length to a dataset; of texts also `truncate_left`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,7 +59,7 @@ def parse_arguments(argv: Sequence[str], needed: Sequence[str] = _NEEDED) -> Arg
     )
     if strays:
         raise ValueError(f"There is no flag {strays[0]}: see --help.")
-    if data.task is None and data.train_file is not None:
+    if data.task is None and (data.train_file or data.dataset_name):
         data = replace(data, task="jsonl")
     notes = [told(left_out)] if left_out else []
     args = Arguments(model=model, data=data, method=method, train=train, notes=notes)

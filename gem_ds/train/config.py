@@ -75,16 +75,33 @@ class DataArguments:
     """The task and its examples."""
 
     task: str | None = option(
-        None, f"What to train on: {', '.join(task_names())} (jsonl is your own file)."
+        None,
+        f"What to train on: {', '.join(task_names())} (jsonl, your own data, is the default where "
+        "--train_file or --dataset_name is given).",
     )
     data_dir: str | None = option(
         None, "Folder with the task's files; without it the task is loaded from the Hub."
     )
     train_file: str | None = option(None, "With --task jsonl: the training file.")
     test_file: str | None = option(None, "With --task jsonl: the held-out file.")
+    dataset_name: str | None = option(
+        None, "Instead of files: your data set's id on the Hub, or a folder that datasets loads."
+    )
+    dataset_config_name: str | None = option(
+        None, "With --dataset_name: which of its configurations."
+    )
     prompt_field: str | None = option(None, "With --task jsonl: the field that holds the prompt.")
     target_field: str | None = option(None, "With --task jsonl: the field that holds the target.")
+    train_on: Literal["all", "last"] | None = option(
+        None, "Of your own conversations: learn all answers, or the last (default: all)."
+    )
     max_length: Count = option(1024, "Tokens of prompt and answer; longer answers are cut.")
+    long_prompts: Literal["drop", "truncate_left", "error"] = option(
+        "drop",
+        "What becomes of an example whose prompt leaves no room for an answer within --max_length: "
+        "drop leaves it out and says how many there were, truncate_left cuts the prompt at its "
+        "start, error ends the run and names the line.",
+    )
     packing: bool = option(
         False, "Let several examples share one sequence; attention stays within each."
     )

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from gem_ds.data import chat
 from gem_ds.data.batches import permutation
 from gem_ds.data.dataset import Dataset
+from gem_ds.data.encode import LongPromptsError
 from gem_ds.data.tasks import (
     AnswerExample,
     ChoiceExample,
@@ -31,7 +33,7 @@ from gem_ds.files.checkpoint import Checkpoint, RunIdentity
 from gem_ds.files.mask import Mask
 from gem_ds.models.encoders import is_encoder, num_positions, set_head
 from gem_ds.models.load import refuse_damaged_files, trainable_config
-from gem_ds.models.objective import Objective, objective_of
+from gem_ds.models.objective import Encode, Objective, objective_of
 from gem_ds.models.tokenizer import load_tokenizer, pad_token_id, refuse_foreign_tokens
 from gem_ds.sparse.sddmm import check_kernel
 from gem_ds.train.config import Arguments, DataArguments, TrainArguments
@@ -51,7 +53,8 @@ class RunData:
     train: Dataset
     test: Dataset  # held-out examples, for the loss; may be empty
     questions: Dataset | None  # what predictions are made from; None where answers are generated
-    references: list[Example]  # the held-out examples as text
+    references: list[Example]  # the examples of ``questions``, else of ``test``, as text
+    notes: tuple[str, ...]  # how the data were read, and what was left out
 
     def fingerprint(self) -> str:
         """A hash of what a run is measured on."""
@@ -106,6 +109,11 @@ def prepare(args: Arguments, world_size: int) -> PreparedRun:
     objective = objective_of(
         task.kind, is_encoder=is_encoder(config), classification_loss=args.data.classification_loss
     )
+    if args.data.long_prompts == "truncate_left" and is_encoder(config):
+        raise ValueError(
+            "--long_prompts is for prompts of causal models, and the pairs that an encoder reads "
+            "are cut at the end of the longer text: leave it out."
+        )
     if args.method.calibration_head_steps and not is_encoder(config):
         raise ValueError(
             f"--calibration_head_steps trains an encoder's head, and {config.model_type} has none: "
@@ -164,15 +172,19 @@ def load_examples(data: DataArguments) -> TaskData:
         data_dir=data.data_dir,
         train_file=data.train_file,
         test_file=data.test_file,
+        dataset_name=data.dataset_name,
+        dataset_config_name=data.dataset_config_name,
         prompt_field=data.prompt_field,
         target_field=data.target_field,
+        train_on=data.train_on,
     )
     if data.evaluate_on == "test" and not task.test:
         raise ValueError(
-            f"--evaluate_on test: {data.data_dir or data.train_file} holds no held-out examples of "
+            f"--evaluate_on test: {data.data_dir or data.train_file or data.dataset_name} holds no "
+            f"held-out examples of "
             f"--task {data.task}: add its validation file, or pass --evaluate_on dev."
         )
-    order, num_left = _split(task.train, data.dev_examples)
+    order, num_left = _split(task, data.dev_examples)
     if data.dev_examples and num_left < 1:
         raise ValueError(
             f"--dev_examples {data.dev_examples} leaves none of the {len(task.train)} training "
@@ -184,14 +196,15 @@ def load_examples(data: DataArguments) -> TaskData:
     return replace(task, train=[task.train[i] for i in train], test=test[: data.max_eval_samples])
 
 
-def _split(examples: Sequence[Example], num_dev: int) -> tuple[list[int], int]:
+def _split(task: TaskData, num_dev: int) -> tuple[list[int], int]:
     """A fixed random order of the examples, and how many of them are not of the development set.
 
     Examples on the same passage stay together, so that none is half learnt; the development set may
     thereby be a little larger than asked for.
     """
-    passages = _passages(examples)
-    texts: dict[str, list[int]] = {}
+    examples = task.train
+    passages = _passages(examples) if task.has_passages else range(len(examples))
+    texts: dict[str | int, list[int]] = {}
     for i in permutation(len(examples), _SPLIT_SEED, epoch=0).tolist():
         texts.setdefault(passages[i], []).append(i)
     order: list[int] = []
@@ -210,7 +223,7 @@ def _passages(examples: Sequence[Example]) -> list[str]:
         firsts, seconds = ([text or "" for text in texts] for texts in zip(*pairs, strict=True))
         longer = firsts if sum(map(len, firsts)) >= sum(map(len, seconds)) else seconds
         return [text.replace("*", "") for text in longer]  # by which wsc marks words of a text
-    return [e.passage if isinstance(e, AnswerExample) else str(e.prompt) for e in examples]
+    return [e.passage for e in examples if isinstance(e, AnswerExample)]
 
 
 def encode_examples(
@@ -221,16 +234,25 @@ def encode_examples(
     config: PretrainedConfig,
 ) -> RunData:
     """The examples as datasets; a ValueError if one cannot be, or the model cannot read it."""
-    train = objective.encode(task.train, tokenizer, data.max_length)
-    test = objective.encode(task.test, tokenizer, data.max_length)
+    encode, notes = objective.encode, list(task.notes)
+    train_examples, train = _encode(data, task.train, encode, tokenizer, "training", notes)
+    if not len(train):
+        raise ValueError(
+            f"--long_prompts drop leaves none of the {len(task.train):,} training examples: raise "
+            "--max_length, or pass --long_prompts truncate_left."
+        )
+    references, test = _encode(data, task.test, encode, tokenizer, "held-out", notes)
     if data.packing and train.answers is not None:
         raise ValueError(
             "--packing is for examples whose answers are written, one sequence each: leave it out."
         )
     predictor, questions = objective.predictor, None
-    if predictor is not None:
-        is_same = predictor.encode == objective.encode
-        questions = test if is_same else predictor.encode(task.test, tokenizer, data.max_length)
+    if predictor is not None and predictor.encode == encode:
+        questions = test
+    elif predictor is not None:
+        references, questions = _encode(
+            data, task.test, predictor.encode, tokenizer, "held-out", notes
+        )
     datasets = [train, test, *([] if questions is None else [questions])]
     vocab_size = config.get_text_config().vocab_size
     refuse_foreign_tokens(max(dataset.largest_token for dataset in datasets), vocab_size)
@@ -240,7 +262,35 @@ def encode_examples(
             f"The longest example has {longest} tokens and the model reads {limit}: pass "
             f"--max_length {limit} or less."
         )
-    return RunData(train=train, test=test, questions=questions, references=task.test)
+    notes += chat.notes(train_examples, tokenizer)
+    return RunData(
+        train=train, test=test, questions=questions, references=references, notes=tuple(notes)
+    )
+
+
+def _encode(
+    data: DataArguments,
+    examples: list[Example],
+    encode: Encode,
+    tokenizer: PreTrainedTokenizerBase,
+    part: str,
+    notes: list[str],
+) -> tuple[list[Example], Dataset]:
+    """A part of the examples without those that ``--long_prompts`` drops, which is noted."""
+    options = {"truncate_left": True} if data.long_prompts == "truncate_left" else {}
+    try:
+        return examples, encode(examples, tokenizer, data.max_length, **options)
+    except LongPromptsError as error:
+        if data.long_prompts != "drop":
+            raise
+        notes.append(
+            f"{len(error.rows):,} of {len(examples):,} {part} examples are left out, as their "
+            f"prompts leave no room for an answer within --max_length {data.max_length} (the "
+            f"longest has {error.longest:,} tokens): --long_prompts truncate_left would keep them"
+        )
+        long = set(error.rows)
+        kept = [example for i, example in enumerate(examples) if i not in long]
+        return kept, encode(kept, tokenizer, data.max_length, **options)
 
 
 def fingerprint(data: DataArguments, train: Dataset) -> str:

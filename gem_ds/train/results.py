@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from gem_ds.models.encoders import auto_class, is_encoder
 from gem_ds.models.load import DTYPES
 from gem_ds.models.objective import predict_all
 from gem_ds.select.rules import CALIBRATED_METHODS, SPARSE_METHODS
-from gem_ds.train.config import DEFAULT_DENSITY
+from gem_ds.train.config import DEFAULT_DENSITY, DataArguments
 from gem_ds.train.methods import product_of
 from gem_ds.train.prepare import PreparedRun
 
@@ -46,6 +47,13 @@ def run_settings(prepared: PreparedRun) -> dict[str, Any]:
         if is_encoder(prepared.config):
             settings["calibration_head_steps"] = method.head_steps
     return settings
+
+
+def _dataset_of(data: DataArguments) -> str | None:
+    """The data set's id on the Hub, if the data came from there."""
+    if data.dataset_name is not None:
+        return None if Path(data.dataset_name).exists() else data.dataset_name
+    return None if data.data_dir else hub_dataset(str(data.task))
 
 
 def _method_of(prepared: PreparedRun) -> str:
@@ -103,7 +111,7 @@ def save_results(prepared: PreparedRun, state: TrainerState, results: Mapping[st
         base_model=str(args.model.model_name_or_path),
         revision=args.model.revision,
         task=str(args.data.task),
-        dataset=None if args.data.data_dir else hub_dataset(str(args.data.task)),
+        dataset=_dataset_of(args.data),
         method=_method_of(prepared),
         product=product_of(args.method.method),
         has_mask=args.method.method in SPARSE_METHODS,

@@ -162,6 +162,8 @@ class Run:
     def describe(self, reporter: Reporter) -> None:
         """Say what will be trained and on what, and where the run begins."""
         prepared = self.prepared
+        for note in prepared.data.notes:
+            reporter.say(note)
         numbers = describe(self.tuning, reporter.say)
         if self.summed_loss is summed_answer_loss:
             reporter.say(

@@ -9,8 +9,14 @@ from hypothesis import strategies as st
 from tokenizers import ByteLevelBPETokenizer, processors
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
-from gem_ds.data.encode import encode_candidates, encode_pairs, encode_prompt, encode_texts
-from gem_ds.data.tasks import Example
+from gem_ds.data.encode import (
+    LongPromptsError,
+    encode_candidates,
+    encode_prompt,
+    encode_texts,
+)
+from gem_ds.data.pairs import encode_pairs
+from gem_ds.data.tasks import Example, PlainText
 from tests.tiny_tasks import KINDS, bert_tokenizer, choice, make_task
 from tests.tiny_tokenizers import save_sentencepiece
 
@@ -106,6 +112,91 @@ def test_any_text_survives_in_two_parts(tokenizers, prompt, target):
     assert input_ids[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(input_ids[1:prompt_length]) == prompt
     assert tokenizer.decode(input_ids[prompt_length:-1]) == target
+
+
+@pytest.mark.parametrize(
+    ("prompt", "target"),
+    [
+        ("Answer: ", "She sold"),
+        ("Quest", "ion: How"),
+        ("She sold 4", "8 clips"),
+        ("Answer:\n", "\n She"),
+        ("Answer: ", " She"),
+        ("", "She"),
+    ],
+)
+@pytest.mark.parametrize("family", ["byte-level", "sentencepiece"])
+def test_both_parts_together_are_the_text_given(tokenizers, family, prompt, target):
+    """Alone, a SentencePiece tokenizer would begin the target with a space that nobody wrote."""
+    tokenizer = tokenizers[family, True, False]
+    input_ids, prompt_length = encode(Example(prompt=prompt, target=target), tokenizer)
+    assert input_ids[:prompt_length] == encode_prompt(prompt, tokenizer)
+    read, whole = (
+        tokenizer.decode(ids, skip_special_tokens=True)
+        for ids in (input_ids[:prompt_length], input_ids)
+    )
+    assert (read.strip(), whole.removeprefix(" ")) == (prompt.strip(), prompt + target)
+    assert whole.removeprefix(read) == target or not prompt
+
+
+@settings(max_examples=60, deadline=None)
+@given(prompt=st.text("She sold 48\n:é", max_size=9), target=st.text("She sold 48\n:é", max_size=9))
+def test_no_border_of_a_sentencepiece_text_gains_a_space(tokenizers, prompt, target):
+    tokenizer = tokenizers["sentencepiece", True, False]
+    input_ids, _ = encode(Example(prompt=f"x{prompt}", target=target), tokenizer)
+    assert tokenizer.decode(input_ids, skip_special_tokens=True) == f"x{prompt}{target}"
+
+
+@pytest.mark.parametrize("family", ["byte-level", "sentencepiece"])
+@pytest.mark.parametrize("bos", ["<s>", ""])
+def test_special_tokens_that_the_text_has_are_not_added_again(tokenizers, family, bos):
+    """Prompts that another program rendered begin with the bos, and end with the eos."""
+    tokenizer = tokenizers[family, True, False]
+    example = Example(prompt=f"{bos}[INST] How many? [/INST]", target=" 48</s>")
+    input_ids, prompt_length = encode(example, tokenizer)
+    assert input_ids.count(tokenizer.bos_token_id) == input_ids.count(tokenizer.eos_token_id) == 1
+    assert (input_ids[0], input_ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    assert encode_prompt(example.prompt, tokenizer) == input_ids[:prompt_length]
+
+
+def test_of_a_plain_text_all_is_learnt_that_something_precedes():
+    for tokenizer in (byte_level(bos_token=None), byte_level(), byte_level(add_bos=True)):
+        ids, prompt_length = encode(PlainText(target="xyz She"), tokenizer)
+        own = tokenizer("xyz She", add_special_tokens=False)["input_ids"]
+        has_bos = tokenizer.bos_token_id is not None
+        assert (ids, prompt_length) == ([0] * has_bos + [*own, 1], 1)
+    for target in ("", "x"):
+        ids, prompt_length = encode(PlainText(target=target), byte_level())
+        assert (ids[0], ids[-1], prompt_length) == (0, 1, 1)
+
+
+def test_a_long_prompt_may_lose_its_start():
+    """But not its bos, nor more than half of the room; the answer is cut only beyond that."""
+    tokenizer = byte_level(add_bos=True)
+    example = Example(prompt="abcdefgh", target="ijkl")
+    full, prompt_length = encode(example, tokenizer)
+    answer = full[prompt_length:]
+    for max_length in range(2, len(full) + 1):
+        data = encode_texts([example], tokenizer, max_length, truncate_left=True)
+        (ids,), length = sequences(data), int(data.prompt_lengths)
+        room = max(max_length - len(answer), max_length // 2)
+        assert (length, len(ids)) == (min(room, prompt_length), max_length)
+        assert ids[length:] == answer[: max_length - length]
+        assert ids[:length] == [0, *full[prompt_length - length + 1 : prompt_length]]
+        assert data.num_truncated == (max_length < len(full))
+    with pytest.raises(LongPromptsError):
+        encode_texts([example], tokenizer, 1, truncate_left=True)
+
+
+def test_long_prompts_are_named_together_by_where_they_stand():
+    fine, long, longer = (
+        Example(prompt="ab" * n, target="c", place=f"a.jsonl, line {n}") for n in (1, 3, 9)
+    )
+    with pytest.raises(LongPromptsError, match=r"^a.jsonl, line 3 has a prompt of 6 .* 2 of 3 exa"):
+        encode_texts([fine, long, longer], byte_level(), 6)
+    with pytest.raises(LongPromptsError) as caught:
+        encode_candidates([SHORT, replace(SHORT, prompt="ab" * 4)], byte_level(), 6)
+    assert (caught.value.rows, caught.value.longest) == ([1], 8)
 
 
 def test_an_empty_prompt_is_the_bos_token():

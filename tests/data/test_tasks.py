@@ -6,7 +6,15 @@ import re
 
 import pytest
 
-from gem_ds.data.tasks import AnswerExample, Example, TaskData, hub_dataset, load_task, task_names
+from gem_ds.data.tasks import (
+    AnswerExample,
+    ChatExample,
+    Example,
+    TaskData,
+    hub_dataset,
+    load_task,
+    task_names,
+)
 from gem_ds.data.tasks.lines import read_jsonl
 from gem_ds.train.config import DataArguments
 from tests.tiny_tasks import put_on_hub
@@ -128,9 +136,8 @@ def test_fields_are_taken_exactly_as_they_stand(tmp_path):
 def test_a_chat_line_ends_in_its_target(tmp_path):
     turns = [("system", "s"), ("user", "u"), ("assistant", "a"), ("user", "v"), ("assistant", "b")]
     messages = [{"role": role, "content": content, "id": 3} for role, content in turns]
-    data = load_lines(tmp_path, json.dumps({"messages": messages}))
-    expected = [{"role": role, "content": content} for role, content in turns[:-1]]
-    assert data.train == [Example(prompt=expected, target="b")]
+    data = load_lines(tmp_path, json.dumps({"messages": messages}), train_on="last")
+    assert data.train == [ChatExample(prompt=messages[:-1], turns=messages[-1:])]
     data = load_lines(tmp_path, '{"messages": 3, "p": "x", "t": "y"}', **FIELDS)
     assert data.train == [Example(prompt="x", target="y")], "named fields win"
 
@@ -198,6 +205,7 @@ def test_a_file_with_examples_and_both_fields_must_be_given(tmp_path):
             load_lines(tmp_path, content)
     with pytest.raises(ValueError, match="needs --data_dir"):
         load_task("jsonl", data_dir=None)
+    (tmp_path / "x.jsonl").unlink()
     with pytest.raises(ValueError, match="both --prompt_field and --target_field"):
         load_task("jsonl", data_dir=str(tmp_path), prompt_field="p")
     with pytest.raises(ValueError, match=r"There is no file .*train\.jsonl"):

@@ -15,7 +15,8 @@ from transformers import (
 )
 
 from gem_ds.data.dataset import Dataset
-from gem_ds.data.encode import encode_candidates, encode_pairs
+from gem_ds.data.encode import encode_candidates
+from gem_ds.data.pairs import encode_pairs
 from gem_ds.data.tasks import ChoiceExample, TaskData
 from gem_ds.models.encoders import head_names, initialise_head, set_head
 from gem_ds.models.objective import (

@@ -40,6 +40,7 @@ BAD = tomllib.loads(Path(__file__).with_name("bad_arguments.toml").read_text())
 CHOICES = {
     *("lr_scheduler_type", "train_sampling_strategy", "classification_loss", "sddmm_kernel"),
     *("eval_strategy", "save_strategy", "mask", "fp16", "evaluate_on", "optimizer"),
+    *("long_prompts", "train_on"),
 }
 
 

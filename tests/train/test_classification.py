@@ -18,7 +18,8 @@ from transformers import (
     AutoTokenizer,
 )
 
-from gem_ds.data.encode import encode_candidates, encode_pairs
+from gem_ds.data.encode import encode_candidates
+from gem_ds.data.pairs import encode_pairs
 from gem_ds.data.tasks import Kind
 from gem_ds.files.delta import Delta, apply_delta
 from gem_ds.models.encoders import head_names, initialise_head, set_head

@@ -107,6 +107,39 @@ def test_own_fields_are_the_same_examples_and_nothing_is_held_out_without_a_file
     assert not len(data.test)
 
 
+def test_prompts_that_are_too_long_are_left_out_cut_or_named(tiny):
+    """A few among many end no run; the numbers that are told are those of the file."""
+    rows = [{"p": "x" * n, "t": "yy"} for n in (5, 5, 90, 5, 100)]
+    flags = {"task": "jsonl", "data_dir": write_jsonl(tiny.folder / "long.jsonl", rows)}
+    flags |= {"prompt_field": "p", "target_field": "t", "max_length": 60}
+    data = plan_of(tiny, **flags).data
+    assert len(data.train) == 3
+    assert data.train.num_truncated == 0
+    (note,) = (note for note in data.notes if "left out" in note)
+    assert note.startswith("2 of 5 training examples are left out")
+    assert "--max_length 60 (the longest has 100 tokens)" in note
+    data = plan_of(tiny, **flags, long_prompts="truncate_left").data
+    assert data.train.lengths.tolist() == [8, 8, 60, 8, 60]
+    assert not any("left out" in note for note in data.notes)
+    with pytest.raises(ValueError, match=r"long.jsonl, line 3 has a prompt of 90 .* 2 of 5 .* 100"):
+        plan_of(tiny, **flags, long_prompts="error")
+    held_out = flags | {"test_file": flags["data_dir"], "max_length": 95}
+    assert [len(part) for part in (plan_of(tiny, **held_out).data.test,)] == [4]
+
+
+@pytest.mark.parametrize("num_instructions", [0, 1, 2])
+def test_fixed_instructions_are_no_passages(tiny, num_instructions):
+    """A development set takes its number of examples, though all prompts are one, or none."""
+    asked = [f"Write a poem of kind {i % max(num_instructions, 1)}." for i in range(20)]
+    rows = [{"p": p if num_instructions else "", "t": f"verse {i}"} for i, p in enumerate(asked)]
+    file = write_jsonl(tiny.folder / f"fixed{num_instructions}.jsonl", rows)
+    flags = {"task": "jsonl", "data_dir": file, "prompt_field": "p", "target_field": "t"}
+    task = plan_of(tiny, **flags, dev_examples=3, evaluate_on="dev").task
+    assert (len(task.train), len(task.test)) == (17, 3)
+    targets = {example.target for example in (*task.train, *task.test)}
+    assert targets == {row["t"] for row in rows}
+
+
 def test_the_identity_is_that_of_the_data_and_their_order(tiny):
     plain = plan_of(tiny).identity
     assert plan_of(tiny, learning_rate=1e-5, max_length=120, density="0.1").identity == plain

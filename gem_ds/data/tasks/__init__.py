@@ -5,7 +5,8 @@ GLUE and SuperGLUE are one family: a table, `data.tasks.catalog`. What a family 
 Tokens are `gem_ds.data.encode`, batches `gem_ds.data.batches`; scoring of answers is `eval`.
 
     kind      examples          the answer is
-    text      Example           written freely (squad: AnswerExample, judged by several references)
+    text      Example           written freely (squad: AnswerExample, judged by several references;
+                                ChatExample, turns of a conversation; PlainText, all of a text)
     labels    ChoiceExample     one of the task's fixed set of labels
     choices   ChoiceExample     one of the example's own candidates
     number    NumberExample     a number
@@ -14,15 +15,17 @@ Tokens are `gem_ds.data.encode`, batches `gem_ds.data.batches`; scoring of answe
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 Kind = Literal["text", "labels", "choices", "number"]
 
-#: What a causal model reads: text, or chat messages `{"role": ..., "content": ...}`, which the
-#: tokenizer's chat template turns into text.
-Prompt = str | list[dict[str, str]]
+#: `{"role": ..., "content": ...}`, and what else a chat template reads: `tool_calls`, ...
+Message = dict[str, Any]
+
+#: What a causal model reads: text, or messages, which the tokenizer's template turns into text.
+Prompt = str | list[Message]
 
 #: What an encoder reads: a sentence, or two with its separator between them.
 Pair = tuple[str, str | None]
@@ -34,6 +37,23 @@ class Example:
 
     prompt: Prompt
     target: str  # as it stands behind the prompt: a space between the two belongs to it
+    place: str = field(default="", compare=False)  # the file and line, for errors
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatExample(Example):
+    """A conversation: `prompt` is read, and of the `turns` behind it the assistant's are learnt."""
+
+    turns: list[Message]  # the first and the last are the assistant's
+    tools: list[dict[str, Any]] | None = None  # JSON schemas of what it may call
+    target: str = ""  # none that is text without a template
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainText(Example):
+    """A text all of which is learnt, but for its first token where nothing precedes that."""
+
+    prompt: Prompt = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +96,9 @@ class TaskData:
     test: list[Example]
     kind: Kind = "text"  # says the class of the examples
     labels: tuple[str, ...] = ()  # of kind "labels", in the dataset's order: `answer` counts them
+    #: Whether several examples may be about one text.
+    has_passages: bool = field(default=False, compare=False)
+    notes: tuple[str, ...] = field(default=(), compare=False)  # how the user's own files were read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,14 +106,18 @@ class Source:
     """What the user said about where the examples are; None means the family's own default.
 
     Without `data_dir` a task is loaded from the Hub. The others are for families that read the
-    user's own files: which ones, and the JSON fields that hold prompt and target.
+    user's own data: which, the fields that hold prompt and target, and which of a conversation's
+    answers are learnt, `all` (the default) or the `last`.
     """
 
     data_dir: str | None = None
     train_file: str | None = None
     test_file: str | None = None
+    dataset_name: str | None = None
+    dataset_config_name: str | None = None
     prompt_field: str | None = None
     target_field: str | None = None
+    train_on: str | None = None
 
 
 def load_task(name: str, **said: str | None) -> TaskData:

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from gem_ds.data.tasks import ChoiceExample, Example, Kind, NumberExample, Pair, Source, TaskData
-from gem_ds.data.tasks.lines import Fields, Line, read_hub, read_jsonl, read_tsv
+from gem_ds.data.tasks.lines import Fields, Line, read_jsonl
+from gem_ds.data.tasks.published import read_hub, read_tsv
 
 #: The ends of the scale on which numbers are.
 SCALE = (0.0, 5.0)
@@ -102,7 +103,7 @@ def load(task: ClassificationTask, source: Source) -> TaskData:
         parts = [files.read(path, task.labels) if path.is_file() else [] for path in paths]
     train, test = ([_example(task, row) for row in rows] for rows in parts)
     labels = task.labels if task.kind == "labels" else ()
-    return TaskData(train=train, test=test, kind=task.kind, labels=labels)
+    return TaskData(train=train, test=test, kind=task.kind, labels=labels, has_passages=True)
 
 
 def _numbered(row: Line, written: Sequence[object]) -> Line:
@@ -136,6 +137,7 @@ def _example(task: ClassificationTask, row: Line) -> Example:
         candidates=candidates,
         answer=answer,
         pairs=pairs,
+        place=row.place,
         group=".".join(str(row.nested("idx").whole_number(part)) for part in task.group),
         answers=row.texts("answers") if "answers" in row.fields else (),
     )
@@ -155,6 +157,7 @@ def _number_example(task: ClassificationTask, row: Line) -> NumberExample:
         target=f" {value:.1f}",
         pairs=(_fill_pair(task.pair, row),),
         value=value,
+        place=row.place,
     )
 
 

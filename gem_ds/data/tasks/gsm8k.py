@@ -10,7 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from gem_ds.data.tasks import Example, Source, TaskData
-from gem_ds.data.tasks.lines import Line, read_hub, read_jsonl
+from gem_ds.data.tasks.lines import Line, read_jsonl
+from gem_ds.data.tasks.published import read_hub
 
 HUB_DATASET = "openai/gsm8k"
 
@@ -28,4 +29,4 @@ def load(source: Source) -> TaskData:
 
 def _example(line: Line) -> Example:
     prompt = f"Question: {line.text('question')}\nAnswer:"
-    return Example(prompt=prompt, target=f" {line.text('answer')}")
+    return Example(prompt=prompt, target=f" {line.text('answer')}", place=line.place)

@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gem_ds.data.tasks import Example, Source, TaskData
-from gem_ds.data.tasks.lines import Line, numbered, read_json, read_jsonl
+from gem_ds.data.tasks.lines import Line, numbered, read_jsonl
+from gem_ds.data.tasks.published import read_json
 
 HUB_DATASET = "google-research-datasets/mbpp"
 
@@ -147,4 +148,8 @@ def _problems(rows: list[Line], sanitized: bool) -> dict[int, Problem]:
 
 def _example(problem: Problem) -> Example:
     code = re.sub(r"\r\n?", "\n", problem.code)
-    return Example(prompt=prompt_of(problem.text, problem.tests), target=target_of(code))
+    return Example(
+        prompt=prompt_of(problem.text, problem.tests),
+        target=target_of(code),
+        place=f"problem {problem.task_id}",
+    )

@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from gem_ds.data.tasks import AnswerExample, Example, Source, TaskData
-from gem_ds.data.tasks.lines import Line, numbered, read_hub, read_json
+from gem_ds.data.tasks.lines import Line, numbered
+from gem_ds.data.tasks.published import read_hub, read_json
 
 HUB_DATASET = "rajpurkar/squad"
 
@@ -23,9 +24,11 @@ def load(source: Source) -> TaskData:
     `data_dir` holds `train-v1.1.json` and perhaps `dev-v1.1.json`, the official files.
     """
     if source.data_dir is None:
-        return TaskData(train=_from_hub("train"), test=_from_hub("validation"))
-    train, test = (Path(source.data_dir) / name for name in ("train-v1.1.json", "dev-v1.1.json"))
-    return TaskData(train=_from_file(train), test=_from_file(test) if test.is_file() else [])
+        train, test = _from_hub("train"), _from_hub("validation")
+        return TaskData(train=train, test=test, has_passages=True)
+    first, second = (Path(source.data_dir) / f"{name}-v1.1.json" for name in ("train", "dev"))
+    test = _from_file(second) if second.is_file() else []
+    return TaskData(train=_from_file(first), test=test, has_passages=True)
 
 
 def _from_hub(split: str) -> list[Example]:
@@ -70,4 +73,5 @@ def _example(title: str, context: str, question: Line, answers: Iterable[str]) -
         target=f" {accepted[0]}",
         answers=accepted,
         passage=context,
+        place=question.place,
     )
