@@ -181,8 +181,8 @@ def load_examples(data: DataArguments) -> TaskData:
     if data.evaluate_on == "test" and not task.test:
         raise ValueError(
             f"--evaluate_on test: {data.data_dir or data.train_file or data.dataset_name} holds no "
-            f"held-out examples of "
-            f"--task {data.task}: add its validation file, or pass --evaluate_on dev."
+            f"held-out examples of --task {data.task}: add its validation file, or pass "
+            "--evaluate_on dev."
         )
     order, num_left = _split(task, data.dev_examples)
     if data.dev_examples and num_left < 1:
@@ -264,7 +264,11 @@ def encode_examples(
         )
     notes += chat.notes(train_examples, tokenizer)
     return RunData(
-        train=train, test=test, questions=questions, references=references, notes=tuple(notes)
+        train=train,
+        test=test,
+        questions=questions,
+        references=references,
+        notes=tuple(dict.fromkeys(notes)),
     )
 
 

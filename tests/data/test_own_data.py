@@ -224,6 +224,9 @@ def test_texts_are_read_from_every_container(tmp_path, name, content, form):
         ("x.json", '[{"text": "a"}, 3]', "entry 2: it must be an object, not a number"),
         ("x.json", "[]", "is empty"),
         ("x.csv", "text,id\na\n", "row 1: it has not as many cells as the first line"),
+        ("x.csv", 'text,id\na,"1\n', "is no whole table"),
+        ("x.csv", b"text\n\xff\n", "line 2: byte 1 of the line is not UTF-8"),
+        ("x.csv", "text\n", "is empty"),
         ("x.jsonl", "\ufeff \n", "is empty"),
     ],
 )

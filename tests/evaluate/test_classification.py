@@ -11,8 +11,8 @@ import torch
 from peft import LoraConfig, PrefixTuningConfig, ShiraConfig, TaskType, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from gem_ds.data.encode import encode_pairs
 from gem_ds.data.metrics import text_exact_match, text_f1
+from gem_ds.data.pairs import encode_pairs
 from gem_ds.data.tasks import AnswerExample, Kind, TaskData, load_task
 from gem_ds.distributed import process_group
 from gem_ds.evaluate import classification, gsm8k, squad

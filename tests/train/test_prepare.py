@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from gem_ds.data.metrics import score
 from gem_ds.files.checkpoint import Checkpoint
 from gem_ds.files.mask import Mask
 from gem_ds.models.encoders import auto_class, head_names
@@ -124,7 +125,36 @@ def test_prompts_that_are_too_long_are_left_out_cut_or_named(tiny):
     with pytest.raises(ValueError, match=r"long.jsonl, line 3 has a prompt of 90 .* 2 of 5 .* 100"):
         plan_of(tiny, **flags, long_prompts="error")
     held_out = flags | {"test_file": flags["data_dir"], "max_length": 95}
-    assert [len(part) for part in (plan_of(tiny, **held_out).data.test,)] == [4]
+    assert len(plan_of(tiny, **held_out).data.test) == 4
+
+
+def test_the_log_says_how_the_data_were_read(tiny, capsys):
+    turns = [{"role": role, "content": "Hi"} for role in ("user", "assistant")] * 2
+    file = write_jsonl(tiny.folder / "chats.jsonl", [{"messages": turns, "id": n} for n in (1, 2)])
+    flags = {"task": None, "data_dir": None, "train_file": file, "max_steps": 1}
+    train.main(tiny.flags(tiny.folder / "chatted", **flags))
+    told = capsys.readouterr().out
+    assert f"Read 2 training examples from {file} (JSON Lines): chat messages; not used" in told
+    assert "several answers are learnt (--train_on all): 2" in told
+    results = json.loads((tiny.folder / "chatted" / "all_results.json").read_text())
+    assert math.isfinite(results["last_loss"])
+
+
+def test_own_labels_are_chosen_from_and_long_texts_are_left_out(tiny):
+    """What is judged are the examples that were asked, in their order."""
+    texts = [("abc" * n, "odd" if n % 2 else "even") for n in (1, 2, 40, 3)]
+    rows = [{"text": text, "label": label, "id": n} for n, (text, label) in enumerate(texts)]
+    file = write_jsonl(tiny.folder / "labels.jsonl", rows)
+    flags = {"task": None, "data_dir": None, "train_file": file, "test_file": file}
+    plan = plan_of(tiny, **flags, max_length=60)
+    assert (plan.args.data.task, plan.task.labels) == ("jsonl", ("even", "odd"))
+    data = plan.data
+    assert [example.pairs[0][0] for example in data.references] == ["abc", "abcabc", "abcabcabc"]
+    assert len(data.questions) == len(data.references) == len(data.train) == 3
+    assert data.questions.answers.tolist() == [1, 0, 1]
+    assert data.notes[0].endswith("texts with labels, which are classified; not used: 'id'")
+    metrics = score("jsonl", data.references, [1, 0, 0])
+    assert metrics["accuracy"] == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize("num_instructions", [0, 1, 2])

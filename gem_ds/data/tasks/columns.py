@@ -35,9 +35,13 @@ def parquet_rows(path: Path, content: bytes) -> list[Line]:
 
 def table_rows(path: Path, content: bytes) -> list[Line]:
     """The rows of a table of text whose first line names the columns, by commas or tabs."""
-    lines = [text for _, text in texts_of(path, content)]
+    text = "\n".join(line for _, line in texts_of(path, content))
+    csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))  # a text may be any length
     delimiter = "\t" if ".tsv" in path.suffixes else ","
-    rows = list(csv.DictReader(io.StringIO("\n".join(lines)), delimiter=delimiter, strict=True))
+    try:
+        rows = list(csv.DictReader(io.StringIO(text, ""), delimiter=delimiter, strict=True))
+    except csv.Error as error:
+        raise ValueError(f"{path} is no whole table: {error}.") from None
     for number, row in enumerate(rows, 1):
         if None in row or None in row.values():
             raise ValueError(f"{path}, row {number}: it has not as many cells as the first line.")
