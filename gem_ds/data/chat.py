@@ -34,11 +34,8 @@ Pieces = list[str]
 """A text in pieces that are in turn read and learnt: the first is read, the last is learnt."""
 
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_REASONING = (
-    "reasoning_content",
-    "reasoning",
-    "thinking",
-)  # transformers takes each for the others
+#: Names of one key, to transformers.
+_REASONING = ("reasoning_content", "reasoning", "thinking")
 _PROBE = "ANSWER"
 #: What templates raise over messages that they do not expect.
 _REFUSALS = (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)
