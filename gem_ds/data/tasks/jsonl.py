@@ -140,6 +140,7 @@ def _files(source: Source) -> tuple[list[Path], list[Path]]:
     train, held_out = _of_folder(folder) if source.data_dir is not None else ([], [])
     if source.train_file is not None:
         train = [folder / source.train_file]
+    held_out = [path for path in held_out if path not in train]
     if source.test_file is not None:
         held_out = [folder / source.test_file]
     if not train:
@@ -147,7 +148,7 @@ def _files(source: Source) -> tuple[list[Path], list[Path]]:
             f"There is no file {folder / 'train.jsonl'}: check the path, or name one of the "
             "folder's files by --train_file."
         )
-    return train, [path for path in held_out if path not in train]
+    return train, held_out
 
 
 def _of_folder(folder: Path) -> tuple[list[Path], list[Path]]:
