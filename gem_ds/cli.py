@@ -75,6 +75,10 @@ def run(program: str, argv: Sequence[str] | None = None) -> int:
         return 1
     except Interrupted:
         sentence, status = "Stopped; the same command goes on from here.", 130
+    except KeyboardInterrupt:
+        if int(os.environ.get("RANK", 0)):
+            return 130
+        sentence, status = "Interrupted.", 130
     except Exception as error:
         told = sentence_of_limit(error)
         if told is None and not isinstance(error, (ValueError, OSError, SafetensorError)):

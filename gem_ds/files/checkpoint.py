@@ -199,9 +199,16 @@ def remove_leftovers(output_dir: Path) -> None:
         shutil.rmtree(leftover)
 
 
-def delete_old_checkpoints(output_dir: Path, limit: int) -> None:
-    """Delete all but the newest ``limit``; each loses its name before its files."""
-    for old in list(list_checkpoints(output_dir).values())[:-limit]:
+def delete_old_checkpoints(output_dir: Path, limit: int, best: int | None = None) -> None:
+    """Delete all but the newest ``limit``; each loses its name before its files.
+
+    The ``best``, by its step, is one of those that stay, beside the newest one at least.
+    """
+    folders = list_checkpoints(output_dir)
+    kept = list(folders)[-limit:]
+    if best is not None and best not in kept:
+        kept = [best, *(kept[1:] or kept)]
+    for old in [folder for step, folder in folders.items() if step not in kept]:
         nameless = old.with_name(f".{old.name}.old")
         old.rename(nameless)
         shutil.rmtree(nameless)

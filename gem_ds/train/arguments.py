@@ -153,6 +153,8 @@ def _contradictions(args: Arguments) -> Iterator[str]:
         yield f"--eval_strategy {strategy} has no steps between: leave --eval_steps out."
     if train.save_steps is not None and (strategy := train.save_strategy) in ("no", "epoch"):
         yield f"--save_strategy {strategy} has no steps between: leave --save_steps out."
+    if train.load_best_model_at_end and train.eval_strategy == "no":
+        yield "--load_best_model_at_end needs the held-out loss: leave --eval_strategy no out."
     if data.evaluate_on == "dev" and not data.dev_examples:
         yield "--evaluate_on dev needs a development set: pass --dev_examples."
     for flag in ("calibration_examples", "calibration_head_steps", "calibration_buffer_gb"):
@@ -173,6 +175,8 @@ def _contradictions(args: Arguments) -> Iterator[str]:
     for flag in ("save_steps", "resume_from_checkpoint"):
         if getattr(train, flag) is not None:
             yield f"--method {name} writes no checkpoints: leave --{flag} out."
+    if train.load_best_model_at_end:
+        yield f"--method {name} writes no checkpoints: leave --load_best_model_at_end out."
 
 
 class _Parser(HfArgumentParser):

@@ -252,6 +252,19 @@ class TrainArguments:
     )
     save_steps: Count | None = option(None, "Steps between checkpoints (default: an epoch).")
     save_total_limit: Count | None = option(None, "Keep only the newest checkpoints.")
+    load_best_model_at_end: bool = option(
+        False,
+        "Sparse methods: deliver the best of the models that were measured on held-out examples "
+        "after a step, not the last; each new best one gets a checkpoint, which stays.",
+    )
+    metric_for_best_model: str | None = option(
+        None,
+        "What is best: eval_loss, or a metric of the task that needs no generation, such as "
+        "accuracy, which is then measured with each held-out loss (default: eval_loss).",
+    )
+    greater_is_better: bool | None = option(
+        None, "Whether more of it is better (default: yes, unless its name ends in loss)."
+    )
     report_to: list[str] = option(
         ["none"],
         "Trackers: none, all that are installed, or some of tensorboard, wandb, trackio, mlflow, "

@@ -16,11 +16,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -31,26 +29,9 @@ from gem_ds.data.batches import Batches, SummedLoss
 from gem_ds.distributed.engine import DenseEngine, Engine
 from gem_ds.files.checkpoint import TrainerState
 from gem_ds.sparse.entries import HeadEntries, SelectedEntries
+from gem_ds.train.signals import stop_signals
 
 StepEngine = Engine | DenseEngine
-
-
-@contextmanager
-def sigterms() -> Iterator[list[int]]:
-    """Collects SIGTERMs (a scheduler's notice) until the loop reaches the end of its step.
-
-    Only within the block; before and after it there is nothing to save, and SIGTERM ends the
-    process as ever. Signals come to the main thread alone: another one waits for none.
-    """
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-    before = signal.signal(signal.SIGTERM, lambda signum, _: received.append(signum))
-    try:
-        yield received
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +44,7 @@ class StepResult:
     grad_norm: Tensor | float | None
     num_tokens: int  # read over all ranks, padding left out
     seconds: float
-    is_stopping: bool  # a rank has received a SIGTERM; this step was the last
+    is_stopping: bool  # a rank has received a signal; this step was the last
 
 
 class DivergedError(ValueError):
@@ -90,12 +71,12 @@ def fit(
 
     All ranks iterate together. Between two steps masters and weights agree, as they must before:
     the caller may evaluate or save. ``parts`` are entries of frozen weights, none where parameters
-    of the model itself are trained, which DeepSpeed writes. ``seed`` is dropout's. A SIGTERM ends
-    it early; a loss or gradient that is not finite is a :class:`DivergedError`, and masters are as
-    before that step.
+    of the model itself are trained, which DeepSpeed writes. ``seed`` is dropout's. A SIGTERM or
+    Ctrl-C ends it early; a loss or gradient that is not finite is a :class:`DivergedError`, and
+    masters are as before that step.
     """
     with ExitStack() as stack:
-        received = stack.enter_context(sigterms())
+        received = stack.enter_context(stop_signals())
         for part in parts:
             stack.enter_context(part.training())
         while state.global_step < state.max_steps:

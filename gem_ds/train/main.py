@@ -49,7 +49,7 @@ class RunResult:
     delta: Path | None  # delta.safetensors of a finished run of a sparse method or of bitfit
     adapter: Path | None  # the folder of peft that lora, ia3 and shira leave
     model: Path | None  # the Hugging Face folder that full fine-tuning leaves
-    stopped: bool  # a SIGTERM ended the run; resume_from_checkpoint="last" goes on
+    stopped: bool  # a SIGTERM or Ctrl-C ended it; resume_from_checkpoint="last" goes on
 
 
 def finetune(**flags: Any) -> RunResult:

@@ -36,6 +36,7 @@ from gem_ds.models.load import refuse_damaged_files, trainable_config
 from gem_ds.models.objective import Encode, Objective, objective_of
 from gem_ds.models.tokenizer import load_tokenizer, pad_token_id, refuse_foreign_tokens
 from gem_ds.sparse.sddmm import check_kernel
+from gem_ds.train.best import refuse_unmeasured
 from gem_ds.train.config import Arguments, DataArguments, TrainArguments
 from gem_ds.train.deepspeed import resolve_deepspeed
 from gem_ds.train.optimizer import adam_of_bitsandbytes
@@ -129,6 +130,7 @@ def prepare(args: Arguments, world_size: int) -> PreparedRun:
         )
     tokenizer = load_tokenizer(name, args.model.revision, trust_remote_code=trust_remote_code)
     data = encode_examples(args.data, task, objective, tokenizer, config)
+    refuse_unmeasured(args.train, str(args.data.task), objective, len(data.test))
     return PreparedRun(
         args=args,
         output_dir=output_dir,

@@ -77,8 +77,10 @@ def make_mask(
     )
 
 
-def measure(prepared: PreparedRun, model: nn.Module, comm: Comm) -> dict[str, float]:
-    """The task's metrics of the trained model; none of written answers. Writes predictions."""
+def measure(
+    prepared: PreparedRun, model: nn.Module, comm: Comm, *, is_final: bool = True
+) -> dict[str, float]:
+    """The task's metrics of the model; none of written answers. Predictions of a final one stay."""
     args, data, predictor = prepared.args, prepared.data, prepared.objective.predictor
     if predictor is None or not data.questions:
         return {}
@@ -91,7 +93,7 @@ def measure(prepared: PreparedRun, model: nn.Module, comm: Comm) -> dict[str, fl
         pad_token_id=prepared.pad_token_id,
     )
     with comm.agreement():
-        if comm.is_main:
+        if comm.is_main and is_final:
             save_predictions(prepared.output_dir, data.references, predictions)
         return score(str(args.data.task), data.references, predictions)
 

@@ -13,10 +13,16 @@ from gem_ds.data.batches import Batches, SummedLoss, permutation
 from gem_ds.data.dataset import Dataset
 from gem_ds.data.packing import pack, refuse_leaking_rows
 from gem_ds.distributed.comm import Comm
-from gem_ds.files.checkpoint import TrainerState, delete_old_checkpoints
+from gem_ds.files.checkpoint import (
+    Checkpoint,
+    TrainerState,
+    delete_old_checkpoints,
+    list_checkpoints,
+)
 from gem_ds.models.load import DTYPES, enable_checkpointing, load_for_training
 from gem_ds.models.loss import answer_loss_of, summed_answer_loss
 from gem_ds.select.rules import SPARSE_METHODS
+from gem_ds.train.best import BestModel
 from gem_ds.train.dense_tuning import DenseTuning
 from gem_ds.train.fit import fit, mean_loss
 from gem_ds.train.methods import product_of
@@ -72,6 +78,7 @@ class Run:
         self.scheduler = make_scheduler(
             train, self.engine.optimizer, self.state.max_steps, num_updates
         )
+        self.best = BestModel.of_flags(train)
         self.is_stopped = False
         self.has_unproven_checkpoint = False
         self.step_seconds: list[float] = []
@@ -217,13 +224,14 @@ class Run:
                 self.log(reporter, reporter.averages() | numbers | self.numbers())
             if self.is_due(between_evaluations) and not step.is_stopping:
                 self.evaluate(reporter)
-            if self.sparse and (step.is_stopping or self.is_save_due()):
+            is_due = self.is_save_due() or self.is_best()
+            if self.sparse and (step.is_stopping or is_due):
                 self.sparse.save_checkpoint(state)
                 self.has_unproven_checkpoint = True
         if state.global_step < state.max_steps:
             self.is_stopped = True
             reporter.say(
-                f"Stopped by SIGTERM after step {state.global_step}; "
+                f"Stopped by a signal after step {state.global_step}; "
                 + ("go on with --resume_from_checkpoint last" if self.sparse else "start it anew")
             )
             return {}
@@ -235,7 +243,11 @@ class Run:
             return
         with closing(reporter.progress("Held-out loss", batches.steps_per_epoch, "batch")) as bar:
             loss = mean_loss(self.engine, batches, self.summed_loss, bar.advance)
-        self.log(reporter, {"eval_loss": loss})
+        metrics = {}
+        if self.best and self.best.is_metric:
+            metrics = measure(self.prepared, self.engine.model, self.comm, is_final=False)
+        metrics = {f"eval_{name}": value for name, value in metrics.items()}
+        self.log(reporter, {"eval_loss": loss} | metrics)
 
     def is_due(self, interval: int) -> bool:
         """Whether what happens every ``interval`` steps, and at the end, happens now."""
@@ -247,6 +259,26 @@ class Run:
         train, epoch = self.args.train, self.train_batches.steps_per_epoch
         between = train.save_steps or (500 if train.save_strategy == "steps" else epoch)
         return train.save_strategy != "no" and self.is_due(between)
+
+    def is_best(self) -> bool:
+        """Whether the model of this step is the best so far, where the best one is wanted."""
+        history, step = self.state.log_history, self.state.global_step
+        return self.best is not None and self.best.step(history) == step
+
+    def load_best(self, reporter: Reporter) -> int:
+        """Go back to the best model, if it is wanted; returns the step of the model at hand."""
+        last = self.state.global_step
+        if self.best is None or self.sparse is None:
+            return last
+        folders = self.comm.broadcast_object(list_checkpoints(self.prepared.output_dir))
+        step = self.best.step(self.state.log_history, folders)
+        if step is None or step == last:
+            return last
+        with self.comm.agreement():
+            checkpoint = Checkpoint.load(folders[step])
+        self.sparse.restore(checkpoint)
+        reporter.say(f"The best model is that of step {step}, by {self.best.metric}")
+        return step
 
     def numbers(self) -> dict[str, float]:
         """How many of the selected weights have changed so far, as a share."""
@@ -267,11 +299,13 @@ class Run:
             return
         with self.comm.agreement():
             if self.comm.is_main:
-                delete_old_checkpoints(self.prepared.output_dir, limit)
+                best = None if self.best is None else self.best.step(self.state.log_history)
+                delete_old_checkpoints(self.prepared.output_dir, limit, best)
         self.has_unproven_checkpoint = False
 
     def finish(self, reporter: Reporter) -> dict[str, Any]:
         """Write the weights, the state, the results and the model card; returns the results."""
+        delivered = self.load_best(reporter)
         results: dict[str, Any] = {
             "num_trainable": self.tuning.num_trainable,
             "num_parameters": self.prepared.targets.num_parameters,
@@ -282,8 +316,11 @@ class Run:
             "peak_memory_bytes": self.comm.largest(peak_memory_bytes(self.engine.device)),
             "runtime_seconds": round(time.perf_counter() - self.started, 1),
         } | self.numbers()
+        if self.best is not None:
+            results["best_global_step"] = delivered
+        history = [entry for entry in self.state.log_history if entry["step"] <= delivered]
         for key in ("loss", "eval_loss"):
-            if values := [entry[key] for entry in self.state.log_history if key in entry]:
+            if values := [entry[key] for entry in history if key in entry]:
                 results |= {f"first_{key}": values[0], f"last_{key}": values[-1]}
         self.tuning.save_weights()  # first: a measurement that fails costs no training
         if metrics := measure(self.prepared, self.engine.model, self.comm):

@@ -106,7 +106,7 @@ class SparseTuning:
             base,
         )
         if prepared.checkpoint is not None:
-            self._resume(prepared.checkpoint)
+            self.restore(prepared.checkpoint)
         with self.comm.agreement():
             if self.comm.is_main:
                 self.mask.save(prepared.output_dir / "mask.safetensors")
@@ -203,8 +203,8 @@ class SparseTuning:
                     state=state,
                 ).save(self.prepared.output_dir)
 
-    def _resume(self, checkpoint: Checkpoint) -> None:
-        """Go to where a checkpoint stopped."""
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go to where a checkpoint of this run stopped; its vectors are consumed."""
         self.engine.set_state(checkpoint.vectors, checkpoint.num_updates)
         if self.head is not None:
             with self.comm.in_unison():

@@ -359,7 +359,7 @@ def test_two_ranks_under_the_launcher_stop_and_one_without_goes_on(tiny, tmp_pat
     assert process.returncode != 0, "the launcher itself was told to end"
     assert "Warning" not in out
     assert "Traceback" not in out
-    assert out.count(f"Stopped by SIGTERM after step {step}; go on with") == 1
+    assert out.count(f"Stopped by a signal after step {step}; go on with") == 1
     assert out.count("Training 475 of 23,776 parameters") == 1
     values |= {"max_steps": step + 3, "resume_from_checkpoint": "last"}
     process = _start(sys.executable, "launch/train.py", *tiny.flags(tmp_path, **values))
@@ -374,13 +374,13 @@ def _two_ranks(
 ) -> tuple[list[str], int, str]:
     """On each rank: what ends runs whose flags are other ones on rank 1; how a bad flag does.
 
-    Before, one run is stopped by a SIGTERM on rank 1, and goes on; and one is left alone.
+    Before, one run is stopped by a Ctrl-C on rank 1, and goes on; and one is left alone.
     """
     rank = int(os.environ["RANK"])
 
     def terminate(reporter: Reporter, *_: float) -> None:
         if rank == 1 and reporter._state.global_step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
 
     with joined():
         with mock.patch.object(Reporter, "advance", terminate):
