@@ -14,7 +14,7 @@ from gem_ds.files.checkpoint import list_checkpoints
 from gem_ds.files.delta import Delta
 from gem_ds.train import main as train
 from gem_ds.train import signals
-from gem_ds.train.best import BestModel
+from gem_ds.train.best import BestModel, refuse_unmeasured
 from gem_ds.train.config import TrainArguments
 from gem_ds.train.signals import stop_signals
 from tests.ranks import run_ranks
@@ -46,6 +46,14 @@ def test_the_best_step_by_hand(
     assert best.step(_entries(best.metric, values)) == expected
     assert best.step(_entries(best.metric, values), [1, 7]) in (None, 1)
     assert BestModel.of_flags(TrainArguments(**flags)) is None
+
+
+def test_a_best_model_needs_held_out_examples() -> None:
+    objective: Any = mock.Mock(predictor=None)
+    for flags in (TrainArguments(), TrainArguments(metric_for_best_model="f1")):
+        refuse_unmeasured(flags, "rte", objective, 0)
+    with pytest.raises(ValueError, match="needs held-out examples"):
+        refuse_unmeasured(TrainArguments(load_best_model_at_end=True), "rte", objective, 0)
 
 
 @pytest.fixture(scope="module")
