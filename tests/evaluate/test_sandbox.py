@@ -1,6 +1,7 @@
 """The sandbox's interface: verdicts and what they say, order, errors, workers that die."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,13 +13,21 @@ from unittest import mock
 import pytest
 
 from gem_ds.evaluate import sandbox
-from gem_ds.evaluate.sandbox import Program, Sandbox, SandboxUnavailableError, check_program, pool
+from gem_ds.evaluate.sandbox import (
+    Program,
+    Sandbox,
+    SandboxUnavailableError,
+    check_program,
+    pool,
+    system_calls,
+)
 from gem_ds.evaluate.sandbox.pool import LEVELS, WEAK_LEVELS, best_level, problem_of
 from gem_ds.evaluate.sandbox.program import assign_roles
 from tests.tiny_evaluation import REFUSED
 
 REPOSITORY = Path(__file__).parents[2]
 DOUBLE = "def double(x): return 2 * x"
+ATTEMPT = tomllib.loads(Path(__file__).with_name("stand_ins.toml").read_text())["attempt"]
 VERDICTS = tomllib.loads(Path(__file__).with_name("sandbox_verdicts.toml").read_text())
 ROLES = VERDICTS.pop("roles")
 
@@ -225,6 +234,37 @@ if os.geteuid() == 0:
 """
 
 
+#: Tries to change what belongs to the user who runs it; says what it could.
+MEDDLER = """
+import ctypes, fcntl, os, socket, struct
+def f(home, parent):
+    key, libc = home + '/key', ctypes.CDLL(None, use_errno=True)
+    flags = struct.pack('l', 0x40)
+    def check(result):
+        if result < 0: raise OSError(ctypes.get_errno(), '')
+    def library(): return os.open(os.__file__, os.O_RDONLY)
+    return [name for name, call in dict(
+        chmod=lambda: os.chmod(key, 0o666),
+        home=lambda: os.chmod(home, 0o777),
+        at=lambda: os.chmod('key', 0o666, dir_fd=os.open(home, os.O_PATH)),
+        fchmodat2=lambda: check(libc.syscall(452, -100, key.encode(), 0o666, 0)),
+        utime=lambda: os.utime(key, (0, 0)),
+        utimes=lambda: check(libc.utimes(home.encode(), None)),
+        owner=lambda: os.chown(key, -1, os.getgid()),
+        attribute=lambda: os.setxattr(key, 'user.a', b'b'),
+        flags=lambda: fcntl.ioctl(library(), 0x40086602, flags),
+        lease=lambda: fcntl.fcntl(library(), fcntl.F_SETLEASE, fcntl.F_UNLCK),
+        nice=lambda: os.setpriority(os.PRIO_PROCESS, parent, 19),
+        all_nice=lambda: os.setpriority(os.PRIO_USER, os.getuid(), 19),
+        idle=lambda: os.sched_setscheduler(parent, os.SCHED_IDLE, os.sched_param(0)),
+        core=lambda: os.sched_setaffinity(parent, [0]),
+        disk=lambda: check(libc.syscall(251, 1, parent, 3 << 13)),
+        datagram=lambda: socket.socketpair(type=socket.SOCK_DGRAM)[0].sendto(b'x', home + '/log'),
+        message=lambda: socket.socketpair()[0].sendmsg([b'x'], [], 0, home + '/log'),
+    ).items() if attempt(call) != 'held']
+"""
+
+
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_users_own_threads_are_none_of_a_candidates_processes(level: str) -> None:
     """An ordinary user's candidates count with all that he runs; he may run a lot."""
@@ -256,6 +296,48 @@ with Sandbox(1, {level!r}, allow_weak=True) as sandbox:
 os._exit(0)
 """
     assert printed_by(BECOME_ORDINARY + program).split() == ["passed", "timeout", "passed"]
+
+
+def test_the_users_own_files_and_processes_stay_as_they_are() -> None:
+    """At the weakest level an ordinary user's candidates are this user, and see his files."""
+    if problem := problem_of("landlock"):
+        pytest.skip(problem)
+    script = """
+import os, socket, tempfile
+home = tempfile.mkdtemp(prefix="gem-home-", dir="/tmp")
+key = home + "/key"
+os.close(os.open(key, os.O_CREAT | os.O_WRONLY, 0o600))
+host = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+host.bind(home + "/log")
+host.setblocking(False)
+def state():
+    of_files = [[os.stat(p).st_mode, os.stat(p).st_mtime_ns, os.listxattr(p)] for p in (key, home)]
+    return of_files, os.getpriority(os.PRIO_PROCESS, 0), os.sched_getaffinity(0)
+before = state()
+with Sandbox(1, "landlock", allow_weak=True) as sandbox:
+    test = f"assert (got := f({home!r}, {os.getpid()})) == [], got"
+    (verdict,) = sandbox.check_all([Program(CANDIDATE, (test,), timeout=30.0)])
+try:
+    print("reached", host.recv(9))
+except BlockingIOError:
+    pass
+print(verdict.status, verdict.detail, "unchanged" if before == state() else state())
+for name in ("key", "log"): os.remove(f"{home}/{name}")
+os.rmdir(home)
+"""
+    found = printed_by(f"{BECOME_ORDINARY}\nCANDIDATE = {ATTEMPT + MEDDLER!r}\n{script}")
+    assert found.split() == ["passed", "unchanged"]
+
+
+def test_system_calls_have_the_numbers_of_the_kernel() -> None:
+    """On this machine's processor, by the headers of its kernel, where they are installed."""
+    headers = sorted(Path("/usr/include").glob("*/asm/unistd_64.h"))
+    if not headers:
+        pytest.skip("the kernel's headers are not installed")
+    known = dict(re.findall(r"#define __NR_(\w+) (\d+)", headers[0].read_text()))
+    for table in (system_calls._ALLOWED, system_calls._ON_FILES, system_calls._CONDITIONAL):
+        for name, number in system_calls.numbers(table).items():
+            assert number == int(known.get(name, number)), name
 
 
 def test_no_limit_is_raised_above_the_hard_one() -> None:

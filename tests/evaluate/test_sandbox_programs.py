@@ -58,10 +58,12 @@ class World:
             self.listeners.append(socket.socket(socket.AF_UNIX))
             self.listeners[-1].bind(name)
             self.listeners[-1].listen()
+        self.datagrams = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.datagrams.bind(f"{self.canary}.datagrams")
         self.tensor = torch.ones(1000)  # the parent has torch loaded, and holds something in it
 
     def close(self) -> None:
-        for listener in self.listeners:
+        for listener in (*self.listeners, self.datagrams):
             listener.close()
 
     def prepare(self, text: str) -> str:
@@ -167,12 +169,16 @@ def test_every_verdict_is_right(run: Run) -> None:
 def test_nothing_outside_was_changed_reached_or_left_behind(run: Run) -> None:
     world = run.world
     assert world.canary.read_text() == world.marker
-    assert sorted(path.name for path in world.folder.iterdir()) == ["canary", "canary.socket"]
+    files = sorted(path.name for path in world.folder.iterdir())
+    assert files == ["canary", "canary.datagrams", "canary.socket"]
     assert world.tensor.sum() == 1000
     for listener in world.listeners:
         listener.setblocking(False)
         with pytest.raises(BlockingIOError):
             listener.accept()
+    world.datagrams.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        world.datagrams.recv(1)
     assert not run.survivors
     names = {path.read_text().strip() for path in Path("/proc").glob("[0-9]*/comm")}
     assert world.marker[:15] not in names

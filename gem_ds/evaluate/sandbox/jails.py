@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from gem_ds.evaluate.sandbox import candidate, confine, kernel, room
 from gem_ds.evaluate.sandbox.kernel import ProcessTable, fork
+from gem_ds.evaluate.sandbox.system_calls import SystemCallFilter
 
 _FIRST_LENT = 1_000_000_000  # identity: far from what systems and containers give out
 
@@ -21,8 +22,8 @@ _FIRST_LENT = 1_000_000_000  # identity: far from what systems and containers gi
 class _RoomlessJail:
     """What the levels without a room of ours share; methods as those of `NamespaceJail`."""
 
-    def __init__(self) -> None:
-        self._filter = confine.SystemCallFilter()
+    def __init__(self, *, hides_files: bool) -> None:
+        self._filter = SystemCallFilter(hides_files=hides_files)
         self._readable = list(room.sources())
         self._identity: int | None = None
         self._judge_identity: int | None = None
@@ -68,7 +69,7 @@ class BubblewrapJail(_RoomlessJail):
         if found is None:
             raise FileNotFoundError("bubblewrap is not installed (apt-get install bubblewrap)")
         self._program = found
-        super().__init__()
+        super().__init__(hides_files=True)
 
     def _become_candidate(self, job: int, channel: int, memory_mb: int) -> None:
         confine.keep_only([job, channel])
@@ -100,12 +101,14 @@ class LandlockJail(_RoomlessJail):
 
     Weak: there is one pid, network and ipc namespace for all, the disk is limited by the size of
     each file only, and what a candidate starts is found and killed by walking, not by the kernel.
+    What files there are, and how large, can be seen; modes and times cannot be set, not even of a
+    candidate's own files. Before Linux 6.12 an ordinary user's processes can be signalled.
     Candidates are always forked.
     """
 
     def __init__(self, fresh: bool) -> None:
         confine.landlock_version()
-        super().__init__()
+        super().__init__(hides_files=False)
         self._scratch = ""
 
     def start_judge(self, judge: Callable[[], None]) -> int:

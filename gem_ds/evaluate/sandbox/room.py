@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable
 
 from gem_ds.evaluate.sandbox import candidate, confine, kernel
 from gem_ds.evaluate.sandbox.kernel import ProcessTable, fork
+from gem_ds.evaluate.sandbox.system_calls import SystemCallFilter
 
 SCRATCH = ("/tmp", "/dev/shm")  # all that a candidate may write to
 SCRATCH_MB = 64  # in each of them
@@ -65,7 +66,7 @@ class NamespaceJail:
         what confines this process already, does not allow it.
         """
         self._fresh = fresh
-        self._filter = confine.SystemCallFilter()
+        self._filter = SystemCallFilter()
         uid, gid = os.geteuid(), os.getegid()
         self._identity = 1 if uid == 0 else None
         if uid == 0:
