@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 from gem_ds.data.tasks.mbpp import prompt_of
 from gem_ds.evaluate import syntax
+from gem_ds.evaluate.fences import fenced
 from gem_ds.evaluate.syntax import Fault
 
 #: Characters that are parsed for each one of a completion, and for a short one: what stands in a
@@ -38,8 +39,9 @@ def extract_program(completion: str, entry_point: str | None = None) -> str:
 
     The text is what stands between `[BEGIN]` and `[DONE]`, as far as these occur. If it is Python
     and defines the entry point, it is taken as it stands. Else the last fenced block that defines
-    it counts (a model that corrects itself does so below), behind the earlier blocks whose names
-    it uses; else the first run of lines which is Python and defines it. Else what stands before
+    it counts (a model that corrects itself does so below), together with the other blocks whose
+    names it uses; else the first run of lines which is Python and defines it. Fences stand at the
+    start of a line; only if nothing is found so, others count too. Else what stands before
     `[BEGIN]` is searched in the same way. Where nothing defines it, the text is returned as it is.
     Without an entry point any definition will do.
     """
@@ -102,24 +104,41 @@ def _between_marks(text: str) -> list[str]:
 def _candidates(text: str, entry_point: str | None, parser: _Parser) -> Iterator[str]:
     """Texts that may be the program, the likeliest first."""
     yield text
-    pieces = text.split("```")
-    blocks = [_dedented(_LANGUAGE.sub("", block, count=1), parser) for block in pieces[1::2]]
-    yield from _last_block(blocks, entry_point, parser)
-    for piece in pieces:
+    at_margin, anywhere = fenced(text), text.split("```")
+    for pieces in [at_margin] if at_margin == anywhere else [at_margin, anywhere]:
+        blocks = [_dedented(_LANGUAGE.sub("", block, count=1), parser) for block in pieces[1::2]]
+        yield from _last_block(blocks, entry_point, parser)
+    for piece in anywhere:
         yield _dedented(piece, parser)
         yield from _python_lines(piece, parser)
 
 
 def _last_block(blocks: list[str], entry_point: str | None, parser: _Parser) -> Iterator[str]:
-    """The last block that defines the entry point, behind the earlier ones whose names it uses."""
-    trees = [parser.tree_of(block) for block in blocks]
-    for i, tree in reversed([*enumerate(trees)]):
-        if tree is not None and _defines(tree, entry_point):
-            needed = _used(tree) - _bound(tree) - _BUILTINS
-            earlier = zip(blocks[:i], trees[:i], strict=True)
-            before = [text for text, other in earlier if other and needed & _globals(other)]
-            yield "\n".join([*before, blocks[i]])
-            return
+    """The last block that defines the entry point, with all blocks whose names it needs.
+
+    A helper from below goes before it, unless it uses what the block defines.
+    """
+    parsed = ((i, parser.tree_of(block)) for i, block in enumerate(blocks))
+    trees = {i: tree for i, tree in parsed if tree is not None}
+    defining = [i for i, tree in trees.items() if _defines(tree, entry_point)]
+    if not defining:
+        return
+    last = defining[-1]
+    givers: dict[str, list[int]] = {}
+    for i, tree in trees.items():
+        for name in _globals(tree, with_foreign=i < last):
+            givers.setdefault(name, []).append(i)
+    needed, unread = {last}, [last]
+    while unread:
+        tree = trees[unread.pop()]
+        lacking = _used(tree) - _bound(tree) - _BUILTINS
+        found = {i for name in lacking for i in givers.pop(name, [])} - needed
+        needed |= found
+        unread += found
+    given = _globals(trees[last])
+    after = {i for i in needed if i > last and not given.isdisjoint(_used(trees[i]))}
+    order = (*sorted(needed - after - {last}), last, *sorted(after))
+    yield "\n".join(blocks[i] for i in order)
 
 
 def _python_lines(text: str, parser: _Parser) -> Iterator[str]:
