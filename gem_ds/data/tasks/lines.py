@@ -11,6 +11,7 @@ import codecs
 import gzip
 import json
 import lzma
+import re
 import string
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -223,8 +224,8 @@ def _documents(path: Path, text: str) -> tuple[list[Any], str]:
     """The values that stand one after another in a text; those of an array, if it is one."""
     values, at = [], 0
     decoder = json.JSONDecoder()
-    while rest := text[at:].lstrip(string.whitespace):
-        at = len(text) - len(rest)
+    spaces = re.compile(rf"[{string.whitespace}]*")
+    while (at := spaces.match(text, at).end()) < len(text):  # type: ignore[union-attr]
         try:
             value, at = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
