@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from gem_ds.files.delta import Delta
+from gem_ds.files.fingerprint import fingerprints
 from gem_ds.files.mask import Mask, WeightInfo, index_dtype
 
 
@@ -28,7 +29,13 @@ def make_delta(
         other = base.float().nan_to_num().clamp(-9, 9) * 1.5 + 1
         trained[name] = (other if values is None else torch.tensor(values)).to(weight.dtype)
     settings = {"density": 0.1}
-    mask = Mask(indices=indices, weights=weights, base_model=base_model, settings=settings)
+    mask = Mask(
+        indices=indices,
+        weights=weights,
+        base_model=base_model,
+        settings=settings,
+        fingerprints=fingerprints(dict(model.named_parameters())),
+    )
     return Delta(mask=mask, values=trained)
 
 

@@ -15,6 +15,7 @@ from gem_ds.evaluate.model import SamplingArguments
 from gem_ds.evaluate.samples import Sample
 from gem_ds.evaluate.sampling import sample_all
 from gem_ds.files.delta import Delta
+from gem_ds.files.fingerprint import fingerprints
 from gem_ds.files.mask import Mask, WeightInfo
 
 #: By what refuses: what is passed, and words of the sentence.
@@ -59,7 +60,14 @@ def save_delta(
         before = weight.reshape(-1)[index.long()]
         indices[name], values[name] = index.int(), before + added.to(weight.dtype)
         infos[name] = WeightInfo.of(weight.shape, before)
-    mask = Mask(indices=indices, weights=infos, base_model="base", settings={})
+    rest = {n: p for n, p in model.named_parameters() if n not in (head or {})}
+    mask = Mask(
+        indices=indices,
+        weights=infos,
+        base_model="base",
+        settings={},
+        fingerprints=fingerprints(rest),
+    )
     delta = Delta(mask=mask, values=values, head=dict(head or {}))
     delta.save(path)
     return delta

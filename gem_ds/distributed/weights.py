@@ -12,10 +12,11 @@ Facts of DeepSpeed 0.19 that this file rests on, each held by ``tests/distribute
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gem_ds.distributed.comm import Comm
@@ -103,6 +104,24 @@ class Weights:
             return _partition(parameter).view(-1)[: stop - start]
         return parameter.data.view(-1)[start:stop]
 
+    def read_entries(self, entries: Sequence[tuple[nn.Parameter, Tensor]]) -> list[Tensor]:
+        """Values at ascending flat indices [k] of some parameters, on every rank, to the bit.
+
+        Each rank contributes the bytes of its own ranges; the others' are zero, so a sum over the
+        ranks keeps every bit, the sign of zero included. One collective for all parameters.
+        """
+        found = []
+        for parameter, index in entries:
+            shard, bounds = self.read_shard(parameter), self.shard_range(parameter)
+            own = within(index, bounds)
+            values = shard.new_zeros(index.numel(), device=self.comm.device)
+            values[own] = shard[(index[own] - bounds[0]).to(shard.device)].to(values.device)
+            found.append(values)
+        summed = self.comm.all_reduce(torch.cat([v.view(torch.uint8) for v in found]), "sum")
+        parts = summed.split([values.nbytes for values in found])
+        # A clone, as a part may begin anywhere and numbers of two and four bytes may not.
+        return [p.clone().view(v.dtype) for p, v in zip(parts, found, strict=True)]
+
     def read_whole(self, parameter: nn.Parameter) -> Tensor:
         """A weight in its shape and the model's dtype, on every rank; not to be written."""
         if self.stage < 3:
@@ -143,6 +162,12 @@ class Weights:
         if _is_gathered(parameter):
             parameter.data.copy_(values)
         self._let_gathers_wait()
+
+
+def within(index: Tensor, bounds: tuple[int, int]) -> slice:
+    """The positions of an ascending ``index`` whose values lie in [start, stop)."""
+    low, high = torch.searchsorted(index, torch.tensor(bounds, device=index.device)).tolist()
+    return slice(low, high)
 
 
 def _partition(parameter: Any) -> Tensor:

@@ -135,7 +135,7 @@ def load_model(files: ModelFiles, deepspeed: dict[str, Any] | None, comm: Comm) 
     """The model, whole on this rank or partitioned over all; raises as `load_weights`."""
     if deepspeed is not None:
         with comm.in_unison():
-            return load_partitioned(files, deepspeed)
+            return load_partitioned(files, deepspeed, comm)
     with comm.agreement():
         return load_weights(files, comm.device)
 

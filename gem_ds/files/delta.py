@@ -12,14 +12,16 @@ on a whole model in one process, on any device; the values that are replaced are
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from gem_ds.files.fingerprint import fingerprints, read_whole, sample
 from gem_ds.files.mask import Mask, dtype_name, pack_mask, take_tensors, unpack_mask
 from gem_ds.files.tensors import metadata_field, save_tensors, taking_tensors
 
@@ -70,10 +72,13 @@ class Delta:
         return dtype
 
     def by_weight(self) -> Iterator[Delta]:
-        """The delta in parts of one weight each, so that one weight at a time need be whole."""
+        """The delta in parts of one weight each, so that one weight at a time need be whole.
+
+        Without the fingerprints of the rest, which whoever applies the parts compares.
+        """
         for i, (name, values) in enumerate(self.values.items()):
             indices, weights = {name: self.mask.indices[name]}, {name: self.mask.weights[name]}
-            mask = replace(self.mask, indices=indices, weights=weights)
+            mask = replace(self.mask, indices=indices, weights=weights, fingerprints={})
             yield Delta(mask=mask, values={name: values}, head={} if i else self.head)
 
     def save(self, path: str | Path) -> None:
@@ -99,6 +104,12 @@ class Delta:
             return cls(mask=mask, values=values, head=head)
 
 
+#: Of a parameter what deltas that stand in it have replaced of its sample: where, and the base's
+#: values. So a second delta sees the base, where the first has left its own entries alone.
+_REPLACED: MutableMapping[nn.Parameter, dict[AppliedDelta, tuple[Tensor, Tensor]]]
+_REPLACED = WeakTensorKeyDictionary()
+
+
 class AppliedDelta:
     """A delta that stands in a model; keeps the base values and can put them back.
 
@@ -111,6 +122,10 @@ class AppliedDelta:
 
     def __init__(self, replaced: list[tuple[nn.Parameter, Tensor | None, Tensor]]) -> None:
         self._replaced = replaced
+        for parameter, indices, base in replaced:
+            if indices is not None:
+                at, found = _within(sample(parameter.numel()), indices)
+                _REPLACED.setdefault(parameter, {})[self] = at, base[found.to(base.device)]
 
     def revert(self) -> None:
         """Puts the base values back, bit for bit; a second call does nothing.
@@ -119,7 +134,8 @@ class AppliedDelta:
         """
         while self._replaced:
             _write(*self._replaced[-1])
-            self._replaced.pop()
+            parameter, *_ = self._replaced.pop()
+            _REPLACED.get(parameter, {}).pop(self, None)
 
     def __enter__(self) -> AppliedDelta:
         return self
@@ -151,7 +167,7 @@ def apply_delta(model: nn.Module, delta: Delta) -> AppliedDelta:
     _check_parameters(parameters, delta)
     entries = delta.mask.indices | dict.fromkeys(delta.head)
     base = {name: _read(parameters[name], index) for name, index in entries.items()}
-    _check_base(delta, base)
+    _check_base(delta, base, parameters)
     for name, values in (delta.values | delta.head).items():
         _write(parameters[name], entries[name], values)
     return AppliedDelta([(parameters[name], entries[name], base[name]) for name in entries])
@@ -189,14 +205,35 @@ def _check_parameters(parameters: Mapping[str, nn.Parameter], delta: Delta) -> N
             )
 
 
-def _check_base(delta: Delta, base: Mapping[str, Tensor]) -> None:
-    """Refuses base values other than the recorded ones; `base` are the model's at the entries."""
+def _check_base(
+    delta: Delta, base: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]
+) -> None:
+    """Refuses another base; `base` are the values of the model's `parameters` at the entries."""
     is_applied = all(torch.equal(base[n], v.to(base[n].device)) for n, v in delta.values.items())
     if is_applied and delta.mask.differing_weights(base):
         raise ValueError(
             "the delta seems to be applied already, the model holds its values: revert it first"
         )
     delta.mask.check_base(base, "delta")
+    parameters = {n: p for n, p in parameters.items() if n in delta.mask.fingerprints}
+    delta.mask.check_rest(fingerprints(parameters, _read_base), "delta")
+
+
+def _read_base(entries: Sequence[tuple[nn.Parameter, Tensor]]) -> list[Tensor]:
+    """Samples of parameters as they are in the base, without the deltas that stand in them."""
+    values = read_whole(entries)
+    for (parameter, _), sampled in zip(entries, values, strict=True):
+        for at, base in _REPLACED.get(parameter, {}).values():
+            sampled[at.to(sampled.device)] = base.to(sampled.device)
+    return values
+
+
+def _within(ascending: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the numbers that stand in both, each ascending, stand in the one and in the other."""
+    indices = indices.to(ascending)
+    places = torch.searchsorted(indices, ascending).clamp(max=max(indices.numel() - 1, 0))
+    at = (indices[places] == ascending).nonzero().flatten() if indices.numel() else places[:0]
+    return at, places[at]
 
 
 def _read(parameter: nn.Parameter, flat_indices: Tensor | None) -> Tensor:

@@ -2,18 +2,20 @@
 
     mask.safetensors    <weight name>.indices    flat (row-major) indices, strictly ascending;
                                                  int32, or int64 from 2^31 entries of the weight on
-                        metadata                 base model and revision, method and settings, and
-                                                 per weight its shape, dtype and base checksum
+                        metadata                 base model and revision, method and settings, per
+                                                 weight its shape, dtype and base checksum, and the
+                                                 fingerprints of the base model's parameters
 
-The checksum of the base model's values at the indices decides whether a mask or a delta meets the
-weights that it was made for; the name of the model is for the reader. A `Mask` that exists is
+The checksums of the base model's values at the indices, and the fingerprints of all its parameters,
+decide whether a mask or a delta meets the weights that it was made for; the name of the model is
+for the reader. A `Mask` that exists is
 valid, as it checks itself. How entries are chosen is told in `gem_ds.select`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
 from types import NoneType
@@ -23,6 +25,7 @@ import torch
 from torch import Tensor
 
 from gem_ds.files.digests import checksum
+from gem_ds.files.fingerprint import differing
 from gem_ds.files.tensors import metadata_field, save_tensors, taking_tensors
 
 MASK_KIND = "gem_mask"
@@ -64,6 +67,8 @@ class Mask:
         revision: Its revision, where it has one.
         method: How the entries were chosen; ``gem``.
         settings: Settings of the method as JSON values (density, seed, targets, task, ...).
+        fingerprints: Parameter name to its fingerprint, as `files.fingerprint` makes it; of the
+            whole base model but for a task head, or none where they are not known.
 
     Raises:
         ValueError: Indices and weights disagree, or indices are invalid; the weight is named.
@@ -75,6 +80,7 @@ class Mask:
     revision: str | None = None
     method: str = "gem"
     settings: dict[str, Any]
+    fingerprints: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.weights:
@@ -152,13 +158,26 @@ class Mask:
 
     def check_base(self, values: Mapping[str, Tensor], noun: str = "mask") -> None:
         """Refuses other base weights, by values as `differing_weights` takes them."""
-        if differing := self.differing_weights(values):
-            revision = f" at revision {self.revision}" if self.revision else ""
-            raise ValueError(
-                f"this {noun} was made for other base weights ({len(differing)} of "
-                f"{len(self.weights)} weights differ, the first is {differing[0]!r}): use "
-                f"{self.base_model}{revision}"
+        if weights := self.differing_weights(values):
+            self._refuse_base(
+                f"{len(weights)} of {len(self.weights)} weights differ", weights, noun
             )
+
+    def check_rest(self, found: Mapping[str, str], noun: str = "mask") -> None:
+        """Refuses a base that differs beyond the entries, by its parameters' fingerprints.
+
+        Parameters that one of the two lacks or has in another dtype or shape are left out.
+        """
+        if names := differing(self.fingerprints, found):
+            count = f"{len(names)} of {len(self.fingerprints)} parameters"
+            self._refuse_base(f"{count} differ beyond the selected entries", names, noun)
+
+    def _refuse_base(self, problem: str, names: list[str], noun: str) -> None:
+        revision = f" at revision {self.revision}" if self.revision else ""
+        raise ValueError(
+            f"this {noun} was made for other base weights ({problem}, the first is {names[0]!r}): "
+            f"use {self.base_model}{revision}"
+        )
 
 
 def index_dtype(numel: int) -> torch.dtype:
@@ -176,6 +195,7 @@ def pack_mask(mask: Mask) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = {f"{name}.indices": indices for name, indices in mask.indices.items()}
     metadata = {field: getattr(mask, field) for field in _FIELDS}
     metadata["weights"] = {name: asdict(info) for name, info in mask.weights.items()}
+    metadata["fingerprints"] = mask.fingerprints
     return tensors, metadata
 
 
@@ -190,9 +210,11 @@ def unpack_mask(tensors: dict[str, Tensor], metadata: Mapping[str, Any]) -> Mask
             dtype=metadata_field(entry, "dtype", str),
             checksum=metadata_field(entry, "checksum", str),
         )
+    fingerprints = metadata_field({"fingerprints": {}, **metadata}, "fingerprints", dict)
     return Mask(
         indices=take_tensors(tensors, weights, "indices"),
         weights=weights,
+        fingerprints={name: str(text) for name, text in fingerprints.items()},
         **{field: metadata_field(metadata, field, types) for field, types in _FIELDS.items()},
     )
 

@@ -29,6 +29,7 @@ from gem_ds.data.tasks import TaskData
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.zero_config import zero_stage
 from gem_ds.files.delta import Delta, apply_delta
+from gem_ds.files.fingerprint import fingerprints
 from gem_ds.files.mask import dtype_name
 from gem_ds.models.adapters import adapted_names, check_adapter, half_precision, put_adapter
 from gem_ds.models.encoders import auto_class, head_names, initialise_head, is_encoder, set_head
@@ -204,13 +205,18 @@ def load_weights(files: ModelFiles, device: torch.device) -> PreTrainedModel:
     return placed.to(device)  # type: ignore[no-any-return]
 
 
-def load_partitioned(files: ModelFiles, deepspeed: Mapping[str, Any]) -> PreTrainedModel:
+def load_partitioned(
+    files: ModelFiles, deepspeed: Mapping[str, Any], comm: Comm
+) -> PreTrainedModel:
     """As `load_weights`, without an adapter, in ZeRO-3 partitions over the ranks; all call it."""
     from gem_ds.distributed.engine import prepare_inference
-    from gem_ds.distributed.weights import partitioned_loading, whole_weights
+    from gem_ds.distributed.weights import Weights, partitioned_loading, whole_weights
 
     with partitioned_loading(dict(deepspeed)):
         model = _load_base(files)
+    if files.delta is not None:
+        found = fingerprints(dict(model.named_parameters()), Weights(comm, stage=3).read_entries)
+        files.delta.mask.check_rest(found, "delta")
     for part in files.delta.by_weight() if files.delta is not None else ():
         with whole_weights(model, [*part.values, *part.head]):
             apply_delta(model, part)

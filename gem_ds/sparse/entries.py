@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.engine import Engine
-from gem_ds.distributed.weights import numel
+from gem_ds.distributed.weights import numel, within
 from gem_ds.files.mask import index_dtype
 from gem_ds.sparse.flat_values import FlatValues
 from gem_ds.sparse.layers import Sink, TargetLayer, TargetLayers
@@ -92,7 +92,7 @@ class TrainedEntries(ABC):
         *self.starts, self.num_entries = accumulate((i.numel() for i in flat_indices), initial=0)
         assert self.num_entries == self.vector.num_entries, "the vector was made for another K"
         self._writable = [
-            _part(index, engine.weights.writable_range(parameter))
+            within(index, engine.weights.writable_range(parameter))
             for parameter, index in zip(parameters.values(), self.flat_indices, strict=True)
         ]
 
@@ -110,24 +110,9 @@ class TrainedEntries(ABC):
         return dict(zip(self.names, numbers.split(sizes), strict=True))
 
     def read(self) -> Tensor:
-        """The parameters' present values at the entries: [K] in the model's dtype, on every rank.
-
-        Each rank contributes the bits of its own range; the others' are zero, so an integer sum
-        over the ranks keeps every bit, the sign of zero included.
-        """
-        engine = self.engine
-        values = torch.zeros(self.num_entries, dtype=engine.dtype, device=engine.device)
-        for parameter, start, index in zip(
-            self.parameters.values(), self.starts, self.flat_indices, strict=True
-        ):
-            bounds = engine.weights.shard_range(parameter)
-            own = _part(index, bounds)
-            shard = engine.weights.read_shard(parameter)
-            shard_index = (index[own] - bounds[0]).to(shard.device)
-            values[start + own.start : start + own.stop] = shard[shard_index]
-        bits = values.view(torch.int16 if values.element_size() == 2 else torch.int32)
-        summed = engine.comm.all_reduce(bits.to(torch.int32), "sum")
-        return summed.to(bits.dtype).view(engine.dtype)
+        """The parameters' values at the entries: [K] in the model's dtype, on every rank."""
+        entries = zip(self.parameters.values(), self.flat_indices, strict=True)
+        return torch.cat(self.engine.weights.read_entries(list(entries)))
 
     def write_back(self) -> None:
         """Bring the parameters up to date with ``values``; call it after every applied step."""
@@ -210,12 +195,6 @@ class HeadEntries(TrainedEntries):
 
 def _bias_name(weight_name: str) -> str:
     return f"{weight_name.removesuffix('weight')}bias"
-
-
-def _part(index: Tensor, bounds: tuple[int, int]) -> slice:
-    """The positions of an ascending ``index`` whose values lie in [start, stop)."""
-    low, high = torch.searchsorted(index, torch.tensor(bounds, device=index.device)).tolist()
-    return slice(low, high)
 
 
 def gather_indices(own: Sequence[Tensor], comm: Comm) -> list[Tensor]:

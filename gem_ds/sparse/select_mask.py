@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gem_ds.distributed.weights import num_parameters
+from gem_ds.files.fingerprint import fingerprints
 from gem_ds.files.mask import Mask, WeightInfo, index_dtype
 from gem_ds.models.encoders import head_names, without_head
 from gem_ds.models.targets import find_targets
@@ -74,7 +75,8 @@ def select_mask(
     if rule not in RULES:
         raise ValueError(f"There is no rule {rule!r}: pass one of {', '.join(RULES)}.")
     names = [target_modules] if isinstance(target_modules, str) else target_modules
-    targets = _find_targets(model, names)
+    head = head_names(model) if isinstance(model, PreTrainedModel) else set()
+    targets = _find_targets(model, names, head)
     budget = _budget(model, targets, density)
     gradients: Sequence[Tensor | None] = [None] * len(targets)
     # Whatever the caller's mode is, as an evaluation's.
@@ -99,6 +101,7 @@ def select_mask(
         base_model=base_model or str(name_or_path) or type(model).__name__,
         method=rule,
         settings={"density": str(density), "seed": seed},
+        fingerprints=fingerprints({n: p for n, p in model.named_parameters() if n not in head}),
     )
 
 
@@ -124,13 +127,14 @@ def _select(
     ]
 
 
-def _find_targets(model: nn.Module, names: Sequence[str] | None) -> dict[str, nn.Module]:
+def _find_targets(
+    model: nn.Module, names: Sequence[str] | None, head: set[str]
+) -> dict[str, nn.Module]:
     if any(p.is_meta or hasattr(p, "ds_id") for p in model.parameters()):
         raise ValueError(
             "The model is not whole in this process: load it without ZeRO-3 and device_map, or run "
             "launch/train.py --max_steps 0."
         )
-    head = head_names(model) if isinstance(model, PreTrainedModel) else set()
     targets = {n: module for n, module in find_targets(model, names).items() if n not in head}
     for name, module in targets.items():
         if "forward" in vars(module):

@@ -18,6 +18,7 @@ from gem_ds.distributed.engine import DenseEngine
 from gem_ds.distributed.weights import numel
 from gem_ds.files.atomic import atomic_folder
 from gem_ds.files.delta import Delta
+from gem_ds.files.fingerprint import fingerprints
 from gem_ds.files.mask import index_dtype
 from gem_ds.models.adapters import add_adapter, is_of_head
 from gem_ds.train.config import Arguments
@@ -72,6 +73,9 @@ class DenseTuning:
         self.engine = DenseEngine(self.network, optimizer, prepared.deepspeed, comm)
         has_delta = product_of(args.method.method) == "delta"
         self.base = self.engine.whole_parameters(self.names) if has_delta else {}
+        parameters = dict(self.engine.model.named_parameters()) if has_delta else {}
+        parameters = {name: p for name, p in parameters.items() if name not in head}
+        self.fingerprints = fingerprints(parameters, self.engine.weights.read_entries)
 
     def save_weights(self) -> None:
         """Write what was trained in the form that its users know; called on all ranks."""
@@ -107,7 +111,7 @@ class DenseTuning:
         }
         shapes = {name: tuple(value.shape) for name, value in biases.items()}
         return Delta(
-            mask=make_mask(self.prepared, indices, shapes, self.base),
+            mask=make_mask(self.prepared, indices, shapes, self.base, self.fingerprints),
             values={name: value.flatten() for name, value in biases.items()},
             head={name: trained[name] for name in self.head},
         )

@@ -65,8 +65,12 @@ def make_mask(
     indices: dict[str, Tensor],
     shapes: Mapping[str, tuple[int, ...]],
     base: Mapping[str, Tensor],
+    fingerprints: dict[str, str],
 ) -> Mask:
-    """The mask of a run: by weight the flat indices, the whole shape, the base values at them."""
+    """The mask of a run: by weight the flat indices, the whole shape, the base values at them.
+
+    ``fingerprints`` are those of the base model's parameters.
+    """
     return Mask(
         indices=indices,
         weights={name: WeightInfo.of(shape, base[name]) for name, shape in shapes.items()},
@@ -74,6 +78,7 @@ def make_mask(
         revision=prepared.args.model.revision,
         method=_method_of(prepared),
         settings=run_settings(prepared),
+        fingerprints=fingerprints,
     )
 
 

@@ -16,6 +16,7 @@ from gem_ds.distributed.engine import Engine
 from gem_ds.distributed.weights import numel, shape_of
 from gem_ds.files.checkpoint import Checkpoint, TrainerState
 from gem_ds.files.delta import Delta
+from gem_ds.files.fingerprint import fingerprints
 from gem_ds.files.mask import Mask
 from gem_ds.models.targets import head_layers as layers_of_head
 from gem_ds.models.targets import targets_of
@@ -96,14 +97,17 @@ class SparseTuning:
         if self.head is not None:
             self.head.start_from_weights()
         base = self.entries.split(self.base)
+        found = self.fingerprints()
         if prepared.mask is not None:
             with self.comm.in_unison():
                 prepared.mask.check_base(base)
+                prepared.mask.check_rest(found)
         self.mask = make_mask(
             prepared,
             dict(zip(base, (index.cpu() for index in self.entries.flat_indices), strict=True)),
             {layer.name: layer.shape for layer in self.layers},
             base,
+            found,
         )
         if prepared.checkpoint is not None:
             self.restore(prepared.checkpoint)
@@ -184,6 +188,17 @@ class SparseTuning:
         for group, rate in zip(groups, rates, strict=True):
             group["lr"] = rate
         engine.loss_scale = loss_scale
+
+    def fingerprints(self) -> dict[str, str]:
+        """Those of the base model's parameters, while they are the base's; called on all ranks."""
+        vectors = {part.vector.values for part in self.parts}
+        of_head = {} if self.head is None else self.head.parameters
+        parameters = {
+            name: parameter
+            for name, parameter in self.engine.model.named_parameters()
+            if parameter not in vectors and name not in of_head
+        }
+        return fingerprints(parameters, self.engine.weights.read_entries)
 
     # Files
 

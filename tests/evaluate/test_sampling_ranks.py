@@ -58,12 +58,14 @@ def content_of(folder: Path, output: str) -> str:
 
 
 def save_deltas(folder: Path) -> None:
-    """A delta of two layers that changes what is written, and one of another base."""
+    """A delta of two layers that changes what is written, and two of other bases."""
     llama = AutoModelForCausalLM.from_pretrained(folder / "model")
     names = [f"model.layers.{layer}.self_attn.v_proj.weight" for layer in (0, 1)]
     index = torch.arange(0, llama.get_parameter(names[0]).numel(), 3)
     changes = {name: (index, torch.full(index.shape, 0.3)) for name in names}
     save_delta(folder / "delta.safetensors", llama, changes)
+    llama.get_parameter("model.norm.weight").detach().mul_(1.5)
+    save_delta(folder / "rest.safetensors", llama, changes)
     for name in names:
         llama.get_parameter(name).detach().add_(1)
     save_delta(folder / "other.safetensors", llama, changes)
@@ -82,6 +84,8 @@ def checks(folder: Path) -> None:
         check_refusal(rank, "seed 1 and not 2", folder, "whole models", **other_seed)
         other_base = {"deepspeed": ZERO3, "delta": "other.safetensors"}
         check_refusal(rank, "base", folder, "other", **other_base)
+        other_rest = {"deepspeed": ZERO3, "delta": "rest.safetensors"}
+        check_refusal(rank, "the first is 'model.norm.weight'", folder, "other", **other_rest)
         check_error(folder, rank)
     process_group.leave_distributed()
 

@@ -259,6 +259,14 @@ def test_two_deltas_stand_together_where_they_do_not_overlap():
         with pytest.raises(ValueError, match="other base weights"):
             apply_delta(model, overlapping)
     assert bits(model) == base
+    third = make_delta(model, {V1: [5]})
+    apply_delta(model, first)  # whose handle nobody keeps
+    apply_delta(model, second).revert()
+    apply_delta(model, second)
+    apply_delta(model, third).revert()
+    model.get_parameter(Q0).data[7, 7] += 1  # which is no delta's
+    with pytest.raises(ValueError, match=f"1 of 20 .* beyond .* the first is '{Q0}'"):
+        apply_delta(model, third)
 
 
 def change_one_base_value(model: nn.Module) -> nn.Module:
@@ -286,6 +294,56 @@ def test_another_model_is_refused_untouched(make_other, message):
     with pytest.raises(ValueError, match=message):
         apply_delta(other, delta)
     assert bits(other) == before
+
+
+def scaled_but_at_the_entries(model: nn.Module) -> str:
+    delta = make_delta(model, CHOSEN)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            before = parameter.flatten()[CHOSEN.get(name, [])].clone()
+            parameter.mul_(1.5)
+            parameter.view(-1)[CHOSEN.get(name, [])] = before
+    delta.mask.check_base({n: model.get_parameter(n).flatten()[i] for n, i in CHOSEN.items()})
+    return r"\(\d+ of 21 parameters differ beyond"
+
+
+def fine_tuned_norms(model: nn.Module) -> str:
+    model.get_parameter("model.norm.weight").data[2] += 0.01
+    return r"\(1 of 21 .* the first is 'model.norm.weight'"
+
+
+def one_layer_of_another(model: nn.Module) -> str:
+    up, down = (model.get_parameter(f"model.layers.{i}.mlp.up_proj.weight") for i in (0, 1))
+    up.data, down.data = down.data, up.data
+    return r"\(2 of 21 "
+
+
+@pytest.mark.parametrize(
+    "change", [scaled_but_at_the_entries, fine_tuned_norms, one_layer_of_another]
+)
+def test_a_base_that_differs_beyond_the_entries_is_refused_untouched(change):
+    model = tiny_llama(tied=False)
+    delta = make_delta(model, CHOSEN)
+    message = change(model)
+    before = bits(model)
+    with pytest.raises(ValueError, match=f"this delta was made for other base weights {message}"):
+        apply_delta(model, delta)
+    assert bits(model) == before
+
+
+def test_what_cannot_be_compared_is_no_other_base():
+    """Embeddings of more tokens, norms kept in fp32, a head of another task, an older file."""
+    model = tiny_llama(tied=False).bfloat16()
+    delta = make_delta(model, CHOSEN)
+    model.lm_head = nn.Linear(8, 3, bias=True)
+    model.resize_token_embeddings(32)
+    model.model.norm.float()
+    apply_delta(model, delta).revert()
+    model.model.layers[0].mlp.bfloat16().up_proj.weight.data.zero_()
+    old = replace(delta, mask=replace(delta.mask, fingerprints={}))
+    apply_delta(model, old).revert()
+    with pytest.raises(ValueError, match=r"mlp.up_proj"):
+        apply_delta(model, delta)
 
 
 def test_several_dtypes_have_no_common_one():

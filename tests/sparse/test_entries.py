@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.process_group import init_distributed
+from gem_ds.files.fingerprint import fingerprints
 from gem_ds.sparse.entries import SelectedEntries, gather_indices
 from tests.ranks import run_ranks, told_as
 from tests.tiny import Matrices, Setting, bits, make_engine
@@ -24,7 +25,8 @@ SETTINGS = {
     3: [Setting(3, variant="gathered")],
 }
 SHAPES = {"point": (1, 1), "pair": (1, 2), "odd": (7, 11), "skipped": (3, 5), "wide": (9, 31)}
-NUM_SELECTED = {"point": 1, "pair": 2, "odd": 23, "skipped": 0, "wide": 60}
+SHAPES |= {"large": (47, 53)}  # of which a fingerprint is of a sample
+NUM_SELECTED = {"point": 1, "pair": 2, "odd": 23, "skipped": 0, "wide": 60, "large": 0}
 K = sum(NUM_SELECTED.values())
 
 
@@ -86,7 +88,7 @@ def layout(bench: Bench) -> None:
     """Each parameter's slice of the flat vector, in order."""
     entries = bench.entries
     assert entries.names == [f"{name}.weight" for name in SHAPES]
-    assert entries.starts == [0, 1, 3, 26, 26]
+    assert entries.starts == [0, 1, 3, 26, 26, 86]
     for index, name in zip(entries.flat_indices, SHAPES, strict=True):
         assert index.dtype == torch.int32
         assert torch.equal(index.long(), _indices(name))
@@ -102,6 +104,14 @@ def read(bench: Bench) -> None:
     values = bench.entries.read()
     assert values.dtype == bench.dtype
     assert torch.equal(bits(values), bits(bench.selected()))
+
+
+def base(bench: Bench) -> None:
+    """A model has the same fingerprints in partitions as whole in one process."""
+    named = {layer.name: layer.weight for layer in bench.entries.layers}
+    found = fingerprints(named, bench.engine.weights.read_entries)
+    whole = {f"{name}.weight": nn.Parameter(weight) for name, weight in bench.dense.items()}
+    assert found == fingerprints(whole)
 
 
 def sinks(bench: Bench) -> None:
@@ -151,7 +161,7 @@ def write_back(bench: Bench) -> None:
         read(bench)
 
 
-CHECKS = [layout, read, sinks, start, write_back]
+CHECKS = [layout, read, base, sinks, start, write_back]
 
 
 # Putting a selection together

@@ -55,6 +55,8 @@ def test_the_mask_is_the_launchers_and_a_run_takes_it(tiny: Tiny, tmp_path: Path
             for name, index in launched.indices.items():
                 assert torch.equal(found.indices[name], index), f"{rule}: {name}"
             assert found.weights == launched.weights
+            assert found.fingerprints == launched.fingerprints
+            assert found.fingerprints.keys() == dict(model.named_parameters()).keys()
             assert (found.method, found.base_model) == (rule, str(tiny.model))
             assert found.settings.items() <= launched.settings.items()
         found.save(tmp_path / "mine.safetensors")

@@ -58,6 +58,7 @@ WEIGHTS: dict[str, Callable[[dict[str, Any]], object]] = {
     "w1": lambda t: t.pop("model.layers.0.self_attn.v_proj.weight"),
     "w2": lambda t: t.update({"model.norm.weight": torch.ones(31)}),
     "w3": lambda t: t["model.layers.0.mlp.up_proj.weight"][0, 0].fill_(float("inf")),
+    "w5": lambda t: t["model.embed_tokens.weight"].mul_(1.5),
     "w4": lambda t: t["model.layers.1.self_attn.o_proj.weight"].zero_(),
 }
 
