@@ -71,11 +71,12 @@ class DenseTuning:
         others = [p for name, p in trained.items() if name not in of_head]
         optimizer = make_dense_optimizer(args.train, others, list(of_head.values()))
         self.engine = DenseEngine(self.network, optimizer, prepared.deepspeed, comm)
-        has_delta = product_of(args.method.method) == "delta"
-        self.base = self.engine.whole_parameters(self.names) if has_delta else {}
-        parameters = dict(self.engine.model.named_parameters()) if has_delta else {}
-        parameters = {name: p for name, p in parameters.items() if name not in head}
-        self.fingerprints = fingerprints(parameters, self.engine.weights.read_entries)
+        self.base: dict[str, Tensor] = {}
+        self.fingerprints: dict[str, str] = {}
+        if product_of(args.method.method) == "delta":
+            self.base = self.engine.whole_parameters(self.names)
+            of_base = {n: p for n, p in self.engine.model.named_parameters() if n not in head}
+            self.fingerprints = fingerprints(of_base, self.engine.weights.read_entries)
 
     def save_weights(self) -> None:
         """Write what was trained in the form that its users know; called on all ranks."""
