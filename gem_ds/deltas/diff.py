@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from gem_ds.deltas.places import plot, table_of
 from gem_ds.files.delta import Delta
+from gem_ds.files.fingerprint import fingerprints
 from gem_ds.flags import name_of
 from gem_ds.models.export import _load_base as load_base
 
@@ -116,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 for name, index in delta.mask.indices.items()
             }
             delta.mask.check_base(values, "delta")
+            delta.mask.check_rest(fingerprints(dict(base.named_parameters())), "delta")
     parts = overlaps(deltas[0], deltas[1], base)
     whole = total(parts)
     for path, delta in zip((args.first, args.second), deltas, strict=True):

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from gem_ds.files.delta import Delta
+from gem_ds.files.fingerprint import fingerprints
 from gem_ds.files.mask import WeightInfo, index_dtype
 from gem_ds.flags import name_of
 from gem_ds.models.export import _load_base as load_base
@@ -75,6 +76,8 @@ def merge_deltas(
     noun = type(base).__name__ if isinstance(base, nn.Module) else "base"
     for delta in deltas:
         delta.mask.check_model(shapes, noun)
+        known = {n: tensor for n, tensor in parameters.items() if n in delta.mask.fingerprints}
+        delta.mask.check_rest(fingerprints(known), "delta")
     indices: dict[str, Tensor] = {}
     infos, values = {}, {}
     for name in dict.fromkeys(name for delta in deltas for name in delta.values):

@@ -58,12 +58,12 @@ def whole_weights(model: nn.Module, names: Collection[str]) -> AbstractContextMa
     )
 
 
-def numel(parameter: nn.Parameter) -> int:
+def numel(parameter: Tensor) -> int:
     """Entries of a whole parameter, partitioned or not."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def shape_of(parameter: nn.Parameter) -> tuple[int, ...]:
+def shape_of(parameter: Tensor) -> tuple[int, ...]:
     """The shape of a whole parameter, partitioned or not."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 

@@ -13,20 +13,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gem_ds.distributed.weights import numel, shape_of
 from gem_ds.files.digests import checksum
 
 NUM_BLOCKS, BLOCK = 16, 64
 
-Read = Callable[[Sequence[tuple[nn.Parameter, Tensor]]], Iterable[Tensor]]
+Read = Callable[[Sequence[tuple[Any, Tensor]]], Iterable[Tensor]]
 """Takes parameters with flat indices, int64 [k]; gives the values there [k], in the same order."""
 
 
-def read_whole(entries: Sequence[tuple[nn.Parameter, Tensor]]) -> list[Tensor]:
+def read_whole(entries: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
     """Reads parameters that are whole in this process, in any layout and on any device."""
     return [p.detach().reshape(-1)[index.to(p.device)] for p, index in entries]
 
@@ -40,7 +41,7 @@ def sample(num_entries: int) -> Tensor:
     return (torch.tensor(starts)[:, None] + torch.arange(BLOCK)).flatten()
 
 
-def fingerprints(parameters: Mapping[str, nn.Parameter], read: Read = read_whole) -> dict[str, str]:
+def fingerprints(parameters: Mapping[str, Tensor], read: Read = read_whole) -> dict[str, str]:
     """By name the fingerprint of each parameter; with a collective ``read`` on all ranks."""
     values = read([(parameter, sample(numel(parameter))) for parameter in parameters.values()])
     return {

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gem_ds.distributed.weights import load_deepspeed, shape_of
-from gem_ds.files.mask import WeightInfo, checksum, index_dtype
+from gem_ds.files.digests import checksum
+from gem_ds.files.mask import WeightInfo, index_dtype
 from gem_ds.sparse.layers import TargetLayer, kind_of
 from gem_ds.sparse.sddmm import Pattern, add_sampled_product
 
