@@ -1,7 +1,7 @@
 r"""Exact match on GSM8K, greedy, under three rules of judgement.
 
     python -m eval.gsm8k --model_name_or_path M [--delta F] [--data_dir D] --output_dir O
-                         [--limit N] [--num_fewshot 5]
+                         [--limit N] [--num_fewshot 5] [--apply_chat_template]
 
     prompt      Question: {question}\nAnswer:
     answer      one space, then the completion, of at most 256 tokens
@@ -23,12 +23,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gem_ds.data.tasks import Example, load_task
+from gem_ds.data.tasks import Example, Prompt, load_task
 from gem_ds.evaluate.evaluator import Report, evaluate, refuse_other_prompts, sha256_of_texts
 from gem_ds.evaluate.exact_match import compare, is_reference, summary, tally
 from gem_ds.evaluate.generation import GenerationSettings
 from gem_ds.evaluate.model import SamplingArguments
 from gem_ds.evaluate.pass_at_k import CONFIDENCE
+from gem_ds.evaluate.prompt_form import DEFAULT_FORM, PromptForm, recorded_form
 from gem_ds.evaluate.samples import Sample
 from gem_ds.evaluate.sampling import sample_all
 from gem_ds.files.digests import digest_of_file
@@ -58,13 +59,14 @@ class Problems:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Evaluate a model, as `gem_ds.evaluate.evaluator.evaluate`."""
     about = "Exact match of a causal language model on GSM8K, greedy."
-    return evaluate("eval gsm8k", about, [Gsm8kArguments], _judge, argv)
+    return evaluate("eval gsm8k", about, [Gsm8kArguments, PromptForm], _judge, argv)
 
 
-def _judge(arguments: SamplingArguments, own: Gsm8kArguments) -> Report | None:
+def _judge(arguments: SamplingArguments, own: Gsm8kArguments, form: PromptForm) -> Report | None:
     settings = GenerationSettings(max_new_tokens=own.max_new_tokens, stop_strings=STOP_STRINGS)
     problems = load(arguments.data_dir, arguments.limit)
-    samples = sample_all(arguments, prompts_of(problems, own.num_fewshot), settings)
+    prompts = prompts_of(problems, own.num_fewshot, form)
+    samples = sample_all(arguments, prompts, settings, form=form.recorded(own.num_fewshot))
     return None if samples is None else report(problems, samples)
 
 
@@ -91,7 +93,9 @@ def load(data_dir: str | None, limit: int | None = None) -> Problems:
     return Problems(test=test, train=task.train, sha256=sha256)
 
 
-def prompts_of(problems: Problems, num_fewshot: int) -> dict[str, str]:
+def prompts_of(
+    problems: Problems, num_fewshot: int, form: PromptForm = DEFAULT_FORM
+) -> dict[str, Prompt]:
     """Task id to prompt, with the worked problems that the harness puts before it."""
     if not 0 <= num_fewshot <= len(problems.train):
         raise ValueError(
@@ -102,8 +106,8 @@ def prompts_of(problems: Problems, num_fewshot: int) -> dict[str, str]:
     prompts = {}
     for task_id, example in problems.test.items():
         shots = drawn.sample(problems.train, num_fewshot)
-        worked = "".join(f"{shot.prompt}{shot.target}\n\n" for shot in shots)
-        prompts[task_id] = f"{worked}{example.prompt}"
+        worked = [(str(shot.prompt), shot.target.removeprefix(" ")) for shot in shots]
+        prompts[task_id] = form.prompt(str(example.prompt), worked, delimiter=" ")
     return prompts
 
 
@@ -115,9 +119,11 @@ def report(problems: Problems, samples: Sequence[Sample]) -> Report:
                 f"GSM8K is scored on one sample of each problem, and {task_id} has {count}: keep "
                 "one of them."
             )
-    num_fewshot = str(samples[0].prompt).count("\n\nQuestion: ")
-    is_possible = num_fewshot <= len(problems.train)
-    prompts = prompts_of(problems, num_fewshot) if is_possible else {}
+    form, num_told = recorded_form(samples[0].settings)
+    num_seen = str(samples[0].prompt).count("\n\nQuestion: ")
+    num_fewshot = num_seen if num_told is None else num_told
+    is_possible = 0 <= num_fewshot <= len(problems.train)
+    prompts = prompts_of(problems, num_fewshot, form) if is_possible else {}
     refuse_other_prompts(samples, prompts, num_fewshot)
     matches = {s.task_id: compare(s.completion, problems.test[s.task_id].target) for s in samples}
     exact_match = tally(list(matches.values()), len(problems.test))

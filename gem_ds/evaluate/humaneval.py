@@ -20,9 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gem_ds.data.tasks import Prompt
 from gem_ds.data.tasks.lines import Line, parse_jsonl
 from gem_ds.data.tasks.published import read_hub
 from gem_ds.evaluate.extraction import find_program
+from gem_ds.evaluate.prompt_form import DEFAULT_FORM, PromptForm
 from gem_ds.evaluate.sandbox import Program
 
 HUB_DATASET = "openai/openai_humaneval"
@@ -46,7 +48,10 @@ class HumanEval:
 
     problems: dict[str, Problem]  # those that are asked, by task id
     data_sha256: dict[str, str]  # what tells the data from others, by file or by name
-    stop_strings: tuple[str, ...] = STOP_STRINGS
+
+    def stop_strings(self, form: PromptForm = DEFAULT_FORM) -> tuple[str, ...]:
+        """What leaves the function; the message of a chat ends by itself."""
+        return () if form.apply_chat_template else STOP_STRINGS
 
     def num_fewshot(self, wanted: int | None) -> int:
         """How many worked problems a prompt shows, None for the default; refuses what cannot be."""
@@ -58,9 +63,9 @@ class HumanEval:
         """How many worked problems a prompt seems to show."""
         return 0
 
-    def prompts(self, num_fewshot: int) -> dict[str, str]:
+    def prompts(self, num_fewshot: int, form: PromptForm = DEFAULT_FORM) -> dict[str, Prompt]:
         """By task id; ValueError where the data cannot give them."""
-        return {task_id: problem.prompt for task_id, problem in self.problems.items()}
+        return {name: form.prompt(problem.prompt, []) for name, problem in self.problems.items()}
 
     def program(self, task_id: str, completion: str) -> Program:
         """What is run for a completion, with the problem's tests; no completion fails."""

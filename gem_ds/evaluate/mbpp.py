@@ -21,8 +21,10 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
+from gem_ds.data.tasks import Prompt
 from gem_ds.data.tasks.mbpp import Dataset, Problem, load_problems, prompt_of, target_of
 from gem_ds.evaluate.extraction import extract_program
+from gem_ds.evaluate.prompt_form import DEFAULT_FORM, PromptForm
 from gem_ds.evaluate.sandbox import Program
 from gem_ds.evaluate.syntax import tree_of
 from gem_ds.flags import option
@@ -70,8 +72,7 @@ class Mbpp:
         """What tells the data from others."""
         return {self.dataset.source: self.dataset.sha256}
 
-    @property
-    def stop_strings(self) -> tuple[str, ...]:
+    def stop_strings(self, form: PromptForm = DEFAULT_FORM) -> tuple[str, ...]:
         """The protocol's mark, or what leaves the function that a header began."""
         continues = "{header}" in (self.flags.prompt_template or "")
         return MARGIN_STOP_STRINGS if continues else STOP_STRINGS
@@ -93,7 +94,7 @@ class Mbpp:
         closed = f"{STOP_STRINGS[0]}\n\n"
         return 3 if self.flags.prompt_template is None and closed in prompt else 0
 
-    def prompts(self, num_fewshot: int) -> dict[str, str]:
+    def prompts(self, num_fewshot: int, form: PromptForm = DEFAULT_FORM) -> dict[str, Prompt]:
         """By task id; ValueError if the dataset lacks a shot or the template cannot be filled."""
         if (template := self.flags.prompt_template) is not None:
             if _PLACEHOLDER.search(template) is None:
@@ -101,7 +102,13 @@ class Mbpp:
                     "--prompt_template names none of {text}, {tests} and {header}, so that every "
                     "problem would get the same prompt: put one of them in."
                 )
-            return {name: template_prompt(p, template) for name, p in self.problems.items()}
+            if form.apply_chat_template and "{header}" in template:
+                raise ValueError(
+                    "A prompt that ends inside the program, at {header}, is no message of a chat: "
+                    "leave {header} out of --prompt_template, or --apply_chat_template."
+                )
+            problems = self.problems.items()
+            return {name: form.prompt(template_prompt(p, template), []) for name, p in problems}
         ids = SHOT_IDS[:num_fewshot]
         for task_id in ids:
             if task_id not in self.dataset.problems:
@@ -110,7 +117,7 @@ class Mbpp:
                     f"{num_fewshot} shots shows: pass the whole file, or --num_fewshot 0."
                 )
         shots = [self.dataset.problems[task_id] for task_id in ids]
-        return {name: few_shot_prompt(problem, shots) for name, problem in self.problems.items()}
+        return {name: few_shot_prompt(p, shots, form) for name, p in self.problems.items()}
 
     def program(self, task_id: str, completion: str) -> Program:
         """What is run for a completion; none fails."""
@@ -133,10 +140,12 @@ class Mbpp:
         }
 
 
-def few_shot_prompt(problem: Problem, shots: list[Problem]) -> str:
+def few_shot_prompt(
+    problem: Problem, shots: list[Problem], form: PromptForm = DEFAULT_FORM
+) -> Prompt:
     """The prompt of the protocol; `shots` are worked problems that go before, none for zero."""
-    worked = [prompt_of(shot.text, shot.tests) + target_of(shot.code) for shot in shots]
-    return "\n\n".join([*worked, prompt_of(problem.text, problem.tests)])
+    worked = [(prompt_of(shot.text, shot.tests), target_of(shot.code)) for shot in shots]
+    return form.prompt(prompt_of(problem.text, problem.tests), worked)
 
 
 def template_prompt(problem: Problem, template: str) -> str:

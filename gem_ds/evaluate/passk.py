@@ -2,7 +2,7 @@
 
     python -m eval.passk --model_name_or_path M [--delta F] [--data_dir D] --output_dir O
         [--task mbpp|humaneval] [--num_samples 10 --k 1 10 --temperature 0.8 --top_p 0.95]
-        [--sanitized] [--num_fewshot 0]
+        [--sanitized] [--num_fewshot 0] [--apply_chat_template]
 
     samples -> programs -> verdicts of the sandbox -> pass@k per problem -> mean, interval
 
@@ -26,6 +26,7 @@ from gem_ds.evaluate.evaluator import Report, evaluate, refuse_other_prompts
 from gem_ds.evaluate.generation import GenerationSettings
 from gem_ds.evaluate.model import SamplingArguments
 from gem_ds.evaluate.pass_at_k import results_of, summary
+from gem_ds.evaluate.prompt_form import PromptForm, recorded_form
 from gem_ds.evaluate.samples import Sample
 from gem_ds.evaluate.sampling import sample_all
 from gem_ds.evaluate.sandbox import Program, Sandbox
@@ -125,28 +126,33 @@ class JudgingArguments:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Evaluate a model, as `gem_ds.evaluate.evaluator.evaluate`."""
-    flags = [PassKArguments, JudgingArguments, *OWN_FLAGS]
+    flags = [PassKArguments, JudgingArguments, PromptForm, *OWN_FLAGS]
     about = "pass@k of a causal language model on a benchmark of programs."
     return evaluate("eval passk", about, flags, _judge, argv)
 
 
 def _judge(
-    arguments: SamplingArguments, own: PassKArguments, judging: JudgingArguments, *flags: Any
+    arguments: SamplingArguments,
+    own: PassKArguments,
+    judging: JudgingArguments,
+    form: PromptForm,
+    *flags: Any,
 ) -> Report | None:
     judging.ks(own.num_samples, "--num_samples is")
     benchmark = load(own.task, arguments.data_dir, arguments.limit, flags)
     num_fewshot = benchmark.num_fewshot(own.num_fewshot)
     settings = GenerationSettings(
         max_new_tokens=own.max_new_tokens,
-        stop_strings=benchmark.stop_strings,
+        stop_strings=benchmark.stop_strings(form),
         temperature=own.temperature,
         top_p=own.top_p,
         seed=own.seed,
     )
-    prompts = benchmark.prompts(num_fewshot)
+    prompts = benchmark.prompts(num_fewshot, form)
     if int(os.environ.get("RANK", 0)) == 0:
         best_level(judging.allow_weak_sandbox)  # refuses the host before a model is loaded
-    samples = sample_all(arguments, prompts, settings, num_samples=own.num_samples)
+    recorded = form.recorded(num_fewshot)
+    samples = sample_all(arguments, prompts, settings, num_samples=own.num_samples, form=recorded)
     if samples is None:
         return None
     return report(own.task, benchmark, samples, judging, show_bar=not arguments.disable_tqdm)
@@ -178,8 +184,10 @@ def report(
     show_bar: bool,
 ) -> Report:
     """Run the programs and count; problems without samples count as zero and are named."""
-    num_fewshot = benchmark.num_shown(str(samples[0].prompt))
-    refuse_other_prompts(samples, benchmark.prompts(num_fewshot), num_fewshot)
+    form, num_told = recorded_form(samples[0].settings)
+    num_seen = benchmark.num_shown(str(samples[0].prompt))
+    num_fewshot = num_seen if num_told is None else num_told
+    refuse_other_prompts(samples, benchmark.prompts(num_fewshot, form), num_fewshot)
     counts = Counter(sample.task_id for sample in samples)
     rarest = min(counts, key=lambda task_id: counts[task_id])
     ks = judging.ks(counts[rarest], f"{rarest} has")

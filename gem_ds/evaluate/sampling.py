@@ -20,6 +20,7 @@ from contextlib import closing
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from gem_ds.distributed.comm import Comm
 from gem_ds.evaluate.decoding import Transformers
@@ -53,12 +54,14 @@ def sample_all(
     settings: GenerationSettings,
     *,
     num_samples: int = 1,
+    form: Mapping[str, Any] | None = None,
 ) -> list[Sample] | None:
     """Sample every prompt `num_samples` times; write or continue output_dir/samples.jsonl.
 
     Earlier results and verdicts are deleted before the file changes. `arguments.limit` is the
-    caller's to apply. The samples come back by task in the order of `prompts` and then by number;
-    every rank but the first gets None. Raises as `evaluator.evaluate`.
+    caller's to apply; `form` tells how prompts are made, where not by default. The samples come
+    back by task in the order of `prompts` and then by number; every rank but the first gets None.
+    Raises as `evaluator.evaluate`.
     """
     check_arguments(arguments)
     folder = Path(arguments.output_dir)
@@ -70,6 +73,7 @@ def sample_all(
                 "dtype": files.dtype,
                 "backend": arguments.backend,
                 **asdict(settings),
+                **(form or {}),
             }
             path = folder / SAMPLES_FILE if comm.is_main else None
             overwrite = arguments.overwrite_output_dir

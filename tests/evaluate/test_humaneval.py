@@ -45,7 +45,7 @@ def verdicts(benchmark, sandbox, completions: list[tuple[dict, str]]) -> list[di
 def test_problems_are_asked_as_they_stand(tmp_path, name):
     benchmark = humaneval.load(save(tmp_path, ROWS, name))
     assert benchmark.prompts(0) == {row["task_id"]: row["prompt"] for row in ROWS}
-    assert benchmark.stop_strings == ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+    assert benchmark.stop_strings() == ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
     assert [*benchmark.data_sha256] == [name]
     assert humaneval.load(str(tmp_path), limit=1).problems.keys() == {"HumanEval/0"}
 

@@ -124,7 +124,7 @@ def test_a_header_makes_the_completion_a_continuation():
     begun = 'def f(x, y=2):\n    """Do it."""\n'
     programs = {text: asked.program("mbpp/11", text).program for text in kept}
     assert programs == {text: begun + rest for text, rest in kept.items()}
-    assert asked.stop_strings == MARGIN_STOP_STRINGS
+    assert asked.stop_strings() == MARGIN_STOP_STRINGS
 
 
 @pytest.mark.parametrize("template", ["{text}", None])
@@ -136,4 +136,4 @@ def test_other_completions_are_searched_for_the_function_that_the_tests_call(tem
     job = asked.program("mbpp/11", text)
     assert job.program == "def f(x):\n    return x\n"
     assert (job.tests, job.setup, job.entry_point) == (problem().tests, "import os", "f")
-    assert asked.stop_strings == ("[DONE]",)
+    assert asked.stop_strings() == ("[DONE]",)
