@@ -21,10 +21,12 @@ def summed_gradients(
     batches: Iterable[Any],
     loss_fn: Callable[[nn.Module, Any], Tensor],
     names: Sequence[str],
+    of_each: Callable[[Tensor], Tensor] = lambda gradient: gradient,
 ) -> dict[str, Tensor]:
     """fp32 gradient of the sum over the batches of ``loss_fn(model, batch)``, by ordinary autograd.
 
-    ``loss_fn`` returns a *summed* loss. The model is left as it was, its flags included.
+    ``loss_fn`` returns a *summed* loss. What is summed of a batch's gradient is what ``of_each``
+    makes of it. The model is left as it was, its flags included.
     """
     parameters = [model.get_parameter(name) for name in names]
     flags = [parameter.requires_grad for parameter in parameters]
@@ -34,7 +36,7 @@ def summed_gradients(
     for batch in batches:
         gradients = torch.autograd.grad(loss_fn(model, batch), parameters)
         for total, gradient in zip(sums.values(), gradients, strict=True):
-            total += gradient.float()
+            total += of_each(gradient.float())
     for parameter, flag in zip(parameters, flags, strict=True):
         parameter.requires_grad_(flag)
     return sums
@@ -146,7 +148,7 @@ def entry_score(rule: str, name: str, gradient: Tensor | None, weight: Tensor, s
     if rule == "lift":
         return principal(weight)
     assert gradient is not None
-    if rule in ("gradient", "entropy_gradient"):
+    if rule in ("gradient", "entropy_gradient", "gradient_abs", "fish"):
         return gradient.detach().float().abs()
     return damped_ratio(gradient, weight) if rule == "damped" else ratio(gradient, weight)
 
@@ -160,10 +162,10 @@ def select(
 ) -> dict[str, Tensor]:
     """The whole selection: by name, in the order of ``weights``, the bool mask."""
     scores = {n: entry_score(rule, n, gradients.get(n), w, seed) for n, w in weights.items()}
-    if rule in ("supertuning", "ratio_global"):
+    if rule in ("supertuning", "ratio_global", "fish"):
         return _largest_of_all(scores, total)
     by_rule: dict[str, Callable[[Tensor], float]] = {
-        **dict.fromkeys(("gem", "entropy_gradient", "damped"), layer_score),
+        **dict.fromkeys(("gem", "entropy_gradient", "damped", "gem_abs"), layer_score),
         "tempered": lambda s: math.sqrt(1 + layer_score(s)),
         "effective": lambda s: math.exp(entropy(s)) if s.any() else 0.0,
         **dict.fromkeys(("random_shira", "lift"), lambda s: sum(s.shape)),

@@ -150,11 +150,13 @@ def naive_loss(model: nn.Module, example: Example) -> Tensor:
     return F.cross_entropy(logits[prompt_length:], tokens[prompt_length:], reduction="sum")
 
 
-def naive_gradients(model: nn.Module, num_examples: int) -> tuple[Tensors, Tensors]:
+def naive_gradients(
+    model: nn.Module, num_examples: int, *of_each: Callable[[Tensor], Tensor]
+) -> tuple[Tensors, Tensors]:
     """The oracle's gradients of the targets over so many random examples, and the weights."""
     names = list(find_targets(model))
     examples = naive_examples(random_examples(num_examples), range(num_examples))
-    gradients = oracle.summed_gradients(model.eval(), examples, naive_loss, names)
+    gradients = oracle.summed_gradients(model.eval(), examples, naive_loss, names, *of_each)
     return gradients, {name: model.get_parameter(name).detach() for name in names}
 
 

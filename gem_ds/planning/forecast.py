@@ -22,7 +22,7 @@ from gem_ds.models.load import DTYPES
 from gem_ds.planning.gathers import Gathers
 from gem_ds.planning.live import LiveBytes
 from gem_ds.planning.subject import Subject
-from gem_ds.select.rules import CALIBRATED_METHODS
+from gem_ds.select.rules import CALIBRATED_METHODS, RULES
 from gem_ds.sparse.gradients import buffered_layers
 from gem_ds.sparse.layers import TargetLayer
 from gem_ds.train.config import Arguments
@@ -202,6 +202,7 @@ class _Rank:
         parts = [self.part(layer.numel) for layer in layers]
         buffered = buffered_layers(parts, self.world_size, self.method.calibration_buffer_gb)
         names = {layers[i].name for i in buffered}
+        is_by_example = RULES[self.method.method].is_by_example
         whole = sum(layer.numel for layer in layers if layer.name in names)
         shared = sum(self.part(layer.numel) for layer in layers if layer.name not in names)
 
@@ -211,16 +212,16 @@ class _Rank:
             def take(layer: TargetLayer, dy: Tensor) -> None:
                 nonlocal before
                 if layer.name in names:
-                    adds_product = self.itemsize < _FP32 and not self.on_cpu
+                    adds_product = is_by_example or (self.itemsize < _FP32 and not self.on_cpu)
                     with live.held("products", _FP32 * layer.numel * adds_product):
-                        return  # gem_ds.sparse.sddmm.add_product
+                        return  # gem_ds.sparse.gradients.BufferedSink
                 size = _FP32 * self.world_size * self.part(layer.numel)
                 live.add("products", size)
                 with live.held("messages", size * self.on_cpu):  # gloo copies what it sends
                     live.add("products", -before)
                 before = size
 
-            self.subject.calibrate(live, take)
+            self.subject.calibrate(live, take, one_by_one=is_by_example)
 
         messages = _FP32 * self.world_size * shared * (self.world_size > 1)
         return self.run(act, gathers, statistics=_FP32 * (whole + shared)), messages

@@ -79,13 +79,21 @@ class Subject:
         sinks = [partial(self._hold, layer, n) for layer, n in zip(layers, counts, strict=True)]
         # The place in the head's vector changes no size, and biases are few.
         whole = [WholeSink(layer, head.vector, 0, None) for layer in head] if head else []
-        self._run(live, sinks, whole, delivers=True)
+        batch_size = self.args.train.per_device_train_batch_size
+        self._run(live, sinks, whole, batch_size, delivers=True)
 
-    def calibrate(self, live: LiveBytes, take: Callable[[TargetLayer, Tensor], None]) -> None:
+    def calibrate(
+        self,
+        live: LiveBytes,
+        take: Callable[[TargetLayer, Tensor], None],
+        *,
+        one_by_one: bool = False,
+    ) -> None:
         """Run a micro-batch of calibration; ``take`` gets each layer and the ``dy`` of it."""
         assert self.layers is not None, "nothing is calibrated"
         sinks = [lambda dy, x, layer=layer: take(layer, dy) for layer in self.layers]
-        self._run(live, sinks, [drop] * len(self.head_layers or ()), delivers=False)
+        batch_size = 1 if one_by_one else self.args.train.per_device_train_batch_size
+        self._run(live, sinks, [drop] * len(self.head_layers or ()), batch_size, delivers=False)
 
     @torch.no_grad()
     def evaluate(self, live: LiveBytes) -> None:
@@ -95,7 +103,13 @@ class Subject:
         self.model.train()
 
     def _run(
-        self, live: LiveBytes, sinks: Sequence[Sink], head_sinks: Sequence[Sink], *, delivers: bool
+        self,
+        live: LiveBytes,
+        sinks: Sequence[Sink],
+        head_sinks: Sequence[Sink],
+        batch_size: int,
+        *,
+        delivers: bool,
     ) -> None:
         with ExitStack() as stack:
             for layers, own in ((self.layers, sinks), (self.head_layers, head_sinks)):
@@ -103,7 +117,7 @@ class Subject:
                     layers.vector.delivers = delivers
                     stack.enter_context(layers.sinks(own))
             stack.enter_context(live)
-            self._loss_of(self.args.train.per_device_train_batch_size, live).backward()
+            self._loss_of(batch_size, live).backward()
 
     def _loss_of(self, batch_size: int, live: LiveBytes) -> Tensor:
         shape = (batch_size, self.num_tokens)

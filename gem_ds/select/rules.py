@@ -4,7 +4,8 @@ A rule is an entry of :data:`RULES`, and nothing else has to be edited for a new
 
 * ``entry_score``: within a matrix, the entries of the highest score are trained;
 * ``budgets``: how many of each matrix;
-* ``needs_gradient``: whether it looks at gradients, so that there is a calibration;
+* ``statistic``: what calibration sums over the examples, each one's gradient g_e, its |g_e| or its
+  g_e^2; None for a rule that looks at no gradient, so that there is no calibration;
 * ``help``: what the command line says of it.
 """
 
@@ -14,6 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from typing import Literal
 
 from torch import Tensor
 
@@ -25,6 +27,8 @@ from gem_ds.select.topk import count_among_largest
 
 #: Of the damped ratio: what is added to |w|, in root mean squares of the weight.
 DAMPING = 0.1
+
+Statistic = Literal["sum", "magnitudes", "squares"]
 
 EntryScore = Callable[[Shards, Group, int], list[Tensor]]
 """Takes this rank's shards, the ranks and a seed; per shard fp32 [m], non-negative."""
@@ -45,7 +49,12 @@ class Rule:
     entry_score: EntryScore
     budgets: Budgets
     help: str
-    needs_gradient: bool = True
+    statistic: Statistic | None = "sum"
+
+    @property
+    def is_by_example(self) -> bool:
+        """Whether the gradients of the examples have to be told from each other."""
+        return self.statistic in ("magnitudes", "squares")
 
 
 # Entry scores
@@ -148,19 +157,19 @@ RULES = {
     "magnitude": Rule(
         entry_score=_weight,
         budgets=in_proportion_to(_equal),
-        needs_gradient=False,
+        statistic=None,
         help="|w| with equal budgets",
     ),
     "random": Rule(
         entry_score=_chance,
         budgets=in_proportion_to(_equal),
-        needs_gradient=False,
+        statistic=None,
         help="by chance with equal budgets",
     ),
     "supertuning": Rule(
         entry_score=_weight,
         budgets=one_threshold,
-        needs_gradient=False,
+        statistic=None,
         help="the largest |w| of all layers together (arXiv 2607.09287)",
     ),
     "damped": Rule(
@@ -188,17 +197,37 @@ RULES = {
     "random_shira": Rule(
         entry_score=_chance,
         budgets=in_proportion_to(_rows_and_columns),
-        needs_gradient=False,
+        statistic=None,
         help="by chance with budgets by rows plus columns, as shira's and lora's",
     ),
     "lift": Rule(
         entry_score=scores.principal_magnitudes,
         budgets=in_proportion_to(_rows_and_columns),
-        needs_gradient=False,
+        statistic=None,
         help=f"the largest entries of the part of w of rank {scores.PRINCIPAL_RANK}, budgets by "
         "rows plus columns, chosen once (arXiv 2506.00772, whose code chooses anew in training)",
+    ),
+    "gem_abs": Rule(
+        entry_score=_ratio,
+        budgets=in_proportion_to(_norm_times_entropy),
+        statistic="magnitudes",
+        help="as gem with the sum of the examples' |g|, where the gradients of different examples "
+        "do not cancel",
+    ),
+    "gradient_abs": Rule(
+        entry_score=_gradient,
+        budgets=in_proportion_to(_equal),
+        statistic="magnitudes",
+        help="the sum of the examples' |g| with equal budgets",
+    ),
+    "fish": Rule(
+        entry_score=_gradient,
+        budgets=one_threshold,
+        statistic="squares",
+        help="the largest sums of the examples' g^2 of all layers together, the empirical Fisher "
+        "information (arXiv 2111.09839)",
     ),
 }
 
 SPARSE_METHODS = tuple(RULES)
-CALIBRATED_METHODS = tuple(name for name, rule in RULES.items() if rule.needs_gradient)
+CALIBRATED_METHODS = tuple(name for name, rule in RULES.items() if rule.statistic is not None)

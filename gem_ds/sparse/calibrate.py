@@ -23,10 +23,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from gem_ds.data.batches import Batches, SummedLoss
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.engine import Engine
-from gem_ds.select.rules import RULES
+from gem_ds.select.rules import RULES, Statistic
 from gem_ds.select.selection import Selection, select_shards
 from gem_ds.select.shards import TargetShard
-from gem_ds.sparse.gradients import ShardReducer, make_sinks
+from gem_ds.sparse.gradients import (
+    ShardReducer,
+    begin_micro_batch,
+    make_sinks,
+    refuse_repeated,
+)
 from gem_ds.sparse.layers import TargetLayer, TargetLayers
 
 #: The backward runs on the mean loss of a micro-batch times this, so that half-precision gradients
@@ -51,12 +56,19 @@ def calibrate(
     """Score every target entry over one epoch of ``batches`` and select ``budget`` (K) of them.
 
     Returns this rank's part of the selection: its own ranges of the layers. A rule that looks at no
-    gradient reads no batch. ``progress`` is called after each step.
+    gradient reads no batch; one that sums magnitudes or squares needs micro-batches of one example.
+    ``progress`` is called after each step.
     """
     gradients: Sequence[Tensor | None] = [None] * len(layers)
-    if RULES[rule].needs_gradient:
+    if statistic := RULES[rule].statistic:
         gradients = sum_gradients(
-            engine, layers, batches, summed_loss, progress, buffer_gb=buffer_gb
+            engine,
+            layers,
+            batches,
+            summed_loss,
+            progress,
+            buffer_gb=buffer_gb,
+            statistic=statistic,
         )
     return select(engine, layers, gradients, budget, rule=rule, seed=seed)
 
@@ -94,25 +106,28 @@ def sum_gradients(
     progress: Callable[[], None] = lambda: None,
     *,
     buffer_gb: float = 0.0,
+    statistic: Statistic = "sum",
 ) -> list[Tensor]:
     """The gradient of the loss summed over one epoch, at the weights as they are.
 
+    Or the sum of magnitudes or squares of the micro-batches' gradients, each that of one example.
     Per layer this rank's range (:meth:`Weights.shard_range`) of it, flat, fp32. Each rank may keep
     ``buffer_gb`` 10^9 bytes of whole gradients, which then cross the network once. A loss that is
     not finite is a ValueError, and so is a target that no gradient reaches, after the first step.
     """
     reducer = ShardReducer(engine.comm)
-    sinks = make_sinks(engine.weights, layers, reducer, buffer_gb)
+    sinks = make_sinks(engine.weights, layers, reducer, buffer_gb, statistic)
     engine.model.eval()  # no dropout: the gradient at the base weights is not a random quantity
     with layers.sinks(sinks), checkpointing_in_eval_mode(engine.model):
         for step, counts in enumerate(_largest_num_items(batches, engine.comm)):
             num_broken = torch.zeros((), device=engine.device)
             for batch, num_items in zip(batches.micro_batches(step), counts, strict=True):
-                for sink in sinks:
-                    sink.scale = num_items / LOSS_SCALE
+                begin_micro_batch(sinks, num_items / LOSS_SCALE)
                 loss = summed_loss(engine.module(deliver=False), batch) / num_items
                 engine.backward(loss, loss_scale=LOSS_SCALE)
                 reducer.finish()
+                with engine.comm.in_unison():
+                    refuse_repeated(sinks)
                 num_broken += ~loss.detach().isfinite()
             if engine.comm.all_reduce(num_broken, "max").item():
                 with engine.comm.in_unison():

@@ -1,4 +1,4 @@
-"""What calibration keeps of each target layer: its summed gradient, fp32, in the ranks' own ranges.
+"""What calibration keeps of each target layer: a sum of gradients, fp32, in the ranks' own ranges.
 
 In each backward a layer hands its sink the factors a and b of the dense gradient ``a^T b`` of one
 micro-batch. Where that goes is the sink's kind:
@@ -9,7 +9,9 @@ micro-batch. Where that goes is the sink's kind:
   the end. That takes memory (:func:`buffered_layers`), except on one rank, where the range is the
   whole matrix.
 
-Either way the sum is the same but for the rounding of fp32, and no parameter has a ``.grad``.
+Either way the sum is the same but for the rounding of fp32, and no parameter has a ``.grad``. What
+is summed is the gradient itself, its magnitude or its square (:class:`~gem_ds.select.rules.Rule`):
+for the latter two a backward must be that of one example, and run each layer once.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.weights import Weights
+from gem_ds.select.rules import Statistic
 from gem_ds.sparse.layers import TargetLayer
 from gem_ds.sparse.sddmm import add_product, product
 
@@ -54,6 +57,14 @@ class ShardReducer:
             finish()
 
 
+def terms_of(gradient: Tensor, scale: float, statistic: Statistic) -> tuple[Tensor, float]:
+    """What is summed of ``scale * gradient``, fp32, overwritten, and what it is weighed by."""
+    if statistic == "sum":
+        return gradient, scale
+    gradient.mul_(scale)
+    return gradient.abs_() if statistic == "magnitudes" else gradient.square_(), 1.0
+
+
 @dataclass
 class ShardSink:
     """Sums one layer's dense gradient into this rank's range of it, micro-batch by micro-batch."""
@@ -62,16 +73,19 @@ class ShardSink:
     reducer: ShardReducer
     partition_size: int
     shard: Tensor  # fp32 [stop - start], up to date when the reducer has finished
+    statistic: Statistic = "sum"
     scale: float = 1.0  # what the next micro-batch's gradient is multiplied by
+    num_calls: int = 0  # in the present micro-batch
 
     def __call__(self, a: Tensor, b: Tensor) -> None:
         """Add the gradient of one backward."""
+        self.num_calls += 1
         numel, shape = self.layer.numel, self.layer.shape
         length = self.partition_size * self.reducer.comm.world_size
         padded = torch.empty(length, dtype=torch.float32, device=self.shard.device)
         padded[numel:] = 0
         product(a, b, out=padded[:numel].view(shape))
-        self.reducer.add(self.shard, padded, self.scale)
+        self.reducer.add(self.shard, *terms_of(padded, self.scale, self.statistic))
 
     @property
     def sums(self) -> Tensor:
@@ -91,12 +105,18 @@ class BufferedSink:
     comm: Comm
     whole: Tensor  # fp32 [world_size * partition], where it is summed; zeros to begin with
     length: int  # of this rank's range
+    statistic: Statistic = "sum"
     scale: float = 1.0  # what the next micro-batch's gradient is multiplied by
+    num_calls: int = 0  # in the present micro-batch
 
     def __call__(self, a: Tensor, b: Tensor) -> None:
         """Add the gradient of one backward."""
+        self.num_calls += 1
         sums = self.whole[: self.layer.numel].view(self.layer.shape)
-        add_product(sums, a, b, scale=self.scale)
+        if self.statistic == "sum":
+            add_product(sums, a, b, scale=self.scale)
+        else:
+            sums += terms_of(product(a, b), self.scale, self.statistic)[0]
 
     @property
     def sums(self) -> Tensor:
@@ -110,8 +130,32 @@ class BufferedSink:
         return self.comm.reduce_scatter(whole)[: self.length]
 
 
+Sinks = Sequence[ShardSink | BufferedSink]
+
+
+def begin_micro_batch(sinks: Sinks, scale: float) -> None:
+    """Say what the next gradients are multiplied by."""
+    for sink in sinks:
+        sink.scale, sink.num_calls = scale, 0
+
+
+def refuse_repeated(sinks: Sinks) -> None:
+    """Raise a ValueError where a layer's gradient came in parts, which would be summed as such."""
+    repeated = [s.layer.name for s in sinks if s.num_calls > 1 and s.statistic != "sum"]
+    if repeated:
+        raise ValueError(
+            f"The model runs {', '.join(repeated)} more than once for an example, so that no "
+            "magnitude of its whole gradient is known: choose a rule that sums gradients as they "
+            "are, such as gem, or leave such layers out of --target_modules."
+        )
+
+
 def make_sinks(
-    weights: Weights, layers: Sequence[TargetLayer], reducer: ShardReducer, buffer_gb: float
+    weights: Weights,
+    layers: Sequence[TargetLayer],
+    reducer: ShardReducer,
+    buffer_gb: float,
+    statistic: Statistic = "sum",
 ) -> list[ShardSink | BufferedSink]:
     """A sink for each layer, buffered where :func:`buffered_layers` says so."""
     comm = weights.comm
@@ -123,9 +167,9 @@ def make_sinks(
         size = partition * comm.world_size if i in buffered else stop - start
         zeros = torch.zeros(size, dtype=torch.float32, device=comm.device)
         if i in buffered:
-            sinks.append(BufferedSink(layer, comm, zeros, stop - start))
+            sinks.append(BufferedSink(layer, comm, zeros, stop - start, statistic))
         else:
-            sinks.append(ShardSink(layer, reducer, partition, zeros))
+            sinks.append(ShardSink(layer, reducer, partition, zeros, statistic))
     return sinks
 
 

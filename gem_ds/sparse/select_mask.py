@@ -10,25 +10,25 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.weights import num_parameters
 from gem_ds.files.fingerprint import fingerprints
 from gem_ds.files.mask import Mask, WeightInfo, index_dtype
 from gem_ds.models.encoders import head_names, without_head
 from gem_ds.models.targets import find_targets
 from gem_ds.select.budget import total_budget
-from gem_ds.select.rules import RULES
+from gem_ds.select.rules import RULES, Statistic
 from gem_ds.select.selection import select_shards
 from gem_ds.select.shards import Solo, TargetShard
 from gem_ds.sparse.calibrate import checkpointing_in_eval_mode, refuse_unreached
+from gem_ds.sparse.gradients import BufferedSink, begin_micro_batch, refuse_repeated
 from gem_ds.sparse.layers import TargetLayers
-from gem_ds.sparse.sddmm import add_product
 
 #: What transformers calls the loss of a model -> the labels before those that it is the mean over.
 _LABELS_BEFORE = {"ForCausalLM": 1, "ForMaskedLM": 0, "ForTokenClassification": 0}
@@ -53,7 +53,9 @@ def select_mask(
 
     Args:
         model: of transformers or any other, whole in this process.
-        batches: what ``loss`` takes, each once; a rule that looks at weights only reads none.
+        batches: what ``loss`` takes, each once; a rule that looks at weights only reads none. For
+            ``gem_abs``, ``gradient_abs`` and ``fish``, which judge by each example's own gradient,
+            a batch counts as one example.
         loss: takes the model and a batch and returns the SUMMED loss of the batch, not a mean. None
             for models of transformers that return a loss of ``labels``: their mean over the label
             tokens is turned into a sum, and batches are mappings of tensors.
@@ -83,8 +85,8 @@ def select_mask(
     with torch.inference_mode(False), torch.enable_grad(), _left_as_it_was(model):
         layers = TargetLayers(model, targets, num_entries=1, vector_name=None)
         try:
-            if RULES[rule].needs_gradient:
-                gradients = _sum_gradients(layers, batches, loss or _summed_loss, reduce)
+            if statistic := RULES[rule].statistic:
+                gradients = _sum_gradients(layers, batches, loss or _summed_loss, reduce, statistic)
         finally:
             layers.detach()
     indices = _select(layers, gradients, budget, rule, seed)
@@ -165,16 +167,18 @@ def _sum_gradients(
     batches: Iterable[Any],
     loss: Callable[[Any, Any], Tensor],
     reduce: Callable[[Tensor], Tensor] | None,
+    statistic: Statistic,
 ) -> list[Tensor]:
-    """Per layer the gradient of the loss summed over the batches, fp32, flat."""
-    sums = [
-        torch.zeros(layer.shape, dtype=torch.float32, device=layer.weight.device)
-        for layer in layers
-    ]
-    sinks = [partial(add_product, total) for total in sums]
+    """Per layer the statistic of the loss's gradients summed over the batches, fp32, flat."""
+    sinks = []
+    for layer in layers:
+        device = layer.weight.device
+        total = torch.zeros(layer.numel, dtype=torch.float32, device=device)
+        sinks.append(BufferedSink(layer, Comm(device), total, layer.numel, statistic))
     number = 0
     with layers.sinks(sinks), checkpointing_in_eval_mode(layers.model):
         for number, batch in enumerate(batches, start=1):
+            begin_micro_batch(sinks, 1.0)
             layers.renew_anchor()  # for a loss that does not call the model as a whole
             value = loss(layers.model, batch)
             if value.numel() != 1 or not value.requires_grad:
@@ -188,14 +192,17 @@ def _sum_gradients(
                     "there a label?), or use bfloat16 or float32."
                 )
             value.backward()
+            refuse_repeated(sinks)
             if number == 1:
-                refuse_unreached(layers, [bool(total.any()) for total in sums], is_first=True)
+                reached = [bool(sink.whole.any()) for sink in sinks]
+                refuse_unreached(layers, reached, is_first=True)
     if not number:
         raise ValueError("There are no batches: pass at least one, or a rule that needs none.")
+    sums = [sink.take() for sink in sinks]
     if reduce is not None:
         sums = [reduce(total) for total in sums]
     refuse_unreached(layers, [bool(total.any()) for total in sums])
-    return [total.view(-1) for total in sums]
+    return sums
 
 
 def _summed_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:

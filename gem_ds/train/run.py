@@ -21,7 +21,7 @@ from gem_ds.files.checkpoint import (
 )
 from gem_ds.models.load import DTYPES, enable_checkpointing, load_for_training
 from gem_ds.models.loss import answer_loss_of, summed_answer_loss
-from gem_ds.select.rules import SPARSE_METHODS
+from gem_ds.select.rules import RULES, SPARSE_METHODS
 from gem_ds.train.best import BestModel
 from gem_ds.train.dense_tuning import DenseTuning
 from gem_ds.train.fit import fit, mean_loss
@@ -119,8 +119,13 @@ class Run:
             return summed_loss
         return answer_loss_of(self.engine.model, self.comm)
 
-    def batches(self, dataset: Dataset, *, held_out: bool = False) -> Batches:
-        """A dataset as this rank's batches, in the sizes of training or of evaluation."""
+    def batches(
+        self, dataset: Dataset, *, held_out: bool = False, one_by_one: bool = False
+    ) -> Batches:
+        """A dataset as this rank's batches, in the sizes of training or of evaluation.
+
+        Or with one example in each micro-batch.
+        """
         train, data = self.args.train, self.args.data
         num_rows = self.prepared.identity.global_batch_size
         size = train.per_device_train_batch_size
@@ -128,10 +133,10 @@ class Run:
             size = train.per_device_eval_batch_size
             num_rows = size * self.comm.world_size
         return Batches(
-            pack(dataset, data.max_length) if data.packing else dataset,
+            pack(dataset, data.max_length) if data.packing and not one_by_one else dataset,
             self.comm,
             global_batch_size=num_rows,
-            micro_batch_size=size,
+            micro_batch_size=1 if one_by_one else size,
             seed=train.seed,
             pad_token_id=self.prepared.pad_token_id,
             group_by_length=data.train_sampling_strategy == "group_by_length",
@@ -162,8 +167,10 @@ class Run:
         """The first examples of the shuffled order."""
         examples = self.prepared.data.train
         order = permutation(len(examples), self.args.train.seed, epoch=0)
+        method = self.args.method
         return self.batches(
-            examples.select(order[: self.args.method.calibration_examples].tolist())
+            examples.select(order[: method.calibration_examples].tolist()),
+            one_by_one=RULES[method.method].is_by_example,
         )
 
     def describe(self, reporter: Reporter) -> None:

@@ -23,6 +23,7 @@ from gem_ds.distributed.process_group import init_distributed
 from gem_ds.errors import PeerError
 from gem_ds.models.loss import summed_answer_loss
 from gem_ds.models.targets import find_targets
+from gem_ds.select.rules import RULES
 from gem_ds.select.selection import Selection
 from gem_ds.sparse.calibrate import calibrate, sum_gradients
 from gem_ds.sparse.entries import gather_indices
@@ -64,6 +65,7 @@ class Case:
     accumulation: int = 1
     packed: bool = False
     buffer_gb: float = 0.0
+    rule: str = "gem"
 
     def num_buffered(self, world_size: int) -> int:
         """Layers; on one rank the range is the whole matrix."""
@@ -74,13 +76,14 @@ class Case:
     def __str__(self) -> str:
         told = [self.architecture, str(self.setting)] + ["checkpointed"] * self.checkpointing
         told.append(f"{self.accumulation} x {self.micro_batch_size}" + " packs" * self.packed)
-        return " ".join([*told, f"buffer {self.buffer_gb:g}"])
+        return " ".join([*told, f"buffer {self.buffer_gb:g}", self.rule])
 
 
 CASES = {
     1: [
         Case(architecture="bert", setting=Setting(0)),
         Case(setting=Setting(3), micro_batch_size=7, packed=True),
+        Case(setting=Setting(1), micro_batch_size=1, accumulation=4, rule="gem_abs"),
     ],
     2: [
         Case(setting=Setting(1), accumulation=2),
@@ -90,9 +93,12 @@ CASES = {
         Case(architecture="opt", setting=Setting(3)),
         Case(architecture="opt", setting=Setting(3), checkpointing=True),
         Case(architecture="bert", setting=Setting(2), checkpointing=True),
+        Case(setting=Setting(3), micro_batch_size=1, buffer_gb=SOME, rule="fish"),
     ],
     3: [
         Case(setting=Setting(3), checkpointing=True, micro_batch_size=1),
+        Case(setting=Setting(3), checkpointing=True, micro_batch_size=1, rule="gem_abs"),
+        Case(setting=Setting(1), micro_batch_size=1, accumulation=2, rule="gradient_abs"),
         Case(setting=Setting(3), micro_batch_size=7, packed=True),
     ],
 }
@@ -137,13 +143,14 @@ def _calibrate(comm: Comm, case: Case) -> Outcome:
     given = (engine, layers, batches, summed_loss_of(case.architecture))
     start = comm.start_reduce_scatter
     with mock.patch.object(comm, "start_reduce_scatter", wraps=start) as reductions:
-        shards = sum_gradients(*given, buffer_gb=case.buffer_gb)
+        statistic = RULES[case.rule].statistic
+        shards = sum_gradients(*given, buffer_gb=case.buffer_gb, statistic=statistic)
     num_micro_batches = batches.steps_per_epoch * case.accumulation
     at_once = (NUM_TARGETS - case.num_buffered(comm.world_size)) * num_micro_batches
     assert reductions.call_count == case.num_buffered(comm.world_size) + at_once
     progress, forwards = mock.Mock(), mock.Mock(return_value=None)
     layers[0].module.register_forward_hook(forwards)
-    selection = calibrate(*given, K, progress, buffer_gb=case.buffer_gb)
+    selection = calibrate(*given, K, progress, rule=case.rule, buffer_gb=case.buffer_gb)
     assert progress.call_count == batches.steps_per_epoch
     assert forwards.call_count == num_micro_batches * (1 + case.checkpointing)
     _assert_unchanged(engine, case)
@@ -169,8 +176,9 @@ def outcomes() -> Callable[[int, Case], list[Outcome]]:
 
 
 @functools.cache
-def _dense(architecture: str) -> tuple[Tensors, Tensors]:
-    return naive_gradients(make_model(architecture), NUM_EXAMPLES)
+def _dense(architecture: str, rule: str) -> tuple[Tensors, Tensors]:
+    of_each = {"gem": lambda g: g, "fish": torch.square}.get(rule, torch.abs)
+    return naive_gradients(make_model(architecture), NUM_EXAMPLES, of_each)
 
 
 @pytest.mark.parametrize(("world_size", "case"), ALL_CASES, ids=str)
@@ -178,18 +186,20 @@ def test_statistics_and_mask_are_the_oracles(
     outcomes: Callable, world_size: int, case: Case
 ) -> None:
     """The mask is that of the ranks' statistics, and of dense gradients up to rounding."""
-    dense, weights = _dense(case.architecture)
+    dense, weights = _dense(case.architecture, case.rule)
     scores = [oracle.layer_score(oracle.ratio(dense[n], w)) for n, w in weights.items()]
+    is_gem = case.rule.startswith("gem")
     for outcome in outcomes(world_size, case):
         assert list(outcome.gradients) == list(dense)
         assert max_error(outcome.gradients, dense) <= 1e-5
-        assert outcome.selection.layer_scores == pytest.approx(scores, rel=1e-5)
+        assert not is_gem or outcome.selection.layer_scores == pytest.approx(scores, rel=1e-5)
         gradients = {n: g.view_as(weights[n]) for n, g in outcome.gradients.items()}
-        masks = oracle.select(gradients, weights, K)
+        masks = oracle.select(gradients, weights, K, case.rule)
         expected = {name: mask.flatten().nonzero()[:, 0] for name, mask in masks.items()}
         assert outcome.selection.budgets == [len(index) for index in expected.values()]
         assert all(torch.equal(outcome.indices[n], index) for n, index in expected.items())
-        assert_selected_up_to_rounding(outcome.indices, dense, weights, K)
+        if is_gem:
+            assert_selected_up_to_rounding(outcome.indices, dense, weights, K)
 
 
 def test_checkpointing_leaves_no_trace_in_the_statistics(outcomes: Callable) -> None:
@@ -228,12 +238,15 @@ def _all_oddities() -> dict[str, Any]:
         return make_engine(Setting(3), comm, model, K, **options)
 
     def error_of(
-        engine: Engine, layers: TargetLayers, loss: SummedLoss = summed_answer_loss
+        engine: Engine,
+        layers: TargetLayers,
+        loss: SummedLoss = summed_answer_loss,
+        **options: Any,
     ) -> str:
         """With how many steps were done before."""
         batches, steps = make_batches(random_examples(NUM_EXAMPLES), comm, 3), mock.Mock()
         try:
-            sum_gradients(engine, layers, batches, loss, steps)
+            sum_gradients(engine, layers, batches, loss, steps, **options)
         except (ValueError, PeerError) as error:
             return f"after {steps.call_count}: {error}"
         return "no error"
@@ -258,6 +271,16 @@ def _all_oddities() -> dict[str, Any]:
     is_first = torch.arange(v_proj.out_features) < 1
     v_proj.register_forward_hook(lambda module, inputs, y: y * is_first)
     found["gradient in the first rank's range only"] = error_of(*engine_of(reached_at_one))
+
+    for statistic, buffer_gb in itertools.product(("sum", "magnitudes", "squares"), (0.0, 1.0)):
+        shared = make_model("llama")
+        first, second = (block.self_attn for block in shared.model.layers)
+        second.v_proj = first.v_proj
+        targets = {"model.layers.0.self_attn.v_proj.weight": first.v_proj}
+        parts = make_engine(Setting(1), comm, shared, K, targets=targets)
+        found[f"{statistic} of a shared layer, buffer {buffer_gb:g}"] = error_of(
+            *parts, statistic=statistic, buffer_gb=buffer_gb
+        )
 
     engine, layers = engine_of(make_model("llama"))
 
@@ -296,6 +319,19 @@ def test_target_without_gradient_is_refused_by_name_on_every_rank(oddities: list
         assert account["never called"].startswith("after 0: No gradient reaches spare.weight:")
         assert sentence.startswith("after 0: "), "the first step has shown it"
         assert account["an expert's first token"] == "no error"
+
+
+def test_an_examples_gradient_that_comes_in_parts_is_refused(oddities: list) -> None:
+    """Of |a + b| nothing can be told by |a| and |b|; of a sum of gradients it is no matter."""
+    for account in oddities:
+        told = {name: text for name, text in account.items() if "of a shared layer" in name}
+        assert len(told) == 6
+        for name, text in told.items():
+            if name.startswith("sum"):
+                assert text == "no error"
+            else:
+                assert "The model runs model.layers.0.self_attn.v_proj.weight more" in text
+                assert "leave such layers out of --target_modules" in text
 
 
 def test_gradient_in_the_range_of_one_rank_is_enough(oddities: list) -> None:

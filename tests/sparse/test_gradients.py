@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from gem_ds.distributed.comm import Comm
+from gem_ds.select.rules import Statistic
 from gem_ds.sparse.gradients import BufferedSink, ShardReducer, ShardSink, buffered_layers
 from gem_ds.sparse.layers import TargetLayer
 
@@ -49,10 +50,12 @@ def test_a_reduction_is_waited_for_when_the_next_begins() -> None:
     assert shard.tolist() == [6, 12]
 
 
-def test_both_sinks_weigh_each_micro_batch_by_its_scale() -> None:
+@pytest.mark.parametrize("statistic", ["sum", "magnitudes", "squares"])
+def test_both_sinks_weigh_each_micro_batch_by_its_scale(statistic: Statistic) -> None:
+    of_each = {"sum": lambda g: g, "magnitudes": torch.abs, "squares": torch.square}[statistic]
     layer, reducer = TargetLayer("w", nn.Linear(5, 4)), ShardReducer(ALONE)
-    plain = ShardSink(layer, reducer, partition_size=20, shard=torch.zeros(20))
-    buffered = BufferedSink(layer, ALONE, whole=torch.zeros(20), length=20)
+    plain = ShardSink(layer, reducer, 20, torch.zeros(20), statistic)
+    buffered = BufferedSink(layer, ALONE, torch.zeros(20), 20, statistic)
     expected = torch.zeros(4, 5, dtype=torch.float64)
     for scale in (1.0, 0.0, 3 / 1024):
         dy, x = torch.randn(7, 4), torch.randn(7, 5)
@@ -60,7 +63,7 @@ def test_both_sinks_weigh_each_micro_batch_by_its_scale() -> None:
         plain(dy, x)
         buffered(dy, x)
         plain.scale = float("nan")  # a sum on its way keeps the scale that it came with
-        expected += scale * (dy.double().t() @ x.double())
+        expected += of_each(scale * (dy.double().t() @ x.double()))
     reducer.finish()
     for sink in (plain, buffered):
         torch.testing.assert_close(sink.take(), expected.flatten().float())

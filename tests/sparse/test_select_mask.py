@@ -45,9 +45,12 @@ def test_the_mask_is_the_launchers_and_a_run_takes_it(tiny: Tiny, tmp_path: Path
         prepared = prepare(parse_arguments(tiny.flags(tmp_path / "none")), world_size=1)
         data = prepared.data.train
         batches = [_labelled(*e) for e in naive_examples(data, range(len(data)))]
-        for rule in ("gem", "damped", "ratio_global", "lift", "random"):
+        rules = ("gem", "damped", "ratio_global", "gem_abs", "fish", "lift", "random")
+        for rule in rules:
             folder = tmp_path / rule
-            train.main(tiny.flags(folder, method=rule, max_steps=0, seed=3))
+            # Packs are no examples: of these, examples are looked at one by one.
+            switches = ["--packing"] if rule in ("gem_abs", "fish") else []
+            train.main(tiny.flags(folder, *switches, method=rule, max_steps=0, seed=3))
             launched = Mask.load(folder / "mask.safetensors")
             reads = batches if rule not in ("lift", "random") else ()
             found = gem_ds.select_mask(model, reads, density=DENSITY, rule=rule, seed=3)
@@ -163,6 +166,11 @@ def test_the_callers_mode_and_calls_of_the_model_do_not_matter(mode: type) -> No
         (lambda model, x: _squares(model, x) * torch.inf, {}, "loss of batch 1 is not finite"),
         (None, {}, "Pass loss, which takes the model and a batch"),
         (_squares, {"batches": []}, "no batches: pass at least one"),
+        (
+            lambda model, x: _squares(model, x) + _squares(model, 2 * x),
+            {"rule": "gradient_abs"},
+            "runs inner.weight more than once for an example",
+        ),
     ],
 )
 def test_what_is_refused_leaves_the_model_as_it_was(
