@@ -194,7 +194,7 @@ def _sum_gradients(
             value.backward()
             refuse_repeated(sinks)
             if number == 1:
-                reached = [bool(sink.whole.any()) for sink in sinks]
+                reached = [bool(sink.sums.any()) for sink in sinks]
                 refuse_unreached(layers, reached, is_first=True)
     if not number:
         raise ValueError("There are no batches: pass at least one, or a rule that needs none.")

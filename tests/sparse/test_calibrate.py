@@ -93,7 +93,7 @@ CASES = {
         Case(architecture="opt", setting=Setting(3)),
         Case(architecture="opt", setting=Setting(3), checkpointing=True),
         Case(architecture="bert", setting=Setting(2), checkpointing=True),
-        Case(setting=Setting(3), micro_batch_size=1, buffer_gb=SOME, rule="fish"),
+        Case(setting=Setting(3), micro_batch_size=1, accumulation=4, buffer_gb=SOME, rule="fish"),
     ],
     3: [
         Case(setting=Setting(3), checkpointing=True, micro_batch_size=1),
