@@ -7,6 +7,9 @@ lets one of its ranks send that signal to itself at a random moment, and then go
 would: with ``--resume_from_checkpoint last`` where a checkpoint stands, else with the same command.
 Every third is killed twice. What stands in between must be whole. Ranks are forked from one server
 (`tests.ranks`), which has imported everything already, or started by a launcher.
+
+What torch has compiled is copied for them: one that is killed while it loads an op leaves a lock,
+for which every later process waits ten minutes. The suite deletes it, as that process tells.
 """
 
 import argparse
@@ -14,6 +17,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +29,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from torch.utils.cpp_extension import get_default_build_root
+
 from gem_ds import cli
 from gem_ds.distributed.comm import free_port
 from gem_ds.files.checkpoint import Checkpoint, list_checkpoints
@@ -32,7 +38,8 @@ from gem_ds.files.delta import Delta
 from tests.ranks import CPU_ONLY, RankError, run_ranks
 from tests.tiny_model import REPOSITORY, Tiny, make_tiny, one_rank
 
-TIMEOUT = 240  # seconds of one run
+TIMEOUT = 240  # seconds of a run
+PATIENCE = 30  # beyond a run's usual seconds: of one that waits for a rank that stopped in joining
 LAUNCHERS = ("fork", "deepspeed", "torchrun")
 
 
@@ -89,8 +96,11 @@ class Disturbance:
 NOBODY = Disturbance(-1, 0.0, "SIGKILL")
 
 
-def run_program(program: str, argv: list[str], disturbance: Disturbance | None) -> float:
+def run_program(
+    program: str, argv: list[str], extensions: str, disturbance: Disturbance | None
+) -> float:
     """On each rank: the program, disturbed or not; returns how many seconds it took."""
+    os.environ["TORCH_EXTENSIONS_DIR"] = extensions
     started = time.monotonic()
     if disturbance is not None and int(os.environ.get("RANK", 0)) == disturbance.rank:
         number = signal.Signals[disturbance.signal]
@@ -103,17 +113,25 @@ def run_program(program: str, argv: list[str], disturbance: Disturbance | None) 
     return time.monotonic() - started
 
 
-def launch(case: Case, launcher: str, argv: list[str], disturbance: Disturbance | None) -> float:
+def launch(
+    case: Case,
+    launcher: str,
+    argv: list[str],
+    extensions: Path,
+    disturbance: Disturbance | None,
+    timeout: float = TIMEOUT,
+) -> float:
     """Run a case; returns the seconds of its first rank, or 0 where it did not end well."""
+    for lock in extensions.glob("**/lock"):
+        lock.unlink()
     if launcher == "fork":
         try:
-            results = run_ranks(
-                case.world_size, run_program, case.program, argv, disturbance, timeout=TIMEOUT
-            )
+            rank = (run_program, case.program, argv, str(extensions), disturbance)
+            results = run_ranks(case.world_size, *rank, timeout=timeout)
         except RankError:
             return 0.0
         return float(results[0])
-    told = json.dumps([case.program, argv, asdict(disturbance or NOBODY)])
+    told = json.dumps([case.program, argv, str(extensions), asdict(disturbance or NOBODY)])
     command = {
         "deepspeed": ["deepspeed", f"--num_accelerators={case.world_size}", "--module"],
         "torchrun": ["torchrun", f"--nproc_per_node={case.world_size}", "-m"],
@@ -129,7 +147,9 @@ def launch(case: Case, launcher: str, argv: list[str], disturbance: Disturbance 
         start_new_session=True,
     )
     try:
-        out, _ = process.communicate(timeout=TIMEOUT)
+        out, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return 0.0
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -178,6 +198,10 @@ class Suite:
     def __init__(self, folder: Path, rng: random.Random) -> None:
         self.folder, self.rng = folder, rng
         self.tiny = make_tiny(folder)
+        self.extensions = folder / "extensions"
+        compiled = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+        if compiled.is_dir():
+            shutil.copytree(compiled, self.extensions, ignore=shutil.ignore_patterns("lock"))
         self.undisturbed: dict[tuple[Case, str], tuple[dict[str, str], float]] = {}
         self.number = 0
 
@@ -191,7 +215,8 @@ class Suite:
         if (case, launcher) not in self.undisturbed:
             delta = Path() if case == CASES[0] and launcher == "fork" else self.delta()
             folder = self.folder / f"whole {launcher} {case}"
-            seconds = launch(case, launcher, case.command(self.tiny, folder, delta), None)
+            command = case.command(self.tiny, folder, delta)
+            seconds = launch(case, launcher, command, self.extensions, None)
             assert seconds, f"{case} under {launcher} did not end well, undisturbed"
             self.undisturbed[case, launcher] = result_of(case, folder), seconds
         return self.undisturbed[case, launcher]
@@ -209,11 +234,12 @@ class Suite:
                 name or self.rng.choice(case.signals),
             )
             print(f"{self.number} {launcher}: {case}; {disturbance}", flush=True)
-            launch(case, launcher, argv, disturbance)
+            timeout = 2 * seconds + PATIENCE
+            launch(case, launcher, argv, self.extensions, disturbance, timeout)
             if case.program == "train":
                 refuse_half_files(folder)
             argv = next_command(case, command, folder)
-        if not launch(case, launcher, argv, None):
+        if not launch(case, launcher, argv, self.extensions, None):
             return "it does not go on"
         found = result_of(case, folder)
         wrong = sorted(key for key, _ in expected.items() ^ found.items())
@@ -229,8 +255,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rank", help="set by the suite: what a launcher's rank runs")
     args, _ = parser.parse_known_args(argv)
     if args.rank is not None:
-        program, flags, disturbance = json.loads(args.rank)
-        print("seconds", run_program(program, flags, Disturbance(**disturbance)), flush=True)
+        *program, disturbance = json.loads(args.rank)
+        print("seconds", run_program(*program, Disturbance(**disturbance)), flush=True)
         return 0
     with tempfile.TemporaryDirectory() as folder, one_rank():
         suite = Suite(Path(folder), random.Random(args.seed))
