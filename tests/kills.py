@@ -185,6 +185,8 @@ def refuse_half_files(folder: Path) -> None:
 
 def next_command(case: Case, command: list[str], folder: Path) -> list[str]:
     """How a user goes on after a kill."""
+    if case.program == "export" and folder.exists():  # the kill came when it was done
+        return [*command, "--overwrite_output_dir"]
     if case.program != "train":
         return command
     if list_checkpoints(folder):
