@@ -52,7 +52,8 @@ OPENED = CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
 MARKED = (
     f"{{% for message in messages %}}{TURN}{{% if message.role == 'assistant' %}}"
     "{% generation %}{{ message.content }}<|im_end|>{% endgeneration %}"
-    f"{{% else %}}{{{{ message.content }}}}<|im_end|>{{% endif %}}\n{{% endfor %}}{ASKS}"
+    "{% else %}{{ message.content }}<|im_end|>{% endif %}{{ '\\n' }}{% endfor %}"
+    f"{ASKS}"
 )
 #: It ends no turn: an eos must.
 BARE = (

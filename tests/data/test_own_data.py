@@ -11,7 +11,9 @@ import re
 from pathlib import Path
 
 import datasets
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from gem_ds.data.encode import encode_texts
 from gem_ds.data.tasks import ChatExample, ChoiceExample, Example, PlainText, load_task
@@ -291,6 +293,11 @@ def test_a_data_set_is_read_by_its_name_in_the_same_forms(tmp_path, monkeypatch)
     )
     labelled.to_parquet(tmp_path / "labelled.parquet")
     assert load(tmp_path / "labelled.parquet").labels == ("no", "yes")
+    calls = [CALL | {"function": {"name": "f", "arguments": {name: 1}}} for name in "ab"]
+    rows = [{"messages": [YO[0], CALLED | {"tool_calls": [call]}]} for call in calls]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "calls.parquet")
+    turns = [example.turns for example in load(tmp_path / "calls.parquet").train]
+    assert [turn["tool_calls"] for (turn,) in turns] == [[call] for call in calls]
     with pytest.raises(ValueError, match=r"--dataset_name .*none cannot be loaded: "):
         load_task("jsonl", dataset_name=str(tmp_path / "none"))
     with pytest.raises(ValueError, match="Pass --dataset_name or --data_dir, not both"):
