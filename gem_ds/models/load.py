@@ -1,6 +1,6 @@
 """Loading a model to train or to evaluate it: what costs nothing to read first, then its weights.
 
-    trainable_config, refuse_damaged_files -> load_for_training            the base model
+    trainable_config -> load_for_training            the base model
     open_model -> load_weights, or load_partitioned over the ranks         with delta or adapter
 
 DeepSpeed is imported where a model is partitioned: it takes longer than a small evaluation.
@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    utils,
 )
 
 from gem_ds.data.tasks import TaskData
@@ -34,6 +33,7 @@ from gem_ds.files.mask import dtype_name
 from gem_ds.models.adapters import adapted_names, check_adapter, half_precision, put_adapter
 from gem_ds.models.encoders import auto_class, head_names, initialise_head, is_encoder, set_head
 from gem_ds.models.tokenizer import load_tokenizer
+from gem_ds.models.weight_files import refuse_damaged_files, refuse_float8
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -42,11 +42,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _OF_THE_FILES = (
     *("loading state_dict", "weight conversion", "conversion of the weights"),
     *("PytorchStreamReader", "corrupt"),
-)
-
-_WEIGHT_FILES = (
-    *(utils.SAFE_WEIGHTS_NAME, utils.SAFE_WEIGHTS_INDEX_NAME),
-    *(utils.WEIGHTS_NAME, utils.WEIGHTS_INDEX_NAME),
 )
 
 #: Neither encoders nor causal: they write, but transformers gives their whole input both ways.
@@ -72,27 +67,6 @@ def trainable_config(
             f"{name} is quantized, so its weights cannot hold an update exactly: pass the original."
         )
     return config
-
-
-def refuse_damaged_files(name: str) -> None:
-    """Refuse a local folder without weights, and open each file, which checks header and length.
-
-    While the weights load at ZeRO stage 3 the ranks wait for each other, so a file that is damaged
-    on one node only has to be found before.
-    """
-    if Path(name).is_dir() and not any(Path(name, file).is_file() for file in _WEIGHT_FILES):
-        raise ValueError(
-            f"--model_name_or_path {name} holds no weights ({' or '.join(_WEIGHT_FILES)}): pass a "
-            "complete model."
-        )
-    for path in sorted(Path(name).glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise ValueError(
-                f"The weights of {name} are damaged ({path.name}: {error}): copy them again."
-            ) from error
 
 
 def load_for_training(
@@ -174,8 +148,10 @@ def open_model(
         dtype = dtype_name(delta.dtype)
     config = _read_config(name, revision)
     tokenizer = load_tokenizer(name, revision)
-    if dtype == "auto" and isinstance(config.dtype, torch.dtype):
-        dtype = dtype_name(config.dtype)
+    refuse_damaged_files(name)
+    if dtype == "auto":
+        refuse_float8(name)
+        dtype = dtype_name(config.dtype) if isinstance(config.dtype, torch.dtype) else dtype
     if task is not None:
         set_head(config, name, task)
     elif is_encoder(config):

@@ -32,9 +32,10 @@ from gem_ds.distributed.zero_keys import told_ignored
 from gem_ds.files.checkpoint import Checkpoint, RunIdentity
 from gem_ds.files.mask import Mask
 from gem_ds.models.encoders import is_encoder, num_positions, set_head
-from gem_ds.models.load import refuse_damaged_files, trainable_config
+from gem_ds.models.load import trainable_config
 from gem_ds.models.objective import Encode, Objective, objective_of
 from gem_ds.models.tokenizer import load_tokenizer, pad_token_id, refuse_foreign_tokens
+from gem_ds.models.weight_files import refuse_damaged_files
 from gem_ds.sparse.sddmm import check_kernel
 from gem_ds.train.best import refuse_unmeasured
 from gem_ds.train.config import Arguments, DataArguments, TrainArguments
