@@ -13,7 +13,9 @@ moments and step count, so nothing of it remains.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +26,8 @@ from torch.optim import Optimizer
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.optim import STATE_KEYS, SparseAdamW
 from gem_ds.distributed.weights import Weights, load_deepspeed
+
+_TAG = "state"  # of DeepSpeed's checkpoints, of which a folder holds one
 
 
 class FlatVector(Protocol):
@@ -244,3 +248,53 @@ class DenseEngine(BaseEngine):
             if self.comm.is_main:
                 found[name] = whole.cpu().clone()
         return found
+
+    @property
+    def num_updates(self) -> int:
+        """Optimizer updates applied so far, those of a loaded checkpoint included."""
+        return int(self._engine.global_steps - self._engine.skipped_steps)
+
+    def save(self, folder: Path) -> list[Path]:
+        """Write DeepSpeed's checkpoint of what is trained; all ranks call it together.
+
+        Returns the files that this rank has written. A rank that cannot write raises its OSError
+        only after the others' collectives.
+        """
+        files = self._engine.checkpoint_engine
+        save, written, errors = files.save, list[Path](), list[Exception]()
+
+        def save_later_fail(state_dict: Any, path: str) -> None:
+            try:
+                save(state_dict, path)
+                written.append(Path(path))
+            except (OSError, RuntimeError) as error:  # torch says RuntimeError of a full disk
+                errors.append(error)
+
+        files.save = save_later_fail
+        try:
+            self._engine.save_checkpoint(
+                str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True
+            )
+        finally:
+            files.save = save
+        for error in errors:
+            if isinstance(error, OSError):
+                raise error
+            raise OSError(errno.EIO, str(error).partition("\n")[0]) from error
+        return written
+
+    def load(self, folder: Path) -> None:
+        """Go to where DeepSpeed's checkpoint stands; all ranks call it together, before a step.
+
+        Rates and other numbers of the optimizer stay those that it was made with.
+        """
+        groups = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in self.optimizer.param_groups
+        ]
+        self._engine.load_checkpoint(
+            str(folder), tag=_TAG, load_module_strict=False, load_lr_scheduler_states=False
+        )
+        for group, kept in zip(self.optimizer.param_groups, groups, strict=True):
+            group.pop("initial_lr", None)  # of the schedule, which begins anew
+            group.update(kept)

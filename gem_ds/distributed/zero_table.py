@@ -76,7 +76,7 @@ _QUANTIZED = "quantized weights do not show an update exactly"
 _FP32_STATE = "GEM keeps fp32 masters and moments"
 _NEEDED_ON = "GEM needs it on"
 _NO_LOSS_SCALE = Ignored("bfloat16 needs no loss scaling")
-_NO_CHECKPOINTS = Ignored("DeepSpeed writes no checkpoints here")
+_NO_CHECKPOINTS = Ignored("the trainer says how checkpoints are written")
 
 _LOSS_SCALE: dict[str, Taken] = {
     "loss_scale": _NUMBER,

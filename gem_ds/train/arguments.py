@@ -172,11 +172,8 @@ def _contradictions(args: Arguments) -> Iterator[str]:
         yield f"--method {name} selects no entries: leave --sddmm_kernel out."
     if train.max_steps == 0:
         yield f"--max_steps 0 writes a mask, and --method {name} has none."
-    for flag in ("save_steps", "resume_from_checkpoint"):
-        if getattr(train, flag) is not None:
-            yield f"--method {name} writes no checkpoints: leave --{flag} out."
     if train.load_best_model_at_end:
-        yield f"--method {name} writes no checkpoints: leave --load_best_model_at_end out."
+        yield f"--method {name} keeps no best model: leave --load_best_model_at_end out."
 
 
 class _Parser(HfArgumentParser):

@@ -248,9 +248,10 @@ class TrainArguments:
     save_strategy: Literal["no", "steps", "epoch"] | None = option(
         None,
         "When checkpoints are written: every --save_steps (500 if it is not given), each epoch, or "
-        "never but at a SIGTERM (default: steps where --save_steps is given, else epoch).",
+        "never but at a SIGTERM (default: steps where --save_steps is given, else epoch; no with "
+        "methods that train whole parameters).",
     )
-    save_steps: Count | None = option(None, "Steps between checkpoints (default: an epoch).")
+    save_steps: Count | None = option(None, "Steps between checkpoints (see --save_strategy).")
     save_total_limit: Count | None = option(None, "Keep only the newest checkpoints.")
     load_best_model_at_end: bool = option(
         False,

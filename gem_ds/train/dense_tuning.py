@@ -17,7 +17,10 @@ from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.engine import DenseEngine
 from gem_ds.distributed.weights import numel
 from gem_ds.files.atomic import atomic_folder
+from gem_ds.files.checkpoint import TrainerState
 from gem_ds.files.delta import Delta
+from gem_ds.files.dense_checkpoint import DEEPSPEED_FOLDER, DenseCheckpoint, write_numbers
+from gem_ds.files.digests import digest_of_file
 from gem_ds.files.fingerprint import fingerprints
 from gem_ds.files.mask import index_dtype
 from gem_ds.models.adapters import add_adapter, is_of_head
@@ -77,6 +80,55 @@ class DenseTuning:
             self.base = self.engine.whole_parameters(self.names)
             of_base = {n: p for n, p in self.engine.model.named_parameters() if n not in head}
             self.fingerprints = fingerprints(of_base, self.engine.weights.read_entries)
+        if isinstance(checkpoint := prepared.checkpoint, DenseCheckpoint):
+            with comm.agreement():
+                checkpoint.check_files(comm.rank, comm.world_size)
+            self.engine.load(checkpoint.folder / DEEPSPEED_FOLDER)
+
+    def save_checkpoint(self, state: TrainerState) -> None:
+        """Write a checkpoint of the present state; called on all ranks, which share the folder."""
+        begun = False
+
+        def write(path: Path) -> None:
+            nonlocal begun
+            begun = True
+            file_digests = self._save_parts(path)
+            write_numbers(
+                path,
+                state,
+                file_digests,
+                num_updates=self.engine.num_updates,
+                identity=self.prepared.identity,
+                settings=self.prepared.dense_settings(self.comm.world_size),
+            )
+
+        with self.comm.agreement():
+            try:
+                if self.comm.is_main:
+                    folder = self.prepared.output_dir / f"checkpoint-{state.global_step}"
+                    atomic_folder(folder, write)
+                else:
+                    self._save_parts(None)
+            finally:
+                if self.comm.is_main and not begun:  # the others wait for the name of the folder
+                    self.comm.broadcast_object(None)
+
+    def _save_parts(self, folder: Path | None) -> dict[str, str]:
+        """Each rank writes its part into rank 0's folder; the digests of all, by path in it."""
+        shared = self.comm.broadcast_object(folder)
+        if shared is None:
+            return {}
+        error, digests = None, {}
+        try:
+            for path in self.engine.save(shared / DEEPSPEED_FOLDER):
+                digests[str(path.relative_to(shared))] = digest_of_file(path)
+        except OSError as caught:
+            error = caught
+        parts = self.comm.gather_objects((error, digests))  # when all files are there
+        errors = [part[0] for part in parts if part[0] is not None]
+        if error is not None or (errors and self.comm.is_main):
+            raise error or errors[0]
+        return {name: digest for _, part in parts for name, digest in part.items()}
 
     def save_weights(self) -> None:
         """Write what was trained in the form that its users know; called on all ranks."""

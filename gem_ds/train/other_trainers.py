@@ -33,7 +33,7 @@ RENAMED = {
 _IN_MEMORY = "examples are read once, before training"
 _LAUNCHER = "DeepSpeed and its launcher decide"
 _LOGGED = "metrics.jsonl has every entry"
-_CHECKPOINTS = "checkpoints are safetensors from which a run goes on"
+_CHECKPOINTS = "a run can go on from each of its checkpoints"
 
 #: Flags that decide nothing here, and why.
 WITHOUT_EFFECT = {

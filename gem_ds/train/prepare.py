@@ -30,6 +30,7 @@ from gem_ds.data.tasks import (
 from gem_ds.distributed.zero_config import read_config, zero_stage
 from gem_ds.distributed.zero_keys import told_ignored
 from gem_ds.files.checkpoint import Checkpoint, RunIdentity
+from gem_ds.files.dense_checkpoint import DenseCheckpoint
 from gem_ds.files.mask import Mask
 from gem_ds.models.encoders import is_encoder, num_positions, set_head
 from gem_ds.models.load import trainable_config
@@ -42,7 +43,7 @@ from gem_ds.train.config import Arguments, DataArguments, TrainArguments
 from gem_ds.train.deepspeed import resolve_deepspeed
 from gem_ds.train.optimizer import adam_of_bitsandbytes
 from gem_ds.train.reporting import find_trackers
-from gem_ds.train.resume import entries_of, identity_of, load_checkpoint
+from gem_ds.train.resume import dense_settings, entries_of, identity_of, load_checkpoint
 from gem_ds.train.targets import Targets, settle_targets
 
 _SPLIT_SEED = 0  # of which examples are the development set; no flag changes it
@@ -78,9 +79,13 @@ class PreparedRun:
     targets: Targets
     deepspeed: dict[str, Any]  # resolved
     mask: Mask | None  # the entries, where they are not to be calibrated
-    checkpoint: Checkpoint | None  # what to go on from
+    checkpoint: Checkpoint | DenseCheckpoint | None  # what to go on from
     identity: RunIdentity  # the checkpoint's; what a later resume must agree with
     notes: list[str]  # how what the user gave was read, a line each
+
+    def dense_settings(self, world_size: int) -> dict[str, str | int | float]:
+        """What a checkpoint of whole parameters can only be resumed with."""
+        return dense_settings(self.args, self.targets, zero_stage(self.deepspeed), world_size)
 
     def digest(self) -> str:
         """A fingerprint of what all ranks must agree on before they meet in a collective."""
@@ -100,7 +105,7 @@ def prepare(args: Arguments, world_size: int) -> PreparedRun:
     output_dir = Path(str(args.train.output_dir))
     _refuse_unavailable(args)
     checkpoint = load_checkpoint(args, output_dir)
-    mask = checkpoint.mask if checkpoint else None
+    mask = checkpoint.mask if isinstance(checkpoint, Checkpoint) else None
     if mask is None and args.method.mask:
         mask = Mask.load(args.method.mask)
     name, trust_remote_code = str(args.model.model_name_or_path), args.model.trust_remote_code
@@ -124,6 +129,9 @@ def prepare(args: Arguments, world_size: int) -> PreparedRun:
     targets = settle_targets(args, config, mask)
     written = read_config(args.train.deepspeed) if args.train.deepspeed else {}
     deepspeed = resolve_deepspeed(written, args.train, config, targets.budget, world_size)
+    if isinstance(checkpoint, DenseCheckpoint):
+        stage = zero_stage(deepspeed)
+        checkpoint.refuse_other(dense_settings(args, targets, stage, world_size))
     if args.method.method == "shira" and zero_stage(deepspeed) == 3:
         raise ValueError(
             "--method shira adds to whole weights, and ZeRO stage 3 cuts them: use "

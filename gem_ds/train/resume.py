@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from gem_ds.files.checkpoint import Checkpoint, RunIdentity, find_checkpoint, list_checkpoints
-from gem_ds.files.digests import checksum
+from gem_ds.files.dense_checkpoint import DENSE_FILE, DenseCheckpoint
+from gem_ds.files.digests import checksum, digest_of_json
 from gem_ds.files.mask import Mask, dtype_name
 from gem_ds.models.load import DTYPES
+from gem_ds.select.rules import SPARSE_METHODS
 from gem_ds.train.config import Arguments, TrainArguments
 from gem_ds.train.methods import product_of
 from gem_ds.train.output_dir import refuse_losses, refuse_run
+from gem_ds.train.targets import Targets
 
 
 def batch_size_of_flags(train: TrainArguments, world_size: int) -> int:
@@ -18,7 +21,7 @@ def batch_size_of_flags(train: TrainArguments, world_size: int) -> int:
     return train.per_device_train_batch_size * train.gradient_accumulation_steps * world_size
 
 
-def load_checkpoint(args: Arguments, output_dir: Path) -> Checkpoint | None:
+def load_checkpoint(args: Arguments, output_dir: Path) -> Checkpoint | DenseCheckpoint | None:
     """The checkpoint to go on from, after a check of what the output folder holds."""
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"--output_dir {output_dir} is a file: name a folder.")
@@ -35,9 +38,15 @@ def load_checkpoint(args: Arguments, output_dir: Path) -> Checkpoint | None:
     if args.train.overwrite_output_dir:
         raise ValueError("--overwrite_output_dir would delete what --resume_from_checkpoint needs.")
     folder = find_checkpoint(output_dir, args.train.resume_from_checkpoint)
-    checkpoint = Checkpoint.load(folder)
-    if args.method.mask and entries_of(Mask.load(args.method.mask)) != entries_of(checkpoint.mask):
-        raise ValueError("The checkpoint trains other entries than --mask: leave --mask out.")
+    checkpoint: Checkpoint | DenseCheckpoint
+    if args.method.method not in SPARSE_METHODS:
+        checkpoint = DenseCheckpoint.load(folder)
+    elif (folder / DENSE_FILE).is_file():
+        method = DenseCheckpoint.load(folder).numbers.settings["--method"]
+        raise ValueError(f"{folder} was written with --method {method}: pass it again.")
+    else:
+        checkpoint = Checkpoint.load(folder)
+        _refuse_other_entries(args, checkpoint)
     if folder.resolve().parent != output_dir.resolve():
         refuse_run(output_dir)
     elif (newest := max(list_checkpoints(output_dir), default=0)) > checkpoint.state.global_step:
@@ -45,13 +54,36 @@ def load_checkpoint(args: Arguments, output_dir: Path) -> Checkpoint | None:
             f"{output_dir} holds checkpoint-{newest}, which is later than {folder.name}: delete "
             "what is later, or name another --output_dir."
         )
+    return checkpoint
+
+
+def _refuse_other_entries(args: Arguments, checkpoint: Checkpoint) -> None:
+    if args.method.mask and entries_of(Mask.load(args.method.mask)) != entries_of(checkpoint.mask):
+        raise ValueError("The checkpoint trains other entries than --mask: leave --mask out.")
     dtype = dtype_name(DTYPES[args.train.dtype])
     if (before := checkpoint.mask.dtype) != dtype:
         raise ValueError(
             f"The checkpoint was trained in {before} and the flags say {dtype}: pass --bf16, "
             "--fp16 or neither as before."
         )
-    return checkpoint
+
+
+def dense_settings(
+    args: Arguments, targets: Targets, zero_stage: int, world_size: int
+) -> dict[str, str | int | float]:
+    """What decides which numbers DeepSpeed's files of a checkpoint hold, and on which rank."""
+    method = args.method
+    settings: dict[str, str | int | float] = {
+        "--method": method.method,
+        "precision": args.train.dtype,
+        "--optimizer": args.train.optimizer,
+        "ranks": world_size,
+        "ZeRO stage": zero_stage,
+        "target layers": f"{len(targets.names)} ({digest_of_json(targets.names)[:8]})",
+    }
+    if method.method == "lora":
+        settings |= {"--lora_r": method.lora_r, "--lora_alpha": method.lora_alpha}
+    return settings | ({"rank of shira": targets.shira_rank} if targets.shira_rank else {})
 
 
 def entries_of(mask: Mask) -> dict[str, str]:
@@ -60,7 +92,10 @@ def entries_of(mask: Mask) -> dict[str, str]:
 
 
 def identity_of(
-    args: Arguments, data: str, checkpoint: Checkpoint | None, world_size: int
+    args: Arguments,
+    data: str,
+    checkpoint: Checkpoint | DenseCheckpoint | None,
+    world_size: int,
 ) -> RunIdentity:
     """That of the flags and the data; of a resumed run the checkpoint's, if these agree with it."""
     now = RunIdentity(

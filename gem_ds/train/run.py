@@ -231,15 +231,14 @@ class Run:
                 self.log(reporter, reporter.averages() | numbers | self.numbers())
             if self.is_due(between_evaluations) and not step.is_stopping:
                 self.evaluate(reporter)
-            is_due = self.is_save_due() or self.is_best()
-            if self.sparse and (step.is_stopping or is_due):
-                self.sparse.save_checkpoint(state)
+            if step.is_stopping or self.is_save_due() or self.is_best():
+                self.tuning.save_checkpoint(state)
                 self.has_unproven_checkpoint = True
         if state.global_step < state.max_steps:
             self.is_stopped = True
             reporter.say(
-                f"Stopped by a signal after step {state.global_step}; "
-                + ("go on with --resume_from_checkpoint last" if self.sparse else "start it anew")
+                f"Stopped by a signal after step {state.global_step}; go on with "
+                "--resume_from_checkpoint last"
             )
             return {}
         return self.finish(reporter)
@@ -264,8 +263,11 @@ class Run:
     def is_save_due(self) -> bool:
         """Whether ``--save_strategy`` asks for a checkpoint now."""
         train, epoch = self.args.train, self.train_batches.steps_per_epoch
-        between = train.save_steps or (500 if train.save_strategy == "steps" else epoch)
-        return train.save_strategy != "no" and self.is_due(between)
+        strategy = train.save_strategy or ("steps" if train.save_steps else None)
+        if strategy is None:  # of whole parameters a checkpoint may be large
+            strategy = "epoch" if self.sparse else "no"
+        between = train.save_steps or (500 if strategy == "steps" else epoch)
+        return strategy != "no" and self.is_due(between)
 
     def is_best(self) -> bool:
         """Whether the model of this step is the best so far, where the best one is wanted."""

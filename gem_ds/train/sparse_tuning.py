@@ -109,7 +109,7 @@ class SparseTuning:
             base,
             found,
         )
-        if prepared.checkpoint is not None:
+        if isinstance(prepared.checkpoint, Checkpoint):
             self.restore(prepared.checkpoint)
         with self.comm.agreement():
             if self.comm.is_main:

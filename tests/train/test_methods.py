@@ -1,21 +1,25 @@
 """Each method from flags to files: at any ZeRO stage, again, or resumed elsewhere."""
 
+import errno
 import json
+import os
 from contextlib import nullcontext, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from gem_ds.errors import PeerError
 from gem_ds.files.checkpoint import Checkpoint
 from gem_ds.files.delta import Delta
 from gem_ds.select.rules import SPARSE_METHODS
 from gem_ds.train import main as train
 from tests.ranks import run_ranks
-from tests.tiny_model import REPOSITORY, Tiny, joined, make_tiny
+from tests.tiny_model import REPOSITORY, Tiny, joined, make_tiny, one_rank
 from tests.tiny_tasks import make_bert, task_of
 
 pytestmark = [
@@ -47,6 +51,10 @@ RUNS: list[tuple[str, str, str, int]] = [
 ]
 
 
+#: Those of whole parameters that are gone on with, too: a model, an adapter, biases and a head.
+DENSE_RESUMED = ("full3", "lora_bert0", "lora_bert3", "bitfit3")
+
+
 def _num_steps(method: str) -> int:
     return 1 if method in SPARSE_METHODS and method != "gem" else NUM_STEPS
 
@@ -64,7 +72,7 @@ def _flags(tiny: Tiny, name: str, method: str, model: str, stage: int, **more: o
             "gradient_accumulation_steps": 2,
             "max_steps": _num_steps(method),
             "logging_steps": 1,
-            "save_steps": 2 if method in SPARSE_METHODS else None,
+            "save_steps": 2,
             "calibration_head_steps": 3 if "bert" in model and "mask" not in more else None,
             "head_learning_rate": 0.02,
             "weight_decay": 0.01,
@@ -79,12 +87,24 @@ def _flags(tiny: Tiny, name: str, method: str, model: str, stage: int, **more: o
 
 def _mains(commands: list[list[str]]) -> tuple[list[dict[str, Any]], str]:
     """Run command lines on a rank; what each returns, and all that is printed."""
-    results = []
+    results: list[dict[str, Any]] = []
     with joined(), redirect_stdout(StringIO()) as out:
         for command in commands:
             with task_of("labels") if "rte" in command else nullcontext():
                 results.append(train.main(command).results)
     return results, out.getvalue()
+
+
+def _full_disk(flags: list[str]) -> str:
+    """A run during which the second rank cannot write a byte of torch's; what it says."""
+    error = OSError(errno.ENOSPC, "No space left on device")
+    is_full = os.environ["RANK"] == "1"
+    with mock.patch("torch.save", side_effect=error) if is_full else nullcontext():
+        try:
+            _mains([flags])
+        except (OSError, ValueError, PeerError) as caught:
+            return str(caught)
+    return "it went well"
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +124,9 @@ def results(tiny: Tiny) -> dict[str, dict[str, Any]]:
     commands["masked"] = _flags(tiny, "masked", "gem", BERT, 3, **more)
     more = {"resume_from_checkpoint": first / "checkpoint-2"}
     commands["resumed"] = _flags(tiny, "resumed", "gem", BERT, 3, **more)
+    for name, run in {name: run for name, *run in RUNS if name in DENSE_RESUMED}.items():
+        more = {"resume_from_checkpoint": tiny.folder / name / "checkpoint-2"}
+        commands[f"{name}_resumed"] = _flags(tiny, f"{name}_resumed", *run, **more)
     (found, _), (_, silence) = run_ranks(2, _mains, list(commands.values()))
     assert not silence, "rank 0 alone speaks"
     return dict(zip(commands, found, strict=True))
@@ -135,7 +158,8 @@ def test_every_method_trains(tiny: Tiny, results) -> None:
         assert found["num_trainable"] > 0, name
         assert KEPT.get(method, "delta.safetensors") in files, name
         assert ("mask.safetensors" in files) == (method in SPARSE_METHODS), name
-        assert any(f.startswith("checkpoint-") for f in files) == (method in SPARSE_METHODS), name
+        steps = {f"checkpoint-{step}" for step in {min(2, _num_steps(method)), _num_steps(method)}}
+        assert {f for f in files if f.startswith("checkpoint-")} == steps, name
         if method in SPARSE_METHODS:
             delta = _delta(tiny.folder / name)
             head = sum(values.numel() for values in delta.head.values())
@@ -196,6 +220,37 @@ def test_a_mask_or_a_checkpoint_gives_the_run_that_made_it(tiny: Tiny, results) 
     for name in ("masked", "resumed"):
         _assert_same(tiny.folder / "gem_bert", tiny.folder / name)
     assert results["masked"]["calibration_seconds"] == 0
+
+
+def test_whole_parameters_go_on_from_a_checkpoint_as_if_nothing_had_been(tiny: Tiny, results):
+    """To the bit, dropout, schedule and moments included; the log too."""
+    for name in DENSE_RESUMED:
+        first, second = tiny.folder / name, tiny.folder / f"{name}_resumed"
+        files = [p for kind in ("model", "adapter") for p in (first / kind).glob("*.safetensors")]
+        for path in files:
+            assert (second / path.relative_to(first)).read_bytes() == path.read_bytes(), name
+        if not files:
+            _assert_same(first, second)
+        assert _log(second) == _log(first), name
+
+
+def test_a_checkpoint_of_whole_parameters_is_whole_or_absent(tiny: Tiny, results) -> None:
+    """Also where a disk is full on one rank; what goes on from one must be as it was."""
+    folder = tiny.folder / "full_disk"
+    flags = _flags(tiny, "full_disk", "full", MODEL, 3, max_steps=3)
+    for told in run_ranks(2, _full_disk, flags):
+        assert "checkpoint-2 cannot be written (No space left on device)" in told
+    assert [path.name for path in folder.glob("*checkpoint-*")] == []
+    full, sparse = (tiny.folder / name / "checkpoint-2" for name in ("full3", "gem_bert"))
+    for method, checkpoint, words in (
+        ("full", full, "was written with ranks 2 and this run has 1: go on with the former"),
+        ("gem", full, "was written with --method full: pass it again"),
+        ("lora", full, "was written with --method full and this run has lora"),
+        ("full", sparse, "pass the --method that wrote it"),
+    ):
+        flags = _flags(tiny, "other", method, MODEL, 3, resume_from_checkpoint=checkpoint)
+        with one_rank(), pytest.raises(ValueError, match=words):
+            train.main(flags)
 
 
 def test_the_delta_holds_the_masters(tiny: Tiny, results) -> None:

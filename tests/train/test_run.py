@@ -174,29 +174,30 @@ def test_a_part_of_an_epoch_is_rounded_up_to_steps():
 
 
 @pytest.mark.parametrize(
-    ("flags", "expected"),
+    ("flags", "expected", "of_whole_parameters"),
     [
-        ({}, [3, 6, 7]),
-        ({"save_steps": 2}, [2, 4, 6, 7]),
-        ({"save_strategy": "steps", "save_steps": 2}, [2, 4, 6, 7]),
-        ({"save_strategy": "steps"}, [7]),
-        ({"save_strategy": "epoch"}, [3, 6, 7]),
-        ({"save_strategy": "no"}, []),
+        ({}, [3, 6, 7], []),
+        ({"save_steps": 2}, [2, 4, 6, 7], [2, 4, 6, 7]),
+        ({"save_strategy": "steps", "save_steps": 2}, [2, 4, 6, 7], [2, 4, 6, 7]),
+        ({"save_strategy": "steps"}, [7], [7]),
+        ({"save_strategy": "epoch"}, [3, 6, 7], [3, 6, 7]),
+        ({"save_strategy": "no"}, [], []),
     ],
 )
-def test_checkpoints_are_due_when_the_flags_say(flags, expected):
+def test_checkpoints_are_due_when_the_flags_say(flags, expected, of_whole_parameters):
     """Of seven steps, three an epoch; the last one is always due, but where none is wanted."""
     run: Any = mock.Mock(**{"args.train": TrainArguments(**flags), "state.max_steps": 7})
     run.train_batches.steps_per_epoch = 3
     run.is_due = partial(Run.is_due, run)
-    found = []
-    for run.state.global_step in range(1, 8):
-        found += [run.state.global_step] * Run.is_save_due(run)
-    assert found == expected
+    for run.sparse, steps in ((True, expected), (None, of_whole_parameters)):
+        found = []
+        for run.state.global_step in range(1, 8):
+            found += [run.state.global_step] * Run.is_save_due(run)
+        assert found == steps
 
 
 def test_predictions_that_fail_cost_no_training(tiny, tmp_path, monkeypatch):
-    """Full fine-tuning and adapters have no checkpoints to start again from."""
+    """Full fine-tuning and adapters have no checkpoints to start again from, unless asked for."""
 
     def fail(*_: object) -> dict[str, float]:
         raise OSError(errno.ENOSPC, "no space for predictions.jsonl")
