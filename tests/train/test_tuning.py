@@ -184,6 +184,7 @@ def _prepared(method: str, model: PreTrainedModel, folder: Path, deepspeed: Any 
         targets=Targets(names=list(find_targets(model)), num_parameters=0, budget=K, shira_rank=1),
         config=model.config,
         mask=None,
+        checkpoint=None,
         deepspeed=deepspeed,
         output_dir=folder,
         tokenizer=SimpleNamespace(save_pretrained=lambda path: None),
