@@ -193,7 +193,7 @@ def test_python_runs_what_the_command_line_does(tiny, whole, tmp_path):
     adapter = tmp_path / "lora" / "adapter"
     assert (lora.adapter, lora.mask, lora.delta) == (adapter, None, None)
     for wrong, sentence in (
-        ({"densty": 0.1}, r"^There is no flag --densty: see --help\.$"),
+        ({"densty": 0.1}, r"^There is no flag --densty \(meaning --density\?\): leave out what"),
         ({"max_steps": 1.5}, r"invalid int value: '1\.5'"),
         ({"mask": mask, "method": "lora"}, "selects no entries: leave --mask out"),
     ):
