@@ -20,7 +20,7 @@ from pathlib import Path
 from datasets import load_dataset
 
 from gem_ds.data.tasks.gsm8k import HUB_DATASET
-from gem_ds.files.atomic import atomic_folder
+from gem_ds.files.manifest import atomic_folder
 
 MAX_CHARACTERS = 1300
 SUFFIX = " Think step by step."

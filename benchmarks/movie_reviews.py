@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from gem_ds.files.atomic import atomic_folder
+from gem_ds.files.manifest import atomic_folder
 
 PACKAGE = "vaderSentiment==3.3.2"
 SENTENCES = "movieReviewSnippets_GroundTruth.txt"

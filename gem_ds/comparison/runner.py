@@ -29,15 +29,27 @@ from gem_ds.comparison.cells import (
     refuse_other_commands,
 )
 from gem_ds.comparison.grid import Comparison
-from gem_ds.comparison.results import read_result, read_training
+from gem_ds.comparison.results import (
+    EVALUATION_FILE,
+    RESULTS_FILE,
+    SAMPLES_FILE,
+    VERDICTS_FILE,
+    read_result,
+    read_training,
+)
 from gem_ds.errors import Interrupted
-from gem_ds.files.atomic import delete, make_folder, save_json, try_lock
+from gem_ds.files.atomic import make_folder, save_json, try_lock
+from gem_ds.files.checkpoint import list_checkpoints
+from gem_ds.files.manifest import delete_folder, is_ours, listed_files
 
 #: Seconds that a child has after SIGTERM, which ends training after the present step.
 GRACE = 30.0
 
 #: Seconds that processes just killed have to go.
 PATIENCE = 3.0
+
+#: What is not whole, or of an earlier training, when a cell starts afresh.
+RESULTS = (RESULTS_FILE, EVALUATION_FILE, VERDICTS_FILE, SAMPLES_FILE)
 
 #: What a cell of the search need not keep.
 WEIGHTS = ("delta.safetensors", "adapter", "model")
@@ -102,9 +114,8 @@ class Runner:
                 if name == "train":
                     if "evaluate" in commands and self.is_whole(cell, training_only=True):
                         continue
-                    for entry in folder.iterdir():
-                        if entry.name != LOG_FILE:
-                            delete(entry)
+                    for name in RESULTS:  # the training clears its own
+                        (folder / name).unlink(missing_ok=True)
                     log.truncate(0)
                     save_json(folder / CELL_FILE, commands)
                 process = self.spawn(shlex.split(command), slot, log)
@@ -120,10 +131,14 @@ class Runner:
         if status == 0 and self.is_whole(cell):
             result = read_result(self.comparison, cell)
             news = f"{result['metric']} {result['score']:.4g}"
-            for path in folder.glob("checkpoint-*"):
-                delete(path)
-            for name in WEIGHTS if cell.split == "dev" else ():
-                delete(folder / name)
+            needless = [*list_checkpoints(folder).values()]
+            if cell.split == "dev":
+                needless += [folder / name for name in WEIGHTS]
+            for path in needless:
+                if is_ours(path):
+                    delete_folder(path)
+                elif path in listed_files(folder):
+                    path.unlink()
         else:
             how = f"exit status {status}" if status else "no whole results"
             self.failures[cell] = f"{last_line(folder / LOG_FILE) or 'nothing printed'} ({how})"

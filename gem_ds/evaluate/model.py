@@ -18,8 +18,10 @@ from gem_ds.data.tasks import TaskData
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.watchdog import DEFAULT_SECONDS, watching
 from gem_ds.distributed.zero_config import inference_config, read_config
+from gem_ds.files.checkpoint import OPTIMIZER_FILE
 from gem_ds.files.digests import digest_of_file
 from gem_ds.flags import option
+from gem_ds.models.adapters import refuse_own_adapter
 from gem_ds.models.load import ModelFiles, load_partitioned, load_weights, open_model
 
 _MODEL_SUFFIXES = {".safetensors", ".bin", ".json", ".model", ".txt", ".jinja"}
@@ -32,8 +34,11 @@ class SamplingArguments:
     """The flags that all evaluators share."""
 
     model_name_or_path: str = field(metadata={"help": "Hub id or folder of the model."})
-    delta: str | None = option(None, "delta.safetensors to apply to that model.")
+    delta: str | None = option(
+        None, "delta.safetensors, or a checkpoint-N folder, to apply to that model."
+    )
     adapter: str | None = option(None, "Folder of a peft adapter to put into that model.")
+    trust_remote_code: bool = option(False, "Run model code that comes with the weights.")
     data_dir: str | None = option(
         None, "Folder of the task's files; without it the task is loaded from the Hub."
     )
@@ -123,7 +128,13 @@ def open_files(
         adapter=arguments.adapter,
         dtype=arguments.dtype,
         task=task,
+        trust_remote_code=arguments.trust_remote_code,
     )
+    if files.adapter is not None and arguments.adapter is None:
+        if arguments.deepspeed is not None or arguments.backend == "vllm":
+            refuse_own_adapter(files.name, files.revision)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{files.name} holds an adapter beside the model, which is put in")
     if arguments.deepspeed is None:
         return files, None
     config, text_config = read_config(arguments.deepspeed), files.config.get_text_config()
@@ -142,7 +153,9 @@ def load_model(files: ModelFiles, deepspeed: dict[str, Any] | None, comm: Comm) 
 
 def model_facts(arguments: SamplingArguments, files: ModelFiles) -> dict[str, object]:
     """What is evaluated: the model, and the hash of what is put onto it."""
-    delta, adapter = arguments.delta, arguments.adapter
+    delta, adapter = arguments.delta, files.adapter
+    if delta is not None and Path(delta).is_dir():
+        delta = str(Path(delta, OPTIMIZER_FILE))  # which has the digests of a checkpoint's others
     parts = [] if adapter is None else sorted(Path(adapter).glob("adapter_*"))
     return {
         "model": files.name,
@@ -163,7 +176,7 @@ def model_fingerprint(name: str, config: PretrainedConfig) -> str:
         return str(getattr(config, "_commit_hash", None))
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
-        if path.suffix not in _MODEL_SUFFIXES or not path.is_file():
+        if path.suffix not in _MODEL_SUFFIXES or path.name[0] == "." or not path.is_file():
             continue
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())

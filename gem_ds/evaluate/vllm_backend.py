@@ -39,6 +39,7 @@ class Vllm:
             model=files.name,
             revision=files.revision,
             dtype=files.dtype,
+            trust_remote_code=files.trust_remote_code,
             tensor_parallel_size=max(1, torch.cuda.device_count()),
         )
 

@@ -13,7 +13,6 @@ import json
 import os
 import re
 import secrets
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,33 +39,27 @@ def atomic_write(path: str | Path, write: Callable[[Path], object]) -> None:
 
     An OSError keeps its number and says what to do; the earlier file is whole, no temporary left.
     """
-    with _replacing(Path(path)) as temporary:
-        write(temporary)
+    path = Path(path)
+    temporary = beside(path, "tmp")
+    try:
+        with explained(path):
+            write(temporary)
+            flush(temporary)
+            os.replace(temporary, path)
+            flush(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def atomic_folder(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Writes a folder, which `write` fills, as `atomic_write` does a file.
-
-    A folder cannot be exchanged in one step, so an earlier one is moved aside first, to a name
-    beside it that ends with ``.old``; only a kill between the two renames leaves it there.
-    """
-    with _replacing(Path(path)) as temporary:
-        temporary.mkdir()
-        write(temporary)
+def beside(path: Path, end: str) -> Path:
+    """An unused hidden name beside `path`."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{end}")
 
 
 def leftovers(path: Path) -> list[Path]:
     """What killed writes of `path` left beside it, whole or not."""
     name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.(tmp|old)")
     return [entry for entry in path.parent.glob(".*") if name.fullmatch(entry.name)]
-
-
-def delete(path: Path) -> None:
-    """Deletes a file, a folder with what is in it, or a link, if there is one."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def try_lock(file: int | IO[bytes]) -> bool:
@@ -81,10 +74,20 @@ def try_lock(file: int | IO[bytes]) -> bool:
     return True
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[bool]:
+    """Whether a folder could be locked; if so it is while the block lasts, or this process."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        yield try_lock(descriptor)
+    finally:
+        os.close(descriptor)  # which also unlocks
+
+
 def make_folder(path: str | Path) -> None:
     """Makes a folder with its parents, and sees whether files can be written in it."""
     path = Path(path)
-    with _explained(path):
+    with explained(path):
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".{secrets.token_hex(4)}.tmp"
         probe.touch()
@@ -104,22 +107,7 @@ def save_jsonl(path: str | Path, rows: Iterable[Any]) -> None:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """An unused name beside `path`; what the block leaves there is `path` afterwards."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with _explained(path):
-            yield temporary
-            for entry in (*temporary.rglob("*"), temporary):
-                _flush(entry)
-            _replace(temporary, path)
-            _flush(path.parent)
-    finally:
-        delete(temporary)
-
-
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
     """Adds to an OSError about `path` what the user can do."""
     try:
         yield
@@ -135,22 +123,7 @@ def _explained(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _replace(source: Path, path: Path) -> None:
-    """Renames `source` to `path`, over what stands there; puts that back if the rename fails."""
-    if not (source.is_dir() and path.is_dir()):
-        os.replace(source, path)
-        return
-    earlier = path.with_name(f".{path.name}.{secrets.token_hex(4)}.old")
-    os.replace(path, earlier)
-    try:
-        os.replace(source, path)
-    except OSError:
-        os.replace(earlier, path)
-        raise
-    shutil.rmtree(earlier)
-
-
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Waits until a file's content, or a folder's names where it can do that, are on the disk."""
     try:
         descriptor = os.open(path, os.O_RDONLY)

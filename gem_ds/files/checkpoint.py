@@ -16,8 +16,8 @@ only while it is whole, so a killed run leaves none that is half.
 from __future__ import annotations
 
 import json
+import math
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -29,8 +29,16 @@ from pydantic import Field
 from torch import Tensor
 
 from gem_ds.distributed.optim import STATE_KEYS
-from gem_ds.files.atomic import atomic_folder, save_json
+from gem_ds.files.atomic import beside, save_json
+from gem_ds.files.delta import Delta
 from gem_ds.files.digests import checksum, digest_of_file
+from gem_ds.files.manifest import (
+    atomic_folder,
+    clear_leftovers,
+    delete_folder,
+    foreign_files,
+    is_ours,
+)
 from gem_ds.files.mask import Mask
 from gem_ds.files.schema import STRICT, from_json
 from gem_ds.files.tensors import load_tensors, save_tensors
@@ -38,7 +46,9 @@ from gem_ds.files.tensors import load_tensors, save_tensors
 CHECKPOINT_KIND = "gem_checkpoint"
 _HEAD = "head."
 _FOLDER = re.compile(r"checkpoint-(\d+)")
-_MASK, _OPTIMIZER, _STATE = "mask.safetensors", "optimizer.safetensors", "trainer_state.json"
+_LEFTOVER = re.compile(r"\.(checkpoint-\d+)\.[0-9a-f]{8}\.(?:tmp|old)")
+OPTIMIZER_FILE = "optimizer.safetensors"
+_MASK, _STATE = "mask.safetensors", "trainer_state.json"
 
 Count = Annotated[int, Field(ge=0, lt=2**53)]  # 2^53: what a JSON number surely holds
 
@@ -77,6 +87,7 @@ class _Numbers:
     num_updates: Count
     loss_scale: Annotated[float, Field(gt=0)]
     identity: RunIdentity
+    head_shapes: dict[str, tuple[Count, ...]] = field(default_factory=dict)  # old ones have none
     file_digests: dict[str, str] = field(
         default_factory=dict
     )  # of the other two; old ones have none
@@ -94,6 +105,9 @@ class Checkpoint:
     identity: RunIdentity
     state: TrainerState
     head_vectors: dict[str, Tensor] = field(default_factory=dict)  # of a task head, if there is one
+    head_shapes: dict[str, tuple[int, ...]] = field(
+        default_factory=dict
+    )  # its parameters', in order
 
     @property
     def head_size(self) -> int:
@@ -105,6 +119,23 @@ class Checkpoint:
         vectors = [checksum(v) for v in (*self.vectors.values(), *self.head_vectors.values())]
         numbers = self.state.global_step, self.num_updates, self.loss_scale
         return repr((vectors, numbers))
+
+    def delta(self) -> Delta:
+        """The weights at this step, as a run writes them that ends here."""
+        dtype: torch.dtype = getattr(torch, self.mask.dtype)
+        sizes = [index.numel() for index in self.mask.indices.values()]
+        parts = self.vectors["master"].to(dtype).split(sizes)
+        shapes = self.head_shapes
+        if sum(map(math.prod, shapes.values())) != self.head_size:
+            raise ValueError("it does not name its head's parameters, as those of older versions")
+        head = {}
+        if shapes:
+            numbers = self.head_vectors["master"].to(dtype)
+            split = numbers.split([math.prod(shape) for shape in shapes.values()])
+            head = {n: p.view(shapes[n]) for n, p in zip(shapes, split, strict=True)}
+        return Delta(
+            mask=self.mask, values=dict(zip(self.mask.indices, parts, strict=True)), head=head
+        )
 
     def save(self, output_dir: Path) -> Path:
         """Write ``checkpoint-N``; raises OSError as :func:`atomic_folder`."""
@@ -119,21 +150,22 @@ class Checkpoint:
             num_updates=self.num_updates,
             loss_scale=self.loss_scale,
             identity=self.identity,
+            head_shapes=self.head_shapes,
             file_digests={name: digest_of_file(folder / name) for name in (_MASK, _STATE)},
         )
         head = {f"{_HEAD}{key}": vector for key, vector in self.head_vectors.items()}
         tensors = self.vectors | head
-        save_tensors(folder / _OPTIMIZER, tensors, asdict(numbers), kind=CHECKPOINT_KIND)
+        save_tensors(folder / OPTIMIZER_FILE, tensors, asdict(numbers), kind=CHECKPOINT_KIND)
 
     @classmethod
     def load(cls, folder: Path) -> Checkpoint:
         """Read a checkpoint folder; a ValueError says what of it is damaged."""
-        if not (folder / _OPTIMIZER).is_file():
+        if not (folder / OPTIMIZER_FILE).is_file():
             raise ValueError(
                 f"{folder} is not a checkpoint of gem_ds: pass a checkpoint-N folder, or last."
             )
         with _damaged(folder):
-            tensors, metadata = load_tensors(folder / _OPTIMIZER, CHECKPOINT_KIND)
+            tensors, metadata = load_tensors(folder / OPTIMIZER_FILE, CHECKPOINT_KIND)
             numbers = from_json(_Numbers, json.dumps(metadata))
             for name, digest in numbers.file_digests.items():
                 if digest_of_file(folder / name) != digest:
@@ -150,11 +182,26 @@ class Checkpoint:
                 mask=mask,
                 vectors=vectors,
                 head_vectors=head,
+                head_shapes=numbers.head_shapes,
                 num_updates=numbers.num_updates,
                 loss_scale=numbers.loss_scale,
                 identity=numbers.identity,
                 state=state,
             )
+
+
+def load_delta(path: str | Path) -> Delta:
+    """A delta file, or the weights at the step of a ``checkpoint-N`` folder."""
+    path = Path(path)
+    if not path.is_dir():
+        return Delta.load(path)
+    checkpoint = Checkpoint.load(path)
+    try:
+        return checkpoint.delta()
+    except ValueError as error:
+        raise ValueError(
+            f"{path} gives no delta ({error}): pass the delta.safetensors of the finished run."
+        ) from error
 
 
 @contextmanager
@@ -188,30 +235,32 @@ def _check_counts(name: str, num_updates: int, state: TrainerState) -> None:
 
 
 def list_checkpoints(output_dir: Path) -> dict[int, Path]:
-    """The checkpoint folders of a run by their step, ascending."""
-    found = {int(m[1]): p for p in output_dir.glob("*") if (m := _FOLDER.fullmatch(p.name))}
+    """The checkpoint folders of a run by their step, ascending; not all so named are any."""
+    named = {int(m[1]): p for p in output_dir.glob("*") if (m := _FOLDER.fullmatch(p.name))}
+    found = {n: p for n, p in named.items() if is_ours(p) or (p / OPTIMIZER_FILE).is_file()}
     return dict(sorted(found.items()))
 
 
 def remove_leftovers(output_dir: Path) -> None:
     """Delete what a killed run left of a checkpoint that it was writing or deleting."""
-    for leftover in output_dir.glob(".checkpoint-*"):
-        shutil.rmtree(leftover)
+    found = (_LEFTOVER.fullmatch(path.name) for path in output_dir.glob(".checkpoint-*"))
+    for name in {match[1] for match in found if match}:
+        clear_leftovers(output_dir / name)
 
 
 def delete_old_checkpoints(output_dir: Path, limit: int, best: int | None = None) -> None:
     """Delete all but the newest ``limit``; each loses its name before its files.
 
-    The ``best``, by its step, is one of those that stay, beside the newest one at least.
+    The ``best``, by its step, is one of those that stay, beside the newest one at least. One that
+    somebody has put a file into loses its own files and keeps its name.
     """
-    folders = list_checkpoints(output_dir)
+    folders = {n: folder for n, folder in list_checkpoints(output_dir).items() if is_ours(folder)}
     kept = list(folders)[-limit:]
     if best is not None and best not in kept:
         kept = [best, *(kept[1:] or kept)]
     for old in [folder for step, folder in folders.items() if step not in kept]:
-        nameless = old.with_name(f".{old.name}.old")
-        old.rename(nameless)
-        shutil.rmtree(nameless)
+        is_shared = bool(foreign_files(old))
+        delete_folder(old if is_shared else old.rename(beside(old, "tmp")))
 
 
 def find_checkpoint(output_dir: Path, resume_from: str) -> Path:

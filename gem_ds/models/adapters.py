@@ -6,6 +6,7 @@ weights and its rounding are those of its training. peft is imported when an ada
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import find_adapter_config_file
+from transformers.utils.hub import has_file
 
 from gem_ds.files.mask import dtype_name
 
@@ -83,6 +86,37 @@ def check_adapter(folder: str) -> None:
     if not Path(folder, _CONFIG).is_file():
         raise ValueError(f"--adapter {folder} holds no {_CONFIG}: pass the folder of an adapter.")
     _import_peft()
+
+
+def own_adapter(name: str, revision: str | None = None) -> str | None:
+    """The base of the adapter that lies with a model, which transformers would load by itself.
+
+    Raises:
+        ValueError: There is no model, only an adapter.
+    """
+    path = find_adapter_config_file(name, revision=revision or "main")
+    if path is None:
+        return None
+    try:
+        base = str(json.loads(Path(path).read_text(encoding="utf-8"))["base_model_name_or_path"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        base = "a model that it does not name"
+    if not has_file(name, "config.json", revision=revision or "main"):
+        raise ValueError(
+            f"--model_name_or_path {name} holds no model, only an adapter of peft for {base}: pass "
+            f"that model, and to evaluate the adapter with it, --adapter {name}."
+        )
+    return base
+
+
+def refuse_own_adapter(name: str, revision: str | None = None) -> None:
+    """Refuse a model with an adapter beside it; a ValueError says what to do."""
+    if own_adapter(name, revision) is not None:
+        raise ValueError(
+            f"--model_name_or_path {name} holds an adapter ({_CONFIG}) beside the model, which "
+            "transformers would put in by itself: merge it with peft, or move adapter_config.json "
+            "and adapter_model.* to a folder of their own."
+        )
 
 
 def adapted_names(folder: str) -> set[str]:

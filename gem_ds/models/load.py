@@ -27,10 +27,18 @@ from transformers import (
 from gem_ds.data.tasks import TaskData
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.zero_config import zero_stage
+from gem_ds.files.checkpoint import load_delta
 from gem_ds.files.delta import Delta, apply_delta
 from gem_ds.files.fingerprint import fingerprints
 from gem_ds.files.mask import dtype_name
-from gem_ds.models.adapters import adapted_names, check_adapter, half_precision, put_adapter
+from gem_ds.models.adapters import (
+    adapted_names,
+    check_adapter,
+    half_precision,
+    own_adapter,
+    put_adapter,
+    refuse_own_adapter,
+)
 from gem_ds.models.encoders import auto_class, head_names, initialise_head, is_encoder, set_head
 from gem_ds.models.tokenizer import load_tokenizer
 from gem_ds.models.weight_files import refuse_damaged_files, refuse_float8
@@ -54,7 +62,8 @@ def trainable_config(
     """The configuration of a model that GEM can train, with or without weights."""
     if name.startswith(("/", ".")) and not Path(name).is_dir():
         raise ValueError(f"--model_name_or_path {name} is no folder: check the path.")
-    config = _read_config(name, revision, trust_remote_code=trust_remote_code)
+    refuse_own_adapter(name, revision)
+    config = model_config(name, revision, trust_remote_code=trust_remote_code)
     if config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder model: pass a causal language model.")
     if config.model_type in _SEES_ANSWERS:
@@ -118,6 +127,7 @@ class ModelFiles:
     tokenizer: PreTrainedTokenizerBase
     delta: Delta | None
     adapter: str | None = None
+    trust_remote_code: bool = False
 
 
 def open_model(
@@ -127,27 +137,29 @@ def open_model(
     adapter: str | None = None,
     dtype: str = "auto",
     task: TaskData | None = None,
+    trust_remote_code: bool = False,
 ) -> ModelFiles:
     """Read everything but the weights of a base model and the delta or adapter on it.
 
-    A `dtype` of "auto" is that of the delta or of an adapter of 16 bits, without one that of the
+    An adapter that lies in the model's folder is taken, as if it were named, if nothing else is. A
+    `dtype` of "auto" is that of the delta or of an adapter of 16 bits, without one that of the
     model's files. Without a `task` to classify the model must write.
     """
-    delta = None if delta_path is None else Delta.load(delta_path)
+    delta = None if delta_path is None else load_delta(delta_path)
+    revision = "main" if delta is None else delta.mask.revision_of(name)
+    adapter = _settle_adapter(name, revision, adapter, delta)
     if adapter is not None:
         check_adapter(adapter)
         dtype = (half_precision(adapter) or dtype) if dtype == "auto" else dtype
-    revision = "main"
     if delta is not None:
-        revision = delta.mask.revision_of(name)
         if dtype not in ("auto", dtype_name(delta.dtype)):
             raise ValueError(
                 f"--dtype {dtype} cannot hold the delta, whose values are "
                 f"{dtype_name(delta.dtype)}: leave --dtype out."
             )
         dtype = dtype_name(delta.dtype)
-    config = _read_config(name, revision)
-    tokenizer = load_tokenizer(name, revision)
+    config = model_config(name, revision, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(name, revision, trust_remote_code=trust_remote_code)
     refuse_damaged_files(name)
     if dtype == "auto":
         refuse_float8(name)
@@ -167,7 +179,20 @@ def open_model(
         tokenizer=tokenizer,
         delta=delta,
         adapter=adapter,
+        trust_remote_code=trust_remote_code,
     )
+
+
+def _settle_adapter(
+    name: str, revision: str, adapter: str | None, delta: Delta | None
+) -> str | None:
+    """The adapter to put into a model; one beside the model only where nothing else is."""
+    if own_adapter(name, revision) is None:
+        return adapter
+    is_named = adapter is not None and Path(adapter).resolve() != Path(name).resolve()
+    if is_named or delta is not None or not Path(name).is_dir():
+        refuse_own_adapter(name, revision)
+    return name
 
 
 def load_weights(files: ModelFiles, device: torch.device) -> PreTrainedModel:
@@ -202,8 +227,15 @@ def load_partitioned(
 
 def _load_base(files: ModelFiles) -> PreTrainedModel:
     """The base model; what it lacks, the delta or the adapter must bring."""
+    # An adapter is ours to put in; transformers would do that with one in the model's folder.
+    elsewhere = {"subfolder": "no_adapter"} if files.adapter is not None else None
     model, missing, wrong = _from_pretrained(
-        files.name, files.config, dtype=files.dtype, revision=files.revision
+        files.name,
+        files.config,
+        dtype=files.dtype,
+        revision=files.revision,
+        trust_remote_code=files.trust_remote_code,
+        adapter_kwargs=elsewhere,
     )
     if missing and files.adapter is not None:
         missing -= adapted_names(files.adapter)
@@ -213,9 +245,10 @@ def _load_base(files: ModelFiles) -> PreTrainedModel:
     return model
 
 
-def _read_config(
+def model_config(
     name: str, revision: str | None, *, trust_remote_code: bool = False
 ) -> PretrainedConfig:
+    """The configuration of a model of any kind; a ValueError says why it cannot be read."""
     try:  # where it is not told whether to trust, transformers asks at the terminal
         config: PretrainedConfig = AutoConfig.from_pretrained(
             name, revision=revision or "main", trust_remote_code=trust_remote_code
@@ -260,4 +293,6 @@ def _refuse_incomplete(name: str, wrong: list[str]) -> None:
 
 def _unloadable(name: str, error: Exception) -> ValueError:
     reason = str(error).strip().partition("\n")[0]
+    if "trust_remote_code" in str(error):
+        reason = "its files hold code that would have to run: pass --trust_remote_code to allow it."
     return ValueError(f"--model_name_or_path {name} cannot be loaded: {reason}")

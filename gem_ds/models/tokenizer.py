@@ -33,6 +33,8 @@ def load_tokenizer(
             return tokenizer
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason:
+            reason = "it is code that would have to run: pass --trust_remote_code to allow it."
         raise ValueError(f"The tokenizer of {model} cannot be loaded: {reason}") from error
     raise ValueError(
         f"--model_name_or_path {model} holds no tokenizer: save the model's tokenizer there."

@@ -16,14 +16,15 @@ from transformers import PreTrainedModel
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.engine import DenseEngine
 from gem_ds.distributed.weights import numel
-from gem_ds.files.atomic import atomic_folder
 from gem_ds.files.checkpoint import TrainerState
 from gem_ds.files.delta import Delta
 from gem_ds.files.dense_checkpoint import DEEPSPEED_FOLDER, DenseCheckpoint, write_numbers
 from gem_ds.files.digests import digest_of_file
 from gem_ds.files.fingerprint import fingerprints
+from gem_ds.files.manifest import atomic_folder, claim
 from gem_ds.files.mask import index_dtype
 from gem_ds.models.adapters import add_adapter, is_of_head
+from gem_ds.models.folder import base_folder, write_folder
 from gem_ds.train.config import Arguments
 from gem_ds.train.methods import ADAPTER_METHODS, product_of
 from gem_ds.train.optimizer import make_dense_optimizer
@@ -84,6 +85,10 @@ class DenseTuning:
             with comm.agreement():
                 checkpoint.check_files(comm.rank, comm.world_size)
             self.engine.load(checkpoint.folder / DEEPSPEED_FOLDER)
+        with comm.agreement():  # what cannot be fetched ends the run before its first step
+            if comm.is_main and product_of(args.method.method) == "model":
+                commit = getattr(prepared.config, "_commit_hash", None) or args.model.revision
+                self.files = base_folder(str(args.model.model_name_or_path), commit)
 
     def save_checkpoint(self, state: TrainerState) -> None:
         """Write a checkpoint of the present state; called on all ranks, which share the folder."""
@@ -139,9 +144,9 @@ class DenseTuning:
                 return
             product = product_of(self.prepared.args.method.method)
             if product == "delta":
-                self._delta(trained).save(folder / "delta.safetensors")
+                self._delta(trained).save(claim(folder, "delta.safetensors"))
             elif product == "model":
-                atomic_folder(folder / "model", lambda path: self._save_model(path, trained))
+                self._save_model(folder / "model", trained)
             else:
                 atomic_folder(
                     folder / "adapter",
@@ -149,11 +154,15 @@ class DenseTuning:
                 )
 
     def _save_model(self, folder: Path, trained: dict[str, Tensor]) -> None:
-        # Names that transformers would write back if it had read them; at ZeRO stage 3 it takes all
-        # that it knows for read, and would name a LayerNorm's weight gamma.
-        self.network._weight_conversions = None
-        self.network.save_pretrained(folder, state_dict=trained)
-        self.prepared.tokenizer.save_pretrained(folder)
+        """Write the base's folder with the trained weights."""
+        notes: list[str] = []
+
+        def write(path: Path) -> None:
+            notes.extend(write_folder(path, self.files, self.network, trained, self.head))
+
+        atomic_folder(folder, write)
+        if notes:
+            print(f"Of {folder}: {'; '.join(notes)}", flush=True)
 
     def _delta(self, trained: dict[str, Tensor]) -> Delta:
         """Every bias, whole, and the head."""

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from gem_ds.files.atomic import atomic_write
 from gem_ds.files.checkpoint import TrainerState
+from gem_ds.files.manifest import claim, list_files
 from gem_ds.progress import Progress
 from gem_ds.train.config import Arguments
 
@@ -44,6 +45,7 @@ class Reporter:
         if not is_main:
             return
         lines = "".join(json.dumps(entry) + "\n" for entry in state.log_history)
+        claim(output_dir, self._path.name)
         atomic_write(self._path, lambda path: path.write_text(lines))
         with ExitStack() as stack:  # those that have begun end if the next one cannot
             if trackers := find_trackers(args.train.report_to):
@@ -154,6 +156,8 @@ def _one_process() -> Iterator[None]:
 
 def _start_tracker(name: str, output_dir: Path, first_step: int, flags: dict[str, Any]) -> Any:
     tracker_class: Any = LOGGER_TYPE_TO_CLASS[name]
+    folder = output_dir / TENSORBOARD_FOLDER
+    before = {*folder.glob("events.*")}
     if name == "tensorboard":
         # What an earlier session wrote of later steps is taken back, as in metrics.jsonl.
         tracker = tracker_class(TENSORBOARD_FOLDER, output_dir, purge_step=first_step)
@@ -163,7 +167,9 @@ def _start_tracker(name: str, output_dir: Path, first_step: int, flags: dict[str
         tracker = tracker_class("gem_ds")
     tracker.main_process_only = False  # this is the main process
     tracker.start()
-    if name != "tensorboard":  # which would show the flags as a run of its own
+    if name == "tensorboard":
+        list_files(folder, sorted(path.name for path in {*folder.glob("events.*")} - before))
+    else:  # tensorboard would show the flags as a run of its own
         tracker.store_init_configuration(flags)
     return tracker
 

@@ -9,12 +9,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from gem_ds.data.metrics import score
-from gem_ds.data.predictions import save_predictions
+from gem_ds.data.predictions import PREDICTIONS_FILE, save_predictions
 from gem_ds.data.tasks import hub_dataset
 from gem_ds.distributed.comm import Comm
 from gem_ds.files.atomic import atomic_write, save_json
 from gem_ds.files.card import TRAINING_LOSS, ModelCard
 from gem_ds.files.checkpoint import TrainerState
+from gem_ds.files.manifest import claim, listed_files
 from gem_ds.files.mask import Mask, WeightInfo, dtype_name
 from gem_ds.models.encoders import auto_class, is_encoder
 from gem_ds.models.load import DTYPES
@@ -22,6 +23,7 @@ from gem_ds.models.objective import predict_all
 from gem_ds.select.rules import CALIBRATED_METHODS, SPARSE_METHODS
 from gem_ds.train.config import DEFAULT_DENSITY, DataArguments
 from gem_ds.train.methods import product_of
+from gem_ds.train.output_dir import MODEL_CARD
 from gem_ds.train.prepare import PreparedRun
 
 #: How the model card calls ``eval_loss``.
@@ -99,6 +101,7 @@ def measure(
     )
     with comm.agreement():
         if comm.is_main and is_final:
+            claim(prepared.output_dir, PREDICTIONS_FILE)
             save_predictions(prepared.output_dir, data.references, predictions)
         return score(str(args.data.task), data.references, predictions)
 
@@ -106,8 +109,9 @@ def measure(
 def save_results(prepared: PreparedRun, state: TrainerState, results: Mapping[str, Any]) -> None:
     """Write trainer_state.json, all_results.json and the model card."""
     args, folder = prepared.args, prepared.output_dir
+    claim(folder, "trainer_state.json")
     state.save(folder)
-    save_json(folder / "all_results.json", dict(results))
+    save_json(claim(folder, "all_results.json"), dict(results))
     train, settings = args.train, run_settings(prepared)
     losses = {
         name: results[f"last_{key}"]
@@ -139,4 +143,9 @@ def save_results(prepared: PreparedRun, state: TrainerState, results: Mapping[st
         auto_class=auto_class(prepared.config).__name__,
         num_labels=prepared.config.num_labels if is_encoder(prepared.config) else None,
     )
-    atomic_write(folder / "README.md", lambda path: path.write_text(card.text(), encoding="utf-8"))
+    path = folder / MODEL_CARD
+    if path.exists() and path not in listed_files(folder):
+        print(f"{path} is no run's and stays, so there is no model card", flush=True)
+        return
+    claim(folder, MODEL_CARD)
+    atomic_write(path, lambda temporary: temporary.write_text(card.text(), encoding="utf-8"))

@@ -27,6 +27,7 @@ from gem_ds.train.dense_tuning import DenseTuning
 from gem_ds.train.fit import fit, mean_loss
 from gem_ds.train.methods import product_of
 from gem_ds.train.optimizer import make_scheduler
+from gem_ds.train.output_dir import refuse_taken_checkpoints
 from gem_ds.train.prepare import PreparedRun
 from gem_ds.train.reporting import Reporter, peak_memory_bytes
 from gem_ds.train.results import measure, save_results
@@ -54,6 +55,10 @@ class Run:
         self.held_out = self.batches(test, held_out=True) if len(test) else None
         with comm.in_unison():
             self.state = self.initial_state()
+        with comm.agreement():
+            if comm.is_main:
+                steps = range(self.state.global_step + 1, self.state.max_steps + 1)
+                refuse_taken_checkpoints(prepared.output_dir, steps)
         train, model_args = self.args.train, self.args.model
         model, head = load_for_training(
             str(model_args.model_name_or_path),
@@ -80,7 +85,7 @@ class Run:
         )
         self.best = BestModel.of_flags(train)
         self.is_stopped = False
-        self.has_unproven_checkpoint = False
+        self.has_unproven_checkpoint = prepared.checkpoint is not None  # a kill may have left more
         self.step_seconds: list[float] = []
 
     @property

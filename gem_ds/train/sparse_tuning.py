@@ -17,6 +17,7 @@ from gem_ds.distributed.weights import numel, shape_of
 from gem_ds.files.checkpoint import Checkpoint, TrainerState
 from gem_ds.files.delta import Delta
 from gem_ds.files.fingerprint import fingerprints
+from gem_ds.files.manifest import claim
 from gem_ds.files.mask import Mask
 from gem_ds.models.targets import head_layers as layers_of_head
 from gem_ds.models.targets import targets_of
@@ -113,7 +114,7 @@ class SparseTuning:
             self.restore(prepared.checkpoint)
         with self.comm.agreement():
             if self.comm.is_main:
-                self.mask.save(prepared.output_dir / "mask.safetensors")
+                self.mask.save(claim(prepared.output_dir, "mask.safetensors"))
 
     def select(self, batches: Batches, summed_loss: SummedLoss) -> Selection:
         """Score and select."""
@@ -206,12 +207,15 @@ class SparseTuning:
         """Write a checkpoint of the present state; called on all ranks."""
         vectors = self.engine.get_state()
         head = {} if self.head is None else self.engine.get_state(self.head.vector)
+        parameters = {} if self.head is None else self.head.parameters
+        shapes = {name: shape_of(parameter) for name, parameter in parameters.items()}
         with self.comm.agreement():
             if self.comm.is_main:
                 Checkpoint(
                     mask=self.mask,
                     vectors=vectors,
                     head_vectors=head,
+                    head_shapes=shapes,
                     num_updates=self.engine.num_updates,
                     loss_scale=self.engine.loss_scale,
                     identity=self.prepared.identity,
@@ -251,4 +255,4 @@ class SparseTuning:
         with self.comm.agreement():
             if self.comm.is_main:
                 delta = Delta(mask=self.mask, values=values, head=head)
-                delta.save(self.prepared.output_dir / "delta.safetensors")
+                delta.save(claim(self.prepared.output_dir, "delta.safetensors"))

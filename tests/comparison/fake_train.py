@@ -41,6 +41,10 @@ def main(words: list[str]) -> int:
     me, folder = f"{method} {rate:g} {seed} {flags['evaluate_on']}", Path(flags["output_dir"])
     with open(os.environ["FAKE_CALLS"], "a") as calls:
         calls.write(f"{flags['task']} {me}\n")
+    manifest = folder / ".gem_ds.json"
+    for name in json.loads(manifest.read_text())["files"] if manifest.exists() else ():
+        (folder / name).unlink(missing_ok=True)
+    mark(folder, "half.txt", "predictions.jsonl", "delta.safetensors", "mask.safetensors")
     print(f"threads {os.environ['OMP_NUM_THREADS']} {os.environ.get('CUDA_VISIBLE_DEVICES')}")
     if me == flags.get("hang") and (hang := Path(os.environ["FAKE_HANG"])).exists():
         (folder / "half.txt").write_text("left half done")
@@ -63,7 +67,8 @@ def main(words: list[str]) -> int:
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / "predictions.jsonl").write_text(text)
     (folder / "delta.safetensors").write_text("weights")
-    (folder / "checkpoint-3").mkdir()
+    (folder / "checkpoint-3").mkdir(exist_ok=True)
+    mark(folder / "checkpoint-3")
     if "mask_file" in flags and method != "full":
         shutil.copy(flags["mask_file"], folder / "mask.safetensors")
     costs = {
@@ -76,6 +81,12 @@ def main(words: list[str]) -> int:
     }
     (folder / "all_results.json").write_text(json.dumps(costs | scores))
     return 0
+
+
+def mark(folder: Path, *names: str) -> None:
+    """The manifest by which a folder's files are known to be a run's."""
+    content = {"kind": "gem_manifest", "format_version": 1, "files": names}
+    (folder / ".gem_ds.json").write_text(json.dumps(content))
 
 
 if __name__ == "__main__":

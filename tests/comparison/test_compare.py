@@ -288,12 +288,18 @@ def test_a_stop_ends_the_children_and_the_next_start_runs_what_is_missing(
         os.kill(int(hang.read_text()), 0)
     assert len(setting.calls()) == 8  # six of the search, one that ended, one that was stopped
     hang.unlink()
+    folder = setting.out / "rte/gem/test/lr1e-02_seed43"
+    for name in ("notes.txt", "checkpoint-2024/photo.jpg", "eval/notes.txt"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("mine")
     assert setting.run() == 0
     assert setting.calls() == [
         *(f"rte gem 0.01 {seed} test" for seed in (43, 44)),
         *(f"rte full 0.001 {seed} test" for seed in (42, 43, 44)),
     ]
-    assert not (setting.out / "rte/gem/test/lr1e-02_seed43/half.txt").exists()
+    assert not (folder / "half.txt").exists()
+    for name in ("notes.txt", "checkpoint-2024/photo.jpg", "eval/notes.txt"):
+        assert (folder / name).read_text() == "mine", "what is no run's stays"
 
 
 def test_a_child_that_outlives_a_killed_comparison_is_noticed(setting: Setting, hang: Path) -> None:

@@ -336,4 +336,4 @@ def test_code_that_comes_with_a_model_is_refused_without_a_question(tmp_path, mo
     config = {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr("builtins.input", lambda question: pytest.fail(f"asked: {question}"))
-    assert "contains custom code" in refusal(open_model, str(tmp_path))
+    assert "pass --trust_remote_code" in refusal(open_model, str(tmp_path))

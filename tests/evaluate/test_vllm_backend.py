@@ -24,7 +24,8 @@ ENDS = [("stop", "zz"), ("stop", None), ("stop", 1), ("stop", 257), *9 * [("leng
 class FakeLLM:
     """Answers with the request's seed, and ends each answer in another way."""
 
-    def __init__(self, *, model, revision, dtype, tensor_parallel_size) -> None:
+    def __init__(self, *, model, revision, dtype, trust_remote_code, tensor_parallel_size) -> None:
+        assert trust_remote_code is False
         self.options = (model, revision, dtype, tensor_parallel_size)
         self.asked = []
         self.made.append(self)

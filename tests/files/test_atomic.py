@@ -17,7 +17,9 @@ import torch
 from safetensors.torch import save_file
 
 from gem_ds.comparison.runner import lock
-from gem_ds.files.atomic import atomic_folder, atomic_write, delete, leftovers, save_json, try_lock
+from gem_ds.files import manifest
+from gem_ds.files.atomic import atomic_write, leftovers, save_json, try_lock
+from gem_ds.files.manifest import atomic_folder, clear_leftovers
 from gem_ds.files.tensors import load_tensors, save_tensors
 from gem_ds.train.output_dir import output_dir_of_one_run
 
@@ -43,9 +45,13 @@ def assert_whole(path: Path) -> None:
     assert os.listdir(path.parent) == [path.name]
 
 
-@pytest.mark.parametrize(("write_whole", "num_folders"), [(atomic_write, 0), (atomic_folder, 2)])
+#: The folders that stand before the rename: itself, the one below, and twice for its manifest.
+SYNCS = [(atomic_write, 1, 0), (atomic_folder, 4, 4)]
+
+
+@pytest.mark.parametrize(("write_whole", "num_files", "num_folders"), SYNCS)
 def test_content_is_on_the_disk_before_the_name_and_the_name_before_the_return(
-    tmp_path, monkeypatch, write_whole, num_folders
+    tmp_path, monkeypatch, write_whole, num_files, num_folders
 ):
     calls = []
     fsync, replace = os.fsync, os.replace
@@ -56,14 +62,14 @@ def test_content_is_on_the_disk_before_the_name_and_the_name_before_the_return(
         fsync(descriptor)
 
     def logged_replace(source, target):
-        calls.append("rename")
+        calls.extend(["rename"] * (target.name == "f"))
         replace(source, target)
 
     monkeypatch.setattr(os, "fsync", logged_fsync)
     monkeypatch.setattr(os, "replace", logged_replace)
     write_whole(tmp_path / "f", write)
     place = calls.index("rename")
-    assert sorted(calls[:place]) == ["sync file"] + ["sync folder"] * num_folders
+    assert sorted(calls[:place]) == ["sync file"] * num_files + ["sync folder"] * num_folders
     assert calls[place:] == ["rename", "sync folder"]
 
 
@@ -87,16 +93,21 @@ def test_a_failure_midway_keeps_what_was_there_and_goes_through(tmp_path, write_
     assert_whole(path)
 
 
-def test_a_folder_whose_last_rename_fails_is_put_back(tmp_path, monkeypatch):
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_a_folder_whose_last_rename_fails_is_put_back(tmp_path, monkeypatch, can_exchange):
     path, replace = tmp_path / "f", os.replace
 
-    def failing(source: Path, target: Path) -> None:
-        if source.suffix == ".tmp":
+    def failing(*names: Path) -> bool:
+        if can_exchange or (names[0].suffix == ".tmp" and names[1] == path):
             raise FULL
-        replace(source, target)
+        return bool(replace(*names))
 
     atomic_folder(path, write)
-    monkeypatch.setattr(os, "replace", failing)
+    if can_exchange:
+        monkeypatch.setattr(manifest, "_exchange", failing)
+    else:
+        monkeypatch.setattr(manifest, "_exchange", lambda *names: False)
+        monkeypatch.setattr(os, "replace", failing)
     with pytest.raises(OSError, match="free space"):
         atomic_folder(path, lambda temporary: write(temporary, "new"))
     assert_whole(path)
@@ -151,8 +162,8 @@ def test_sigkill_midway_leaves_the_old_content(tmp_path, write_whole):
     write_whole(path, write)
     with running(lambda: write_whole(path, write_half)) as process:
         os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT)
-    (leftover,) = leftovers(path)
-    delete(leftover)
+    assert len(leftovers(path)) == 1
+    clear_leftovers(path)
     assert_whole(path)
 
 
@@ -181,30 +192,6 @@ def test_sigkill_at_any_moment_leaves_a_whole_file(tmp_path):
             os.kill(process, signal.SIGCONT)
             time.sleep(0.003)
     check()
-
-
-def test_a_folder_is_created_and_replaced_as_a_whole(tmp_path):
-    atomic_folder(tmp_path / "f", lambda folder: write(folder, "old"))
-    (tmp_path / "f" / "stale").write_text("of the earlier folder")
-    atomic_folder(tmp_path / "f", write)
-    assert os.listdir(tmp_path / "f") == ["deep"]
-    assert_whole(tmp_path / "f")
-
-
-def test_leftovers_are_found_and_deleted_and_links_spare_what_they_point_to(tmp_path):
-    write(tmp_path)
-    (tmp_path / ".a.json.0a1b2c3d.old").symlink_to(tmp_path / "deep")
-    (tmp_path / ".a.json.0a1b2c3e.old").mkdir()
-    write(tmp_path / ".a.json.0a1b2c3e.old")
-    others = {"a.json", ".a.json.tmp", ".b.a.json.0a1b2c3d.tmp", ".a.json.0a1b2c3d.tmp.x"}
-    for name in (*others, ".a.json.0a1b2c3d.tmp"):
-        (tmp_path / name).touch()
-    found = leftovers(tmp_path / "a.json")
-    assert len(found) == 3
-    for entry in found * 2:
-        delete(entry)
-    assert set(os.listdir(tmp_path)) == {*others, "deep"}
-    assert os.listdir(tmp_path / "deep") == ["content"]
 
 
 # Locks

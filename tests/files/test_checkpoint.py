@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gem_ds.distributed.optim import STATE_KEYS
+from gem_ds.files import manifest
 from gem_ds.files.checkpoint import (
     Checkpoint,
     RunIdentity,
@@ -19,8 +20,10 @@ from gem_ds.files.checkpoint import (
     delete_old_checkpoints,
     find_checkpoint,
     list_checkpoints,
+    load_delta,
     remove_leftovers,
 )
+from gem_ds.files.manifest import MANIFEST
 from gem_ds.files.mask import Mask, WeightInfo
 
 FILES = ("mask.safetensors", "optimizer.safetensors", "trainer_state.json")
@@ -87,7 +90,7 @@ def test_a_checkpoint_comes_back_to_the_bit(tmp_path_factory, counts, seed, spec
     checkpoint.vectors["exp_avg"][:1] = special
     folder = checkpoint.save(tmp_path_factory.mktemp("run"))
     assert folder.name == "checkpoint-7"
-    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*FILES, MANIFEST])
     assert_equal(Checkpoint.load(folder), checkpoint)
 
 
@@ -98,6 +101,9 @@ def test_the_last_checkpoint_is_that_of_the_latest_step(tmp_path):
         make_checkpoint(step).save(tmp_path)
     for other in ("checkpoint-", "checkpoint-1000.tmp", "my-checkpoint-1000", ".checkpoint-1000"):
         (tmp_path / other).mkdir()
+    (tmp_path / "checkpoint-2024").mkdir()
+    (tmp_path / "checkpoint-2024" / "photo.jpg").touch()
+    (tmp_path / "checkpoint-2025").touch()
     assert list(list_checkpoints(tmp_path)) == [9, 10, 100]
     assert find_checkpoint(tmp_path, "last") == tmp_path / "checkpoint-100"
     assert find_checkpoint(tmp_path, "elsewhere/checkpoint-3") == Path("elsewhere/checkpoint-3")
@@ -111,15 +117,30 @@ def test_the_limit_keeps_the_newest(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-11", "checkpoint-12"]
 
 
+def test_the_limit_is_of_our_own_and_leaves_what_others_put_there(tmp_path):
+    for step in (1, 2, 3, 4):
+        make_checkpoint(step).save(tmp_path)
+    (tmp_path / "checkpoint-2" / "thesis.txt").touch()
+    (tmp_path / "checkpoint-3" / MANIFEST).unlink()  # as before there were manifests, or a copy
+    (tmp_path / "checkpoint-2024").mkdir()
+    (tmp_path / "checkpoint-2024" / "optimizer.safetensors").touch()
+    delete_old_checkpoints(tmp_path, 1)
+    kept = ["checkpoint-2", "checkpoint-2024", "checkpoint-3", "checkpoint-4"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
+    assert [path.name for path in (tmp_path / "checkpoint-2").iterdir()] == ["thesis.txt"]
+    assert len(list((tmp_path / "checkpoint-3").iterdir())) == len(FILES)
+
+
 def test_a_kill_while_an_old_one_is_deleted_leaves_no_half_of_it(tmp_path, monkeypatch):
     make_checkpoint(1).save(tmp_path)
     make_checkpoint(2).save(tmp_path)
+    unlink = Path.unlink
 
-    def killed(folder: Path) -> None:
-        (folder / "optimizer.safetensors").unlink()
+    def killed(path: Path) -> None:
+        unlink(path)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(shutil, "rmtree", killed)
+    monkeypatch.setattr(Path, "unlink", killed)
     with pytest.raises(KeyboardInterrupt):
         delete_old_checkpoints(tmp_path, 1)
     monkeypatch.undo()
@@ -137,12 +158,14 @@ def test_a_kill_while_saving_leaves_the_earlier_ones_whole(tmp_path, monkeypatch
 
     def until_killed(source: Path, target: Path) -> None:
         if source.is_dir():
-            assert {path.name for path in source.iterdir()} == set(FILES)
+            assert {path.name for path in source.iterdir()} == {*FILES, MANIFEST}
             raise KeyboardInterrupt
         replace_file(source, target)
 
     monkeypatch.setattr(os, "replace", until_killed)
-    monkeypatch.setattr(shutil, "rmtree", lambda folder: None)  # a killed process tidies nothing up
+    monkeypatch.setattr(
+        manifest, "_delete_temporary", lambda folder: None
+    )  # as of a killed process
     with pytest.raises(KeyboardInterrupt):
         make_checkpoint(2).save(tmp_path)
     monkeypatch.undo()
@@ -150,6 +173,22 @@ def test_a_kill_while_saving_leaves_the_earlier_ones_whole(tmp_path, monkeypatch
     assert_equal(Checkpoint.load(tmp_path / "checkpoint-1"), earlier)
     remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_a_checkpoint_gives_its_delta(tmp_path):
+    checkpoint = make_checkpoint(5)
+    vectors = {key: torch.arange(9.0) for key in STATE_KEYS}
+    shapes = {"score.weight": (2, 3), "score.bias": (3,)}
+    for head in ({"head_shapes": shapes}, {}):
+        replace(checkpoint, head_vectors=vectors, **head).save(tmp_path)
+        if not head:
+            with pytest.raises(ValueError, match=r"checkpoint-5 gives no delta .*finished run"):
+                load_delta(tmp_path / "checkpoint-5")
+            break
+        delta = load_delta(tmp_path / "checkpoint-5")
+        assert torch.equal(torch.cat([*delta.values.values()]), checkpoint.vectors["master"])
+        expected = {"score.weight": [[0, 1, 2], [3, 4, 5]], "score.bias": [6, 7, 8]}
+        assert {name: values.tolist() for name, values in delta.head.items()} == expected
 
 
 def _spoil_vectors(folder: Path, **vectors: torch.Tensor | None) -> None:

@@ -6,6 +6,7 @@ import runpy
 import shutil
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -13,13 +14,13 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BertTokenizer,
     PreTrainedModel,
 )
 
 from gem_ds import cli
+from gem_ds.files import manifest
 from gem_ds.files.delta import Delta
+from gem_ds.models import export
 from tests.deltas import bits, make_delta
 
 CHOSEN = (1, 30, 63)
@@ -67,8 +68,9 @@ def refusal(capfd, argv: list[str]) -> str:
     [("llama", torch.float32), ("opt", torch.bfloat16), ("bert", torch.float16)],
 )
 def test_the_folder_is_base_plus_delta_to_the_bit(tmp_path, capfd, architecture, dtype):
-    """The base is in fp32; OPT's output layer is tied to the embedding."""
+    """The base is in fp32, and so is the export; OPT's output layer is tied to the embedding."""
     model = tiny_model(architecture)
+    base = bits(model)
     delta = save_run(tmp_path, model, dtype)
     with torch.no_grad():
         for name, values in delta.values.items():
@@ -76,50 +78,71 @@ def test_the_folder_is_base_plus_delta_to_the_bit(tmp_path, capfd, architecture,
                 model.get_parameter(name)[flat_index // 8, flat_index % 8] = value
     capfd.readouterr()
     assert cli.run("export", arguments(tmp_path)) == 0
-    assert "\r" not in capfd.readouterr().err, "bars are for terminals"
+    told = capfd.readouterr()
+    assert "\r" not in told.err, "bars are for terminals"
+    assert ("loaded in" in told.out) == (dtype != torch.float32)
+    assert bits(type(model).from_pretrained(tmp_path / "out", dtype=dtype)) == bits(model)
     exported = type(model).from_pretrained(tmp_path / "out", dtype="auto")
-    assert exported.dtype == dtype
-    assert bits(exported) == bits(model)
+    assert exported.dtype == torch.float32
+    changed = {name for name, numbers in bits(exported).items() if numbers != base[name]}
+    assert changed == delta.values.keys()
     assert sorted(os.listdir(tmp_path)) == ["base", "delta.safetensors", "out"]
     assert not any("token" in name for name in os.listdir(tmp_path / "out"))  # the base has none
-
-
-def test_the_tokenizer_goes_along(tmp_path):
-    save_run(tmp_path, tiny_model("bert"))
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "one", "two"]
-    tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(words)})
-    tokenizer.save_pretrained(tmp_path / "base")
-    assert cli.run("export", arguments(tmp_path)) == 0
-    exported = AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert exported("two one three")["input_ids"] == [2, 6, 5, 1, 3]
 
 
 # Refusals
 
 
-def test_an_output_folder_in_use_is_kept_unless_told(tmp_path, capfd):
+def test_an_output_folder_in_use_is_kept_unless_an_export_wrote_it(tmp_path, capfd):
     save_run(tmp_path, tiny_model("llama"))
-    out = tmp_path / "out"
+    out, overwrite = tmp_path / "out", arguments(tmp_path, "--overwrite_output_dir")
     out.write_text("mine")
-    assert "is a file" in refusal(capfd, arguments(tmp_path))
+    assert "is a file" in refusal(capfd, overwrite)
     assert out.read_text() == "mine"
     out.unlink()
     out.mkdir()
-    (out / "notes.txt").write_text("mine")
-    assert "--overwrite_output_dir" in refusal(capfd, arguments(tmp_path))
-    overwrite = arguments(tmp_path, "--overwrite_output_dir")
-    assert "holds no model" in refusal(capfd, overwrite)
-    assert (out / "notes.txt").read_text() == "mine"
-    (out / "config.json").write_text("{}")
-    assert cli.run("export", overwrite) == 0
-    assert not (out / "notes.txt").exists()
-    AutoModelForCausalLM.from_pretrained(out)
-    shutil.rmtree(out)
-    out.mkdir()
     assert cli.run("export", arguments(tmp_path)) == 0, "an empty folder is filled"
+    assert "holds an export: pass --overwrite_output_dir" in refusal(capfd, arguments(tmp_path))
+    (tmp_path / "link").symlink_to("out")
+    by_link = [*arguments(tmp_path)[:-1], str(tmp_path / "link"), "--overwrite_output_dir"]
+    for argv in (overwrite, by_link):
+        assert cli.run("export", argv) == 0
+        AutoModelForCausalLM.from_pretrained(out)
+    (out / ".git").mkdir()
+    (out / ".git" / "HEAD").write_text("mine")
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    for argv in (overwrite, by_link):
+        assert "out holds what no manifest of gem_ds lists (.git/HEAD)" in refusal(capfd, argv)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
     deeper = [*arguments(tmp_path)[:-1], str(tmp_path / "a" / "b")]
     assert cli.run("export", deeper) == 0
     assert (tmp_path / "a" / "b" / "config.json").exists()
+
+
+def test_a_folder_with_a_config_json_is_no_export(tmp_path, capfd):
+    """Of a program in JavaScript, or a model that somebody has: the only one, perhaps."""
+    save_run(tmp_path, tiny_model("llama"))
+    (tmp_path / "out" / "src").mkdir(parents=True)
+    for name in ("config.json", "package.json", "src/index.js"):
+        (tmp_path / "out" / name).write_text("{}")
+    told = refusal(capfd, arguments(tmp_path, "--overwrite_output_dir"))
+    assert "lists (config.json, package.json, src/index.js)" in told
+    shutil.rmtree(tmp_path / "out")
+    shutil.copytree(tmp_path / "base", tmp_path / "out")
+    assert "lists (config.json" in refusal(capfd, arguments(tmp_path, "--overwrite_output_dir"))
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_what_a_killed_export_left_is_cleared_by_the_next(tmp_path, monkeypatch):
+    save_run(tmp_path, tiny_model("llama"))
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, "_delete_temporary", lambda folder: None)  # as of a killed process
+        patch.setattr(manifest, "_replace", mock.Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            export.main(arguments(tmp_path))
+    assert len(os.listdir(tmp_path)) == 3
+    export.main(arguments(tmp_path))
+    assert sorted(os.listdir(tmp_path)) == ["base", "delta.safetensors", "out"]
 
 
 def test_the_sources_are_never_overwritten(tmp_path, capfd):
@@ -148,8 +171,8 @@ def incomplete_base(folder: Path) -> None:
 
 
 def nameless_base(folder: Path) -> None:
-    config = (folder / "base" / "config.json").read_text()
-    (folder / "base" / "config.json").write_text(config.replace("LlamaForCausalLM", "NoSuchModel"))
+    config = {"model_type": "t5", "architectures": ["NoSuchModel"]}  # and no causal model
+    (folder / "base" / "config.json").write_text(json.dumps(config))
 
 
 def base_with_code(folder: Path) -> None:
@@ -165,7 +188,7 @@ def base_with_code(folder: Path) -> None:
         (lambda folder: (folder / "delta.safetensors").unlink(), "no delta file at"),
         (incomplete_base, "lacks 1 weights of LlamaForCausalLM, for example 'model.norm.weight'"),
         (nameless_base, "names no class of transformers"),
-        (base_with_code, "contains custom code"),
+        (base_with_code, "pass --trust_remote_code to allow it"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_leaves_nothing(
@@ -182,11 +205,11 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(
 def test_a_full_disk_leaves_nothing(tmp_path, capfd, monkeypatch):
     save_run(tmp_path, tiny_model("llama"))
 
-    def full(self, folder, **_):
+    def full(folder, *_):
         (Path(folder) / "model.safetensors").symlink_to("/dev/full")
         (Path(folder) / "model.safetensors").write_bytes(b"weights")
 
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    monkeypatch.setattr(export, "write_folder", full)
     assert "free space on that disk" in refusal(capfd, arguments(tmp_path))
     assert sorted(os.listdir(tmp_path)) == ["base", "delta.safetensors"]
 

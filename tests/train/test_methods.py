@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from gem_ds.errors import PeerError
-from gem_ds.files.checkpoint import Checkpoint
+from gem_ds.files.checkpoint import Checkpoint, find_checkpoint, load_delta
 from gem_ds.files.delta import Delta
 from gem_ds.select.rules import SPARSE_METHODS
 from gem_ds.train import main as train
@@ -171,6 +171,18 @@ def test_every_method_trains(tiny: Tiny, results) -> None:
     assert len(set(chosen.values())) == len(chosen)
 
 
+def test_a_checkpoint_is_the_delta_of_its_step(tiny: Tiny, results) -> None:
+    """To the bit, the head included: the last one is what the run then wrote."""
+    for name, method, *_ in RUNS:
+        if method in SPARSE_METHODS:
+            folder = tiny.folder / name
+            delta, found = _delta(folder), load_delta(find_checkpoint(folder, "last"))
+            for old, new in ((delta.values, found.values), (delta.head, found.head)):
+                assert list(old) == list(new)
+                assert all(torch.equal(old[key], new[key]) for key in old), name
+            assert found.mask.settings == delta.mask.settings
+
+
 def test_adapters_of_an_encoder_come_with_its_trained_head(tiny: Tiny, results) -> None:
     """A head that is frozen, or left out of the file, would make the adapter useless."""
     before = load_file(tiny.folder / BERT / "model.safetensors")["pooler.dense.weight"]
@@ -190,6 +202,19 @@ def test_stages_write_the_same(tiny: Tiny, results) -> None:
     assert partitioned.keys() == whole.keys()
     for name, tensor in whole.items():
         torch.testing.assert_close(partitioned[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_model_trained_whole_lies_in_a_folder_as_its_base(tiny: Tiny, results) -> None:
+    """At stage 3, where transformers does not know which names it has read."""
+    base, model = tiny.folder / MODEL, tiny.folder / "full3" / "model"
+    for path in base.iterdir():
+        if path.suffix != ".safetensors":
+            assert (model / path.name).read_bytes() == path.read_bytes(), path.name
+            continue
+        before, after = load_file(path), load_file(model / path.name)
+        assert {name: (w.dtype, w.shape) for name, w in after.items()} == {
+            name: (w.dtype, w.shape) for name, w in before.items()
+        }
 
 
 def test_a_command_gives_the_same_numbers_again(tiny: Tiny, results) -> None:

@@ -21,17 +21,11 @@ from gem_ds.files.mask import Mask
 from gem_ds.models.encoders import auto_class, head_names
 from gem_ds.train import main as train
 from gem_ds.train.arguments import parse_arguments
-from gem_ds.train.output_dir import RUN_FILES, clear_output_dir, output_dir_of_one_run
 from gem_ds.train.prepare import PreparedRun, prepare
-from gem_ds.train.reporting import TENSORBOARD_FOLDER
 from tests.tiny_model import Tiny, make_tiny, one_rank, write_jsonl
 
+
 #: What a killed run may leave of the files and folders that it was writing.
-LEFTOVERS = [f".{name}.0a1b2c3d.tmp" for name in (*RUN_FILES, "model", "adapter", "README.md")] + [
-    ".model.0a1b2c3d.old"
-]
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
     with one_rank():
@@ -214,99 +208,3 @@ def test_a_resumed_run_keeps_the_batch_of_its_checkpoint(tiny, run):
     plan = plan_of(tiny, resume_from_checkpoint=run / "checkpoint-2")  # in another folder
     assert plan.checkpoint is not None
     assert plan.checkpoint.state.global_step == 2
-
-
-def test_overwriting_deletes_the_run_and_nothing_else(tiny, run, tmp_path):
-    folder = tmp_path / "a" / "run"
-    shutil.copytree(run, folder)
-    before = sorted(folder.iterdir())
-    for name in (".checkpoint-6.0a0a0a0a.tmp", *LEFTOVERS):
-        (folder / name).mkdir()
-    clear_output_dir(folder, overwrite=False)
-    assert sorted(folder.iterdir()) == before, "without overwriting only leftovers go"
-    for name in (*LEFTOVERS, "model", "adapter", TENSORBOARD_FOLDER, "runs", "checkpoints"):
-        (folder / name).mkdir()
-    for name in (".notes.txt.0a0a0a0a.tmp", "notes.txt", "predictions.jsonl", "model/config.json"):
-        (folder / name).touch()
-    assert all((folder / name).exists() for name in RUN_FILES)
-    plan = plan_of(tiny, "--overwrite_output_dir", output_dir=folder)
-    assert (folder / "delta.safetensors").exists(), "preparing deletes nothing"
-    clear_output_dir(plan.output_dir, overwrite=True)
-    kept = [".notes.txt.0a0a0a0a.tmp", "checkpoints", "notes.txt", "runs"]
-    assert sorted(path.name for path in folder.iterdir()) == kept
-
-
-@pytest.mark.parametrize("overwrite", [[], ["--overwrite_output_dir"]])
-@pytest.mark.parametrize("name", ["model", "adapter", TENSORBOARD_FOLDER])
-def test_a_folder_that_no_run_wrote_is_neither_deleted_nor_replaced(
-    tiny, tmp_path, name, overwrite
-):
-    """Every run has written metrics.jsonl before its model/, adapter/ or tensorboard/."""
-    (tmp_path / name).mkdir()
-    (tmp_path / name / "config.json").touch()
-    (tmp_path / "README.md").touch()
-    plan = plan_of(tiny, *overwrite, output_dir=tmp_path)
-    clear_output_dir(plan.output_dir, overwrite=bool(overwrite))
-    assert (tmp_path / name / "config.json").exists()
-    assert (tmp_path / "README.md").exists()
-    if method := {"model": "full", "adapter": "lora"}.get(name):
-        with pytest.raises(ValueError, match=rf"a folder {name} that is no run's.*name another"):
-            plan_of(tiny, *overwrite, output_dir=tmp_path, method=method)
-
-
-@pytest.mark.parametrize("file", RUN_FILES)
-def test_one_file_of_a_killed_run_makes_its_folders_its_own(tiny, tmp_path, file):
-    (tmp_path / "model").mkdir()
-    (tmp_path / file).touch()
-    with pytest.raises(ValueError, match="holds a run: pass --overwrite_output_dir"):
-        plan_of(tiny, output_dir=tmp_path)
-    clear_output_dir(tmp_path, overwrite=True)
-    assert list(tmp_path.iterdir()) == []
-
-
-#: What another run may read of a run's folder: its flag, and whether that is the run's own.
-SOURCES = [
-    ("model_name_or_path", "model", True),
-    ("model_name_or_path", "checkpoint-2/weights", True),
-    ("model_name_or_path", "link", True),
-    ("model_name_or_path", "base", False),
-    ("mask", "mask.safetensors", True),
-    ("mask", "checkpoint-4/mask.safetensors", True),
-    ("mask", "my.safetensors", False),
-]
-
-
-@pytest.mark.parametrize(("flag", "source", "is_own"), SOURCES)
-def test_a_run_does_not_delete_what_it_reads(tiny, run, tmp_path, flag, source, is_own):
-    """What lies beside the files of a run it may read."""
-    folder = tmp_path / "run"
-    shutil.copytree(run, folder)
-    for name in ("model", "checkpoint-2/weights", "base"):
-        shutil.copytree(tiny.model, folder / name)
-    shutil.copy(run / "mask.safetensors", folder / "my.safetensors")
-    (folder / "link").symlink_to("model")
-    path = folder / source
-    flags = {"output_dir": folder, "density": None, flag: path}
-    if is_own:
-        with pytest.raises(ValueError, match=f"would delete --{flag} {path}: name another [^\n]*$"):
-            plan_of(tiny, "--overwrite_output_dir", **flags)
-        return
-    plan = plan_of(tiny, "--overwrite_output_dir", **flags)
-    clear_output_dir(plan.output_dir, overwrite=True)
-    assert sorted(entry.name for entry in folder.iterdir()) == ["base", "link", "my.safetensors"]
-
-
-def test_a_folder_belongs_to_one_run_at_a_time(tmp_path):
-    folder = tmp_path / "a" / "b"
-    with output_dir_of_one_run(folder):
-        with pytest.raises(ValueError, match="Another run writes to --output_dir"):
-            output_dir_of_one_run(folder).__enter__()
-        with output_dir_of_one_run(tmp_path / "a" / "c"):
-            pass
-    with output_dir_of_one_run(folder):
-        assert list(folder.iterdir()) == [], "nothing shows it"
-
-
-def test_a_folder_that_cannot_be_written_to_is_refused_at_once():
-    with pytest.raises(OSError, match=r"cannot be written .*: choose a folder"):
-        output_dir_of_one_run(Path("/sys/kernel")).__enter__()

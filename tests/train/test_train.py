@@ -89,7 +89,7 @@ def test_a_run_leaves_everything(whole):
     """Mask, delta, checkpoints, metrics, state, results and a model card."""
     num_steps = 18  # 22 examples by 4, the last step of an epoch with 2
     names = "README.md all_results.json delta.safetensors mask.safetensors metrics.jsonl"
-    names += " trainer_state.json checkpoint-6 checkpoint-12 checkpoint-18"
+    names += " .gem_ds.json trainer_state.json checkpoint-6 checkpoint-12 checkpoint-18"
     assert {path.name for path in whole.iterdir()} == set(names.split())
     results = json.loads((whole / "all_results.json").read_text())
     state = json.loads((whole / "trainer_state.json").read_text())
@@ -138,7 +138,7 @@ def test_a_mask_serves_later_runs_in_another_dtype_and_names_its_method(tiny, tm
     train.main(tiny.flags(tmp_path / "mask", method="magnitude", max_steps=0))
     assert "Wrote the mask to" in capsys.readouterr().out
     files = {path.name for path in (tmp_path / "mask").iterdir()}
-    assert files == {"mask.safetensors", "metrics.jsonl"}
+    assert files == {".gem_ds.json", "mask.safetensors", "metrics.jsonl"}
     flags = {"max_steps": 1, "density": None, "method": "gem", "bf16": True}
     mask = tmp_path / "mask" / "mask.safetensors"
     train.main(tiny.flags(tmp_path / "masked", mask=mask, **flags))

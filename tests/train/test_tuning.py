@@ -187,7 +187,6 @@ def _prepared(method: str, model: PreTrainedModel, folder: Path, deepspeed: Any 
         checkpoint=None,
         deepspeed=deepspeed,
         output_dir=folder,
-        tokenizer=SimpleNamespace(save_pretrained=lambda path: None),
     )
 
 
@@ -242,6 +241,8 @@ def _train(comm: Comm, plan: Plan, folder: Path) -> Outcome:
     model = _model(plan.model, plan.setting.torch_dtype)
     folder = folder / f"{plan} on {comm.world_size}"
     deepspeed = plan.setting.config(comm.world_size, plan.max_grad_norm, K)
+    if plan.method == "full" and comm.is_main:  # what is written is as the base
+        model.save_pretrained(folder / "base")
     prepared = _prepared(plan.method, model, folder, deepspeed)
     kind = SparseTuning if plan.method == "gem" else DenseTuning
     tuning: Any = kind(prepared, model, sorted(head_names(model)), comm)
