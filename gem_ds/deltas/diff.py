@@ -21,7 +21,7 @@ from gem_ds.deltas.places import plot, table_of
 from gem_ds.files.delta import Delta
 from gem_ds.files.fingerprint import fingerprints
 from gem_ds.flags import name_of
-from gem_ds.models.export import _load_base as load_base
+from gem_ds.models.export import load_base
 
 
 @dataclass(frozen=True, kw_only=True)

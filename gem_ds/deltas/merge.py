@@ -34,7 +34,7 @@ from gem_ds.files.delta import Delta
 from gem_ds.files.fingerprint import fingerprints
 from gem_ds.files.mask import WeightInfo, index_dtype
 from gem_ds.flags import name_of
-from gem_ds.models.export import _load_base as load_base
+from gem_ds.models.export import load_base
 
 Method = Literal["linear", "ties", "dare_linear"]
 

@@ -73,7 +73,7 @@ def export(
     _check_output_dir(output_dir, base, delta_path, overwrite)
     delta = load_delta(delta_path)
     revision = delta.mask.revision_of(base)
-    model = _load_base(base, revision, delta, trust_remote_code=trust_remote_code)
+    model = load_base(base, revision, delta, trust_remote_code=trust_remote_code)
     apply_delta(model, delta)
     files = base_folder(base, getattr(model.config, "_commit_hash", None) or revision)
     trained = dict(model.named_parameters())
@@ -104,7 +104,7 @@ def _check_output_dir(output_dir: Path, base: str, delta_path: Path, overwrite: 
             )
 
 
-def _load_base(
+def load_base(
     base: str, revision: str, delta: Delta, *, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """The base model in the delta's dtype, with every weight read from its files."""
