@@ -43,6 +43,7 @@ class GemConfig(PeftConfig):
         base_weights: Written by the tuner: module to shape and dtype of its weight (dequantized, if
             it is quantized) and the digest of its values at the entries, by which another base is
             refused.
+        num_entries: Written by the tuner: module to the number of its entries.
         base_quantization: Written by the tuner: how the base was quantized, if it was.
         method: Written by the tuner: how the entries were selected.
         settings: Written by the tuner: the settings of that.
@@ -53,6 +54,7 @@ class GemConfig(PeftConfig):
     exclude_modules: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     base_weights: dict[str, dict[str, Any]] = field(default_factory=dict)
+    num_entries: dict[str, int] = field(default_factory=dict)
     base_quantization: dict[str, Any] | None = None
     method: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)

@@ -45,6 +45,7 @@ def delta_to_adapter(delta: Delta, folder: str | Path, task_type: str = "CAUSAL_
     config = GemConfig(
         target_modules=sorted(weights),
         base_weights=weights,
+        num_entries={name.removesuffix(".weight"): len(v) for name, v in delta.values.items()},
         base_model_name_or_path=mask.base_model,
         revision=mask.revision,
         method=mask.method,

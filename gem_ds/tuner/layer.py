@@ -34,43 +34,46 @@ from gem_ds.sparse.sddmm import Pattern, add_sampled_product
 
 
 class GemEntries(nn.Module):
-    """One adapter's entries of one weight.
+    """One adapter's entries of one weight: ``indices``, a buffer [k], and ``values``, [k].
 
-    A module, so that ZeRO-3 gathers the values where it runs. The indices are no buffer: data
-    parallelism would send them round with every forward pass.
+    A module, so that ZeRO-3 gathers the values where it runs. What stands in the two may be loaded
+    by anyone; a saved adapter's ``base`` tells which base its indices are of.
     """
 
-    def __init__(self, layer: GemLayer, indices: Tensor, dtype: torch.dtype) -> None:
+    def __init__(
+        self, layer: GemLayer, num_entries: int, dtype: torch.dtype, base: WeightInfo | None
+    ) -> None:
         super().__init__()
         self._layer = [layer]  # in a list, so that it is no submodule
-        self.values = nn.Parameter(torch.empty(0, dtype=dtype))
-        self.set_indices(indices)
+        self.base = base
+        self.indices: Tensor
+        indices = torch.zeros(num_entries, dtype=index_dtype(layer.numel))
+        self.register_buffer("indices", indices)
+        self.values = nn.Parameter(torch.zeros(num_entries, dtype=dtype))
+        self._pattern: tuple[Tensor, int, Pattern] | None = None  # of which indices
 
-    def set_indices(self, indices: Tensor) -> None:
-        """Take entries, [k] ascending flat indices; the values are the base's."""
-        layer = self._layer[0]
-        base = layer.base_values(indices)
-        self.pattern = Pattern.of(indices.to(base.device, index_dtype(layer.numel)), layer.shape)
-        if self.values.is_meta:
-            base = base.to("meta")
-        self.values = nn.Parameter(
-            base.to(self.values.dtype), requires_grad=self.values.requires_grad
-        )
+    def select(self, indices: Tensor) -> None:
+        """Take entries, [k] ascending flat indices, with the base's values."""
+        base = self._layer[0].base_values(indices)
+        self.indices = indices.to(base.device, self.indices.dtype)
+        if not self.values.is_meta:
+            self.values.data = base.to(self.values.dtype)
 
-    @property
-    def indices(self) -> Tensor:
-        """The flat indices [k]."""
-        return self.pattern.flat_index
+    def pattern(self) -> Pattern:
+        """The entries for the sampled product, found anew where the indices are others."""
+        indices, known = self.indices, self._pattern
+        if known is None or known[0] is not indices or known[1] != indices._version:
+            if self.base is not None:
+                self._layer[0].check_base(indices, self.base)
+            known = indices, indices._version, Pattern.of(indices, self._layer[0].shape)
+            self._pattern = known
+        return known[2]
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's output with these values in the place of the weight's."""
-        layer = self._layer[0]
-        if self.pattern.flat_index.device != x.device:
-            self.pattern = Pattern(
-                self.pattern.flat_index.to(x.device), self.pattern.shape, self.pattern.row_bounds
-            )
+        layer, pattern = self._layer[0], self.pattern()
         if torch.is_grad_enabled():
-            y: Tensor = _SubstitutedLinear.apply(x, self.values, bias, self.pattern, layer)
+            y: Tensor = _SubstitutedLinear.apply(x, self.values, bias, pattern, layer)
             return y
         with layer.substituted(self.indices, self.values, x.dtype) as weight:
             return F.linear(x, layer.kind.matrix(weight), bias)
@@ -137,9 +140,11 @@ class GemLayer(nn.Module, BaseTunerLayer):
             layer.state_dict()  # lays it back
         return super().get_base_weight()
 
-    def update_layer(self, adapter_name: str, indices: Tensor, dtype: torch.dtype) -> None:
-        """Add an adapter; indices [k], none where a saved adapter is going to bring them."""
-        self.gem_entries[adapter_name] = GemEntries(self, indices, dtype)
+    def update_layer(
+        self, adapter_name: str, num_entries: int, dtype: torch.dtype, base: WeightInfo | None
+    ) -> None:
+        """Add an adapter; ``base`` is what a saved one tells of the weight that it was made for."""
+        self.gem_entries[adapter_name] = GemEntries(self, num_entries, dtype, base)
 
     @contextmanager
     def substituted(self, indices: Tensor, values: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
@@ -245,7 +250,7 @@ class GemLayer(nn.Module, BaseTunerLayer):
         """What tells the base's weight from another, by its values at flat indices."""
         return WeightInfo.of(self.shape, self.base_values(indices))
 
-    def check_base(self, indices: Tensor, info: WeightInfo, base_model: str | None) -> None:
+    def check_base(self, indices: Tensor, info: WeightInfo, base_model: str | None = None) -> None:
         """Refuse a base whose values at flat indices are not the recorded ones, in their dtype."""
         base = self.base_values(indices).to(getattr(torch, info.dtype))
         if tuple(info.shape) != self.shape or checksum(base) != info.checksum:

@@ -107,12 +107,20 @@ class GemModel(BaseTuner):
                 "target_modules."
             )
         layer = self._layer(target)
-        mask, indices = peft_config.mask, torch.empty(0, dtype=torch.int64)
+        mask, info, count = peft_config.mask, None, peft_config.num_entries.get(current_key, 0)
         if mask is not None:
             indices = mask.indices[f"{current_key}.weight"]
-        layer.update_layer(adapter_name, indices, self._dtype_of_values(layer))
+            count = peft_config.num_entries[current_key] = indices.numel()
+        elif (described := peft_config.base_weights.get(current_key)) is not None:
+            info = WeightInfo(**described)
+        layer.update_layer(adapter_name, count, self._dtype_of_values(layer), info)
         if mask is not None:
+            layer.gem_entries[adapter_name].select(indices)
             peft_config.base_weights[current_key] = asdict(layer.weight_info(indices))
+        # DDP would send the indices round with every forward pass.
+        name = f"{current_key}.gem_entries.{adapter_name}.indices"
+        left_out = vars(self.model).setdefault("_ddp_params_and_buffers_to_ignore", [])
+        left_out += [name, _WRAPPED + name]
         if adapter_name not in self.active_adapters:
             layer.gem_entries[adapter_name].requires_grad_(False)
         if layer is not target:
@@ -134,37 +142,20 @@ class GemModel(BaseTuner):
         return weight.dtype if hasattr(weight, "ds_id") else torch.float32
 
     @classmethod
-    def _get_adapter_state_dict(
-        cls,
-        model: nn.Module,
-        config: Any,
-        adapter_name: str,
-        state_dict: dict[str, Tensor],
-        unwanted_adapter_names: list[str],
-    ) -> dict[str, Tensor]:
-        found = super()._get_adapter_state_dict(
-            model, config, adapter_name, state_dict, unwanted_adapter_names
-        )
-        for name, layer in _layers_with(model, adapter_name):
-            indices = layer.gem_entries[adapter_name].indices
-            found[f"{name}.gem_entries.{adapter_name}.indices"] = indices
-        return found
-
-    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Give the layers the saved adapter's entries, then the values' keys the adapter's name."""
+        """As peft's, after a check that the adapter is whole and its base this one."""
         for name, layer in _layers_with(model, adapter_name):
             module = name.removeprefix(_WRAPPED)
             keys = (f"{prefix}{module}.gem_entries.indices" for prefix in (_WRAPPED, ""))
             if (key := next((key for key in keys if key in state_dict), None)) is None:
                 raise ValueError(f"The adapter has no entries of {module}: it is incomplete.")
-            entries, indices = layer.gem_entries[adapter_name], state_dict.pop(key)
-            if not torch.equal(indices.to(entries.indices.device), entries.indices):
-                entries.set_indices(indices)
-            if (info := config.base_weights.get(module)) is not None:
-                layer.check_base(indices, WeightInfo(**info), config.base_model_name_or_path)
+            entries = layer.gem_entries[adapter_name]
+            if entries.base is not None:
+                base_model = config.base_model_name_or_path
+                layer.check_base(state_dict[key], entries.base, base_model)
+                entries.base = None
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 

@@ -337,3 +337,26 @@ def test_conv1d_is_a_target() -> None:
     layers = [module for module in model.modules() if isinstance(module, GemLayer)]
     assert layers
     assert all(isinstance(layer.base_layer, Conv1D) for layer in layers)
+
+
+def test_transformers_adds_saves_and_loads_it_without_a_peft_model(tmp_path: Path) -> None:
+    model, base = wrapped(make_model("llama"), mask_of(make_model("llama"))), make_model("llama")
+    before = logits(base)
+    base.add_adapter(GemConfig(mask=mask_of(base)))
+    assert torch.equal(logits(base), before)
+    train(model)
+    model.save_pretrained(str(tmp_path / "first"))
+    loaded = make_model("llama")
+    loaded.load_adapter(str(tmp_path / "first"))
+    loaded.save_pretrained(str(tmp_path / "second"))
+    again = make_model("llama")
+    again.load_adapter(str(tmp_path / "second"))
+    for found in (loaded, again):
+        assert torch.equal(logits(found), logits(model))
+        found.disable_adapters()
+        assert torch.equal(logits(found), before)
+    other = make_model("llama")
+    other.model.layers[0].self_attn.q_proj.weight.data.mul_(1.5)
+    other.load_adapter(str(tmp_path / "first"))
+    with pytest.raises(ValueError, match="other weights there"):
+        logits(other)
