@@ -198,7 +198,7 @@ def _sum_gradients(
                 refuse_unreached(layers, reached, is_first=True)
     if not number:
         raise ValueError("There are no batches: pass at least one, or a rule that needs none.")
-    sums = [sink.take() for sink in sinks]
+    sums = [sink.sums.reshape(-1) for sink in sinks]  # of this process, in a group or not
     if reduce is not None:
         sums = [reduce(total) for total in sums]
     refuse_unreached(layers, [bool(total.any()) for total in sums])

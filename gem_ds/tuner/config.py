@@ -45,6 +45,7 @@ class GemConfig(PeftConfig):
             refused.
         num_entries: Written by the tuner: module to the number of its entries.
         base_quantization: Written by the tuner: how the base was quantized, if it was.
+        fingerprints: Written by the tuner: those of the mask, of the base beyond the entries.
         method: Written by the tuner: how the entries were selected.
         settings: Written by the tuner: the settings of that.
     """
@@ -56,6 +57,7 @@ class GemConfig(PeftConfig):
     base_weights: dict[str, dict[str, Any]] = field(default_factory=dict)
     num_entries: dict[str, int] = field(default_factory=dict)
     base_quantization: dict[str, Any] | None = None
+    fingerprints: dict[str, str] = field(default_factory=dict)
     method: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -66,6 +68,7 @@ class GemConfig(PeftConfig):
             self.mask = Mask.load(self.mask)
         if self.mask is not None:
             self.method, self.settings = self.mask.method, self.mask.settings
+            self.fingerprints = self.mask.fingerprints
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
 

@@ -48,6 +48,7 @@ def delta_to_adapter(delta: Delta, folder: str | Path, task_type: str = "CAUSAL_
         num_entries={name.removesuffix(".weight"): len(v) for name, v in delta.values.items()},
         base_model_name_or_path=mask.base_model,
         revision=mask.revision,
+        fingerprints=mask.fingerprints,
         method=mask.method,
         settings=mask.settings,
         task_type=task_type,
@@ -89,5 +90,6 @@ def adapter_to_delta(folder: str | Path) -> Delta:
         revision=config.revision,
         method=str(config.method),
         settings=config.settings,
+        fingerprints=config.fingerprints,
     )
     return Delta(mask=mask, values=values)
