@@ -94,7 +94,10 @@ def own_adapter(name: str, revision: str | None = None) -> str | None:
     Raises:
         ValueError: There is no model, only an adapter.
     """
-    path = find_adapter_config_file(name, revision=revision or "main")
+    try:
+        path = find_adapter_config_file(name, revision=revision or "main")
+    except (OSError, ValueError):  # the name of nothing: reading the model's configuration says so
+        return None
     if path is None:
         return None
     try:

@@ -328,7 +328,7 @@ def test_damaged_weights_are_refused_in_one_sentence(tmp_path):
     save_base(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    assert "cannot be loaded" in refusal(load_model, tmp_path)
+    assert "are damaged (model.safetensors: " in refusal(load_model, tmp_path)
 
 
 def test_code_that_comes_with_a_model_is_refused_without_a_question(tmp_path, monkeypatch):
