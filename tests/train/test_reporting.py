@@ -129,6 +129,7 @@ def test_trackers_are_those_that_are_installed(monkeypatch):
 
 def test_a_tracker_gets_the_flags_and_the_numbers(tmp_path, monkeypatch):
     """Of any that accelerate knows; the numbers of a step without the step and epoch themselves."""
+    monkeypatch.setattr(PartialState, "_shared_state", {})  # whatever has run before
     kinds = {name: mock.Mock(requires_logging_directory=False) for name in ("wandb", "mlflow")}
     for name, kind in kinds.items():
         monkeypatch.setitem(reporting.LOGGER_TYPE_TO_CLASS, name, kind)
@@ -149,6 +150,9 @@ def test_a_tracker_gets_the_flags_and_the_numbers(tmp_path, monkeypatch):
         make_reporter(tmp_path, TrainerState(), report_to=["wandb", "mlflow"])
     assert kinds["wandb"].return_value.finish.call_count == 2, "it had begun"
     assert not PartialState._shared_state
+    PartialState(cpu=True)  # of whoever calls
+    make_reporter(tmp_path, TrainerState(), report_to=["wandb"]).close()
+    assert PartialState._shared_state
 
 
 def test_the_averages_are_of_the_steps_since_the_last_question(tmp_path):

@@ -3,11 +3,13 @@
 import json
 import runpy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -159,6 +161,14 @@ def test_the_mask_of_a_trainer_is_that_of_its_batches(folder: Path) -> None:
         for found in run_ranks(world_size, select_on_ranks, str(folder)):
             assert found.keys() == expected.keys()
             assert all(torch.equal(found[name], index) for name, index in expected.items())
+
+
+@pytest.fixture(autouse=True)
+def _no_state_of_accelerate_is_left() -> Iterator[None]:
+    """The state of one process's trainers is global and would reach the next module's tests."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 def run_example(name: str, monkeypatch: pytest.MonkeyPatch, **flags: Any) -> dict[str, Any]:
