@@ -1,14 +1,17 @@
-"""Prompts as text and as messages: those of lm-evaluation-harness, derived once more by hand."""
+"""Prompts as text and as messages: those of lm-evaluation-harness, recorded and by hand."""
 
 import json
+from pathlib import Path
 
 import pytest
 
+from gem_ds.data.chat import render_prompt
 from gem_ds.data.tasks import Example
 from gem_ds.data.tasks.mbpp import Dataset
 from gem_ds.data.tasks.mbpp import Problem as MbppProblem
-from gem_ds.evaluate import gsm8k, humaneval, mbpp, score
+from gem_ds.evaluate import gsm8k, humaneval, mbpp, passk, score
 from gem_ds.evaluate.prompt_form import DEFAULT_FORM, PromptForm, recorded_form
+from tests.data.test_chat import CHATML, tokenizer_of
 from tests.tiny_evaluation import refusal, rows_of
 from tests.tiny_model import make_tiny, write_jsonl
 
@@ -71,6 +74,38 @@ def test_prompts_are_the_harness_s(task, system):
     several = asked(apply_chat_template=True)
     assert several == [*first, *turns, message("user", question)]
     assert several == asked(apply_chat_template=True, fewshot_as_multiturn=True)
+
+
+#: What the harness itself made of some rows; `about` says how.
+RECORDED = json.loads(Path(__file__).with_name("harness_prompts.json").read_text("utf-8"))
+
+
+def ask_recorded(folder, task, num_fewshot, form):
+    """Our prompts on the recorded rows, in order."""
+    splits = RECORDED["data"][task]
+    if task == "gsm8k":
+        for split, rows in splits.items():
+            write_jsonl(folder / f"{split}.jsonl", rows)
+        return [*gsm8k.prompts_of(gsm8k.load(str(folder)), num_fewshot, form).values()]
+    name = {"mbpp": "mbpp.jsonl", "humaneval": "HumanEval.jsonl"}[task]
+    write_jsonl(folder / name, [row for rows in splits.values() for row in rows])
+    flags = [mbpp.MbppArguments()] if task == "mbpp" else []
+    benchmark = passk.load(task, str(folder), None, flags)
+    return [*benchmark.prompts(num_fewshot, form).values()]
+
+
+@pytest.mark.parametrize("task", RECORDED["data"])
+def test_prompts_are_those_that_the_harness_rendered(task, tmp_path):
+    """To the byte: of several questions, with and without shots, a system's words, a template."""
+    cases = [dict(case) for case in RECORDED["cases"] if case["task"] == task]
+    assert len(cases) >= 6
+    for case in cases:
+        num_fewshot, expected = case.pop("num_fewshot"), case.pop("prompts")
+        form = PromptForm(**{k: v for k, v in case.items() if k != "task"})
+        asked = ask_recorded(tmp_path, task, num_fewshot, form)
+        tokenizer = tokenizer_of(CHATML)
+        rendered = [p if isinstance(p, str) else render_prompt(p, tokenizer, "") for p in asked]
+        assert rendered == expected, case
 
 
 def test_a_form_is_recorded_where_it_is_no_default():
