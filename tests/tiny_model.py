@@ -75,6 +75,12 @@ class Tiny:
         path.write_text(json.dumps(json.loads(path.read_text()) | config))
         return copy
 
+    def speaking(self, name: str, template: str) -> Path:
+        """A copy of the model folder with another chat template."""
+        copy = self.variant(name)
+        (copy / "chat_template.jinja").write_text(template)
+        return copy
+
 
 def make_tiny(folder: Path) -> Tiny:
     """Write model, tokenizer and data into ``folder``."""

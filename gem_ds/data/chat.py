@@ -74,7 +74,8 @@ def render_answers(
 def end_of_turn(example: Example, tokenizer: PreTrainedTokenizerBase, place: str) -> str:
     """What the template writes behind an answer, white space included."""
     answer = ChatExample(prompt=example.prompt, turns=[{"role": "assistant", "content": _PROBE}])
-    return _Chat.of_example(answer, tokenizer, place).text().rpartition(_PROBE)[2]
+    _, found, end = _Chat.of_example(answer, tokenizer, place).text().rpartition(_PROBE)
+    return end if found else ""
 
 
 def notes(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:

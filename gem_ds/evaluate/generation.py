@@ -21,15 +21,17 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import groupby
 from typing import Protocol
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
+from gem_ds.data.chat import end_of_turn
 from gem_ds.data.encode import encode_prompt
-from gem_ds.data.tasks import Prompt
+from gem_ds.data.tasks import Example, Prompt
 from gem_ds.models.encoders import num_positions
 from gem_ds.models.load import ModelFiles
 from gem_ds.models.tokenizer import refuse_foreign_tokens
@@ -118,6 +120,21 @@ def make_requests(
         refuse_foreign_tokens(max(ids), vocab_size)
         limits[task_id] = min(max_new_tokens, room)
     return [Request(key=key, prompt_ids=prompt_ids[key[0]], limit=limits[key[0]]) for key in keys]
+
+
+def ending_turns(
+    settings: GenerationSettings, prompts: Iterable[Prompt], tokenizer: PreTrainedTokenizerBase
+) -> GenerationSettings:
+    """The settings, with the chat template's end of a turn as a stop where prompts are messages.
+
+    It is where training on that template ends an answer, and may be no eos token of the model.
+    """
+    if (chat := next((p for p in prompts if not isinstance(p, str)), None)) is None:
+        return settings
+    end = end_of_turn(Example(prompt=chat, target=""), tokenizer, "A prompt").strip()
+    if not end or end in settings.stop_strings:
+        return settings
+    return replace(settings, stop_strings=(*settings.stop_strings, end))
 
 
 def make_batches(requests: Sequence[Request], batch_size: int) -> list[list[list[Request]]]:

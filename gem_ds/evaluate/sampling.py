@@ -31,6 +31,7 @@ from gem_ds.evaluate.generation import (
     Key,
     Prompt,
     Request,
+    ending_turns,
     make_requests,
 )
 from gem_ds.evaluate.model import (
@@ -68,6 +69,7 @@ def sample_all(
     with joined_ranks(arguments) as comm:
         with comm.agreement():  # what can be refused is refused before any weight is loaded
             files, deepspeed = open_files(arguments)
+            settings = ending_turns(settings, prompts.values(), files.tokenizer)
             described = {  # all that decides a sample beside its prompt and its number
                 **model_facts(arguments, files),
                 "dtype": files.dtype,

@@ -31,10 +31,10 @@ class Vllm:
             ) from error
         self._settings, self._make_parameters = settings, vllm.SamplingParams
         # Stop strings that are special tokens do not come into the text that vLLM looks at.
-        tokens = zip(
-            files.tokenizer.all_special_tokens, files.tokenizer.all_special_ids, strict=True
-        )
-        self._stop_token_ids = [number for text, number in tokens if text in settings.stop_strings]
+        tokenizer = files.tokenizer
+        named = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
+        tokens = dict(named) | tokenizer.get_added_vocab()
+        self._stop_token_ids = [tokens[text] for text in settings.stop_strings if text in tokens]
         self._model = vllm.LLM(
             model=files.name,
             revision=files.revision,

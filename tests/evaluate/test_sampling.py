@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
-from gem_ds.evaluate import model
+from gem_ds.evaluate import model, sampling
 from gem_ds.evaluate.decoding import Transformers
+from tests.evaluate.test_generation import scripted
 from tests.tiny_evaluation import DRAWN, draw, refusal
 from tests.tiny_model import make_tiny, one_rank
 from tests.tiny_tasks import make_bert
@@ -45,6 +47,33 @@ def left(reference, tmp_path) -> Path:
 def texts(content: bytes) -> list[tuple[str, int, str]]:
     lines = map(json.loads, content.splitlines())
     return [(entry["task_id"], entry["sample"], entry["completion"]) for entry in lines]
+
+
+@pytest.mark.parametrize(
+    ("end", "script", "expected"),
+    [
+        ("<s>\n", "12<s>3", ("12", "stop", 3)),  # a token that no text shows
+        ("<end>\n\n", "12<end>3", ("12", "stop", 7)),  # several tokens
+        (" </s>", "12</s>3", ("12", "eos", 3)),
+        ("\n", "12\n34567890", ("12\n345678", "length", 9)),  # white space ends nothing
+    ],
+)
+def test_an_answer_of_a_chat_ends_where_its_template_ends_a_turn(
+    tiny, tmp_path, monkeypatch, end, script, expected
+):
+    """A base model's eos is another token than the one that chats were learnt to end with."""
+    turns = "{% for m in messages %}{{ m.role + ':' + m.content + end }}{% endfor %}"
+    asks = "{% if add_generation_prompt %}assistant:{% endif %}"
+    folder = tiny.speaking(f"chat{len(end)}", f"{{% set end = {end!r} %}}{turns}{asks}")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    answer = scripted(tokenizer, {":": tokenizer(script, add_special_tokens=False)["input_ids"]})
+    monkeypatch.setattr(sampling, "load_model", lambda *_: answer)
+    asked = {"a": [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]}
+    settings = replace(DRAWN, temperature=0.0)
+    (sample,) = draw(folder, tmp_path / "out", asked, 1, settings=settings)
+    assert (sample.completion, sample.finish_reason, sample.num_tokens) == expected
+    stops = [end.strip()] if end.strip() else []
+    assert sample.settings["stop_strings"] == ["zz", *stops]
 
 
 def test_a_file_holds_each_sample_and_all_that_decides_it(tiny, reference):

@@ -89,6 +89,17 @@ def test_requests_are_carried_to_vllm_and_its_answers_back(tiny, made, monkeypat
     assert 'with backend "vllm" and not "transformers"' in told
 
 
+def test_the_end_of_a_turn_stops_vllm(tiny, made):
+    """A token of the template that is no special one by name, and whose text vLLM may not see."""
+    template = "{% for m in messages %}{{ m.role }}{{ m.content }}<s>\n{% endfor %}"
+    asked = {"a": [{"role": "user", "content": "b"}]}
+    options = {"backend": "vllm", "dtype": "bfloat16", "settings": DRAWN}
+    draw(tiny.speaking("chat", template), tiny.folder / "out", asked, 1, **options)
+    (parameters,) = (parameters for _, parameters in made[0].asked)
+    assert parameters["stop"] == ["zz", "</s>", "<s>"]
+    assert parameters["stop_token_ids"] == [1, 0]
+
+
 def test_greedy_needs_no_seed(tiny, made):
     run(tiny, GenerationSettings(max_new_tokens=4, stop_strings=()))
     assert {parameters["seed"] for _, parameters in made[0].asked} == {None}
