@@ -1,4 +1,4 @@
-"""Write a Hugging Face folder from a base model and a delta (gem_ds/models/export.py)."""
+"""Write a Hugging Face folder from a base model and a delta (gem_ds/formats/export.py)."""
 
 import sys
 

@@ -21,7 +21,7 @@ ORDER = [
     {"data"},
     {"models", "sparse"},
     {"train", "evaluate", "tuner", "deltas"},
-    {"comparison", "planning"},
+    {"comparison", "planning", "formats"},
     {"cli"},
     {""},
 ]

@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from gem_ds import Delta, Mask, apply_delta
 from gem_ds.evaluate import score
-from gem_ds.models import export
+from gem_ds.formats import export
 from gem_ds.train import main as train
 from tests.tiny_model import one_rank
 

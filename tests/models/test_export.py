@@ -20,7 +20,7 @@ from transformers import (
 from gem_ds import cli
 from gem_ds.files import manifest
 from gem_ds.files.delta import Delta
-from gem_ds.models import export
+from gem_ds.formats import export
 from tests.deltas import bits, make_delta
 
 CHOSEN = (1, 30, 63)
@@ -88,6 +88,34 @@ def test_the_folder_is_base_plus_delta_to_the_bit(tmp_path, capfd, architecture,
     assert changed == delta.values.keys()
     assert sorted(os.listdir(tmp_path)) == ["base", "delta.safetensors", "out"]
     assert not any("token" in name for name in os.listdir(tmp_path / "out"))  # the base has none
+
+
+CONVERTER = """
+import shutil, sys
+folder, _, out = sys.argv[1:]
+sys.exit("Model Foo is not supported") if "refuse" in out else None
+shutil.copy(folder + "/model.safetensors", out)
+"""
+
+
+def test_llama_cpps_converter_is_given_the_exported_folder(tmp_path, capfd, monkeypatch):
+    """One that copies the weights; the real one was run by hand (docs/deltas.md)."""
+    save_run(tmp_path, tiny_model("llama"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    to_gguf = arguments(tmp_path, "--format", "gguf")
+    assert "clone https://github.com/ggml-org/llama.cpp" in refusal(capfd, to_gguf)
+    converter = tmp_path / "convert_hf_to_gguf.py"
+    converter.write_text(CONVERTER)
+    converter.chmod(0o755)
+    for argv in ([*arguments(tmp_path)[:5], str(tmp_path / "hf")], to_gguf):
+        assert cli.run("export", argv) == 0
+    assert sorted(os.listdir(tmp_path / "out")) == [".gem_ds.json", "model.gguf"]
+    written = (tmp_path / "out" / "model.gguf").read_bytes()
+    assert written == (tmp_path / "hf" / "model.safetensors").read_bytes()
+    capfd.readouterr()
+    to_gguf[5] = str(tmp_path / "refuse")
+    assert refusal(capfd, to_gguf).endswith("base: Model Foo is not supported")
+    assert not (tmp_path / "refuse").exists()
 
 
 # Refusals
@@ -209,7 +237,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, capfd, monkeypatch):
         (Path(folder) / "model.safetensors").symlink_to("/dev/full")
         (Path(folder) / "model.safetensors").write_bytes(b"weights")
 
-    monkeypatch.setattr(export, "write_folder", full)
+    monkeypatch.setattr("gem_ds.models.export.write_folder", full)
     assert "free space on that disk" in refusal(capfd, arguments(tmp_path))
     assert sorted(os.listdir(tmp_path)) == ["base", "delta.safetensors"]
 

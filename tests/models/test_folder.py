@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from gem_ds.models import export
+from gem_ds.formats import export
 from gem_ds.models.folder import write_folder
 from tests.deltas import make_delta
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from gem_ds.evaluate.model import SamplingArguments, model_facts, open_files
-from gem_ds.models import export
+from gem_ds.formats import export
 from gem_ds.models.adapters import put_adapter
 from gem_ds.models.load import load_weights, open_model, trainable_config
 from gem_ds.planning.main import read_setting

@@ -1,0 +1,1 @@
+"""A delta in the formats of others, and theirs as a delta."""

@@ -1,0 +1,105 @@
+"""A base model and a delta as what others load: ``gem-ds export --format F``.
+
+    hf      an ordinary Hugging Face folder: the base's with other weights (gem_ds.models.folder)
+    gguf    one file of llama.cpp, by its converter (gem_ds.formats.gguf)
+
+What is written appears under its name when it is whole, not before. One process, no accelerator.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from gem_ds.files.checkpoint import load_delta
+from gem_ds.files.delta import Delta
+from gem_ds.files.manifest import atomic_folder, clear_leftovers, refuse_foreign
+from gem_ds.flags import name_of
+from gem_ds.formats.gguf import prepare_gguf
+from gem_ds.models.export import prepare_folder
+from gem_ds.progress import loading_bars
+
+
+class Prepare(Protocol):
+    """Reads and checks all that a format needs; returns what then fills a folder.
+
+    That returns sentences on what a user of the folder should know.
+    """
+
+    def __call__(
+        self, delta: Delta, base: str, *, trust_remote_code: bool
+    ) -> Callable[[Path], list[str]]:
+        """Raise a ValueError where delta, base and format do not go together."""
+
+
+FORMATS: dict[str, Prepare] = {"hf": prepare_folder, "gguf": prepare_gguf}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The program; raises what `export` does."""
+    parser = argparse.ArgumentParser(
+        prog=name_of("export"),
+        description="Write a base model and a delta in a format of others.",
+    )
+    base_help = "base model: a folder or a name on the Hugging Face Hub (default: the delta's)"
+    replace_help = "replace an earlier export in output_dir"
+    parser.add_argument("--model_name_or_path", help=base_help)
+    delta_help = "delta.safetensors of a run, or its weights at a step: a checkpoint-N folder"
+    parser.add_argument("--delta", type=Path, required=True, help=delta_help)
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder to create")
+    format_help = "hf (the default): a Hugging Face folder; gguf: a file of llama.cpp in one"
+    parser.add_argument("--format", default="hf", choices=FORMATS, help=format_help)
+    parser.add_argument("--overwrite_output_dir", action="store_true", help=replace_help)
+    code_help = "run model code that comes with the weights"
+    parser.add_argument("--trust_remote_code", action="store_true", help=code_help)
+    args = parser.parse_args(argv)
+    with loading_bars(is_shown=True):
+        export(
+            args.model_name_or_path,
+            args.delta,
+            args.output_dir,
+            format=args.format,
+            overwrite=args.overwrite_output_dir,
+            trust_remote_code=args.trust_remote_code,
+        )
+
+
+def export(
+    base: str | None,
+    delta_path: Path,
+    output_dir: Path,
+    *,
+    format: str = "hf",
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> None:
+    """Writes a delta, with its base model (a folder or Hub name), as a folder of a format."""
+    output_dir = output_dir.resolve()
+    clear_leftovers(output_dir)
+    _check_output_dir(output_dir, [*([Path(base)] if base else []), delta_path], overwrite)
+    delta = load_delta(delta_path)
+    base = base or delta.mask.base_model
+    write = FORMATS[format](delta, base, trust_remote_code=trust_remote_code)
+    notes: list[str] = []
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    atomic_folder(output_dir, lambda folder: notes.extend(write(folder)))
+    values = f"{delta.mask.num_selected:,} trained values in {len(delta.values)} weights"
+    print("; ".join([f"{output_dir}: {base} with {values}", *notes]))
+
+
+def _check_output_dir(output_dir: Path, sources: Sequence[Path], overwrite: bool) -> None:
+    """Refuses a folder whose writing would destroy something, before anything is loaded."""
+    for source in sources:
+        if source.exists() and source.resolve().is_relative_to(output_dir):
+            raise ValueError(f"output_dir {output_dir} is or holds {source}: choose another folder")
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"output_dir {output_dir} is a file: choose another name")
+    if output_dir.is_dir() and any(output_dir.iterdir()):
+        refuse_foreign(output_dir)
+        if not overwrite:
+            raise ValueError(
+                f"output_dir {output_dir} holds an export: pass --overwrite_output_dir to replace "
+                "it, or choose another folder"
+            )
