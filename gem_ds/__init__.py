@@ -7,9 +7,11 @@ from importlib import import_module
 TYPE_CHECKING = False  # not from typing: the sandbox's processes import this too and stay lean
 if TYPE_CHECKING:
     from gem_ds.deltas.merge import merge_deltas
-    from gem_ds.files.delta import AppliedDelta, Delta, apply_delta
+    from gem_ds.files.apply import AppliedDelta, apply_delta
+    from gem_ds.files.delta import Delta
     from gem_ds.files.mask import Mask
     from gem_ds.select.selection import select_entries
+    from gem_ds.serving.delta_set import DeltaSet
     from gem_ds.sparse.select_mask import select_mask
     from gem_ds.train.main import RunResult, finetune
     from gem_ds.tuner import GemConfig, select_mask_with
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AppliedDelta",
     "Delta",
+    "DeltaSet",
     "GemConfig",
     "Mask",
     "RunResult",
@@ -29,12 +32,13 @@ __all__ = [
 ]
 
 _MODULES = {
-    "AppliedDelta": "gem_ds.files.delta",
+    "AppliedDelta": "gem_ds.files.apply",
     "Delta": "gem_ds.files.delta",
+    "DeltaSet": "gem_ds.serving.delta_set",
     "GemConfig": "gem_ds.tuner",
     "Mask": "gem_ds.files.mask",
     "RunResult": "gem_ds.train.main",
-    "apply_delta": "gem_ds.files.delta",
+    "apply_delta": "gem_ds.files.apply",
     "finetune": "gem_ds.train.main",
     "merge_deltas": "gem_ds.deltas.merge",
     "select_entries": "gem_ds.select.selection",

@@ -20,6 +20,7 @@ ORDER = [
     {"files"},
     {"data"},
     {"models", "sparse"},
+    {"serving"},
     {"train", "evaluate", "tuner", "deltas"},
     {"comparison", "planning", "formats"},
     {"cli"},

@@ -18,7 +18,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from gem_ds.files.delta import Delta, apply_delta
+from gem_ds.files.apply import apply_delta
+from gem_ds.files.delta import Delta
 from gem_ds.models.adapters import refuse_own_adapter
 from gem_ds.models.encoders import auto_class, is_encoder, set_labels
 from gem_ds.models.folder import base_folder, write_folder

@@ -27,8 +27,9 @@ from transformers import (
 from gem_ds.data.tasks import TaskData
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.zero_config import zero_stage
+from gem_ds.files.apply import apply_delta
 from gem_ds.files.checkpoint import load_delta
-from gem_ds.files.delta import Delta, apply_delta
+from gem_ds.files.delta import Delta
 from gem_ds.files.fingerprint import fingerprints
 from gem_ds.files.mask import dtype_name
 from gem_ds.models.adapters import (

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
 
-from gem_ds.files import delta as delta_module
-from gem_ds.files.delta import DELTA_KIND, Delta, apply_delta
+from gem_ds.files import apply as apply_module
+from gem_ds.files.apply import apply_delta
+from gem_ds.files.delta import DELTA_KIND, Delta
 from gem_ds.files.mask import Mask
 from gem_ds.files.tensors import load_tensors, save_tensors
 from tests.deltas import bits, bytes_of, make_delta
@@ -187,14 +188,14 @@ def test_a_revert_that_failed_goes_on_where_it_stopped(monkeypatch):
     model = tiny_llama()
     before = bits(model)
     applied = apply_delta(model, make_delta(model, CHOSEN))
-    write, results = delta_module._write, iter([True, False])
+    write, results = apply_module.write_entries, iter([True, False])
 
     def failing_once(*arguments):
         if not next(results, True):
             raise torch.OutOfMemoryError
         write(*arguments)
 
-    monkeypatch.setattr(delta_module, "_write", failing_once)
+    monkeypatch.setattr(apply_module, "write_entries", failing_once)
     with pytest.raises(torch.OutOfMemoryError):
         applied.revert()
     assert bits(model) != before

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 from gem_ds.cli import run
 from gem_ds.deltas.diff import overlaps, total
 from gem_ds.deltas.merge import merge_deltas
-from gem_ds.files.delta import Delta, apply_delta
+from gem_ds.files.apply import apply_delta
+from gem_ds.files.delta import Delta
 from gem_ds.files.mask import Mask, WeightInfo
 from tests.deltas import make_delta
 from tests.tiny import Matrices

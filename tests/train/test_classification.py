@@ -21,7 +21,8 @@ from transformers import (
 from gem_ds.data.encode import encode_candidates
 from gem_ds.data.pairs import encode_pairs
 from gem_ds.data.tasks import Kind
-from gem_ds.files.delta import Delta, apply_delta
+from gem_ds.files.apply import apply_delta
+from gem_ds.files.delta import Delta
 from gem_ds.models.encoders import head_names, initialise_head, set_head
 from gem_ds.models.objective import predict_candidates, summed_pair_loss
 from gem_ds.train import main as train

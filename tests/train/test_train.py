@@ -23,8 +23,9 @@ import gem_ds
 from gem_ds import cli
 from gem_ds.distributed.comm import free_port
 from gem_ds.errors import PeerError
+from gem_ds.files.apply import apply_delta
 from gem_ds.files.checkpoint import list_checkpoints
-from gem_ds.files.delta import Delta, apply_delta
+from gem_ds.files.delta import Delta
 from gem_ds.files.mask import Mask
 from gem_ds.train import main as train
 from gem_ds.train import run

@@ -30,8 +30,9 @@ from transformers import (
 from gem_ds.data.batches import Batches, permutation
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.process_group import init_distributed
+from gem_ds.files.apply import apply_delta
 from gem_ds.files.checkpoint import TrainerState
-from gem_ds.files.delta import Delta, apply_delta
+from gem_ds.files.delta import Delta
 from gem_ds.models.encoders import head_names
 from gem_ds.models.loss import answer_loss_of, chunked_answer_loss
 from gem_ds.models.objective import summed_pair_loss

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from gem_ds.files.delta import Delta, apply_delta
+from gem_ds.files.apply import apply_delta
+from gem_ds.files.delta import Delta
 from gem_ds.models.encoders import auto_class
 from gem_ds.train import main as train
 from tests.tiny import CONFIGS, naive_loss, tiny_config

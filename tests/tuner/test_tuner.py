@@ -17,7 +17,8 @@ from transformers import GPT2LMHeadModel, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 import gem_ds
-from gem_ds.files.delta import Delta, apply_delta
+from gem_ds.files.apply import apply_delta
+from gem_ds.files.delta import Delta
 from gem_ds.files.mask import Mask
 from gem_ds.models.targets import find_targets
 from gem_ds.tuner import GemConfig, GemLayer, adapter_to_delta, delta_to_adapter

@@ -1,0 +1,1 @@
+"""Deltas where models answer: several on one base, in vLLM, and kept up to date by a trainer."""

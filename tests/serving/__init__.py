@@ -1,0 +1,1 @@
+"""Tests of deltas where models answer."""
