@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -30,6 +30,7 @@ from gem_ds.evaluate.prompt_form import PromptForm, recorded_form
 from gem_ds.evaluate.samples import Sample
 from gem_ds.evaluate.sampling import sample_all
 from gem_ds.evaluate.sandbox import Program, Sandbox
+from gem_ds.evaluate.sandbox.packages import find_packages
 from gem_ds.evaluate.sandbox.pool import best_level, num_processors
 from gem_ds.flags import option
 from gem_ds.progress import Progress
@@ -85,6 +86,9 @@ class JudgingArguments:
     num_workers: int = option(
         2, "Programs that run at the same time; at most one on each processor."
     )
+    sandbox_packages: list[str] | None = option(
+        None, "Installed packages that programs may import beside the standard library."
+    )
     allow_weak_sandbox: bool = option(
         False, "Run programs even where the host has no namespaces to lock them into."
     )
@@ -96,11 +100,18 @@ class JudgingArguments:
         if self.num_workers < 1:
             raise ValueError(f"--num_workers must be at least 1, not {self.num_workers}.")
         Program("", (), **self.limits)  # refuses what nothing can keep to
+        find_packages(self.sandbox_packages or ())  # refuses what is not installed
 
     @property
     def limits(self) -> dict[str, Any]:
         """What a program may use."""
         return {"timeout": self.timeout, "memory_mb": self.memory_mb}
+
+    @property
+    def packages(self) -> dict[str, Any]:
+        """What verdicts say of the packages that programs could import; nothing without any."""
+        versions = find_packages(self.sandbox_packages or ())
+        return {"sandbox_packages": versions} if versions else {}
 
     def ks(self, num_samples: int, where: str) -> list[int]:
         """Each k of pass@k for so many samples of a problem; a refusal says `where` these are."""
@@ -121,7 +132,11 @@ class JudgingArguments:
                 "programs that share one would run out of time.",
                 file=sys.stderr,
             )
-        return Sandbox(num_workers=self.num_workers, allow_weak=self.allow_weak_sandbox)
+        return Sandbox(
+            num_workers=self.num_workers,
+            allow_weak=self.allow_weak_sandbox,
+            packages=self.sandbox_packages or (),
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -192,12 +207,12 @@ def report(
     rarest = min(counts, key=lambda task_id: counts[task_id])
     ks = judging.ks(counts[rarest], f"{rarest} has")
     with judging.open_sandbox() as sandbox:
-        verdicts = verdicts_of(samples, benchmark, sandbox, judging.limits, show_bar=show_bar)
+        verdicts = verdicts_of(samples, benchmark, sandbox, judging, show_bar=show_bar)
     results = results_of(verdicts, list(benchmark.problems), ks, isolation=sandbox.isolation)
     return Report(
         task=task,
         results=results,
-        protocol=benchmark.protocol(num_fewshot) | judging.limits,
+        protocol=benchmark.protocol(num_fewshot) | judging.limits | judging.packages,
         subject={"sampling": samples[0].settings},
         data_sha256=benchmark.data_sha256,
         summary=summary(results),
@@ -210,12 +225,12 @@ def verdicts_of(
     samples: Sequence[Sample],
     benchmark: Benchmark,
     sandbox: Sandbox,
-    limits: Mapping[str, Any],
+    judging: JudgingArguments,
     *,
     show_bar: bool = False,
 ) -> list[dict[str, Any]]:
     """The lines of verdicts.jsonl, in the order of the samples; equal programs are run once."""
-    jobs = [replace(benchmark.program(s.task_id, s.completion), **limits) for s in samples]
+    jobs = [replace(benchmark.program(s.task_id, s.completion), **judging.limits) for s in samples]
     distinct = list(dict.fromkeys(jobs))
     verdicts = {}
     with closing(Progress("Judging", len(distinct), "program", is_shown=show_bar)) as progress:
@@ -225,6 +240,7 @@ def verdicts_of(
                 "detail": verdict.detail,
                 "in_jail": verdict.in_jail,
                 "program": job.program,
+                **judging.packages,
             }
             progress.advance()
     return [

@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -107,8 +109,9 @@ def test_equal_programs_of_one_problem_are_run_once():
     texts = [("a", 0, "passed"), ("a", 1, "timeout"), ("a", 2, "passed"), ("b", 0, "passed")]
     benchmark = SimpleNamespace(program=lambda task_id, text: Program(text, (task_id,)))
     limits = {"timeout": 1.5, "memory_mb": 64}
+    judging = passk.JudgingArguments(**limits)
     samples = [make_sample(*text) for text in texts]
-    entries = passk.verdicts_of(samples, benchmark, SimpleNamespace(check_all=judge), limits)
+    entries = passk.verdicts_of(samples, benchmark, SimpleNamespace(check_all=judge), judging)
     distinct = [("passed", "a"), ("timeout", "a"), ("passed", "b")]
     assert jobs == [Program(text, (task_id,), **limits) for text, task_id in distinct]
     assert [(e["task_id"], e["sample"], e["status"]) for e in entries] == texts
@@ -117,11 +120,39 @@ def test_equal_programs_of_one_problem_are_run_once():
 
 
 def test_without_k_it_is_what_the_samples_allow(tmp_path, capsys, sandbox):
-    results = passk.main(flags(tmp_path, "--n", "1", "--temperature", "0", "--limit", "3", *HEADER))
+    once = ("--n", "1", "--temperature", "0", "--limit", "3", *HEADER)
+    results = passk.main(flags(tmp_path, *once))
     assert results["scores"] == {"pass@1": {"score": 1.0, "confidence_interval": [1.0, 1.0]}}
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "pass@1 = 100.0 % (100.0 to 100.0) on 3 problems, n = 1"
     assert printed[1].startswith("programs: 3 passed, 0 failed, 0 timeout, 0 crashed; isolation: ")
+
+
+def test_packages_that_programs_may_import_are_named_in_results_and_verdicts(
+    finished, tmp_path, monkeypatch
+):
+    """The same samples, whose programs import numpy: wrong without it."""
+    samples = (finished[0] / "samples.jsonl").read_bytes()
+    (tmp_path / "samples.jsonl").write_bytes(samples)
+    extracted = passk.mbpp.Mbpp.program
+
+    def importing(self, task_id, completion):
+        program = extracted(self, task_id, completion)
+        return replace(program, program=f"import numpy\n{program.program}")
+
+    monkeypatch.setattr(passk.mbpp.Mbpp, "program", importing)
+    scored = [
+        *("--task", "mbpp", "--data_dir", str(DEMO / "programs"), "--limit", "22", "--k", "1"),
+        *("--disable_tqdm", *HEADER, str(tmp_path / "samples.jsonl")),
+    ]
+    without = score.main(scored)
+    assert without["scores"]["pass@1"]["score"] == 0
+    assert "sandbox_packages" not in without["protocol"]
+    results = score.main([*scored[:-1], "--sandbox_packages", "numpy", scored[-1]])
+    assert results["scores"]["pass@1"] == finished[1]["scores"]["pass@1"]
+    named = {"numpy": metadata.version("numpy")}
+    assert results["protocol"]["sandbox_packages"] == named
+    assert all(row["sandbox_packages"] == named for row in rows_of(tmp_path / "verdicts.jsonl"))
 
 
 @pytest.fixture
@@ -173,7 +204,8 @@ def test_the_sandbox_is_what_the_flags_ask_for_and_fewer_workers_are_said(monkey
     monkeypatch.setattr(passk, "num_processors", lambda: 3)
     for num_workers in (2, 3, 8):
         judging = passk.JudgingArguments(num_workers=num_workers, allow_weak_sandbox=True)
-        assert judging.open_sandbox() == {"num_workers": num_workers, "allow_weak": True}
+        opened = {"num_workers": num_workers, "allow_weak": True, "packages": ()}
+        assert judging.open_sandbox() == opened
     told = capsys.readouterr().err
     assert told.startswith("--num_workers 8 is lowered to 3, the number of processors: ")
     assert told.count("\n") == 1

@@ -177,7 +177,7 @@ def test_no_two_workers_share_a_processor(monkeypatch) -> None:
     for num_workers, expected in ((7, [0, 1, 2]), (2, [0, 1])):
         worker.reset_mock()
         with Sandbox(num_workers, "namespaces"):
-            assert [call.args[2] for call in worker.call_args_list] == expected
+            assert [call.args[3] for call in worker.call_args_list] == expected
 
 
 # Refusals

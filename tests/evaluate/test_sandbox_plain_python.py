@@ -2,24 +2,33 @@
 
 import json
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
-from gem_ds.evaluate.sandbox import Program, Sandbox
-from gem_ds.evaluate.sandbox.room import interpreter
+import pytest
 
-TABLE = Path(__file__).with_name("plain_python.toml")
+from gem_ds.evaluate.sandbox import Program, Sandbox, check_program
+from gem_ds.evaluate.sandbox.pool import problem_of
+from gem_ds.evaluate.sandbox.room import interpreter
+from tests.evaluate.test_sandbox_programs import WAYS
+from tests.tiny_evaluation import refusal
+
+TABLE, PACKAGES = (
+    Path(__file__).with_name(f"plain_{name}.toml") for name in ("python", "packages")
+)
 #: Prints which programs of a table pass their tests in one namespace, each in a process of its own.
 ORACLE = """
 import json, os, sys, tomllib, types
 
 def passes(case):
     module = sys.modules["candidate"] = types.ModuleType("candidate")
-    for source in (case["program"], *case["tests"]):
+    for source in (case.get("setup", ""), case["program"], *case["tests"]):
         exec(compile(source, "candidate.py", "exec", dont_inherit=True), module.__dict__)
 
 found = {}
 for name, case in tomllib.load(open(sys.argv[1], "rb")).items():
+    if "status" in case: continue
     if (pid := os.fork()) == 0:
         status = 1
         try:
@@ -32,10 +41,16 @@ print(json.dumps(found), file=sys.stderr)
 """
 
 
+def passing(folder: Path, table: Path, *python: str) -> dict[str, bool]:
+    """Which programs of a table pass in an interpreter."""
+    command = [*python, "-c", ORACLE, str(table)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=True)
+    found: dict[str, bool] = json.loads(done.stderr.splitlines()[-1])
+    return found
+
+
 def test_the_verdicts_are_those_of_plain_python(sandbox: Sandbox, tmp_path: Path) -> None:
-    command = [interpreter(), "-S", "-c", ORACLE, str(TABLE)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
-    expected = json.loads(done.stderr.splitlines()[-1])
+    expected = passing(tmp_path, TABLE, interpreter(), "-S")
     cases = tomllib.loads(TABLE.read_text())
     assert len(cases) > 130
     assert 0 < sum(not passes for passes in expected.values()) < 20, "some are wrong on purpose"
@@ -44,3 +59,40 @@ def test_the_verdicts_are_those_of_plain_python(sandbox: Sandbox, tmp_path: Path
         status = "passed" if expected[name] else "failed"
         told = (verdict.status, case.get("in_jail", verdict.in_jail))
         assert told == (status, verdict.in_jail), (name, verdict)
+
+
+@pytest.fixture(scope="module")
+def with_packages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bool]:
+    """Which programs of the table of packages pass in plain Python."""
+    return passing(tmp_path_factory.mktemp("plain"), PACKAGES, sys.executable, "-I")
+
+
+@pytest.mark.parametrize(("level", "fresh"), WAYS)
+def test_packages_that_are_shown_do_what_they_do_in_plain_python(
+    level: str, fresh: bool, with_packages: dict[str, bool]
+) -> None:
+    """At every level, within 512 MiB; a test that plain data cannot answer for runs beside."""
+    if problem := problem_of(level, fresh):
+        pytest.skip(f"{level}: {problem}")
+    cases = tomllib.loads(PACKAGES.read_text())
+    programs = [
+        Program(c["program"], tuple(c["tests"]), c.get("setup", ""), timeout=60.0, memory_mb=512)
+        for c in cases.values()
+    ]
+    packages = ["numpy", "jinja2", "typing_extensions"]
+    with Sandbox(2, level, allow_weak=True, fresh=fresh, packages=packages) as sandbox:
+        verdicts = list(sandbox.check_all(programs))
+    for (name, case), verdict in zip(cases.items(), verdicts, strict=True):
+        expected = case.get("status") or ("passed" if with_packages[name] else "failed")
+        told = (verdict.status, case.get("in_jail", verdict.in_jail))
+        assert told == (expected, verdict.in_jail), (name, verdict)
+
+
+def test_a_package_is_absent_where_it_is_not_named_and_must_be_installed() -> None:
+    program, tests = "import numpy\ndef f(): return numpy.__name__", ["assert f() == 'numpy'"]
+    assert check_program(program, tests, packages=["numpy"]).status == "passed"
+    verdict = check_program(program, tests)
+    assert (verdict.status, "No module named 'numpy'" in verdict.detail) == ("failed", True)
+    for name in ("nosuchpackage", "numpy.linalg", "gem_ds", ""):
+        told = refusal(check_program, program, tests, packages=[name])
+        assert told.startswith(f"--sandbox_packages {name}: no package is installed here")

@@ -13,6 +13,7 @@ as plain data (`judge`). The files, from the caller to the kernel:
     errors, link             exceptions and containers that both sides know
     wire, values, channel    plain data as bytes
     candidate                the program's process
+    packages, finder         what it may import beside the standard library
     jails, room, confine     what it is kept in, what it sees there, what it has given up
     kernel
 
@@ -24,8 +25,9 @@ it could forge a pass (`Verdict.in_jail`). Uncounted is the memory that /tmp and
 MiB each) and what lies in pipes and sockets.
 
 A result of more than 16 MiB, or nested more than 400 deep, fails. Programs can import the standard
-library only. Where the tests do not run beside the program, a NaN is not the same object as before,
-and lists that hold more than some hundred items are copies from one call to the next.
+library, and packages that the caller names. Where the tests do not run beside the program, a NaN is
+not the same object as before, and lists that hold more than some hundred items are copies from one
+call to the next.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ import sys
 
 from gem_ds.evaluate.sandbox.channel import Channel
 from gem_ds.evaluate.sandbox.errors import Errors
+from gem_ds.evaluate.sandbox.finder import NAMES, show
 from gem_ds.evaluate.sandbox.link import Link
 from gem_ds.evaluate.sandbox.values import MUTABLE_KINDS, TYPE_CHECKING, contents, refill
 from gem_ds.evaluate.sandbox.wire import Decoder
@@ -28,6 +29,9 @@ from gem_ds.evaluate.sandbox.wire import Decoder
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Any
+
+#: heirs of these behave as what they inherit, whatever package they are of
+_HEIRS = (float, str, bytes)
 
 MODULE = "candidate"  # not __main__: what a program does when it is run as a script is not judged
 
@@ -48,8 +52,9 @@ BUILTIN = (
 )
 
 
-def main(job: int, channel: int) -> None:
-    """Runs the job of one open file, on the channel of another."""
+def main(job: int, channel: int, packages: Sequence[str] = ()) -> None:
+    """Runs the job of one open file, on the channel of another; `packages` as `finder.show`."""
+    show(packages)
     sources = Decoder().decode(os.pread(job, os.fstat(job).st_size, 0))
     os.close(job)
     sys.argv = [f"{MODULE}.py"]
@@ -147,6 +152,8 @@ class _Service:
         if (number := self._numbers.get(id(value))) is None:
             number = self._numbers[id(value)] = len(self._lent)
             self._lent.append(value)
+        if type(value).__module__.partition(".")[0] in NAMES and not isinstance(value, _HEIRS):
+            return "package", ()
         is_iterator = hasattr(type(value), "__next__") and not hasattr(type(value), "__len__")
         return "iterator" if is_iterator else "object", (number, _hash(value))
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from gem_ds.evaluate.sandbox.channel import Channel
 from gem_ds.evaluate.sandbox.errors import Errors, is_plain
+from gem_ds.evaluate.sandbox.finder import NAMES
 from gem_ds.evaluate.sandbox.link import Link
 from gem_ds.evaluate.sandbox.remote import NeedsJailError, Remote, RemoteIterator, heir, remote_of
 from gem_ds.evaluate.sandbox.values import (
@@ -140,6 +141,8 @@ class Conversation:
         if kind == "function" and type(name) is int:
             self.had_a_say = True  # it chose which function of the tests it gives back
             return self._functions[name]
+        if kind == "package" and NAMES:
+            raise NeedsJailError  # how it compares with plain data, its own code must say
         inherited: Any = None
         if is_heir := kind == "heir":
             kind, name, inherited = name

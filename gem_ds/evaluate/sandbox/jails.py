@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from gem_ds.evaluate.sandbox import candidate, confine, kernel, room
 from gem_ds.evaluate.sandbox.kernel import ProcessTable, fork
@@ -22,9 +22,10 @@ _FIRST_LENT = 1_000_000_000  # identity: far from what systems and containers gi
 class _RoomlessJail:
     """What the levels without a room of ours share; methods as those of `NamespaceJail`."""
 
-    def __init__(self, *, hides_files: bool) -> None:
+    def __init__(self, packages: Sequence[str], *, hides_files: bool) -> None:
         self._filter = SystemCallFilter(hides_files=hides_files)
-        self._readable = list(room.sources())
+        self._packages = packages
+        self._readable = list(room.sources(packages))
         self._identity: int | None = None
         self._judge_identity: int | None = None
         if os.geteuid() == 0:
@@ -63,13 +64,13 @@ class BubblewrapJail(_RoomlessJail):
     fork one, and bubblewrap gives away none of the privileges that takes.
     """
 
-    def __init__(self, fresh: bool) -> None:
+    def __init__(self, fresh: bool, packages: Sequence[str] = ()) -> None:
         programs = [f"{folder}/bwrap" for folder in os.defpath.split(":")]
         found = next((path for path in programs if os.access(path, os.X_OK)), None)
         if found is None:
             raise FileNotFoundError("bubblewrap is not installed (apt-get install bubblewrap)")
         self._program = found
-        super().__init__(hides_files=True)
+        super().__init__(packages, hides_files=True)
 
     def _become_candidate(self, job: int, channel: int, memory_mb: int) -> None:
         confine.keep_only([job, channel])
@@ -78,11 +79,11 @@ class BubblewrapJail(_RoomlessJail):
         rules = self._filter.as_file()
         os.set_inheritable(rules, True)
         # No environment: its first process keeps it in sight.
-        room.become_fresh(job, channel, {}, [*self._command(rules), "--"])
+        room.become_fresh(job, channel, self._packages, {}, [*self._command(rules), "--"])
 
     def _command(self, rules: int) -> list[str]:
         words = [self._program, "--unshare-all", "--new-session", "--die-with-parent"]
-        for source, target in room.sources().items():
+        for source, target in room.sources(self._packages).items():
             if os.path.islink(source) and os.path.isdir(source):
                 words += ["--symlink", os.readlink(source), target]
             else:
@@ -106,9 +107,9 @@ class LandlockJail(_RoomlessJail):
     Candidates are always forked.
     """
 
-    def __init__(self, fresh: bool) -> None:
+    def __init__(self, fresh: bool, packages: Sequence[str] = ()) -> None:
         confine.landlock_version()
-        super().__init__(hides_files=False)
+        super().__init__(packages, hides_files=False)
         self._scratch = ""
 
     def start_judge(self, judge: Callable[[], None]) -> int:
@@ -163,7 +164,7 @@ def _closed_folder(path: str) -> str | None:
 
 
 Jail = room.NamespaceJail | BubblewrapJail | LandlockJail
-JAILS: dict[str, Callable[[bool], Jail]] = {
+JAILS: dict[str, Callable[[bool, Sequence[str]], Jail]] = {
     "bubblewrap": BubblewrapJail,
     "namespaces": room.NamespaceJail,
     "landlock": LandlockJail,

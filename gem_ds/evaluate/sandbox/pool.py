@@ -17,6 +17,7 @@ import subprocess
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 
+from gem_ds.evaluate.sandbox.packages import paths_of
 from gem_ds.evaluate.sandbox.program import Job, Program, SandboxUnavailableError, Verdict
 from gem_ds.evaluate.sandbox.room import ENVIRONMENT, code_folder, command
 from gem_ds.evaluate.sandbox.wire import Decoder, Encoder
@@ -37,6 +38,7 @@ def check_program(
     entry_point: str | None = None,
     timeout: float = 3.0,
     memory_mb: int = 1024,
+    packages: Sequence[str] = (),
 ) -> Verdict:
     """Runs one program against its tests.
 
@@ -48,17 +50,19 @@ def check_program(
             use and neither they nor Python define.
         timeout: Seconds of wall-clock time for all of it.
         memory_mb: Memory of each process of the program in MiB, and of all of them together.
+        packages: As of `Sandbox`.
 
     Raises:
+        ValueError: A package is not installed.
         SandboxUnavailableError: No level with namespaces can be had here.
     """
     job = Program(program, tuple(tests), setup, entry_point, timeout, memory_mb)
-    return next(_shared().check_all([job]))
+    return next(_shared(tuple(packages)).check_all([job]))
 
 
 @functools.cache
-def _shared() -> Sandbox:
-    sandbox = Sandbox(num_workers=1)
+def _shared(packages: tuple[str, ...]) -> Sandbox:
+    sandbox = Sandbox(num_workers=1, packages=packages)
     atexit.register(sandbox.close)
     return sandbox
 
@@ -71,6 +75,8 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
             process may use, for two on one would take up each other's time.
         isolation: The level to use; by default the best that works here.
         allow_weak: Accept a level without namespaces if there is no better one.
+        packages: What programs and tests may import beside the standard library: names of installed
+            packages, whose requirements come with them.
         fresh: Start a fresh interpreter for each program, where the level could also fork one.
 
     Raises:
@@ -83,6 +89,7 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
         isolation: str | None = None,
         *,
         allow_weak: bool = False,
+        packages: Sequence[str] = (),
         fresh: bool = False,
     ) -> None:
         if num_workers < 1:
@@ -93,11 +100,12 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
             raise SandboxUnavailableError(
                 f"The isolation level {isolation!r} is weak: accept it by --allow-weak-sandbox."
             )
+        paths = paths_of(packages)
         self.isolation = isolation or best_level(allow_weak)
         self._workers: list[_Worker] = []
         try:
             for number in range(min(num_workers, num_processors())):
-                self._workers.append(_Worker(self.isolation, fresh, number))
+                self._workers.append(_Worker(self.isolation, fresh, paths, number))
         except OSError as error:
             self.close()
             raise SandboxUnavailableError(
@@ -160,9 +168,10 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
 class _Worker:
     """A server's process, and the jobs that it has."""
 
-    def __init__(self, level: str, fresh: bool, number: int) -> None:
+    def __init__(self, level: str, fresh: bool, packages: Sequence[str], number: int) -> None:
         processors = sorted(os.sched_getaffinity(0))  # another run beside this begins elsewhere
-        self._arguments = (level, fresh, processors[(os.getpid() + number) % len(processors)])
+        processor = processors[(os.getpid() + number) % len(processors)]
+        self._arguments = (level, fresh, processor, packages)
         self.jobs: deque[Job] = deque()
         self._start()
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from gem_ds.evaluate.sandbox import candidate, confine, kernel
 from gem_ds.evaluate.sandbox.kernel import ProcessTable, fork
@@ -35,6 +35,8 @@ ENVIRONMENT = {
     "HOME": "/tmp",
     "LANG": "C.UTF-8",
     "MALLOC_ARENA_MAX": "1",  # an arena per thread would use up the address space
+    "OMP_NUM_THREADS": "1",  # of numpy's library too; each takes of the address space
+    "OPENBLAS_NUM_THREADS": "1",
     "PATH": "/usr/bin:/bin",
     "PYTHONHASHSEED": "0",  # the same sample gets the same verdict
 }
@@ -59,13 +61,14 @@ class NamespaceJail:
     identity, filter and files, but imports nothing from where the candidate may write.
     """
 
-    def __init__(self, fresh: bool) -> None:
+    def __init__(self, fresh: bool, packages: Sequence[str] = ()) -> None:
         """Moves the calling process into a new room, as a child of itself that this returns in.
 
         The calling process waits for it and then ends too. Raises `OSError` where the kernel, or
         what confines this process already, does not allow it.
         """
         self._fresh = fresh
+        self._packages = packages
         self._filter = SystemCallFilter()
         uid, gid = os.geteuid(), os.getegid()
         self._identity = 1 if uid == 0 else None
@@ -82,7 +85,7 @@ class NamespaceJail:
         self._namespaces = {  # to come back to from a cell; no child may keep any of these files
             kind: os.open(f"/proc/self/ns/{name}", os.O_RDONLY) for name, kind in _OF_A_CELL.items()
         }
-        _build()
+        _build(packages)
         kernel.pivot_root(_STAGE)
         kernel.restrict_mount("/", kernel.MOUNT_ATTR_RDONLY, recursive=False)
         sys.path[:] = [folder for folder in sys.path if not folder.startswith(SCRATCH)]
@@ -117,7 +120,7 @@ class NamespaceJail:
         confine.limit_memory(memory_mb)
         os.chdir(SCRATCH[0])
         if self._fresh:
-            become_fresh(job, channel, ENVIRONMENT)
+            become_fresh(job, channel, self._packages, ENVIRONMENT)
         candidate.main(job, channel)
 
 
@@ -184,17 +187,21 @@ def command(folder: str, module: str, function: str, *arguments: object) -> list
 
 
 def become_fresh(
-    job: int, channel: int, environment: dict[str, str], prefix: Iterable[str] = ()
+    job: int,
+    channel: int,
+    packages: Sequence[str],
+    environment: dict[str, str],
+    prefix: Iterable[str] = (),
 ) -> None:
     """Becomes a fresh interpreter in a room, started by another program if there is a prefix."""
     for descriptor in (job, channel):
         os.set_inheritable(descriptor, True)
-    words = [*prefix, *command(CODE, "candidate", "main", job, channel)]
+    words = [*prefix, *command(CODE, "candidate", "main", job, channel, packages)]
     os.execve(words[0], words, environment)
 
 
-def sources() -> dict[str, str]:
-    """What a room shows, and where: an interpreter, libraries, the candidate's side of us."""
+def sources(packages: Iterable[str] = ()) -> dict[str, str]:
+    """What a room shows, and where: an interpreter, libraries, packages, the candidate's side."""
     folders = [folder for folder in _LIBRARIES if os.path.isdir(folder)]
     known = set(map(os.path.realpath, folders))
     for prefix in {sys.base_prefix, sys.base_exec_prefix}:
@@ -202,16 +209,18 @@ def sources() -> dict[str, str]:
         folders += [f for f in own if os.path.isdir(f) and os.path.realpath(f) not in known]
     paths = [*folders, *filter(os.path.exists, (*_FILES, interpreter()))]
     package = os.path.join("gem_ds", "evaluate", "sandbox")
-    return {path: path for path in paths} | {
-        os.path.join(code_folder(), package): os.path.join(CODE, package)
+    return {
+        **{path: path for path in paths},
+        **{os.path.realpath(path): path for path in packages},
+        os.path.join(code_folder(), package): os.path.join(CODE, package),
     }
 
 
-def _build() -> None:
+def _build(packages: Iterable[str]) -> None:
     """Mounts the room's root at the stage and fills it."""
     kernel.mount("tmpfs", _STAGE, "tmpfs", kernel.MS_NOSUID, "size=1m,nr_inodes=4096,mode=755")
     protect = kernel.MOUNT_ATTR_RDONLY | kernel.MOUNT_ATTR_NOSUID
-    for source, target in sources().items():
+    for source, target in sources(packages).items():
         if os.path.islink(source) and os.path.isdir(source):
             make_target(_STAGE + os.path.dirname(target), is_folder=True)
             os.symlink(os.readlink(source), _STAGE + target)

@@ -22,10 +22,11 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from gem_ds.evaluate.sandbox import candidate, confine
 from gem_ds.evaluate.sandbox.channel import Channel
+from gem_ds.evaluate.sandbox.finder import show
 from gem_ds.evaluate.sandbox.jails import JAILS, Jail
 from gem_ds.evaluate.sandbox.judge import judge
 from gem_ds.evaluate.sandbox.kernel import fork
@@ -46,8 +47,12 @@ _PRELOADED = (  # what programs import most, as far as it is small: each page ma
 )
 
 
-def serve(descriptor: int, level: str, fresh: bool, processor: int) -> None:
+def serve(
+    descriptor: int, level: str, fresh: bool, processor: int, packages: Sequence[str] = ()
+) -> None:
     """Serves until the parent closes the control socket, which is the open file `descriptor`.
+
+    `packages` are paths of those that setups, tests and programs may import.
 
     A message is (timeout in seconds, memory_mb), with a job's open files; its answer is why the job
     ended, and the judge's report if there is one. One answer comes unasked, at first: the reason
@@ -60,10 +65,11 @@ def serve(descriptor: int, level: str, fresh: bool, processor: int) -> None:
     os.setsid()  # a Ctrl-C is the parent's to handle
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no handler: see `_judge`
     try:
-        jail = JAILS[level](fresh)
+        jail = JAILS[level](fresh, packages)
     except OSError as error:
         control.send(Encoder().encode(str(error)))
         return
+    show(packages)
     for name in _PRELOADED:
         __import__(name)
     warm_up()
