@@ -159,19 +159,29 @@ def select(
     total: int,
     rule: str = "gem",
     seed: int = 0,
+    keep_zeros: bool = False,
 ) -> dict[str, Tensor]:
-    """The whole selection: by name, in the order of ``weights``, the bool mask."""
-    scores = {n: entry_score(rule, n, gradients.get(n), w, seed) for n, w in weights.items()}
+    """The whole selection: by name, in the order of ``weights``, the bool mask.
+
+    Of entries that are not 0 only, with ``keep_zeros``.
+    """
+    may = {n: (w != 0) if keep_zeros else torch.ones_like(w).bool() for n, w in weights.items()}
+    scores = {
+        n: entry_score(rule, n, gradients.get(n), w, seed).where(may[n], -1)  # after all others
+        for n, w in weights.items()
+    }
     if rule in ("supertuning", "ratio_global", "fish"):
         return _largest_of_all(scores, total)
     by_rule: dict[str, Callable[[Tensor], float]] = {
         **dict.fromkeys(("gem", "entropy_gradient", "damped", "gem_abs"), layer_score),
         "tempered": lambda s: math.sqrt(1 + layer_score(s)),
         "effective": lambda s: math.exp(entropy(s)) if s.any() else 0.0,
-        **dict.fromkeys(("random_shira", "lift"), lambda s: sum(s.shape)),
     }
-    of_layers = [by_rule.get(rule, lambda s: 1.0)(s) for s in scores.values()]
-    shares = budgets(of_layers, [s.numel() for s in scores.values()], total)
+    if rule in ("random_shira", "lift"):
+        of_layers: list[float] = [sum(w.shape) for w in weights.values()]
+    else:
+        of_layers = [by_rule.get(rule, lambda s: 1.0)(s[may[n]]) for n, s in scores.items()]
+    shares = budgets(of_layers, [int(m.sum()) for m in may.values()], total)
     return {name: mask(s, k) for (name, s), k in zip(scores.items(), shares, strict=True)}
 
 
@@ -186,6 +196,26 @@ def _largest_of_all(scores: Mapping[str, Tensor], total: int) -> dict[str, Tenso
     for _, _, index, name in sorted(pool)[:total]:
         masks[name].view(-1)[index] = True
     return masks
+
+
+def sam_gradients(
+    gradients: Callable[[], Mapping[str, Tensor]],
+    params: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    rho: float,
+) -> Mapping[str, Tensor]:
+    """The gradients at w + rho g / ||g||_2, g masked and over all parameters together."""
+    found = {name: g * masks[name] for name, g in gradients().items()}
+    norm = math.sqrt(sum(float(g.double().square().sum()) for g in found.values()))
+    before = {name: p.detach().clone() for name, p in params.items()}
+    with torch.no_grad():
+        for name, p in params.items():
+            p += rho * found[name] / norm
+    there = gradients()
+    with torch.no_grad():
+        for name, p in params.items():
+            p.copy_(before[name])
+    return there
 
 
 class DenseMaskedAdamW:

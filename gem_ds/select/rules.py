@@ -36,10 +36,13 @@ EntryScore = Callable[[Shards, Group, int], list[Tensor]]
 LayerScore = Callable[[Sequence[Tensor], Shards, Group], list[float]]
 """Takes this rank's entry scores, the shards and the ranks; per layer a number."""
 
-Budgets = Callable[[Sequence[Tensor], Shards, int, Group], tuple[list[int], list[float]]]
-"""Takes this rank's entry scores, the shards, K and the ranks; per layer how many entries it
-trains, K in all, and the number that this follows from. Raises ValueError on every rank alike where
-a score is not finite."""
+Budgets = Callable[
+    [Sequence[Tensor], Shards, Sequence[int], int, Group], tuple[list[int], list[float]]
+]
+"""Takes this rank's entry scores, the shards, how many entries of each layer can be selected, K and
+the ranks; per layer how many entries it trains, K in all, and the number that this follows from.
+Scores are those of the entries that can be selected. Raises ValueError on every rank alike where a
+score is not finite."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,16 +118,16 @@ def in_proportion_to(layer_score: LayerScore) -> Budgets:
     """Budgets that share K in proportion to the layers' scores."""
 
     def budgets(
-        values: Sequence[Tensor], shards: Shards, budget: int, group: Group
+        values: Sequence[Tensor], shards: Shards, sizes: Sequence[int], budget: int, group: Group
     ) -> tuple[list[int], list[float]]:
         layer_scores = layer_score(values, shards, group)
-        return allocate_budget(layer_scores, [s.numel for s in shards], budget), layer_scores
+        return allocate_budget(layer_scores, sizes, budget), layer_scores
 
     return budgets
 
 
 def one_threshold(
-    values: Sequence[Tensor], shards: Shards, budget: int, group: Group
+    values: Sequence[Tensor], shards: Shards, sizes: Sequence[int], budget: int, group: Group
 ) -> tuple[list[int], list[float]]:
     """Of each layer as many as are among the K largest of all layers together."""
     largest_magnitudes(values, shards, group)  # refuses what is not finite

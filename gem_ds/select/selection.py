@@ -18,6 +18,7 @@ from torch import Tensor
 from gem_ds.select.rules import RULES
 from gem_ds.select.shards import Group, Shards, Solo, TargetShard
 from gem_ds.select.topk import top_k_indices
+from gem_ds.select.zeros import Candidates, find_candidates, flat_indices, without_zeros
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,31 +27,42 @@ class Selection:
 
     layer_scores: list[float]  # why each layer got its budget
     budgets: list[int]  # entries to train, over all ranks
+    candidates: Candidates  # from which they were chosen
     indices: list[Tensor]  # chosen in this rank's range, int64, ascending; of the flat whole matrix
 
 
 @torch.no_grad()
 def select_shards(
-    shards: Shards, budget: int, group: Group, *, rule: str = "gem", seed: int = 0
+    shards: Shards,
+    budget: int,
+    group: Group,
+    *,
+    rule: str = "gem",
+    seed: int = 0,
+    keep_zeros: bool | None = False,
 ) -> Selection:
     """Select ``budget`` (K) entries of the matrices whose ranges the ranks hold.
 
     Layers come in the same order on every rank; their gradients are consumed. Layer scores are the
     same bits everywhere and budgets follow from them in exact arithmetic, so each rank computes its
     own copy and nothing needs to be broadcast. Equal entry scores go to the lowest flat index, on
-    any number of ranks. A score that is not finite is a ValueError on every rank alike.
+    any number of ranks. With ``keep_zeros`` entries that are exactly 0 are left out (None: if a
+    matrix was pruned, :mod:`gem_ds.select.zeros`). A score that is not finite is a ValueError on
+    every rank alike.
     """
-    numel = sum(shard.numel for shard in shards)
-    if not 1 <= budget <= numel:
-        raise ValueError(
-            f"{budget} entries cannot be selected from target matrices that hold {numel}: "
-            "change the density or the target modules."
-        )
+    candidates = find_candidates(shards, budget, group, keep_zeros)
     chosen = RULES[rule]
     scores = chosen.entry_score(shards, group, seed)
-    budgets, layer_scores = chosen.budgets(scores, shards, budget, group)
-    indices = top_k_indices(scores, [shard.start for shard in shards], budgets, group)
-    return Selection(layer_scores=layer_scores, budgets=budgets, indices=indices)
+    starts = [shard.start for shard in shards]
+    if candidates.keep_zeros:
+        scores, starts = without_zeros(scores, shards), [0] * len(shards)
+    budgets, layer_scores = chosen.budgets(scores, shards, candidates.sizes, budget, group)
+    indices = top_k_indices(scores, starts, budgets, group)
+    if candidates.keep_zeros:
+        indices = [flat_indices(k, shard) for k, shard in zip(indices, shards, strict=True)]
+    return Selection(
+        layer_scores=layer_scores, budgets=budgets, candidates=candidates, indices=indices
+    )
 
 
 def select_entries(

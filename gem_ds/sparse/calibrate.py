@@ -26,6 +26,7 @@ from gem_ds.distributed.engine import Engine
 from gem_ds.select.rules import RULES, Statistic
 from gem_ds.select.selection import Selection, select_shards
 from gem_ds.select.shards import TargetShard
+from gem_ds.select.zeros import find_candidates
 from gem_ds.sparse.gradients import (
     ShardReducer,
     begin_micro_batch,
@@ -51,6 +52,7 @@ def calibrate(
     *,
     rule: str = "gem",
     seed: int = 0,
+    keep_zeros: bool | None = False,
     buffer_gb: float = 0.0,
 ) -> Selection:
     """Score every target entry over one epoch of ``batches`` and select ``budget`` (K) of them.
@@ -60,6 +62,8 @@ def calibrate(
     ``progress`` is called after each step.
     """
     gradients: Sequence[Tensor | None] = [None] * len(layers)
+    with engine.comm.in_unison():  # what cannot be is refused before any batch is read
+        find_candidates(_shards(engine, layers, gradients), budget, engine.comm, keep_zeros)
     if statistic := RULES[rule].statistic:
         gradients = sum_gradients(
             engine,
@@ -70,7 +74,7 @@ def calibrate(
             buffer_gb=buffer_gb,
             statistic=statistic,
         )
-    return select(engine, layers, gradients, budget, rule=rule, seed=seed)
+    return select(engine, layers, gradients, budget, rule=rule, seed=seed, keep_zeros=keep_zeros)
 
 
 def select(
@@ -81,9 +85,20 @@ def select(
     *,
     rule: str = "gem",
     seed: int = 0,
+    keep_zeros: bool | None = False,
 ) -> Selection:
     """Select by the weights and by this rank's ranges of the gradients, which are consumed."""
-    shards = [
+    shards = _shards(engine, layers, gradients)
+    with engine.comm.in_unison():
+        return select_shards(
+            shards, budget, engine.comm, rule=rule, seed=seed, keep_zeros=keep_zeros
+        )
+
+
+def _shards(
+    engine: Engine, layers: TargetLayers, gradients: Sequence[Tensor | None]
+) -> list[TargetShard]:
+    return [
         TargetShard(
             name=layer.name,
             shape=layer.shape,
@@ -94,8 +109,6 @@ def select(
         )
         for layer, gradient in zip(layers, gradients, strict=True)
     ]
-    with engine.comm.in_unison():
-        return select_shards(shards, budget, engine.comm, rule=rule, seed=seed)
 
 
 def sum_gradients(

@@ -116,7 +116,11 @@ class TrainedEntries(ABC):
 
     def write_back(self) -> None:
         """Bring the parameters up to date with ``values``; call it after every applied step."""
-        slices = self.split(self.values())
+        self.write(self.values())
+
+    def write(self, values: Tensor) -> None:
+        """Set the entries in the parameters to ``values`` [K] in the model's dtype."""
+        slices = self.split(values)
         for (name, parameter), index, own in zip(
             self.parameters.items(), self.flat_indices, self._writable, strict=True
         ):

@@ -26,6 +26,7 @@ from gem_ds.select.budget import total_budget
 from gem_ds.select.rules import RULES, Statistic
 from gem_ds.select.selection import select_shards
 from gem_ds.select.shards import Solo, TargetShard
+from gem_ds.select.zeros import find_candidates
 from gem_ds.sparse.calibrate import checkpointing_in_eval_mode, refuse_unreached
 from gem_ds.sparse.gradients import BufferedSink, begin_micro_batch, refuse_repeated
 from gem_ds.sparse.layers import TargetLayers
@@ -43,6 +44,7 @@ def select_mask(
     target_modules: Sequence[str] | str | None = None,
     rule: str = "gem",
     seed: int = 0,
+    keep_zeros: bool | None = None,
     base_model: str | None = None,
     reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> Mask:
@@ -64,6 +66,8 @@ def select_mask(
             (default: the query and value projections).
         rule: one of :data:`gem_ds.select.rules.RULES`.
         seed: of rules that choose by chance.
+        keep_zeros: select no entry that is exactly 0, so that the zeros of a pruned model survive
+            training (default: where a target matrix has more than 5 % of them).
         base_model: the name of the model for the mask's reader (default: what its config says).
         reduce: sums a tensor over the processes, where each reads batches of its own and holds the
             same model: ``accelerator.reduce``. All of them then return the same mask.
@@ -85,11 +89,18 @@ def select_mask(
     with torch.inference_mode(False), torch.enable_grad(), _left_as_it_was(model):
         layers = TargetLayers(model, targets, num_entries=1, vector_name=None)
         try:
+            find_candidates(_shards(layers, gradients), budget, Solo(), keep_zeros)
             if statistic := RULES[rule].statistic:
                 gradients = _sum_gradients(layers, batches, loss or _summed_loss, reduce, statistic)
         finally:
             layers.detach()
-    indices = _select(layers, gradients, budget, rule, seed)
+    selection = select_shards(
+        _shards(layers, gradients), budget, Solo(), rule=rule, seed=seed, keep_zeros=keep_zeros
+    )
+    indices = [
+        index.to(layer.weight.device)
+        for layer, index in zip(layers, selection.indices, strict=True)
+    ]
     name_or_path = getattr(getattr(model, "config", None), "_name_or_path", "")
     return Mask(
         indices={
@@ -102,17 +113,15 @@ def select_mask(
         },
         base_model=base_model or str(name_or_path) or type(model).__name__,
         method=rule,
-        settings={"density": str(density), "seed": seed},
+        settings={"density": str(density), "seed": seed} | selection.candidates.settings(),
         fingerprints=fingerprints({n: p for n, p in model.named_parameters() if n not in head}),
     )
 
 
-def _select(
-    layers: TargetLayers, gradients: Sequence[Tensor | None], budget: int, rule: str, seed: int
-) -> list[Tensor]:
-    """Per layer the flat indices, where its weight lies."""
+def _shards(layers: TargetLayers, gradients: Sequence[Tensor | None]) -> list[TargetShard]:
+    """The whole matrices, where the first of them lies."""
     device = layers[0].weight.device  # a model may lie on several
-    shards = [
+    return [
         TargetShard(
             name=layer.name,
             shape=layer.shape,
@@ -121,11 +130,6 @@ def _select(
             device=device,
         )
         for layer, gradient in zip(layers, gradients, strict=True)
-    ]
-    selection = select_shards(shards, budget, Solo(), rule=rule, seed=seed)
-    return [
-        index.to(layer.weight.device)
-        for layer, index in zip(layers, selection.indices, strict=True)
     ]
 
 

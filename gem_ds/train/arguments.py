@@ -160,6 +160,8 @@ def _contradictions(args: Arguments) -> Iterator[str]:
     for flag in ("calibration_examples", "calibration_head_steps", "calibration_buffer_gb"):
         if method.mask and getattr(method, flag):
             yield f"--mask skips calibration: leave --{flag} out."
+    if method.mask and method.keep_zeros is not None:
+        yield "--mask says which entries are trained: leave --keep_zeros out."
     if train.optimizer == "adamw_8bit" and name != "full":
         yield "--optimizer adamw_8bit is for --method full: the others have little state."
     if name in SPARSE_METHODS:
@@ -168,8 +170,12 @@ def _contradictions(args: Arguments) -> Iterator[str]:
         yield f"--method {name} selects no entries: leave --mask out."
     if name in DENSE_METHODS and method.target_modules:
         yield f"--method {name} has no target layers: leave --target_modules out."
+    if method.keep_zeros is not None:
+        yield f"--method {name} selects no entries: leave --keep_zeros out."
     if method.sddmm_kernel != "auto":
         yield f"--method {name} selects no entries: leave --sddmm_kernel out."
+    if train.sam_rho:
+        yield f"--method {name} selects no entries: leave --sam_rho out."
     if train.max_steps == 0:
         yield f"--max_steps 0 writes a mask, and --method {name} has none."
     if train.load_best_model_at_end:

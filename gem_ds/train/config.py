@@ -14,6 +14,7 @@ from gem_ds.data.tasks import task_names
 from gem_ds.distributed.watchdog import DEFAULT_SECONDS
 from gem_ds.distributed.zero_config import Dtype
 from gem_ds.flags import option
+from gem_ds.select.zeros import PRUNED_SHARE
 from gem_ds.train.methods import METHODS, methods_help
 
 SddmmKernel = Literal["auto", "dense", "tiled", "gather", "library", "triton"]
@@ -166,6 +167,14 @@ class MethodArguments:
         "(10^9 bytes) per rank, beside the statistics; they cross the network once, those of the "
         "other layers with every micro-batch.",
     )
+    keep_zeros: bool | None = option(
+        None,
+        "Sparse methods: select no weight that is exactly 0, so that the zeros of a pruned model "
+        "survive the training (default: where a target matrix has more than "
+        f"{PRUNED_SHARE:.0%}% of them).",
+        nargs="?",
+        const=True,
+    )
     mask: str | None = option(None, "Train the entries of this mask.safetensors; no calibration.")
     sddmm_kernel: SddmmKernel = option(
         "auto",
@@ -223,6 +232,12 @@ class TrainArguments:
     adam_epsilon: Positive = option(1e-8, "Added to the root of the second moment.")
     max_grad_norm: Amount = option(
         1.0, "Largest norm of the gradient; a larger one is scaled down to it, 0 turns this off."
+    )
+    sam_rho: Amount = option(
+        0.0,
+        "Sparse methods: take the gradient where the loss is largest nearby, at weights that are "
+        "moved by so much along it (sharpness-aware minimization, arXiv 2010.01412, which takes "
+        "0.05); a second forward and backward in each step. 0 turns this off.",
     )
     lr_scheduler_type: Schedule = option("linear", f"One of {', '.join(SCHEDULES)}.")
     warmup_steps: Amount = option(

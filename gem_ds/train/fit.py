@@ -7,6 +7,9 @@ micro-batches:
     engine.step()                       averages over the ranks, clips, updates the masters
     entries.write_back()                the weights show the new values
 
+With ``--sam_rho`` a pass over the same micro-batches that delivers nothing goes before it, and this
+one runs at perturbed weights (:mod:`gem_ds.sparse.sam`).
+
 DeepSpeed's own division by the world size is made up for by the factor, so the gradient is that of
 the mean loss over the global batch however it is cut. What is logged, evaluated and saved between
 steps is the caller's business.
@@ -29,6 +32,7 @@ from gem_ds.data.batches import Batches, SummedLoss
 from gem_ds.distributed.engine import DenseEngine, Engine
 from gem_ds.files.checkpoint import TrainerState
 from gem_ds.sparse.entries import HeadEntries, SelectedEntries
+from gem_ds.sparse.sam import perturbed
 from gem_ds.train.signals import stop_signals
 
 StepEngine = Engine | DenseEngine
@@ -66,14 +70,15 @@ def fit(
     state: TrainerState,
     *,
     seed: int,
+    sam_rho: float = 0.0,
 ) -> Iterator[StepResult]:
     """Train from ``state.global_step`` to ``state.max_steps``, one step for each item asked for.
 
     All ranks iterate together. Between two steps masters and weights agree, as they must before:
     the caller may evaluate or save. ``parts`` are entries of frozen weights, none where parameters
-    of the model itself are trained, which DeepSpeed writes. ``seed`` is dropout's. A SIGTERM or
-    Ctrl-C ends it early; a loss or gradient that is not finite is a :class:`DivergedError`, and
-    masters are as before that step.
+    of the model itself are trained, which DeepSpeed writes. ``seed`` is dropout's, ``sam_rho`` the
+    radius of SAM, which is for entries (0: none). A SIGTERM or Ctrl-C ends it early; a loss or
+    gradient that is not finite is a :class:`DivergedError`, and masters are as before that step.
     """
     with ExitStack() as stack:
         received = stack.enter_context(stop_signals())
@@ -81,7 +86,15 @@ def fit(
             stack.enter_context(part.training())
         while state.global_step < state.max_steps:
             result = _step(
-                engine, parts, train, summed_loss, scheduler, state.global_step, seed, received
+                engine,
+                parts,
+                train,
+                summed_loss,
+                scheduler,
+                state.global_step,
+                seed,
+                sam_rho,
+                received,
             )
             state.global_step += 1
             state.epoch = state.global_step / train.steps_per_epoch
@@ -98,6 +111,7 @@ def _step(
     scheduler: LRScheduler,
     step: int,
     seed: int,
+    sam_rho: float,
     received: list[int],
 ) -> StepResult:
     """One global batch: gradient, update, write-back."""
@@ -105,7 +119,12 @@ def _step(
     started = time.perf_counter()
     engine.model.train()
     seed_noise(seed, step, comm.rank)
-    own = accumulate(engine, train, summed_loss, step).double() / comm.world_size
+    own = accumulate(engine, train, summed_loss, step, delivers=not sam_rho)
+    if sam_rho:
+        seed_noise(seed, step, comm.rank)  # the same dropout: of the same loss
+        with perturbed(parts, sam_rho):
+            accumulate(engine, train, summed_loss, step)
+    own = own.double() / comm.world_size
     local = torch.stack([own, own.new_full((), float(len(received)))])
     loss, num_stopping = comm.all_reduce(local, "sum").tolist()  # waits for the device
     if not math.isfinite(loss):
@@ -130,12 +149,22 @@ def _step(
     )
 
 
-def accumulate(engine: StepEngine, train: Batches, summed_loss: SummedLoss, step: int) -> Tensor:
-    """Run the backward of a global batch; this rank's part of its mean loss, times the ranks."""
+def accumulate(
+    engine: StepEngine,
+    train: Batches,
+    summed_loss: SummedLoss,
+    step: int,
+    *,
+    delivers: bool = True,
+) -> Tensor:
+    """Run the backward of a global batch; this rank's part of its mean loss, times the ranks.
+
+    Its last micro-batch delivers the gradient to the optimizer, unless told otherwise.
+    """
     share = 1.0 / train.num_items(step)
     total = torch.zeros((), device=engine.device)
     for i, batch in enumerate(train.micro_batches(step)):
-        model = engine.module(deliver=i == train.num_micro_batches - 1)
+        model = engine.module(deliver=delivers and i == train.num_micro_batches - 1)
         loss = summed_loss(model, batch) * (share * engine.comm.world_size)
         engine.backward(loss)
         total += loss.detach()

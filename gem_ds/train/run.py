@@ -38,7 +38,7 @@ from gem_ds.train.summary import describe
 #: Flags that say how a step is taken; a resumed run may change them, and says so.
 STEP_SETTINGS = (
     *("learning_rate", "head_learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay"),
-    *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "sam_rho"),
 )
 
 
@@ -225,6 +225,7 @@ class Run:
             self.scheduler,
             state,
             seed=train.seed,
+            sam_rho=train.sam_rho,
         ):
             self.delete_old_checkpoints()
             reporter.advance(step.loss, step.num_tokens, step.seconds)

@@ -110,6 +110,8 @@ class SparseTuning:
             base,
             found,
         )
+        if self.selection is not None:
+            self.mask.settings.update(self.selection.candidates.settings())
         if isinstance(prepared.checkpoint, Checkpoint):
             self.restore(prepared.checkpoint)
         with self.comm.agreement():
@@ -135,6 +137,7 @@ class SparseTuning:
                 progress=progress.advance,
                 rule=method.method,
                 seed=self.args.train.seed,
+                keep_zeros=method.keep_zeros,
                 buffer_gb=method.calibration_buffer_gb,
             )
 

@@ -64,6 +64,8 @@ def _describe_calibration(
     decided = zip(tuning.layers, selection.budgets, selection.layer_scores, strict=True)
     rows = ((layer.name, layer.numel, budget, score) for layer, budget, score in decided)
     say(f"Where the budget went:\n{budget_table(rows)}")
+    if selection.candidates.keep_zeros:
+        say(_kept_zeros(tuning, selection.candidates.num_zeros))
     if is_calibrated and (buffer_gb := method.calibration_buffer_gb):
         sizes = [tuning.engine.weights.partition_size(layer.weight) for layer in tuning.layers]
         num_buffered = len(buffered_layers(sizes, tuning.comm.world_size, buffer_gb))
@@ -71,6 +73,16 @@ def _describe_calibration(
             f"{num_buffered} of {len(sizes)} target layers were buffered in calibration "
             f"(--calibration_buffer_gb {buffer_gb:g})"
         )
+
+
+def _kept_zeros(tuning: SparseTuning, num_zeros: list[int]) -> str:
+    numels = [layer.numel for layer in tuning.layers]
+    shares = [zeros / numel for zeros, numel in zip(num_zeros, numels, strict=True)]
+    return (
+        f"{sum(num_zeros):,} target weights ({sum(num_zeros) / sum(numels):.2%}; of a matrix "
+        f"{min(shares):.2%} to {max(shares):.2%}) are exactly 0 and stay so; --keep_zeros false "
+        "would train them too"
+    )
 
 
 def budget_table(rows: Iterable[tuple[str, int, int, float]]) -> str:

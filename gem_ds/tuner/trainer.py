@@ -23,6 +23,7 @@ def select_mask_with(
     target_modules: Sequence[str] | str | None = None,
     rule: str = "gem",
     seed: int = 0,
+    keep_zeros: bool | None = None,
 ) -> Mask:
     """Select the entries that a rule would train, by the gradient of a trainer's own loss.
 
@@ -42,6 +43,7 @@ def select_mask_with(
         target_modules: Names of modules.
         rule: One of :data:`gem_ds.select.rules.RULES`.
         seed: Of rules that choose by chance.
+        keep_zeros: Whether entries that are exactly 0 are left out.
 
     Raises:
         ValueError: As :func:`gem_ds.select_mask`.
@@ -64,5 +66,6 @@ def select_mask_with(
         target_modules=target_modules,
         rule=rule,
         seed=seed,
+        keep_zeros=keep_zeros,
         reduce=accelerator.reduce if accelerator.num_processes > 1 else None,
     )

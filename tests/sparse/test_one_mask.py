@@ -80,7 +80,7 @@ def _with(name: str, flat_index: int, value: float, gradients: Tensors) -> Tenso
     return gradients
 
 
-#: By a name: statistics, K and the rule.
+#: By a name: statistics, K, the rule, and whether zeros are kept where it is said.
 GIVEN = {
     "all zero": (_zeros(), 50, "gem"),
     "all zero, one entry": (_zeros(), 1, "gem"),
@@ -89,6 +89,7 @@ GIVEN = {
     **{f"quantised {seed}": (_quantised(seed), 1 + 250 * seed, "gem") for seed in range(5)},
     **{f"heavy-tailed {seed}": (_heavy_tailed(seed), 1 + 70 * seed, "gem") for seed in range(3)},
     **{f"quantised by {rule}": (_quantised(9), 400, rule) for rule in SPARSE_METHODS},
+    **{f"zeros kept by {rule}": (_quantised(8), 900, rule, True) for rule in SPARSE_METHODS},
 }
 
 #: Statistics, and the matrices to be named; the culprits lie on one rank only.
@@ -115,13 +116,16 @@ class Holder:
                 partition: Tensor = layer.weight.ds_tensor
                 partition.data.view(-1)[stop - start :] = float("nan")
 
-    def mask_file(self, gradients: Tensors, total: int, rule: str, path: Path) -> Tensors:
+    def mask_file(
+        self, path: Path, gradients: Tensors, total: int, rule: str, keep_zeros: bool = False
+    ) -> Tensors:
         """The tensors of the mask file that this rank would write."""
         shards = []
         for layer, gradient in zip(self.layers, gradients.values(), strict=True):
             start, stop = self.engine.weights.shard_range(layer.weight)
             shards.append(gradient.flatten()[start:stop].clone())
-        selection = select(self.engine, self.layers, shards, total, rule=rule, seed=SEED)
+        options: Any = {"rule": rule, "seed": SEED, "keep_zeros": keep_zeros}
+        selection = select(self.engine, self.layers, shards, total, **options)
         indices = gather_indices(selection.indices, self.comm)
         named = dict(zip(self.layers, indices, strict=True))
         mask = Mask(
@@ -147,10 +151,10 @@ def _account(folder: Path) -> Account:
     for setting in SETTINGS:
         holder = Holder(comm, setting)
         for name, given in GIVEN.items():
-            account[setting, name] = holder.mask_file(*given, path)
+            account[setting, name] = holder.mask_file(path, *given)
         for name, (gradients, _) in REFUSED.items():
             with pytest.raises((ValueError, PeerError), match="not finite") as refusal:
-                holder.mask_file(gradients, 10, "gem", path)
+                holder.mask_file(path, gradients, 10, "gem")
             account[setting, name] = str(refusal.value)
     return account
 
@@ -168,9 +172,9 @@ def accounts(tmp_path_factory: pytest.TempPathFactory) -> Accounts:
 @functools.cache
 def _expected(name: str) -> Tensors:
     """The tensors of the mask file."""
-    gradients, total, rule = GIVEN[name]
+    gradients, total, rule, *keep_zeros = GIVEN[name]
     named = [{f"{n}.weight": t for n, t in part.items()} for part in (gradients, _weights())]
-    masks = oracle.select(*named, total, rule, SEED)
+    masks = oracle.select(*named, total, rule, SEED, *keep_zeros)
     return {f"{n}.indices": mask.flatten().nonzero()[:, 0].int() for n, mask in masks.items()}
 
 
@@ -192,7 +196,7 @@ def test_the_mask_is_the_oracles(accounts: Accounts, world_size: int, setting: S
 def test_cases_tie() -> None:
     """The premise: at the border of many quantised masks there are more equals than places."""
     num_tied = 0
-    for gradients, total, _ in (GIVEN[f"quantised {seed}"] for seed in range(5)):
+    for gradients, total, *_ in (GIVEN[f"quantised {seed}"] for seed in range(5)):
         masks = oracle.select(gradients, _weights(), total)
         for name, weight in _weights().items():
             ratio, mask = oracle.ratio(gradients[name], weight), masks[name]

@@ -137,6 +137,25 @@ def test_any_model_of_torch_will_do() -> None:
     }
 
 
+def test_zeros_of_a_pruned_weight_are_selected_only_where_they_are_asked_for() -> None:
+    """And what cannot be is refused before a batch is read."""
+    model = Plain()
+    with torch.no_grad():
+        model.inner.weight[:, ::2] = 0.0
+    zeros = set((model.inner.weight == 0).flatten().nonzero()[:, 0].tolist())
+    options = {"target_modules": ["inner"], "density": "0.15"}
+    x, chosen = [torch.randn(6, 5)], {}
+    for keep_zeros in (None, True, False):
+        mask = gem_ds.select_mask(model, x, _squares, keep_zeros=keep_zeros, **options)
+        chosen[keep_zeros] = set(mask.indices["inner.weight"].tolist())
+        assert ("keep_zeros" in mask.settings) == (keep_zeros is not False)
+    assert chosen[None] == chosen[True]
+    assert not chosen[None] & zeros
+    assert chosen[False] < zeros
+    with pytest.raises(ValueError, match="hold 8 entries that are not 0, and 11 are to be sel"):
+        gem_ds.select_mask(model, (), _squares, **options | {"density": "0.25"})
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_the_callers_mode_and_calls_of_the_model_do_not_matter(mode: type) -> None:
     examples = naive_examples(random_examples(4), range(4))

@@ -61,6 +61,7 @@ WEIGHTS: dict[str, Callable[[dict[str, Any]], object]] = {
     "w3": lambda t: t["model.layers.0.mlp.up_proj.weight"][0, 0].fill_(float("inf")),
     "w5": lambda t: t["model.embed_tokens.weight"].mul_(1.5),
     "w4": lambda t: t["model.layers.1.self_attn.o_proj.weight"].zero_(),
+    "w6": lambda t: [w[:, 1:].zero_() for name, w in t.items() if "_proj" in name],
 }
 
 #: Folders of data, by the rows of their training file.

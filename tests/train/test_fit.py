@@ -52,27 +52,36 @@ def _batches(comm: Comm, accumulation: int = 1) -> Batches:
 
 
 @dataclass
+class Skipping:
+    """Five steps, of which one is skipped."""
+
+    steps: list[StepResult]
+    values: list[Tensor]  # the entries before and after each of them
+    num_updates: int
+
+
+@dataclass
 class Facts:
     """What one of two ranks has found."""
 
-    steps: list[StepResult]  # where one of five is skipped
-    values: list[Tensor]  # the entries before and after each of them
-    num_updates: int  # of these steps
+    skipping: list[Skipping]  # where one of five is skipped; plain, and with SAM
     errors: list[str]  # how training ends with a loss, and with a gradient, that is not finite
     is_as_before: bool  # masters and moments, after these
     noisy: list[float]  # the held-out loss, twice, of a model that drops out in train mode
     held_out: float  # that of another model
     trained: float  # the mean loss of its first step on the same examples
     was_training: list[bool]  # whether it was in train mode, for each micro-batch of both
+    passes: list[float]  # losses of two micro-batches, twice, where SAM hardly moves the weights
 
 
 def _facts() -> Facts:
     comm = init_distributed()
     errors, is_as_before = _diverge(comm)
-    return Facts(*_skip_a_step(comm), errors, is_as_before, *_losses(comm))
+    skipping = [_skip_a_step(comm, sam_rho) for sam_rho in (0.0, 0.1)]
+    return Facts(skipping, errors, is_as_before, *_losses(comm), _passes(comm))
 
 
-def _skip_a_step(comm: Comm) -> tuple[list[StepResult], list[Tensor], int]:
+def _skip_a_step(comm: Comm, sam_rho: float) -> Skipping:
     """As an fp16 engine does, whose gradient is not finite."""
     step, calls = Engine.step, itertools.count()
 
@@ -92,12 +101,19 @@ def _skip_a_step(comm: Comm) -> tuple[list[StepResult], list[Tensor], int]:
         mock.patch.object(Engine, "lowers_loss_scale", True),
     ):
         for result in fit(
-            engine, [entries], _batches(comm), summed_answer_loss, scheduler, state, seed=0
+            engine,
+            [entries],
+            _batches(comm),
+            summed_answer_loss,
+            scheduler,
+            state,
+            seed=0,
+            sam_rho=sam_rho,
         ):
             results.append(result)
             values.append(entries.read())
     assert state.global_step == NUM_STEPS
-    return results, values, engine.num_updates
+    return Skipping(results, values, engine.num_updates)
 
 
 def _diverge(comm: Comm) -> tuple[list[str], bool]:
@@ -143,6 +159,21 @@ def _losses(comm: Comm) -> tuple[list[float], float, float, list[bool]]:
     return noisy, held_out, step.loss, modes
 
 
+def _passes(comm: Comm) -> list[float]:
+    """The losses of a step's micro-batches in both passes of SAM, of a model that drops out."""
+    entries, losses = _entries(comm, "opt"), []
+
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        found = summed_answer_loss(model, batch)
+        losses.append(found.item())
+        return found
+
+    scheduler = LambdaLR(entries.engine.optimizer, lambda _: 1.0)
+    batches, state = _batches(comm, accumulation=2), TrainerState(max_steps=1)
+    list(fit(entries.engine, [entries], batches, loss, scheduler, state, seed=0, sam_rho=1e-3))
+    return losses
+
+
 @pytest.fixture(scope="module")
 def facts() -> list[Facts]:
     """By rank."""
@@ -150,7 +181,7 @@ def facts() -> list[Facts]:
 
 
 def test_a_skipped_step_of_fp16_changes_nothing_but_the_step_count(facts: list[Facts]) -> None:
-    for found in facts:
+    for found in (skipping for rank in facts for skipping in rank.skipping):
         moved = [not torch.equal(*pair) for pair in itertools.pairwise(found.values)]
         assert moved == [step != SKIPPED for step in range(NUM_STEPS)]
         assert found.num_updates == NUM_STEPS - 1
@@ -178,6 +209,14 @@ def test_losses_are_the_mean_over_the_ranks_examples_without_dropout(facts: list
         assert (found.held_out, found.trained) == (mean, mean)
         assert found.noisy[0] == found.noisy[1]
         assert found.was_training == [False] * 2 + [True] * 2, "in train mode again"
+
+
+def test_both_passes_of_sam_drop_out_the_same(facts: list[Facts]) -> None:
+    """Or the gradient would be that of another loss than the one that the weights climb."""
+    for found in facts:
+        first, second = found.passes[:2], found.passes[2:]
+        assert first == pytest.approx(second, rel=5e-3)
+        assert first != second, "the weights moved"
 
 
 def test_noise_is_that_of_the_seed_the_step_and_the_rank() -> None:

@@ -31,7 +31,7 @@ from gem_ds.train import main as train
 from gem_ds.train import run
 from gem_ds.train.reporting import TENSORBOARD_FOLDER, Reporter
 from tests.ranks import CPU_ONLY, run_ranks
-from tests.tiny import naive_loss
+from tests.tiny import bits, naive_loss
 from tests.tiny_model import REPOSITORY, Tiny, joined, make_tiny, one_rank
 
 pytestmark = [
@@ -156,6 +156,34 @@ def test_a_mask_serves_later_runs_in_another_dtype_and_names_its_method(tiny, tm
             AutoModelForCausalLM.from_pretrained(tiny.model, dtype=torch.bfloat16),
             delta_of(tmp_path / name),
         )
+
+
+def test_zeros_of_a_pruned_model_stay_and_with_them_its_2_4_pattern(tiny, tmp_path, capsys):
+    """To the bit, after training; only where nobody asks for it they are selected, and first."""
+    folder = tiny.variant("pruned")
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        for name, weight in base.named_parameters():
+            if "proj" in name:
+                fours = weight.view(-1, 4)
+                fours.scatter_(1, fours.abs().argsort(dim=1)[:, :2], 0.0)
+    base.save_pretrained(folder)
+    flags = {"model_name_or_path": folder, "density": "0.03", "method": "ratio"}
+    train.main(tiny.flags(tmp_path / "kept", **flags, max_steps=4))
+    told = "of a matrix 50.00% to 50.00%) are exactly 0 and stay so; --keep_zeros false would train"
+    assert told in capsys.readouterr().out
+    trained = AutoModelForCausalLM.from_pretrained(folder)
+    apply_delta(trained, delta_of(tmp_path / "kept"))
+    num_changed = 0
+    for before, after in zip(base.parameters(), trained.parameters(), strict=True):
+        num_changed += int((before != after).sum())
+        assert torch.equal(bits(before)[before == 0], bits(after)[before == 0])
+    assert num_changed > 500
+    assert delta_of(tmp_path / "kept").mask.settings["keep_zeros"]
+    train.main(tiny.flags(tmp_path / "lost", **flags, max_steps=0, keep_zeros=False))
+    lost = Mask.load(tmp_path / "lost" / "mask.safetensors")
+    chosen = [base.get_parameter(n).flatten()[i.long()] for n, i in lost.indices.items()]
+    assert (torch.cat(chosen) == 0).double().mean() > 0.9
 
 
 def _finetune(calls: list[dict[str, Any]]) -> list[gem_ds.RunResult]:

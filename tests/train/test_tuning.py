@@ -100,14 +100,16 @@ class Plan:
     setting: Setting
     micro_batch_size: int = 2
     max_grad_norm: float = 0.5
+    sam_rho: float = 0.0
 
     def __str__(self) -> str:
         size, norm = self.micro_batch_size, self.max_grad_norm
-        return f"{self.method} {self.model} {self.setting} by {size} clipped to {norm}"
+        sam = f" sam {self.sam_rho}" if self.sam_rho else ""
+        return f"{self.method} {self.model} {self.setting} by {size} clipped to {norm}{sam}"
 
     @property
     def num_steps(self) -> int:
-        return 9 if self.method == "gem" else 5
+        return 20 if self.sam_rho else 9 if self.method == "gem" else 5
 
 
 EXACT = [
@@ -127,14 +129,17 @@ EXACT = [
     Plan("lora", "bert", Setting(3), 3),
     Plan("ia3", "llama", Setting(3)),
     Plan("shira", "llama", Setting(2)),
+    Plan("gem", "bert", Setting(0), sam_rho=0.3),
+    Plan("gem", "bert", Setting(3), 1, sam_rho=0.3),
 ]
 ROUNDED = [
     *(Plan("gem", "bert", Setting(stage, "bf16")) for stage in (0, 3)),
     *(Plan("full", "llama", Setting(stage, "bf16")) for stage in (0, 3)),
     Plan("lora", "bert", Setting(3, "bf16")),
+    Plan("gem", "bert", Setting(3, "bf16"), sam_rho=0.3),
 ]
 PLANS = {
-    1: [EXACT[0], EXACT[7], EXACT[13]],
+    1: [EXACT[0], EXACT[7], EXACT[13], *EXACT[-2:]],
     2: [*EXACT, *ROUNDED],
     3: [EXACT[3], ROUNDED[1]],
 }
@@ -265,7 +270,8 @@ def _train(comm: Comm, plan: Plan, folder: Path) -> Outcome:
         summed_loss = answer_loss_of(tuning.engine.model, comm)
         assert summed_loss is chunked_answer_loss
     state, results = TrainerState(max_steps=plan.num_steps), []
-    for step in fit(tuning.engine, parts, batches, summed_loss, scheduler, state, seed=0):
+    options: Any = {"seed": 0, "sam_rho": plan.sam_rho}
+    for step in fit(tuning.engine, parts, batches, summed_loss, scheduler, state, **options):
         results.append(step)
         if inspector is not None:
             inspector.take_up_masters()
@@ -349,7 +355,14 @@ class Dense:
 
 
 @functools.cache
-def _dense(method: str, name: str, max_grad_norm: float, num_steps: int, alone: int = 0) -> Dense:
+def _dense(
+    method: str,
+    name: str,
+    max_grad_norm: float,
+    num_steps: int,
+    alone: int = 0,
+    sam_rho: float = 0.0,
+) -> Dense:
     """With ``alone`` the head alone, its rate falling to zero in so many steps."""
     network: Any = _model(name).eval()
     head = sorted(head_names(network))
@@ -379,7 +392,8 @@ def _dense(method: str, name: str, max_grad_norm: float, num_steps: int, alone: 
         examples, num_items, loss_fn = _global_batch(name, step)
         with torch.no_grad():
             losses.append(sum(float(loss_fn(network, e)) for e in examples) / num_items)
-        sums = oracle.summed_gradients(network, examples, loss_fn, list(params))
+        found = functools.partial(oracle.summed_gradients, network, examples, loss_fn, list(params))
+        sums = oracle.sam_gradients(found, params, masks, sam_rho) if sam_rho else found()
         factor = 1 - step / alone if alone else _rate_factor(step)
         means = {key: gradient / num_items for key, gradient in sums.items()}
         norms.append(optimizer.step(means, {key: rate * factor for key, rate in rates.items()}))
@@ -402,7 +416,8 @@ def _global_batch(name: str, step: int) -> tuple[list[Any], int, Callable[..., T
 
 
 def _dense_of(plan: Plan) -> Dense:
-    return _dense(plan.method, plan.model, plan.max_grad_norm, plan.num_steps)
+    given = plan.method, plan.model, plan.max_grad_norm, plan.num_steps
+    return _dense(*given, sam_rho=plan.sam_rho)
 
 
 # The tests

@@ -1,0 +1,53 @@
+"""Sharpness-aware minimization over what is trained (SAM, Foret et al., arXiv 2010.01412).
+
+    e = rho g / ||g||_2           g the gradient of the global batch's loss at w     (eq. 2, p = 2)
+    the step's gradient is that of the same loss at w + e, applied to w              (eq. 3)
+
+w are the trained entries alone, those of a head among them, so e is K numbers and not as large as
+the model. g is that of the whole global batch, summed over micro-batches and ranks before anything
+is perturbed: an e of each micro-batch's or rank's own would make the result depend on how the batch
+is cut (the authors' variant on several accelerators, m-sharpness in section 4.1, does).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from gem_ds.sparse.entries import TrainedEntries
+
+
+@contextmanager
+def perturbed(parts: Sequence[TrainedEntries], rho: float) -> Iterator[None]:
+    """While the block lasts, the weights are w + e; then they are w again, to the bit.
+
+    g is what backward passes that delivered nothing have collected on the ranks, which enter
+    together; it is taken. Where it is 0 or not finite nothing is perturbed. w + e is rounded to the
+    model's dtype: in bf16 the entries whose e is below half a last place stay.
+    """
+    values = [part.values() for part in parts]
+    for part, there in zip(parts, _perturbed_values(parts, values, rho), strict=True):
+        part.write(there)
+    try:
+        yield
+    finally:
+        for part, before in zip(parts, values, strict=True):
+            part.write(before)
+
+
+def _perturbed_values(
+    parts: Sequence[TrainedEntries], values: Sequence[Tensor], rho: float
+) -> Iterator[Tensor]:
+    """Per part w + e, [K], of its values w."""
+    comm = parts[0].engine.comm
+    gradients = [comm.all_reduce(part.vector.take_gradient(), "sum") for part in parts]
+    # In fp64, as the gradients of an fp16 engine are scaled up.
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    is_usable = norm.isfinite() & (norm > 0)
+    for before, gradient in zip(values, gradients, strict=True):
+        there = gradient.mul_((rho / norm).float()).add_(before)
+        yield torch.where(is_usable, there.to(before.dtype), before)
