@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,16 @@ settings.load_profile("any_speed")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes long begins first, so that no worker is left alone with it at the end."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_collection_finish() -> None:
+    """DeepSpeed collects garbage for each engine: what was imported need not be walked again."""
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Else libraries tell at the end of what they could not free."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -51,7 +51,8 @@ def mask_of(names: Sequence[str]) -> Mask:
 
 def bytes_of(tensor: Tensor) -> bytes:
     """Its numbers' bytes in row-major order, whatever its layout."""
-    return bytes(tensor.detach().clone(memory_format=torch.contiguous_format).untyped_storage())
+    whole = tensor.detach().clone(memory_format=torch.contiguous_format)
+    return whole.flatten().view(torch.uint8).numpy().tobytes()
 
 
 def bits(model: nn.Module) -> dict[str, bytes]:

@@ -6,9 +6,10 @@
 the others by :func:`distributed.process_group.init_distributed`. It has to be importable by name.
 
 The ranks run on the CPU with one thread each, whatever the machine has. They are forked from one
-server process that has imported DeepSpeed already, which takes longer than most tests.
+server process that has imported the libraries already, which takes longer than most tests.
 """
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -26,7 +27,7 @@ import torch
 from gem_ds.distributed.comm import free_port
 
 CPU_ONLY = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-PRELOADED = ["deepspeed", "gem_ds.distributed.engine", "transformers.models.llama.modeling_llama"]
+PRELOADED = ["deepspeed", "gem_ds.train.main", "peft", "transformers.models.llama.modeling_llama"]
 GRACE = 2.0  # seconds that the other ranks get to report too, once one has failed
 
 
@@ -83,6 +84,7 @@ def _main(
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
+    gc.freeze()  # DeepSpeed collects for each engine: what was imported need not be walked again
     os.environ.update(environment)
     torch.set_num_threads(1)
     try:  # pickled here: torch's own way of sending a tensor shares this rank's memory

@@ -127,7 +127,7 @@ def results(tiny: Tiny) -> dict[str, dict[str, Any]]:
     for name, run in {name: run for name, *run in RUNS if name in DENSE_RESUMED}.items():
         more = {"resume_from_checkpoint": tiny.folder / name / "checkpoint-2"}
         commands[f"{name}_resumed"] = _flags(tiny, f"{name}_resumed", *run, **more)
-    (found, _), (_, silence) = run_ranks(2, _mains, list(commands.values()))
+    (found, _), (_, silence) = run_ranks(2, _mains, list(commands.values()), timeout=600)
     assert not silence, "rank 0 alone speaks"
     return dict(zip(commands, found, strict=True))
 

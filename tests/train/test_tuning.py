@@ -338,7 +338,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def outcomes(folder: Path) -> Outcomes:
     """World size and plan -> what each rank knows."""
-    run = functools.cache(lambda size: run_ranks(size, _all_plans, folder))
+    run = functools.cache(lambda size: run_ranks(size, _all_plans, folder, timeout=600))
     return lambda size, plan: [known[plan] for known in run(size)]
 
 
