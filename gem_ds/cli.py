@@ -28,6 +28,7 @@ PROGRAMS = {
     "eval squad": ("gem_ds.evaluate.squad", "SQuAD, and STS-B by a causal model"),
     "eval score": ("gem_ds.evaluate.score", "score samples.jsonl again, without a model"),
     "export": ("gem_ds.formats.export", "base model and delta in a format of others"),
+    "import": ("gem_ds.formats.adapter", "an adapter of SHiRA or of the tuner as a delta"),
     "delta info": ("gem_ds.deltas.info", "what a delta or a mask holds"),
     "delta diff": ("gem_ds.deltas.diff", "what two deltas of one base have in common"),
     "delta merge": ("gem_ds.deltas.merge", "several tasks' deltas as one"),

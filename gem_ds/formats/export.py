@@ -1,6 +1,7 @@
 """A base model and a delta as what others load: ``gem-ds export --format F``.
 
     hf      an ordinary Hugging Face folder: the base's with other weights (gem_ds.models.folder)
+    shira   an adapter of peft's method SHiRA (gem_ds.formats.shira)
     gguf    one file of llama.cpp, by its converter (gem_ds.formats.gguf)
 
 What is written appears under its name when it is whole, not before. One process, no accelerator.
@@ -18,6 +19,7 @@ from gem_ds.files.delta import Delta
 from gem_ds.files.manifest import atomic_folder, clear_leftovers, refuse_foreign
 from gem_ds.flags import name_of
 from gem_ds.formats.gguf import prepare_gguf
+from gem_ds.formats.shira import prepare_shira
 from gem_ds.models.export import prepare_folder
 from gem_ds.progress import loading_bars
 
@@ -34,7 +36,11 @@ class Prepare(Protocol):
         """Raise a ValueError where delta, base and format do not go together."""
 
 
-FORMATS: dict[str, Prepare] = {"hf": prepare_folder, "gguf": prepare_gguf}
+FORMATS: dict[str, Prepare] = {
+    "hf": prepare_folder,
+    "shira": prepare_shira,
+    "gguf": prepare_gguf,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -49,7 +55,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     delta_help = "delta.safetensors of a run, or its weights at a step: a checkpoint-N folder"
     parser.add_argument("--delta", type=Path, required=True, help=delta_help)
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to create")
-    format_help = "hf (the default): a Hugging Face folder; gguf: a file of llama.cpp in one"
+    format_help = (
+        "hf (the default): a Hugging Face folder; shira: an adapter of peft's method SHiRA; gguf: "
+        "llama.cpp's file"
+    )
     parser.add_argument("--format", default="hf", choices=FORMATS, help=format_help)
     parser.add_argument("--overwrite_output_dir", action="store_true", help=replace_help)
     code_help = "run model code that comes with the weights"

@@ -1,17 +1,22 @@
 """The base of a delta, and the two as an ordinary Hugging Face folder.
 
-The base is loaded as it was trained, in the delta's dtype, and the delta is applied; what is
-written is the base's folder with these weights (`gem_ds.models.folder`). The model must fit into
-this machine's memory.
+What is written is the base's folder with the delta's weights (`gem_ds.models.folder`). Where the
+base's files hold its parameters under their names, which they mostly do, the delta is laid over
+them one weight at a time, and no model is made. Else (a task head; experts that transformers holds
+together; files of fewer bits than the delta) the model is loaded in the delta's dtype, and must fit
+into this machine's memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
+from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     PretrainedConfig,
@@ -20,10 +25,12 @@ from transformers import (
 
 from gem_ds.files.apply import apply_delta
 from gem_ds.files.delta import Delta
+from gem_ds.files.fingerprint import fingerprints, read_whole
 from gem_ds.models.adapters import refuse_own_adapter
 from gem_ds.models.encoders import auto_class, is_encoder, set_labels
-from gem_ds.models.folder import base_folder, write_folder
+from gem_ds.models.folder import base_folder, write_changed, write_folder
 from gem_ds.models.load import model_config
+from gem_ds.models.weight_files import holds, map_model, name_in_files
 
 
 def prepare_folder(
@@ -37,11 +44,75 @@ def prepare_folder(
         ValueError: The delta is of another base, or the base is incomplete.
     """
     revision = delta.mask.revision_of(base)
+    refuse_own_adapter(base, revision)
+    found, files = entries_in_files(delta, base, revision), base_folder(base, revision)
+    if found is not None and (files / "config.json").is_file():
+        laid = {name: partial(_laid_over, delta, each) for each, (name, _) in found.items()}
+        return lambda folder: write_changed(folder, files, laid, delta.dtype)
     model = load_base(base, revision, delta, trust_remote_code=trust_remote_code)
     apply_delta(model, delta)
     files = base_folder(base, getattr(model.config, "_commit_hash", None) or revision)
     trained = dict(model.named_parameters())
     return lambda folder: write_folder(folder, files, model, trained, delta.head)
+
+
+def entries_in_files(
+    delta: Delta, base: str, revision: str
+) -> dict[str, tuple[str, Tensor]] | None:
+    """The delta's weights in the base's files, by their names in the model; checked to be its base.
+
+    None where the files alone do not tell the model: it has parameters that they do not have under
+    their names, or none are known; a task head; or a dtype that does not hold the delta's.
+
+    Returns:
+        The name in the files and the mapped tensor, in the files' dtype.
+
+    Raises:
+        ValueError: They hold another base, or are damaged.
+    """
+    mask = delta.mask
+    tensors = map_model(base, revision)
+    names = {each: name_in_files(each, tensors) for each in [*mask.fingerprints, *mask.weights]}
+    found = {each: (name, tensors[name]) for each, name in names.items() if name is not None}
+    is_whole = bool(mask.fingerprints) and found.keys() >= mask.fingerprints.keys()
+    if delta.head or not is_whole or not found.keys() >= mask.weights.keys():
+        return None
+    weights = {name: found[name] for name in mask.weights}
+    if not all(holds(tensor.dtype, delta.dtype) for _, tensor in weights.values()):
+        return None
+    mask.check_model({name: tuple(t.shape) for name, (_, t) in found.items()}, base)
+    at = [(tensor, mask.indices[name].long()) for name, (_, tensor) in weights.items()]
+    values = (each.to(delta.dtype) for each in read_whole(at))
+    mask.check_base(dict(zip(weights, values, strict=True)), "delta")
+    rest = {name: found[name][1] for name in mask.fingerprints}
+    dtypes = [getattr(torch, text.partition(" ")[0]) for text in mask.fingerprints.values()]
+    read = lambda entries: map(Tensor.to, read_whole(entries), dtypes)  # noqa: E731
+    mask.check_rest(fingerprints(rest, read), "delta")
+    return weights
+
+
+def base_weights(delta: Delta, base: str, *, trust_remote_code: bool = False) -> dict[str, Tensor]:
+    """The base's weights that the delta has entries of; mapped from its files where they tell.
+
+    In the files' dtype, which holds the delta's, or in the delta's.
+
+    Raises:
+        ValueError: The delta is of another base, or the base is incomplete.
+    """
+    revision = delta.mask.revision_of(base)
+    refuse_own_adapter(base, revision)
+    if (found := entries_in_files(delta, base, revision)) is not None:
+        return {name: tensor for name, (_, tensor) in found.items()}
+    model = load_base(base, revision, delta, trust_remote_code=trust_remote_code)
+    apply_delta(model, delta).revert()  # it checks
+    return {name: model.get_parameter(name).detach() for name in delta.values}
+
+
+def _laid_over(delta: Delta, name: str, base: Tensor) -> Tensor:
+    """The trained weight `name`, in the delta's dtype, from its base's."""
+    trained = base.to(delta.dtype, copy=True, memory_format=torch.contiguous_format)
+    trained.view(-1)[delta.mask.indices[name].long()] = delta.values[name]
+    return trained
 
 
 def load_base(

@@ -16,28 +16,22 @@ its labels. Hidden files, subfolders and weights of other formats (`.gguf`, `.h5
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, utils
 from transformers.core_model_loading import revert_weight_conversion
 
 from gem_ds.files.mask import dtype_name
-
-#: What weights are loaded from: the first that is there.
-WEIGHT_FILES = (
-    *(utils.SAFE_WEIGHTS_NAME, utils.SAFE_WEIGHTS_INDEX_NAME),
-    *(utils.WEIGHTS_NAME, utils.WEIGHTS_INDEX_NAME),
-)
+from gem_ds.files.stream import LazyTensor, stream_tensors
+from gem_ds.models.weight_files import holds, map_tensors, weight_files
 
 #: Ends of the names of what holds weights, or an optimizer's state, in any format.
 _OF_WEIGHTS = (
@@ -85,12 +79,44 @@ def write_folder(
     Raises:
         ValueError: The base's files have no place for a parameter.
     """
-    dtypes = _write_weights(folder, base, model, trained, head)
+    names = [name for path in weight_files(str(base))[1] for name in map_tensors(path)[0]]
+    new = _as_in_files(model, trained, names)
+    prefix = f"{model.base_model_prefix}."
+    dtypes = _write_weights(folder, base, new, lambda name, old: new[name], prefix, head)
+    return _write_others(folder, base, dtypes, model if head else None)
+
+
+def write_changed(
+    folder: Path, base: Path, changed: Mapping[str, Callable[[Tensor], Tensor]], dtype: torch.dtype
+) -> list[str]:
+    """As `write_folder` where the names of the weights that change are those in the base's files.
+
+    One weight at a time is in memory.
+
+    Args:
+        folder: Where to write; exists.
+        base: The base's folder, weights included.
+        changed: By name in the files, what makes of the base's weight the trained one, in `dtype`.
+        dtype: That of the training; the base's has every value of it.
+    """
+    shapes = {n: t.shape for p in weight_files(str(base))[1] for n, t in map_tensors(p)[0].items()}
+    new = {name: torch.empty(shapes[name], dtype=dtype, device="meta") for name in changed}
+    dtypes = _write_weights(folder, base, new, lambda name, old: changed[name](old))
+    return _write_others(folder, base, dtypes, None)
+
+
+def _write_others(
+    folder: Path,
+    base: Path,
+    dtypes: Collection[tuple[torch.dtype, torch.dtype]],
+    with_head: PreTrainedModel | None,
+) -> list[str]:
+    """Writes all but weights: the base's files, and what config.json must say of the weights."""
     _copy_files(base, folder)
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    changes = _labels(model, config) if head else {}
+    changes = _labels(with_head, config) if with_head is not None else {}
     notes = []
-    if exact := [new for old, new in dtypes if not _holds(old, new)]:
+    if exact := [new for old, new in dtypes if not holds(old, new)]:
         dtype = dtype_name(exact[0])
         changes |= _with_dtype(config, dtype)
         notes.append(f"the base's dtype cannot hold the trained values, so all are {dtype}")
@@ -142,24 +168,24 @@ def _copy_files(base: Path, folder: Path) -> None:
 def _write_weights(
     folder: Path,
     base: Path,
-    model: PreTrainedModel,
-    trained: Mapping[str, Tensor],
-    head: Collection[str],
+    new: Mapping[str, Tensor],
+    trained: Callable[[str, Tensor], Tensor],
+    prefix: str = "",
+    head: Collection[str] = (),
 ) -> set[tuple[torch.dtype, torch.dtype]]:
     """Writes file by file; returns the base's dtypes with those of the training, where they differ.
 
-    (One holds the other, or the weight is in the training's.)
+    (One holds the other, or the weight is in the training's.) What `trained` makes of a name in
+    `new` and the base's weight is `new`'s, where that may be without numbers.
     """
-    index, sources = _weight_files(base)
-    prefix = f"{model.base_model_prefix}."
-    new = _as_in_files(model, trained, [n for s in sources for n in _names(base / s)])
+    index, sources = weight_files(str(base))
     missing = {name: new[name] for name in head if name in new}
     placed: set[int] = set()
     dtypes: set[tuple[torch.dtype, torch.dtype]] = set()
     weight_map: dict[str, str] = {}
     num_bytes = 0
     for source in sources:
-        tensors, metadata = _read(base / source)
+        tensors, metadata = map_tensors(source)
         written = {}
         for name, old in tensors.items():
             found = _found(name, new, prefix)
@@ -167,15 +193,17 @@ def _write_weights(
                 missing.pop(found, None)
                 placed.add(new[found].data_ptr())
                 dtypes |= {(old.dtype, new[found].dtype)}
-                written[found if head else name] = _merged(old, new[found])
+                dtype = old.dtype if holds(old.dtype, new[found].dtype) else new[found].dtype
+                make = partial(_merged, old, partial(trained, found, old))
+                written[found if head else name] = LazyTensor(dtype, tuple(old.shape), make)
             elif not head:
-                written[name] = old
+                written[name] = _lazy(old)
         if source == sources[-1]:
-            written |= missing
+            written |= {name: _lazy(tensor) for name, tensor in missing.items()}
             placed |= {tensor.data_ptr() for tensor in missing.values()}
-        target = source.replace("pytorch_model", "model").removesuffix(".bin")
+        target = source.name.replace("pytorch_model", "model").removesuffix(".bin")
         target = target.removesuffix(".safetensors") + ".safetensors"
-        num_bytes += _save(folder / target, written, metadata)
+        num_bytes += stream_tensors(folder / target, written, metadata)
         weight_map |= dict.fromkeys(written, target)
     if homeless := [name for name, tensor in new.items() if tensor.data_ptr() not in placed]:
         raise ValueError(
@@ -188,6 +216,10 @@ def _write_weights(
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (folder / utils.SAFE_WEIGHTS_INDEX_NAME).write_text(text, encoding="utf-8")
     return {(old, new) for old, new in dtypes if old != new}
+
+
+def _lazy(tensor: Tensor) -> LazyTensor:
+    return LazyTensor(tensor.dtype, tuple(tensor.shape), lambda: tensor)
 
 
 def _as_in_files(
@@ -208,67 +240,16 @@ def _as_in_files(
     )
 
 
-def _weight_files(base: Path) -> tuple[dict[str, Any] | None, list[str]]:
-    """The index of a base in several files, and the files' names in their order."""
-    name = next((name for name in WEIGHT_FILES if (base / name).is_file()), None)
-    if name is None:
-        raise ValueError(f"{base} holds no weights ({' or '.join(WEIGHT_FILES)})")
-    if not name.endswith(".json"):
-        return None, [name]
-    index = json.loads((base / name).read_text(encoding="utf-8"))
-    return index, sorted(set(index["weight_map"].values()))
-
-
-def _names(path: Path) -> list[str]:
-    if path.suffix == ".bin":
-        return list(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-    with safe_open(path, framework="pt") as file:
-        return list(file.keys())
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if path.suffix == ".bin":
-        return torch.load(path, map_location="cpu", weights_only=True), {"format": "pt"}
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return tensors, file.metadata() or {"format": "pt"}
-
-
 def _found(name: str, tensors: Mapping[str, Tensor], prefix: str) -> str | None:
     """The name in `tensors` of one in the files; those of a base model alone have no prefix."""
     candidates = (name, prefix + name, name.removeprefix(prefix))
     return next((each for each in candidates if each in tensors), None)
 
 
-def _merged(old: Tensor, new: Tensor) -> Tensor:
-    """`old` but for the entries where `new`, perhaps of fewer digits, is another number."""
-    new = new.detach().cpu()
-    if old.dtype == new.dtype or not _holds(old.dtype, new.dtype):
+def _merged(old: Tensor, make: Callable[[], Tensor]) -> Tensor:
+    """`old` but for the entries where the new, perhaps of fewer digits, is another number."""
+    new = make().detach().cpu()
+    if old.dtype == new.dtype or not holds(old.dtype, new.dtype):
         return new
     bits = _BITS[new.element_size()]
     return torch.where(old.to(new.dtype).view(bits) == new.view(bits), old, new.to(old.dtype))
-
-
-def _holds(old: torch.dtype, new: torch.dtype) -> bool:
-    """Whether a dtype has every value of another."""
-    return torch.promote_types(old, new) == old
-
-
-def _save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
-    """Writes one file; returns the bytes of its tensors."""
-    packed: dict[str, Tensor] = {}
-    memory: set[int] = set()
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        packed[name] = tensor.clone() if tensor.data_ptr() in memory else tensor  # a tied weight
-        memory.add(packed[name].data_ptr())
-    save_file(packed, path, metadata=dict(metadata))
-    path.chmod(0o666 & ~_umask())  # safetensors lets nobody else read it
-    return sum(tensor.nbytes for tensor in packed.values())
-
-
-def _umask() -> int:
-    """The process's mask of permissions, which can be read only by setting it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask

@@ -1,24 +1,96 @@
-"""The files of a model's weights, opened before anything of them is loaded.
+"""The files of a model's weights, opened before anything of them is loaded, or instead.
 
 Headers and lengths of ``*.safetensors``; where there are none, the pickles of ``*.bin``, without
-running code of theirs. Values are not read.
+running code of theirs. Values are read from the disk where they are used.
 """
 
 from __future__ import annotations
 
+import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, RemoteEntryNotFoundError
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import utils
 
+#: What weights are loaded from: the first that is there.
 _NAMES = (
     *(utils.SAFE_WEIGHTS_NAME, utils.SAFE_WEIGHTS_INDEX_NAME),
     *(utils.WEIGHTS_NAME, utils.WEIGHTS_INDEX_NAME),
 )
+
+
+def weight_files(
+    name: str, revision: str | None = None
+) -> tuple[dict[str, Any] | None, list[Path]]:
+    """The index of a model in several files, and the files; those of the Hub are fetched.
+
+    Raises:
+        ValueError: A folder or repository without weights.
+    """
+    path = next(filter(None, (_file_of(name, file, revision) for file in _NAMES)), None)
+    if path is None:
+        raise ValueError(f"{name} holds no weights ({' or '.join(_NAMES)})")
+    if path.suffix != ".json":
+        return None, [path]
+    index = json.loads(path.read_text(encoding="utf-8"))
+    found = {file: _file_of(name, file, revision) for file in set(index["weight_map"].values())}
+    if missing := [file for file, path in found.items() if path is None]:
+        raise ValueError(f"{name} lacks {min(missing)}, which its index names: copy it again.")
+    return index, [path for _, path in sorted(found.items()) if path is not None]
+
+
+def _file_of(name: str, file: str, revision: str | None) -> Path | None:
+    if Path(name).is_dir():
+        return path if (path := Path(name, file)).is_file() else None
+    try:
+        return Path(hf_hub_download(name, file, revision=revision))
+    except RemoteEntryNotFoundError:
+        return None
+    except (OSError, ValueError, EntryNotFoundError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"The weights of {name} cannot be fetched: {reason}") from error
+
+
+def map_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file, and its metadata.
+
+    They are mapped into memory: a number is read from the disk when it is used, and one that is
+    overwritten is so in this process alone.
+    """
+    try:
+        if path.suffix == ".bin":
+            return _unpickled(path), {"format": "pt"}
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {"format": "pt"}
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}): copy it again.") from error
+
+
+def map_model(name: str, revision: str | None = None) -> dict[str, Tensor]:
+    """All tensors of a model's files by their names there, mapped as `map_tensors` does."""
+    tensors: dict[str, Tensor] = {}
+    for path in weight_files(name, revision)[1]:
+        tensors |= map_tensors(path)[0]
+    return tensors
+
+
+def name_in_files(parameter: str, names: Container[str]) -> str | None:
+    """What files with these names call a parameter; those of a base model leave out a prefix."""
+    candidates = (parameter, parameter.partition(".")[2])
+    return next((name for name in candidates if name in names), None)
+
+
+def holds(old: torch.dtype, new: torch.dtype) -> bool:
+    """Whether a dtype has every value of another."""
+    return torch.promote_types(old, new) == old
 
 
 def refuse_damaged_files(name: str) -> None:

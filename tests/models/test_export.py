@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import shutil
 import sys
@@ -10,6 +11,8 @@ from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,7 +24,8 @@ from gem_ds import cli
 from gem_ds.files import manifest
 from gem_ds.files.delta import Delta
 from gem_ds.formats import export
-from tests.deltas import bits, make_delta
+from gem_ds.models import folder
+from tests.deltas import as_older, bits, make_delta
 
 CHOSEN = (1, 30, 63)
 SCRIPT = Path(cli.__file__).parents[1] / "launch" / "export.py"
@@ -63,15 +67,22 @@ def refusal(capfd, argv: list[str]) -> str:
     return lines[0]
 
 
+@pytest.mark.parametrize("is_loaded", [False, True])
 @pytest.mark.parametrize(
     ("architecture", "dtype"),
     [("llama", torch.float32), ("opt", torch.bfloat16), ("bert", torch.float16)],
 )
-def test_the_folder_is_base_plus_delta_to_the_bit(tmp_path, capfd, architecture, dtype):
+def test_the_folder_is_base_plus_delta_to_the_bit(
+    tmp_path, capfd, monkeypatch, architecture, dtype, is_loaded
+):
     """The base is in fp32, and so is the export; OPT's output layer is tied to the embedding."""
     model = tiny_model(architecture)
     base = bits(model)
     delta = save_run(tmp_path, model, dtype)
+    if is_loaded:
+        make_older(tmp_path)
+    else:
+        monkeypatch.setattr("gem_ds.models.export.load_base", pytest.fail)
     with torch.no_grad():
         for name, values in delta.values.items():
             for flat_index, value in zip(CHOSEN, values, strict=True):
@@ -88,6 +99,45 @@ def test_the_folder_is_base_plus_delta_to_the_bit(tmp_path, capfd, architecture,
     assert changed == delta.values.keys()
     assert sorted(os.listdir(tmp_path)) == ["base", "delta.safetensors", "out"]
     assert not any("token" in name for name in os.listdir(tmp_path / "out"))  # the base has none
+
+
+def anonymous_memory() -> int:
+    """Bytes of this process that are no file's."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"RssAnon:\s+(\d+)", status)[1]) * 1024
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts the pages that Linux tells of")
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_one_weight_at_a_time_is_in_memory(tmp_path, monkeypatch, suffix):
+    """Sixteen of 8 MB, with entries on all their pages; and no model is made."""
+    model = nn.ModuleList([nn.Linear(1024, 2048, bias=False) for _ in range(16)])
+    weights, places = model.state_dict(), range(0, 2048 * 1024, 1000)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    if suffix == "bin":
+        torch.save(weights, tmp_path / "base" / "pytorch_model.bin")
+    else:
+        save_file(weights, tmp_path / "base" / "model.safetensors")
+    delta = make_delta(model, dict.fromkeys(weights, places))
+    delta.save(tmp_path / "delta.safetensors")
+    monkeypatch.setattr("gem_ds.models.export.load_base", pytest.fail)
+    made, sizes, start = folder._merged, [], anonymous_memory()
+
+    def counted(*arguments):
+        result = made(*arguments)
+        sizes.append(anonymous_memory() - start)
+        return result
+
+    monkeypatch.setattr(folder, "_merged", counted)
+    assert cli.run("export", arguments(tmp_path)) == 0
+    assert len(sizes) == 16
+    assert max(sizes) < 10 * 2**23, "bytes; all together have 16 times that of one"
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == weights.keys()
+    for name, weight in weights.items():
+        weight.view(-1)[:: places.step] = delta.values[name]
+        assert torch.equal(written[name], weight)
 
 
 CONVERTER = """
@@ -198,12 +248,19 @@ def incomplete_base(folder: Path) -> None:
     model.save_pretrained(folder / "base", state_dict=weights)
 
 
+def make_older(folder: Path) -> None:
+    path = folder / "delta.safetensors"
+    as_older(Delta.load(path)).save(path)
+
+
 def nameless_base(folder: Path) -> None:
+    make_older(folder)
     config = {"model_type": "t5", "architectures": ["NoSuchModel"]}  # and no causal model
     (folder / "base" / "config.json").write_text(json.dumps(config))
 
 
 def base_with_code(folder: Path) -> None:
+    make_older(folder)
     config = {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}
     (folder / "base" / "config.json").write_text(json.dumps(config))
 
@@ -237,7 +294,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, capfd, monkeypatch):
         (Path(folder) / "model.safetensors").symlink_to("/dev/full")
         (Path(folder) / "model.safetensors").write_bytes(b"weights")
 
-    monkeypatch.setattr("gem_ds.models.export.write_folder", full)
+    monkeypatch.setattr("gem_ds.models.export.write_changed", full)
     assert "free space on that disk" in refusal(capfd, arguments(tmp_path))
     assert sorted(os.listdir(tmp_path)) == ["base", "delta.safetensors"]
 

@@ -19,7 +19,7 @@ from gem_ds.models.adapters import put_adapter
 from gem_ds.models.load import load_weights, open_model, trainable_config
 from gem_ds.planning.main import read_setting
 from gem_ds.train.arguments import parse_arguments
-from tests.deltas import make_delta
+from tests.deltas import as_older, make_delta
 from tests.tiny_model import Tiny, make_tiny, one_rank
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft
@@ -33,9 +33,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
     with one_rank():
         tiny = make_tiny(tmp_path_factory.mktemp("tiny"))
         model: Any = AutoModelForCausalLM.from_pretrained(tiny.model)
-        make_delta(model, {"model.layers.0.self_attn.q_proj.weight": [1, 2]}).save(
-            tiny.folder / "delta.safetensors"
-        )
+        delta = make_delta(model, {"model.layers.0.self_attn.q_proj.weight": [1, 2]})
+        as_older(delta).save(tiny.folder / "delta.safetensors")
         torch.manual_seed(3)
         config = LoraConfig(task_type=TaskType.CAUSAL_LM, r=2, init_lora_weights=False)
         config.target_modules = {"q_proj", "v_proj"}

@@ -1,0 +1,77 @@
+"""A safetensors file of tensors that are made one at a time, so that one alone is in memory.
+
+    8 bytes     length of the header, little-endian
+    header      JSON: per tensor its dtype, shape and place, and the metadata; padded to 8 bytes
+    tensors     row-major, those of long numbers first, as safetensors' own writer has them
+
+safetensors' writer wants all tensors at once. The format: https://github.com/huggingface/safetensors
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is known but for its numbers, which `make` gives."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the numbers."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def stream_tensors(
+    path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]
+) -> int:
+    """Write a file; returns the bytes of its tensors."""
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name in order:
+        start, end = end, end + tensors[name].num_bytes
+        header[name] = {
+            "dtype": _DTYPES[tensors[name].dtype],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            made = tensors[name].make().detach().cpu().contiguous()
+            assert (made.dtype, tuple(made.shape)) == (tensors[name].dtype, tensors[name].shape)
+            file.write(made.reshape(-1).view(torch.uint8).numpy().data)
+            del made  # before the next is made
+    return end
