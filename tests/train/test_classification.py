@@ -83,11 +83,12 @@ def flags(tiny: Tiny, case: Case, folder: str, world_size: int, *switches: str, 
             "classification_loss": None if case.loss == "tokens" else case.loss,
             "deepspeed": REPOSITORY / "ds_configs" / f"zero{case.stage}.json",
             "target_modules": OTHER_ENCODERS.get(case.model),
+            "calibration_head_steps": 5 if "bert" in case.model else None,
             "max_length": 40 if "bert" in case.model else 128,
             "per_device_train_batch_size": 4 // world_size,
             "per_device_eval_batch_size": 2,
             "train_examples": 9,
-            "max_steps": 4,
+            "max_steps": 3,
             "logging_steps": 1,
         }
         | more,
@@ -109,7 +110,7 @@ Trained = Callable[[int, Case], RunResult]
 
 @pytest.fixture(scope="module")
 def trained(tiny: Tiny) -> Trained:
-    run = functools.cache(lambda size: run_ranks(size, _train_all, tiny, size)[0])
+    run = functools.cache(lambda size: run_ranks(size, _train_all, tiny, size, timeout=600)[0])
     return lambda size, case: run(size)[case]
 
 
