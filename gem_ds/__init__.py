@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from gem_ds.files.mask import Mask
     from gem_ds.select.selection import select_entries
     from gem_ds.serving.delta_set import DeltaSet
+    from gem_ds.serving.messages import DeltaReceiver
+    from gem_ds.serving.sync import DeltaSender, DeltaTransfer
+    from gem_ds.serving.vllm_engine import VllmDeltas
     from gem_ds.sparse.select_mask import select_mask
     from gem_ds.train.main import RunResult, finetune
     from gem_ds.tuner import GemConfig, select_mask_with
@@ -19,10 +22,14 @@ if TYPE_CHECKING:
 __all__ = [
     "AppliedDelta",
     "Delta",
+    "DeltaReceiver",
+    "DeltaSender",
     "DeltaSet",
+    "DeltaTransfer",
     "GemConfig",
     "Mask",
     "RunResult",
+    "VllmDeltas",
     "apply_delta",
     "finetune",
     "merge_deltas",
@@ -34,10 +41,14 @@ __all__ = [
 _MODULES = {
     "AppliedDelta": "gem_ds.files.apply",
     "Delta": "gem_ds.files.delta",
+    "DeltaReceiver": "gem_ds.serving.messages",
+    "DeltaSender": "gem_ds.serving.sync",
     "DeltaSet": "gem_ds.serving.delta_set",
+    "DeltaTransfer": "gem_ds.serving.sync",
     "GemConfig": "gem_ds.tuner",
     "Mask": "gem_ds.files.mask",
     "RunResult": "gem_ds.train.main",
+    "VllmDeltas": "gem_ds.serving.vllm_engine",
     "apply_delta": "gem_ds.files.apply",
     "finetune": "gem_ds.train.main",
     "merge_deltas": "gem_ds.deltas.merge",

@@ -52,7 +52,7 @@ class SamplingArguments:
     )
     backend: Literal["transformers", "vllm"] = option(
         "transformers",
-        "What generates; vllm must be installed and takes no delta or adapter.",
+        "What generates; vllm must be installed and takes no adapter.",
     )
     deepspeed: str | None = option(
         None, "DeepSpeed JSON of ZeRO stage 3, for a model larger than one GPU."
@@ -86,13 +86,11 @@ def check_arguments(arguments: SamplingArguments) -> None:
                 "--adapter goes into a model that is whole on each rank: leave --deepspeed out."
             )
     if arguments.backend == "vllm":
-        merges = {"adapter": "merge it with peft", "delta": "write the model with launch/export.py"}
-        for flag, merge in merges.items():
-            if getattr(arguments, flag) is not None:
-                raise ValueError(
-                    f"--backend vllm takes no --{flag}: {merge} and pass the model's folder as "
-                    "--model_name_or_path."
-                )
+        if arguments.adapter is not None:
+            raise ValueError(
+                "--backend vllm takes no --adapter: merge it with peft and pass the model's folder "
+                "as --model_name_or_path."
+            )
         if arguments.deepspeed is not None or int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError(
                 "--backend vllm spreads over the GPUs by itself: start it with plain python and "

@@ -2,7 +2,8 @@
 
 vLLM batches by itself and draws its own noise, so samples differ from those of the transformers
 backend, and repeat only as far as vLLM's kernels do. It has to be installed beside gem_ds
-(`pip install 'gem_ds[vllm]'`), and is imported when it is asked for.
+(`pip install 'gem_ds[vllm]'`), and is imported when it is asked for. A delta is put into the base
+that vLLM has loaded, as `gem_ds.serving.vllm_engine` does it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 
 from gem_ds.evaluate.generation import Completion, GenerationSettings, Request, sample_seed
 from gem_ds.models.load import ModelFiles
+from gem_ds.serving.vllm_engine import VllmDeltas
 
 
 class Vllm:
@@ -41,7 +43,12 @@ class Vllm:
             dtype=files.dtype,
             trust_remote_code=files.trust_remote_code,
             tensor_parallel_size=max(1, torch.cuda.device_count()),
+            worker_extension_cls="" if files.delta is None else VllmDeltas.WORKER,
         )
+        if files.delta is not None:
+            deltas = VllmDeltas(self._model)
+            deltas.add("delta", files.delta)
+            deltas.use("delta")
 
     def batches(self, requests: Sequence[Request]) -> list[list[list[Request]]]:
         """Parts after each of which the file grows; vLLM makes the batches within by itself."""

@@ -150,7 +150,7 @@ def _read(parameter: nn.Parameter, flat_indices: Tensor | None) -> Tensor:
 
 
 @torch.no_grad()
-def write_entries(parameter: nn.Parameter, flat_indices: Tensor | None, values: Tensor) -> None:
+def write_entries(parameter: Tensor, flat_indices: Tensor | None, values: Tensor) -> None:
     """Overwrites the entries of `parameter` at flat indices, in place, or all where it is None."""
     values = values.to(parameter.device)
     if flat_indices is not None and parameter.is_contiguous():  # several times as fast
@@ -160,7 +160,7 @@ def write_entries(parameter: nn.Parameter, flat_indices: Tensor | None, values: 
         parameter[_place(parameter, flat_indices)] = values
 
 
-def _place(parameter: nn.Parameter, flat_indices: Tensor | None) -> Any:
+def _place(parameter: Tensor, flat_indices: Tensor | None) -> Any:
     """One index tensor per dimension; unlike a flat view these reach non-contiguous parameters."""
     if flat_indices is None:
         return ...

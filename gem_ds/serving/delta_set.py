@@ -19,9 +19,9 @@ The caches of attention that a prompt left under one delta mean nothing under an
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -30,13 +30,30 @@ from gem_ds.files.delta import Delta
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Swap:
-    """The entries of a delta in one parameter, on its device."""
+class Swap:
+    """Entries of one weight of a delta where the model has them, on its device."""
 
-    parameter: nn.Parameter
-    indices: Tensor | None  # flat (k_l,); None is the whole parameter, of a head
+    weight: str  # its name in the delta
+    tensor: Tensor  # a parameter, or what else holds the entries
+    indices: Tensor | None  # flat (k,), into the tensor; None is the whole of it, of a head
     base: Tensor  # bits to put back, as many
-    values: Tensor  # as many
+    values: Tensor  # the delta's, as many
+    chosen: Tensor | None = None  # which of the delta's k_l entries these are; None is all
+
+
+def swaps_in_parameters(model: nn.Module, delta: Delta) -> list[Swap]:
+    """Of a model whose parameters are named and shaped as the delta's; raises as `apply_delta`."""
+    values = delta.values | delta.head
+    return [
+        Swap(
+            weight=name,
+            tensor=parameter,
+            indices=None if indices is None else indices.to(parameter.device),
+            base=base,
+            values=values[name].to(parameter.device),
+        )
+        for name, (parameter, indices, base) in replaced_entries(model, delta).items()
+    ]
 
 
 class DeltaSet:
@@ -52,10 +69,16 @@ class DeltaSet:
             thread may take it several times.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        find: Callable[[nn.Module, Delta], list[Swap]] = swaps_in_parameters,
+    ) -> None:
+        """``find`` tells where a delta's entries are in the model, and refuses another base."""
         self.model = model
         self.lock = threading.RLock()
-        self._swaps: dict[str, list[_Swap]] = {}
+        self._find_swaps = find
+        self._swaps: dict[str, list[Swap]] = {}
         self._standing: str | None = None  # whose entries may be other than the base's
         self._is_whole = True  # all of them are; not after a swap that failed
 
@@ -69,8 +92,8 @@ class DeltaSet:
         """The delta in use; None is the base."""
         return self._standing
 
-    def add(self, name: str, delta: Delta) -> None:
-        """Take a delta up, without using it.
+    def add(self, name: str, delta: Delta) -> list[Swap]:
+        """Take a delta up, without using it; returns where its entries are.
 
         Raises:
             ValueError: There is one of this name, or `apply_delta` would refuse it, as it was made
@@ -79,17 +102,8 @@ class DeltaSet:
         if name in self._swaps:
             raise ValueError(f"there is a delta {name!r} already: remove it, or name this another")
         with self.using(None):  # so that the base is what is compared and kept
-            replaced = replaced_entries(self.model, delta)
-            values = delta.values | delta.head
-            self._swaps[name] = [
-                _Swap(
-                    parameter=parameter,
-                    indices=None if indices is None else indices.to(parameter.device),
-                    base=base,
-                    values=values[weight].to(parameter.device),
-                )
-                for weight, (parameter, indices, base) in replaced.items()
-            ]
+            self._swaps[name] = self._find_swaps(self.model, delta)
+            return self._swaps[name]
 
     def remove(self, name: str) -> None:
         """Forget a delta; if it is in use, the base is from now on."""
@@ -98,6 +112,25 @@ class DeltaSet:
             if name == self._standing:
                 self.use(None)
             del self._swaps[name]
+
+    def update(self, name: str, delta: Delta) -> None:
+        """Give a delta other values of the same mask; where it is in use, so are they at once.
+
+        Raises:
+            ValueError: There is no such delta. That the masks are one is the caller's word.
+        """
+        with self.lock:
+            values = delta.values | delta.head
+            self._swaps[name] = new = [
+                replace(
+                    swap,
+                    values=_part(values[swap.weight], swap.chosen).to(swap.base.device),
+                )
+                for swap in self._find(name)
+            ]
+            if name == self._standing:
+                self._is_whole = False
+                self._write(new)
 
     def use(self, name: str | None) -> None:
         """Put a delta into the model instead of the one that stands there, or the base with None.
@@ -111,20 +144,18 @@ class DeltaSet:
         with self.lock:
             old, new = self._find(self._standing), self._find(name)
             for swap in [*old, *new]:
-                if swap.parameter.dtype != swap.base.dtype:
+                if swap.tensor.dtype != swap.base.dtype:
                     raise ValueError(
-                        f"the model is {swap.parameter.dtype} now, and its deltas were added in "
+                        f"the model is {swap.tensor.dtype} now, and its deltas were added in "
                         f"{swap.base.dtype}: move it to another device only"
                     )
             if name == self._standing and self._is_whole:
                 return
             self._is_whole = False
             for swap in old:
-                write_entries(swap.parameter, swap.indices, swap.base)
+                write_entries(swap.tensor, swap.indices, swap.base)
             self._standing = name
-            for swap in new:
-                write_entries(swap.parameter, swap.indices, swap.values)
-            self._is_whole = True
+            self._write(new)
 
     @contextmanager
     def using(self, name: str | None) -> Iterator[nn.Module]:
@@ -140,9 +171,18 @@ class DeltaSet:
             finally:
                 self.use(before)
 
-    def _find(self, name: str | None) -> list[_Swap]:
+    def _find(self, name: str | None) -> list[Swap]:
         if name is None:
             return []
         if name not in self._swaps:
             raise ValueError(f"there is no delta {name!r}: there are {', '.join(self._swaps)}")
         return self._swaps[name]
+
+    def _write(self, swaps: list[Swap]) -> None:
+        for swap in swaps:
+            write_entries(swap.tensor, swap.indices, swap.values)
+        self._is_whole = True
+
+
+def _part(values: Tensor, chosen: Tensor | None) -> Tensor:
+    return values if chosen is None else values[chosen.to(values.device)]

@@ -8,9 +8,15 @@ import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
+from transformers import LlamaForCausalLM
 
+from gem_ds import apply_delta
 from gem_ds.evaluate import model
 from gem_ds.evaluate.generation import GenerationSettings, sample_seed
+from tests.deltas import bits
+from tests.serving.engine import LLM
+from tests.serving.test_delta_set import random_delta
 from tests.tiny_evaluation import draw, refusal
 from tests.tiny_model import make_tiny
 
@@ -21,11 +27,23 @@ DRAWN = GenerationSettings(
 ENDS = [("stop", "zz"), ("stop", None), ("stop", 1), ("stop", 257), *9 * [("length", None)]]
 
 
-class FakeLLM:
+class FakeLLM(LLM):
     """Answers with the request's seed, and ends each answer in another way."""
 
-    def __init__(self, *, model, revision, dtype, trust_remote_code, tensor_parallel_size) -> None:
+    def __init__(
+        self,
+        *,
+        model,
+        revision,
+        dtype,
+        trust_remote_code,
+        tensor_parallel_size,
+        worker_extension_cls,
+    ) -> None:
         assert trust_remote_code is False
+        if worker_extension_cls:
+            base = LlamaForCausalLM.from_pretrained(model, dtype=dtype)
+            super().__init__(base, 2, worker_extension_cls)
         self.options = (model, revision, dtype, tensor_parallel_size)
         self.asked = []
         self.made.append(self)
@@ -58,8 +76,8 @@ def made(monkeypatch):
     return FakeLLM.made
 
 
-def run(tiny, settings=DRAWN, backend="vllm"):
-    options = {"backend": backend, "dtype": "bfloat16", "settings": settings}
+def run(tiny, settings=DRAWN, backend="vllm", delta=None):
+    options = {"backend": backend, "dtype": "bfloat16", "settings": settings, "delta": delta}
     return draw(tiny.model, tiny.folder / "out", PROMPTS, 2, **options)
 
 
@@ -98,6 +116,18 @@ def test_the_end_of_a_turn_stops_vllm(tiny, made):
     (parameters,) = (parameters for _, parameters in made[0].asked)
     assert parameters["stop"] == ["zz", "</s>", "<s>"]
     assert parameters["stop_token_ids"] == [1, 0]
+
+
+def test_a_delta_is_put_into_what_vllm_has_loaded(tiny, made):
+    base = LlamaForCausalLM.from_pretrained(tiny.model, dtype=torch.bfloat16)
+    delta = random_delta(base, 0)
+    delta.save(tiny.folder / "delta.safetensors")
+    run(tiny, delta=str(tiny.folder / "delta.safetensors"))
+    apply_delta(base, delta)
+    (llm,) = made
+    expected = LLM(base, 2)
+    for worker, other in zip(llm.workers, expected.workers, strict=True):
+        assert bits(worker.get_model()) == bits(other.get_model())
 
 
 def test_greedy_needs_no_seed(tiny, made):

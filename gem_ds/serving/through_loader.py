@@ -1,0 +1,122 @@
+"""Where the entries of a delta are in a model of another layout, as its own loader tells.
+
+An inference engine merges weights (q, k and v; gate and up), cuts them over ranks, pads and
+transposes them. Its model's ``load_weights`` knows how: it takes names and whole tensors as they
+stand in checkpoints, and ends in copies into the weights. Here it is given, weight by weight, a
+tensor that holds i at the delta's entry i and -1 elsewhere; a copy of such a tensor into the
+model's memory is not carried out, but says which entries of the delta go where. So no layout is
+known here, nothing is written while the places are found, and every swap afterwards touches the
+entries alone.
+
+The tensor of marks stands on the CPU, 4 bytes for an entry of the largest weight. Weights that
+the engine has changed after loading (quantized, or in another dtype) are refused.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gem_ds.files.delta import Delta
+from gem_ds.files.mask import dtype_name
+from gem_ds.serving.delta_set import Swap
+
+
+def swaps_through_loader(model: nn.Module, delta: Delta) -> list[Swap]:
+    """Of a model that has ``load_weights``, the entries that are in this process, perhaps none.
+
+    Args:
+        model: Its weights are loaded; nothing is written.
+        delta: Of the whole weights, by their names in checkpoints.
+
+    Returns:
+        For every place of a weight in the model one; a weight that is there twice has two.
+
+    Raises:
+        ValueError: The loader does not know a weight, or does more with it than to copy it, or the
+            model holds it in another dtype.
+    """
+    if delta.head:
+        raise ValueError("the delta has a task head, which a model that generates has no place for")
+    swaps = []
+    for name, values in delta.values.items():
+        info = delta.mask.weights[name]
+        marks = _marks(delta.mask.indices[name], info.shape)
+        for target, marked in _copies(model, name, marks):
+            if dtype_name(target.dtype) != info.dtype:
+                raise ValueError(
+                    f"the delta is {info.dtype} and the model has {name!r} in "
+                    f"{dtype_name(target.dtype)}: load it with that dtype, and not quantized"
+                )
+            at = (marked >= 0).nonzero()  # [k, dimensions]
+            chosen = marked[tuple(at.T)].long()
+            is_copy = marked.dtype == marks.dtype and marked.shape == target.shape
+            if not is_copy or not _are_distinct(chosen, len(values)):
+                raise ValueError(f"the model's loader does more with {name!r} than to copy it")
+            size = target.untyped_storage().nbytes() // target.itemsize
+            flat = target.as_strided((size,), (1,), 0)  # all the memory that it is a view of
+            places = (at * torch.tensor(target.stride())).sum(dim=1) + int(target.storage_offset())
+            indices = places.to(target.device)
+            swaps.append(
+                Swap(
+                    weight=name,
+                    tensor=flat,
+                    indices=indices,
+                    base=flat[indices],
+                    values=values[chosen].to(target.device),
+                    chosen=chosen,
+                )
+            )
+    return swaps
+
+
+def _are_distinct(chosen: Tensor, count: int) -> bool:
+    return len(chosen.unique()) == len(chosen) and not (chosen >= count).any()
+
+
+def _marks(indices: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """I at the flat index i, -1 elsewhere, as floats that hold every i exactly."""
+    dtype = torch.float32 if len(indices) <= 2**24 else torch.float64
+    marks = torch.full(shape, -1, dtype=dtype)
+    marks.view(-1)[indices.long()] = torch.arange(len(indices), dtype=dtype)
+    return marks
+
+
+@torch.no_grad()
+def _copies(model: nn.Module, name: str, marks: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """What the loader would copy into the model: where, and what."""
+    loader: Any = model
+    recorder = _Recorder(model)
+    try:
+        with recorder:
+            loader.load_weights([(name, marks)])
+    except Exception as error:  # of a name or a shape that it does not know it raises anything
+        raise ValueError(
+            f"the loader of {type(model).__name__} does not take {name!r} "
+            f"({type(error).__name__}: {str(error).partition(chr(10))[0]}): export the model"
+        ) from error
+    return recorder.copies
+
+
+class _Recorder(TorchDispatchMode):
+    """While it lasts, copies into the model's memory are noted and not carried out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        own = chain(model.parameters(), model.buffers())
+        self._memory = {tensor.untyped_storage().data_ptr() for tensor in own}
+        self.copies: list[tuple[Tensor, Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Called by torch for every operation."""
+        if (
+            func is torch.ops.aten.copy_.default
+            and args[0].untyped_storage().data_ptr() in self._memory
+        ):
+            self.copies.append((args[0], args[1]))
+            return args[0]
+        return func(*args, **(kwargs or {}))
