@@ -32,6 +32,7 @@ PROGRAMS = {
     "delta info": ("gem_ds.deltas.info", "what a delta or a mask holds"),
     "delta diff": ("gem_ds.deltas.diff", "what two deltas of one base have in common"),
     "delta merge": ("gem_ds.deltas.merge", "several tasks' deltas as one"),
+    "report": ("gem_ds.report.main", "a run as a page: where its entries lie, its curves"),
     "compare": (
         "gem_ds.comparison.main",
         "methods x tasks x seeds x learning rates, of one YAML file",

@@ -20,7 +20,7 @@ ORDER = [
     {"files"},
     {"data"},
     {"models", "sparse"},
-    {"serving"},
+    {"report", "serving"},
     {"train", "evaluate", "tuner", "deltas"},
     {"comparison", "planning", "formats"},
     {"cli"},

@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gem_ds.deltas.places import plot, table_of
 from gem_ds.files.delta import Delta
 from gem_ds.files.fingerprint import fingerprints
 from gem_ds.flags import name_of
 from gem_ds.models.export import load_base
+from gem_ds.report.places import plot, table_of
 
 
 @dataclass(frozen=True, kw_only=True)

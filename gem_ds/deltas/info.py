@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 
-from gem_ds.deltas.places import table_of
 from gem_ds.files.delta import Delta
 from gem_ds.files.mask import Mask
 from gem_ds.flags import name_of
+from gem_ds.report.places import table_of
 
 
 def main(argv: Sequence[str] | None = None) -> None:

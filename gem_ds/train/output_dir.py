@@ -28,7 +28,7 @@ from gem_ds.train.reporting import TENSORBOARD_FOLDER
 #: What a run writes into its folder, beside checkpoints.
 RUN_FILES = (
     *("mask.safetensors", "delta.safetensors", "metrics.jsonl", "trainer_state.json"),
-    *("all_results.json", "predictions.jsonl"),
+    *("all_results.json", "predictions.jsonl", "report.html"),
 )
 RUN_FOLDERS = ("model", "adapter", TENSORBOARD_FOLDER)
 MODEL_CARD = "README.md"  # not written where somebody else's stands

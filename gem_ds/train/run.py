@@ -13,6 +13,7 @@ from gem_ds.data.batches import Batches, SummedLoss, permutation
 from gem_ds.data.dataset import Dataset
 from gem_ds.data.packing import pack, refuse_leaking_rows
 from gem_ds.distributed.comm import Comm
+from gem_ds.errors import sentence_of
 from gem_ds.files.checkpoint import (
     Checkpoint,
     TrainerState,
@@ -21,6 +22,7 @@ from gem_ds.files.checkpoint import (
 )
 from gem_ds.models.load import DTYPES, enable_checkpointing, load_for_training
 from gem_ds.models.loss import answer_loss_of, summed_answer_loss
+from gem_ds.report.main import REPORT, write_report
 from gem_ds.select.rules import RULES, SPARSE_METHODS
 from gem_ds.train.best import BestModel
 from gem_ds.train.dense_tuning import DenseTuning
@@ -345,7 +347,18 @@ class Run:
         with self.comm.agreement():
             if self.comm.is_main:
                 save_results(self.prepared, self.state, results)
+                self.write_report()
         self.delete_old_checkpoints()
         product = product_of(self.args.method.method)
         reporter.say(f"Wrote the {product} and the results to {self.prepared.output_dir}")
         return results
+
+    def write_report(self) -> None:
+        """Show the run as a page; that it fails is told, and costs the run nothing. Rank 0 only."""
+        sparse = self.sparse
+        try:
+            base = None if sparse is None else sparse.entries.split(sparse.base)
+            write_report(self.prepared.output_dir, base=base)
+        except Exception as error:
+            path = self.prepared.output_dir / REPORT
+            print(f"{path} was not written: {sentence_of(error)}", flush=True)

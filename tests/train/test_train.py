@@ -27,6 +27,7 @@ from gem_ds.files.apply import apply_delta
 from gem_ds.files.checkpoint import list_checkpoints
 from gem_ds.files.delta import Delta
 from gem_ds.files.mask import Mask
+from gem_ds.report.main import write_report
 from gem_ds.train import main as train
 from gem_ds.train import run
 from gem_ds.train.reporting import TENSORBOARD_FOLDER, Reporter
@@ -90,7 +91,7 @@ def test_a_run_leaves_everything(whole):
     """Mask, delta, checkpoints, metrics, state, results and a model card."""
     num_steps = 18  # 22 examples by 4, the last step of an epoch with 2
     names = "README.md all_results.json delta.safetensors mask.safetensors metrics.jsonl"
-    names += " .gem_ds.json trainer_state.json checkpoint-6 checkpoint-12 checkpoint-18"
+    names += " .gem_ds.json trainer_state.json checkpoint-6 checkpoint-12 checkpoint-18 report.html"
     assert {path.name for path in whole.iterdir()} == set(names.split())
     results = json.loads((whole / "all_results.json").read_text())
     state = json.loads((whole / "trainer_state.json").read_text())
@@ -111,6 +112,14 @@ def test_a_run_leaves_everything(whole):
         assert len(metrics(whole, key)) == 1, key
     for key in ("loss", "eval_loss"):
         assert metrics(whole, key)[-1] < metrics(whole, key)[0], key
+
+
+def test_the_page_is_the_one_that_the_files_make(whole):
+    """The run knows the base's values, the program reads them from the base's files."""
+    page = (whole / "report.html").read_text()
+    assert "How far values moved" in page
+    write_report(whole)
+    assert (whole / "report.html").read_text() == page
 
 
 def test_the_model_card_says_what_was_done(whole, tiny):
@@ -268,11 +277,15 @@ def test_packing_reads_the_same_examples_in_fewer_rows(tiny, tmp_path):
     )
 
 
-def test_a_run_without_held_out_examples_keeps_few_checkpoints(tiny, tmp_path):
+def test_a_run_without_held_out_examples_keeps_few_checkpoints(tiny, tmp_path, capsys):
+    """And one whose page fails comes to its end."""
     flags = {"max_steps": 5, "save_steps": 1, "save_total_limit": 2}
     own = {"task": "jsonl", "data_dir": None, "train_file": tiny.data / "train.jsonl"}
     own |= {"prompt_field": "question", "target_field": "answer", "report_to": "tensorboard"}
-    train.main(tiny.flags(tmp_path, **flags, **own))
+    with mock.patch.object(run, "write_report", side_effect=KeyError("a fault")):
+        train.main(tiny.flags(tmp_path, **flags, **own))
+    assert "report.html was not written: 'a fault'" in capsys.readouterr().out
+    assert delta_of(tmp_path)
     assert list(list_checkpoints(tmp_path)) == [4, 5]
     assert list((tmp_path / TENSORBOARD_FOLDER).iterdir())
     assert metrics(tmp_path, "eval_loss") == []

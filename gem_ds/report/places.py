@@ -9,18 +9,20 @@ from pathlib import Path
 import pandas as pd
 
 
+def place_of(name: str) -> tuple[int | str, str]:
+    """Layer and module of a weight; outside of a layer, its own name and none."""
+    module = name.removesuffix(".weight")
+    parts = re.fullmatch(r".*?\.(\d+)\.(.+)", module)
+    return (int(parts[1]), parts[2]) if parts else (module, "")
+
+
 def table_of(numbers: Mapping[str, float]) -> pd.DataFrame:
     """A number for each weight; rows are layers, columns modules, in the order of the weights.
 
     ``model.layers.3.self_attn.q_proj.weight`` is row 3 and column ``self_attn.q_proj``; a weight
     outside of a layer has a row of its own name.
     """
-    rows = []
-    for name, number in numbers.items():
-        module = name.removesuffix(".weight")
-        parts = re.fullmatch(r".*?\.(\d+)\.(.+)", module)
-        layer, column = (int(parts[1]), parts[2]) if parts else (module, "")
-        rows.append((layer, column, number))
+    rows = [(*place_of(name), number) for name, number in numbers.items()]
     frame = pd.DataFrame(rows, columns=["layer", "module", "number"])
     table = frame.pivot(index="layer", columns="module", values="number")
     return table.reindex(index=frame["layer"].unique(), columns=frame["module"].unique())
