@@ -30,15 +30,15 @@ class Line:
 
 def heat(table: pd.DataFrame, tell: str, label: str) -> str:
     """A table's numbers as shades of one colour; `tell` formats one, such as ``{:.2%}``."""
-    left, top = 44, 84
+    left, labels = 44, [_shortened(str(m).rpartition(".")[2] or "other", 14) for m in table.columns]
+    top = 20 + 4 * max(map(len, labels))  # they stand aslant
     width = max(WIDTH, left + 26 * table.shape[1] + 40)
     cell = (width - left - 40) / table.shape[1]
     height = max(5, min(16, 480 // table.shape[0]))
     largest = float(table.max(axis=None)) or 1.0
     parts = []
-    for j, module in enumerate(table.columns):
+    for j, text in enumerate(map(escape, labels)):
         x = left + (j + 0.5) * cell
-        text = escape(_shortened(str(module).rpartition(".")[2] or "other", 14))
         parts.append(f'<text transform="translate({x:.1f} {top - 6}) rotate(-40)">{text}</text>')
     every = -(-12 // height)
     for i, (layer, row) in enumerate(table.iterrows()):
