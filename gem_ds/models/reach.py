@@ -1,6 +1,6 @@
 """What of a model its targets hold, what other targets would, and what no target reaches.
 
-GEM's budget is a share of all parameters, its targets are linear layers of the language model. How
+GEM's budget is a share of all parameters, its targets are layers of the language model. How
 far the two are apart is told before a run, so that nobody takes ``all-linear`` for all of a model.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from gem_ds.distributed.weights import numel
-from gem_ds.models.targets import language_model, linear_layers
+from gem_ds.models.targets import language_model, linear_layers, weight_names
 
 
 def describe_reach(
@@ -47,7 +47,8 @@ _TARGET, _LINEAR = "targets", "linear layers"
 def _kinds(model: nn.Module, targets: Collection[str]) -> dict[str, str]:
     """What each parameter is, by its name."""
     part = language_model(model)
-    linear = {f"{name}.weight" for name in linear_layers(model, dict(model.named_modules()))}
+    layers = linear_layers(model, dict(model.named_modules()))
+    linear = {weight for n, module in layers.items() for weight in weight_names(n, module)}
     output: Any = getattr(model, "get_output_embeddings", lambda: None)()
     of_output = set(map(id, output.parameters())) if isinstance(output, nn.Module) else set()
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}

@@ -1,7 +1,8 @@
 """Which layers GEM selects from: the query and value projections, or what the user names.
 
-A target is a *parameter*: the weight matrix of a linear layer. One that is also used elsewhere
-(tied) is refused, and ``all-linear`` leaves out the output layer. Of a model that reads images or
+A target is a *parameter*: the weight matrix of a linear layer, or those of a projection of all
+experts of a block. One that is also used elsewhere (tied) is refused, and ``all-linear`` leaves out
+the output layer. Of a model that reads images or
 sound too, targets are layers of its language model: nothing else is reached from text.
 """
 
@@ -13,6 +14,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from gem_ds.sparse.experts import projections_of
 from gem_ds.sparse.layers import kind_of
 
 #: What architectures call their query and value projections.
@@ -32,19 +34,39 @@ ALL_LINEAR = "all-linear"
 def find_targets(
     model: nn.Module, target_modules: Sequence[str] | None = None
 ) -> dict[str, nn.Module]:
-    """The linear layers that GEM selects from, by their weights' names, in the parameters' order.
+    """The layers that GEM selects from, by their weights' names, in the parameters' order.
 
     ``target_modules`` is None for the query and value projections of the architecture; module-name
     suffixes such as ``["q_proj", "v_proj"]``; one regular expression that a whole module name must
-    match; or ``["all-linear"]``, every linear layer but the output layer.
+    match; or ``["all-linear"]``, every linear layer but the output layer. A projection of experts
+    counts as a module, ``["experts.down_proj"]``, though it is a parameter; ``["experts"]`` are
+    all.
     """
-    everywhere = {name: module for name, module in model.named_modules() if name}
+    everywhere = _modules(model)
     part = language_model(model)
     modules = {n: m for n, m in everywhere.items() if n.startswith(f"{part}.")} or everywhere
     patterns = list(target_modules) if target_modules else _default_targets(model, modules)
     if patterns == [ALL_LINEAR]:
         return _checked(model, linear_layers(model, modules), patterns)
     return _checked(model, _matching(modules, patterns, everywhere), patterns)
+
+
+def _modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules by name; a projection of experts is there too, as the module that it is of."""
+    modules: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if name:
+            projections = [f"{name}.{projection}" for projection in projections_of(module)]
+            modules |= dict.fromkeys([name, *projections], module)
+    return modules
+
+
+def weight_names(name: str, module: nn.Module) -> list[str]:
+    """The weights of a layer that can be a target, or the one projection that the name is of."""
+    projections = projections_of(module)
+    if name.rpartition(".")[2] in projections:
+        return [name]
+    return [f"{name}.{weight}" for weight in projections or ["weight"]]
 
 
 def language_model(model: nn.Module) -> str:
@@ -58,7 +80,7 @@ def language_model(model: nn.Module) -> str:
 
 
 def linear_layers(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Those of the modules that ``all-linear`` means: all linear layers but the output layer."""
+    """Those of the modules that ``all-linear`` means: all but the output layer."""
     output = getattr(model, "get_output_embeddings", lambda: None)()
     return {n: m for n, m in modules.items() if kind_of(m) and m is not output}
 
@@ -66,7 +88,7 @@ def linear_layers(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[st
 def _checked(
     model: nn.Module, chosen: Mapping[str, nn.Module], patterns: list[str]
 ) -> dict[str, nn.Module]:
-    """The chosen layers by their weights' names, in the parameters' order; all must be linear."""
+    """The chosen layers by their weights' names, in the parameters' order."""
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
@@ -75,16 +97,17 @@ def _checked(
         if kind_of(module) is None:
             raise ValueError(
                 f"--target_modules {' '.join(patterns)} matches {name}, a "
-                f"{type(module).__name__}: only linear layers can be targets."
+                f"{type(module).__name__}: only linear layers and experts can be targets."
             )
-        names = owners[id(module.get_parameter("weight"))]
-        if len(names) > 1:
-            others = ", ".join(other for other in names if other != f"{name}.weight")
-            raise ValueError(
-                f"{name} shares its weight with {others}: leave it out of --target_modules, "
-                "tied weights cannot be targets."
-            )
-        targets[f"{name}.weight"] = module
+        for weight in weight_names(name, module):
+            names = owners[id(model.get_parameter(weight))]
+            if len(names) > 1:
+                others = ", ".join(other for other in names if other != weight)
+                raise ValueError(
+                    f"{name} shares its weight with {others}: leave it out of --target_modules, "
+                    "tied weights cannot be targets."
+                )
+            targets[weight] = module
     order = {name: i for i, (name, _) in enumerate(model.named_parameters())}
     return dict(sorted(targets.items(), key=lambda item: order[item[0]]))
 
@@ -167,8 +190,8 @@ def head_layers(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
 
 
 def targets_of(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
-    """The linear layers that own the named weights, in their order; raises as `find_targets`."""
-    modules = dict(model.named_modules())
+    """The layers that own the named weights, in their order; raises as `find_targets`."""
+    modules = _modules(model)
     chosen = [name.removesuffix(".weight") for name in names]
     if missing := [name for name in chosen if name not in modules]:
         raise ValueError(f"This model has no module {missing[0]}: pass the model of the mask.")

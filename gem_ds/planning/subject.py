@@ -20,7 +20,7 @@ from gem_ds.select.rules import SPARSE_METHODS
 from gem_ds.sparse.entries import WholeSink
 from gem_ds.sparse.layers import Sink, TargetLayer, TargetLayers, drop
 from gem_ds.sparse.sddmm import choose_kernel
-from gem_ds.sparse.sddmm.memory import temporary_bytes
+from gem_ds.sparse.sddmm.memory import picking_bytes, temporary_bytes
 from gem_ds.train.config import Arguments
 from gem_ds.train.dense_tuning import trained_network
 from gem_ds.train.sparse_tuning import sparse_layers
@@ -91,7 +91,7 @@ class Subject:
     ) -> None:
         """Run a micro-batch of calibration; ``take`` gets each layer and the ``dy`` of it."""
         assert self.layers is not None, "nothing is calibrated"
-        sinks = [lambda dy, x, layer=layer: take(layer, dy) for layer in self.layers]
+        sinks = [lambda dy, *_, layer=layer: take(layer, dy) for layer in self.layers]
         batch_size = 1 if one_by_one else self.args.train.per_device_train_batch_size
         self._run(live, sinks, [drop] * len(self.head_layers or ()), batch_size, delivers=False)
 
@@ -146,18 +146,32 @@ class Subject:
         is_same = [id(output) for output in outputs] == [id(logits)]
         return chunked_answer_loss if is_same else summed_answer_loss
 
-    def _hold(self, layer: TargetLayer, num_entries: int, dy: Tensor, x: Tensor) -> None:
+    def _hold(
+        self,
+        layer: TargetLayer,
+        num_entries: int,
+        dy: Tensor,
+        x: Tensor,
+        ends: Tensor | None = None,
+    ) -> None:
         """A sink that holds what the kernel would, and the vector's buffer."""
         assert self.layers is not None
         self.layers.vector.gradient(0, num_entries, dy.device)
+        groups = 1 if ends is None else len(ends)
+        if groups > 1 and not self.on_cpu:
+            num_bytes = picking_bytes(layer.numel, num_entries, dy.element_size())
+            torch.empty(num_bytes, dtype=torch.uint8, device=dy.device)
+            return
+        rows, columns = layer.shape[-2:]
+        num_entries //= groups  # of experts one at a time
         name: str = self.args.method.sddmm_kernel
         if name == "auto":
             device = "cpu" if self.on_cpu else "cuda"
-            name = choose_kernel(device, dy.dtype, layer.shape, num_entries)
+            name = choose_kernel(device, dy.dtype, (rows, columns), num_entries)
         num_bytes = temporary_bytes(
             name,
             tokens=dy.shape[0],
-            shape=layer.shape,
+            shape=(rows, columns),
             num_entries=num_entries,
             itemsize=dy.element_size(),
             on_cpu=self.on_cpu,

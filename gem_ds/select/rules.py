@@ -94,11 +94,14 @@ def by_statistics(score: Callable[[scores.LayerStatistics], float]) -> LayerScor
 
 
 def by_shape(score: Callable[[tuple[int, ...]], int]) -> LayerScore:
-    """The layer score that follows from the matrix' shape alone."""
+    """The layer score that follows from the matrix' shape; 0 where no entry has a score.
+
+    That is an expert's to which no example was routed.
+    """
 
     def layer_scores(values: Sequence[Tensor], shards: Shards, group: Group) -> list[float]:
-        largest_magnitudes(values, shards, group)  # refuses what is not finite
-        return [float(score(shard.shape)) for shard in shards]
+        peaks = largest_magnitudes(values, shards, group)
+        return [score(s.shape) * float(peak > 0) for s, peak in zip(shards, peaks, strict=True)]
 
     return layer_scores
 

@@ -9,16 +9,21 @@ what becomes of the indices, is not decided here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, islice
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from gem_ds.select.rules import RULES
-from gem_ds.select.shards import Group, Shards, Solo, TargetShard
+from gem_ds.select.shards import Group, Shards, Solo, TargetShard, matrices
 from gem_ds.select.topk import top_k_indices
 from gem_ds.select.zeros import Candidates, find_candidates, flat_indices, without_zeros
+
+
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,21 +53,41 @@ def select_shards(
     own copy and nothing needs to be broadcast. Equal entry scores go to the lowest flat index, on
     any number of ranks. With ``keep_zeros`` entries that are exactly 0 are left out (None: if a
     matrix was pruned, :mod:`gem_ds.select.zeros`). A score that is not finite is a ValueError on
-    every rank alike.
+    every rank alike. A parameter that holds a matrix for each expert is as many layers; it gets
+    what they get together.
     """
-    candidates = find_candidates(shards, budget, group, keep_zeros)
+    parts = [matrices(shard) for shard in shards]
+    layers = list(chain.from_iterable(parts))
+    candidates = find_candidates(layers, budget, group, keep_zeros)
     chosen = RULES[rule]
-    scores = chosen.entry_score(shards, group, seed)
-    starts = [shard.start for shard in shards]
+    scores = chosen.entry_score(layers, group, seed)
+    starts = [layer.start for layer in layers]
     if candidates.keep_zeros:
-        scores, starts = without_zeros(scores, shards), [0] * len(shards)
-    budgets, layer_scores = chosen.budgets(scores, shards, candidates.sizes, budget, group)
+        scores, starts = without_zeros(scores, layers), [0] * len(layers)
+    budgets, layer_scores = chosen.budgets(scores, layers, candidates.sizes, budget, group)
     indices = top_k_indices(scores, starts, budgets, group)
     if candidates.keep_zeros:
-        indices = [flat_indices(k, shard) for k, shard in zip(indices, shards, strict=True)]
+        indices = [flat_indices(k, layer) for k, layer in zip(indices, layers, strict=True)]
+    found = iter(indices)
     return Selection(
-        layer_scores=layer_scores, budgets=budgets, candidates=candidates, indices=indices
+        layer_scores=_joined(layer_scores, parts),
+        budgets=_joined(budgets, parts),
+        candidates=replace(
+            candidates,
+            num_zeros=_joined(candidates.num_zeros, parts),
+            sizes=_joined(candidates.sizes, parts),
+        ),
+        indices=[
+            torch.cat([next(found) + i * layer.numel for i, layer in enumerate(part)])
+            for part in parts
+        ],
     )
+
+
+def _joined(numbers: Sequence[Number], parts: Sequence[Sequence[TargetShard]]) -> list[Number]:
+    """Per parameter the sum of its matrices' numbers."""
+    found = iter(numbers)
+    return [sum(islice(found, len(part)), type(numbers[0])()) for part in parts]
 
 
 def select_entries(

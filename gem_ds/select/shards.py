@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
@@ -23,7 +23,7 @@ class TargetShard:
     """This rank's range of one target matrix; m may be 0."""
 
     name: str  # of the parameter
-    shape: tuple[int, ...]  # of the whole matrix
+    shape: tuple[int, ...]  # of the whole matrix, or [matrices, rows, columns]
     start: int = 0  # flat index of the range's first entry
     weight: Tensor  # [m], any floating dtype, on any device
     gradient: Tensor | None = None  # fp32 [m], overwritten; None for rules that do not look at it
@@ -36,6 +36,31 @@ class TargetShard:
 
 
 Shards = Sequence[TargetShard]
+
+
+def matrices(shard: TargetShard) -> list[TargetShard]:
+    """The shard of each matrix of a parameter that holds several, as of experts; often itself.
+
+    A matrix of which this rank holds nothing has an empty shard.
+    """
+    if len(shard.shape) <= 2:
+        return [shard]
+    size, length = math.prod(shard.shape[-2:]), shard.weight.numel()
+    parts = []
+    for number in range(shard.numel // size):
+        first = number * size - shard.start  # where the matrix begins, seen from the range's start
+        start, stop = (min(max(place, 0), length) for place in (first, first + size))
+        parts.append(
+            replace(
+                shard,
+                name=f"{shard.name}[{number}]",
+                shape=shard.shape[-2:],
+                start=max(0, start - first) if start < stop else 0,
+                weight=shard.weight[start:stop],
+                gradient=None if shard.gradient is None else shard.gradient[start:stop],
+            )
+        )
+    return parts
 
 
 class Group(Protocol):

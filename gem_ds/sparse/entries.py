@@ -28,7 +28,7 @@ from gem_ds.distributed.engine import Engine
 from gem_ds.distributed.weights import numel, within
 from gem_ds.files.mask import index_dtype
 from gem_ds.sparse.flat_values import FlatValues
-from gem_ds.sparse.layers import Sink, TargetLayer, TargetLayers
+from gem_ds.sparse.layers import ExpertsLayer, Sink, TargetLayer, TargetLayers
 from gem_ds.sparse.sddmm import Pattern, add_product, add_sampled_product, choose_kernel
 
 
@@ -41,10 +41,10 @@ class SampledSink:
     pattern: Pattern
     kernel: str = "auto"
 
-    def __call__(self, a: Tensor, b: Tensor) -> None:
+    def __call__(self, a: Tensor, b: Tensor, ends: Tensor | None = None) -> None:
         """Add the gradient of one backward."""
         out = self.vector.gradient(self.start, self.pattern.num_entries, a.device)
-        add_sampled_product(out, a, b, self.pattern, self.kernel)
+        add_sampled_product(out, a, b, self.pattern, self.kernel, ends=ends)
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,12 @@ class SelectedEntries(TrainedEntries):
         if self.kernel != "auto":
             return [self.kernel] * len(self.layers)
         device, dtype = self.engine.device.type, self.engine.dtype
-        return [choose_kernel(device, dtype, p.shape, p.num_entries) for p in self._patterns]
+        return [
+            "grouped"
+            if isinstance(layer, ExpertsLayer)
+            else choose_kernel(device, dtype, pattern.shape, pattern.num_entries)
+            for layer, pattern in zip(self.layers, self._patterns, strict=True)
+        ]
 
 
 class HeadEntries(TrainedEntries):

@@ -77,14 +77,14 @@ class ShardSink:
     scale: float = 1.0  # what the next micro-batch's gradient is multiplied by
     num_calls: int = 0  # in the present micro-batch
 
-    def __call__(self, a: Tensor, b: Tensor) -> None:
+    def __call__(self, a: Tensor, b: Tensor, ends: Tensor | None = None) -> None:
         """Add the gradient of one backward."""
         self.num_calls += 1
         numel, shape = self.layer.numel, self.layer.shape
         length = self.partition_size * self.reducer.comm.world_size
         padded = torch.empty(length, dtype=torch.float32, device=self.shard.device)
         padded[numel:] = 0
-        product(a, b, out=padded[:numel].view(shape))
+        product(a, b, padded[:numel].view(shape), ends=ends)
         self.reducer.add(self.shard, *terms_of(padded, self.scale, self.statistic))
 
     @property
@@ -109,14 +109,14 @@ class BufferedSink:
     scale: float = 1.0  # what the next micro-batch's gradient is multiplied by
     num_calls: int = 0  # in the present micro-batch
 
-    def __call__(self, a: Tensor, b: Tensor) -> None:
+    def __call__(self, a: Tensor, b: Tensor, ends: Tensor | None = None) -> None:
         """Add the gradient of one backward."""
         self.num_calls += 1
         sums = self.whole[: self.layer.numel].view(self.layer.shape)
         if self.statistic == "sum":
-            add_product(sums, a, b, scale=self.scale)
+            add_product(sums, a, b, scale=self.scale, ends=ends)
         else:
-            sums += terms_of(product(a, b), self.scale, self.statistic)[0]
+            sums += terms_of(product(a, b, ends=ends), self.scale, self.statistic)[0]
 
     @property
     def sums(self) -> Tensor:

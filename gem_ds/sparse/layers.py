@@ -24,11 +24,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from gem_ds.distributed.weights import shape_of
+from gem_ds.distributed.weights import numel, shape_of
+from gem_ds.sparse.experts import ExpertsForward, projections_of
 from gem_ds.sparse.flat_values import FlatValues
 
-Sink = Callable[[Tensor, Tensor], None]
-"""Takes a, [tokens, rows], and b, [tokens, columns], whose ``a^T b`` is the weight's gradient."""
+Sink = Callable[..., None]
+"""Takes a, [tokens, rows], and b, [tokens, columns], whose ``a^T b`` is the weight's gradient.
+
+Of experts a third tensor says where the tokens of each end (:mod:`gem_ds.sparse.sddmm.grouped`)."""
 
 
 def drop(*_: Tensor) -> None:
@@ -67,17 +70,26 @@ class _AnchoredLinear(torch.autograd.Function):
 
 
 class TargetLayer:
-    """A linear layer (``nn.Linear``) whose weight is a target."""
+    """A linear layer (``nn.Linear``) whose weight is a target; ``name`` is the weight's."""
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name = name  # of the weight, in ``model.named_parameters()``
         self.module: Any = module
-        self.weight = module.get_parameter("weight")  # its data may be partitioned by ZeRO-3
-        rows, columns = shape_of(self.weight)
-        self.shape = (rows, columns)  # of the whole weight, as stored
-        self.numel = rows * columns
+        self.parameter_name = name.rpartition(".")[2]
+        # Its data may be partitioned by ZeRO-3.
+        self.weight = module.get_parameter(self.parameter_name)
+        self.shape = shape_of(self.weight)  # of the whole weight, as stored
+        self.numel = numel(self.weight)
         self.sink: Sink | None = None
         self.anchor: Tensor | None = None  # of the present forward pass
+
+    def attach(self) -> None:
+        """Swap the module's forward."""
+        self.module.forward = self.forward
+
+    def detach(self) -> None:
+        """Give the module its own forward back."""
+        vars(self.module).pop("forward", None)  # of two targets of one module the first one does
 
     def forward(self, x: Tensor) -> Tensor:
         """What the module computes while it is a target: the same as ever."""
@@ -112,6 +124,14 @@ class Conv1DLayer(TargetLayer):
         return x, dy
 
 
+class ExpertsLayer(TargetLayer):
+    """A projection of all experts of a block, [experts, rows, columns]; the module may have two."""
+
+    def attach(self) -> None:
+        """Let the module compute by groups of tokens, this projection as a target."""
+        ExpertsForward.of(self.module).layers[self.parameter_name] = self
+
+
 #: The forward of a module -> its kind. A subclass that computes something else is none.
 KINDS: dict[Callable[..., Any], type[TargetLayer]] = {
     nn.Linear.forward: TargetLayer,
@@ -123,7 +143,7 @@ def kind_of(module: nn.Module) -> type[TargetLayer] | None:
     """What kind of target a module can be, if any."""
     if type(module).__name__ == "FalconLinear":  # the same product as nn.Linear's, written out
         return TargetLayer
-    return KINDS.get(type(module).forward)
+    return ExpertsLayer if projections_of(module) else KINDS.get(type(module).forward)
 
 
 class TargetLayers(Sequence[TargetLayer]):
@@ -164,7 +184,7 @@ class TargetLayers(Sequence[TargetLayer]):
             model.add_module(vector_name, self.vector)
         self._hook = model.register_forward_pre_hook(self.renew_anchor)
         for layer in self.layers:
-            layer.module.forward = layer.forward
+            layer.attach()
 
     def __getitem__(self, index: Any) -> Any:
         return self.layers[index]
@@ -193,6 +213,6 @@ class TargetLayers(Sequence[TargetLayer]):
         """Give the model its own forward back and take the flat vector away."""
         self._hook.remove()
         for layer in self.layers:
-            del layer.module.forward
+            layer.detach()
         if self.vector_name is not None:
             delattr(self.model, self.vector_name)

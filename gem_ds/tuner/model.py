@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from gem_ds.distributed.weights import shape_of
 from gem_ds.files.mask import WeightInfo
+from gem_ds.sparse.experts import projections_of
 from gem_ds.sparse.layers import kind_of
 from gem_ds.tuner.config import GEM, GemConfig
 from gem_ds.tuner.layer import GemLayer
@@ -171,7 +172,7 @@ def _shape(module: nn.Module) -> tuple[int, int] | None:
     """The whole shape of a module's weight, if it can be a target."""
     if isinstance(module, GemLayer):
         return module.shape
-    if kind_of(module) is not None:
+    if kind_of(module) is not None and not projections_of(module):
         rows, columns = shape_of(module.get_parameter("weight"))
         return rows, columns
     if resolve_quantization_backend(module) is not None:

@@ -107,7 +107,7 @@ def test_names_that_are_no_linear_layers_are_refused(
         find_targets(llama, names.split())
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "qwen2_vl", "llava", "idefics3", "mixtral"])
+@pytest.mark.parametrize("kind", ["gemma3", "qwen2_vl", "llava", "idefics3", "mixtral", "gpt_oss"])
 def test_every_target_is_reached_from_text_and_what_none_reaches_is_told(kind: str) -> None:
     """As autograd says; of a model that reads images its tower has layers of the same names."""
     config = tiny_config(kind)
@@ -117,6 +117,7 @@ def test_every_target_is_reached_from_text_and_what_none_reaches_is_told(kind: s
     model(input_ids=torch.arange(3, 15).view(2, 6)).logits.square().sum().backward()
     reached = {n: p for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     layers = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    layers |= {name for name, p in model.named_parameters() if "experts" in name and p.dim() == 3}
     layers = layers & set(reached) - {"lm_head.weight"}
     query_value = [name for name in reached if re.fullmatch(r".*[qv]_proj\.weight", name)]
     assert list(find_targets(model)) == query_value == list(find_targets(model, [r".*[qv]_proj"]))
@@ -134,7 +135,8 @@ def test_every_target_is_reached_from_text_and_what_none_reaches_is_told(kind: s
     assert f"those of --target_modules all-linear {share(everything)};" in told
     assert f"; no target reaches {share(sizes.keys() - layers)} (" in told
     outside = [name for name, p in model.named_parameters() if p.grad is None]
-    assert ("outside of the language model" in told) == bool(outside) == (kind != "mixtral")
+    reads_images = kind not in ("mixtral", "gpt_oss")
+    assert ("outside of the language model" in told) == bool(outside) == reads_images
     if outside:
         assert f"outside of the language model {share(outside)}" in told
         tower = next(m for n, m in model.named_modules() if f"{n}.weight" in outside and kind_of(m))
@@ -142,9 +144,9 @@ def test_every_target_is_reached_from_text_and_what_none_reaches_is_told(kind: s
         with pytest.raises(ValueError, match=rf"matches {name}, which no text reaches: name lay"):
             find_targets(model, [re.escape(name)])
         assert list(targets_of(model, [f"{name}.weight"])) == [f"{name}.weight"], "a mask has it"
-    else:
-        experts = [name for name, p in model.named_parameters() if p.dim() == 3]
-        assert f"(experts and convolutions {share(experts)}, " in told
+    elif kind == "gpt_oss":
+        biases = [name for name in sizes if "experts" in name and name.endswith("_bias")]
+        assert f", experts and convolutions {share(biases)}, " in told
     assert "all-linear" not in describe_reach(model, everything)
 
 

@@ -15,12 +15,16 @@ in :mod:`gem_ds.sparse.sddmm.choice`, with the measurements behind it.
     gather    factors gathered entry by entry, in blocks of entries and tokens
     library   torch.sparse.sampled_addmm, in blocks of tokens
     triton    a kernel of our own for CUDA, where triton is installed
+
+Experts have a matrix each, and a token passes through some of them: their products are those of
+groups of tokens (:mod:`gem_ds.sparse.sddmm.grouped`).
 """
 
 from __future__ import annotations
 
 from gem_ds.sparse.sddmm.choice import check_kernel, choose_kernel
-from gem_ds.sparse.sddmm.kernels import Pattern, add_product, add_sampled_product, product
+from gem_ds.sparse.sddmm.grouped import add_product, add_sampled_product, grouped_linear, product
+from gem_ds.sparse.sddmm.kernels import Pattern
 
 __all__ = [
     "Pattern",
@@ -28,5 +32,6 @@ __all__ = [
     "add_sampled_product",
     "check_kernel",
     "choose_kernel",
+    "grouped_linear",
     "product",
 ]

@@ -10,6 +10,7 @@ they would double what the indices cost.
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,14 +43,22 @@ class Pattern:
     row_bounds: Tensor  # [rows + 1] on the CPU, of the same dtype
 
     @classmethod
-    def of(cls, flat_index: Tensor, shape: tuple[int, int]) -> Pattern:
-        """Find the rows' bounds."""
-        rows, columns = shape
+    def of(cls, flat_index: Tensor, shape: tuple[int, ...]) -> Pattern:
+        """Find the rows' bounds; several matrices of one shape are one, below each other."""
+        rows, columns = math.prod(shape[:-1]), shape[-1]
         starts = torch.arange(rows, device=flat_index.device) * columns
         bounds = torch.searchsorted(flat_index, starts.to(flat_index.dtype))
         row_bounds = torch.empty(rows + 1, dtype=flat_index.dtype)
         row_bounds[:-1], row_bounds[-1] = bounds, flat_index.numel()
-        return cls(flat_index, shape, row_bounds)
+        return cls(flat_index, (rows, columns), row_bounds)
+
+    def part(self, row: int, num_rows: int) -> tuple[slice, Pattern]:
+        """Which entries lie in so many rows from ``row``, and the pattern of these rows alone."""
+        bounds = self.row_bounds[row : row + num_rows + 1]
+        entries = slice(int(bounds[0]), int(bounds[-1]))
+        columns = self.shape[1]
+        index = self.flat_index[entries] - row * columns
+        return entries, Pattern(index, (num_rows, columns), bounds - bounds[0])
 
     @property
     def num_entries(self) -> int:

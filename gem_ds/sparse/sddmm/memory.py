@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gem_ds.sparse.sddmm import kernels
+from gem_ds.sparse.sddmm import grouped, kernels
 
 _FP32 = 4  # bytes
 
@@ -41,3 +41,9 @@ def temporary_bytes(
         return _FP32 * (min(tokens, length) * (rows + columns) + num_entries)
     assert kernel == "triton", f"there is no kernel {kernel}"
     return itemsize * tokens * (rows + columns)
+
+
+def picking_bytes(numel: int, num_entries: int, itemsize: int) -> int:
+    """What :func:`gem_ds.sparse.sddmm.grouped.add_picked` holds at once, about."""
+    places = 4 * 8 + 2 + itemsize + _FP32  # of an entry: group, row, place and column; what it is
+    return min(grouped.TILE_BYTES, itemsize * numel) + places * num_entries

@@ -1,0 +1,296 @@
+"""Experts as targets against autograd's gradients of what transformers computes by itself.
+
+In one process and on ranks, of models that hold their experts in different ways. Few tokens, so
+that some experts get none, on some ranks or on all.
+"""
+
+import functools
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import gem_ds
+from gem_ds.data.batches import permutation
+from gem_ds.distributed.comm import Comm
+from gem_ds.distributed.process_group import init_distributed
+from gem_ds.files.checkpoint import TrainerState
+from gem_ds.models.loss import chunked_answer_loss
+from gem_ds.models.targets import find_targets, targets_of
+from gem_ds.sparse.calibrate import calibrate
+from gem_ds.sparse.entries import SelectedEntries, gather_indices
+from gem_ds.sparse.layers import ExpertsLayer, TargetLayers
+from gem_ds.sparse.sddmm import Pattern, add_sampled_product, grouped, grouped_linear, product
+from gem_ds.train.fit import fit
+from tests import oracle
+from tests.ranks import run_ranks, told_as
+from tests.tiny import (
+    Setting,
+    Tensors,
+    assert_selected_up_to_rounding,
+    make_batches,
+    make_engine,
+    naive_examples,
+    naive_loss,
+    random_examples,
+    tiny_config,
+)
+
+KINDS = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")
+NUM_EXAMPLES = 5
+K = 90
+NUM_STEPS = 20
+LEARNING_RATE = 0.01
+
+
+def _model(kind: str) -> PreTrainedModel:
+    """Always the same weights; biases and routers are random too."""
+    config = tiny_config(kind)
+    config._experts_implementation = "eager"  # a loop over the experts
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval()
+        for name, parameter in model.named_parameters():
+            if "experts" in name or "gate" in name or "router" in name:
+                nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def _experts(model: nn.Module) -> list[str]:
+    names = [name for name, p in model.named_parameters() if p.dim() == 3]
+    assert len(names) in (2, 4)
+    return names
+
+
+def _examples() -> list[Any]:
+    return naive_examples(random_examples(NUM_EXAMPLES), range(NUM_EXAMPLES))
+
+
+@functools.cache
+def _gradients(kind: str) -> Tensors:
+    """Of the summed loss of all examples, by autograd."""
+    model = _model(kind)
+    return oracle.summed_gradients(model, _examples(), naive_loss, _experts(model))
+
+
+def _by_expert(tensors: Tensors) -> Tensors:
+    """Each expert's matrix by a name of its own."""
+    return {f"{name}[{i}]": part for name, t in tensors.items() for i, part in enumerate(t)}
+
+
+def _index_by_expert(indices: Tensors, model: nn.Module) -> Tensors:
+    found = {}
+    for name, index in indices.items():
+        shape = model.get_parameter(name).shape
+        expert, place = index.long() // shape[1:].numel(), index.long() % shape[1:].numel()
+        found |= {f"{name}[{i}]": place[expert == i] for i in range(shape[0])}
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_targets_are_projections_of_experts(kind: str) -> None:
+    """By a projection's name, a module's, and among all linear layers; routers are none."""
+    model = _model(kind)
+    names = _experts(model)
+    assert list(find_targets(model, ["experts"])) == names
+    assert list(find_targets(model, [r".*\.experts\.(gate_up|down)_proj"])) == names
+    assert list(find_targets(model, ["experts.down_proj"])) == [n for n in names if "down" in n]
+    everything = find_targets(model, ["all-linear"])
+    assert set(names) < everything.keys()
+    assert not [name for name in everything if "router" in name or name.endswith("mlp.gate.weight")]
+    assert list(targets_of(model, names)) == names
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_output_and_gradient_are_those_of_the_eager_model(kind: str) -> None:
+    """Whole and at some entries; of one of a module's projections too. Nothing else is changed."""
+    model, expected = _model(kind), _gradients(kind)
+    ids = _examples()[0][0][None]
+    before = model(input_ids=ids).logits
+    for names in (_experts(model), _experts(model)[1:2]):
+        found = {name: torch.zeros_like(model.get_parameter(name)) for name in names}
+        picked = {name: torch.zeros(13) for name in names}
+        layers = TargetLayers(model, targets_of(model, names), 1)
+
+        def take(layer: ExpertsLayer, a: Tensor, b: Tensor, ends: Tensor) -> None:
+            pattern = Pattern.of(torch.arange(13) * 17, layer.shape)
+            found[layer.name] += product(a, b, ends=ends)  # noqa: B023
+            add_sampled_product(picked[layer.name], a, b, pattern, ends=ends)  # noqa: B023
+
+        with layers.sinks([functools.partial(take, layer) for layer in layers]):
+            for example in _examples():
+                naive_loss(model, example).backward()
+        with torch.no_grad():
+            torch.testing.assert_close(model(input_ids=ids).logits, before, rtol=1e-5, atol=1e-6)
+        layers.detach()
+        for name in names:
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(picked[name], found[name].flatten()[::17][:13])
+    assert torch.equal(model(input_ids=ids).logits, before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mask_is_the_oracles_for_each_expert(kind: str) -> None:
+    """An expert's matrix is a layer; one that no token reaches gets nothing, and is no error."""
+    model, gradients = _model(kind), _by_expert(_gradients(kind))
+    unreached = {name for name, gradient in gradients.items() if not gradient.any()}
+    assert unreached or kind in ("mixtral", "gpt_oss"), "the premise"
+    total = sum(p.numel() for p in model.parameters())
+    weights = _by_expert({name: model.get_parameter(name).detach() for name in _experts(model)})
+    for rule in ("gem", "ratio"):
+        mask = gem_ds.select_mask(
+            model, _examples(), naive_loss, density=0.02, target_modules=["experts"], rule=rule
+        )
+        assert mask.num_selected == oracle.total_budget("0.02", total)
+        found = _index_by_expert(mask.indices, model)
+        assert not [name for name in unreached if found[name].numel()]
+        if rule == "gem":
+            assert_selected_up_to_rounding(found, gradients, weights, mask.num_selected)
+        else:
+            counts = [index.numel() for name, index in found.items() if name not in unreached]
+            assert max(counts) - min(counts) <= 1
+
+
+def test_all_tokens_may_go_to_one_expert() -> None:
+    """The other experts' matrices have no gradient; the model trains all the same."""
+    model = _model("mixtral")
+    for module in model.modules():
+        if hasattr(module, "top_k") and hasattr(module, "experts"):
+            module.gate.top_k = 1
+            module.gate.weight.data.zero_()  # ties go to one expert
+    mask = gem_ds.select_mask(
+        model, _examples(), naive_loss, target_modules=["experts"], density=0.01
+    )
+    found = _index_by_expert(mask.indices, model)
+    assert sum(index.numel() > 0 for index in found.values()) <= 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_launch_computes_what_a_loop_does(dtype: torch.dtype) -> None:
+    """Group by group in fp64; a tile of rows at a time; groups without tokens."""
+    generator = torch.Generator().manual_seed(0)
+    ends = torch.tensor([0, 5, 5, 9, 24, 24], dtype=torch.int32)
+    dy = torch.randn(24, 24, generator=generator).to(dtype)
+    x = torch.randn(24, 16, generator=generator).to(dtype)
+    weight = torch.randn(6, 16, 24, generator=generator).to(dtype)
+    spans = [slice(a, b) for a, b in zip([0, *ends.tolist()], ends.tolist(), strict=False)]
+    y = torch.cat([x[s].double() @ w.double() for s, w in zip(spans, weight, strict=True)])
+    whole = torch.stack([dy[s].double().t() @ x[s].double() for s in spans])
+    index = torch.randperm(whole.numel(), generator=generator)[:300].sort().values.int()
+    pattern = Pattern.of(index, whole.shape)
+    for is_one_launch in (False, True):
+        with (
+            mock.patch.object(grouped, "takes_one_launch", return_value=is_one_launch),
+            mock.patch.object(grouped, "TILE_BYTES", 6 * 16 * 8 * dy.element_size()),
+        ):
+            tolerance = {"rtol": 2e-2, "atol": 5e-2} if dtype == torch.bfloat16 else {}
+            out = torch.ones(300)
+            add_sampled_product(out, dy, x, pattern, ends=ends)
+            expected = 1 + whole.flatten()[index.long()]
+            torch.testing.assert_close(out, expected.float(), **tolerance)
+            torch.testing.assert_close(product(dy, x, ends=ends), whole.float(), **tolerance)
+            found = grouped_linear(x, weight, ends)
+            torch.testing.assert_close(found, y.to(dtype), **tolerance)
+
+
+# On ranks
+
+MICRO_BATCH_SIZE = 2
+ADAM: dict[str, Any] = {"betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.1}
+SETTINGS = {
+    1: [(kind, Setting(0)) for kind in KINDS],
+    2: [*((kind, Setting(3, variant="gathered")) for kind in KINDS), ("qwen3_moe", Setting(1))],
+    3: [("deepseek_v3", Setting(3)), ("gpt_oss", Setting(2))],
+}
+Outcome = tuple[Tensors, list[float], Tensors]
+"""The indices that calibration selects; the losses of a training, and its values after it."""
+
+
+def _trained(model: nn.Module) -> Tensors:
+    """The flat indices that are trained: some of each expert."""
+    return {n: torch.arange(0, model.get_parameter(n).numel(), 37) for n in _experts(model)}
+
+
+def _run(comm: Comm, kind: str, setting: Setting) -> Outcome:
+    model = _model(kind)
+    names, indices = _experts(model), _trained(model)
+    num_trained = sum(index.numel() for index in indices.values())
+    targets = targets_of(model, names)
+    engine, layers = make_engine(setting, comm, model, num_trained, targets=targets)
+    for group in engine.optimizer.param_groups:
+        group |= ADAM
+    batches = make_batches(random_examples(NUM_EXAMPLES), comm, MICRO_BATCH_SIZE)
+    selection = calibrate(engine, layers, batches, chunked_answer_loss, K)
+    selected = dict(zip(names, gather_indices(selection.indices, comm), strict=True))
+    entries = SelectedEntries(engine, layers, list(indices.values()))
+    entries.start_from_weights()
+    scheduler = LambdaLR(engine.optimizer, lambda step: 1.0)
+    state = TrainerState(max_steps=NUM_STEPS)
+    steps = fit(engine, [entries], batches, chunked_answer_loss, scheduler, state, seed=0)
+    losses = [step.loss for step in steps]
+    for name, parameter in _model(kind).named_parameters():
+        expected = parameter.detach().flatten()
+        if name in indices:
+            expected[indices[name]] = entries.split(entries.values())[name]
+        start, stop = engine.weights.shard_range(found := model.get_parameter(name))
+        assert torch.equal(engine.weights.read_shard(found), expected[start:stop]), name
+    return selected, losses, entries.split(entries.read())
+
+
+def _all_runs() -> list[Outcome]:
+    comm = init_distributed()
+    outcomes = []
+    for kind, setting in SETTINGS[comm.world_size]:
+        with told_as(f"{kind} {setting}"):
+            outcomes.append(_run(comm, kind, setting))
+    return outcomes
+
+
+@functools.cache
+def _dense(kind: str, global_batch_size: int) -> tuple[list[float], Tensors]:
+    """The same training of a dense model in one process."""
+    model = _model(kind)
+    indices = _trained(model)
+    params = {name: model.get_parameter(name) for name in indices}
+    masks = {name: torch.zeros(p.shape, dtype=torch.bool) for name, p in params.items()}
+    for name, index in indices.items():
+        masks[name].view(-1)[index] = True
+    optimizer = oracle.DenseMaskedAdamW(params, masks, max_norm=1.0, **ADAM)
+    steps_per_epoch = -(-NUM_EXAMPLES // global_batch_size)
+    losses = []
+    for step in range(NUM_STEPS):
+        epoch, number = divmod(step, steps_per_epoch)
+        rows = permutation(NUM_EXAMPLES, 0, epoch)[number * global_batch_size :][:global_batch_size]
+        examples = naive_examples(random_examples(NUM_EXAMPLES), rows.tolist())
+        num_items = sum(len(tokens) - start for tokens, start in examples)
+        with torch.no_grad():
+            losses.append(float(sum(naive_loss(model, e) for e in examples)) / num_items)
+        sums = oracle.summed_gradients(model, examples, naive_loss, list(indices))
+        means = {name: gradient / num_items for name, gradient in sums.items()}
+        optimizer.step(means, dict.fromkeys(params, LEARNING_RATE))
+    return losses, {n: params[n].detach().flatten()[index] for n, index in indices.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", SETTINGS)
+def test_ranks_select_and_train_as_a_dense_model(world_size: int) -> None:
+    """At any stage; nothing else moves, to the bit. Some experts get no token on some ranks."""
+    ranks = run_ranks(world_size, _all_runs)
+    for number, (kind, _) in enumerate(SETTINGS[world_size]):
+        model = _model(kind)
+        weights = _by_expert({n: model.get_parameter(n).detach() for n in _experts(model)})
+        losses, values = _dense(kind, world_size * MICRO_BATCH_SIZE)
+        for name, value in values.items():
+            base = model.get_parameter(name).detach().flatten()[_trained(model)[name]]
+            assert (value - base).abs().max() > 0.02, "the premise: entries move"
+        for outcomes in ranks:
+            selected, found_losses, found = outcomes[number]
+            by_expert = _index_by_expert(selected, model)
+            assert_selected_up_to_rounding(by_expert, _by_expert(_gradients(kind)), weights, K)
+            torch.testing.assert_close(found_losses, losses, rtol=1e-5, atol=1e-5)
+            for name, expected in values.items():
+                torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-5)
