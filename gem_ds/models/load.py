@@ -72,9 +72,15 @@ def trainable_config(
             f"{name} is of type {config.model_type}, whose tokens see the answer that they are to "
             "learn: pass another causal language model."
         )
-    if getattr(config, "quantization_config", None):
+    if quantization := getattr(config, "quantization_config", None):
+        remedy = "pass the original"
+        if dict(quantization).get("quant_method") == "mxfp4":  # gpt-oss, of which there is no other
+            remedy = (
+                "load it once with quantization_config=Mxfp4Config(dequantize=True) and "
+                "dtype=torch.bfloat16, save_pretrained it, and pass that folder"
+            )
         raise ValueError(
-            f"{name} is quantized, so its weights cannot hold an update exactly: pass the original."
+            f"{name} is quantized, so its weights cannot hold an update exactly: {remedy}."
         )
     return config
 

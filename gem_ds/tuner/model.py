@@ -69,6 +69,12 @@ class GemModel(BaseTuner):
         peft_config.base_quantization = now
         if (mask := peft_config.mask) is None:
             return
+        if experts := [name for name in mask.weights if not name.endswith(".weight")]:
+            raise ValueError(
+                f"The mask selects entries of {experts[0]}, a parameter of no linear layer, as an "
+                "adapter needs: train it by launch/train.py, or leave experts out of its "
+                "--target_modules."
+            )
         modules = {f"{name}.weight": module for name, module in model.named_modules()}
         shapes = {name: shape for name, module in modules.items() if (shape := _shape(module))}
         mask.check_model(shapes, type(model).__name__)

@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -103,6 +104,9 @@ def test_targets_are_projections_of_experts(kind: str) -> None:
     assert set(names) < everything.keys()
     assert not [name for name in everything if "router" in name or name.endswith("mlp.gate.weight")]
     assert list(targets_of(model, names)) == names
+    mask = gem_ds.select_mask(model, rule="random", target_modules=["experts"], density="0.01")
+    with pytest.raises(ValueError, match=r"a parameter of no linear layer, .* leave experts out"):
+        get_peft_model(model, gem_ds.GemConfig(mask=mask))
 
 
 @pytest.mark.parametrize("kind", KINDS)

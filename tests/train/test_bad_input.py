@@ -43,6 +43,7 @@ ZERO3 = ["--deepspeed", str(REPOSITORY / "ds_configs" / "zero3.json")]
 CONFIGS: dict[str, dict[str, object]] = {
     "few_tokens": {"vocab_size": 90},
     "quantized": {"quantization_config": {"quant_method": "fp8"}},
+    "mxfp4": {"quantization_config": {"quant_method": "mxfp4"}},
     # a Llama by the names of its weights, for which peft has no table
     "granite": {"model_type": "granite", "architectures": ["GraniteForCausalLM"]},
 }
