@@ -176,19 +176,16 @@ def select(
         **dict.fromkeys(("gem", "entropy_gradient", "damped", "gem_abs"), layer_score),
         "tempered": lambda s: math.sqrt(1 + layer_score(s)),
         "effective": lambda s: math.exp(entropy(s)) if s.any() else 0.0,
-<<<<<<< HEAD
     }
     if rule in ("random_shira", "lift"):
-        of_layers: list[float] = [sum(w.shape) for w in weights.values()]
+        of_layers: list[float] = [
+            sum(w.shape) * float(scores[n][may[n]].any()) for n, w in weights.items()
+        ]
     else:
-        of_layers = [by_rule.get(rule, lambda s: 1.0)(s[may[n]]) for n, s in scores.items()]
+        of_layers = [
+            by_rule.get(rule, lambda s: float(s.any()))(s[may[n]]) for n, s in scores.items()
+        ]
     shares = budgets(of_layers, [int(m.sum()) for m in may.values()], total)
-=======
-        **dict.fromkeys(("random_shira", "lift"), lambda s: sum(s.shape) * float(s.any())),
-    }
-    of_layers = [by_rule.get(rule, lambda s: float(s.any()))(s) for s in scores.values()]
-    shares = budgets(of_layers, [s.numel() for s in scores.values()], total)
->>>>>>> 2e886b6 (Experts as targets: a matrix each, tokens grouped by expert, exact at any stage and number of ranks)
     return {name: mask(s, k) for (name, s), k in zip(scores.items(), shares, strict=True)}
 
 

@@ -22,7 +22,6 @@ from gem_ds.select.shards import Group, Shards, Solo, TargetShard, matrices
 from gem_ds.select.topk import top_k_indices
 from gem_ds.select.zeros import Candidates, find_candidates, flat_indices, without_zeros
 
-
 Number = TypeVar("Number", int, float)
 
 
