@@ -177,16 +177,15 @@ def select(
         "tempered": lambda s: math.sqrt(1 + layer_score(s)),
         "effective": lambda s: math.exp(entropy(s)) if s.any() else 0.0,
     }
+    of_layers = {n: by_rule.get(rule, _is_any)(s[may[n]]) for n, s in scores.items()}
     if rule in ("random_shira", "lift"):
-        of_layers: list[float] = [
-            sum(w.shape) * float(scores[n][may[n]].any()) for n, w in weights.items()
-        ]
-    else:
-        of_layers = [
-            by_rule.get(rule, lambda s: float(s.any()))(s[may[n]]) for n, s in scores.items()
-        ]
-    shares = budgets(of_layers, [int(m.sum()) for m in may.values()], total)
+        of_layers = {n: score * sum(weights[n].shape) for n, score in of_layers.items()}
+    shares = budgets([*of_layers.values()], [int(m.sum()) for m in may.values()], total)
     return {name: mask(s, k) for (name, s), k in zip(scores.items(), shares, strict=True)}
+
+
+def _is_any(scores: Tensor) -> float:
+    return float(scores.any())
 
 
 def _largest_of_all(scores: Mapping[str, Tensor], total: int) -> dict[str, Tensor]:
