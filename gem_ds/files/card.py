@@ -30,8 +30,6 @@ _CARD = """\
 | File | What it holds |
 |---|---|
 {files}
-| `metrics.jsonl`, `trainer_state.json` | the course of the run |
-| `all_results.json` | its results |
 
 ## Results
 
@@ -61,6 +59,8 @@ _FILES = {
     "mask": "| `mask.safetensors` | which entries of which weights were selected |",
     "model": "| `model/` | the fine-tuned model, a Hugging Face folder |",
     "adapter": "| `adapter/` | the adapter, as the library peft writes it |",
+    "course": "| `metrics.jsonl`, `trainer_state.json` | the course of the run |",
+    "results": "| `all_results.json`, `report.html` | its results |",
 }
 
 _USE = {
@@ -83,7 +83,7 @@ from gem_ds import Delta, apply_delta
 from transformers import {auto_class}
 
 model = {auto_class}.from_pretrained({load_arguments}, dtype=torch.{dtype})
-applied = apply_delta(model, Delta.load("delta.safetensors"))
+applied = apply_delta(model, {delta})
 # `model` is the fine-tuned model now; applied.revert() gives the base model back exactly.
 ```
 
@@ -116,6 +116,8 @@ class ModelCard:
     settings: Mapping[str, object]
     results: Mapping[str, float]
     base_results: Mapping[str, float] = field(default_factory=dict)
+    license: str | None = None  # the base's, as the Hub names it
+    repo: str | None = None  # on the Hub, of a delta that is there without its run
 
     def text(self) -> str:
         """Markdown with YAML front matter."""
@@ -127,16 +129,20 @@ class ModelCard:
             "load_arguments": self._load_arguments(),
             "method": _GEM if self.method == "gem" else f"`{_one_line(self.method)}`",
             "density": self.num_trainable / self.num_parameters,
+            "delta": 'Delta.load("delta.safetensors")'
+            if self.repo is None
+            else f"Delta.from_pretrained({self.repo!r})",
         }
         told = "GEM" if self.method == "gem" else self.method
         title = _one_line(f"{Path(self.base_model).name} fine-tuned on {self.task} with {told}")
-        files = (self.product, *["mask"] * self.has_mask)
+        of_run = (*["mask"] * self.has_mask, "course", "results")
+        files = (self.product, *(of_run if self.repo is None else ()))
         return _CARD.format(
             metadata=self._metadata(title).to_yaml(),
             title=title,
             what=(_SELECTED if self.has_mask else _TRAINED).format(**facts),
             files="\n".join(_FILES[file].format(**facts) for file in files),
-            results=self._results() if self.results else "This run was not evaluated.",
+            results=self._results() if self.results else "It was not evaluated.",
             use=_USE[self.product].format(**facts),
             settings=_table(("Setting", "Value"), self.settings.items()),
         )
@@ -162,6 +168,7 @@ class ModelCard:
         ]
         return ModelCardData(
             library_name="gem_ds",
+            license=self.license,
             base_model=base_model,
             base_model_relation=base_model and "finetune",
             datasets=[dataset] if dataset is not None and _is_hub_name(dataset) else None,

@@ -11,13 +11,14 @@ applied to a model is in `gem_ds.files.apply`. ZeRO partitions are not written h
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from gem_ds.files.hub import fetch, push_delta
 from gem_ds.files.mask import Mask, dtype_name, pack_mask, take_tensors, unpack_mask
 from gem_ds.files.tensors import metadata_field, save_tensors, taking_tensors
 
@@ -98,6 +99,58 @@ class Delta:
                 raise ValueError(f"the head's parameter {missing[0]!r} is missing")
             head = {name: tensors.pop(f"head.{name}") for name in names}
             return cls(mask=mask, values=values, head=head)
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path, *, revision: str | None = None, token: str | None = None
+    ) -> Delta:
+        """Reads a delta: its file, that of a folder, or that of a repository of the Hub.
+
+        Args:
+            name: ``runs/x/delta.safetensors``, ``runs/x`` or ``user/repo``.
+            revision: A branch, tag or commit of the repository.
+            token: Of the Hub; default: the one that is logged in.
+
+        Raises:
+            ValueError: It cannot be fetched, or is no valid delta.
+        """
+        return cls.load(fetch(name, "delta.safetensors", revision, token))
+
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        scores: Mapping[str, float] | None = None,
+        license: str | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Puts the delta and a card into a repository of the Hub, which is made if need be.
+
+        Args:
+            repo: ``user/repo``.
+            scores: What was measured of the fine-tuned model, by the metrics' names.
+            license: As the Hub names it (``apache-2.0``); default: the one of the base's card.
+            private: Whether a new repository is.
+            revision: The branch; default: main.
+            token: Of the Hub; default: the one that is logged in.
+
+        Returns:
+            The address of the commit. A card that is there already stays.
+
+        Raises:
+            ValueError: The Hub refuses it.
+        """
+        return push_delta(
+            self,
+            repo,
+            scores=scores or {},
+            license=license,
+            private=private,
+            revision=revision,
+            token=token,
+        )
 
 
 def _check_values(name: str, values: Tensor, mask: Mask) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from gem_ds.files.digests import checksum
 from gem_ds.files.fingerprint import differing
+from gem_ds.files.hub import fetch
 from gem_ds.files.tensors import metadata_field, save_tensors, taking_tensors
 
 MASK_KIND = "gem_mask"
@@ -129,6 +130,13 @@ class Mask:
         remedy = "make the mask again with launch/train.py --max_steps 0"
         with taking_tensors(path, MASK_KIND, remedy) as content:
             return unpack_mask(*content)
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path, *, revision: str | None = None, token: str | None = None
+    ) -> Mask:
+        """Reads a mask: its file, that of a folder, or that of a repository of the Hub."""
+        return cls.load(fetch(name, "mask.safetensors", revision, token))
 
     def check_model(self, shapes: Mapping[str, tuple[int, ...]], model: str) -> None:
         """Refuses a `model` that lacks a weight of the mask or has it in another shape."""
