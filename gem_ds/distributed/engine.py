@@ -284,7 +284,7 @@ class DenseEngine(BaseEngine):
         return written
 
     def load(self, folder: Path) -> None:
-        """Go to where DeepSpeed's checkpoint stands; all ranks call it together, before a step.
+        """Go to where DeepSpeed's checkpoint stands; all ranks call it together.
 
         Rates and other numbers of the optimizer stay those that it was made with.
         """

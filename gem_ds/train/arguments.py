@@ -178,8 +178,6 @@ def _contradictions(args: Arguments) -> Iterator[str]:
         yield f"--method {name} selects no entries: leave --sam_rho out."
     if train.max_steps == 0:
         yield f"--max_steps 0 writes a mask, and --method {name} has none."
-    if train.load_best_model_at_end:
-        yield f"--method {name} keeps no best model: leave --load_best_model_at_end out."
 
 
 class _Parser(HfArgumentParser):

@@ -81,10 +81,8 @@ class DenseTuning:
             self.base = self.engine.whole_parameters(self.names)
             of_base = {n: p for n, p in self.engine.model.named_parameters() if n not in head}
             self.fingerprints = fingerprints(of_base, self.engine.weights.read_entries)
-        if isinstance(checkpoint := prepared.checkpoint, DenseCheckpoint):
-            with comm.agreement():
-                checkpoint.check_files(comm.rank, comm.world_size)
-            self.engine.load(checkpoint.folder / DEEPSPEED_FOLDER)
+        if isinstance(prepared.checkpoint, DenseCheckpoint):
+            self.restore(prepared.checkpoint)
         with comm.agreement():  # what cannot be fetched ends the run before its first step
             if comm.is_main and product_of(args.method.method) == "model":
                 commit = getattr(prepared.config, "_commit_hash", None) or args.model.revision
@@ -117,6 +115,12 @@ class DenseTuning:
             finally:
                 if self.comm.is_main and not begun:  # the others wait for the name of the folder
                     self.comm.broadcast_object(None)
+
+    def restore(self, checkpoint: DenseCheckpoint) -> None:
+        """Go to where a checkpoint of this run stands; called on all ranks."""
+        with self.comm.agreement():
+            checkpoint.check_files(self.comm.rank, self.comm.world_size)
+        self.engine.load(checkpoint.folder / DEEPSPEED_FOLDER)
 
     def _save_parts(self, folder: Path | None) -> dict[str, str]:
         """Each rank writes its part into rank 0's folder; the digests of all, by path in it."""

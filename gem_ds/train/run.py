@@ -20,6 +20,7 @@ from gem_ds.files.checkpoint import (
     delete_old_checkpoints,
     list_checkpoints,
 )
+from gem_ds.files.dense_checkpoint import DenseCheckpoint
 from gem_ds.models.load import DTYPES, enable_checkpointing, load_for_training
 from gem_ds.models.loss import answer_loss_of, summed_answer_loss
 from gem_ds.report.main import REPORT, write_report
@@ -285,15 +286,16 @@ class Run:
     def load_best(self, reporter: Reporter) -> int:
         """Go back to the best model, if it is wanted; returns the step of the model at hand."""
         last = self.state.global_step
-        if self.best is None or self.sparse is None:
+        if self.best is None:
             return last
         folders = self.comm.broadcast_object(list_checkpoints(self.prepared.output_dir))
         step = self.best.step(self.state.log_history, folders)
         if step is None or step == last:
             return last
+        checkpoint: Any  # of the kind that is trained
         with self.comm.agreement():
-            checkpoint = Checkpoint.load(folders[step])
-        self.sparse.restore(checkpoint)
+            checkpoint = (Checkpoint if self.sparse else DenseCheckpoint).load(folders[step])
+        self.tuning.restore(checkpoint)
         reporter.say(f"The best model is that of step {step}, by {self.best.metric}")
         return step
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -70,6 +71,10 @@ def _evaluated(folder: Path, key: str = "eval_loss") -> dict[int, float]:
     return {line["step"]: line[key] for line in lines if key in line and line["step"]}
 
 
+#: Methods that train whole parameters, by the ranks: method, ZeRO stage.
+DENSE = {1: [("lora", 0), ("full", 1)], 2: [("full", 3), ("lora", 2)]}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("world_size", "stage", "dtype"), [(1, 0, "bf16"), (2, 3, "fp32")])
 def test_the_delta_is_that_of_the_best_step(
@@ -92,7 +97,10 @@ def test_the_delta_is_that_of_the_best_step(
         tiny.flags(resumed, *best, **flags | {"max_steps": 4, "save_total_limit": 1}),
         tiny.flags(resumed, *best, **flags | resume | {"save_total_limit": 1}),
         tiny.flags(last, *switches, **flags),
+        *_dense(tiny, tmp_path, world_size, flags, best, switches),
     )
+    for method, _ in DENSE[world_size]:
+        _check_dense(tmp_path / method, tmp_path / f"{method}_at")
     losses = _evaluated(run)
     step = max(losses, key=losses.__getitem__)
     assert step != 6, "the last must not be the best here"
@@ -114,6 +122,35 @@ def test_the_delta_is_that_of_the_best_step(
     new_bests = [i for i in losses if all(losses[j] < losses[i] for j in range(1, i))]
     assert set(list_checkpoints(run)) == {*new_bests, 6}
     assert set(list_checkpoints(resumed)) == {step, 6}, "the best stays, whatever the limit"
+
+
+def _dense(
+    tiny: Tiny,
+    folder: Path,
+    world_size: int,
+    flags: dict[str, Any],
+    best: list[str],
+    switches: list[str],
+) -> Iterator[list[str]]:
+    """Runs whose best model is that of the first step, and runs that stop at its checkpoint."""
+    for method, stage in DENSE[world_size]:
+        own = flags | {"method": method, "deepspeed": ZERO / f"zero{stage}.json", "max_steps": 3}
+        own["learning_rate"] = 0.01
+        yield tiny.flags(folder / method, *best, **own)
+        at = {"max_steps": 1, "resume_from_checkpoint": folder / method / "checkpoint-1"}
+        yield tiny.flags(folder / f"{method}_at", *switches, **own | at)
+
+
+def _check_dense(run: Path, at: Path) -> None:
+    """The same bits, whichever way there: the files of the product, and the loss that is told."""
+    losses = _evaluated(run)
+    assert max(losses, key=losses.__getitem__) == 1, "the losses fall"
+    results = json.loads((run / "all_results.json").read_text())
+    assert (results["best_global_step"], results["last_eval_loss"]) == (1, losses[1])
+    files = [*run.glob("model/*.safetensors"), *run.glob("adapter/*.safetensors")]
+    assert files
+    for path in files:
+        assert (at / path.relative_to(run)).read_bytes() == path.read_bytes(), path
 
 
 @pytest.mark.slow
