@@ -27,7 +27,7 @@ from gem_ds.evaluate.generation import Prompt
 from gem_ds.evaluate.model import SamplingArguments, check_arguments
 from gem_ds.evaluate.samples import Sample
 from gem_ds.evaluate.sampling import RESULTS_FILE, VERDICTS_FILE
-from gem_ds.files.atomic import make_folder, save_json, save_jsonl, try_lock
+from gem_ds.files.atomic import locked, make_folder, save_json, save_jsonl
 from gem_ds.flags import parser_of
 from gem_ds.progress import loading_bars
 
@@ -84,19 +84,18 @@ def folder_of_one_evaluation(folder: Path) -> Iterator[None]:
     """
     is_new = not folder.exists()
     make_folder(folder)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        if not try_lock(descriptor):
-            raise ValueError(
-                f"Another run or evaluation writes to --output_dir {folder}: wait for its end, or "
-                "name another folder."
-            )
-        yield
-    finally:
-        if is_new:
-            with suppress(OSError):  # it is not empty
-                folder.rmdir()
-        os.close(descriptor)  # which also unlocks
+    with locked(folder) as is_free:
+        try:
+            if not is_free:
+                raise ValueError(
+                    f"Another run or evaluation writes to --output_dir {folder}: wait for its end, "
+                    "or name another folder."
+                )
+            yield
+        finally:
+            if is_new:
+                with suppress(OSError):  # it is not empty
+                    folder.rmdir()
 
 
 def save_report(folder: Path, report: Report, **facts: Any) -> dict[str, Any]:

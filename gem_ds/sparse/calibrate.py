@@ -39,6 +39,10 @@ from gem_ds.sparse.layers import TargetLayer, TargetLayers
 #: stay in range; a power of two, so that taking it out again does not round.
 LOSS_SCALE = 2.0**10
 
+#: Steps after which a gradient that has been zero throughout is taken to be so for good. One is too
+#: few: that of a query is zero in a sequence of one token.
+NUM_TRIED_STEPS = 8
+
 _NUM_NAMED = 8  # layers that a sentence names
 
 
@@ -126,7 +130,8 @@ def sum_gradients(
     Or the sum of magnitudes or squares of the micro-batches' gradients, each that of one example.
     Per layer this rank's range (:meth:`Weights.shard_range`) of it, flat, fp32. Each rank may keep
     ``buffer_gb`` 10^9 bytes of whole gradients, which then cross the network once. A loss that is
-    not finite is a ValueError, and so is a target that no gradient reaches, after the first step.
+    not finite is a ValueError, and so is a target that no gradient reaches: after the first step
+    where no backward comes by it, after some more where what comes is zero.
     """
     reducer = ShardReducer(engine.comm)
     sinks = make_sinks(engine.weights, layers, reducer, buffer_gb, statistic)
@@ -149,6 +154,9 @@ def sum_gradients(
                         "the data, or use --bf16 or fp32 instead of --fp16."
                     )
             if step == 0:
+                flags = [torch.tensor(sink.is_reached, device=engine.device) for sink in sinks]
+                _refuse_unreached(layers, flags, engine.comm, is_first=True)
+            elif step == NUM_TRIED_STEPS - 1:
                 _refuse_unreached(layers, [sink.sums for sink in sinks], engine.comm, is_first=True)
             progress()
     shards = [sink.take() for sink in sinks]
@@ -203,9 +211,9 @@ def checkpointing_in_eval_mode(model: nn.Module) -> Iterator[None]:
 def refuse_unreached(
     layers: Sequence[TargetLayer], reached: Sequence[bool], *, is_first: bool = False
 ) -> None:
-    """Raise a ValueError that names the layers whose gradient is zero.
+    """Raise a ValueError that names the layers which no gradient has reached.
 
-    After the first batch experts may still wait for a token that is routed to them.
+    After the first steps experts may still wait for a token that is routed to them.
     """
     unreached = [
         layer.name

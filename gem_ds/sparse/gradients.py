@@ -76,10 +76,12 @@ class ShardSink:
     statistic: Statistic = "sum"
     scale: float = 1.0  # what the next micro-batch's gradient is multiplied by
     num_calls: int = 0  # in the present micro-batch
+    is_reached: bool = False  # by any backward so far, be the gradient zero or not
 
     def __call__(self, a: Tensor, b: Tensor, ends: Tensor | None = None) -> None:
         """Add the gradient of one backward."""
         self.num_calls += 1
+        self.is_reached = True
         numel, shape = self.layer.numel, self.layer.shape
         length = self.partition_size * self.reducer.comm.world_size
         padded = torch.empty(length, dtype=torch.float32, device=self.shard.device)
@@ -108,10 +110,12 @@ class BufferedSink:
     statistic: Statistic = "sum"
     scale: float = 1.0  # what the next micro-batch's gradient is multiplied by
     num_calls: int = 0  # in the present micro-batch
+    is_reached: bool = False  # by any backward so far, be the gradient zero or not
 
     def __call__(self, a: Tensor, b: Tensor, ends: Tensor | None = None) -> None:
         """Add the gradient of one backward."""
         self.num_calls += 1
+        self.is_reached = True
         sums = self.whole[: self.layer.numel].view(self.layer.shape)
         if self.statistic == "sum":
             add_product(sums, a, b, scale=self.scale, ends=ends)

@@ -27,7 +27,11 @@ from gem_ds.select.rules import RULES, Statistic
 from gem_ds.select.selection import select_shards
 from gem_ds.select.shards import Solo, TargetShard
 from gem_ds.select.zeros import find_candidates
-from gem_ds.sparse.calibrate import checkpointing_in_eval_mode, refuse_unreached
+from gem_ds.sparse.calibrate import (
+    NUM_TRIED_STEPS,
+    checkpointing_in_eval_mode,
+    refuse_unreached,
+)
 from gem_ds.sparse.gradients import BufferedSink, begin_micro_batch, refuse_repeated
 from gem_ds.sparse.layers import TargetLayers
 
@@ -198,6 +202,8 @@ def _sum_gradients(
             value.backward()
             refuse_repeated(sinks)
             if number == 1:
+                refuse_unreached(layers, [sink.is_reached for sink in sinks], is_first=True)
+            elif number == NUM_TRIED_STEPS:
                 reached = [bool(sink.sums.any()) for sink in sinks]
                 refuse_unreached(layers, reached, is_first=True)
     if not number:

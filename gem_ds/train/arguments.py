@@ -49,7 +49,8 @@ def parse_arguments(argv: Sequence[str], needed: Sequence[str] = _NEEDED) -> Arg
     _refuse_unknown(flags, parser)
     words = [word for name, value in flags.items() for word in _as_words(name, value)]
     if path := parser.parse_known_args(words)[0].config:
-        recipe, left_out_there = translate(read_recipe(path).items())
+        given = [(key, value) for key, value in read_recipe(path).items() if value is not None]
+        recipe, left_out_there = translate(given)
         left_out += left_out_there
         _refuse_unknown(recipe, parser, f"--config {path}: ")
         actions = {action.dest: action for action in parser._actions}

@@ -58,8 +58,6 @@ def converted(
 
 def _convert(action: argparse.Action, value: object, where: str) -> object:
     """One value as its flag would give it; YAML reads 1e-3 as text, for instance."""
-    if value is None and action.default is None:
-        return None
     is_list = action.nargs == "+"
     words = value if isinstance(value, list) and is_list else [value]
     convert = action.type if callable(action.type) else str

@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gem_ds.data.batches import SummedLoss
+from gem_ds.data.batches import SummedLoss, permutation
+from gem_ds.data.dataset import Dataset
 from gem_ds.data.packing import pack
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.engine import Engine
@@ -25,7 +26,7 @@ from gem_ds.models.loss import summed_answer_loss
 from gem_ds.models.targets import find_targets
 from gem_ds.select.rules import RULES
 from gem_ds.select.selection import Selection
-from gem_ds.sparse.calibrate import calibrate, sum_gradients
+from gem_ds.sparse.calibrate import NUM_TRIED_STEPS, calibrate, sum_gradients
 from gem_ds.sparse.entries import gather_indices
 from gem_ds.sparse.layers import TargetLayers
 from tests import oracle
@@ -230,6 +231,16 @@ def _route(experts: nn.ModuleList) -> Callable[..., Tensor]:
     return lambda module, inputs, output: output + next(turns)(output)
 
 
+def _short_first() -> Dataset:
+    """Three steps of two ranks; in the first, each answer is one token behind one."""
+    examples = random_examples(200)
+    lengths = examples.offsets.diff()
+    short, others = (lengths == 2).nonzero()[:6, 0], (lengths > 2).nonzero()[:12, 0]
+    places = torch.empty(18, dtype=torch.int64)
+    places[permutation(18, seed=0, epoch=0)] = torch.cat([short, others])
+    return examples.select(places.tolist())
+
+
 def _all_oddities() -> dict[str, Any]:
     """A rank's account of calibrations in which something is odd."""
     comm, found = init_distributed(), {}
@@ -241,10 +252,12 @@ def _all_oddities() -> dict[str, Any]:
         engine: Engine,
         layers: TargetLayers,
         loss: SummedLoss = summed_answer_loss,
+        examples: Dataset | None = None,
         **options: Any,
     ) -> str:
         """With how many steps were done before."""
-        batches, steps = make_batches(random_examples(NUM_EXAMPLES), comm, 3), mock.Mock()
+        examples = random_examples(NUM_EXAMPLES) if examples is None else examples
+        batches, steps = make_batches(examples, comm, 3), mock.Mock()
         try:
             sum_gradients(engine, layers, batches, loss, steps, **options)
         except (ValueError, PeerError) as error:
@@ -254,6 +267,13 @@ def _all_oddities() -> dict[str, Any]:
     cut_off = make_model("llama")
     cut_off.model.layers[1].self_attn.o_proj.weight.data.zero_()
     found["no gradient in the second block"] = error_of(*engine_of(cut_off))
+    longer = random_examples(6 * (NUM_TRIED_STEPS + 2))
+    found["none in many steps"] = error_of(*engine_of(cut_off), examples=longer)
+    queries = {f"model.layers.{i}.self_attn.q_proj" for i in range(2)}
+    sound = make_model("llama")
+    targets = {f"{name}.weight": sound.get_submodule(name) for name in queries}
+    parts = engine_of(sound, targets=dict(sorted(targets.items())))
+    found["a first step of two tokens"] = error_of(*parts, examples=_short_first())
 
     extended, spare = make_model("llama"), nn.Linear(3, 3)
     extended.add_module("spare", spare)
@@ -312,12 +332,14 @@ def oddities() -> list[dict[str, Any]]:
 
 def test_target_without_gradient_is_refused_by_name_on_every_rank(oddities: list) -> None:
     for account in oddities:
-        sentence = account["no gradient in the second block"]
+        sentence = account["none in many steps"]
         assert "No gradient reaches" in sentence
         for name in find_targets(make_model("llama")):
             assert (name in sentence) == ("layers.1." in name)
         assert account["never called"].startswith("after 0: No gradient reaches spare.weight:")
-        assert sentence.startswith("after 0: "), "the first step has shown it"
+        assert sentence.startswith(f"after {NUM_TRIED_STEPS - 1}: "), "and not after the last"
+        assert sentence[9:] == account["no gradient in the second block"][9:], "which are fewer"
+        assert account["a first step of two tokens"] == "no error"
         assert account["an expert's first token"] == "no error"
 
 

@@ -11,6 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import gem_ds
 from gem_ds.files.mask import Mask
+from gem_ds.sparse.calibrate import NUM_TRIED_STEPS
 from gem_ds.train import main as train
 from gem_ds.train.arguments import parse_arguments
 from gem_ds.train.prepare import prepare
@@ -154,6 +155,27 @@ def test_zeros_of_a_pruned_weight_are_selected_only_where_they_are_asked_for() -
     assert chosen[False] < zeros
     with pytest.raises(ValueError, match="hold 8 entries that are not 0, and 11 are to be sel"):
         gem_ds.select_mask(model, (), _squares, **options | {"density": "0.25"})
+
+
+def test_a_first_batch_whose_gradient_is_zero_says_nothing_yet() -> None:
+    """Several do: then the layer is refused before all the rest of the batches are read."""
+    model, x = Plain(), torch.randn(6, 5)
+    options = {"density": "0.1", "target_modules": ["inner"]}
+    expected = gem_ds.select_mask(model, [x], _squares, **options)
+    found = gem_ds.select_mask(model, [torch.zeros(6, 5), x], _squares, **options)
+    assert {n: i.tolist() for n, i in found.indices.items()} == {
+        n: i.tolist() for n, i in expected.indices.items()
+    }
+    batches = iter([torch.zeros(2, 5)] * 99)
+    with pytest.raises(ValueError, match=r"No gradient reaches inner\.weight"):
+        gem_ds.select_mask(model, batches, _squares, **options)
+    assert len([*batches]) == 99 - NUM_TRIED_STEPS
+    batches = iter([torch.randn(2, 5)] * 99)
+    with pytest.raises(ValueError, match=r"No gradient reaches unused\.weight"):
+        gem_ds.select_mask(
+            model, batches, _squares, density="0.1", target_modules=["outer", "unused"]
+        )
+    assert len([*batches]) == 98, "what no backward comes by is known after one"
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

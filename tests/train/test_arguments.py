@@ -13,7 +13,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gem_ds.train.arguments import as_flags, check_arguments, parse_arguments
+from gem_ds.train.arguments import _said, as_flags, check_arguments, parse_arguments
 from gem_ds.train.config import (
     DEFAULT_DENSITY,
     Arguments,
@@ -84,6 +84,14 @@ def test_yaml_numbers_are_read_as_the_flags_read_them(tmp_path):
     assert arguments.method.target_modules == ["all-linear"]
 
 
+def test_a_key_without_a_value_is_a_flag_that_is_not_given(tmp_path):
+    """As other trainers' recipes list them; keys that are no flags here too."""
+    path = recipe(
+        tmp_path, {**dict.fromkeys(OTHER), "wandb_project": None, "flash_attention": None}
+    )
+    assert parse_arguments([*NEEDED, "--config", path]) == parse_arguments(NEEDED)
+
+
 @pytest.mark.parametrize(("content", "message"), BAD["recipe"])
 def test_a_bad_recipe_is_refused_in_one_sentence(tmp_path, content, message):
     with pytest.raises(ValueError, match=message) as caught:
@@ -147,6 +155,28 @@ def test_what_other_trainers_say_to_type_is_taken(tmp_path, name):
     assert len(arguments.notes) == bool(case["left_out"])
     named = re.findall(r"--(\w+)", "".join(arguments.notes).replace("--output_dir", ""))
     assert sorted(named) == sorted(case["left_out"])
+
+
+@pytest.mark.parametrize("name", COMMANDS["unchanged"])
+def test_what_others_publish_starts_or_the_first_sentence_names_all_that_must_go(name, tmp_path):
+    case = COMMANDS["unchanged"][name]
+    command = shlex.split(case.get("command", ""))
+    content = yaml.safe_load(case.get("recipe", "{}"))
+    started = [*command, "--config", recipe(tmp_path, case.get("recipe", "seed: 1"))]
+    if named := case["named"]:
+        with pytest.raises(ValueError, match=r"[Tt]here are no flags --") as caught:
+            parse_arguments(started)
+        told = re.sub(r" \(meaning [^)]*\)", "", str(caught.value)).partition("no flags ")[2]
+        *first, last = told.partition(": leave out")[0].split(" and ")
+        assert [*", ".join(first).split(", "), last] == [f"--{flag}" for flag in named]
+        assert "\n" not in str(caught.value)
+    kept = {key: value for key, value in content.items() if key not in named}
+    kept |= case.get("instead", {}) if content else {}
+    words = [word for flag, said in _said(command) if flag not in named for word in (flag, *said)]
+    words = [f"--{word}" if word in dict(_said(command)) else word for word in words if word]
+    more = [] if content else as_flags(case.get("instead", {}))
+    args = parse_arguments([*words, *more, "--config", recipe(tmp_path, kept or "seed: 1")])
+    assert args.model.model_name_or_path in ("M", "swift-robot")
 
 
 @pytest.mark.parametrize(("flags", "sentence"), COMMANDS["refused"])
