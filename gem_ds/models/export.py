@@ -25,7 +25,7 @@ from transformers import (
 
 from gem_ds.files.apply import apply_delta
 from gem_ds.files.delta import Delta
-from gem_ds.files.fingerprint import fingerprints, read_whole
+from gem_ds.files.fingerprint import differing, fingerprints, read_whole
 from gem_ds.models.adapters import refuse_own_adapter
 from gem_ds.models.encoders import auto_class, is_encoder, set_labels
 from gem_ds.models.folder import base_folder, write_changed, write_folder
@@ -61,14 +61,15 @@ def entries_in_files(
 ) -> dict[str, tuple[str, Tensor]] | None:
     """The delta's weights in the base's files, by their names in the model; checked to be its base.
 
-    None where the files alone do not tell the model: it has parameters that they do not have under
-    their names, or none are known; a task head; or a dtype that does not hold the delta's.
+    None where the files alone do not tell: they have no parameters of those names and numbers (so
+    of another base, or where transformers converts what it loads), or none are known; a task head;
+    or a dtype that does not hold the delta's.
 
     Returns:
         The name in the files and the mapped tensor, in the files' dtype.
 
     Raises:
-        ValueError: They hold another base, or are damaged.
+        ValueError: The files are damaged.
     """
     mask = delta.mask
     tensors = map_model(base, revision)
@@ -80,14 +81,15 @@ def entries_in_files(
     weights = {name: found[name] for name in mask.weights}
     if not all(holds(tensor.dtype, delta.dtype) for _, tensor in weights.values()):
         return None
-    mask.check_model({name: tuple(t.shape) for name, (_, t) in found.items()}, base)
+    if any(tensor.shape != mask.weights[name].shape for name, (_, tensor) in weights.items()):
+        return None
     at = [(tensor, mask.indices[name].long()) for name, (_, tensor) in weights.items()]
-    values = (each.to(delta.dtype) for each in read_whole(at))
-    mask.check_base(dict(zip(weights, values, strict=True)), "delta")
+    values = dict(zip(weights, (v.to(delta.dtype) for v in read_whole(at)), strict=True))
     rest = {name: found[name][1] for name in mask.fingerprints}
     dtypes = [getattr(torch, text.partition(" ")[0]) for text in mask.fingerprints.values()]
     read = lambda entries: map(Tensor.to, read_whole(entries), dtypes)  # noqa: E731
-    mask.check_rest(fingerprints(rest, read), "delta")
+    if mask.differing_weights(values) or differing(mask.fingerprints, fingerprints(rest, read)):
+        return None
     return weights
 
 

@@ -112,7 +112,10 @@ def _base_of(mask: Mask, given: str | None) -> tuple[dict[str, Tensor] | None, s
             return None, f"The files of {name} have no {weight} by that name."
         dtype = getattr(torch, mask.weights[weight].dtype)
         values[weight] = tensors[found].reshape(-1)[indices.long()].to(dtype)
-    mask.check_base(values, "delta")
+    if given is not None:
+        mask.check_base(values, "delta")
+    elif mask.differing_weights(values):
+        return None, f"The files of {name} hold other numbers than the base had."
     return values, ""
 
 

@@ -72,9 +72,7 @@ def places(found: Mapping[str, Spread]) -> str:
             y_format="{:.2g}",
         )
         charts.append((module, chart))
-    keys = legend(
-        [("rows (outputs)", "c0"), ("columns (inputs)", "c1"), ("an even spread: 1", "dashed")]
-    )
+    keys = legend([("rows", "c0"), ("columns", "c1"), ("an even spread: 1", "dashed")])
     return section(
         "Where in the rows and columns",
         f"Entries in each of {NUM_SLICES} equal slices of the rows and of the columns, as a "

@@ -59,14 +59,16 @@ class Spread:
     by_chance: list[Tensor] = field(default_factory=lambda: [torch.zeros(NUM_SHARES + 1)] * 2)
 
     def add(self, indices: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> None:
-        """Count a weight's entries, by rows [0] and columns [1]."""
-        rows, columns = shape[0], prod(shape[1:])
-        self.num_parameters += rows * columns
+        """Count a weight's entries, by rows [0] and columns [1]; of experts, those of all."""
+        rows, columns = shape[-2], shape[-1]
+        self.num_parameters += prod(shape)
         if not (k := indices.numel()):
             return
         self.num_entries += k
         flat = indices.long()
-        for i, (places, lines) in enumerate(((flat // columns, rows), (flat % columns, columns))):
+        for i, (places, lines) in enumerate(
+            ((flat // columns % rows, rows), (flat % columns, columns))
+        ):
             counts = torch.bincount(places, minlength=lines)
             chance = torch.randint(lines, (k,), generator=generator).bincount(minlength=lines)
             self.profiles[i] = self.profiles[i] + k * profile(counts)

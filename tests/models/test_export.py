@@ -6,11 +6,14 @@ import re
 import runpy
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -25,6 +28,7 @@ from gem_ds.files import manifest
 from gem_ds.files.delta import Delta
 from gem_ds.formats import export
 from gem_ds.models import folder
+from gem_ds.models.export import prepare_folder
 from tests.deltas import as_older, bits, make_delta
 
 CHOSEN = (1, 30, 63)
@@ -138,6 +142,39 @@ def test_one_weight_at_a_time_is_in_memory(tmp_path, monkeypatch, suffix):
     for name, weight in weights.items():
         weight.view(-1)[:: places.step] = delta.values[name]
         assert torch.equal(written[name], weight)
+
+
+@settings(deadline=None, max_examples=12)
+@given(
+    st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    st.integers(0, 2**32 - 1),
+)
+def test_any_entries_are_laid_over_any_bits(dtype, seed):
+    """Ties, zeros of both signs and subnormals among them; what is no weight is left alone."""
+    generator = torch.Generator().manual_seed(seed)
+    word = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    low, high = torch.iinfo(word).min, torch.iinfo(word).max
+    drawn = torch.randint(low, high, (2, 2, 7, 9), generator=generator).to(word).view(dtype)
+    first, second = drawn.where(drawn.isfinite(), -0.0)
+    model = nn.ParameterDict({f"model_{i}": weight.clone() for i, weight in enumerate(first)})
+    chosen = [torch.rand(63, generator=generator).lt(0.3).nonzero().flatten() for _ in first]
+    delta = make_delta(model, {n: c.tolist() for n, c in zip(model, chosen, strict=True)})
+    for name, index, values in zip(model, chosen, second, strict=True):
+        delta.values[name] = values.flatten()[index]
+    files = {name: weight.detach().clone() for name, weight in model.items()}
+    with tempfile.TemporaryDirectory() as scratch:
+        base, out = Path(scratch, "base"), Path(scratch, "out")
+        base.mkdir()
+        out.mkdir()
+        (base / "config.json").write_text("{}")
+        save_file({**files, "other": torch.arange(4)}, base / "model.safetensors")
+        prepare_folder(delta, str(base))(out)
+        written = load_file(out / "model.safetensors")
+    for name, index, values in zip(files, chosen, second, strict=True):
+        for place in index.tolist():
+            files[name].view(-1)[place] = values.flatten()[place]
+        assert torch.equal(written.pop(name).view(word), files[name].view(word))
+    assert written.keys() == {"other"}
 
 
 CONVERTER = """

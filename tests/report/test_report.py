@@ -153,3 +153,14 @@ def test_modules_are_in_the_order_of_their_entries(tmp_path: Path) -> None:
     found = spreads(mask)
     assert list(found) == ["up", "down"]
     assert (found["up"].num_entries, found["up"].num_parameters) == (2, 2400)
+
+
+def test_the_rows_of_experts_are_those_of_their_matrices() -> None:
+    """Of two experts of 40 x 60, entries in the row 3 of the first and the row 5 of the second."""
+    experts = nn.ParameterDict({"experts": torch.randn(2, 40, 60)})
+    flat = [3 * 60 + 7, 40 * 60 + 5 * 60 + 7]
+    found = spreads(make_delta(experts, {"experts": flat}).mask)["experts"]
+    rows, columns = (profile.nonzero().flatten().tolist() for profile in found.profiles)
+    assert rows == [3 * NUM_SLICES // 40, 5 * NUM_SLICES // 40]
+    assert columns == [7 * NUM_SLICES // 60]
+    assert found.num_parameters == 4800
