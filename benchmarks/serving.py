@@ -7,7 +7,8 @@ its projections. On the GPU where there is one, else on the CPU; the second mode
 process, over loopback on the CPU. In each round everything runs once, so that whatever else the
 machine does meets all alike; printed are the median, the least and the greatest.
 
-    read        the entries of one delta, once
+    read        the entries of one delta, once; as the next two in seconds of the CPU on a CPU,
+                where other work would be counted in otherwise
     swap        one delta for another with `DeltaSet.use`
     reload      all weights copied from a second model in memory, what swapping models would take
     sync        a step's values from the trainer's model into the other's (`DeltaSender.send`)
@@ -17,6 +18,7 @@ machine does meets all alike; printed are the median, the least and the greatest
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import multiprocessing
 import os
@@ -83,13 +85,15 @@ def random_delta(model: nn.Module, density: float, seed: int) -> Delta:
     return Delta(mask=mask, values=values)
 
 
-def seconds(run: Callable[[], object], device: torch.device) -> float:
+def seconds(
+    run: Callable[[], object], device: torch.device, clock: Callable[[], float] = time.perf_counter
+) -> float:
     """Of one run, until the device is done."""
-    started = time.perf_counter()
+    started = clock()
     run()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def told(name: str, found: Sequence[float], per: Sequence[float] | None = None) -> None:
@@ -127,13 +131,15 @@ def swaps(model: nn.Module, deltas: Sequence[Delta], rounds: int) -> None:
         for name, weight in model.named_parameters():
             weight.data.copy_(other[name])
 
+    clock = time.thread_time if device.type == "cpu" else time.perf_counter
     times: dict[str, list[float]] = {"read": [], "swap": [], "reload": []}
     for turn in range(rounds):
-        times["read"].append(seconds(read, device))
+        times["read"].append(seconds(read, device, clock))
         held.use(str(turn % 10))
-        times["swap"].append(seconds(lambda n=str((turn + 1) % 10): held.use(n), device))  # type: ignore[misc]
+        then = str((turn + 1) % 10)
+        times["swap"].append(seconds(functools.partial(held.use, then), device, clock))
         held.use(None)
-        times["reload"].append(seconds(reload, device))
+        times["reload"].append(seconds(reload, device, clock))
     for name, found in times.items():
         told(name, found, times["read"])
     for turn in range(1000):

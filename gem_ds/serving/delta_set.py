@@ -175,7 +175,8 @@ class DeltaSet:
         if name is None:
             return []
         if name not in self._swaps:
-            raise ValueError(f"there is no delta {name!r}: there are {', '.join(self._swaps)}")
+            names = ", ".join(self._swaps) or "none"
+            raise ValueError(f"there is no delta {name!r}: there are {names}")
         return self._swaps[name]
 
     def _write(self, swaps: list[Swap]) -> None:

@@ -52,6 +52,7 @@ def swaps_through_loader(model: nn.Module, delta: Delta) -> list[Swap]:
                     f"the delta is {info.dtype} and the model has {name!r} in "
                     f"{dtype_name(target.dtype)}: load it with that dtype, and not quantized"
                 )
+            marked = marked.cpu()  # a loader may have moved it
             at = (marked >= 0).nonzero()  # [k, dimensions]
             chosen = marked[tuple(at.T)].long()
             is_copy = marked.dtype == marks.dtype and marked.shape == target.shape

@@ -4,6 +4,7 @@ import ast
 import copy
 import json
 import socket
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gem_ds import DeltaReceiver, DeltaSender, DeltaSet, DeltaTransfer
+from gem_ds.files.mask import MASK_KIND, pack_mask
+from gem_ds.files.tensors import save_tensors
 from gem_ds.serving import messages
 from gem_ds.serving.messages import Kind
 from tests.deltas import bits
@@ -128,9 +131,32 @@ def unknown(sender, values):
     sender._exchange(Kind.DONE, b"")
 
 
-def damaged_mask(sender, values):
+def cut_mask(sender, values):
     sender._number = 0
     sender._exchange(Kind.MASK, b"no mask")
+
+
+def changed_mask(sender, change):
+    """A mask file whose first indices are other ones, honest but for them."""
+    tensors, metadata = pack_mask(sender._mask)
+    first = next(iter(tensors))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "mask.safetensors")
+        save_tensors(path, tensors | {first: change(tensors[first])}, metadata, kind=MASK_KIND)
+        sender._number = 0
+        sender._exchange(Kind.MASK, path.read_bytes())
+
+
+def unsorted_mask(sender, values):
+    changed_mask(sender, lambda indices: indices.flip(0))
+
+
+def repeating_mask(sender, values):
+    changed_mask(sender, lambda indices: torch.cat([indices[:1], indices]))
+
+
+def mask_beyond_the_weight(sender, values):
+    changed_mask(sender, lambda indices: torch.cat([indices, indices[-1:] + 10_000]))
 
 
 FAULTS = {
@@ -140,7 +166,10 @@ FAULTS = {
     "bytes are not the values of this mask": cut,
     "hold NaN or infinity": not_finite,
     "message 2 is an answer, and no trainer's": unknown,
-    "mask.safetensors is not a whole safetensors file": damaged_mask,
+    "mask.safetensors is not a whole safetensors file": cut_mask,
+    "hold duplicates or are not in ascending order; make": unsorted_mask,
+    "hold duplicates or are not in ascending order": repeating_mask,
+    "is out of range for its shape": mask_beyond_the_weight,
 }
 
 

@@ -135,3 +135,33 @@ def test_a_loader_that_does_more_than_copy_is_refused(monkeypatch, fault):
     with pytest.raises(ValueError, match=f"does more with '{V1}' than to copy it"):
         VllmDeltas(llm).add("a", make_delta(base, {V1: [5, 6]}))
     assert all_bits(llm) == before
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def flipped(path):
+    payload = bytearray(path.read_bytes())
+    payload[-3] ^= 1
+    path.write_bytes(payload)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"), [(cut, "is not a whole safetensors file"), (flipped, "is damaged")]
+)
+def test_a_worker_tells_of_a_damaged_file_and_keeps_its_weights(tmp_path, damage, message):
+    base = checkpoint()
+    llm = LLM(base, 2)
+    before = all_bits(llm)
+    path = tmp_path / "delta.safetensors"
+    random_delta(base, 0).save(path)
+    damage(path)
+    for told in llm.collective_rpc("gem_add_delta", args=("a", str(path), str(tmp_path))):
+        assert message in told
+    for told in llm.collective_rpc("gem_use_delta", args=("a",)):
+        assert told.startswith("there is no delta 'a'")
+    assert (
+        llm.collective_rpc("gem_receive") == ["no trainer is connected: call gem_connect first"] * 2
+    )
+    assert all_bits(llm) == before
