@@ -109,7 +109,7 @@ def test_what_does_not_fit_is_refused_and_every_worker_stays(message):
     assert all_bits(llm) == before
 
 
-def test_running_requests_keep_their_weights():
+def test_running_requests_keep_their_weights_and_later_ones_meet_no_old_caches():
     base = checkpoint()
     llm = LLM(base, 2)
     deltas = VllmDeltas(llm)
@@ -118,6 +118,10 @@ def test_running_requests_keep_their_weights():
     with pytest.raises(ValueError, match="swap deltas when they are done"):
         deltas.use("a")
     assert all_bits(llm) == before
+    llm.running, llm.cached = False, ["prefix", "image"]
+    deltas.use("a")
+    assert all_bits(llm) != before
+    assert llm.cached == []
 
 
 @pytest.mark.parametrize("fault", ["arithmetic", "cast"])
