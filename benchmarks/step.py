@@ -8,6 +8,7 @@ sleep, so that whatever else the machine does meets all alike.
 
     floor          forward and input gradients of the frozen model
     gem            density 0.001 on the query and value projections
+    tuner          the same entries by number, as an adapter of peft (docs/trainers.md)
     lora, shira    through peft, on the same layers, with at least as many parameters
     dense_masked   the way of the published code: trainable dense copies, a mask, dense AdamW
     full           every parameter
@@ -19,7 +20,8 @@ of the median (bootstrap). The rest is found in processes of its own. Memory is 
 of the rank that needs most: on a GPU the allocator's; on a CPU the resident set above that of the
 libraries, freed memory given back at once, so that it is what lives. State is masters and moments,
 summed over the ranks; traffic is the size of all messages of a step, each counted once, apart from
-the gathers of weights.
+the gathers of weights. GFLOP, operations and kept (for the backward pass) are counted in one step
+(`steps/operations.py`), and no load of the machine is in them.
 """
 
 from __future__ import annotations
@@ -72,6 +74,10 @@ def rows_of(
                 "s/step": f"{np.median(seconds[name]):.3f}",
                 "of the floor": ratio(name, "floor"),
                 "of LoRA": ratio(name, "lora"),
+                "of gem": ratio(name, "gem"),
+                "GFLOP": f"{found['flops'] / 1e9:.1f}",
+                "operations": f"{found['operations']:,}",
+                "kept MiB": f"{found['kept_bytes'] / 2**20:.1f}",
                 "peak GiB": f"{found['peak_bytes'] / GIB:.2f}",
                 "state bytes": f"{found['state_bytes']:,}",
                 "traffic bytes": f"{others:,}",

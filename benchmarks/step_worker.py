@@ -5,6 +5,7 @@ of JSON on the file descriptor ``--answers``, after a first one with the seconds
 
     step N      take N steps              seconds of each
     count       take one step             bytes handed to collectives, peak of memory
+    operations  take one step             what it computes and keeps, as torch dispatches it
     report      (after the steps)         peak of calibration, state
     checkpoint  write one                 its size
     profile     take one step             a table of the operations that take most of it
@@ -22,8 +23,9 @@ from typing import Any
 
 import torch
 import transformers
-from steps.baselines import DenseMasked, Floor
+from steps.baselines import DenseMasked, Floor, Tuner
 from steps.memory import library_bytes, peak_bytes, start_peak
+from steps.operations import count_operations
 from steps.traffic import Collectives
 from torch.profiler import ProfilerActivity, profile
 
@@ -34,7 +36,7 @@ from gem_ds.train.fit import fit
 from gem_ds.train.prepare import prepare
 from gem_ds.train.run import Run
 
-_BASELINES = {"floor": Floor, "dense_masked": DenseMasked}
+_BASELINES = {"floor": Floor, "tuner": Tuner, "dense_masked": DenseMasked}
 
 
 class Contender:
@@ -88,6 +90,10 @@ class Contender:
             next(self.steps)
         peak = self.comm.largest(peak_bytes(self.comm.device, self.libraries))
         return {"weights": collectives.weights, "others": collectives.others, "peak_bytes": peak}
+
+    def operations(self) -> dict[str, int]:
+        """What one step computes and keeps."""
+        return count_operations(lambda: next(self.steps))
 
     def report(self) -> dict[str, float]:
         """What the steps needed."""

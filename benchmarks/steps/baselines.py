@@ -1,10 +1,11 @@
 """Contenders that are no methods of the trainer: what they cost is what others are measured by.
 
     floor         forward and input gradients of the frozen model; nothing is trained
+    tuner         the entries of a random mask by peft's tuner, in DeepSpeed's engine as LoRA is
     dense_masked  the way of the method's published code: a full trainable copy of each target
                   weight beside the frozen one, a mask, dense gradients, dense AdamW
 
-Both have what a run asks of a tuning (:class:`gem_ds.train.dense_tuning.DenseTuning`).
+All have what a run asks of a tuning (:class:`gem_ds.train.dense_tuning.DenseTuning`).
 """
 
 from __future__ import annotations
@@ -12,14 +13,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from peft import get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.engine import BaseEngine, DenseEngine
 from gem_ds.models.targets import targets_of
+from gem_ds.sparse.select_mask import select_mask
+from gem_ds.train.config import DEFAULT_DENSITY
 from gem_ds.train.optimizer import make_dense_optimizer
 from gem_ds.train.prepare import PreparedRun
+from gem_ds.tuner import GemConfig
 
 
 class Baseline:
@@ -58,6 +63,23 @@ class Floor(Baseline):
         model.placeholder = nn.Parameter(torch.zeros(1, dtype=model.dtype))
         optimizer = make_dense_optimizer(prepared.args.train, [model.placeholder], [])
         self.engine = _FrozenEngine(model, optimizer, prepared.deepspeed, comm)
+
+
+class Tuner(Baseline):
+    """As many entries of the same layers as gem has; which ones makes no difference."""
+
+    def __init__(self, prepared: PreparedRun, model: Any, head: list[str], comm: Comm) -> None:
+        mask = select_mask(
+            model,
+            density=prepared.args.method.density or DEFAULT_DENSITY,
+            target_modules=prepared.args.method.target_modules,
+            rule="random",
+        )
+        adapted: Any = get_peft_model(model, GemConfig(mask=mask))
+        values = [p for p in adapted.parameters() if p.requires_grad]
+        self.num_trainable = mask.num_selected
+        optimizer = make_dense_optimizer(prepared.args.train, values, [])
+        self.engine = DenseEngine(adapted, optimizer, prepared.deepspeed, comm)
 
 
 class DenseMasked(Baseline):

@@ -100,7 +100,7 @@ def needs_of(name: str, flags: Sequence[str], world_size: int) -> dict[str, Any]
     ranks = Ranks.start(name, flags, world_size, is_weighed=True)
     try:
         ranks.ask("step 2")  # ZeRO-3 gathers ahead once it knows the order
-        found: dict[str, Any] = ranks.ask("count") | ranks.ask("report") | ranks.ask("checkpoint")
-        return found
+        questions = ("count", "report", "operations", "checkpoint")
+        return {key: value for each in questions for key, value in ranks.ask(each).items()}
     finally:
         ranks.close()

@@ -12,7 +12,7 @@ from gem_ds.models.load import DTYPES
 
 from .shapes import SHAPES, adapter_size, write_data, write_model
 
-CONTENDERS = ("floor", "gem", "lora", "shira", "dense_masked", "full")
+CONTENDERS = ("floor", "gem", "tuner", "lora", "shira", "dense_masked", "full")
 NEED_WHOLE_WEIGHTS = ("shira", "dense_masked")  # which stage 3 cuts
 _CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 

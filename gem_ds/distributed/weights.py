@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from math import prod
 from typing import Any
 
 import torch
@@ -60,12 +61,13 @@ def whole_weights(model: nn.Module, names: Collection[str]) -> AbstractContextMa
 
 def numel(parameter: Tensor) -> int:
     """Entries of a whole parameter, partitioned or not."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
+    return prod(shape_of(parameter))
 
 
 def shape_of(parameter: Tensor) -> tuple[int, ...]:
-    """The shape of a whole parameter, partitioned or not."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+    """The shape of a whole parameter: partitioned, or packed in 4 bits by bitsandbytes, or not."""
+    packed = getattr(parameter, "quant_state", None)
+    return tuple(packed.shape if packed else getattr(parameter, "ds_shape", parameter.shape))
 
 
 def num_parameters(model: nn.Module) -> int:

@@ -128,6 +128,8 @@ def open_files(
         task=task,
         trust_remote_code=arguments.trust_remote_code,
     )
+    if files.adapter is not None:
+        import gem_ds.tuner  # noqa: F401 - by which peft knows GEM's adapters
     if files.adapter is not None and arguments.adapter is None:
         if arguments.deepspeed is not None or arguments.backend == "vllm":
             refuse_own_adapter(files.name, files.revision)

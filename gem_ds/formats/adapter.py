@@ -15,6 +15,7 @@ from gem_ds.files.delta import Delta
 from gem_ds.flags import name_of
 from gem_ds.formats.shira import shira_to_delta
 from gem_ds.tuner.convert import adapter_to_delta
+from gem_ds.tuner.dequantize import on_unquantized_base
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -23,7 +24,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog=name_of("import"), description="Write an adapter of peft as a delta."
     )
     parser.add_argument("adapter", help="its folder, or its id on the Hugging Face Hub")
-    base_help = "SHiRA's base model: a folder or Hub name (default: the one it names)"
+    base_help = (
+        "the base model of SHiRA, or one that was quantized: a folder or Hub name (default: the "
+        "one it names)"
+    )
     parser.add_argument("--model_name_or_path", help=base_help)
     parser.add_argument("--output_file", required=True, type=Path, help="file to write")
     args = parser.parse_args(argv)
@@ -47,4 +51,6 @@ def import_adapter(folder: str, base: str | None = None) -> Delta:
         raise ValueError(f"{folder} is no adapter's folder: {reason}") from error
     if isinstance(config, ShiraConfig):
         return shira_to_delta(folder, base)
+    if getattr(config, "base_quantization", None):
+        return on_unquantized_base(folder, base)[0]
     return adapter_to_delta(folder)

@@ -1,10 +1,12 @@
 """A base model and a delta as what others load: ``gem-ds export --format F``.
 
     hf      an ordinary Hugging Face folder: the base's with other weights (gem_ds.models.folder)
+    peft    an adapter of gem_ds' tuner of peft (gem_ds.tuner.convert)
     shira   an adapter of peft's method SHiRA (gem_ds.formats.shira)
     gguf    one file of llama.cpp, by its converter (gem_ds.formats.gguf)
 
-What is written appears under its name when it is whole, not before. One process, no accelerator.
+The delta may be an adapter's folder, too. What is written appears under its name when it is whole,
+not before. One process, no accelerator.
 """
 
 from __future__ import annotations
@@ -18,10 +20,13 @@ from gem_ds.files.checkpoint import load_delta
 from gem_ds.files.delta import Delta
 from gem_ds.files.manifest import atomic_folder, clear_leftovers, refuse_foreign
 from gem_ds.flags import name_of
+from gem_ds.formats.adapter import import_adapter
 from gem_ds.formats.gguf import prepare_gguf
 from gem_ds.formats.shira import prepare_shira
 from gem_ds.models.export import prepare_folder
 from gem_ds.progress import loading_bars
+from gem_ds.tuner.convert import prepare_adapter
+from gem_ds.tuner.dequantize import prepare_dequantized
 
 
 class Prepare(Protocol):
@@ -38,6 +43,7 @@ class Prepare(Protocol):
 
 FORMATS: dict[str, Prepare] = {
     "hf": prepare_folder,
+    "peft": prepare_adapter,
     "shira": prepare_shira,
     "gguf": prepare_gguf,
 }
@@ -52,14 +58,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     base_help = "base model: a folder or a name on the Hugging Face Hub (default: the delta's)"
     replace_help = "replace an earlier export in output_dir"
     parser.add_argument("--model_name_or_path", help=base_help)
-    delta_help = "delta.safetensors of a run, or its weights at a step: a checkpoint-N folder"
+    delta_help = (
+        "delta.safetensors of a run, its weights at a step (a checkpoint-N folder), or the folder "
+        "of an adapter that gem-ds import takes"
+    )
     parser.add_argument("--delta", type=Path, required=True, help=delta_help)
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to create")
     format_help = (
-        "hf (the default): a Hugging Face folder; shira: an adapter of peft's method SHiRA; gguf: "
-        "llama.cpp's file"
+        "hf (the default): a Hugging Face folder; peft: an adapter for peft with gem_ds; shira: an "
+        "adapter of peft's method SHiRA; gguf: llama.cpp's file"
     )
     parser.add_argument("--format", default="hf", choices=FORMATS, help=format_help)
+    dequantize_help = (
+        "of an adapter whose base was quantized: write the weights that its training saw, and not "
+        "the base's own with what the training has changed"
+    )
+    parser.add_argument("--dequantize", action="store_true", help=dequantize_help)
     parser.add_argument("--overwrite_output_dir", action="store_true", help=replace_help)
     code_help = "run model code that comes with the weights"
     parser.add_argument("--trust_remote_code", action="store_true", help=code_help)
@@ -70,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             args.delta,
             args.output_dir,
             format=args.format,
+            dequantize=args.dequantize,
             overwrite=args.overwrite_output_dir,
             trust_remote_code=args.trust_remote_code,
         )
@@ -81,6 +96,7 @@ def export(
     output_dir: Path,
     *,
     format: str = "hf",
+    dequantize: bool = False,
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> None:
@@ -88,9 +104,16 @@ def export(
     output_dir = output_dir.resolve()
     clear_leftovers(output_dir)
     _check_output_dir(output_dir, [*([Path(base)] if base else []), delta_path], overwrite)
-    delta = load_delta(delta_path)
+    options = {"trust_remote_code": trust_remote_code}
+    if dequantize:
+        if format != "hf":
+            raise ValueError(f"--dequantize writes a model: leave --format {format} out.")
+        delta, write = prepare_dequantized(str(delta_path), base, **options)
+    else:
+        is_adapter = (delta_path / "adapter_config.json").is_file()
+        delta = import_adapter(str(delta_path), base) if is_adapter else load_delta(delta_path)
+        write = FORMATS[format](delta, base or delta.mask.base_model, **options)
     base = base or delta.mask.base_model
-    write = FORMATS[format](delta, base, trust_remote_code=trust_remote_code)
     notes: list[str] = []
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     atomic_folder(output_dir, lambda folder: notes.extend(write(folder)))

@@ -118,9 +118,12 @@ def _laid_over(delta: Delta, name: str, base: Tensor) -> Tensor:
 
 
 def load_base(
-    base: str, revision: str, delta: Delta, *, trust_remote_code: bool = False
+    base: str, revision: str, delta: Delta, *, trust_remote_code: bool = False, **options: Any
 ) -> PreTrainedModel:
-    """The base model in the delta's dtype, with every weight read from its files."""
+    """The base model in the delta's dtype, with every weight read from its files.
+
+    ``options`` are others of ``from_pretrained``.
+    """
     refuse_own_adapter(base, revision)
     config = model_config(base, revision, trust_remote_code=trust_remote_code)
     if delta.head:
@@ -139,6 +142,7 @@ def load_base(
         dtype=delta.dtype,
         trust_remote_code=trust_remote_code,
         output_loading_info=True,
+        **options,
     )
     model, report = loaded
     if missing := set(report["missing_keys"]) - delta.head.keys():

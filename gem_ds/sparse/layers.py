@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from gem_ds.distributed.weights import numel, shape_of
 from gem_ds.sparse.experts import ExpertsForward, projections_of
 from gem_ds.sparse.flat_values import FlatValues
+from gem_ds.sparse.quantized import computed_in, dequantized, is_quantized
 
 Sink = Callable[..., None]
 """Takes a, [tokens, rows], and b, [tokens, columns], whose ``a^T b`` is the weight's gradient.
@@ -61,7 +62,7 @@ class _AnchoredLinear(torch.autograd.Function):
         # Under autocast the product was one in dy's dtype.
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = (dy @ layer.matrix(weight.to(dy.dtype))).to(x.dtype)
+            dx = (dy @ layer.matrix(weight).to(dy.dtype)).to(x.dtype)
         tokens = x.reshape(-1, x.shape[-1]).to(dy.dtype)
         factors = layer.factors(dy.reshape(-1, dy.shape[-1]), tokens)
         assert layer.sink is not None, f"{layer.name}: its sink left before the backward"
@@ -79,6 +80,7 @@ class TargetLayer:
         # Its data may be partitioned by ZeRO-3.
         self.weight = module.get_parameter(self.parameter_name)
         self.shape = shape_of(self.weight)  # of the whole weight, as stored
+        self.dtype = self.weight.dtype
         self.numel = numel(self.weight)
         self.sink: Sink | None = None
         self.anchor: Tensor | None = None  # of the present forward pass
@@ -98,6 +100,10 @@ class TargetLayer:
             return F.linear(x, self.matrix(weight), bias)
         y: Tensor = _AnchoredLinear.apply(x, weight, bias, self.anchor, self)
         return y
+
+    def numbers(self) -> Tensor:
+        """The weight's entries, flat, where the weight is whole in this process."""
+        return self.weight.detach().reshape(-1)
 
     @staticmethod
     def matrix(weight: Tensor) -> Tensor:
@@ -132,6 +138,35 @@ class ExpertsLayer(TargetLayer):
         ExpertsForward.of(self.module).layers[self.parameter_name] = self
 
 
+class QuantizedLayer(TargetLayer):
+    """bitsandbytes' linear layers of 4 and 8 bits: the product with the dequantized weight."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        super().__init__(name, module)
+        self.dtype = dequantized(module).dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the module computes, in the dtype in which it does."""
+        return computed_in(self._compute_dtype(), self._product, x, self.module.bias)
+
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if not torch.is_grad_enabled():
+            return F.linear(x, self.matrix(self.weight), bias)
+        y: Tensor = _AnchoredLinear.apply(x, self.weight, bias, self.anchor, self)
+        return y
+
+    def _compute_dtype(self) -> torch.dtype:
+        return getattr(self.module, "compute_dtype", None) or self.dtype
+
+    def numbers(self) -> Tensor:
+        """The dequantized weight's entries, flat."""
+        return dequantized(self.module).reshape(-1)
+
+    def matrix(self, weight: Tensor) -> Tensor:  # type: ignore[override]
+        """The dequantized weight, [out, in], in the dtype in which the layer computes."""
+        return dequantized(self.module).to(self._compute_dtype())
+
+
 #: The forward of a module -> its kind. A subclass that computes something else is none.
 KINDS: dict[Callable[..., Any], type[TargetLayer]] = {
     nn.Linear.forward: TargetLayer,
@@ -143,6 +178,8 @@ def kind_of(module: nn.Module) -> type[TargetLayer] | None:
     """What kind of target a module can be, if any."""
     if type(module).__name__ == "FalconLinear":  # the same product as nn.Linear's, written out
         return TargetLayer
+    if is_quantized(module):
+        return QuantizedLayer
     return ExpertsLayer if projections_of(module) else KINDS.get(type(module).forward)
 
 
@@ -173,7 +210,7 @@ class TargetLayers(Sequence[TargetLayer]):
             if not isinstance(module, FlatValues):
                 for parameter in module.parameters(recurse=False):
                     parameter.requires_grad_(False)
-        dtypes = {layer.weight.dtype for layer in self.layers}
+        dtypes = {layer.dtype for layer in self.layers}
         if len(dtypes) > 1:
             raise ValueError(
                 f"The target layers have several dtypes ({', '.join(sorted(map(str, dtypes)))}): "

@@ -34,6 +34,7 @@ from gem_ds.sparse.calibrate import (
 )
 from gem_ds.sparse.gradients import BufferedSink, begin_micro_batch, refuse_repeated
 from gem_ds.sparse.layers import TargetLayers
+from gem_ds.sparse.quantized import quantization_of
 
 #: What transformers calls the loss of a model -> the labels before those that it is the mean over.
 _LABELS_BEFORE = {"ForCausalLM": 1, "ForMaskedLM": 0, "ForTokenClassification": 0}
@@ -58,7 +59,8 @@ def select_mask(
     where the model has it on. The model is left exactly as it was.
 
     Args:
-        model: of transformers or any other, whole in this process.
+        model: of transformers or any other, whole in this process. The weights of one that
+            bitsandbytes has quantized count as they are dequantized.
         batches: what ``loss`` takes, each once; a rule that looks at weights only reads none. For
             ``gem_abs``, ``gradient_abs`` and ``fish``, which judge by each example's own gradient,
             a batch counts as one example.
@@ -106,20 +108,29 @@ def select_mask(
         for layer, index in zip(layers, selection.indices, strict=True)
     ]
     name_or_path = getattr(getattr(model, "config", None), "_name_or_path", "")
+    quantization = quantization_of(model)
     return Mask(
         indices={
             layer.name: index.to("cpu", index_dtype(layer.numel))
             for layer, index in zip(layers, indices, strict=True)
         },
         weights={
-            layer.name: WeightInfo.of(layer.shape, layer.weight.detach().reshape(-1)[index])
+            layer.name: WeightInfo.of(layer.shape, layer.numbers()[index])
             for layer, index in zip(layers, indices, strict=True)
         },
         base_model=base_model or str(name_or_path) or type(model).__name__,
         method=rule,
-        settings={"density": str(density), "seed": seed} | selection.candidates.settings(),
-        fingerprints=fingerprints({n: p for n, p in model.named_parameters() if n not in head}),
+        settings={"density": str(density), "seed": seed}
+        | selection.candidates.settings()
+        | ({"base_quantization": quantization} if quantization else {}),
+        fingerprints=fingerprints(_comparable(model, head)),
     )
+
+
+def _comparable(model: nn.Module, head: set[str]) -> dict[str, nn.Parameter]:
+    """The parameters but a head's, and quantized ones, which lie otherwise on another device."""
+    named = model.named_parameters()
+    return {name: p for name, p in named if name not in head and p.is_floating_point()}
 
 
 def _shards(layers: TargetLayers, gradients: Sequence[Tensor | None]) -> list[TargetShard]:
@@ -129,7 +140,7 @@ def _shards(layers: TargetLayers, gradients: Sequence[Tensor | None]) -> list[Ta
         TargetShard(
             name=layer.name,
             shape=layer.shape,
-            weight=layer.weight.detach().reshape(-1),
+            weight=layer.numbers(),
             gradient=None if gradient is None else gradient.to(device),
             device=device,
         )

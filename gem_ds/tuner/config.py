@@ -6,12 +6,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from peft import PeftConfig
-from peft.utils import PeftType
+from peft.utils import PeftType, load_peft_weights
+from safetensors import SafetensorError
+from torch import Tensor
 
-from gem_ds.files.mask import Mask
+from gem_ds.files.mask import Mask, unpack_mask
 
 #: The method's name among peft's. Their enum is closed, and register_peft_method asks for a member.
 GEM = "GEM"
+
+WRAPPED = "base_model.model."  #: what a PeftModel puts before the names of modules
 
 
 def _add_peft_type(name: str) -> PeftType:
@@ -45,7 +49,7 @@ class GemConfig(PeftConfig):
             refused.
         num_entries: Written by the tuner: module to the number of its entries.
         base_quantization: Written by the tuner: how the base was quantized, if it was.
-        fingerprints: Written by the tuner: those of the mask, of the base beyond the entries.
+        fingerprints: Written by the tuner: those of the base's parameters, beyond the entries.
         method: Written by the tuner: how the entries were selected.
         settings: Written by the tuner: the settings of that.
     """
@@ -68,9 +72,26 @@ class GemConfig(PeftConfig):
             self.mask = Mask.load(self.mask)
         if self.mask is not None:
             self.method, self.settings = self.mask.method, self.mask.settings
-            self.fingerprints = self.mask.fingerprints
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> Any:
+        """A saved adapter's, with its mask: the folder's, or one of the Hub by its id.
+
+        So what does not fit a model is known before the model is touched.
+
+        Raises:
+            ValueError: In one sentence, what of the adapter is missing or damaged.
+        """
+        name, options = str(pretrained_model_name_or_path), {"subfolder": subfolder}
+        config = super().from_pretrained(name, subfolder, **kwargs)
+        if isinstance(config, GemConfig):
+            options |= cls._split_kwargs(kwargs)[0]
+            config.mask = read_entries(config, name, **options)[0]
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """What ``adapter_config.json`` holds: all but the mask, which the weights' file has."""
@@ -79,3 +100,49 @@ class GemConfig(PeftConfig):
             return super().to_dict()
         finally:
             self.mask = mask
+
+
+def read_entries(
+    config: GemConfig, name: str, **options: Any
+) -> tuple[Mask, dict[str, Tensor], dict[str, Tensor]]:
+    """What the weights of a saved adapter hold, by the names of the model's own weights.
+
+    Args:
+        config: The adapter's.
+        name: Its folder or Hub id.
+        options: Of `hf_hub_download`, and ``subfolder``.
+
+    Returns:
+        Its mask; the values, fp32, by weight; the other tensors, those of `modules_to_save`.
+
+    Raises:
+        ValueError: In one sentence, what is missing or damaged.
+    """
+    try:
+        found = load_peft_weights(name, device="cpu", **options)
+        rest = {key.removeprefix(WRAPPED): tensor for key, tensor in found.items()}
+        parts: dict[str, dict[str, Tensor]] = {}
+        for part in ("indices", "values"):
+            keys = {
+                f"{module}.weight": f"{module}.gem_entries.{part}" for module in config.base_weights
+            }
+            if missing := [weight for weight, key in keys.items() if key not in rest]:
+                raise ValueError(f"{missing[0]} has no {part}")
+            parts[part] = {weight: rest.pop(key) for weight, key in keys.items()}
+        weights = {f"{module}.weight": about for module, about in config.base_weights.items()}
+        indices = {f"{weight}.indices": index for weight, index in parts["indices"].items()}
+        about = {
+            name: getattr(config, name)
+            for name in ("revision", "method", "settings", "fingerprints")
+        }
+        base_model = str(config.base_model_name_or_path)
+        mask = unpack_mask(indices, {**about, "weights": weights, "base_model": base_model})
+        for weight, values in parts["values"].items():
+            if values.shape != mask.indices[weight].shape or not values.isfinite().all():
+                raise ValueError(f"the values of {weight} are not one finite number for each entry")
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"The adapter {name} is incomplete or damaged ({reason}): save or copy it again."
+        ) from error
+    return mask, parts["values"], rest

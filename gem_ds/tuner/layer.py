@@ -1,16 +1,9 @@
 """A linear layer of which an adapter's entries are trained: their values are leaves of their own.
 
-Equivalent code first, for a frozen weight ``W`` and values ``v`` [k] at flat indices ``i``:
-
-    W' = W.flatten().index_copy(0, i, v).view_as(W)
-    y  = x @ W'.T + b
-
-No W' is made. The values stand in W itself while a product runs, forward or backward, and W's own
-are put back behind it, so that outside of a product the model is its base to the bit: adapters come
-and go, checkpoints and references (a disabled adapter) see the base, and what shards or offloads W
-sees it unchanged. The values' gradient is the sampled product of :mod:`gem_ds.sparse.sddmm`. All
-of it is an ordinary function of x and v for autograd, so clipping, accumulation, both kinds of
-checkpointing and autocast are what they are for any parameter.
+The values (:mod:`gem_ds.tuner.entries`) stand in the weight itself while a product runs, forward or
+backward, and the weight's own are put back behind it, so that outside of a product the model is its
+base to the bit: adapters come and go, checkpoints and references (a disabled adapter) see the base,
+and what shards or offloads the weight sees it unchanged.
 """
 
 from __future__ import annotations
@@ -24,90 +17,13 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from gem_ds.distributed.weights import load_deepspeed, shape_of
 from gem_ds.files.digests import checksum
-from gem_ds.files.mask import WeightInfo, index_dtype
+from gem_ds.files.mask import WeightInfo
 from gem_ds.sparse.layers import TargetLayer, kind_of
-from gem_ds.sparse.sddmm import Pattern, add_sampled_product
-
-
-class GemEntries(nn.Module):
-    """One adapter's entries of one weight: ``indices``, a buffer [k], and ``values``, [k].
-
-    A module, so that ZeRO-3 gathers the values where it runs. What stands in the two may be loaded
-    by anyone; a saved adapter's ``base`` tells which base its indices are of.
-    """
-
-    def __init__(
-        self, layer: GemLayer, num_entries: int, dtype: torch.dtype, base: WeightInfo | None
-    ) -> None:
-        super().__init__()
-        self._layer = [layer]  # in a list, so that it is no submodule
-        self.base = base
-        self.indices: Tensor
-        indices = torch.zeros(num_entries, dtype=index_dtype(layer.numel))
-        self.register_buffer("indices", indices)
-        self.values = nn.Parameter(torch.zeros(num_entries, dtype=dtype))
-        self._pattern: tuple[Tensor, int, Pattern] | None = None  # of which indices
-
-    def select(self, indices: Tensor) -> None:
-        """Take entries, [k] ascending flat indices, with the base's values."""
-        base = self._layer[0].base_values(indices)
-        self.indices = indices.to(base.device, self.indices.dtype)
-        if not self.values.is_meta:
-            self.values.data = base.to(self.values.dtype)
-
-    def pattern(self) -> Pattern:
-        """The entries for the sampled product, found anew where the indices are others."""
-        indices, known = self.indices, self._pattern
-        if known is None or known[0] is not indices or known[1] != indices._version:
-            if self.base is not None:
-                self._layer[0].check_base(indices, self.base)
-            known = indices, indices._version, Pattern.of(indices, self._layer[0].shape)
-            self._pattern = known
-        return known[2]
-
-    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """The layer's output with these values in the place of the weight's."""
-        layer, pattern = self._layer[0], self.pattern()
-        if torch.is_grad_enabled():
-            y: Tensor = _SubstitutedLinear.apply(x, self.values, bias, pattern, layer)
-            return y
-        with layer.substituted(self.indices, self.values, x.dtype) as weight:
-            return F.linear(x, layer.kind.matrix(weight), bias)
-
-
-class _SubstitutedLinear(torch.autograd.Function):
-    """``x @ W'.T + b``, of x, the values and the bias."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern, layer: GemLayer
-    ) -> Tensor:
-        ctx.save_for_backward(x, values)
-        ctx.pattern, ctx.layer = pattern, layer
-        with layer.substituted(pattern.flat_index, values, x.dtype) as weight:
-            return F.linear(x, layer.kind.matrix(weight), bias)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, values = ctx.saved_tensors
-        layer, dx, d_values, d_bias = ctx.layer, None, None, None
-        if ctx.needs_input_grad[0]:
-            with layer.substituted(ctx.pattern.flat_index, values, x.dtype) as weight:
-                # Under autocast the product was one in dy's dtype.
-                dx = (dy @ layer.kind.matrix(weight.to(dy.dtype))).to(x.dtype)
-        tokens = dy.reshape(-1, dy.shape[-1])
-        if ctx.needs_input_grad[1]:
-            factors = layer.kind.factors(tokens, x.reshape(-1, x.shape[-1]).to(dy.dtype))
-            sums = torch.zeros(ctx.pattern.num_entries, dtype=torch.float32, device=dy.device)
-            add_sampled_product(sums, factors[0], factors[1], ctx.pattern)
-            d_values = sums.to(values.dtype)
-        if ctx.needs_input_grad[2]:
-            d_bias = tokens.sum(dim=0)
-        return dx, d_values, d_bias, None, None
+from gem_ds.sparse.quantized import computed_in, dequantized
+from gem_ds.tuner.entries import GemEntries
 
 
 class GemLayer(nn.Module, BaseTunerLayer):
@@ -134,11 +50,10 @@ class GemLayer(nn.Module, BaseTunerLayer):
         self.kind, self.shape, self.numel = kind, (rows, columns), rows * columns
 
     def get_base_weight(self) -> Tensor:
-        """As peft's, which cannot read what bitsandbytes has laid out for its kernel on CPUs."""
-        layer: Any = self.get_base_layer()
-        if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
-            layer.state_dict()  # lays it back
-        return super().get_base_weight()
+        """The weight itself, or what stands for it of a quantized one."""
+        if self.quantization_backend is not None:
+            return dequantized(self.get_base_layer(), self.quantization_backend)
+        return self._weight().data
 
     def update_layer(
         self, adapter_name: str, num_entries: int, dtype: torch.dtype, base: WeightInfo | None
@@ -153,9 +68,9 @@ class GemLayer(nn.Module, BaseTunerLayer):
         Of a quantized one it is a copy of its own, in the given dtype.
         """
         if self.quantization_backend is not None:
-            whole = self.get_base_weight().to(dtype)
-            whole.view(-1).index_copy_(0, indices.long(), values.detach().to(dtype))
-            yield whole
+            matrix = self.get_base_weight().to(dtype)
+            matrix.view(-1).index_copy_(0, indices.long(), values.detach().to(dtype))
+            yield matrix
             return
         weight = self._weight()
         flat = weight.data.view(-1)  # whose changes autograd does not count
@@ -169,7 +84,7 @@ class GemLayer(nn.Module, BaseTunerLayer):
 
     def base_values(self, indices: Tensor) -> Tensor:
         """A copy of the base's values at flat indices [k], dequantized where it is quantized."""
-        with _whole(self._weight()):
+        with whole(self._weight()):
             flat = self.get_base_weight().reshape(-1)
             return flat[indices.to(flat.device).long()].clone()
 
@@ -191,8 +106,7 @@ class GemLayer(nn.Module, BaseTunerLayer):
             if self.quantization_backend is None:
                 return entries(x, base.bias)  # type: ignore[no-any-return]
             dtype = getattr(base, "compute_dtype", None) or x.dtype
-            bias = None if base.bias is None else base.bias.to(dtype)
-            return entries(x.to(dtype), bias).to(x.dtype)  # type: ignore[no-any-return]
+            return computed_in(dtype, entries, x, base.bias)
 
         if not _has_hooks(base):
             return forward(x)
@@ -210,13 +124,23 @@ class GemLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Write an adapter's values into the weight; what they replace is kept."""
+        """Write an adapter's values into the weight; what they replace is kept.
+
+        Raises:
+            ValueError: Another is merged, the weight is quantized or, with `safe_merge`, a value is
+                not finite.
+        """
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.gem_entries:
                 continue
             if self.merged:
                 raise ValueError(
                     f"The adapter {self.merged_adapters[0]} is merged: unmerge it before {name}."
+                )
+            if self.quantization_backend is not None:
+                raise ValueError(
+                    "The base is quantized, and its weights cannot hold the values: write them "
+                    "into an unquantized one with gem-ds export."
                 )
             entries = self.gem_entries[name]
             if safe_merge and not entries.values.isfinite().all():
@@ -237,13 +161,13 @@ class GemLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def _write(self, indices: Tensor, values: Tensor) -> None:
-        with _whole(self._weight(), writes=True):
-            weight = self.get_base_weight()
+        with whole(self._weight(), writes=True):
+            weight = self._weight().data
             index = indices.to(weight.device).long()
             weight.view(-1).index_copy_(0, index, values.to(weight.device, weight.dtype))
-            self.set_base_weight(weight)
 
     def _weight(self) -> nn.Parameter:
+        """The base layer's, as it is at hand; whole while the layer runs."""
         return self.get_base_layer().get_parameter("weight")
 
     def weight_info(self, indices: Tensor) -> WeightInfo:
@@ -252,6 +176,11 @@ class GemLayer(nn.Module, BaseTunerLayer):
 
     def check_base(self, indices: Tensor, info: WeightInfo, base_model: str | None = None) -> None:
         """Refuse a base whose values at flat indices are not the recorded ones, in their dtype."""
+        if not (indices[1:] > indices[:-1]).all() or not (indices < self.numel).all():
+            raise ValueError(
+                "The adapter has no entries of such a layer: it is incomplete or damaged, save or "
+                "copy it again."
+            )
         base = self.base_values(indices).to(getattr(torch, info.dtype))
         if tuple(info.shape) != self.shape or checksum(base) != info.checksum:
             raise ValueError(
@@ -269,8 +198,17 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 @contextmanager
-def _whole(weight: nn.Parameter, *, writes: bool = False) -> Iterator[None]:
-    """While a block reads a weight, or writes it on all ranks alike, gather it from ZeRO-3."""
+def whole(weight: nn.Parameter, *, writes: bool = False) -> Iterator[None]:
+    """While a block reads a weight, or writes it on all ranks alike, gather it from ZeRO-3.
+
+    Raises:
+        ValueError: FSDP has sharded it, which gathers nothing but for a layer that runs.
+    """
+    if hasattr(weight, "device_mesh"):
+        raise ValueError(
+            "The weights are sharded: add, load or merge an adapter before fully_shard or "
+            "accelerate's prepare."
+        )
     if not hasattr(weight, "ds_id"):
         yield
         return

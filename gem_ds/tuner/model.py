@@ -9,6 +9,8 @@ That is 8 bytes an entry. Loading such a folder needs ``import gem_ds.tuner`` be
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -20,15 +22,17 @@ from peft.utils import (
     resolve_quantization_backend,
 )
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from gem_ds.distributed.weights import shape_of
-from gem_ds.files.mask import WeightInfo
+from gem_ds.files.fingerprint import differing, fingerprints, read_whole
+from gem_ds.files.mask import Mask, WeightInfo
+from gem_ds.models.encoders import head_names
 from gem_ds.sparse.experts import projections_of
 from gem_ds.sparse.layers import kind_of
-from gem_ds.tuner.config import GEM, GemConfig
-from gem_ds.tuner.layer import GemLayer
-
-_WRAPPED = "base_model.model."  # what a PeftModel puts before the names of modules
+from gem_ds.sparse.quantized import quantization_of
+from gem_ds.tuner.config import GEM, WRAPPED, GemConfig
+from gem_ds.tuner.layer import GemLayer, whole
 
 
 class GemModel(BaseTuner):
@@ -52,7 +56,7 @@ class GemModel(BaseTuner):
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Refuse a model whose weights are not those of the mask, before any of them is touched.
 
-        A mask may be of the model before it was quantized; then the shapes must do.
+        A new mask may be of the model before it was quantized; then the shapes must do.
         """
         for layer in model.modules():
             if isinstance(layer, GemLayer) and layer.merged:
@@ -60,15 +64,28 @@ class GemModel(BaseTuner):
                     f"The adapter {layer.merged_adapters[0]} is merged: unmerge it before another "
                     "is added."
                 )
-        now, before = _quantization(model), peft_config.base_quantization
-        if peft_config.base_weights and now != before:
+        mask, now, is_saved = peft_config.mask, quantization_of(model), peft_config.base_weights
+        made_on = peft_config.base_quantization
+        if is_saved and now != made_on:
             raise ValueError(
-                f"The adapter was trained on a base quantized by {before or 'nothing'}, and this "
+                f"The adapter was trained on a base quantized by {made_on or 'nothing'}, and this "
                 f"one is by {now or 'nothing'}: load the base as it was."
             )
-        peft_config.base_quantization = now
-        if (mask := peft_config.mask) is None:
-            return
+        if not is_saved:
+            made_on = mask.settings.get("base_quantization") if mask is not None else None
+        if mask is not None:
+            self._check_mask(mask, model, reads_weights=now == made_on)
+        found = _fingerprints(model, peft_config.modules_to_save or ())
+        recorded = peft_config.fingerprints if mask is None else mask.fingerprints
+        if now == made_on and (names := differing(recorded, found)):
+            base_model = peft_config.base_model_name_or_path if mask is None else mask.base_model
+            raise ValueError(
+                f"The entries were made for {base_model}, and this model has other weights, those "
+                f"of {names[0]} for one: load that one as the base."
+            )
+        peft_config.base_quantization, peft_config.fingerprints = now, found
+
+    def _check_mask(self, mask: Mask, model: nn.Module, *, reads_weights: bool) -> None:
         if experts := [name for name in mask.weights if not name.endswith(".weight")]:
             raise ValueError(
                 f"The mask selects entries of {experts[0]}, a parameter of no linear layer, as an "
@@ -87,7 +104,7 @@ class GemModel(BaseTuner):
                         f"The weight {tied} is tied, {other} and {name} are one: leave it out of "
                         "the mask's --target_modules."
                     )
-        for name, info in mask.weights.items() if now is None else ():
+        for name, info in mask.weights.items() if reads_weights else ():
             self._layer(modules[name]).check_base(mask.indices[name], info, mask.base_model)
 
     @staticmethod
@@ -127,7 +144,7 @@ class GemModel(BaseTuner):
         # DDP would send the indices round with every forward pass.
         name = f"{current_key}.gem_entries.{adapter_name}.indices"
         left_out = vars(self.model).setdefault("_ddp_params_and_buffers_to_ignore", [])
-        left_out += [name, _WRAPPED + name]
+        left_out += [name, WRAPPED + name]
         if adapter_name not in self.active_adapters:
             layer.gem_entries[adapter_name].requires_grad_(False)
         if layer is not target:
@@ -142,6 +159,16 @@ class GemModel(BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Values are made in the dtype that they keep."""
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Refuse a batch of several adapters, which peft would otherwise give the active one's."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "A batch cannot be of several adapters (adapter_names), as the values stand in the "
+                "weights: pass each adapter's examples by themselves, after set_adapter."
+            )
+        yield
+
     @staticmethod
     def _dtype_of_values(layer: GemLayer) -> torch.dtype:
         """fp32; under ZeRO-3, which takes one dtype, that of the weights."""
@@ -152,17 +179,23 @@ class GemModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """As peft's, after a check that the adapter is whole and its base this one."""
+        """As peft's, after a check that it brings the entries that the adapter has.
+
+        Entries that are none yet are transformers' own loader's, which passes no mask.
+        """
         for name, layer in _layers_with(model, adapter_name):
-            module = name.removeprefix(_WRAPPED)
-            keys = (f"{prefix}{module}.gem_entries.indices" for prefix in (_WRAPPED, ""))
+            module = name.removeprefix(WRAPPED)
+            keys = (f"{prefix}{module}.gem_entries.indices" for prefix in (WRAPPED, ""))
             if (key := next((key for key in keys if key in state_dict), None)) is None:
                 raise ValueError(f"The adapter has no entries of {module}: it is incomplete.")
-            entries = layer.gem_entries[adapter_name]
-            if entries.base is not None:
-                base_model = config.base_model_name_or_path
-                layer.check_base(state_dict[key], entries.base, base_model)
-                entries.base = None
+            entries, indices = layer.gem_entries[adapter_name], state_dict[key]
+            if entries.base is None and not torch.equal(
+                indices.to(entries.indices), entries.indices
+            ):
+                raise ValueError(
+                    f"The entries of {module} are others than those of the adapter "
+                    f"{adapter_name}: load them under another name."
+                )
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
@@ -186,14 +219,26 @@ def _shape(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def _quantization(model: nn.Module) -> dict[str, Any] | None:
-    """What decides the bits of a quantized base; None where it is none."""
-    config = getattr(getattr(model, "config", None), "quantization_config", None)
-    if config is None:
-        return None
-    given = config if isinstance(config, dict) else config.to_dict()
-    names = ("quant_method", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "load_in_8bit")
-    return {n: str(getattr(given[n], "value", given[n])) for n in names if n in given}
+def _fingerprints(model: nn.Module, modules_to_save: Iterable[str]) -> dict[str, str]:
+    """Those of the base's own parameters, but a head's and what is trained whole beside.
+
+    Quantized ones have none, which lie otherwise on another device.
+    """
+    head = head_names(model) if isinstance(model, PreTrainedModel) else set()
+    parameters = {}
+    for name, parameter in model.named_parameters():
+        if ".gem_entries." in name or any(f".{m}." in f".{name}" for m in modules_to_save):
+            continue
+        plain = name.replace(".base_layer.", ".").replace(".original_module.", ".")
+        if plain not in head and parameter.is_floating_point() and not parameter.is_meta:
+            parameters[plain] = parameter
+    return fingerprints(parameters, _read_whole)
+
+
+def _read_whole(entries: Sequence[tuple[nn.Parameter, Tensor]]) -> Iterator[Tensor]:
+    for parameter, index in entries:
+        with whole(parameter):
+            yield from read_whole([(parameter, index)])
 
 
 register_peft_method(name=GEM.lower(), config_cls=GemConfig, model_cls=GemModel)

@@ -1,0 +1,452 @@
+"""The cases of peft's common tester (its ``tests/testing_common.py``, 0.21), of this tuner.
+
+Each of them is a function of its name here, or stands in :data:`LEFT_OUT` with its reason.
+"""
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import (
+    PeftModel,
+    get_base_model_state_dict,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    prepare_model_for_kbit_training,
+    set_base_model_state_dict,
+)
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import hub
+
+from gem_ds.files.apply import apply_delta
+from gem_ds.files.delta import Delta
+from gem_ds.tuner import GemConfig, GemLayer, GemModel
+from tests.deltas import bits
+from tests.tiny import make_model
+from tests.tuner.test_tuner import ARCHITECTURES, WEIGHTS, batch, delta_of, logits
+
+#: peft asks transformers by names that it is going to drop.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated"),
+    pytest.mark.filterwarnings("ignore:.gradient_checkpointing_:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted"),
+]
+
+#: Cases of peft's tester that cannot be, and why.
+LEFT_OUT = {
+    "merge_layers_multi": "an entry has one value, so one adapter is merged at a time",
+    "mixed_adapter_batches": "values stand in the weights, one adapter's at a time; refused",
+    "generate_with_mixed_adapter_batches_and_beam_search": "as mixed_adapter_batches",
+    "weighted_combination_of_adapters": "gem-ds delta merge combines deltas, which adapters are",
+    "training_layer_indexing": "the mask says which layers; there is no layers_to_transform",
+    "training_prompt_learning_tasks": "no prompt is learnt",
+    "adding_multiple_adapters_with_bias_raises": "biases are not trained, modules_to_save does it",
+    "lora_conversion": "peft converts additive updates of all of a weight; not supported by most",
+}
+
+
+def base(architecture: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    return make_model(architecture, dtype, dropout=0.0).eval()
+
+
+def config_of(delta: Delta) -> GemConfig:
+    return GemConfig(mask=delta.mask, task_type="CAUSAL_LM")
+
+
+def fill(model: Any, delta: Delta, adapter: str = "default") -> None:
+    """Give an adapter the values of a delta; it begins as the base."""
+    for name, layer in model.base_model.model.named_modules():
+        if isinstance(layer, GemLayer):
+            layer.gem_entries[adapter].values.data.copy_(delta.values[f"{name}.weight"])
+
+
+def adapted(
+    architecture: str, dtype: torch.dtype = torch.float32, **more: Any
+) -> tuple[Any, Delta]:
+    """A model with an adapter that changes it, and what that should be."""
+    model = base(architecture, dtype)
+    delta = delta_of(model)
+    model = get_peft_model(model, config_of(delta), **more).eval()
+    fill(model, delta, more.get("adapter_name", "default"))
+    return model, delta
+
+
+def expected(
+    architecture: str, delta: Delta, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    model = base(architecture, dtype)
+    apply_delta(model, delta)
+    return model
+
+
+def model_attr(architecture: str, folder: Path) -> None:
+    model, _ = adapted(architecture)
+    assert all(hasattr(model, n) for n in ("save_pretrained", "from_pretrained", "push_to_hub"))
+    assert isinstance(model.base_model, GemModel)
+
+
+def adapter_name(architecture: str, folder: Path) -> None:
+    model, _ = adapted(architecture, adapter_name="test-adapter")
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained
+    assert all(name.endswith(".gem_entries.test-adapter.values") for name in trained)
+    assert "gem.GemLayer" in repr(model)
+
+
+def prepare_for_training(architecture: str, folder: Path) -> None:
+    model, delta = adapted(architecture)
+    ids = batch()["input_ids"]
+    assert not model.get_input_embeddings()(ids).requires_grad
+    frozen = prepare_model_for_kbit_training(base(architecture), use_gradient_checkpointing=False)
+    assert not any(p.requires_grad for p in frozen.parameters())
+    model = get_peft_model(frozen, config_of(delta))
+    model.enable_input_require_grads()
+    assert model.get_input_embeddings()(ids).requires_grad
+
+
+def load_model_low_cpu_mem_usage(architecture: str, folder: Path) -> None:
+    model, delta = adapted(architecture)
+    model.save_pretrained(str(folder))
+    loaded: Any = PeftModel.from_pretrained(base(architecture), str(folder), low_cpu_mem_usage=True)
+    loaded.load_adapter(str(folder), adapter_name="other", low_cpu_mem_usage=True)
+    assert {p.device.type for p in loaded.parameters()} == {"cpu"}
+    for adapter in ("default", "other"):
+        loaded.set_adapter(adapter)
+        assert torch.equal(logits(loaded), logits(model))
+    injected = base(architecture)
+    inject_adapter_in_model(config_of(delta), injected, low_cpu_mem_usage=True)
+    assert {p.device.type for n, p in injected.named_parameters() if "gem_" in n} == {"meta"}
+
+
+def save_pretrained(architecture: str, folder: Path) -> None:
+    model, _ = adapted(architecture)
+    model.save_pretrained(str(folder))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # as of missing keys
+        loaded = PeftModel.from_pretrained(base(architecture), str(folder))
+    assert state_of(loaded) == state_of(model)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def state_of(model: Any) -> dict[str, bytes]:
+    return {name: tensor.numpy().tobytes() for name, tensor in model.state_dict().items()}
+
+
+def save_pretrained_selected_adapters(architecture: str, folder: Path) -> None:
+    model, delta = adapted(architecture)
+    model.add_adapter("new_adapter", config_of(delta))
+    model.save_pretrained(str(folder))
+    loaded = PeftModel.from_pretrained(base(architecture), str(folder))
+    loaded.load_adapter(str(folder / "new_adapter"), "new_adapter")
+    assert state_of(loaded) == state_of(model)
+    for place in (folder, folder / "new_adapter"):
+        names = {path.name for path in place.iterdir()}
+        assert {WEIGHTS, "adapter_config.json"} <= names
+        assert not names & {"model.safetensors", "config.json"}
+    model.save_pretrained(str(folder / "one"), selected_adapters=["default"])
+    assert not (folder / "one" / "new_adapter").exists()
+
+
+def save_pretrained_adapter_name_substring(architecture: str, folder: Path) -> None:
+    model, delta = adapted(architecture)
+    count = len(get_peft_model_state_dict(model))
+    assert count == 2 * len(delta.values)
+    for name in ("default2", "other_default", "foodefault_bar", "efaul"):
+        model.add_adapter(name, config_of(delta))
+    model.save_pretrained(str(folder), selected_adapters=["default"])
+    assert len(load_file(folder / WEIGHTS)) == count
+
+
+def from_pretrained_config_construction(architecture: str, folder: Path) -> None:
+    model, delta = adapted(architecture)
+    model.save_pretrained(str(folder))
+    config = config_of(delta)
+    loaded: Any = PeftModel.from_pretrained(
+        base(architecture), str(folder), is_trainable=False, config=config
+    )
+    assert loaded.peft_config["default"] is config
+    assert config.inference_mode
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def load_multiple_adapters(architecture: str, folder: Path) -> None:
+    model, _ = adapted(architecture)
+    model.save_pretrained(str(folder))
+    loaded: Any = PeftModel.from_pretrained(base(architecture), str(folder))
+    for name in ("other", "yet-another"):
+        assert loaded.load_adapter(str(folder), adapter_name=name).missing_keys == []
+        loaded.set_adapter(name)
+        assert torch.equal(logits(loaded), logits(model))
+
+
+def merge_layers_fp16(architecture: str, folder: Path) -> None:
+    model, delta = adapted(architecture, torch.float16)
+    merged = model.to(dtype=torch.float16).merge_and_unload()
+    assert bits(merged) == bits(expected(architecture, delta, torch.float16))
+
+
+def merge_layers_nan(architecture: str, folder: Path) -> None:
+    model, _ = adapted(architecture)
+    for wrong in (torch.nan, torch.inf):
+        for name, parameter in model.named_parameters():
+            if model.prefix in name:
+                parameter.data[0] = wrong
+        before = bits(model)
+        with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
+            model.merge_and_unload(safe_merge=True)
+        assert bits(model) == before
+
+
+def merge_layers(architecture: str, folder: Path) -> None:
+    model, _ = adapted(architecture)
+    before, with_adapter = logits(base(architecture)), logits(model)
+    assert not torch.allclose(before, with_adapter)
+    model.merge_adapter()
+    assert torch.equal(logits(model), with_adapter)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), with_adapter)
+    merged = model.merge_and_unload()
+    assert not any(isinstance(module, BaseTunerLayer) for module in merged.modules())
+    assert not hasattr(merged, "peft_config")
+    assert torch.equal(logits(merged), with_adapter)
+    merged.save_pretrained(folder)
+    assert torch.equal(logits(type(merged).from_pretrained(folder)), with_adapter)
+
+
+def merge_layers_is_idempotent(architecture: str, folder: Path) -> None:
+    model, delta = adapted(architecture)
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="All adapters are already merged, nothing to do"):
+        model.merge_adapter()
+    assert bits(model.unload()) == bits(expected(architecture, delta))
+
+
+def safe_merge(architecture: str, folder: Path) -> None:
+    model, delta = adapted(architecture)
+    assert bits(model.merge_and_unload(safe_merge=True)) == bits(expected(architecture, delta))
+
+
+def generate(architecture: str, folder: Path) -> None:
+    model, delta = adapted(architecture)
+    inputs = {"input_ids": batch()["input_ids"], "max_new_tokens": 3, "do_sample": False}
+    found = model.generate(**inputs)
+    assert torch.equal(found, expected(architecture, delta).generate(**inputs))
+
+
+def generate_pos_args(architecture: str, folder: Path) -> None:
+    model, _ = adapted(architecture)
+    assert model.generate(batch()["input_ids"], max_new_tokens=2).shape == (4, 11)
+
+
+def generate_half_prec(architecture: str, folder: Path) -> None:
+    model, _ = adapted(architecture, torch.bfloat16)
+    mask = torch.tensor([[1, 1, 1], [1, 0, 1]])
+    ids = torch.tensor([[1, 1, 1], [2, 1, 2]])
+    assert model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=2).shape == (2, 5)
+
+
+def training(architecture: str, folder: Path) -> None:
+    model, _ = adapted(architecture)
+    model(**batch()).logits.sum().backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == (model.prefix in name)
+
+
+def inference_safetensors(architecture: str, folder: Path) -> None:
+    model, _ = adapted(architecture)
+    model(**batch()).loss.backward()
+    model.save_pretrained(str(folder), safe_serialization=True)
+    assert (folder / WEIGHTS).is_file()
+    assert not (folder / "adapter_model.bin").exists()
+    loaded = PeftModel.from_pretrained(base(architecture), str(folder))
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def training_gradient_checkpointing(architecture: str, folder: Path) -> None:
+    for reentrant in (True, False):
+        model, _ = adapted(architecture)
+        found = []
+        for checkpointed in (False, True):
+            if checkpointed:
+                model.prepare_model_for_gradient_checkpointing(model)
+                model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            (model.train()(**batch()).logits ** 2).sum().backward()
+            found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+            model.zero_grad(set_to_none=True)
+        assert all(model.prefix in name for name in found[1])
+        torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
+def peft_model_device_map(architecture: str, folder: Path) -> None:
+    model, _ = adapted(architecture)
+    model.save_pretrained(str(folder))
+    loaded = PeftModel.from_pretrained(base(architecture), str(folder), device_map={"": "cpu"})
+    assert torch.equal(logits(loaded.to("cpu")), logits(model))
+
+
+def delete_adapter(architecture: str, folder: Path) -> None:
+    for is_active in (True, False):
+        model, delta = adapted(architecture)
+        with_adapter = logits(model)
+        model.add_adapter("delete_me", config_of(delta))
+        if is_active:
+            model.set_adapter("delete_me")
+        model.delete_adapter("delete_me")
+        assert model.active_adapters == ["default"]
+        assert not any("delete_me" in name for name in model.state_dict())
+        assert torch.equal(logits(model), with_adapter)
+        model.delete_adapter("default")
+        assert model.active_adapters == []
+        assert torch.equal(logits(model.base_model), logits(base(architecture)))
+
+
+delete_inactive_adapter = delete_adapter
+
+
+def delete_unknown_adapter_raises(architecture: str, folder: Path) -> None:
+    model, _ = adapted(architecture)
+    with pytest.raises(ValueError, match="Adapter unknown-adapter does not exist"):
+        model.delete_adapter("unknown-adapter")
+
+
+def unload_adapter(architecture: str, folder: Path) -> None:
+    model, _ = adapted(architecture)
+    assert bits(model.unload()) == bits(base(architecture))
+
+
+def disable_adapter(architecture: str, folder: Path) -> None:
+    model, delta = adapted(architecture)
+    inputs = {"input_ids": batch()["input_ids"], "max_new_tokens": 2}
+    scores = {"return_dict_in_generate": True, "output_scores": True, "do_sample": False}
+
+    def first(model: Any) -> Tensor:
+        return model.generate(**inputs, **scores).scores[0]  # type: ignore[no-any-return]
+
+    with_adapter = first(model)
+    before = first(model.unload())  # whose bits are the base's; numbers hang on where it lies
+    model = get_peft_model(model.base_model.model, config_of(delta)).eval()
+    fill(model, delta)
+    assert not torch.allclose(before, with_adapter)
+    with model.disable_adapter():
+        assert torch.equal(first(model), before)
+        assert not any(p.requires_grad for p in model.parameters())
+    assert torch.equal(first(model), with_adapter)
+    model.merge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(first(model), before)
+
+
+def passing_input_embeds_works(architecture: str, folder: Path) -> None:
+    model, _ = adapted(architecture)
+    ids = batch(7)["input_ids"]
+    with torch.no_grad():
+        found = model(inputs_embeds=model.get_input_embeddings()(ids)).logits
+    torch.testing.assert_close(found, logits(model))
+
+
+def get_base_model_state_dict_and_set(architecture: str, folder: Path) -> None:
+    model, _ = adapted(architecture)
+    original = {name: tensor.clone() for name, tensor in base(architecture).state_dict().items()}
+    for changes in (False, True):
+        if changes:
+            for parameter in model.get_base_model().parameters():
+                parameter.data.add_(0.1)
+            result = set_base_model_state_dict(model, original, strict=False)
+            assert not result.missing_keys
+            assert not result.unexpected_keys
+        found = get_base_model_state_dict(model)
+        assert found.keys() == original.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in original.items())
+
+
+def push_to_hub(architecture: str, folder: Path) -> None:
+    """Not of peft's list: what is uploaded, the Hub's API replaced."""
+    model, _ = adapted(architecture)
+    uploaded: dict[str, bytes] = {}
+
+    def create_commit(**options: Any) -> None:
+        for operation in options["operations"]:
+            uploaded[operation.path_in_repo] = Path(operation.path_or_fileobj).read_bytes()
+
+    api = SimpleNamespace(
+        create_repo=lambda repo_id, **_: SimpleNamespace(repo_id=repo_id),
+        create_commit=create_commit,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hub, "hf_api", lambda: api)
+        patch.setattr(hub.ModelCard, "load", classmethod(lambda cls, *_, **__: hub.ModelCard("")))
+        model.push_to_hub("someone/adapter")
+    assert uploaded.keys() >= {WEIGHTS, "adapter_config.json", "README.md"}
+    assert json.loads(uploaded["adapter_config.json"])["peft_type"] == "GEM"
+    for name, content in uploaded.items():
+        (folder / name).write_bytes(content)
+    loaded = PeftModel.from_pretrained(base(architecture), str(folder))
+    assert torch.equal(logits(loaded), logits(model))
+
+
+CASES: list[Callable[[str, Path], None]] = [
+    model_attr,
+    adapter_name,
+    prepare_for_training,
+    load_model_low_cpu_mem_usage,
+    save_pretrained,
+    save_pretrained_selected_adapters,
+    save_pretrained_adapter_name_substring,
+    from_pretrained_config_construction,
+    load_multiple_adapters,
+    merge_layers_fp16,
+    merge_layers_nan,
+    merge_layers,
+    merge_layers_is_idempotent,
+    safe_merge,
+    generate,
+    generate_pos_args,
+    generate_half_prec,
+    training,
+    inference_safetensors,
+    training_gradient_checkpointing,
+    peft_model_device_map,
+    delete_adapter,
+    delete_unknown_adapter_raises,
+    unload_adapter,
+    disable_adapter,
+    passing_input_embeds_works,
+    get_base_model_state_dict_and_set,
+    push_to_hub,
+]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+def test_case_of_pefts_tester(
+    case: Callable[[str, Path], None], architecture: str, tmp_path: Path
+) -> None:
+    case(architecture, tmp_path)
+
+
+def test_what_is_left_out_is_refused_where_it_would_be_wrong() -> None:
+    model, delta = adapted("llama")
+    model.add_adapter("other", config_of(delta))
+    with pytest.raises(ValueError, match="cannot be of several adapters"):
+        model(**batch(), adapter_names=["default", "other"] * 2)
+    with pytest.raises(ValueError, match="cannot be of several adapters"):
+        model.generate(input_ids=batch()["input_ids"], adapter_names=["default", "other"] * 2)
+    with pytest.raises(ValueError, match="is merged: unmerge it before"):
+        model.merge_adapter(["default", "other"])
+    with pytest.raises(AttributeError):
+        model.add_weighted_adapter(["default", "other"], [1, 1], "both")
+    with pytest.raises(TypeError, match="layers_to_transform"):
+        GemConfig(mask=delta.mask, layers_to_transform=[0])  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="bias"):
+        GemConfig(mask=delta.mask, bias="all")  # type: ignore[call-arg]
+    assert not model.supports_lora_conversion()
+    assert not {case.__name__ for case in CASES} & LEFT_OUT.keys()
