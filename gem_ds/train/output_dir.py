@@ -22,16 +22,17 @@ from gem_ds.files.manifest import (
     listed_files,
     refuse_foreign,
 )
+from gem_ds.report.main import REPORT
 from gem_ds.train.old_runs import adopt, is_old_checkpoint, old_files
 from gem_ds.train.reporting import TENSORBOARD_FOLDER
 
 #: What a run writes into its folder, beside checkpoints.
 RUN_FILES = (
     *("mask.safetensors", "delta.safetensors", "metrics.jsonl", "trainer_state.json"),
-    *("all_results.json", "predictions.jsonl", "report.html"),
+    *("all_results.json", "predictions.jsonl"),
 )
 RUN_FOLDERS = ("model", "adapter", TENSORBOARD_FOLDER)
-MODEL_CARD = "README.md"  # not written where somebody else's stands
+MODEL_CARD = "README.md"  # as the report not written where somebody else's stands
 
 
 def refuse_run(output_dir: Path) -> None:
@@ -94,7 +95,7 @@ def output_dir_of_one_run(output_dir: Path) -> Iterator[None]:
 def clear_output_dir(output_dir: Path, *, overwrite: bool) -> None:
     """Delete what a killed run left half written, or all of a run; the rest stays. Rank 0 only."""
     remove_leftovers(output_dir)
-    for name in (*RUN_FILES, *RUN_FOLDERS, MODEL_CARD, MANIFEST):
+    for name in (*RUN_FILES, *RUN_FOLDERS, MODEL_CARD, REPORT, MANIFEST):
         clear_leftovers(output_dir / name)
     adopt(output_dir)
     if overwrite:  # the run is known by its files if this is cut short

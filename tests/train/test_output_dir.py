@@ -22,7 +22,7 @@ from gem_ds.train.prepare import PreparedRun, prepare
 from tests.tiny_model import Tiny, make_tiny, one_rank
 
 OLD = Path(__file__).parents[1] / "files_0_1" / "llama"
-LEFTOVERS = [f".{name}.0a1b2c3d.tmp" for name in (*RUN_FILES, "README.md", MANIFEST)]
+LEFTOVERS = [f".{name}.0a1b2c3d.tmp" for name in (*RUN_FILES, "README.md", "report.html", MANIFEST)]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def names(folder: Path) -> set[str]:
 
 def without_manifests(folder: Path) -> None:
     """As a version before they were written left it."""
-    for path in folder.rglob(MANIFEST):
+    for path in (*folder.rglob(MANIFEST), folder / "report.html"):
         path.unlink()
 
 
@@ -89,7 +89,8 @@ def put_mine(folder: Path) -> dict[Path, str]:
 
 def test_overwriting_deletes_the_run_and_nothing_else(tiny: Tiny, run: Path) -> None:
     before = names(run)
-    assert before == {*RUN_FILES, *RUN_FOLDERS, "README.md", MANIFEST} - {"predictions.jsonl"} | {
+    pages = {"README.md", "report.html"}
+    assert before == {*RUN_FILES, *RUN_FOLDERS, *pages, MANIFEST} - {"predictions.jsonl"} | {
         *("checkpoint-2", "checkpoint-4")
     }
     mine = put_mine(run)
@@ -168,12 +169,15 @@ def test_what_others_call_so_is_named_and_stays(
 def test_a_users_card_stays_and_a_run_beside_it_comes_to_its_end(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    mine = tmp_path / "README.md"
-    mine.write_text("mine")
+    mine = [tmp_path / "README.md", tmp_path / "report.html"]
+    for path in mine:
+        path.write_text("mine")
     for switches in ([], ["--overwrite_output_dir"]):
         train.main(tiny.flags(tmp_path, *switches, max_steps=1))
-        assert "README.md is no run's and stays" in capsys.readouterr().out
-        assert mine.read_text() == "mine"
+        told = capsys.readouterr().out
+        assert "README.md is no run's and stays" in told
+        assert "report.html was not written: " in told
+        assert [path.read_text() for path in mine] == ["mine", "mine"]
 
 
 def test_a_checkpoints_name_that_is_taken_is_refused_before_training(tmp_path: Path) -> None:
