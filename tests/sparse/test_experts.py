@@ -5,12 +5,14 @@ that some experts get none, on some ranks or on all.
 """
 
 import functools
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from peft import get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -20,6 +22,7 @@ from gem_ds.data.batches import permutation
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.process_group import init_distributed
 from gem_ds.files.checkpoint import TrainerState
+from gem_ds.formats.export import export
 from gem_ds.models.loss import chunked_answer_loss
 from gem_ds.models.targets import find_targets, targets_of
 from gem_ds.sparse.calibrate import calibrate
@@ -171,6 +174,31 @@ def test_all_tokens_may_go_to_one_expert() -> None:
     )
     found = _index_by_expert(mask.indices, model)
     assert sum(index.numel() > 0 for index in found.values()) <= 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_delta_of_experts_is_applied_and_exported(kind: str, tmp_path: Path) -> None:
+    """To the bit; an export has the files of its base, an expert at a time where that has them."""
+    base, output = tmp_path / "base", tmp_path / "exported"
+    _model(kind).save_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    mask = gem_ds.select_mask(model, rule="random", target_modules=["experts"], density="0.02")
+    generator = torch.Generator().manual_seed(1)
+    values = {n: torch.randn(len(i), generator=generator) for n, i in mask.indices.items()}
+    delta = gem_ds.Delta(mask=mask, values=values)
+    delta.save(tmp_path / "delta.safetensors")
+    expected = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for name, index in mask.indices.items():
+        expected[name].view(-1)[index.long()] = values[name]
+    gem_ds.apply_delta(model, delta)
+    assert all(torch.equal(p, expected[name]) for name, p in model.named_parameters())
+    export(str(base), tmp_path / "delta.safetensors", output)
+    exported = AutoModelForCausalLM.from_pretrained(output)
+    assert all(torch.equal(p, expected[name]) for name, p in exported.named_parameters())
+    assert (
+        load_file(output / "model.safetensors").keys()
+        == load_file(base / "model.safetensors").keys()
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
