@@ -148,7 +148,7 @@ def entry_score(rule: str, name: str, gradient: Tensor | None, weight: Tensor, s
     if rule == "lift":
         return principal(weight)
     assert gradient is not None
-    if rule in ("gradient", "entropy_gradient", "gradient_abs", "fish"):
+    if rule in ("gradient", "entropy_gradient", "gradient_abs", "fish", "surgical", "auto_rgn"):
         return gradient.detach().float().abs()
     return damped_ratio(gradient, weight) if rule == "damped" else ratio(gradient, weight)
 
@@ -177,6 +177,10 @@ def select(
         "tempered": lambda s: math.sqrt(1 + layer_score(s)),
         "effective": lambda s: math.exp(entropy(s)) if s.any() else 0.0,
     }
+    if rule in ("surgical", "auto_rgn"):
+        norms = {n: (ratio_norm(s[may[n]]), ratio_norm(weights[n])) for n, s in scores.items()}
+        order = sorted(norms, key=lambda n: -norms[n][0] / max(norms[n][1], 1e-8))
+        return _whole(order, scores, may, total)
     of_layers = {n: by_rule.get(rule, _is_any)(s[may[n]]) for n, s in scores.items()}
     if rule in ("random_shira", "lift"):
         of_layers = {n: score * sum(weights[n].shape) for n, score in of_layers.items()}
@@ -186,6 +190,17 @@ def select(
 
 def _is_any(scores: Tensor) -> float:
     return float(scores.any())
+
+
+def _whole(
+    order: Sequence[str], scores: Mapping[str, Tensor], may: Mapping[str, Tensor], total: int
+) -> dict[str, Tensor]:
+    """All that may be selected, matrix after matrix; of the last the largest scores."""
+    masks = {}
+    for name in order:
+        masks[name] = mask(scores[name], min(total, int(may[name].sum())))
+        total -= int(masks[name].sum())
+    return {name: masks[name] for name in scores}
 
 
 def _largest_of_all(scores: Mapping[str, Tensor], total: int) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.optim import STATE_KEYS, SparseAdamW
-from gem_ds.distributed.weights import Weights, load_deepspeed
+from gem_ds.distributed.weights import Weights, load_deepspeed, numel
 
 _TAG = "state"  # of DeepSpeed's checkpoints, of which a folder holds one
 
@@ -203,6 +203,24 @@ class Engine(BaseEngine):
             target = masters.data if key == "master" else moments[key]
             target.zero_()[place] = state[key][own].to(target.device)
         self.weights.write_whole(vector.values, state["master"].to(self.device))
+
+    def scale_rates(
+        self, pieces: Sequence[tuple[int, int, float]], vector: FlatVector | None = None
+    ) -> None:
+        """Multiply the learning rate of the entries from ``start`` to ``stop`` by a number.
+
+        The pieces (start, stop, number) cover a vector (the first); it lasts, new states included.
+        """
+        vector = vector or self.vectors[0]
+        masters, place, own = self._masters(vector)
+        low, high, _ = own.indices(numel(vector.values))
+        shift = place.indices(masters.numel())[0] - low
+        state = self.optimizer.state[masters] or self.optimizer.reset_state(masters)
+        state["rate_factors"] = [
+            (slice(max(start, low) + shift, min(stop, high) + shift), factor)
+            for start, stop, factor in pieces
+            if max(start, low) < min(stop, high)
+        ]
 
     def _masters(self, vector: FlatVector) -> tuple[Tensor, slice, slice]:
         """The fp32 vector that the optimizer steps; its ``[place]`` holds ``values[own]``.

@@ -19,6 +19,8 @@ from torch import Tensor
 #: The fp32 vectors, one number per selected entry, that make up the state of a run.
 STATE_KEYS = ("master", "exp_avg", "exp_avg_sq")
 
+_WHOLE = ((slice(None), 1.0),)
+
 
 class SparseAdamW(torch.optim.Optimizer):
     """AdamW whose parameters are the selected entries of a model, as flat fp32 vectors.
@@ -38,10 +40,15 @@ class SparseAdamW(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def reset_state(self, param: Tensor) -> dict[str, Any]:
-        """Make or clear the state of ``param``: zero moments, no steps taken. Returns it."""
-        moments = {key: torch.zeros_like(param, requires_grad=False) for key in STATE_KEYS[1:]}
-        state: dict[str, Any] = {"step": 0, **moments}
-        self.state[param] = state
+        """Make or clear the state of ``param``: zero moments, no steps taken. Returns it.
+
+        What ``rate_factors`` it has stays: slices of ``param``, and what their rate is multiplied
+        by.
+        """
+        state: dict[str, Any] = self.state[param]
+        state["step"] = 0
+        for key in STATE_KEYS[1:]:
+            state[key] = torch.zeros_like(param, requires_grad=False)
         return state
 
     @torch.no_grad()
@@ -59,5 +66,8 @@ class SparseAdamW(torch.optim.Optimizer):
                 m.lerp_(param.grad, 1 - beta1)
                 v.mul_(beta2).addcmul_(param.grad, param.grad, value=1 - beta2)
                 denominator = (v / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
-                param.mul_(1 - group["lr"] * group["weight_decay"])
-                param.addcdiv_(m, denominator, value=-group["lr"] / (1 - beta1 ** state["step"]))
+                for place, factor in state.get("rate_factors", _WHOLE):
+                    w, lr = param[place], group["lr"] * factor
+                    w.mul_(1 - lr * group["weight_decay"])
+                    step_size = lr / (1 - beta1 ** state["step"])
+                    w.addcdiv_(m[place], denominator[place], value=-step_size)

@@ -63,6 +63,19 @@ def allocate_budget(scores: Sequence[float], sizes: Sequence[int], budget: int) 
     return budgets
 
 
+def fill_in_order(scores: Sequence[float], sizes: Sequence[int], budget: int) -> list[int]:
+    """Give ``budget`` entries to whole layers, of the highest score first: per layer k_l.
+
+    Ties go to the earlier layer. The last one to get any may get a part.
+    """
+    budgets = [0] * len(sizes)
+    for i in sorted(range(len(sizes)), key=lambda i: -scores[i]):
+        budgets[i] = min(sizes[i], budget)
+        budget -= budgets[i]
+    assert budget == 0, "the matrices hold the budget"
+    return budgets
+
+
 def _ideal_shares(scores: Sequence[float], sizes: Sequence[int], budget: int) -> list[Fraction]:
     """``budget`` in exact proportion to the scores, or to the sizes if all scores are 0."""
     weights = [Fraction(w) for w in (scores if any(scores) else sizes)]

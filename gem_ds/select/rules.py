@@ -6,6 +6,7 @@ A rule is an entry of :data:`RULES`, and nothing else has to be edited for a new
 * ``budgets``: how many of each matrix;
 * ``statistic``: what calibration sums over the examples, each one's gradient g_e, its |g_e| or its
   g_e^2; None for a rule that looks at no gradient, so that there is no calibration;
+* ``scales_rates``: whether the learning rate of a layer is in proportion to its score;
 * ``help``: what the command line says of it.
 """
 
@@ -20,7 +21,7 @@ from typing import Literal
 from torch import Tensor
 
 from gem_ds.select import scores
-from gem_ds.select.budget import allocate_budget
+from gem_ds.select.budget import allocate_budget, fill_in_order
 from gem_ds.select.shards import Group, Shards, TargetShard
 from gem_ds.select.sums import largest_magnitudes
 from gem_ds.select.topk import count_among_largest
@@ -53,6 +54,7 @@ class Rule:
     budgets: Budgets
     help: str
     statistic: Statistic | None = "sum"
+    scales_rates: bool = False
 
     @property
     def is_by_example(self) -> bool:
@@ -114,6 +116,13 @@ _equal = by_shape(lambda shape: 1)
 _rows_and_columns = by_shape(sum)
 
 
+def _relative_norms(values: Sequence[Tensor], shards: Shards, group: Group) -> list[float]:
+    """``||g|| / ||w||``; the values are |g|."""
+    norms = [statistics.norm for statistics in scores.layer_statistics(values, shards, group)]
+    of_weights = scores.weight_norms(shards, group)
+    return [g / max(w, scores.EPSILON) for g, w in zip(norms, of_weights, strict=True)]
+
+
 # Budgets
 
 
@@ -125,6 +134,18 @@ def in_proportion_to(layer_score: LayerScore) -> Budgets:
     ) -> tuple[list[int], list[float]]:
         layer_scores = layer_score(values, shards, group)
         return allocate_budget(layer_scores, sizes, budget), layer_scores
+
+    return budgets
+
+
+def whole_in_order_of(layer_score: LayerScore) -> Budgets:
+    """Whole layers, those of the highest score first, until K; the last one may get a part."""
+
+    def budgets(
+        values: Sequence[Tensor], shards: Shards, sizes: Sequence[int], budget: int, group: Group
+    ) -> tuple[list[int], list[float]]:
+        layer_scores = layer_score(values, shards, group)
+        return fill_in_order(layer_scores, sizes, budget), layer_scores
 
     return budgets
 
@@ -232,6 +253,19 @@ RULES = {
         statistic="squares",
         help="the largest sums of the examples' g^2 of all layers together, the empirical Fisher "
         "information (arXiv 2111.09839)",
+    ),
+    "surgical": Rule(
+        entry_score=_gradient,
+        budgets=whole_in_order_of(_relative_norms),
+        help="whole matrices, those of the largest ||g|| / ||w|| first, the last in part if the "
+        "budget ends there; without --density all that --target_modules names (arXiv 2210.11466)",
+    ),
+    "auto_rgn": Rule(
+        entry_score=_gradient,
+        budgets=whole_in_order_of(_relative_norms),
+        scales_rates=True,
+        help="all target matrices unless --density says less, each with the learning rate times "
+        "its ||g|| / ||w|| over the largest (Auto-RGN, arXiv 2210.11466)",
     ),
 }
 

@@ -125,6 +125,19 @@ def _principal_magnitude(shard: TargetShard, group: Group) -> Tensor:
 
 def root_mean_squares(shards: Shards, group: Group) -> list[float]:
     """``sqrt(sum(w^2) / n)`` of each layer, w cast to fp32."""
+    return [
+        math.ldexp(math.sqrt(total / shard.numel), shift)
+        for (total, shift), shard in zip(_squared_norms(shards, group), shards, strict=True)
+    ]
+
+
+def weight_norms(shards: Shards, group: Group) -> list[float]:
+    """``||w||_2`` of each layer, w cast to fp32."""
+    return [math.ldexp(math.sqrt(total), shift) for total, shift in _squared_norms(shards, group)]
+
+
+def _squared_norms(shards: Shards, group: Group) -> list[tuple[float, int]]:
+    """``sum(w^2)`` of each layer as x 4^e: x and e."""
     weights = [shard.weight for shard in shards]
     shifts = [math.frexp(peak)[1] for peak in largest_magnitudes(weights, shards, group)]
 
@@ -132,10 +145,7 @@ def root_mean_squares(shards: Shards, group: Group) -> list[float]:
         return (w.mul_(2.0 ** -shifts[layer]).square_(),)
 
     (squares,) = exact_sums(square, 1, weights, shards, group)
-    return [
-        math.ldexp(math.sqrt(total / shard.numel), shift)
-        for total, shard, shift in zip(squares, shards, shifts, strict=True)
-    ]
+    return list(zip(squares, shifts, strict=True))
 
 
 class LayerStatistics(NamedTuple):

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ class Selection:
     layer_scores: list[float]  # why each layer got its budget
     budgets: list[int]  # entries to train, over all ranks
     candidates: Candidates  # from which they were chosen
+    settings: dict[str, Any]  # what a mask says of it
     indices: list[Tensor]  # chosen in this rank's range, int64, ascending; of the flat whole matrix
 
 
@@ -67,6 +68,13 @@ def select_shards(
     indices = top_k_indices(scores, starts, budgets, group)
     if candidates.keep_zeros:
         indices = [flat_indices(k, layer) for k, layer in zip(indices, layers, strict=True)]
+    settings: dict[str, Any] = {"keep_zeros": True} if candidates.keep_zeros else {}
+    if chosen.scales_rates:
+        factors = (score / (max(layer_scores) or 1.0) for score in layer_scores)
+        settings["rate_factors"] = {
+            shard.name: list(islice(factors, len(part)))
+            for shard, part in zip(shards, parts, strict=True)
+        }
     found = iter(indices)
     return Selection(
         layer_scores=_joined(layer_scores, parts),
@@ -76,6 +84,7 @@ def select_shards(
             num_zeros=_joined(candidates.num_zeros, parts),
             sizes=_joined(candidates.sizes, parts),
         ),
+        settings=settings,
         indices=[
             torch.cat([next(found) + i * layer.numel for i, layer in enumerate(part)])
             for part in parts

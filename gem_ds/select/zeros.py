@@ -28,10 +28,6 @@ class Candidates:
     num_zeros: list[int]  # entries that are 0, of either sign; over all ranks
     sizes: list[int]  # entries that can be selected
 
-    def settings(self) -> dict[str, bool]:
-        """What a mask says of it."""
-        return {"keep_zeros": True} if self.keep_zeros else {}
-
 
 def find_candidates(
     shards: Shards, budget: int, group: Group, keep_zeros: bool | None

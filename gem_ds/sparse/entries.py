@@ -126,6 +126,18 @@ class TrainedEntries(ABC):
         ):
             self.engine.weights.write_entries(parameter, index, slices[name], own)
 
+    def scale_rates(self, factors: Mapping[str, Sequence[float]]) -> None:
+        """Multiply the learning rate of each matrix' entries by a number, by parameter."""
+        pieces = []
+        for (name, parameter), start, index in zip(
+            self.parameters.items(), self.starts, self.flat_indices, strict=True
+        ):
+            size = numel(parameter) // len(factors[name])
+            for number, factor in enumerate(factors[name]):
+                part = within(index, (number * size, (number + 1) * size))
+                pieces.append((start + part.start, start + part.stop, factor))
+        self.engine.scale_rates(pieces, self.vector)
+
     def values(self) -> Tensor:
         """The flat vector [K] in the model's dtype, whole, on every rank."""
         return self.engine.gather_values(self.vector)

@@ -121,7 +121,7 @@ def select_mask(
         base_model=base_model or str(name_or_path) or type(model).__name__,
         method=rule,
         settings={"density": str(density), "seed": seed}
-        | selection.candidates.settings()
+        | selection.settings
         | ({"base_quantization": quantization} if quantization else {}),
         fingerprints=fingerprints(_comparable(model, head)),
     )

@@ -21,7 +21,7 @@ from gem_ds.models.encoders import auto_class, is_encoder
 from gem_ds.models.load import DTYPES
 from gem_ds.models.objective import predict_all
 from gem_ds.select.rules import CALIBRATED_METHODS, SPARSE_METHODS
-from gem_ds.train.config import DEFAULT_DENSITY, DataArguments
+from gem_ds.train.config import DataArguments
 from gem_ds.train.methods import product_of
 from gem_ds.train.output_dir import MODEL_CARD
 from gem_ds.train.prepare import PreparedRun
@@ -42,8 +42,8 @@ def run_settings(prepared: PreparedRun) -> dict[str, Any]:
     if prepared.mask is not None:
         return prepared.mask.settings | task
     settings = task | {"max_length": data.max_length, "seed": prepared.args.train.seed}
-    if prepared.targets.budget:
-        settings["density"] = method.density or DEFAULT_DENSITY
+    if prepared.targets.density is not None:
+        settings["density"] = prepared.targets.density
     if method.method in CALIBRATED_METHODS:
         settings["calibration_examples"] = method.calibration_examples or len(prepared.data.train)
         if is_encoder(prepared.config):

@@ -111,9 +111,11 @@ class SparseTuning:
             found,
         )
         if self.selection is not None:
-            self.mask.settings.update(self.selection.candidates.settings())
+            self.mask.settings.update(self.selection.settings)
         if isinstance(prepared.checkpoint, Checkpoint):
             self.restore(prepared.checkpoint)
+        if factors := self.mask.settings.get("rate_factors"):
+            self.entries.scale_rates(factors)
         with self.comm.agreement():
             if self.comm.is_main:
                 self.mask.save(claim(prepared.output_dir, "mask.safetensors"))

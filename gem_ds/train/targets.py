@@ -27,6 +27,7 @@ class Targets:
     names: list[str]  # of the target weights; empty where the method has none
     num_parameters: int  # N
     budget: int = 0  # K; 0 for methods that train whole parameters
+    density: str | None = None  # of which it is the budget, where it follows from one
     shira_rank: int = 0
     reach: str = ""  # a sentence: what the targets hold of the model, and what none reaches
 
@@ -66,9 +67,12 @@ def _settle(args: Arguments, model: Any, mask: Mask | None) -> Targets:
         )
     if method in ("lora", "ia3"):
         return Targets(names=list(targets), num_parameters=num_entries)
+    available = sum(model.get_parameter(name).numel() for name in targets)
+    takes_all = method == "auto_rgn" or (method == "surgical" and args.method.target_modules)
+    if args.method.density is None and takes_all:
+        return Targets(names=list(targets), num_parameters=num_entries, budget=available)
     density = DEFAULT_DENSITY if args.method.density is None else args.method.density
     budget = total_budget(density, num_entries)
-    available = sum(model.get_parameter(name).numel() for name in targets)
     if budget > available:
         raise ValueError(
             f"--density {density} of {num_entries:,} parameters is {budget:,} entries, but "
@@ -76,7 +80,13 @@ def _settle(args: Arguments, model: Any, mask: Mask | None) -> Targets:
             "--target_modules."
         )
     rank = _shira_rank(model, targets, budget) if method == "shira" else 0
-    return Targets(names=list(targets), num_parameters=num_entries, budget=budget, shira_rank=rank)
+    return Targets(
+        names=list(targets),
+        num_parameters=num_entries,
+        budget=budget,
+        density=density,
+        shira_rank=rank,
+    )
 
 
 def _targets_of_mask(mask: Mask, args: Arguments, model: Any, num_entries: int) -> Targets:

@@ -165,6 +165,19 @@ def test_budgets_by_shape_and_by_entropy() -> None:
     assert budgets("tempered", 40) == [15, 25]
 
 
+def test_surgical_takes_whole_matrices_by_relative_norm_and_of_the_last_the_largest() -> None:
+    """||g|| / ||w|| are 5 / 1, 10 / 20 and 2 / 1."""
+    weights = {"a": torch.ones(1, 4) / 2, "b": torch.full((2, 2), 10.0), "c": torch.eye(1, 3)}
+    gradients = {"a": torch.tensor([[3.0, 0, 0, -4]]), "b": torch.full((2, 2), 5.0)}
+    gradients["c"] = torch.tensor([[0.0, -2.0, 0.0]])
+    for rule in ("surgical", "auto_rgn"):
+        for total, chosen in ((2, [[0, 3], [], []]), (5, [[0, 1, 2, 3], [], [1]])):
+            (found,) = _select(rule, gradients, weights, total, 1)
+            assert [index.tolist() for index in found.indices] == chosen
+            assert found.layer_scores == [5.0, 0.5, 2.0]
+    assert found.settings == {"rate_factors": {"a": [1.0], "b": [0.1], "c": [0.4]}}
+
+
 def test_lift_takes_the_largest_of_what_the_leading_singular_vectors_span() -> None:
     """Not the largest weight, which is noise beside a pattern of rank one."""
     weights = {"w": torch.outer(torch.arange(1.0, 9), torch.arange(1.0, 9)) / 16}

@@ -24,13 +24,14 @@ from gem_ds import cli
 from gem_ds.distributed.comm import free_port
 from gem_ds.errors import PeerError
 from gem_ds.files.apply import apply_delta
-from gem_ds.files.checkpoint import list_checkpoints
+from gem_ds.files.checkpoint import Checkpoint, list_checkpoints
 from gem_ds.files.delta import Delta
 from gem_ds.files.mask import Mask
 from gem_ds.report.main import write_report
 from gem_ds.train import main as train
 from gem_ds.train import run
 from gem_ds.train.reporting import TENSORBOARD_FOLDER, Reporter
+from tests import oracle
 from tests.ranks import CPU_ONLY, run_ranks
 from tests.tiny import bits, naive_loss
 from tests.tiny_model import REPOSITORY, Tiny, joined, make_tiny, one_rank
@@ -193,6 +194,40 @@ def test_zeros_of_a_pruned_model_stay_and_with_them_its_2_4_pattern(tiny, tmp_pa
     lost = Mask.load(tmp_path / "lost" / "mask.safetensors")
     chosen = [base.get_parameter(n).flatten()[i.long()] for n, i in lost.indices.items()]
     assert (torch.cat(chosen) == 0).double().mean() > 0.9
+
+
+def test_auto_rgn_scales_the_rates_by_relative_norms_over_a_resume_too(tiny, tmp_path):
+    """Those of dense gradients; a first step of Adam is as large as the rate."""
+    flags = {"method": "auto_rgn", "density": None, "max_steps": 3}
+    train.main(tiny.flags(tmp_path / "whole", **flags, save_steps=1))
+    start = tmp_path / "whole" / "checkpoint-2"
+    train.main(tiny.flags(tmp_path / "resumed", **flags, resume_from_checkpoint=start))
+    assert_same_delta(tmp_path / "resumed", tmp_path / "whole")
+    model = AutoModelForCausalLM.from_pretrained(tiny.model).eval()
+    first = Checkpoint.load(tmp_path / "whole" / "checkpoint-1")
+    names = list(first.mask.indices)
+    gradients = oracle.summed_gradients(model, tiny.encoded("train.jsonl"), naive_loss, names)
+    weights = [model.get_parameter(name).detach() for name in names]
+    norms = [float(gradients[n].norm() / w.norm()) for n, w in zip(names, weights, strict=True)]
+    masters = first.vectors["master"].split([weight.numel() for weight in weights])
+    assert min(norms) < 0.8 * max(norms), "the premise"
+    for name, weight, norm, master in zip(names, weights, norms, masters, strict=True):
+        (factor,) = first.mask.settings["rate_factors"][name]
+        assert factor == pytest.approx(norm / max(norms), rel=1e-4)
+        moves = (master - weight.flatten()).abs()
+        assert moves.median().item() == pytest.approx(0.01 * factor, rel=1e-2)
+
+
+def test_surgical_trains_what_is_named_whole(tiny, tmp_path):
+    flags = {"method": "surgical", "density": None, "max_steps": 1}
+    flags["target_modules"] = r"model\.layers\.1\..*_proj"
+    train.main(tiny.flags(tmp_path / "run", **flags))
+    mask = delta_of(tmp_path / "run").mask
+    assert len(mask.indices) == 7
+    for name, index in mask.indices.items():
+        rows, columns = mask.weights[name].shape
+        assert torch.equal(index, torch.arange(rows * columns, dtype=torch.int32))
+    assert "density" not in mask.settings
 
 
 def _finetune(calls: list[dict[str, Any]]) -> list[gem_ds.RunResult]:

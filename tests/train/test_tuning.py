@@ -67,6 +67,7 @@ NUM_HEAD_STEPS = 4  # of the head alone, before the calibration
 GLOBAL_BATCH_SIZE = 8  # the last batch of an epoch has one example: some ranks have none
 SEED = 3
 NUM_SELECTED = (41, 7, 60, 13)
+FACTORS = (1.0, 0.5, 0.1, 2.0)  # of the layers' learning rates, where they are scaled
 K = sum(NUM_SELECTED)
 HEAD_SIZE = 16 * 17 + 3 * 17  # pooler and classifier; neither two nor three ranks can share it
 assert HEAD_SIZE % 2
@@ -101,11 +102,12 @@ class Plan:
     micro_batch_size: int = 2
     max_grad_norm: float = 0.5
     sam_rho: float = 0.0
+    scales_rates: bool = False
 
     def __str__(self) -> str:
         size, norm = self.micro_batch_size, self.max_grad_norm
-        sam = f" sam {self.sam_rho}" if self.sam_rho else ""
-        return f"{self.method} {self.model} {self.setting} by {size} clipped to {norm}{sam}"
+        more = f" sam {self.sam_rho}" * bool(self.sam_rho) + " by layer" * self.scales_rates
+        return f"{self.method} {self.model} {self.setting} by {size} clipped to {norm}{more}"
 
     @property
     def num_steps(self) -> int:
@@ -129,6 +131,8 @@ EXACT = [
     Plan("lora", "bert", Setting(3), 3),
     Plan("ia3", "llama", Setting(3)),
     Plan("shira", "llama", Setting(2)),
+    *(Plan("gem", "bert", Setting(stage), scales_rates=True) for stage in (1, 3)),
+    Plan("gem", "bert", Setting(0), 3, scales_rates=True),
     Plan("gem", "bert", Setting(0), sam_rho=0.3),
     Plan("gem", "bert", Setting(3), 1, sam_rho=0.3),
 ]
@@ -139,7 +143,7 @@ ROUNDED = [
     Plan("gem", "bert", Setting(3, "bf16"), sam_rho=0.3),
 ]
 PLANS = {
-    1: [EXACT[0], EXACT[7], EXACT[13], *EXACT[-2:]],
+    1: [EXACT[0], EXACT[7], EXACT[13], *EXACT[-4:]],
     2: [*EXACT, *ROUNDED],
     3: [EXACT[3], ROUNDED[1]],
 }
@@ -266,6 +270,9 @@ def _train(comm: Comm, plan: Plan, folder: Path) -> Outcome:
     if isinstance(tuning, SparseTuning):
         alone = _calibrate(tuning, batches, scheduler)
         inspector, parts = Inspector(tuning), tuning.parts
+        if plan.scales_rates:
+            names = tuning.entries.names
+            tuning.entries.scale_rates({n: [f] for n, f in zip(names, FACTORS, strict=True)})
     elif plan.model != "bert":
         summed_loss = answer_loss_of(tuning.engine.model, comm)
         assert summed_loss is chunked_answer_loss
@@ -362,6 +369,7 @@ def _dense(
     num_steps: int,
     alone: int = 0,
     sam_rho: float = 0.0,
+    factors: tuple[float, ...] = (),
 ) -> Dense:
     """With ``alone`` the head alone, its rate falling to zero in so many steps."""
     network: Any = _model(name).eval()
@@ -386,6 +394,7 @@ def _dense(
     of_head = {key for key in params if "classifier" in key or "pooler" in key}
     assert bool(of_head) == (name == "bert")
     rates = {key: 0.03 if key in of_head else 0.01 for key in params}
+    rates |= {key: 0.01 * factor for key, factor in zip(indices, factors, strict=False)}
     optimizer = oracle.DenseMaskedAdamW(params, masks, max_norm=max_grad_norm or None, **ADAM)
     losses, norms = [], []
     for step in range(num_steps):
@@ -417,7 +426,7 @@ def _global_batch(name: str, step: int) -> tuple[list[Any], int, Callable[..., T
 
 def _dense_of(plan: Plan) -> Dense:
     given = plan.method, plan.model, plan.max_grad_norm, plan.num_steps
-    return _dense(*given, sam_rho=plan.sam_rho)
+    return _dense(*given, sam_rho=plan.sam_rho, factors=FACTORS if plan.scales_rates else ())
 
 
 # The tests
