@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from gem_ds.serving.messages import DeltaReceiver
     from gem_ds.serving.sync import DeltaSender, DeltaTransfer
     from gem_ds.serving.vllm_engine import VllmDeltas
+    from gem_ds.sparse.prune import prune
     from gem_ds.sparse.select_mask import select_mask
     from gem_ds.train.main import RunResult, finetune
     from gem_ds.tuner import GemConfig, select_mask_with
@@ -33,6 +34,7 @@ __all__ = [
     "apply_delta",
     "finetune",
     "merge_deltas",
+    "prune",
     "select_entries",
     "select_mask",
     "select_mask_with",
@@ -52,6 +54,7 @@ _MODULES = {
     "apply_delta": "gem_ds.files.apply",
     "finetune": "gem_ds.train.main",
     "merge_deltas": "gem_ds.deltas.merge",
+    "prune": "gem_ds.sparse.prune",
     "select_entries": "gem_ds.select.selection",
     "select_mask": "gem_ds.sparse.select_mask",
     "select_mask_with": "gem_ds.tuner",

@@ -1,0 +1,146 @@
+"""Pruning: the weights of linear layers that matter least become 0, for a model to start from.
+
+For the weight w [outputs, inputs] of a layer, the lowest of these scores become exactly 0:
+
+    magnitude    |w_ij|
+    wanda        |w_ij| ||x_j||_2         x_j: input j over all tokens of some batches
+
+(Wanda, Sun et al., arXiv 2306.11695, eq. 1.) A share of zeros is one of the whole matrix by
+magnitude, and of each row by Wanda; 2:4 leaves two of each four neighbours of a row. The inputs of
+a block are those that the pruned blocks before it give, as in the paper, so that each block costs
+a forward pass over the batches. Weights that are left are not changed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gem_ds.models.encoders import head_names
+from gem_ds.models.targets import ALL_LINEAR, find_targets
+from gem_ds.sparse.experts import projections_of
+from gem_ds.sparse.layers import kind_of
+
+
+@torch.no_grad()
+def prune(
+    model: Any,
+    sparsity: float | str,
+    batches: Iterable[Mapping[str, Tensor]] | None = None,
+    *,
+    target_modules: Sequence[str] | str = ALL_LINEAR,
+) -> None:
+    """Set the least weights of a model's linear layers to 0, in place.
+
+    Args:
+        model: of transformers, whole in this process.
+        sparsity: the share of zeros, in (0, 1), or "2:4" and other n:m, for n of m that stay.
+        batches: what the model is called with, without padding, which would count; with them
+            Wanda's scores decide, without them magnitudes.
+        target_modules: as in training (default: all linear layers but the output layer). Experts
+            that are kept as one parameter stay as they are.
+
+    Raises:
+        ValueError: in one sentence, what has to be changed.
+    """
+    names = [target_modules] if isinstance(target_modules, str) else target_modules
+    heads = head_names(model)
+    targets = {
+        name: module
+        for name, module in find_targets(model, names).items()
+        if name not in heads and not projections_of(module)
+    }
+    if any(p.is_meta or hasattr(p, "ds_id") for p in model.parameters()):
+        raise ValueError(
+            "The model is not whole in this process: load it without ZeRO-3 and device_map."
+        )
+    weights = {name: _matrix(module) for name, module in targets.items()}
+    groups = {n: _group(n, w, sparsity, by_row=batches is not None) for n, w in weights.items()}
+    batches = None if batches is None else list(batches)
+    if batches == []:
+        raise ValueError("There are no batches: pass at least one, or None to go by magnitude.")
+    was_training = model.training
+    model.eval()
+    for _, block in groupby(targets, key=_block_of):
+        layers = {name: targets[name] for name in block}
+        norms = dict.fromkeys(layers, 1.0) if batches is None else _norms(model, layers, batches)
+        for name, norm in norms.items():
+            _clear_lowest(weights[name], weights[name].float().abs() * norm, *groups[name])
+    model.train(was_training)
+
+
+def _matrix(module: nn.Module) -> Tensor:
+    """The weight as [outputs, inputs], to be written."""
+    kind = kind_of(module)
+    assert kind is not None, "a target is a linear layer"
+    return kind.matrix(module.get_parameter("weight").data)
+
+
+def _block_of(name: str) -> str:
+    """Where a layer stands: model.layers.3.self_attn.q_proj.weight is of model.layers.3."""
+    found = re.match(r".*?\.\d+(?=\.)", name)
+    return found[0] if found else name
+
+
+def _group(name: str, weight: Tensor, sparsity: float | str, *, by_row: bool) -> tuple[int, int]:
+    """How many entries of a matrix, row after row, are compared, and how many become 0 of these."""
+    pattern = re.fullmatch(r"(\d+):(\d+)", str(sparsity))
+    if pattern and int(pattern[1]) < int(pattern[2]):
+        left, size = int(pattern[1]), int(pattern[2])
+        if weight.shape[1] % size:
+            raise ValueError(
+                f"The rows of {name} have {weight.shape[1]} entries, which {left}:{size} cannot "
+                "share out: leave it out of target_modules."
+            )
+        return size, size - left
+    try:
+        share = float(sparsity)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise ValueError(
+            f"The sparsity is {sparsity}: give a share of zeros above 0 and below 1, or n:m with n "
+            "of m that stay, such as 2:4."
+        )
+    size = weight.shape[1] if by_row else weight.numel()
+    return size, int(share * size)
+
+
+def _clear_lowest(weight: Tensor, scores: Tensor, size: int, count: int) -> None:
+    """Of each ``size`` entries clear the ``count`` with the lowest scores, the first of equals."""
+    order = scores.reshape(-1, size).argsort(dim=1, stable=True)[:, :count]
+    lowest = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device).view(-1, size)
+    weight.masked_fill_(lowest.scatter_(1, order, True).view(scores.shape), 0.0)
+
+
+def _norms(
+    model: Any, layers: Mapping[str, nn.Module], batches: Sequence[Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """``||x_j||_2`` of each layer's inputs over all tokens, fp32 [inputs]."""
+    squares: dict[str, Tensor] = {}
+
+    def listen(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0].reshape(-1, args[0].shape[-1]).float()
+            squares[name] = squares.get(name, 0) + x.square().sum(dim=0)
+
+        return add
+
+    handles = [layer.register_forward_pre_hook(listen(name)) for name, layer in layers.items()]
+    try:
+        for batch in batches:
+            model(**{key: tensor.to(model.device) for key, tensor in batch.items()})
+    finally:
+        for handle in handles:
+            handle.remove()
+    if unreached := layers.keys() - squares.keys():
+        raise ValueError(
+            f"The model does not run {', '.join(sorted(unreached))}: leave such layers out of "
+            "target_modules."
+        )
+    return {name: total.sqrt() for name, total in squares.items()}

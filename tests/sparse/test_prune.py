@@ -1,0 +1,123 @@
+"""Pruning against naive loops: which weights become 0, and that nothing else changes."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import gem_ds
+from gem_ds.models.targets import find_targets
+from tests.tiny import bits, make_model, tiny_config
+
+#: Where the rows of all matrices can be cut into fours.
+SIZES = {
+    "llama": {"hidden_size": 20, "intermediate_size": 12, "head_dim": 4},
+    "gpt2": {"hidden_size": 12},
+}
+
+
+def _model(architecture: str) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = tiny_config(architecture, **SIZES[architecture])
+        return AutoModelForCausalLM.from_config(config).eval()
+
+
+def _batches() -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    shapes = ((2, 7), (1, 5))
+    return [{"input_ids": torch.randint(1, 40, s, generator=generator)} for s in shapes]
+
+
+def _pruned_rows(rows: list[list[float]], sparsity: float | str) -> list[list[bool]]:
+    """Which entries of each row are the lowest, by sorting in plain Python."""
+    result = []
+    for row in rows:
+        size = 4 if sparsity == "2:4" else len(row)
+        count = 2 if sparsity == "2:4" else int(sparsity * size)  # type: ignore[operator]
+        flags: list[bool] = []
+        for start in range(0, len(row), size):
+            part = row[start : start + size]
+            lowest = sorted(range(len(part)), key=lambda i: (part[i], i))[:count]
+            flags += [i in lowest for i in range(len(part))]
+        result.append(flags)
+    return result
+
+
+def _as_rows(module: nn.Module) -> Tensor:
+    weight = module.get_parameter("weight").detach()
+    return weight.t() if type(module).__name__ == "Conv1D" else weight
+
+
+def _inputs(model: Any, module: nn.Module) -> Tensor:
+    """What a layer reads over all batches, [tokens, inputs]."""
+    seen: list[Tensor] = []
+    handle = module.register_forward_hook(lambda m, args, out: seen.append(args[0].flatten(0, -2)))
+    with torch.no_grad():
+        for batch in _batches():
+            model(**batch)
+    handle.remove()
+    return torch.cat(seen)
+
+
+@pytest.mark.parametrize("sparsity", [0.5, "2:4"])
+@pytest.mark.parametrize("is_wanda", [False, True], ids=["magnitude", "wanda"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_the_lowest_become_0_and_nothing_else_changes(
+    architecture: str, is_wanda: bool, sparsity: float | str
+) -> None:
+    """Of each block by the inputs that the pruned blocks before it give."""
+    expected = _model(architecture)
+    targets = find_targets(expected, ["all-linear"])
+    for block in (".0.", ".1."):
+        layers = [module for name, module in targets.items() if block in name]
+        if is_wanda:
+            norms = [_inputs(expected, layer).norm(dim=0) for layer in layers]
+        for i, layer in enumerate(layers):
+            rows = _as_rows(layer)
+            scores = rows.abs() * norms[i] if is_wanda else rows.abs()
+            if not is_wanda and sparsity != "2:4":
+                scores = scores.reshape(1, -1)
+            zeros = torch.tensor(_pruned_rows(scores.tolist(), sparsity)).view(rows.shape)
+            rows[zeros] = 0.0
+    model = _model(architecture).train()
+    gem_ds.prune(model, sparsity, _batches() if is_wanda else None)
+    assert model.training
+    shares = []
+    for (name, found), wanted in zip(model.named_parameters(), expected.parameters(), strict=True):
+        assert torch.equal(bits(found.detach()), bits(wanted.detach())), name
+        shares += [(found == 0).double().mean().item()] * (name in targets)
+    assert shares == pytest.approx([0.5] * len(targets), abs=0.03)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_pruned_model_keeps_its_zeros_where_entries_are_selected() -> None:
+    model = _model("llama")
+    gem_ds.prune(model, "2:4")
+    mask = gem_ds.select_mask(model, rule="magnitude", density="0.05")
+    assert mask.settings["keep_zeros"]
+    for name, index in mask.indices.items():
+        assert bool(model.get_parameter(name).detach().flatten()[index.long()].all())
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "batches", "message"),
+    [
+        (0.0, None, "The sparsity is 0.0: give a share of zeros above 0 and below 1, or n:m"),
+        (1, None, "The sparsity is 1: give a share"),
+        ("4:2", None, "The sparsity is 4:2: give a share"),
+        ("half", None, "The sparsity is half: give a share"),
+        ("2:7", None, "cannot share out: leave it out of target_modules"),
+        (0.5, [], "no batches: pass at least one, or None to go by magnitude"),
+    ],
+)
+def test_what_is_refused_changes_nothing(
+    sparsity: float | str, batches: list[Any] | None, message: str
+) -> None:
+    model, before = make_model("llama"), make_model("llama")
+    with pytest.raises(ValueError, match=message):
+        gem_ds.prune(model, sparsity, batches)
+    for found, wanted in zip(model.parameters(), before.parameters(), strict=True):
+        assert torch.equal(found, wanted)
