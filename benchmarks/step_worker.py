@@ -14,6 +14,7 @@ of JSON on the file descriptor ``--answers``, after a first one with the seconds
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -89,7 +90,7 @@ class Contender:
         with collectives.counted():
             next(self.steps)
         peak = self.comm.largest(peak_bytes(self.comm.device, self.libraries))
-        return {"weights": collectives.weights, "others": collectives.others, "peak_bytes": peak}
+        return dataclasses.asdict(collectives) | {"peak_bytes": peak}
 
     def operations(self) -> dict[str, int]:
         """What one step computes and keeps."""

@@ -1,4 +1,4 @@
-"""How large a tensor is made while some code runs."""
+"""How large tensors are made while some code runs."""
 
 from typing import Any
 
@@ -9,11 +9,15 @@ from torch.utils._pytree import tree_leaves
 
 
 class LargestTensor(TorchDispatchMode):
-    """Within the block, records the largest tensor that an operation makes; views make none."""
+    """Within the block, records the largest tensor that an operation makes; views make none.
+
+    And how many entries all of them have together.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.num_entries = 0
+        self.total_entries = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -23,6 +27,7 @@ class LargestTensor(TorchDispatchMode):
         given = {_place(tensor) for tensor in _tensors_in((args, kwargs))}
         made = [t.numel() for t in _tensors_in(result) if _place(t) not in given]
         self.num_entries = max([self.num_entries, *made])
+        self.total_entries += sum(made)
         return result
 
 

@@ -29,6 +29,7 @@ from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.engine import Engine
 from gem_ds.distributed.optim import SparseAdamW
 from gem_ds.distributed.zero_config import RunShape, read_config, resolve_config
+from gem_ds.models.blocks import block_sizes, enable_checkpointing
 from gem_ds.models.loss import chunked_answer_loss
 from gem_ds.models.targets import find_targets
 from gem_ds.sparse.layers import TargetLayers
@@ -80,8 +81,7 @@ class Matrices(nn.Module):
 
 def checkpointed(model: PreTrainedModel) -> PreTrainedModel:
     """The model with gradient checkpointing turned on, as launch/train.py does it."""
-    enable = getattr(model, "activation_checkpointing_enable", None)
-    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    enable_checkpointing(model)
     return model
 
 
@@ -191,8 +191,10 @@ class Setting:
         """Of the model."""
         return torch.bfloat16 if self.dtype == "bf16" else torch.float32
 
-    def config(self, world_size: int, max_grad_norm: float, num_selected: int) -> dict[str, Any]:
-        """The resolved DeepSpeed configuration."""
+    def config(
+        self, world_size: int, max_grad_norm: float, num_selected: int, blocks: dict[str, int]
+    ) -> dict[str, Any]:
+        """The resolved DeepSpeed configuration; blocks are gathered whole."""
         offloads = self.variant == "offload"
         suffix = "_offload" if offloads and self.stage == 3 else ""
         config = read_config(DS_CONFIGS / f"zero{self.stage}{suffix}.json")
@@ -209,6 +211,7 @@ class Setting:
             dtype=self.dtype,  # type: ignore[arg-type]
             hidden_size=20,
             num_selected=num_selected,
+            blocks=blocks,
         )
         return resolve_config(config, shape)
 
@@ -223,7 +226,7 @@ def make_engine(
 ) -> tuple[Engine, TargetLayers]:
     """Put a model into an engine, its query and value projections (or ``targets``) as targets."""
     layers = TargetLayers(model, targets or find_targets(model), num_selected)
-    config = setting.config(comm.world_size, 1.0, num_selected)
+    config = setting.config(comm.world_size, 1.0, num_selected, block_sizes(model))
     optimizer = functools.partial(SparseAdamW, lr=0.01)
     return Engine(model, [layers.vector], optimizer, config, comm), layers
 

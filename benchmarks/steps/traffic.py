@@ -21,10 +21,12 @@ class Collectives:
 
     Attributes:
         weights: bytes in ZeRO-3's gathers of weights.
+        num_gathers: how many these were.
         others: bytes in all else.
     """
 
     weights: int = 0
+    num_gathers: int = 0
     others: int = 0
 
     @contextmanager
@@ -47,6 +49,7 @@ class Collectives:
             if any(sizes):  # an all-gather's output, a reduce-scatter's input: the larger one
                 if _is_below(_WEIGHT_GATHERS):
                     self.weights += max(sizes)
+                    self.num_gathers += 1
                 else:
                     self.others += max(sizes)
             return method(*args, **kwargs)

@@ -46,6 +46,7 @@ class Batches:
         self.dataset = dataset
         self._device = comm.device
         self._pad_token_id = pad_token_id
+        self._ahead: tuple[int, dict[str, Tensor]] | None = None  # a step's first micro-batch
         self.schedule = BatchSchedule(
             num_rows=len(dataset),
             global_batch_size=global_batch_size,
@@ -60,11 +61,19 @@ class Batches:
 
     def micro_batches(self, step: int) -> Iterator[dict[str, Tensor]]:
         """This rank's micro-batches at ``step``, the same number on every rank."""
-        for rows in self.schedule.micro_batches(step):
+        ahead, self._ahead = self._ahead, None
+        for i, rows in enumerate(self.schedule.micro_batches(step)):
+            if i == 0 and ahead is not None and ahead[0] == step:
+                yield ahead[1]
+                continue
             batch = self.dataset.collate(rows, self._pad_token_id)
             if self._device.type == "cuda":  # which copies while the host goes on
                 batch = {key: tensor.pin_memory() for key, tensor in batch.items()}
             yield {key: tensor.to(self._device, non_blocking=True) for key, tensor in batch.items()}
+
+    def collate_ahead(self, step: int) -> None:
+        """Make the first micro-batch of ``step`` now, while the device is busy with what it has."""
+        self._ahead = step, next(self.micro_batches(step))
 
     def num_items(self, step: int) -> int:
         """What divides the loss of ``step``, summed over all ranks and micro-batches."""

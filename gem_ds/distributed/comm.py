@@ -87,6 +87,21 @@ class Comm:
         dist.all_gather(parts, padded)
         return [part[:size] for part, size in zip(parts, sizes, strict=True)]
 
+    def start_reading(self, tensor: Tensor) -> Callable[[], list[float]]:
+        """Begin to copy a small tensor to the host; what it returns waits for that, and no more."""
+        if tensor.device.type == "cpu":
+            return tensor.tolist
+        copy = torch.empty_like(tensor, device="cpu", pin_memory=True)
+        copy.copy_(tensor, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+
+        def read() -> list[float]:
+            event.synchronize()
+            return copy.tolist()
+
+        return read
+
     def broadcast_object(self, value: Any) -> Any:
         """Rank 0's ``value`` (picklable) on every rank."""
         if self.world_size == 1:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -59,6 +60,14 @@ def whole_weights(model: nn.Module, names: Collection[str]) -> AbstractContextMa
     )
 
 
+def skip_gather_in_backward(module: Any) -> None:
+    """Say of a module that has just run that its backward pass will read none of its weights.
+
+    ZeRO-3 then gathers none for it. DeepSpeed counts the backward passes that are to come.
+    """
+    module.applied_pre_backward_ref_cnt = 0
+
+
 def numel(parameter: Tensor) -> int:
     """Entries of a whole parameter, partitioned or not."""
     return prod(shape_of(parameter))
@@ -73,6 +82,16 @@ def shape_of(parameter: Tensor) -> tuple[int, ...]:
 def num_parameters(model: nn.Module) -> int:
     """N: entries of the model, each stored parameter once (tied weights once)."""
     return sum(numel(parameter) for parameter in model.parameters())
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Some entries of a weight, and which of them this rank writes: at ZeRO-3 its partition's."""
+
+    parameter: nn.Parameter
+    flat_index: Tensor  # int [k], ascending
+    own: slice  # of the k, those that this rank writes
+    shard_index: Tensor  # int64, where these are in its part of the weight, on that part's device
 
 
 class Weights:
@@ -132,27 +151,34 @@ class Weights:
         shard = _partition(parameter).view(-1).to(self.comm.device)
         return self.comm.gather_shards(shard)[: numel(parameter)].view(shape_of(parameter))
 
-    def writable_range(self, parameter: nn.Parameter) -> tuple[int, int]:
-        """[start, stop) of the flat range that :meth:`write_entries` reaches on this rank."""
-        return self.shard_range(parameter) if self.stage == 3 else (0, numel(parameter))
+    def entries(self, parameter: nn.Parameter, flat_index: Tensor) -> Entries:
+        """Entries of a weight at ascending flat indices [k], to be written again and again."""
+        bounds = self.shard_range(parameter) if self.stage == 3 else (0, numel(parameter))
+        own = within(flat_index, bounds)
+        shard_index = flat_index[own].long() - bounds[0]
+        return Entries(parameter, flat_index, own, shard_index.to(self._writable(parameter).device))
 
-    def write_entries(
-        self, parameter: nn.Parameter, flat_index: Tensor, values: Tensor, own: slice
-    ) -> None:
-        """Set entries of a weight, in this rank's part and in any full copy that it keeps.
+    def write_entries(self, entries: Sequence[Entries], values: Tensor) -> None:
+        """Set entries to ``values`` [K], one weight's after another's, on every rank the same.
 
-        ``flat_index`` and ``values`` are [k], of all selected entries of the weight; ``own`` are
-        those of the k that lie in :meth:`writable_range`.
+        In this rank's parts, and in any full copies that it keeps. Values cross to parts that are
+        offloaded together; then each weight is one launch, and ZeRO-3's gathers wait once.
         """
-        if self.stage < 3:
-            parameter.data.view(-1)[flat_index] = values
-            return
-        shard = _partition(parameter)
-        shard_index = (flat_index[own] - self.shard_range(parameter)[0]).to(shard.device)
-        shard.view(-1)[shard_index] = values[own].to(shard.device)
-        if _is_gathered(parameter):
-            parameter.data.view(-1)[flat_index] = values
-        self._let_gathers_wait()
+        parts = values.split([part.flat_index.numel() for part in entries])
+        own = [part[place.own] for place, part in zip(entries, parts, strict=True)]
+        device = entries[0].shard_index.device
+        if device != values.device:
+            own = list(torch.cat(own).to(device).split([part.numel() for part in own]))
+        for place, mine, whole in zip(entries, own, parts, strict=True):
+            self._writable(place.parameter).index_copy_(0, place.shard_index, mine)
+            if self.stage == 3 and _is_gathered(place.parameter):
+                place.parameter.data.view(-1)[place.flat_index] = whole
+        if self.stage == 3:
+            self._let_gathers_wait()
+
+    def _writable(self, parameter: nn.Parameter) -> Tensor:
+        """The part of a weight that this rank writes, flat; at stage 3 its end may be padding."""
+        return (_partition(parameter) if self.stage == 3 else parameter.data).view(-1)
 
     def write_whole(self, parameter: nn.Parameter, values: Tensor) -> None:
         """Set all entries of a flat parameter; the padding of this rank's part becomes zero."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from gem_ds.distributed.zero_gathers import fill, fill_stage3
 from gem_ds.distributed.zero_keys import COMMENTS, check_keys, refuse_requests, shown, taken_keys
 
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -51,6 +52,7 @@ class RunShape:
     dtype: Dtype
     hidden_size: int
     num_selected: int  # K, or 0 where whole parameters are trained
+    blocks: Mapping[str, int] = field(default_factory=dict)  # gem_ds.models.blocks
     #: By name in the ``params`` of these sections: the value of the run, and the flag it is from.
     optimizer: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
     scheduler: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
@@ -124,12 +126,12 @@ def resolve_config(config: dict[str, Any], shape: RunShape) -> dict[str, Any]:
         )
     zero = config.setdefault("zero_optimization", {})
     zero["stage"] = stage
-    _fill(zero, "reduce_bucket_size", shape.num_selected or shape.hidden_size**2)  # one message
+    fill(zero, "reduce_bucket_size", shape.num_selected or shape.hidden_size**2)  # one message
     if shape.num_selected:
         # In the model's dtype a sum over many ranks would lose what is small beside it.
         config.setdefault("communication_data_type", "fp32")
     if stage == 3:
-        _fill_stage3(zero, shape.hidden_size)
+        fill_stage3(zero, shape.hidden_size, shape.blocks)
     _refuse_auto(config)
     config["gradient_accumulation_steps"] = 1
     config["train_batch_size"] = shape.micro_batch_size * shape.world_size
@@ -139,12 +141,14 @@ def resolve_config(config: dict[str, Any], shape: RunShape) -> dict[str, Any]:
     return config
 
 
-def inference_config(config: Mapping[str, Any], *, dtype: str, hidden_size: int) -> dict[str, Any]:
+def inference_config(
+    config: Mapping[str, Any], *, dtype: str, hidden_size: int, blocks: Mapping[str, int]
+) -> dict[str, Any]:
     """The part of a DeepSpeed configuration that a forward pass over ZeRO-3 partitions needs.
 
-    Stage, parameter offload and the sizes of stage 3 are taken; the rest speaks of training and is
-    left out, so that the file of a training run serves for evaluation too. ``dtype`` is that of the
-    weights, by its torch name.
+    Stage, parameter offload, leaf modules and the sizes of stage 3 are taken; the rest speaks of
+    training and is left out, so that the file of a training run serves for evaluation too.
+    ``dtype`` is that of the weights, by its torch name; ``blocks`` as in :class:`RunShape`.
     """
     check_keys(config)
     config = taken_keys(config)
@@ -156,9 +160,9 @@ def inference_config(config: Mapping[str, Any], *, dtype: str, hidden_size: int)
     zero = {
         key: value
         for key, value in config["zero_optimization"].items()
-        if key in ("stage", "offload_param") or key.startswith("stage3_")
+        if key in ("stage", "offload_param", "leaf_module") or key.startswith("stage3_")
     }
-    _fill_stage3(zero, hidden_size)
+    fill_stage3(zero, hidden_size, blocks)
     inference = {
         "zero_optimization": zero,
         "bf16": {"enabled": dtype == "bfloat16"},
@@ -235,16 +239,6 @@ def _settle(
             f'{shown(value)}: make them equal, or write "auto" in the JSON.'
         )
     section[key] = value
-
-
-def _fill(section: dict[str, Any], key: str, value: int) -> None:
-    if section.get(key, "auto") == "auto":
-        section[key] = value
-
-
-def _fill_stage3(zero: dict[str, Any], hidden_size: int) -> None:
-    _fill(zero, "stage3_prefetch_bucket_size", int(0.9 * hidden_size**2))
-    _fill(zero, "stage3_param_persistence_threshold", 10 * hidden_size)
 
 
 def _refuse_auto(section: dict[str, Any], path: str = "") -> None:

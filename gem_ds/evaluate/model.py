@@ -22,6 +22,7 @@ from gem_ds.files.checkpoint import OPTIMIZER_FILE
 from gem_ds.files.digests import digest_of_file
 from gem_ds.flags import option
 from gem_ds.models.adapters import refuse_own_adapter
+from gem_ds.models.blocks import block_sizes, model_of
 from gem_ds.models.load import ModelFiles, load_partitioned, load_weights, open_model
 
 _MODEL_SUFFIXES = {".safetensors", ".bin", ".json", ".model", ".txt", ".jinja"}
@@ -138,8 +139,13 @@ def open_files(
     if arguments.deepspeed is None:
         return files, None
     config, text_config = read_config(arguments.deepspeed), files.config.get_text_config()
-    options = {"dtype": files.dtype, "hidden_size": text_config.hidden_size}
-    return files, inference_config(config, **options)
+    model = model_of(files.config, trust_remote_code=files.trust_remote_code)
+    return files, inference_config(
+        config,
+        dtype=files.dtype,
+        hidden_size=text_config.hidden_size,
+        blocks=block_sizes(model),
+    )
 
 
 def load_model(files: ModelFiles, deepspeed: dict[str, Any] | None, comm: Comm) -> PreTrainedModel:

@@ -21,6 +21,7 @@ from transformers.utils import find_adapter_config_file
 from transformers.utils.hub import has_file
 
 from gem_ds.files.mask import dtype_name
+from gem_ds.models.blocks import stop_input_gradients
 
 _CONFIG = "adapter_config.json"
 
@@ -70,6 +71,7 @@ def add_adapter(
             f"peft does not know where IA3 belongs in a {model.config.model_type} model: name the "
             "layers with --target_modules."
         ) from error
+    stop_input_gradients(model)  # which peft has let run
     for key, value in vars(config).items():
         if isinstance(value, set):  # which peft would write in another order in each run
             setattr(config, key, sorted(value))

@@ -116,13 +116,6 @@ def load_for_training(
     return model, head
 
 
-def enable_checkpointing(model: PreTrainedModel) -> None:
-    """Let the blocks of a model recompute their activations in the backward pass."""
-    enable = getattr(model, "activation_checkpointing_enable", None)
-    # A reentrant block would run a backward of its own (see `gem_ds.sparse.layers`).
-    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
-
-
 @dataclass(frozen=True, kw_only=True)
 class ModelFiles:
     """A model that is to be evaluated, known but for its weights."""

@@ -35,6 +35,7 @@ from torch.nn import functional as F
 
 from gem_ds.data.batches import SummedLoss
 from gem_ds.distributed.comm import Comm
+from gem_ds.distributed.weights import skip_gather_in_backward
 from gem_ds.sparse.sddmm import add_product
 
 #: Entries of a chunk's logits: 64 MiB in fp32. Two to three tensors of this size exist at a time.
@@ -60,7 +61,8 @@ def chunked_answer_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor
     """:func:`summed_answer_loss` without logits, of models that :func:`answer_loss_of` accepts.
 
     While the model runs, its output layer returns the loss in the place of the logits. It is still
-    the layer that is called, so what ZeRO-3 hangs on it gathers its weight as ever.
+    the layer that is called, so what ZeRO-3 hangs on it gathers its weight as ever; a frozen one
+    for the forward pass only, which leaves nothing to be read of it afterwards.
     """
     layer = plain_output_layer(model)
     assert layer is not None, "answer_loss_of chose this loss"
@@ -72,6 +74,8 @@ def chunked_answer_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor
 
     loss, own = _logits_through(loss_of, layer, model, batch)
     assert [loss.data_ptr()] == [o.data_ptr() for o in own], "the model changed its logits"
+    if not any(parameter.requires_grad for parameter in layer.parameters()):
+        skip_gather_in_backward(layer)
     return loss.view(())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,10 @@ _ON_CPU = {"device": "cpu"}
 
 #: What these files of the repository say to a forecast; an installed package is without them.
 CONFIGS: dict[str, dict[str, Any]] = {
-    "ds_configs/zero3.json": {"zero_optimization": {"stage": 3}},
+    **{
+        f"ds_configs/zero{n}.json": {"zero_optimization": {"stage": n, "overlap_comm": n > 0}}
+        for n in range(4)
+    },
     "ds_configs/zero3_offload.json": {
         "zero_optimization": {"stage": 3, "offload_optimizer": _ON_CPU, "offload_param": _ON_CPU}
     },
@@ -27,6 +31,20 @@ _MOST_RANKS = 4096
 def fits(found: Forecast, memory_bytes: float) -> bool:
     """Whether a rank with so much memory can run it, with some to spare."""
     return found.peak <= (1 - HEADROOM) * memory_bytes
+
+
+def lower_stage(setting: Setting, memory_bytes: float) -> tuple[str, Forecast] | None:
+    """The file of the lowest ZeRO stage that fits, below the setting's own, and what it needs.
+
+    Each stage from 1 to 3 partitions more, and 3 sends the weights themselves, in every pass.
+    """
+    for stage in range(zero_stage(setting.deepspeed)):
+        file = f"ds_configs/zero{stage}.json"
+        with suppress(ValueError):  # fp16 begins at stage 1
+            found = forecast(_with(setting, {"deepspeed": file}))
+            if fits(found, memory_bytes):
+                return file, found
+    return None
 
 
 def least_change(setting: Setting, memory_bytes: float) -> tuple[list[str], Forecast] | None:
@@ -51,8 +69,8 @@ def changes(setting: Setting) -> Iterator[tuple[list[str], Setting]]:
         batch["gradient_accumulation_steps"] = train.gradient_accumulation_steps * size
     if train.per_device_eval_batch_size > 1:
         batch["per_device_eval_batch_size"] = 1
-    partitions = zero_stage(deepspeed) == 3
-    offloads = partitions and is_offloaded(deepspeed["zero_optimization"], "offload_param")
+    stage = zero_stage(deepspeed)
+    offloads = stage == 3 and is_offloaded(deepspeed["zero_optimization"], "offload_param")
     sizes = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"}
     kept = {key: value for key, value in deepspeed.items() if key not in sizes}
     setting = replace(setting, deepspeed=kept)
@@ -61,7 +79,10 @@ def changes(setting: Setting) -> Iterator[tuple[list[str], Setting]]:
     for added, is_set in (
         ({"gradient_checkpointing": True}, train.gradient_checkpointing),
         (batch, not batch),
-        ({"deepspeed": "ds_configs/zero3.json"}, partitions),
+        *(
+            ({"deepspeed": f"ds_configs/zero{higher}.json"}, stage >= higher)
+            for higher in (1, 2, 3)
+        ),
         ({"deepspeed": "ds_configs/zero3_offload.json"}, offloads),
     ):
         if not is_set:

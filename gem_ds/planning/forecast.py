@@ -29,7 +29,7 @@ from gem_ds.train.config import Arguments
 from gem_ds.train.deepspeed import resolve_deepspeed
 from gem_ds.train.targets import settle_targets
 
-_FP32 = 4  # bytes of a number
+_FP32, _INT64 = 4, 8  # bytes of a number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +59,7 @@ class Forecast:
     evaluation: Mapping[str, int]
     state: int  # masters and moments, summed over the ranks; at stage 0 each has all
     weight_gathers: int  # messages of a micro-batch that gather weights; each once, whole
+    num_gathers: int  # how many these are
     step_messages: int  # all others of a step
     calibration_messages: int  # of a calibration's micro-batch, the gathers left out
 
@@ -73,14 +74,12 @@ def forecast(setting: Setting) -> Forecast:
     """Foretell what a training will need; a ``ValueError`` says what the trainer would refuse."""
     targets = settle_targets(setting.args, setting.config, None)
     train, written = setting.args.train, dict(setting.deepspeed)
-    deepspeed = resolve_deepspeed(
-        written, train, setting.config, targets.budget, setting.world_size
-    )
+    deepspeed = resolve_deepspeed(written, train, setting.config, targets, setting.world_size)
     subject = Subject(setting.args, setting.config, targets, on_cpu=setting.on_cpu)
     rank = _Rank(setting, deepspeed, subject)
     gathers = rank.make_gathers()
     training = rank.run(subject.step, gathers)
-    weight_gathers = 0 if gathers is None else gathers.num_bytes
+    sent = (0, 0) if gathers is None else (gathers.num_bytes, gathers.num_messages)
     calibration, calibration_messages = rank.calibration(gathers)
     return Forecast(
         num_parameters=targets.num_parameters,
@@ -90,7 +89,8 @@ def forecast(setting: Setting) -> Forecast:
         calibration=calibration,
         evaluation=rank.run(subject.evaluate, rank.make_gathers(), steps=False),
         state=3 * _FP32 * subject.num_trained * (rank.world_size if rank.stage == 0 else 1),
-        weight_gathers=weight_gathers,
+        weight_gathers=sent[0],
+        num_gathers=sent[1],
         step_messages=rank.step_messages(),
         calibration_messages=calibration_messages,
     )
@@ -130,7 +130,7 @@ class _Rank:
             held["masters and moments"] = _FP32 * words * own
         if self.is_sparse:
             held["selected values"] = self.itemsize * (total if self.stage < 3 else own)
-            held["indices"] = _FP32 * total
+            held["indices"] = _FP32 * total + _INT64 * (total if self.stage < 3 else own)
             if self.on_cpu:  # what a GPU's host keeps: the values before, the mask
                 held["indices"] += (self.itemsize + _FP32) * self.subject.num_selected
         elif self.stage >= 2:

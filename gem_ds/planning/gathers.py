@@ -1,11 +1,13 @@
 """Which weights ZeRO-3 has gathered when, as DeepSpeed 0.19 was seen to do it.
 
-A module's weights are gathered when it runs, forward or backward, and let go when it has run. When
-any module starts, those that come next are gathered ahead, ``stage3_prefetch_bucket_size`` entries
-or a little more each time, until ``stage3_max_live_parameters`` are there. A weight that several
-modules share stays between their forward passes, and between their backward passes. Weights of at
-most ``stage3_param_persistence_threshold`` entries are never let go. A trained weight whose block
-is recomputed in the backward pass stays until that has used it.
+A module's weights are gathered when it runs, forward or backward, and let go when it has run; of a
+leaf module (:mod:`gem_ds.distributed.zero_gathers`) those of all that is in it. When any module
+starts, those that come next are gathered ahead, ``stage3_prefetch_bucket_size`` entries or a little
+more each time, until ``stage3_max_live_parameters`` are there. Several weights are one message, of
+which each is copied out when the first is needed, so that for a moment they are there twice. A
+weight that several modules share stays between their forward passes, and between their backward
+passes. Weights of at most ``stage3_param_persistence_threshold`` entries are never let go. A
+trained weight whose block is recomputed in the backward pass stays until that has used it.
 
 What comes next is a queue of the uses of weights, known from the step before; so a first pass
 records their order and a second one counts. A use whose weight is there when its turn comes leaves
@@ -15,7 +17,7 @@ the queue, and is not gathered ahead though the weight may be let go before.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,18 +39,21 @@ class Gathers:
     def __init__(self, model: nn.Module, zero: Mapping[str, Any], *, copies: bool) -> None:
         self.copies = copies
         self.num_bytes = 0  # gathered in the last step, each weight as often as it was
+        self.num_messages = 0  # that it took
         self._prefetch_size: int = zero["stage3_prefetch_bucket_size"]
         self._max_live = int(zero.get("stage3_max_live_parameters", 1e9))
         threshold = zero["stage3_param_persistence_threshold"]
+        leaves = zero.get("leaf_module", {}).get("classes", ())
         self._weights = {
-            module: [p for p in module.parameters(recurse=False) if p.numel() > threshold]
-            for module in model.modules()
+            module: [p for p in module.parameters(recurse=is_leaf) if p.numel() > threshold]
+            for module, is_leaf in _running_modules(model, leaves)
         }
         self._runs: list[nn.Module] = []  # of this step, forward and backward
         self._queue: deque[tuple[int, Tensor]] = deque()  # uses to come, by number of the run
         self._forwards: Counter[Tensor] = Counter()  # passes to come that will use a weight
         self._backwards: Counter[Tensor] = Counter()
         self._held: set[Tensor] = set()
+        self._arriving: list[set[Tensor]] = []  # messages of several weights, not yet copied out
 
     @property
     def knows_order(self) -> bool:
@@ -59,7 +64,7 @@ class Gathers:
     def step(self, live: LiveBytes) -> Iterator[None]:
         """Within the block, one forward and backward pass, whose gathers ``live`` counts."""
         self._queue = deque((i, w) for i, run in enumerate(self._runs) for w in self._weights[run])
-        self._live, self._runs, self.num_bytes = live, [], 0
+        self._live, self._runs, self.num_bytes, self.num_messages = live, [], 0, 0
         handles = []
         for module, weights in self._weights.items():
             self._forwards.update(weights)
@@ -69,10 +74,11 @@ class Gathers:
         for handle in handles:
             handle.remove()
         self._release(self._held)
+        self._arriving.clear()
         self._forwards.clear()
         self._backwards.clear()
 
-    def _after_forward(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
+    def _after_forward(self, module: Any, inputs: Any, outputs: Any) -> None:
         """Let the weights go, and be there again when the gradient of the output arrives."""
         weights = self._weights[module]
         is_recomputed = torch._C._current_graph_task_id() != -1  # within a backward pass
@@ -82,31 +88,53 @@ class Gathers:
         output, read = _first_with_gradient(outputs), _first_with_gradient(inputs)
         if output is not None and output.grad_fn is not None:
             self._backwards.update(weights)
+            module.applied_pre_backward_ref_cnt = 1  # weights.skip_gather_in_backward
             # A node's hook runs after those of the tensor, so the module above has ended.
-            output.grad_fn.register_prehook(lambda _: self._start(module))
+            output.grad_fn.register_prehook(lambda _: self._start_backward(module))
         if read is not None:
             read.register_hook(lambda _: self._end(self._backwards, weights, stays=False))
+
+    def _start_backward(self, module: Any) -> None:
+        if module.applied_pre_backward_ref_cnt:
+            self._start(module)
 
     def _start(self, module: nn.Module) -> None:
         number = len(self._runs)
         self._runs.append(module)
-        for own in self._weights[module]:
-            self._gather(own)
+        own = self._weights[module]
+        self._gather([weight for weight in own if weight not in self._held])
+        self._copy_out(own)
         while self._queue and self._queue[0][0] <= number:
             self._queue.popleft()
         left = min(self._prefetch_size, self._max_live - sum(w.numel() for w in self._held))
+        ahead: dict[Tensor, None] = {}
         while self._queue and left > 0:
             _, weight = self._queue.popleft()
-            if weight not in self._held:
+            if weight not in self._held and weight not in ahead:
                 left -= weight.numel()
-                self._gather(weight)
+                ahead[weight] = None
+        self._gather(list(ahead))
 
-    def _gather(self, weight: Tensor) -> None:
-        if weight not in self._held:
-            self._held.add(weight)
-            self.num_bytes += weight.nbytes
-            self._live.add(self.KIND, weight.nbytes)
-            with self._live.held("messages", weight.nbytes * self.copies):
+    def _gather(self, weights: list[Tensor]) -> None:
+        """Gather weights that are not there, in one message."""
+        if not weights:
+            return
+        size = sum(weight.nbytes for weight in weights)
+        self._held.update(weights)
+        self.num_bytes += size
+        self.num_messages += 1
+        self._live.add(self.KIND, size)
+        with self._live.held("messages", size * self.copies):
+            pass
+        if len(weights) > 1:
+            self._arriving.append(set(weights))
+
+    def _copy_out(self, needed: list[nn.Parameter]) -> None:
+        """Wait for the messages that hold these weights, which all are copied out of them then."""
+        arrived = [message for message in self._arriving if not message.isdisjoint(needed)]
+        self._arriving = [message for message in self._arriving if message.isdisjoint(needed)]
+        for message in arrived:
+            with self._live.held("messages", sum(weight.nbytes for weight in message)):
                 pass
 
     def _end(self, to_come: Counter[Tensor], weights: list[nn.Parameter], *, stays: bool) -> None:
@@ -118,6 +146,14 @@ class Gathers:
         for weight in self._held.intersection(weights):
             self._held.remove(weight)
             self._live.add(self.KIND, -weight.nbytes)
+
+
+def _running_modules(module: nn.Module, leaves: Sequence[str]) -> Iterator[tuple[nn.Module, bool]]:
+    """The modules whose runs gather weights, and which of them are leaves."""
+    is_leaf = type(module).__name__ in leaves
+    yield module, is_leaf
+    for child in () if is_leaf else module.children():
+        yield from _running_modules(child, leaves)
 
 
 def _first_with_gradient(values: Any) -> Tensor | None:

@@ -19,7 +19,7 @@ import transformers
 from gem_ds.distributed.zero_config import read_config, zero_stage
 from gem_ds.flags import name_of
 from gem_ds.models.load import trainable_config
-from gem_ds.planning.advice import HEADROOM, fits, least_change
+from gem_ds.planning.advice import HEADROOM, fits, least_change, lower_stage
 from gem_ds.planning.forecast import Forecast, Setting, forecast
 from gem_ds.train.arguments import parse_arguments
 from gem_ds.train.config import Arguments
@@ -75,6 +75,8 @@ def describe(setting: Setting, found: Forecast) -> str:
     if found.calibration:
         messages["statistics, in a micro-batch"] = found.calibration_messages
     lines += [f"  {what:<36}{num_bytes / GB:>10.3f}" for what, num_bytes in messages.items()]
+    if found.num_gathers:
+        lines.append(f"Gathers of weights in a micro-batch   {found.num_gathers:>10,}")
     lines.append(f"Masters and moments of all ranks      {found.state / GB:>10.3f} GB")
     return "\n".join(lines)
 
@@ -98,13 +100,27 @@ def advise(setting: Setting, found: Forecast, memory_gb: float) -> str:
     """Whether it fits, and what makes it fit."""
     usable = f"{(1 - HEADROOM) * memory_gb:g} GB (a tenth of {memory_gb:g} GB is left to libraries)"
     if fits(found, memory_gb * GB):
-        return f"It fits: {found.peak / GB:.3g} of {usable}."
+        told = f"It fits: {found.peak / GB:.3g} of {usable}."
+        lower = lower_stage(setting, memory_gb * GB)
+        if lower is None:
+            return told
+        file, needed = lower
+        sent = [_gb_of_a_step(setting, of) for of in (needed, found)]
+        return (
+            f"{told} So does --deepspeed {file}: {needed.peak / GB:.3g} GB, and {sent[0]:.3g} GB "
+            f"cross the network in a step instead of {sent[1]:.3g}."
+        )
     change = least_change(setting, memory_gb * GB)
     told = f"It does not fit: {found.peak / GB:.3g} of {usable}."
     if change is None:
         return f"{told} Nothing that this program knows makes it fit: a smaller model would."
     words, after = change
     return f"{told} It does with {', '.join(words)}: {after.peak / GB:.3g} GB."
+
+
+def _gb_of_a_step(setting: Setting, found: Forecast) -> float:
+    num_micro_batches = setting.args.train.gradient_accumulation_steps
+    return (num_micro_batches * found.weight_gathers + found.step_messages) / GB
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 
 from gem_ds.data.dataset import answer_positions
-from gem_ds.models.encoders import auto_class, head_names, is_encoder, num_positions
-from gem_ds.models.load import DTYPES, enable_checkpointing
+from gem_ds.models.blocks import enable_checkpointing, model_of
+from gem_ds.models.encoders import head_names, is_encoder, num_positions
+from gem_ds.models.load import DTYPES
 from gem_ds.models.loss import chunked_answer_loss, plain_output_layer, summed_answer_loss
 from gem_ds.planning.live import LiveBytes, flash_attention
 from gem_ds.select.rules import SPARSE_METHODS
@@ -43,12 +43,9 @@ class Subject:
     ) -> None:
         self.args, self.on_cpu = args, on_cpu
         self.num_tokens: int = min(args.data.max_length, num_positions(config) or 10**9)
+        options = {"dtype": DTYPES[args.train.dtype]}
+        model = model_of(config, trust_remote_code=args.model.trust_remote_code, **options)
         with torch.device("meta"):
-            model: Any = auto_class(config).from_config(
-                config,
-                dtype=DTYPES[args.train.dtype],
-                trust_remote_code=args.model.trust_remote_code,
-            )
             if model._supports_attention_backend:  # others have attention of their own
                 model.set_attn_implementation(_ATTENTION)
             if args.train.gradient_checkpointing:

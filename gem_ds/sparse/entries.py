@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.engine import Engine
-from gem_ds.distributed.weights import numel, within
+from gem_ds.distributed.weights import numel
 from gem_ds.files.mask import index_dtype
 from gem_ds.sparse.flat_values import FlatValues
 from gem_ds.sparse.layers import ExpertsLayer, Sink, TargetLayer, TargetLayers
@@ -91,8 +91,8 @@ class TrainedEntries(ABC):
         # Where each parameter's slice of the flat vector begins, and K.
         *self.starts, self.num_entries = accumulate((i.numel() for i in flat_indices), initial=0)
         assert self.num_entries == self.vector.num_entries, "the vector was made for another K"
-        self._writable = [
-            within(index, engine.weights.writable_range(parameter))
+        self._entries = [
+            engine.weights.entries(parameter, index)
             for parameter, index in zip(parameters.values(), self.flat_indices, strict=True)
         ]
 
@@ -120,11 +120,7 @@ class TrainedEntries(ABC):
 
     def write(self, values: Tensor) -> None:
         """Set the entries in the parameters to ``values`` [K] in the model's dtype."""
-        slices = self.split(values)
-        for (name, parameter), index, own in zip(
-            self.parameters.items(), self.flat_indices, self._writable, strict=True
-        ):
-            self.engine.weights.write_entries(parameter, index, slices[name], own)
+        self.engine.weights.write_entries(self._entries, values)
 
     def scale_rates(self, factors: Mapping[str, Sequence[float]]) -> None:
         """Multiply the learning rate of each matrix' entries by a number, by parameter."""
@@ -223,9 +219,11 @@ def gather_indices(own: Sequence[Tensor], comm: Comm) -> list[Tensor]:
 
     ``own`` are this rank's, int64 and ascending as the result; the ranks' ranges ascend.
     """
-    counts = torch.zeros(comm.world_size, len(own), dtype=torch.int64, device=own[0].device)
-    counts[comm.rank] = torch.tensor([index.numel() for index in own])
-    sizes = comm.all_reduce(counts, "sum").tolist()
-    gathered = comm.all_gather(torch.cat(list(own)))
-    parts = [part.split(size) for part, size in zip(gathered, sizes, strict=True)]
-    return [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
+    counts = torch.zeros(len(own), comm.world_size, dtype=torch.int64, device=own[0].device)
+    counts[:, comm.rank] = torch.tensor([index.numel() for index in own])
+    sizes = comm.all_reduce(counts, "sum").flatten().tolist()
+    # Each rank's numbers among zeros: their sum is as long as the selection, whoever holds most.
+    whole = own[0].new_zeros(sum(sizes))
+    for index, piece in zip(own, whole.split(sizes)[comm.rank :: comm.world_size], strict=True):
+        piece.copy_(index)
+    return list(comm.all_reduce(whole, "sum").split(counts.sum(dim=1).tolist()))

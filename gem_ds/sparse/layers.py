@@ -6,6 +6,10 @@ Equivalent code first. For a linear layer with frozen weight ``W`` [out, in] and
     dx = dy @ W                backward, as before
     sink(dy, x)                backward, instead of ``W.grad = dy.T @ x``
 
+The other linear layers keep even less of a forward pass: their weight *parameter*, of which ZeRO-3
+may hold a part in between, and nothing of their input, which only a gradient of theirs would need.
+(DeepSpeed's own linear function keeps the input; torch's keeps what ZeRO-3 has gathered.)
+
 A *sink* is what a phase makes of the factors of the weight's gradient. Calibration multiplies them,
 reduces the product and drops it (:mod:`gem_ds.sparse.gradients`); training adds it at the selected
 entries to a slice of the flat vector's buffer (:mod:`gem_ds.sparse.entries`). A new kind of layer
@@ -17,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,6 +73,26 @@ class _AnchoredLinear(torch.autograd.Function):
         assert layer.sink is not None, f"{layer.name}: its sink left before the backward"
         layer.sink(*factors)
         return dx, None, None, None, None
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """A linear layer's function that saves its weight alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return dy @ weight.to(dy.dtype), None, None
+
+
+def _frozen_forward(module: nn.Module, x: Tensor) -> Tensor:
+    """What a linear layer computes while nothing of it is trained: the same as ever."""
+    y: Tensor = _FrozenLinear.apply(x, module.weight, module.bias)
+    return y
 
 
 class TargetLayer:
@@ -183,13 +208,23 @@ def kind_of(module: nn.Module) -> type[TargetLayer] | None:
     return ExpertsLayer if projections_of(module) else KINDS.get(type(module).forward)
 
 
+def _frozen_linears(model: nn.Module) -> list[Any]:
+    """Plain linear layers of a model, but for its output layer, whose loss is computed in it."""
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    return [
+        module
+        for module in model.modules()
+        if kind_of(module) is TargetLayer and module is not output and "forward" not in vars(module)
+    ]
+
+
 class TargetLayers(Sequence[TargetLayer]):
     """The target layers of a model, in ``named_parameters`` order, and the flat vector they train.
 
     ``targets`` are the modules by the names of their weights. Making it adds the vector to the
     model, as a submodule ``vector_name`` (None keeps a vector that is never stepped out of it), and
-    swaps the layers' forward; :meth:`detach` undoes both. Every parameter of the model but those of
-    flat vectors is frozen.
+    swaps the forward of the linear layers; :meth:`detach` undoes both. Every parameter of the model
+    but those of flat vectors is frozen.
     """
 
     def __init__(
@@ -220,6 +255,9 @@ class TargetLayers(Sequence[TargetLayer]):
         if vector_name is not None:
             model.add_module(vector_name, self.vector)
         self._hook = model.register_forward_pre_hook(self.renew_anchor)
+        self._frozen = _frozen_linears(model)
+        for module in self._frozen:
+            module.forward = partial(_frozen_forward, module)
         for layer in self.layers:
             layer.attach()
 
@@ -251,5 +289,7 @@ class TargetLayers(Sequence[TargetLayer]):
         self._hook.remove()
         for layer in self.layers:
             layer.detach()
+        for module in self._frozen:
+            vars(module).pop("forward", None)
         if self.vector_name is not None:
             delattr(self.model, self.vector_name)

@@ -8,13 +8,14 @@ from transformers import PretrainedConfig
 
 from gem_ds.distributed.zero_config import RunShape, resolve_config
 from gem_ds.train.config import TrainArguments
+from gem_ds.train.targets import Targets
 
 
 def resolve_deepspeed(
     written: dict[str, Any],
     train: TrainArguments,
     config: PretrainedConfig,
-    budget: int,
+    targets: Targets,
     world_size: int,
 ) -> dict[str, Any]:
     """The engine's configuration: the DeepSpeed JSON ``written`` with what the flags say."""
@@ -25,7 +26,8 @@ def resolve_deepspeed(
         max_grad_norm=train.max_grad_norm,
         dtype=train.dtype,
         hidden_size=config.get_text_config().hidden_size,
-        num_selected=budget,
+        num_selected=targets.budget,
+        blocks=targets.blocks,
         optimizer={
             "lr": (train.learning_rate, "--learning_rate"),
             "betas": ([train.adam_beta1, train.adam_beta2], "--adam_beta1 and --adam_beta2"),

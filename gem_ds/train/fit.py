@@ -126,13 +126,16 @@ def _step(
             accumulate(engine, train, summed_loss, step)
     own = own.double() / comm.world_size
     local = torch.stack([own, own.new_full((), float(len(received)))])
-    loss, num_stopping = comm.all_reduce(local, "sum").tolist()  # waits for the device
+    read = comm.start_reading(comm.all_reduce(local, "sum"))
+    train.collate_ahead(step + 1)
+    learning_rate = float(scheduler.get_last_lr()[0])
+    may_skip = engine.lowers_loss_scale
+    is_applied = engine.step()  # waits for the device, once: it looks at the gradient first
+    loss, num_stopping = read()
     if not math.isfinite(loss):
         with comm.in_unison():
             raise DivergedError(_diverged("loss", step))
-    learning_rate = float(scheduler.get_last_lr()[0])
-    may_skip = engine.lowers_loss_scale
-    if engine.step():
+    if is_applied:
         for part in parts:
             part.write_back()
         scheduler.step()
@@ -160,14 +163,15 @@ def accumulate(
     """Run the backward of a global batch; this rank's part of its mean loss, times the ranks.
 
     Its last micro-batch delivers the gradient to the optimizer, unless told otherwise.
+    A loss that is not finite makes the whole gradient so, and the engine takes no step with that.
     """
     share = 1.0 / train.num_items(step)
     total = torch.zeros((), device=engine.device)
     for i, batch in enumerate(train.micro_batches(step)):
         model = engine.module(deliver=delivers and i == train.num_micro_batches - 1)
         loss = summed_loss(model, batch) * (share * engine.comm.world_size)
-        engine.backward(loss)
         total += loss.detach()
+        engine.backward(loss * (1 + 0 * total))
     return total
 
 

@@ -128,7 +128,7 @@ def prepare(args: Arguments, world_size: int) -> PreparedRun:
         )
     targets = settle_targets(args, config, mask)
     written = read_config(args.train.deepspeed) if args.train.deepspeed else {}
-    deepspeed = resolve_deepspeed(written, args.train, config, targets.budget, world_size)
+    deepspeed = resolve_deepspeed(written, args.train, config, targets, world_size)
     if isinstance(checkpoint, DenseCheckpoint):
         stage = zero_stage(deepspeed)
         checkpoint.refuse_other(dense_settings(args, targets, stage, world_size))

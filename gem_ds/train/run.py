@@ -21,7 +21,8 @@ from gem_ds.files.checkpoint import (
     list_checkpoints,
 )
 from gem_ds.files.dense_checkpoint import DenseCheckpoint
-from gem_ds.models.load import DTYPES, enable_checkpointing, load_for_training
+from gem_ds.models.blocks import enable_checkpointing
+from gem_ds.models.load import DTYPES, load_for_training
 from gem_ds.models.loss import answer_loss_of, summed_answer_loss
 from gem_ds.report.main import REPORT, write_report
 from gem_ds.select.rules import RULES, SPARSE_METHODS

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -32,6 +33,8 @@ from gem_ds.train.optimizer import make_sparse_optimizer
 from gem_ds.train.prepare import PreparedRun
 from gem_ds.train.results import make_mask
 from gem_ds.train.targets import Targets
+
+_CHUNK = 2**22  # entries compared at a time
 
 
 def sparse_layers(
@@ -76,7 +79,13 @@ class SparseTuning:
 
     def changed_share(self) -> float:
         """Share of the selected weights that differ from the base, in the model's dtype."""
-        return (self.entries.values().cpu() != self.base).double().mean().item()
+        engine, values = self.engine, self.entries.vector.values
+        own = engine.weights.read_shard(values).split(_CHUNK)
+        base = self.base[slice(*engine.weights.shard_range(values))].split(_CHUNK)
+        differing = (part.cpu() != before for part, before in zip(own, base, strict=True))
+        num_changed = torch.tensor(sum(int(part.count_nonzero()) for part in differing))
+        total = self.comm.all_reduce(num_changed.to(engine.device), "sum").item()
+        return float(total / self.entries.num_entries)
 
     # Before the first step
 

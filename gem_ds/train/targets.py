@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PretrainedConfig
 
 from gem_ds.distributed.weights import num_parameters
 from gem_ds.files.mask import Mask
-from gem_ds.models.encoders import auto_class, head_names, is_encoder, without_head
+from gem_ds.models.blocks import block_sizes, model_of
+from gem_ds.models.encoders import head_names, is_encoder, without_head
 from gem_ds.models.reach import describe_reach
 from gem_ds.models.targets import find_targets, targets_of
 from gem_ds.select.budget import total_budget
+from gem_ds.select.rules import SPARSE_METHODS
 from gem_ds.train.config import DEFAULT_DENSITY, Arguments
 from gem_ds.train.methods import DENSE_METHODS
 
@@ -30,15 +31,14 @@ class Targets:
     density: str | None = None  # of which it is the budget, where it follows from one
     shira_rank: int = 0
     reach: str = ""  # a sentence: what the targets hold of the model, and what none reaches
+    #: As `gem_ds.models.blocks.block_sizes`; empty where parameters of blocks are trained.
+    blocks: dict[str, int] = field(default_factory=dict)
 
 
 def settle_targets(args: Arguments, config: PretrainedConfig, mask: Mask | None) -> Targets:
     """What of a model a run changes, found on the meta device, where it costs nothing."""
     try:
-        with torch.device("meta"):
-            model = auto_class(config).from_config(
-                config, trust_remote_code=args.model.trust_remote_code
-            )
+        model = model_of(config, trust_remote_code=args.model.trust_remote_code)
     except ValueError as error:
         what = "sequence classification" if is_encoder(config) else "causal language"
         raise ValueError(
@@ -46,6 +46,8 @@ def settle_targets(args: Arguments, config: PretrainedConfig, mask: Mask | None)
             f"does not know as a {what} model: pass one that is."
         ) from error
     targets = _settle(args, model, mask)
+    if args.method.method in SPARSE_METHODS:
+        targets = replace(targets, blocks=block_sizes(model))
     if not targets.names:
         return targets
     return replace(targets, reach=describe_reach(model, targets.names, head_names(model)))

@@ -6,6 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gem_ds.data.batches import BatchSchedule, permutation
+from gem_ds.distributed.comm import Comm
+from tests.tiny import make_batches, random_examples
 
 
 def schedules(num_rows, global_batch_size, micro_batch_size, world_size, seed=0, lengths=None):
@@ -55,6 +57,17 @@ def test_every_epoch_reads_every_row_once_on_any_world(
             read += batch
         assert is_grouped or read == permutation(num_rows, seed, epoch).tolist()
         assert sorted(read) == list(range(num_rows))
+
+
+def test_a_batch_that_was_made_ahead_is_its_steps_own():
+    dataset = random_examples(9)
+    plain, ahead = (make_batches(dataset, Comm(torch.device("cpu")), 2, 2) for _ in range(2))
+    for step, made in enumerate((None, 1, 3, 3, 9)):  # what was made before, of which step
+        if made is not None:
+            ahead.collate_ahead(made)
+        pairs = zip(plain.micro_batches(step), ahead.micro_batches(step), strict=True)
+        for expected, found in pairs:
+            assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 def test_rows_of_a_batch_are_of_about_one_length():

@@ -143,7 +143,7 @@ class DenseAdamW:
 
 def config_of(setting: Setting, world_size: int) -> dict[str, Any]:
     """Buckets smaller than the flat vector; no weight is persistent, or all are."""
-    config = setting.config(world_size, CLIPPING, FEATURES)
+    config = setting.config(world_size, CLIPPING, FEATURES, {})
     if setting.stage == 3 and setting.variant != "persistent":
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     return config
@@ -209,8 +209,10 @@ class Bench:
     def write(self, values: Tensor) -> None:
         """Write ``values`` [K] into the engine's weights and into the dense twin's."""
         parts = values.to(self.setting.torch_dtype).split(list(NUM_SELECTED.values()))
+        entries = [
+            self.engine.weights.entries(layer.weight, index)
+            for layer, index in zip(self.layers, self.indices, strict=True)
+        ]
+        self.engine.weights.write_entries(entries, torch.cat(parts))
         for layer, index, part in zip(self.layers, self.indices, parts, strict=True):
-            low, high = self.engine.weights.writable_range(layer.weight)
-            own = slice(*torch.searchsorted(index, torch.tensor([low, high])).tolist())
-            self.engine.weights.write_entries(layer.weight, index, part, own)
             self.dense.get_parameter(layer.name).data.view(-1)[index.long()] = part

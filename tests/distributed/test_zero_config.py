@@ -147,7 +147,7 @@ def test_what_a_forward_pass_needs_of_a_bundled_file(name: str) -> None:
     """The file of a training run serves for evaluation: what speaks of training is left out."""
     config = read_config(DS_CONFIGS / f"{name}.json") | {"optimizer": {"type": "AdamW"}}
     before = copy.deepcopy(config)
-    inference = inference_config(config, dtype="bfloat16", hidden_size=64)
+    inference = inference_config(config, dtype="bfloat16", hidden_size=64, blocks={})
     assert config == before
     zero = inference.pop("zero_optimization")
     assert inference == {
@@ -167,7 +167,7 @@ def test_what_a_forward_pass_needs_of_a_bundled_file(name: str) -> None:
 
 def test_sizes_of_the_file_win_over_those_that_follow_from_the_model() -> None:
     config = _zero(stage3_param_persistence_threshold=7)
-    zero = inference_config(config, dtype="float32", hidden_size=64)["zero_optimization"]
+    zero = inference_config(config, dtype="float32", hidden_size=64, blocks={})["zero_optimization"]
     assert zero["stage3_param_persistence_threshold"] == 7
 
 
@@ -180,4 +180,4 @@ def test_sizes_of_the_file_win_over_those_that_follow_from_the_model() -> None:
     ],
 )
 def test_what_a_forward_pass_cannot_take(config: dict[str, Any], words: str) -> None:
-    assert words in refusal(inference_config, config, dtype="float32", hidden_size=64)
+    assert words in refusal(inference_config, config, dtype="float32", hidden_size=64, blocks={})

@@ -1,13 +1,18 @@
 """The selected entries on real ranks: reading, cutting and writing them, to the bit."""
 
+from collections import Counter
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.process_group import init_distributed
 from gem_ds.files.fingerprint import fingerprints
 from gem_ds.sparse.entries import SelectedEntries, gather_indices
+from tests.largest_tensor import LargestTensor
 from tests.ranks import run_ranks, told_as
 from tests.tiny import Matrices, Setting, bits, make_engine
 
@@ -56,6 +61,21 @@ def _indices(name: str) -> Tensor:
     return order[:count].sort().values
 
 
+class Operations(TorchDispatchMode):
+    """Within the block, counts operations by their names; those that only make views are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if not func.is_view:
+            self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
 class Bench:
     """Entries of matrices in an engine, and the dense matrices as they should be."""
 
@@ -69,6 +89,11 @@ class Bench:
     def selected(self) -> Tensor:
         """What ``read`` should give."""
         return torch.cat([self.dense[name].flatten()[_indices(name)] for name in SHAPES])
+
+    def num_whole(self) -> int:
+        """Weights of which this rank keeps whole copies, beside its parts."""
+        weights: list[Any] = [layer.weight for layer in self.entries.layers]
+        return sum(hasattr(w, "ds_id") and w.ds_status.name == "AVAILABLE" for w in weights)
 
     def assert_weights(self) -> None:
         """This rank's ranges, and the whole copies that it keeps, are the dense weights."""
@@ -153,7 +178,10 @@ def write_back(bench: Bench) -> None:
         master = torch.randn(K, generator=_generator(seed))
         moments = {key: torch.zeros(K) for key in ("exp_avg", "exp_avg_sq")}
         bench.engine.set_state({"master": master, **moments}, 0)
-        bench.entries.write_back()
+        with Operations() as operations:
+            bench.entries.write_back()
+        assert operations.counts["aten.index_copy_.default"] == len(SHAPES)
+        assert sum(operations.counts.values()) <= len(SHAPES) + bench.num_whole() + 8
         parts = master.to(bench.dtype).split(list(NUM_SELECTED.values()))
         for name, part in zip(SHAPES, parts, strict=True):
             bench.dense[name].view(-1)[_indices(name)] = part
@@ -177,10 +205,13 @@ def _gather(comm: Comm) -> None:
         gathered = gather_indices([i[(i >= low) & (i < high)] for i in whole], comm)
         assert all(torch.equal(a, b) for a, b in zip(gathered, whole, strict=True))
         assert all(index.dtype == torch.int64 for index in gathered)
+    everything = torch.cat([torch.arange(999), torch.tensor([2**31 + 5])])
     for holder in range(comm.world_size):  # one rank holds everything, beyond int32
-        index = torch.tensor([3, 2**31 + 5]) if comm.rank == holder else torch.empty(0).long()
-        (together,) = gather_indices([index], comm)
-        assert together.tolist() == [3, 2**31 + 5]
+        index = everything if comm.rank == holder else torch.empty(0).long()
+        with LargestTensor() as made:
+            (together,) = gather_indices([index], comm)
+        assert torch.equal(together, everything)
+        assert made.total_entries <= 1.1 * len(everything), "no rank makes room for others' parts"
     nothing = gather_indices([torch.empty(0).long()] * 2, comm)
     assert [index.tolist() for index in nothing] == [[], []]
 

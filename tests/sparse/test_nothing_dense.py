@@ -53,14 +53,17 @@ FEW, MANY = 240, 600  # two values of K, both above the persistence threshold
 def _larger_than(num_bytes: float, engine: Engine) -> list[str]:
     """Storages of more than so many bytes that are not the model's weights, of all that is alive.
 
-    Weights are partitions, and what is gathered of them at the moment.
+    Weights are partitions, what is gathered of them at the moment, and what is on its way.
     """
+    messages = engine.model.ds_inflight_param_registry.values()  # type: ignore[union-attr, operator]
+    arriving = [part for message in messages for h in _handles(message) for part in h.partitions]
     weights = {
         tensor.untyped_storage().data_ptr()
         for parameter in engine.model.parameters()
         if parameter is not engine.vectors[0].values
         for tensor in (parameter.data, parameter.ds_tensor.data)  # type: ignore[attr-defined]
     }
+    weights |= {part.untyped_storage().data_ptr() for part in arriving}
     found = {}
     gc.collect()  # what only waits to be freed does not count
     with warnings.catch_warnings():
@@ -70,6 +73,12 @@ def _larger_than(num_bytes: float, engine: Engine) -> list[str]:
             if storage.nbytes() > num_bytes and storage.data_ptr() not in weights:
                 found[storage.data_ptr()] = f"{tensor.dtype} {tuple(tensor.shape)}"
     return list(found.values())
+
+
+def _handles(message: Any) -> list[Any]:
+    """Those of DeepSpeed's messages of several weights; a single weight lies in its message."""
+    parts = getattr(message, "handles", [message])
+    return [part for part in parts if hasattr(part, "partitions")]
 
 
 class Products(TorchDispatchMode):

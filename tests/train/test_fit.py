@@ -3,6 +3,7 @@
 import itertools
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -15,6 +16,7 @@ from gem_ds.data.packing import refuse_leaking_rows
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.engine import Engine
 from gem_ds.distributed.process_group import init_distributed
+from gem_ds.distributed.weights import Weights
 from gem_ds.files.checkpoint import TrainerState
 from gem_ds.models.loss import summed_answer_loss
 from gem_ds.sparse.entries import SelectedEntries
@@ -72,13 +74,50 @@ class Facts:
     trained: float  # the mean loss of its first step on the same examples
     was_training: list[bool]  # whether it was in train mode, for each micro-batch of both
     passes: list[float]  # losses of two micro-batches, twice, where SAM hardly moves the weights
+    order: list[str]  # of what the tail of each of two steps does
 
 
 def _facts() -> Facts:
     comm = init_distributed()
     errors, is_as_before = _diverge(comm)
     skipping = [_skip_a_step(comm, sam_rho) for sam_rho in (0.0, 0.1)]
-    return Facts(skipping, errors, is_as_before, *_losses(comm), _passes(comm))
+    return Facts(skipping, errors, is_as_before, *_losses(comm), _passes(comm), _order(comm))
+
+
+def _order(comm: Comm) -> list[str]:
+    told: list[str] = []
+
+    def noting(owner: type, name: str) -> Any:
+        own = getattr(owner, name)
+
+        def call(*args: Any) -> Any:
+            told.append(name)
+            found = own(*args)
+            return (lambda: (told.append("read"), found())[1]) if name == "start_reading" else found
+
+        return mock.patch.object(owner, name, call)
+
+    entries = _entries(comm)
+    scheduler = LambdaLR(entries.engine.optimizer, lambda _: 1.0)
+    state = TrainerState(max_steps=2)
+    with (
+        noting(Comm, "start_reading"),
+        noting(Batches, "collate_ahead"),
+        noting(Engine, "step"),
+        noting(Weights, "write_entries"),
+    ):
+        list(
+            fit(
+                entries.engine,
+                [entries],
+                _batches(comm),
+                summed_answer_loss,
+                scheduler,
+                state,
+                seed=0,
+            )
+        )
+    return told
 
 
 def _skip_a_step(comm: Comm, sam_rho: float) -> Skipping:
@@ -123,7 +162,7 @@ def _diverge(comm: Comm) -> tuple[list[str], bool]:
 
     def broken_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         loss = summed_answer_loss(model, batch)
-        return loss * (float("nan") if comm.rank == comm.world_size - 1 else 1.0)
+        return loss + (float("nan") if comm.rank == comm.world_size - 1 else 0.0)  # finite gradient
 
     def broken_gradient(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         loss = summed_answer_loss(model, batch)
@@ -217,6 +256,14 @@ def test_both_passes_of_sam_drop_out_the_same(facts: list[Facts]) -> None:
         first, second = found.passes[:2], found.passes[2:]
         assert first == pytest.approx(second, rel=5e-3)
         assert first != second, "the weights moved"
+
+
+def test_the_next_batch_is_made_before_the_device_is_waited_for_and_that_is_once(
+    facts: list[Facts],
+) -> None:
+    """The engine waits when it looks at the gradient; the loss has come to the host by then."""
+    step = ["start_reading", "collate_ahead", "step", "read", "write_entries"]
+    assert all(found.order == 2 * step for found in facts)
 
 
 def test_noise_is_that_of_the_seed_the_step_and_the_rank() -> None:

@@ -3,12 +3,17 @@
 import math
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
+from gem_ds.distributed.comm import Comm
+from gem_ds.distributed.weights import Weights
+from gem_ds.train import sparse_tuning
 from gem_ds.train.sparse_tuning import SparseTuning
 from gem_ds.train.summary import (
     budget_table,
@@ -62,9 +67,18 @@ def test_an_update_below_half_the_last_place_does_not_count_as_a_change():
     base = torch.tensor([1.0, 1.0, -2.0, 0.5], dtype=torch.bfloat16)
     masters = base.float() + torch.tensor([1e-4, 0.01, -1e-4, 0.0])
     for values, share in ((masters.bfloat16(), 0.25), (masters, 0.75)):
-        entries = SimpleNamespace(values=lambda values=values: values)
-        tuning: Any = SimpleNamespace(entries=entries, base=base.to(values.dtype))
-        assert SparseTuning.changed_share(tuning) == share
+        comm = Comm(torch.device("cpu"))
+        entries = SimpleNamespace(
+            vector=SimpleNamespace(values=nn.Parameter(values)), num_entries=len(values)
+        )
+        tuning: Any = SimpleNamespace(
+            entries=entries,
+            base=base.to(values.dtype),
+            comm=comm,
+            engine=SimpleNamespace(weights=Weights(comm), device=comm.device),
+        )
+        with mock.patch.object(sparse_tuning, "_CHUNK", 3):
+            assert SparseTuning.changed_share(tuning) == share
 
 
 def test_kernels_are_counted_the_most_frequent_first():

@@ -33,6 +33,7 @@ from gem_ds.distributed.process_group import init_distributed
 from gem_ds.files.apply import apply_delta
 from gem_ds.files.checkpoint import TrainerState
 from gem_ds.files.delta import Delta
+from gem_ds.models.blocks import block_sizes
 from gem_ds.models.encoders import head_names
 from gem_ds.models.loss import answer_loss_of, chunked_answer_loss
 from gem_ds.models.objective import summed_pair_loss
@@ -250,7 +251,8 @@ class Inspector:
 def _train(comm: Comm, plan: Plan, folder: Path) -> Outcome:
     model = _model(plan.model, plan.setting.torch_dtype)
     folder = folder / f"{plan} on {comm.world_size}"
-    deepspeed = plan.setting.config(comm.world_size, plan.max_grad_norm, K)
+    blocks = block_sizes(model) if plan.method == "gem" else {}
+    deepspeed = plan.setting.config(comm.world_size, plan.max_grad_norm, K, blocks)
     if plan.method == "full" and comm.is_main:  # what is written is as the base
         model.save_pretrained(folder / "base")
     prepared = _prepared(plan.method, model, folder, deepspeed)
