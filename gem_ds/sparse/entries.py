@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.engine import Engine
-from gem_ds.distributed.weights import numel
+from gem_ds.distributed.weights import numel, within
 from gem_ds.files.mask import index_dtype
 from gem_ds.sparse.flat_values import FlatValues
 from gem_ds.sparse.layers import ExpertsLayer, Sink, TargetLayer, TargetLayers
