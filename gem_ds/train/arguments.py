@@ -63,6 +63,9 @@ def parse_arguments(argv: Sequence[str], needed: Sequence[str] = _NEEDED) -> Arg
     if data.task is None and (data.train_file or data.dataset_name):
         data = replace(data, task="jsonl")
     notes = [told(left_out)] if left_out else []
+    if train.optimizer == "adamw_8bit" and method.method != "full":
+        train = replace(train, optimizer="adamw")
+        notes.append("--optimizer adamw_8bit is for --method full: adamw, as there is little state")
     args = Arguments(model=model, data=data, method=method, train=train, notes=notes)
     if missing := [f"--{name}" for name in needed if not args.values()[name]]:
         raise ValueError(f"Pass {' and '.join(missing)} (on the command line or in --config).")
@@ -163,8 +166,6 @@ def _contradictions(args: Arguments) -> Iterator[str]:
             yield f"--mask skips calibration: leave --{flag} out."
     if method.mask and method.keep_zeros is not None:
         yield "--mask says which entries are trained: leave --keep_zeros out."
-    if train.optimizer == "adamw_8bit" and name != "full":
-        yield "--optimizer adamw_8bit is for --method full: the others have little state."
     if name in SPARSE_METHODS:
         return
     if method.mask is not None:

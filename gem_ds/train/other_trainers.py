@@ -117,6 +117,12 @@ MEANINGS: dict[str, Meaning] = {
     "lora_task_type": _choice({"causal_lm": _NOTHING}),
 }
 
+#: Of flags that are this trainer's too, other words for some values.
+OTHER_WORDS = {
+    "bf16": {"auto": "true"},  # where the device can, and one that trains can
+    "optimizer": {name: flags["optimizer"] for name, flags in _ADAMW.items()},
+}
+
 
 def meant(name: str, value: Any) -> dict[str, Any] | None:
     """What a flag says in this trainer's flags; None for one that decides nothing.
@@ -131,7 +137,11 @@ def meant(name: str, value: Any) -> dict[str, Any] | None:
     if name in WITHOUT_EFFECT:
         return None
     if name not in MEANINGS:
-        return {RENAMED.get(name, name): value}
+        own = RENAMED.get(name, name)
+        word = value[0] if isinstance(value, list) and len(value) == 1 else value
+        if isinstance(word, str):
+            value = OTHER_WORDS.get(own, {}).get(word.lower(), value)
+        return {own: value}
     text = " ".join(map(str, value)) or "true" if isinstance(value, list) else str(value)
     try:
         return dict(MEANINGS[name](text))

@@ -126,7 +126,7 @@ def test_a_recipe_that_cannot_be_read_is_refused(tmp_path, content, message):
     assert len(str(caught.value)) < 500
 
 
-@pytest.mark.parametrize("flag", ["target_modules", "density", "report_to"])
+@pytest.mark.parametrize("flag", ["target_modules", "density", "report_to", "optimizer"])
 def test_a_bomb_of_aliases_is_refused_without_being_written_out(tmp_path, flag):
     """Nine aliases of nine aliases, nine deep: a billion values."""
     deeper = [f"  - &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]
@@ -190,6 +190,18 @@ def test_the_unknown_keys_of_a_recipe_are_named_all_at_once(tmp_path):
     words = "there are no flags --dataset, --template and --lora_ranc (meaning --lora_rank?): leave"
     with pytest.raises(ValueError, match=re.escape(f"{path}: {words}")):
         parse_arguments(["--config", path])
+
+
+def test_other_words_for_values_are_taken():
+    """An optimizer of 8 bits where there is little state is the usual one, and that is said."""
+    taken = parse_arguments([*NEEDED, "--bf16", "auto", "--optimizer", "paged_adamw_8bit"])
+    assert taken.train.bf16
+    assert taken.train.optimizer == "adamw"
+    assert [note.partition(":")[0] for note in taken.notes] == [
+        "--optimizer adamw_8bit is for --method full"
+    ]
+    full = parse_arguments([*NEEDED, "--method=full", "--optimizer=adamw_bnb_8bit", "--bf16=false"])
+    assert (full.train.optimizer, full.train.bf16, full.notes) == ("adamw_8bit", False, [])
 
 
 def test_no_other_name_hides_a_flag():
