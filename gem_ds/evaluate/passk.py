@@ -232,7 +232,7 @@ def verdicts_of(
     """The lines of verdicts.jsonl, in the order of the samples; equal programs are run once."""
     jobs = [replace(benchmark.program(s.task_id, s.completion), **judging.limits) for s in samples]
     distinct = list(dict.fromkeys(jobs))
-    verdicts = {}
+    verdicts, packages = {}, judging.packages
     with closing(Progress("Judging", len(distinct), "program", is_shown=show_bar)) as progress:
         for job, verdict in zip(distinct, sandbox.check_all(distinct), strict=True):
             verdicts[job] = {
@@ -240,7 +240,7 @@ def verdicts_of(
                 "detail": verdict.detail,
                 "in_jail": verdict.in_jail,
                 "program": job.program,
-                **judging.packages,
+                **packages,
             }
             progress.advance()
     return [

@@ -22,7 +22,7 @@ Replaced = tuple[nn.Parameter, Tensor | None, Tensor]
 
 #: Of a parameter what deltas that stand in it have replaced of its sample: where, and the base's
 #: values. So a second delta sees the base, where the first has left its own entries alone.
-_REPLACED: MutableMapping[nn.Parameter, dict[AppliedDelta, tuple[Tensor, Tensor]]]
+_REPLACED: MutableMapping[nn.Parameter, dict[object, tuple[Tensor, Tensor]]]
 _REPLACED = WeakTensorKeyDictionary()
 
 
@@ -38,10 +38,11 @@ class AppliedDelta:
 
     def __init__(self, replaced: list[Replaced]) -> None:
         self._replaced = replaced
+        self._key = object()  # in _REPLACED, which must not keep the parameters alive
         for parameter, indices, base in replaced:
             if indices is not None:
                 at, found = _within(sample(parameter.numel()), indices)
-                _REPLACED.setdefault(parameter, {})[self] = at, base[found.to(base.device)]
+                _REPLACED.setdefault(parameter, {})[self._key] = at, base[found.to(base.device)]
 
     def revert(self) -> None:
         """Puts the base values back, bit for bit; a second call does nothing.
@@ -51,7 +52,7 @@ class AppliedDelta:
         while self._replaced:
             write_entries(*self._replaced[-1])
             parameter, *_ = self._replaced.pop()
-            _REPLACED.get(parameter, {}).pop(self, None)
+            _REPLACED.get(parameter, {}).pop(self._key, None)
 
     def __enter__(self) -> AppliedDelta:
         return self

@@ -38,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{args.output_file}: {delta!r}")
 
 
-def import_adapter(folder: str, base: str | None = None) -> Delta:
+def import_adapter(
+    folder: str, base: str | None = None, *, trust_remote_code: bool = False
+) -> Delta:
     """Read an adapter of SHiRA or of gem_ds' tuner, a folder or an id of the Hub, as a delta.
 
     Raises:
@@ -52,5 +54,5 @@ def import_adapter(folder: str, base: str | None = None) -> Delta:
     if isinstance(config, ShiraConfig):
         return shira_to_delta(folder, base)
     if getattr(config, "base_quantization", None):
-        return on_unquantized_base(folder, base)[0]
+        return on_unquantized_base(folder, base, trust_remote_code=trust_remote_code)[0]
     return adapter_to_delta(folder)

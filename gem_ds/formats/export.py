@@ -110,8 +110,10 @@ def export(
             raise ValueError(f"--dequantize writes a model: leave --format {format} out.")
         delta, write = prepare_dequantized(str(delta_path), base, **options)
     else:
-        is_adapter = (delta_path / "adapter_config.json").is_file()
-        delta = import_adapter(str(delta_path), base) if is_adapter else load_delta(delta_path)
+        if (delta_path / "adapter_config.json").is_file():
+            delta = import_adapter(str(delta_path), base, **options)
+        else:
+            delta = load_delta(delta_path)
         write = FORMATS[format](delta, base or delta.mask.base_model, **options)
     base = base or delta.mask.base_model
     notes: list[str] = []
@@ -130,6 +132,8 @@ def _check_output_dir(output_dir: Path, sources: Sequence[Path], overwrite: bool
         raise ValueError(f"output_dir {output_dir} is a file: choose another name")
     if output_dir.is_dir() and any(output_dir.iterdir()):
         refuse_foreign(output_dir)
+        if (output_dir / "trainer_state.json").is_file():
+            raise ValueError(f"output_dir {output_dir} holds a run: choose another folder")
         if not overwrite:
             raise ValueError(
                 f"output_dir {output_dir} holds an export: pass --overwrite_output_dir to replace "

@@ -105,11 +105,18 @@ def _base_of(mask: Mask, given: str | None) -> tuple[dict[str, Tensor] | None, s
             name = snapshot_download(name, revision=mask.revision, local_files_only=True)
         except (OSError, ValueError):
             return None, f"The base model {name} is not on this disk: pass --model_name_or_path."
-    tensors = map_model(name, mask.revision if given == mask.base_model else None)
+    try:
+        tensors = map_model(name, mask.revision if given == mask.base_model else None)
+    except ValueError as error:
+        if given is not None:
+            raise
+        return None, f"The base model cannot be read ({error}): pass --model_name_or_path."
     values = {}
     for weight, indices in mask.indices.items():
         if (found := name_in_files(weight, tensors)) is None:
             return None, f"The files of {name} have no {weight} by that name."
+        if tuple(tensors[found].shape) != mask.weights[weight].shape:
+            return None, f"The files of {name} have {weight} in another shape than the base had."
         dtype = getattr(torch, mask.weights[weight].dtype)
         values[weight] = tensors[found].reshape(-1)[indices.long()].to(dtype)
     if given is not None:

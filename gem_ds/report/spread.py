@@ -60,7 +60,7 @@ class Spread:
 
     def add(self, indices: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> None:
         """Count a weight's entries, by rows [0] and columns [1]; of experts, those of all."""
-        rows, columns = shape[-2], shape[-1]
+        rows, columns = shape[-2:] if len(shape) > 1 else (shape[0], 1)  # a bias is a column
         self.num_parameters += prod(shape)
         if not (k := indices.numel()):
             return

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gem_ds.select.shards import Group, Shards, TargetShard
+from gem_ds.select.shards import Group, Shards, TargetShard, matrices
 
 #: With a larger share of zeros a matrix was pruned; of those that training leaves there are fewer.
 PRUNED_SHARE = 0.05
@@ -36,6 +36,7 @@ def find_candidates(
 
     ``keep_zeros`` None keeps them in all matrices if one has more than :data:`PRUNED_SHARE`.
     """
+    shards = [matrix for shard in shards for matrix in matrices(shard)]
     numels = [shard.numel for shard in shards]
     if not 1 <= budget <= sum(numels):
         raise ValueError(
@@ -51,8 +52,8 @@ def find_candidates(
     if budget > sum(sizes):
         raise ValueError(
             f"The target matrices hold {sum(sizes):,} entries that are not 0, and {budget:,} are "
-            "to be selected: lower the density, widen the target modules, or set keep_zeros to "
-            "false, which selects zeros too."
+            "to be selected: give a density, or a lower one, widen the target modules, or set "
+            "keep_zeros to false, which selects zeros too."
         )
     return Candidates(keep_zeros=keep_zeros, num_zeros=num_zeros, sizes=sizes)
 

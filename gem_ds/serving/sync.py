@@ -81,7 +81,7 @@ class DeltaSender:
         Raises:
             ValueError: Values do not fit the mask or are not finite (nothing is sent then), or a
                 receiver has refused them: start again.
-            OSError: A receiver is gone.
+            OSError: A receiver is gone, and with it all connections: make another sender.
         """
         self._exchange(Kind.VALUES, pack_values(self._mask, values))
 
@@ -94,9 +94,13 @@ class DeltaSender:
 
     def _exchange(self, kind: Kind, payload: bytes | bytearray) -> list[bytes]:
         """Send one message to all and take their answers."""
-        for connection in self._receivers:
-            send(connection, kind, self._number, payload)
-        answers = [receive(connection) for connection in self._receivers]
+        try:
+            for connection in self._receivers:
+                send(connection, kind, self._number, payload)
+            answers = [receive(connection) for connection in self._receivers]
+        except (OSError, ValueError):  # an answer still under way would be taken for the next one
+            self.close()
+            raise
         self._number += 1
         self.num_bytes += len(payload)
         if refused := [bytes(text).decode() for told, _, text in answers if told != Kind.DONE]:

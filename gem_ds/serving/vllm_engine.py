@@ -114,14 +114,15 @@ class VllmDeltas:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "delta.safetensors")
             delta.save(path)
-            with self._engine.paused():
-                self._engine.call("gem_add_delta", name, str(path), folder)
-            path.unlink()
+            self._engine.call("gem_refuse_taken", name)
             try:
+                with self._engine.paused():
+                    self._engine.call("gem_add_delta", name, str(path), folder)
+                path.unlink()
                 parts = [part.read_bytes() for part in Path(folder).iterdir()]
                 check_parts(delta.mask, parts)
-            except ValueError:
-                self.remove(name)
+            except Exception:
+                self._engine.call("gem_remove_delta", name)  # of workers that have taken it
                 raise
 
     def use(self, name: str | None) -> None:

@@ -52,6 +52,12 @@ class DeltaWorker:
         Path(folder, f"{cast(Any, self).rank}.safetensors").write_bytes(pack_base(swaps))
 
     @_told
+    def gem_refuse_taken(self, name: str) -> None:
+        """Refuse the name of a delta that is here."""
+        if name in self._gem_deltas().names:
+            raise ValueError(f"there is a delta {name!r} already: remove it, or name this another")
+
+    @_told
     def gem_use_delta(self, name: str | None = None) -> None:
         """Put a delta into the weights, or the base; the caller sees to vLLM's caches."""
         self._gem_deltas().use(name)

@@ -9,7 +9,7 @@ The selected entries of the target layers are one such vector; a task head, whic
 is another.
 
 Every rank holds all K indices (4 bytes each), since each computes the gradient of all of them over
-its own tokens; it writes those that lie in its own part of the weights.
+its own tokens; it writes those that lie in its own part of the weights (8 bytes more for each).
 """
 
 from __future__ import annotations

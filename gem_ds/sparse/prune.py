@@ -25,6 +25,7 @@ from gem_ds.models.encoders import head_names
 from gem_ds.models.targets import ALL_LINEAR, find_targets
 from gem_ds.sparse.experts import projections_of
 from gem_ds.sparse.layers import kind_of
+from gem_ds.sparse.quantized import is_quantized
 
 
 @torch.no_grad()
@@ -59,6 +60,8 @@ def prune(
         raise ValueError(
             "The model is not whole in this process: load it without ZeRO-3 and device_map."
         )
+    if any(map(is_quantized, targets.values())):
+        raise ValueError("The model is quantized: prune the original.")
     weights = {name: _matrix(module) for name, module in targets.items()}
     groups = {n: _group(n, w, sparsity, by_row=batches is not None) for n, w in weights.items()}
     batches = None if batches is None else list(batches)
@@ -66,12 +69,15 @@ def prune(
         raise ValueError("There are no batches: pass at least one, or None to go by magnitude.")
     was_training = model.training
     model.eval()
-    for _, block in groupby(targets, key=_block_of):
-        layers = {name: targets[name] for name in block}
-        norms = dict.fromkeys(layers, 1.0) if batches is None else _norms(model, layers, batches)
-        for name, norm in norms.items():
-            _clear_lowest(weights[name], weights[name].float().abs() * norm, *groups[name])
-    model.train(was_training)
+    try:
+        for _, block in groupby(targets, key=_block_of):
+            layers = {name: targets[name] for name in block}
+            norms = {} if batches is None else _norms(model, layers, batches)
+            for name in layers:
+                scores = weights[name].float().abs() * norms.get(name, 1.0)
+                _clear_lowest(weights[name], scores, *groups[name])
+    finally:
+        model.train(was_training)
 
 
 def _matrix(module: nn.Module) -> Tensor:

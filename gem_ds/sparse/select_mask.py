@@ -1,7 +1,8 @@
 """A mask of a model in memory: one process, any batches, no DeepSpeed.
 
 What ``launch/train.py --max_steps 0`` writes for the same examples, as a function. For each target
-weight one fp32 matrix stands, the sum of its gradients; nothing else dense is kept.
+weight one fp32 matrix stands, the sum of its gradients; nothing else dense is kept, but of
+quantized weights the dequantized ones while entries are chosen.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gem_ds.distributed.comm import Comm
-from gem_ds.distributed.weights import num_parameters
+from gem_ds.distributed.weights import num_parameters, numel
 from gem_ds.files.fingerprint import fingerprints
 from gem_ds.files.mask import Mask, WeightInfo, index_dtype
 from gem_ds.models.encoders import head_names, without_head
@@ -90,6 +91,8 @@ def select_mask(
     head = head_names(model) if isinstance(model, PreTrainedModel) else set()
     targets = _find_targets(model, names, head)
     budget = _budget(model, targets, density)
+    if keep_zeros is None and quantization_of(model):
+        keep_zeros = False  # a code of 4 bits is 0: nothing was pruned
     gradients: Sequence[Tensor | None] = [None] * len(targets)
     # Whatever the caller's mode is, as an evaluation's.
     with torch.inference_mode(False), torch.enable_grad(), _left_as_it_was(model):
@@ -172,7 +175,7 @@ def _budget(
     counted = without_head(model) if isinstance(model, PreTrainedModel) else model
     num_entries = num_parameters(counted)
     budget = total_budget(density, num_entries)
-    available = sum(model.get_parameter(name).numel() for name in targets)
+    available = sum(numel(model.get_parameter(name)) for name in targets)
     if budget > available:
         raise ValueError(
             f"A density of {density} of {num_entries:,} parameters is {budget:,} entries, but the "

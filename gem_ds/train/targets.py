@@ -14,11 +14,11 @@ from gem_ds.files.mask import Mask
 from gem_ds.models.blocks import block_sizes, model_of
 from gem_ds.models.encoders import head_names, is_encoder, without_head
 from gem_ds.models.reach import describe_reach
-from gem_ds.models.targets import find_targets, targets_of
+from gem_ds.models.targets import ALL_LINEAR, find_targets, targets_of
 from gem_ds.select.budget import total_budget
 from gem_ds.select.rules import SPARSE_METHODS
 from gem_ds.train.config import DEFAULT_DENSITY, Arguments
-from gem_ds.train.methods import DENSE_METHODS
+from gem_ds.train.methods import ADAPTER_METHODS, DENSE_METHODS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +61,8 @@ def _settle(args: Arguments, model: Any, mask: Mask | None) -> Targets:
     if method in DENSE_METHODS or (method == "ia3" and not args.method.target_modules):
         return Targets(names=[], num_parameters=num_entries)
     targets = _find_targets(model, args.method.target_modules)
+    if method in ADAPTER_METHODS:
+        targets = _without_experts(targets, args)
     smallest = min(min(model.get_parameter(name).shape) for name in targets)
     if method == "lora" and args.method.lora_r > smallest:
         raise ValueError(
@@ -119,6 +121,17 @@ def _find_targets(model: Any, named: list[str] | None) -> dict[str, nn.Module]:
             "a whole: name others."
         )
     return targets
+
+
+def _without_experts(targets: dict[str, nn.Module], args: Arguments) -> dict[str, nn.Module]:
+    """What peft has adapters for; of ``all-linear`` that is linear layers alone."""
+    experts = [name for name in targets if not name.endswith(".weight")]
+    if experts and args.method.target_modules != [ALL_LINEAR]:
+        raise ValueError(
+            f"--method {args.method.method} has no adapter for {experts[0]}, a parameter of all "
+            "experts: name linear layers with --target_modules."
+        )
+    return {name: module for name, module in targets.items() if name not in experts}
 
 
 def _shira_rank(model: Any, targets: Iterable[str], budget: int) -> int:

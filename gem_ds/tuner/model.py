@@ -86,6 +86,11 @@ class GemModel(BaseTuner):
         peft_config.base_quantization, peft_config.fingerprints = now, found
 
     def _check_mask(self, mask: Mask, model: nn.Module, *, reads_weights: bool) -> None:
+        if mask.settings.get("rate_factors"):
+            raise ValueError(
+                "The mask gives each matrix a learning rate of its own (auto_rgn), and an adapter "
+                "has one: train it by launch/train.py, or select by another rule."
+            )
         if experts := [name for name in mask.weights if not name.endswith(".weight")]:
             raise ValueError(
                 f"The mask selects entries of {experts[0]}, a parameter of no linear layer, as an "

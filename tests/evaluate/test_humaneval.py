@@ -38,7 +38,7 @@ def save(folder: Path, rows: list[dict], name: str = "HumanEval.jsonl") -> str:
 
 def verdicts(benchmark, sandbox, completions: list[tuple[dict, str]]) -> list[dict]:
     samples = [make_sample(row["task_id"], 0, text) for row, text in completions]
-    return passk.verdicts_of(samples, benchmark, sandbox, {"timeout": 60.0, "memory_mb": 1024})
+    return passk.verdicts_of(samples, benchmark, sandbox, passk.JudgingArguments(timeout=60.0))
 
 
 @pytest.mark.parametrize("name", humaneval.FILES)

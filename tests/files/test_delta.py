@@ -1,6 +1,8 @@
 """Base + delta is the trained model, revert the base, bit for bit; a misfit touches nothing."""
 
 import copy
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -355,3 +357,12 @@ def test_several_dtypes_have_no_common_one():
         _ = delta.dtype
     with apply_delta(model, delta):
         assert model.get_parameter(V1).flatten()[3] == delta.values[V1][0]
+
+
+def test_a_model_in_which_a_delta_stands_is_freed_with_it():
+    model = nn.Linear(8, 8)
+    apply_delta(model, make_delta(model, {"weight": [3, 9]}))
+    weight = weakref.ref(model.weight)
+    del model
+    gc.collect()
+    assert weight() is None

@@ -164,3 +164,12 @@ def test_the_rows_of_experts_are_those_of_their_matrices() -> None:
     assert rows == [3 * NUM_SLICES // 40, 5 * NUM_SLICES // 40]
     assert columns == [7 * NUM_SLICES // 60]
     assert found.num_parameters == 4800
+
+
+def test_the_entries_of_biases_are_rows() -> None:
+    layer = nn.Linear(4, 6)
+    (found,) = spreads(make_delta(layer, {"bias": [0, 1, 5]}).mask).values()
+    rows, columns = found.curves
+    assert found.num_entries == 3
+    assert rows[-1] == columns[-1] == 3, "all entries, weighed by how many they are"
+    assert rows[1] > columns[1], "three of six rows are full, the one column is even"

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,6 +108,28 @@ def test_what_does_not_fit_is_refused_and_every_worker_stays(message):
     with pytest.raises(ValueError, match="there is no delta 'b': there are a"):
         deltas.use("b")
     assert all_bits(llm) == before
+
+
+def test_a_delta_that_one_worker_cannot_take_is_in_none(monkeypatch):
+    """As a full disk, or a folder that another machine does not have, would end it."""
+    base = checkpoint()
+    llm = LLM(base, 2)
+    deltas, before = VllmDeltas(llm), all_bits(llm)
+    write = Path.write_bytes
+
+    def fail_on_the_second(path, data):
+        if path.name == "1.safetensors":
+            raise OSError("no space left")
+        return write(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", fail_on_the_second)
+        with pytest.raises(ValueError, match="no space left"):
+            deltas.add("a", random_delta(base, 0))
+    assert all_bits(llm) == before
+    deltas.add("a", random_delta(base, 1))
+    deltas.use("a")
+    assert all_bits(llm) != before
 
 
 def test_running_requests_keep_their_weights_and_later_ones_meet_no_old_caches():

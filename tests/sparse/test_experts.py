@@ -5,6 +5,7 @@ that some experts get none, on some ranks or on all.
 """
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,7 +30,9 @@ from gem_ds.sparse.calibrate import calibrate
 from gem_ds.sparse.entries import SelectedEntries, gather_indices
 from gem_ds.sparse.layers import ExpertsLayer, TargetLayers
 from gem_ds.sparse.sddmm import Pattern, add_sampled_product, grouped, grouped_linear, product
+from gem_ds.train.config import Arguments, MethodArguments, ModelArguments
 from gem_ds.train.fit import fit
+from gem_ds.train.targets import settle_targets
 from tests import oracle
 from tests.ranks import run_ranks, told_as
 from tests.tiny import (
@@ -174,6 +177,33 @@ def test_all_tokens_may_go_to_one_expert() -> None:
     )
     found = _index_by_expert(mask.indices, model)
     assert sum(index.numel() > 0 for index in found.values()) <= 4
+
+
+def test_adapters_are_of_linear_layers_alone() -> None:
+    """All-linear means these; experts by name are refused, and rates of a matrix' own."""
+    config = tiny_config("mixtral")
+    model = ModelArguments(model_name_or_path="m")
+    method = MethodArguments(method="lora", lora_r=5, target_modules=["all-linear"])
+    names = settle_targets(Arguments(model=model, method=method), config, None).names
+    assert len(names) == 8
+    assert all(name.endswith("_proj.weight") for name in names)
+    named = Arguments(model=model, method=replace(method, target_modules=["q_proj", "experts"]))
+    with pytest.raises(ValueError, match=r"--method lora has no adapter for .*experts\.gate_up"):
+        settle_targets(named, config, None)
+    whole = _model("mixtral")
+    mask = gem_ds.select_mask(whole, _examples(), naive_loss, rule="auto_rgn", density="0.05")
+    with pytest.raises(ValueError, match="a learning rate of its own"):
+        get_peft_model(whole, gem_ds.GemConfig(mask=mask))
+
+
+def test_one_pruned_expert_is_a_pruned_matrix() -> None:
+    """Zeros are kept from where a matrix was pruned, of which a parameter holds several."""
+    model = _model("mixtral")
+    name = _experts(model)[0]
+    model.get_parameter(name).data[2, :, ::5] = 0.0
+    mask = gem_ds.select_mask(model, rule="random", target_modules=["experts"], density="0.4")
+    assert mask.settings["keep_zeros"]
+    assert model.get_parameter(name).flatten()[mask.indices[name].long()].all()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -53,7 +53,7 @@ def test_a_reduction_is_waited_for_when_the_next_begins() -> None:
 @pytest.mark.parametrize("statistic", ["sum", "magnitudes", "squares"])
 def test_both_sinks_weigh_each_micro_batch_by_its_scale(statistic: Statistic) -> None:
     of_each = {"sum": lambda g: g, "magnitudes": torch.abs, "squares": torch.square}[statistic]
-    layer, reducer = TargetLayer("w", nn.Linear(5, 4)), ShardReducer(ALONE)
+    layer, reducer = TargetLayer("weight", nn.Linear(5, 4)), ShardReducer(ALONE)
     plain = ShardSink(layer, reducer, 20, torch.zeros(20), statistic)
     buffered = BufferedSink(layer, ALONE, torch.zeros(20), 20, statistic)
     expected = torch.zeros(4, 5, dtype=torch.float64)
@@ -72,7 +72,7 @@ def test_both_sinks_weigh_each_micro_batch_by_its_scale(statistic: Statistic) ->
 def test_on_one_rank_the_buffer_is_the_result() -> None:
     """No copy of a matrix is made."""
     whole = torch.zeros(20)
-    sink = BufferedSink(TargetLayer("w", nn.Linear(5, 4)), ALONE, whole, 20)
+    sink = BufferedSink(TargetLayer("weight", nn.Linear(5, 4)), ALONE, whole, 20)
     assert sink.take().data_ptr() == whole.data_ptr()
 
 

@@ -51,8 +51,9 @@ def make_base(folder: Path, scale: float = 1.0) -> Path:
     return folder
 
 
-def select(model: Any) -> Mask:
-    return gem_ds.select_mask(model, [batch(1), batch(2)], density="0.05")
+def select(model: Any, keep_zeros: bool | None = None) -> Mask:
+    batches = [batch(1), batch(2)]
+    return gem_ds.select_mask(model, batches, density="0.05", keep_zeros=keep_zeros)
 
 
 def packed(model: Any) -> dict[str, bytes]:
@@ -88,7 +89,8 @@ def test_a_mask_of_four_bits_from_selection_to_an_exported_model(
     before = packed(model)
     assert {p.dtype for p in dense.parameters()} == {BF16}
 
-    mask, expected = select(model), select(dense)
+    mask, expected = select(model), select(dense, keep_zeros=False)
+    assert "keep_zeros" not in mask.settings, "a code of 4 bits is 0, and nothing was pruned"
     assert packed(model) == before
     assert mask.num_selected == expected.num_selected
     assert mask.weights == expected.weights

@@ -182,7 +182,7 @@ def train_in_our_engine(folder: str) -> dict[str, tuple[list[float], dict[str, T
         modules = {f"{name}.weight": module for name, module in model.named_modules()}
         targets = {name: modules[name] for name in mask.indices}
         layers = TargetLayers(model, targets, mask.num_selected)
-        config = Setting(0).config(1, MAX_NORM, mask.num_selected)
+        config = Setting(0).config(1, MAX_NORM, mask.num_selected, {})
         adamw = partial(SparseAdamW, lr=RATE)
         engine = Engine(model, [layers.vector], adamw, config, comm)
         entries = SelectedEntries(engine, layers, list(mask.indices.values()))

@@ -52,7 +52,8 @@ def _owners() -> Mapping[str, list[str]]:
 
 def _entries(distribution: Distribution) -> Iterator[str]:
     """The folders and files of a distribution that lie among the installed packages."""
-    names = {file.parts[0] for file in distribution.files or ()} - {"..", "__pycache__"}
+    files = [file for file in distribution.files or () if not file.is_absolute()]
+    names = {file.parts[0] for file in files} - {"..", "__pycache__"}
     for path in map(str, map(distribution.locate_file, sorted(names))):
         if os.path.exists(path) and not path.endswith((".dist-info", ".pth")):
             yield path

@@ -81,6 +81,7 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
 
     Raises:
         SandboxUnavailableError: No level, or not the one asked for, works here.
+        ValueError: A package is not installed, or cannot be imported in there.
     """
 
     def __init__(
@@ -111,6 +112,22 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
             raise SandboxUnavailableError(
                 f"The isolation level {self.isolation!r} does not work here: {error}."
             ) from error
+        self._refuse_hidden(packages)
+
+    def _refuse_hidden(self, packages: Sequence[str]) -> None:
+        """Raise a ValueError if programs cannot import what they may, or no sample would be fair.
+
+        A jail covers /tmp, for one, and with it an environment that lies there.
+        """
+        test = ("assert f() is None",)
+        probes = [Program(f"import {name}\ndef f(): pass", test, timeout=60) for name in packages]
+        for name, verdict in zip(packages, list(self.check_all(probes)), strict=True):
+            if verdict.status != "passed":
+                self.close()
+                raise ValueError(
+                    f"--sandbox_packages {name} cannot be imported in the sandbox "
+                    f"({verdict.detail}): use an environment outside of /tmp, or leave it out."
+                )
 
     def __exit__(self, *exc: object) -> None:
         self.close()

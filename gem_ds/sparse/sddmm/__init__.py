@@ -6,7 +6,8 @@ For a linear layer ``y = x W^T`` the gradient is ``G = dy^T x``, shape [out, in]
 * at the k selected entries, while it trains: ``out_n += sum_t dy[t, i_n] x[t, j_n]``,
   :func:`add_sampled_product`.
 
-Results are fp32 whatever the inputs are, so that sums over micro-batches do not round to bf16.
+Results are fp32 whatever the inputs are, so that sums over micro-batches do not round to bf16; but
+one micro-batch's product of experts, in one launch on a GPU, is rounded to bf16 before it is added.
 Several kernels compute the same (:mod:`gem_ds.sparse.sddmm.kernels`); which one is used when stands
 in :mod:`gem_ds.sparse.sddmm.choice`, with the measurements behind it.
 
