@@ -121,7 +121,7 @@ class DeltaReceiver:
 
         Raises:
             ValueError: In one sentence, why it was refused; the sender is told the same, and the
-                model is as it was.
+                model is as it was; after a mask that is refused, it is the base.
             ConnectionError: The trainer is gone.
         """
         number = self._next
