@@ -12,7 +12,7 @@ import pytest
 
 from gem_ds.data.tasks.mbpp import SPLITS, Problem, load_problems
 from gem_ds.evaluate.mbpp import Mbpp, MbppArguments, entry_point_of
-from gem_ds.evaluate.passk import verdicts_of
+from gem_ds.evaluate.passk import JudgingArguments, verdicts_of
 from gem_ds.evaluate.sandbox import Sandbox
 from tests.tiny_evaluation import make_sample
 
@@ -43,8 +43,8 @@ def all_problems(gem_data_dir, *, sanitized: bool) -> Mbpp:
 def verdicts_on(sandbox: Sandbox, benchmark: Mbpp, codes: Mapping[str, str]) -> list[dict]:
     """Judge a program for each problem, as if a model had written it."""
     samples = [make_sample(name, 0, f"{code}\n[DONE]") for name, code in codes.items()]
-    limits = {"timeout": 60.0, "memory_mb": 1024}  # one takes 3 s, and on a busy machine long
-    return verdicts_of(samples, benchmark, sandbox, limits)
+    judging = JudgingArguments(timeout=60.0)  # one takes 3 s, and on a busy machine long
+    return verdicts_of(samples, benchmark, sandbox, judging)
 
 
 @pytest.mark.parametrize(("sanitized", "number"), [(False, 974), (True, 427)])

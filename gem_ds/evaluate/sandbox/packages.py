@@ -36,6 +36,8 @@ def _distribution(name: str) -> Distribution:
     """What is installed under the name that programs import."""
     for owner in _owners().get(name, ()):
         distribution = metadata.distribution(owner)
+        if distribution.read_text("RECORD") is None:  # a checkout beside which this runs
+            continue
         if any(location_of(path, name) for path in _entries(distribution)):
             return distribution
     raise ValueError(
