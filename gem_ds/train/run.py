@@ -218,7 +218,8 @@ class Run:
         between_evaluations = train.eval_steps or (
             train.logging_steps if train.eval_strategy == "steps" else epoch
         )
-        if state.global_step == 0:
+        # At the beginning, and where a signal came before the evaluation that was due.
+        if self.is_due(between_evaluations) and not self.is_evaluated():
             self.evaluate(reporter)
         reporter.start()
         for step in fit(
@@ -239,7 +240,8 @@ class Run:
                 if step.grad_norm is not None and math.isfinite(step.grad_norm):
                     numbers["grad_norm"] = float(step.grad_norm)
                 self.log(reporter, reporter.averages() | numbers | self.numbers())
-            if self.is_due(between_evaluations) and not step.is_stopping:
+            is_stopped = step.is_stopping and state.global_step < state.max_steps
+            if self.is_due(between_evaluations) and not is_stopped:
                 self.evaluate(reporter)
             if step.is_stopping or self.is_save_due() or self.is_best():
                 self.tuning.save_checkpoint(state)
@@ -269,6 +271,11 @@ class Run:
         """Whether what happens every ``interval`` steps, and at the end, happens now."""
         step = self.state.global_step
         return step % interval == 0 or step == self.state.max_steps
+
+    def is_evaluated(self) -> bool:
+        """Whether the held-out loss of this step is known."""
+        step = self.state.global_step
+        return any(e["step"] == step and "eval_loss" in e for e in self.state.log_history)
 
     def is_save_due(self) -> bool:
         """Whether ``--save_strategy`` asks for a checkpoint now."""

@@ -17,10 +17,11 @@ import torch
 
 from gem_ds.files.checkpoint import Checkpoint, list_checkpoints
 from gem_ds.files.delta import Delta
+from gem_ds.train import fit
 from gem_ds.train import main as train
 from gem_ds.train.reporting import Reporter
 from tests.ranks import RankError, run_ranks
-from tests.tiny_model import REPOSITORY, mains, make_tiny
+from tests.tiny_model import REPOSITORY, mains, make_tiny, one_rank
 
 pytestmark = pytest.mark.slow  # starts engines or programs
 
@@ -81,3 +82,28 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path):
     assert _losses(killed) == _losses(whole), "every step stands there once"
     assert [step for step, _ in _losses(killed)] == list(range(1, NUM_STEPS + 1))
     assert _losses(sober) != _losses(killed), "dropout was at work"
+
+
+def test_an_evaluation_that_a_signal_came_before_is_made_when_the_run_goes_on(tmp_path):
+    """Its numbers are those of a run that nothing stopped."""
+    tiny, own = make_tiny(tmp_path), fit.seed_noise
+
+    def signalled(seed: int, step: int, rank: int) -> None:
+        own(seed, step, rank)
+        if step == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    def losses(name: str) -> list[tuple[int, float]]:
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        return [(e["step"], e["eval_loss"]) for e in map(json.loads, lines) if "eval_loss" in e]
+
+    flags = {"max_steps": 4, "eval_steps": 2}
+    with one_rank():
+        train.main(tiny.flags(tmp_path / "whole", **flags))
+        with mock.patch.object(fit, "seed_noise", signalled):
+            train.main(tiny.flags(tmp_path / "stopped", **flags))
+        stopped = losses("stopped")
+        train.main(tiny.flags(tmp_path / "stopped", resume_from_checkpoint="last", **flags))
+    assert [step for step, _ in losses("whole")] == [0, 2, 4]
+    assert stopped == losses("whole")[:1]
+    assert losses("stopped") == losses("whole")
