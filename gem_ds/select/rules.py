@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import partial
 from typing import Literal
 
 from torch import Tensor
@@ -126,28 +127,24 @@ def _relative_norms(values: Sequence[Tensor], shards: Shards, group: Group) -> l
 # Budgets
 
 
-def in_proportion_to(layer_score: LayerScore) -> Budgets:
-    """Budgets that share K in proportion to the layers' scores."""
+Share = Callable[[Sequence[float], Sequence[int], int], list[int]]
+"""Takes the layers' scores, their sizes and K; per layer how many entries it trains, K in all."""
+
+
+def _shared(share: Share, layer_score: LayerScore) -> Budgets:
+    """Budgets that follow from the layers' scores."""
 
     def budgets(
         values: Sequence[Tensor], shards: Shards, sizes: Sequence[int], budget: int, group: Group
     ) -> tuple[list[int], list[float]]:
         layer_scores = layer_score(values, shards, group)
-        return allocate_budget(layer_scores, sizes, budget), layer_scores
+        return share(layer_scores, sizes, budget), layer_scores
 
     return budgets
 
 
-def whole_in_order_of(layer_score: LayerScore) -> Budgets:
-    """Whole layers, those of the highest score first, until K; the last one may get a part."""
-
-    def budgets(
-        values: Sequence[Tensor], shards: Shards, sizes: Sequence[int], budget: int, group: Group
-    ) -> tuple[list[int], list[float]]:
-        layer_scores = layer_score(values, shards, group)
-        return fill_in_order(layer_scores, sizes, budget), layer_scores
-
-    return budgets
+in_proportion_to = partial(_shared, allocate_budget)
+whole_in_order_of = partial(_shared, fill_in_order)
 
 
 def one_threshold(

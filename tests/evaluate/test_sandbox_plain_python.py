@@ -5,10 +5,11 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
-from gem_ds.evaluate.sandbox import Program, Sandbox, check_program
+from gem_ds.evaluate.sandbox import Program, Sandbox, check_program, pool
 from gem_ds.evaluate.sandbox.pool import problem_of
 from gem_ds.evaluate.sandbox.room import interpreter
 from tests.evaluate.test_sandbox_programs import WAYS
@@ -86,6 +87,32 @@ def test_packages_that_are_shown_do_what_they_do_in_plain_python(
         expected = case.get("status") or ("passed" if with_packages[name] else "failed")
         told = (verdict.status, case.get("in_jail", verdict.in_jail))
         assert told == (expected, verdict.in_jail), (name, verdict)
+
+
+@pytest.mark.parametrize(("level", "fresh"), WAYS)
+def test_a_package_may_lie_where_programs_have_their_scratch(
+    level: str, fresh: bool, tmp_path: Path
+) -> None:
+    """As an environment under /tmp does, which a cell covers; one without a way in is refused."""
+    if problem := problem_of(level, fresh):
+        pytest.skip(f"{level}: {problem}")
+    assert tmp_path.is_relative_to("/tmp"), "the premise"
+    package = tmp_path / "lying_here"
+    package.mkdir()
+    (package / "__init__.py").write_text("from lying_here.part import X\n")
+    (package / "part.py").write_text("X = 7\n")
+    program = "import lying_here\ndef f(): return lying_here.X"
+    options = {"allow_weak": True, "fresh": fresh, "packages": ["lying_here"]}
+    with (
+        mock.patch.object(pool, "paths_of", return_value=(str(package),)),
+        Sandbox(1, level, **options) as sandbox,
+    ):
+        (verdict,) = sandbox.check_all([Program(program, ("assert f() == 7",), timeout=60.0)])
+    assert verdict.status == "passed", verdict
+    (package / "part.py").unlink()
+    with mock.patch.object(pool, "paths_of", return_value=(str(package),)):
+        told = refusal(Sandbox, 1, level, **options)
+    assert told.startswith("--sandbox_packages lying_here cannot be imported in the sandbox (")
 
 
 def test_a_package_is_absent_where_it_is_not_named_and_must_be_installed() -> None:

@@ -218,11 +218,11 @@ def test_an_output_folder_in_use_is_kept_unless_an_export_wrote_it(tmp_path, cap
     out.mkdir()
     assert cli.run("export", arguments(tmp_path)) == 0, "an empty folder is filled"
     assert "holds an export: pass --overwrite_output_dir" in refusal(capfd, arguments(tmp_path))
-    (out / "trainer_state.json").write_text("{}")
-    assert "holds a run" in refusal(capfd, overwrite) or "trainer_state.json" in refusal(
-        capfd, overwrite
-    )
-    (out / "trainer_state.json").unlink()
+    (run := tmp_path / "run").mkdir()
+    manifest.claim(run, "trainer_state.json").write_text("{}")
+    over_a_run = [*arguments(tmp_path)[:-1], str(run), "--overwrite_output_dir"]
+    assert "holds a run: choose another folder" in refusal(capfd, over_a_run)
+    assert (run / "trainer_state.json").is_file()
     (tmp_path / "link").symlink_to("out")
     by_link = [*arguments(tmp_path)[:-1], str(tmp_path / "link"), "--overwrite_output_dir"]
     for argv in (overwrite, by_link):

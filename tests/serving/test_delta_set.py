@@ -61,6 +61,14 @@ def expected_bits(model: nn.Module, delta: Delta | None) -> dict[str, bytes]:
     return bits(model)
 
 
+def two_deltas(model):
+    """A set of deltas "0" and "1"."""
+    deltas = DeltaSet(model)
+    for i in range(2):
+        deltas.add(str(i), random_delta(model, i))
+    return deltas
+
+
 @settings(deadline=None, max_examples=8)
 @given(
     make_model=st.sampled_from([llama, gpt2]),
@@ -131,10 +139,8 @@ def test_ten_deltas_cost_their_entries_and_no_copy_of_the_model():
 
 def test_a_block_restores_what_was_in_use_even_after_an_error():
     model = llama()
-    deltas = DeltaSet(model)
     base = bits(model)
-    for i in range(2):
-        deltas.add(str(i), random_delta(model, i))
+    deltas = two_deltas(model)
     deltas.use("0")
     first = bits(model)
     with deltas.using("1") as same:
@@ -196,9 +202,7 @@ def test_what_does_not_fit_is_refused_and_the_model_stays(message):
 def test_a_swap_that_failed_is_put_right_by_the_next(monkeypatch, at):
     model = llama()
     base = bits(model)
-    deltas = DeltaSet(model)
-    for i in range(2):
-        deltas.add(str(i), random_delta(model, i))
+    deltas = two_deltas(model)
     deltas.use("1")
     second = bits(model)
     deltas.use("0")

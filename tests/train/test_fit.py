@@ -1,6 +1,7 @@
 """The loop's own decisions: a skipped step, a loss that diverges, dropout's noise."""
 
 import itertools
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,13 @@ def _entries(comm: Comm, architecture: str = "llama") -> SelectedEntries:
 
 def _batches(comm: Comm, accumulation: int = 1) -> Batches:
     return make_batches(random_examples(NUM_EXAMPLES), comm, 2, accumulation)
+
+
+def _steps(
+    entries: SelectedEntries, scheduler: LambdaLR, state: TrainerState, **options: float
+) -> Iterator[StepResult]:
+    comm, loss = entries.engine.comm, summed_answer_loss
+    return fit(entries.engine, [entries], _batches(comm), loss, scheduler, state, seed=0, **options)
 
 
 @dataclass
@@ -106,17 +114,7 @@ def _order(comm: Comm) -> list[str]:
         noting(Engine, "step"),
         noting(Weights, "write_entries"),
     ):
-        list(
-            fit(
-                entries.engine,
-                [entries],
-                _batches(comm),
-                summed_answer_loss,
-                scheduler,
-                state,
-                seed=0,
-            )
-        )
+        list(_steps(entries, scheduler, state))
     return told
 
 
@@ -139,16 +137,7 @@ def _skip_a_step(comm: Comm, sam_rho: float) -> Skipping:
         mock.patch.object(Engine, "step", skipping),
         mock.patch.object(Engine, "lowers_loss_scale", True),
     ):
-        for result in fit(
-            engine,
-            [entries],
-            _batches(comm),
-            summed_answer_loss,
-            scheduler,
-            state,
-            seed=0,
-            sam_rho=sam_rho,
-        ):
+        for result in _steps(entries, scheduler, state, sam_rho=sam_rho):
             results.append(result)
             values.append(entries.read())
     assert state.global_step == NUM_STEPS

@@ -24,7 +24,7 @@ class _RoomlessJail:
 
     def __init__(self, packages: Sequence[str], *, hides_files: bool) -> None:
         self._filter = SystemCallFilter(hides_files=hides_files)
-        self._packages = packages
+        self.packages = packages
         self._readable = list(room.sources(packages))
         self._identity: int | None = None
         self._judge_identity: int | None = None
@@ -79,11 +79,12 @@ class BubblewrapJail(_RoomlessJail):
         rules = self._filter.as_file()
         os.set_inheritable(rules, True)
         # No environment: its first process keeps it in sight.
-        room.become_fresh(job, channel, self._packages, {}, [*self._command(rules), "--"])
+        shown = room.places_of(self.packages)
+        room.become_fresh(job, channel, shown, {}, [*self._command(rules), "--"])
 
     def _command(self, rules: int) -> list[str]:
         words = [self._program, "--unshare-all", "--new-session", "--die-with-parent"]
-        for source, target in room.sources(self._packages).items():
+        for source, target in room.sources(self.packages).items():
             if os.path.islink(source) and os.path.isdir(source):
                 words += ["--symlink", os.readlink(source), target]
             else:

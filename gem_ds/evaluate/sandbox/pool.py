@@ -115,10 +115,7 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
         self._refuse_hidden(packages)
 
     def _refuse_hidden(self, packages: Sequence[str]) -> None:
-        """Raise a ValueError if programs cannot import what they may, or no sample would be fair.
-
-        A jail covers /tmp, for one, and with it an environment that lies there.
-        """
+        """Raise a ValueError if programs cannot import what they may: all would fail in silence."""
         test = ("assert f() is None",)
         probes = [Program(f"import {name}\ndef f(): pass", test, timeout=60) for name in packages]
         for name, verdict in zip(packages, list(self.check_all(probes)), strict=True):
@@ -126,7 +123,7 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
                 self.close()
                 raise ValueError(
                     f"--sandbox_packages {name} cannot be imported in the sandbox "
-                    f"({verdict.detail}): use an environment outside of /tmp, or leave it out."
+                    f"({verdict.detail}): leave it out."
                 )
 
     def __exit__(self, *exc: object) -> None:

@@ -31,6 +31,7 @@ from gem_ds.evaluate.sandbox.system_calls import SystemCallFilter
 SCRATCH = ("/tmp", "/dev/shm")  # all that a candidate may write to
 SCRATCH_MB = 64  # in each of them
 CODE = "/sandbox"  # the room's folder with the package `gem_ds.evaluate.sandbox`
+PACKAGES = "/packages"  # in front of the paths of others, which /tmp, for one, would cover
 ENVIRONMENT = {
     "HOME": "/tmp",
     "LANG": "C.UTF-8",
@@ -68,7 +69,7 @@ class NamespaceJail:
         what confines this process already, does not allow it.
         """
         self._fresh = fresh
-        self._packages = packages
+        self.packages = places_of(packages)
         self._filter = SystemCallFilter()
         uid, gid = os.geteuid(), os.getegid()
         self._identity = 1 if uid == 0 else None
@@ -120,7 +121,7 @@ class NamespaceJail:
         confine.limit_memory(memory_mb)
         os.chdir(SCRATCH[0])
         if self._fresh:
-            become_fresh(job, channel, self._packages, ENVIRONMENT)
+            become_fresh(job, channel, self.packages, ENVIRONMENT)
         candidate.main(job, channel)
 
 
@@ -200,7 +201,12 @@ def become_fresh(
     os.execve(words[0], words, environment)
 
 
-def sources(packages: Iterable[str] = ()) -> dict[str, str]:
+def places_of(packages: Iterable[str]) -> tuple[str, ...]:
+    """Where a room shows packages that lie at these paths."""
+    return tuple(PACKAGES + path for path in packages)
+
+
+def sources(packages: Sequence[str] = ()) -> dict[str, str]:
     """What a room shows, and where: an interpreter, libraries, packages, the candidate's side."""
     folders = [folder for folder in _LIBRARIES if os.path.isdir(folder)]
     known = set(map(os.path.realpath, folders))
@@ -211,12 +217,12 @@ def sources(packages: Iterable[str] = ()) -> dict[str, str]:
     package = os.path.join("gem_ds", "evaluate", "sandbox")
     return {
         **{path: path for path in paths},
-        **{os.path.realpath(path): path for path in packages},
+        **dict(zip(map(os.path.realpath, packages), places_of(packages), strict=True)),
         os.path.join(code_folder(), package): os.path.join(CODE, package),
     }
 
 
-def _build(packages: Iterable[str]) -> None:
+def _build(packages: Sequence[str]) -> None:
     """Mounts the room's root at the stage and fills it."""
     kernel.mount("tmpfs", _STAGE, "tmpfs", kernel.MS_NOSUID, "size=1m,nr_inodes=4096,mode=755")
     protect = kernel.MOUNT_ATTR_RDONLY | kernel.MOUNT_ATTR_NOSUID

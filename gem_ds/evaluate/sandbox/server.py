@@ -69,7 +69,7 @@ def serve(
     except OSError as error:
         control.send(Encoder().encode(str(error)))
         return
-    show(packages)
+    show(jail.packages)
     for name in _PRELOADED:
         __import__(name)
     warm_up()
