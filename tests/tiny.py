@@ -32,7 +32,7 @@ from gem_ds.distributed.zero_config import RunShape, read_config, resolve_config
 from gem_ds.models.blocks import block_sizes, enable_checkpointing
 from gem_ds.models.loss import chunked_answer_loss
 from gem_ds.models.targets import find_targets
-from gem_ds.sparse.layers import TargetLayers
+from gem_ds.sparse.target_layers import TargetLayers
 from tests import oracle
 
 DS_CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"

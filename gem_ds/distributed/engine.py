@@ -125,8 +125,8 @@ class BaseEngine:
 class Engine(BaseEngine):
     """An engine of a frozen model, for calibration and for training flat vectors.
 
-    The vectors are submodules of the model (:class:`gem_ds.sparse.layers.TargetLayers`), that of
-    the selected entries is the first; ``optimizer`` makes a parameter group of each.
+    The vectors are submodules of the model (:mod:`gem_ds.sparse.target_layers`), that of the
+    selected entries is the first; ``optimizer`` makes a parameter group of each.
     """
 
     optimizer: SparseAdamW

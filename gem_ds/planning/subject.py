@@ -18,9 +18,10 @@ from gem_ds.models.loss import chunked_answer_loss, plain_output_layer, summed_a
 from gem_ds.planning.live import LiveBytes, flash_attention
 from gem_ds.select.rules import SPARSE_METHODS
 from gem_ds.sparse.entries import WholeSink
-from gem_ds.sparse.layers import Sink, TargetLayer, TargetLayers, drop
+from gem_ds.sparse.layers import Sink, TargetLayer, drop
 from gem_ds.sparse.sddmm import choose_kernel
 from gem_ds.sparse.sddmm.memory import picking_bytes, temporary_bytes
+from gem_ds.sparse.target_layers import TargetLayers
 from gem_ds.train.config import Arguments
 from gem_ds.train.dense_tuning import trained_network
 from gem_ds.train.sparse_tuning import sparse_layers

@@ -33,7 +33,8 @@ from gem_ds.sparse.gradients import (
     make_sinks,
     refuse_repeated,
 )
-from gem_ds.sparse.layers import TargetLayer, TargetLayers
+from gem_ds.sparse.layers import TargetLayer
+from gem_ds.sparse.target_layers import TargetLayers
 
 #: The backward runs on the mean loss of a micro-batch times this, so that half-precision gradients
 #: stay in range; a power of two, so that taking it out again does not round.

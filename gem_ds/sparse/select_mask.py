@@ -34,8 +34,8 @@ from gem_ds.sparse.calibrate import (
     refuse_unreached,
 )
 from gem_ds.sparse.gradients import BufferedSink, begin_micro_batch, refuse_repeated
-from gem_ds.sparse.layers import TargetLayers
 from gem_ds.sparse.quantized import quantization_of
+from gem_ds.sparse.target_layers import TargetLayers
 
 #: What transformers calls the loss of a model -> the labels before those that it is the mean over.
 _LABELS_BEFORE = {"ForCausalLM": 1, "ForMaskedLM": 0, "ForTokenClassification": 0}

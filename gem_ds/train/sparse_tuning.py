@@ -27,7 +27,8 @@ from gem_ds.select.rules import CALIBRATED_METHODS
 from gem_ds.select.selection import Selection
 from gem_ds.sparse.calibrate import calibrate
 from gem_ds.sparse.entries import HeadEntries, SelectedEntries, gather_indices
-from gem_ds.sparse.layers import TargetLayers, drop
+from gem_ds.sparse.layers import drop
+from gem_ds.sparse.target_layers import TargetLayers
 from gem_ds.train.fit import DivergedError, accumulate, seed_noise
 from gem_ds.train.optimizer import make_sparse_optimizer
 from gem_ds.train.prepare import PreparedRun

@@ -19,8 +19,8 @@ from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.engine import Engine
 from gem_ds.distributed.optim import SparseAdamW
 from gem_ds.sparse.entries import SampledSink
-from gem_ds.sparse.layers import TargetLayers
 from gem_ds.sparse.sddmm import Pattern
+from gem_ds.sparse.target_layers import TargetLayers
 from tests.tiny import Setting
 
 BATCH = 6

@@ -24,7 +24,7 @@ from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.process_group import init_distributed
 from gem_ds.distributed.weights import num_parameters, partitioned_loading
 from gem_ds.models.targets import find_targets
-from gem_ds.sparse.layers import TargetLayers
+from gem_ds.sparse.target_layers import TargetLayers
 from tests.distributed.bench import (
     ADAM,
     CLIPPING,

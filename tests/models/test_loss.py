@@ -22,7 +22,7 @@ from gem_ds.models.loss import (
     chunked_answer_loss,
     summed_answer_loss,
 )
-from gem_ds.sparse.layers import TargetLayers
+from gem_ds.sparse.target_layers import TargetLayers
 from tests.largest_tensor import LargestTensor
 from tests.ranks import run_ranks
 from tests.tiny import (

@@ -28,7 +28,7 @@ from gem_ds.select.rules import RULES
 from gem_ds.select.selection import Selection
 from gem_ds.sparse.calibrate import NUM_TRIED_STEPS, calibrate, sum_gradients
 from gem_ds.sparse.entries import gather_indices
-from gem_ds.sparse.layers import TargetLayers
+from gem_ds.sparse.target_layers import TargetLayers
 from tests import oracle
 from tests.ranks import run_ranks
 from tests.tiny import (

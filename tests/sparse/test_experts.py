@@ -28,8 +28,9 @@ from gem_ds.models.loss import chunked_answer_loss
 from gem_ds.models.targets import find_targets, targets_of
 from gem_ds.sparse.calibrate import calibrate
 from gem_ds.sparse.entries import SelectedEntries, gather_indices
-from gem_ds.sparse.layers import ExpertsLayer, TargetLayers
+from gem_ds.sparse.layers import ExpertsLayer
 from gem_ds.sparse.sddmm import Pattern, add_sampled_product, grouped, grouped_linear, product
+from gem_ds.sparse.target_layers import TargetLayers
 from gem_ds.train.config import Arguments, MethodArguments, ModelArguments
 from gem_ds.train.fit import fit
 from gem_ds.train.targets import settle_targets

@@ -11,8 +11,9 @@ from transformers.pytorch_utils import Conv1D
 
 from gem_ds.models.targets import find_targets
 from gem_ds.sparse.entries import SampledSink
-from gem_ds.sparse.layers import Sink, TargetLayer, TargetLayers
+from gem_ds.sparse.layers import Sink, TargetLayer
 from gem_ds.sparse.sddmm import Pattern, product
+from gem_ds.sparse.target_layers import TargetLayers
 from tests.tiny import checkpointed, make_model
 
 MODELS = {

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import gem_ds.planning.subject  # noqa: F401 - its attention keeps what a fused one would
 from gem_ds.models.targets import find_targets
-from gem_ds.sparse.layers import TargetLayers
+from gem_ds.sparse.target_layers import TargetLayers
 
 pytestmark = [
     pytest.mark.slow,  # imports DeepSpeed

@@ -32,7 +32,7 @@ from gem_ds.distributed.optim import SparseAdamW
 from gem_ds.distributed.process_group import init_distributed
 from gem_ds.files.mask import Mask
 from gem_ds.sparse.entries import SelectedEntries
-from gem_ds.sparse.layers import TargetLayers
+from gem_ds.sparse.target_layers import TargetLayers
 from gem_ds.tuner import GemConfig
 from tests.deltas import bits
 from tests.ranks import run_ranks, told_as
