@@ -29,6 +29,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import psutil
 from torch.utils.cpp_extension import get_default_build_root
 
 from gem_ds import cli
@@ -153,8 +154,14 @@ def launch(
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+        for rank in psutil.process_iter(["cmdline"]):  # a launcher's sessions, the stopped included
+            if f"--rank={told}" in (rank.info["cmdline"] or []):
+                rank.kill()
     seconds = [float(line.split()[1]) for line in out.splitlines() if line.startswith("seconds ")]
-    return seconds[0] if seconds and process.returncode == 0 else 0.0
+    if not seconds or process.returncode:
+        print(out if disturbance is None else "", end="")  # nobody has asked for this end
+        return 0.0
+    return seconds[0]
 
 
 def result_of(case: Case, folder: Path) -> dict[str, str]:
@@ -258,7 +265,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, _ = parser.parse_known_args(argv)
     if args.rank is not None:
         *program, disturbance = json.loads(args.rank)
-        print("seconds", run_program(*program, Disturbance(**disturbance)), flush=True)
+        seconds = run_program(*program, Disturbance(**disturbance))
+        if os.environ.get("RANK") == "0":  # two at once would write into each other's lines
+            print("seconds", seconds, flush=True)
         return 0
     with tempfile.TemporaryDirectory() as folder, one_rank():
         suite = Suite(Path(folder), random.Random(args.seed))
