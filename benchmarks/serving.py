@@ -85,15 +85,13 @@ def random_delta(model: nn.Module, density: float, seed: int) -> Delta:
     return Delta(mask=mask, values=values)
 
 
-def seconds(
-    run: Callable[[], object], device: torch.device, clock: Callable[[], float] = time.perf_counter
-) -> float:
+def seconds(run: Callable[[], object], device: torch.device) -> float:
     """Of one run, until the device is done."""
-    started = clock()
+    started = time.perf_counter()
     run()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return clock() - started
+    return time.perf_counter() - started
 
 
 def told(name: str, found: Sequence[float], per: Sequence[float] | None = None) -> None:
@@ -131,15 +129,14 @@ def swaps(model: nn.Module, deltas: Sequence[Delta], rounds: int) -> None:
         for name, weight in model.named_parameters():
             weight.data.copy_(other[name])
 
-    clock = time.thread_time if device.type == "cpu" else time.perf_counter
     times: dict[str, list[float]] = {"read": [], "swap": [], "reload": []}
     for turn in range(rounds):
-        times["read"].append(seconds(read, device, clock))
+        times["read"].append(seconds(read, device))
         held.use(str(turn % 10))
         then = str((turn + 1) % 10)
-        times["swap"].append(seconds(functools.partial(held.use, then), device, clock))
+        times["swap"].append(seconds(functools.partial(held.use, then), device))
         held.use(None)
-        times["reload"].append(seconds(reload, device, clock))
+        times["reload"].append(seconds(reload, device))
     for name, found in times.items():
         told(name, found, times["read"])
     for turn in range(1000):
