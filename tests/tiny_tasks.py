@@ -117,7 +117,7 @@ def naive_pair_loss(model: nn.Module, i: int) -> Tensor:
 @contextmanager
 def task_of(kind: Kind) -> Iterator[None]:
     """Trainings within find these examples, whatever task they name."""
-    with mock.patch("gem_ds.train.prepare.load_task", return_value=make_task(kind)):
+    with mock.patch("gem_ds.train.examples.load_task", return_value=make_task(kind)):
         yield
 
 

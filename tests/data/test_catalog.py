@@ -9,7 +9,7 @@ import pytest
 
 from gem_ds.data.tasks import NumberExample, TaskData, load_task
 from gem_ds.train.config import DataArguments
-from gem_ds.train.prepare import load_examples
+from gem_ds.train.examples import load_examples
 from tests.tiny_tasks import choice, put_on_hub
 
 WRITTEN = tomllib.loads(Path(__file__).with_name("catalog.toml").read_text(encoding="utf-8"))

@@ -222,8 +222,8 @@ def _closed(*_: object) -> None:
 
 #: What happens on one rank only: the rank, what is patched there, and how.
 ACCIDENTS: dict[str, tuple[int, str, Callable[..., None]]] = {
-    "unreadable on rank 1": (1, "gem_ds.train.prepare.load_task", _unreadable),
-    "unreadable on rank 0": (0, "gem_ds.train.prepare.load_task", _unreadable),
+    "unreadable on rank 1": (1, "gem_ds.train.examples.load_task", _unreadable),
+    "unreadable on rank 0": (0, "gem_ds.train.examples.load_task", _unreadable),
     "weights lost on rank 1": (1, "transformers.AutoModelForCausalLM.from_pretrained", _no_network),
     "disk full at a checkpoint": (0, "gem_ds.files.checkpoint.Checkpoint._write", _full_disk),
     "disk full at a log entry": (0, "gem_ds.train.reporting.Reporter.log", _closed),
