@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,15 +95,20 @@ def load_for_training(
     seed: int,
     **options: Any,
 ) -> tuple[PreTrainedModel, list[str]]:
-    """The base model, partitioned while it loads at ZeRO stage 3, and its head's parameters' names.
+    """The base model, and its head's parameters' names.
 
-    All ranks call this together. Parameters of an encoder's head that the files lack get their
-    first values here. `options` are those of `from_pretrained`; None leaves one out.
+    Weights go from the files to this rank's device one by one, at ZeRO stage 3 straight into
+    partitions; the host holds none of them whole besides. All ranks call this together. Parameters
+    of an encoder's head that the files lack get their first values here. `options` are those of
+    `from_pretrained`; None leaves one out.
     """
     from gem_ds.distributed.weights import partitioned_loading, whole_weights
 
-    # At stage 3 loading is collective itself, and rank 0 alone sees a wrong shape, after it.
-    together = comm.agreement() if zero_stage(deepspeed) < 3 else nullcontext()
+    together: AbstractContextManager[Any] = nullcontext()
+    if zero_stage(deepspeed) < 3:
+        options["device_map"] = {"": comm.device}
+        # At stage 3 loading is collective itself, and rank 0 alone sees a wrong shape, after it.
+        together = comm.agreement()
     with together, partitioned_loading(deepspeed):
         model, missing, wrong = _from_pretrained(name, config, dtype=dtype, **options)
         head = sorted(head_names(model)) if model is not None else []
@@ -197,7 +202,7 @@ def _settle_adapter(
 
 def load_weights(files: ModelFiles, device: torch.device) -> PreTrainedModel:
     """The whole model on one device, delta or adapter applied, in eval mode."""
-    model = _load_base(files)
+    model = _load_base(files, device_map={"": device})
     if files.delta is not None:
         apply_delta(model, files.delta)
     if files.adapter is not None:
@@ -225,7 +230,7 @@ def load_partitioned(
     return model
 
 
-def _load_base(files: ModelFiles) -> PreTrainedModel:
+def _load_base(files: ModelFiles, **options: Any) -> PreTrainedModel:
     """The base model; what it lacks, the delta or the adapter must bring."""
     # An adapter is ours to put in; transformers would do that with one in the model's folder.
     elsewhere = {"subfolder": "no_adapter"} if files.adapter is not None else None
@@ -236,6 +241,7 @@ def _load_base(files: ModelFiles) -> PreTrainedModel:
         revision=files.revision,
         trust_remote_code=files.trust_remote_code,
         adapter_kwargs=elsewhere,
+        **options,
     )
     if missing and files.adapter is not None:
         missing -= adapted_names(files.adapter)
