@@ -7,8 +7,13 @@ are recomputed is gathered for forward and backward pass, where single layers ar
 recomputation once more. Small parameters then come with their block, so none stays on every rank.
 
 Two blocks stand gathered at a time, where single layers would be a few matrices; without a limit
-every module that starts would gather one ahead. Only frozen blocks are leaves: DeepSpeed 0.19 sends
-gradients of a leaf when its backward pass begins if its input needs none, before there are any.
+every module that starts would gather one ahead. What is used again before a block's entries of
+others stays meanwhile: a tied embedding until the output layer has run (blocks count nothing on the
+way there), an output layer until its backward pass. DeepSpeed by itself keeps what is used again
+within 10^9 entries, which of a smaller model is every weight from its forward to its backward pass.
+
+Only frozen blocks are leaves: DeepSpeed 0.19 sends gradients of a leaf when its backward pass
+begins if its input needs none, before there are any.
 """
 
 from __future__ import annotations
@@ -36,6 +41,7 @@ def fill_stage3(zero: dict[str, Any], hidden_size: int, blocks: Mapping[str, int
         largest = max(leaves.values())
         fill(zero, "stage3_prefetch_bucket_size", largest)
         fill(zero, "stage3_max_live_parameters", 2 * largest)
+        fill(zero, "stage3_max_reuse_distance", largest)
         fill(zero, "stage3_param_persistence_threshold", 0)
     fill(zero, "stage3_prefetch_bucket_size", int(0.9 * hidden_size**2))
     fill(zero, "stage3_param_persistence_threshold", 10 * hidden_size)

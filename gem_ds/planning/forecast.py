@@ -130,7 +130,9 @@ class _Rank:
             held["masters and moments"] = _FP32 * words * own
         if self.is_sparse:
             held["selected values"] = self.itemsize * (total if self.stage < 3 else own)
+            copied = zip(self.subject.counts, self.subject.num_used, strict=True)
             held["indices"] = _FP32 * total + _INT64 * (total if self.stage < 3 else own)
+            held["indices"] += _FP32 * sum(count for count, used in copied if used is not None)
             if self.on_cpu:  # what a GPU's host keeps: the values before, the mask
                 held["indices"] += (self.itemsize + _FP32) * self.subject.num_selected
         elif self.stage >= 2:
@@ -170,7 +172,8 @@ class _Rank:
         if self.stage < 3 or (self.world_size == 1 and not self.offloads_weights):
             return None
         copies = self.on_cpu and self.world_size > 1
-        return Gathers(self.subject.model, self.zero, copies=copies)
+        is_preceded = self.subject.tries_loss
+        return Gathers(self.subject.model, self.zero, copies=copies, is_preceded=is_preceded)
 
     def reduce(self, live: LiveBytes, stack: ExitStack) -> None:
         """Until the stack ends, gradients of trained weights leave when they have been sent."""

@@ -6,18 +6,21 @@ starts, those that come next are gathered ahead, ``stage3_prefetch_bucket_size``
 more each time, until ``stage3_max_live_parameters`` are there. Several weights are one message, of
 which each is copied out when the first is needed, so that for a moment they are there twice. A
 weight that several modules share stays between their forward passes, and between their backward
-passes. Weights of at most ``stage3_param_persistence_threshold`` entries are never let go. A
-trained weight whose block is recomputed in the backward pass stays until that has used it.
+passes. From a forward to a backward pass stays what runs to come use before
+``stage3_max_reuse_distance`` entries of others (leaves have none, for a weight outside of them).
+Weights of at most ``stage3_param_persistence_threshold`` entries are never let go. A trained weight
+whose block is recomputed in the backward pass stays until that has used it.
 
 What comes next is a queue of the uses of weights, known from the step before; so a first pass
 records their order and a second one counts. A use whose weight is there when its turn comes leaves
-the queue, and is not gathered ahead though the weight may be let go before.
+the queue, and is not gathered ahead though the weight may be let go before. What stays is decided
+once, by the first order that is known: that of a forward pass alone, where one went before.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,24 +34,30 @@ from gem_ds.planning.live import LiveBytes
 class Gathers:
     """The gathered weights of a model, as its modules run under a resolved ``zero_optimization``.
 
-    If it ``copies``, a message is received into a copy, as gloo does it.
+    If it ``copies``, a message is received into a copy, as gloo does it. ``is_preceded`` tells that
+    a forward pass ran alone before.
     """
 
     KIND = "gathered weights"
 
-    def __init__(self, model: nn.Module, zero: Mapping[str, Any], *, copies: bool) -> None:
-        self.copies = copies
+    def __init__(
+        self, model: nn.Module, zero: Mapping[str, Any], *, copies: bool, is_preceded: bool
+    ) -> None:
+        self._model, self.copies, self.is_preceded = model, copies, is_preceded
         self.num_bytes = 0  # gathered in the last step, each weight as often as it was
         self.num_messages = 0  # that it took
         self._prefetch_size: int = zero["stage3_prefetch_bucket_size"]
         self._max_live = int(zero.get("stage3_max_live_parameters", 1e9))
+        self._max_reuse = int(zero.get("stage3_max_reuse_distance", 1e9))
         threshold = zero["stage3_param_persistence_threshold"]
         leaves = zero.get("leaf_module", {}).get("classes", ())
         self._weights = {
             module: [p for p in module.parameters(recurse=is_leaf) if p.numel() > threshold]
             for module, is_leaf in _running_modules(model, leaves)
         }
+        self._leaves = {m for m in self._weights if type(m).__name__ in leaves}
         self._runs: list[nn.Module] = []  # of this step, forward and backward
+        self._order: list[nn.Module] = []  # of the step before
         self._queue: deque[tuple[int, Tensor]] = deque()  # uses to come, by number of the run
         self._forwards: Counter[Tensor] = Counter()  # passes to come that will use a weight
         self._backwards: Counter[Tensor] = Counter()
@@ -64,7 +73,8 @@ class Gathers:
     def step(self, live: LiveBytes) -> Iterator[None]:
         """Within the block, one forward and backward pass, whose gathers ``live`` counts."""
         self._queue = deque((i, w) for i, run in enumerate(self._runs) for w in self._weights[run])
-        self._live, self._runs, self.num_bytes, self.num_messages = live, [], 0, 0
+        self._order, self._runs = self._runs, []
+        self._live, self.num_bytes, self.num_messages = live, 0, 0
         handles = []
         for module, weights in self._weights.items():
             self._forwards.update(weights)
@@ -82,7 +92,12 @@ class Gathers:
         """Let the weights go, and be there again when the gradient of the output arrives."""
         weights = self._weights[module]
         is_recomputed = torch._C._current_graph_task_id() != -1  # within a backward pass
-        self._end(self._forwards, weights, stays=is_recomputed)
+        staying: set[Tensor] = set()
+        if is_recomputed:
+            staying = {weight for weight in weights if weight.requires_grad}
+        elif not self.is_preceded:
+            staying = self._used_soon(module)
+        self._end(self._forwards, weights, staying)
         if is_recomputed:
             return  # gradients pass through what the first forward made
         output, read = _first_with_gradient(outputs), _first_with_gradient(inputs)
@@ -92,7 +107,20 @@ class Gathers:
             # A node's hook runs after those of the tensor, so the module above has ended.
             output.grad_fn.register_prehook(lambda _: self._start_backward(module))
         if read is not None:
-            read.register_hook(lambda _: self._end(self._backwards, weights, stays=False))
+            read.register_hook(lambda _: self._end(self._backwards, weights))
+
+    def _used_soon(self, module: nn.Module) -> set[Tensor]:
+        """What stays when a module has run, since others are to use it soon, or it itself."""
+        soon, size = set[Tensor](), 0
+        if self._model not in self._runs:  # of its hooks, a step's order begins behind them
+            return soon
+        for run in self._order[len(self._runs) :]:
+            if size >= self._max_reuse:
+                break
+            if module in self._leaves or run not in self._leaves:
+                soon.update(self._weights[run])
+                size += sum(weight.numel() for weight in self._weights[run])
+        return soon
 
     def _start_backward(self, module: Any) -> None:
         if module.applied_pre_backward_ref_cnt:
@@ -137,10 +165,15 @@ class Gathers:
             with self._live.held("messages", sum(weight.nbytes for weight in message)):
                 pass
 
-    def _end(self, to_come: Counter[Tensor], weights: list[nn.Parameter], *, stays: bool) -> None:
+    def _end(
+        self,
+        to_come: Counter[Tensor],
+        weights: list[nn.Parameter],
+        staying: Container[Tensor] = frozenset(),
+    ) -> None:
         """A pass of a module has ended; others of the same direction may be to come."""
         to_come.subtract(weights)
-        self._release(w for w in weights if to_come[w] <= 0 and not (stays and w.requires_grad))
+        self._release(w for w in weights if to_come[w] <= 0 and w not in staying)
 
     def _release(self, weights: Iterable[Tensor]) -> None:
         for weight in self._held.intersection(weights):

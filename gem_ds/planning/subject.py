@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from functools import partial
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ from gem_ds.sparse.layers import Sink, TargetLayer, drop
 from gem_ds.sparse.sddmm import choose_kernel
 from gem_ds.sparse.sddmm.memory import picking_bytes, temporary_bytes
 from gem_ds.sparse.target_layers import TargetLayers
+from gem_ds.sparse.used_inputs import keep_copies
 from gem_ds.train.config import Arguments
 from gem_ds.train.dense_tuning import trained_network
 from gem_ds.train.sparse_tuning import sparse_layers
@@ -66,19 +69,42 @@ class Subject:
         self.num_selected = targets.budget if vectors else 0
         self.num_trained = sum(p.numel() for p in self.trained)  # of all with optimizer state
         self.num_trained += sum(vector.num_entries for vector in vectors)
+        # A run tries how to compute the loss of a text, in a forward pass.
+        self.tries_loss = not is_encoder(config) and plain_output_layer(model) is not None
         self._loss = self._answer_loss() if not is_encoder(config) else _summed_logits
 
     def step(self, live: LiveBytes) -> None:
         """Run the last micro-batch of a step, forward and backward."""
-        layers, head = self.layers or (), self.head_layers
-        available = sum(layer.numel for layer in layers)
-        # Budgets are not known: each layer gets a share by its size.
-        counts = [self.num_selected * layer.numel // available for layer in layers]
-        sinks = [partial(self._hold, layer, n) for layer, n in zip(layers, counts, strict=True)]
+        sinks, head = self._sinks(), self.head_layers
         # The place in the head's vector changes no size, and biases are few.
         whole = [WholeSink(layer, head.vector, 0, None) for layer in head] if head else []
         batch_size = self.args.train.per_device_train_batch_size
         self._run(live, sinks, whole, batch_size, delivers=True)
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """Selected entries of each layer: budgets are not known, it gets a share by its size."""
+        layers = self.layers or ()
+        available = sum(layer.numel for layer in layers)
+        return [self.num_selected * layer.numel // available for layer in layers]
+
+    @cached_property
+    def num_used(self) -> list[int | None]:
+        """Inputs of each layer that its entries read, if spread evenly; None where all are kept."""
+        layers = self.layers or ()
+        sizes = [(layer.num_inputs, n) for layer, n in zip(layers, self.counts, strict=True)]
+        used = [math.ceil(size * (1 - (1 - 1 / max(1, size)) ** n)) for size, n in sizes]
+        copied = keep_copies(layers, used)
+        return [n if is_copied else None for n, is_copied in zip(used, copied, strict=True)]
+
+    def _sinks(self) -> list[Sink]:
+        """Sinks that hold what the kernels would."""
+        sinks: list[Any] = []
+        for count, num_used in zip(self.counts, self.num_used, strict=True):
+            sinks.append(partial(self._hold, count))
+            if num_used is not None:
+                sinks[-1].inputs = torch.empty(num_used, dtype=torch.int64, device="meta")
+        return sinks
 
     def calibrate(
         self,
@@ -144,23 +170,16 @@ class Subject:
         is_same = [id(output) for output in outputs] == [id(logits)]
         return chunked_answer_loss if is_same else summed_answer_loss
 
-    def _hold(
-        self,
-        layer: TargetLayer,
-        num_entries: int,
-        dy: Tensor,
-        x: Tensor,
-        ends: Tensor | None = None,
-    ) -> None:
+    def _hold(self, num_entries: int, dy: Tensor, x: Tensor, ends: Tensor | None = None) -> None:
         """A sink that holds what the kernel would, and the vector's buffer."""
         assert self.layers is not None
         self.layers.vector.gradient(0, num_entries, dy.device)
         groups = 1 if ends is None else len(ends)
+        rows, columns = dy.shape[1], x.shape[1]
         if groups > 1 and not self.on_cpu:
-            num_bytes = picking_bytes(layer.numel, num_entries, dy.element_size())
+            num_bytes = picking_bytes(groups * rows * columns, num_entries, dy.element_size())
             torch.empty(num_bytes, dtype=torch.uint8, device=dy.device)
             return
-        rows, columns = layer.shape[-2:]
         num_entries //= groups  # of experts one at a time
         name: str = self.args.method.sddmm_kernel
         if name == "auto":

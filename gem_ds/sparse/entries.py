@@ -10,6 +10,7 @@ is another.
 
 Every rank holds all K indices (4 bytes each), since each computes the gradient of all of them over
 its own tokens; it writes those that lie in its own part of the weights (8 bytes more for each).
+Layers that keep a part of their input only have another 4 for each of theirs.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from gem_ds.sparse.flat_values import FlatValues
 from gem_ds.sparse.layers import ExpertsLayer, Sink, TargetLayer
 from gem_ds.sparse.sddmm import Pattern, add_product, add_sampled_product, choose_kernel
 from gem_ds.sparse.target_layers import TargetLayers
+from gem_ds.sparse.used_inputs import among, used_inputs
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class SampledSink:
     start: int  # of this layer's slice
     pattern: Pattern
     kernel: str = "auto"
+    inputs: Tensor | None = None  # int64, those of the layer that the pattern is of, if not all
 
     def __call__(self, a: Tensor, b: Tensor, ends: Tensor | None = None) -> None:
         """Add the gradient of one backward."""
@@ -165,16 +168,19 @@ class SelectedEntries(TrainedEntries):
         weights = {layer.name: layer.weight for layer in layers}
         super().__init__(engine, layers, weights, flat_indices)
         self.kernel = kernel
+        self._inputs = used_inputs(layers, self.flat_indices)
         self._patterns = [
-            Pattern.of(index, layer.shape)
-            for layer, index in zip(layers, self.flat_indices, strict=True)
+            Pattern.of(*among(inputs, layer, index))
+            for inputs, layer, index in zip(self._inputs, layers, self.flat_indices, strict=True)
         ]
 
     def sinks(self) -> list[SampledSink]:
         """Per layer, what collects the gradient of its entries."""
         return [
-            SampledSink(self.vector, start, pattern, self.kernel)
-            for start, pattern in zip(self.starts, self._patterns, strict=True)
+            SampledSink(self.vector, start, pattern, self.kernel, inputs)
+            for start, pattern, inputs in zip(
+                self.starts, self._patterns, self._inputs, strict=True
+            )
         ]
 
     def kernels(self) -> list[str]:

@@ -30,7 +30,8 @@ from gem_ds.sparse.quantized import computed_in, dequantized, is_quantized
 Sink = Callable[..., None]
 """Takes a, [tokens, rows], and b, [tokens, columns], whose ``a^T b`` is the weight's gradient.
 
-Of experts a third tensor says where the tokens of each end (:mod:`gem_ds.sparse.sddmm.grouped`)."""
+Of experts a third tensor says where the tokens of each end (:mod:`gem_ds.sparse.sddmm.grouped`).
+A sink that has ``inputs``, int64 [c], takes these features of a layer's input only."""
 
 
 def drop(*_: Tensor) -> None:
@@ -49,7 +50,8 @@ class _AnchoredLinear(torch.autograd.Function):
         anchor: Tensor,
         layer: TargetLayer,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        inputs: Tensor | None = getattr(layer.sink, "inputs", None)
+        ctx.save_for_backward(x if inputs is None else x.index_select(-1, inputs), weight)
         ctx.layer = layer
         return F.linear(x, layer.matrix(weight), bias)
 
@@ -61,7 +63,7 @@ class _AnchoredLinear(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             dx = (dy @ layer.matrix(weight).to(dy.dtype)).to(x.dtype)
-        tokens = x.reshape(-1, x.shape[-1]).to(dy.dtype)
+        tokens = x.reshape(x.shape[:-1].numel(), x.shape[-1]).to(dy.dtype)  # perhaps of no features
         factors = layer.factors(dy.reshape(-1, dy.shape[-1]), tokens)
         assert layer.sink is not None, f"{layer.name}: its sink left before the backward"
         layer.sink(*factors)
@@ -70,6 +72,8 @@ class _AnchoredLinear(torch.autograd.Function):
 
 class TargetLayer:
     """A linear layer (``nn.Linear``) whose weight is a target; ``name`` is the weight's."""
+
+    input_dim: int | None = 1  # of the stored weight; None where tokens go to several matrices
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name = name  # of the weight, in ``model.named_parameters()``
@@ -80,6 +84,7 @@ class TargetLayer:
         self.shape = shape_of(self.weight)  # of the whole weight, as stored
         self.dtype = self.weight.dtype
         self.numel = numel(self.weight)
+        self.num_inputs = 0 if self.input_dim is None else self.shape[self.input_dim]
         self.sink: Sink | None = None
         self.anchor: Tensor | None = None  # of the present forward pass
 
@@ -117,6 +122,8 @@ class TargetLayer:
 class Conv1DLayer(TargetLayer):
     """transformers' Conv1D, a linear layer that stores its weight as [in, out]."""
 
+    input_dim = 0
+
     @staticmethod
     def matrix(weight: Tensor) -> Tensor:
         """The weight as [out, in]."""
@@ -130,6 +137,8 @@ class Conv1DLayer(TargetLayer):
 
 class ExpertsLayer(TargetLayer):
     """A projection of all experts of a block, [experts, rows, columns]; the module may have two."""
+
+    input_dim = None
 
     def attach(self) -> None:
         """Let the module compute by groups of tokens, this projection as a target."""

@@ -1,53 +1,19 @@
-"""The target layers of a model together, and what becomes of its other linear layers meanwhile.
+"""The target layers of a model together; its other layers meanwhile keep less.
 
-Those keep even less of a forward pass than targets: their weight *parameter*, of which ZeRO-3 may
-hold a part in between, and nothing of their input, which only a gradient of theirs would need.
-(DeepSpeed's own linear function keeps the input; torch's keeps what ZeRO-3 has gathered.)
+:mod:`gem_ds.sparse.frozen` says what.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from gem_ds.sparse.flat_values import FlatValues
+from gem_ds.sparse.frozen import give_back, keep_less
 from gem_ds.sparse.layers import Sink, TargetLayer, kind_of
-
-
-class _FrozenLinear(torch.autograd.Function):
-    """A linear layer's function that saves its weight alone."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight)
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        (weight,) = ctx.saved_tensors
-        return dy @ weight.to(dy.dtype), None, None
-
-
-def _frozen_forward(module: nn.Module, x: Tensor) -> Tensor:
-    """What a linear layer computes while nothing of it is trained: the same as ever."""
-    y: Tensor = _FrozenLinear.apply(x, module.weight, module.bias)
-    return y
-
-
-def _frozen_linears(model: nn.Module) -> list[Any]:
-    """Plain linear layers of a model, but for its output layer, whose loss is computed in it."""
-    output = getattr(model, "get_output_embeddings", lambda: None)()
-    return [
-        module
-        for module in model.modules()
-        if kind_of(module) is TargetLayer and module is not output and "forward" not in vars(module)
-    ]
 
 
 class TargetLayers(Sequence[TargetLayer]):
@@ -87,9 +53,7 @@ class TargetLayers(Sequence[TargetLayer]):
         if vector_name is not None:
             model.add_module(vector_name, self.vector)
         self._hook = model.register_forward_pre_hook(self.renew_anchor)
-        self._frozen = _frozen_linears(model)
-        for module in self._frozen:
-            module.forward = partial(_frozen_forward, module)
+        self._frozen = keep_less(model)
         for layer in self.layers:
             layer.attach()
 
@@ -121,7 +85,6 @@ class TargetLayers(Sequence[TargetLayer]):
         self._hook.remove()
         for layer in self.layers:
             layer.detach()
-        for module in self._frozen:
-            vars(module).pop("forward", None)
+        give_back(self._frozen)
         if self.vector_name is not None:
             delattr(self.model, self.vector_name)

@@ -4,26 +4,40 @@ Every collective is counted where torch hands it to the network: with blocks gat
 DeepSpeed gathers them when nobody tells it of blocks. Both select and train the same.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from benchmarks.steps.traffic import Collectives
+from gem_ds.distributed.engine import Engine
+from gem_ds.distributed.optim import SparseAdamW
 from gem_ds.distributed.process_group import init_distributed
+from gem_ds.distributed.weights import num_parameters
 from gem_ds.distributed.zero_config import read_config
-from gem_ds.distributed.zero_gathers import fill_stage3
 from gem_ds.files.checkpoint import TrainerState
 from gem_ds.models.blocks import block_sizes
-from gem_ds.models.loss import answer_loss_of, chunked_answer_loss
+from gem_ds.models.encoders import head_names, without_head
+from gem_ds.models.loss import answer_loss_of, chunked_answer_loss, summed_answer_loss
+from gem_ds.models.objective import summed_pair_loss
+from gem_ds.models.targets import find_targets, head_layers
 from gem_ds.planning.forecast import Setting, forecast
 from gem_ds.sparse.calibrate import select, sum_gradients
-from gem_ds.sparse.entries import SelectedEntries, gather_indices
+from gem_ds.sparse.entries import HeadEntries, SelectedEntries, gather_indices
+from gem_ds.sparse.target_layers import TargetLayers
 from gem_ds.train.arguments import parse_arguments
 from gem_ds.train.fit import fit, mean_loss
 from tests import tiny
@@ -45,14 +59,15 @@ SIZES = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 32,
 }
+ENCODER_SIZES = {key: n for key, n in SIZES.items() if key != "num_key_value_heads"}
 
 
 @dataclass
 class Account:
-    """What one rank found; traffic is that of a micro-batch."""
+    """What one rank found; traffic is that of the last step, of one micro-batch."""
 
-    entries: list[float]  # gathered in each step
-    messages: list[int]
+    entries: float  # gathered
+    messages: int
     reaches_embedding: bool  # whether a gradient comes to the embedding's output
     whole: list[str]  # parameters that stay gathered between steps
     gradients: Tensors  # that a calibration sums, of this rank's ranges
@@ -88,14 +103,13 @@ def _account(knows_blocks: bool, is_checkpointed: bool) -> Account:
     entries.start_from_weights()
     state, scheduler = TrainerState(max_steps=NUM_STEPS), LambdaLR(engine.optimizer, lambda _: 1.0)
     steps = fit(engine, [entries], batches, summed_loss, scheduler, state, seed=0)
-    traffic = [Collectives() for _ in range(NUM_STEPS)]
-    for collectives in traffic:
-        with collectives.counted():
+    for _ in range(NUM_STEPS):
+        with (collectives := Collectives()).counted():
             next(steps)
     named: dict[str, Any] = dict(model.named_parameters())
     return Account(
-        entries=[collectives.weights / 4 for collectives in traffic],
-        messages=[collectives.num_gathers for collectives in traffic],
+        entries=collectives.weights / 4,
+        messages=collectives.num_gathers,
         reaches_embedding=any(needed),
         whole=[name for name, p in named.items() if p.ds_status.name != "NOT_AVAILABLE"],
         gradients=dict(zip((layer.name for layer in layers), gradients, strict=True)),
@@ -105,9 +119,81 @@ def _account(knows_blocks: bool, is_checkpointed: bool) -> Account:
     )
 
 
-def _accounts() -> dict[tuple[bool, bool], Account]:
+@dataclass
+class Unpreceded:
+    """Traffic of a training before which no forward pass went alone: no chunked loss was tried."""
+
+    entries: float  # gathered in a step
+    messages: int
+    most_held: int  # entries of weights that were whole, or on their way, when a module began
+    block: int
+    ends: int  # entries of all but the blocks
+
+
+def _encoder() -> Any:
+    torch.manual_seed(0)
+    return BertForSequenceClassification(BertConfig(**ENCODER_SIZES))
+
+
+#: Models and targets of which no chunked loss is tried.
+UNPRECEDED: dict[str, tuple[Callable[[], Any], list[str] | None]] = {
+    "encoder": (_encoder, None),
+    "output layer": (_model, ["q_proj", "v_proj", "lm_head"]),
+}
+
+
+def _unpreceded(kind: str) -> Unpreceded:
+    make, target_modules = UNPRECEDED[kind]
+    comm, model = init_distributed(), checkpointed(make())
+    head, sizes = sorted(head_names(model)), block_sizes(model)
+    parts = [TargetLayers(model, find_targets(model, target_modules), K)]
+    summed_loss, examples = summed_answer_loss, random_examples(8)
+    if head:
+        size = sum(model.get_parameter(name).numel() for name in head)
+        parts.append(TargetLayers(model, head_layers(model, head), size, "gem_head"))
+        summed_loss = summed_pair_loss
+        examples = replace(examples, prompt_lengths=None, answers=torch.arange(8) % 2)
+    weights: list[Any] = list(model.parameters())
+    num_entries = sum(weight.numel() for weight in weights)
+    config = tiny.Setting(3).config(2, 1.0, K, sizes)
+    engine = Engine(model, [part.vector for part in parts], _optimizer, config, comm)
+    indices = [torch.arange(K), *[torch.arange(0)] * (len(parts[0]) - 1)]
+    trained: list[Any] = [SelectedEntries(engine, parts[0], indices, kernel="library")]
+    trained += [HeadEntries(engine, part) for part in parts[1:]]
+    for entries in trained:
+        entries.start_from_weights()
+    batches, state = make_batches(examples, comm, 1), TrainerState(max_steps=NUM_STEPS)
+    scheduler = LambdaLR(engine.optimizer, lambda _: 1.0)
+    steps = fit(engine, trained, batches, summed_loss, scheduler, state, seed=0)
+    held = [0]
+
+    def look(*_: Any) -> None:
+        held.append(sum(w.ds_numel for w in weights if w.ds_status.name != "NOT_AVAILABLE"))
+
+    for _ in range(NUM_STEPS):
+        collectives = Collectives()
+        with ExitStack() as stack:
+            stack.enter_context(collectives.counted())
+            stack.callback(register_module_forward_pre_hook(look).remove)
+            next(steps)
+    (block,) = sizes.values()
+    return Unpreceded(
+        entries=collectives.weights / 4,
+        messages=collectives.num_gathers,
+        most_held=max(held),
+        block=block,
+        ends=num_entries - NUM_BLOCKS * block,
+    )
+
+
+def _optimizer(values: list[Any]) -> SparseAdamW:
+    return SparseAdamW([{"params": [vector]} for vector in values], lr=0.01)
+
+
+def _accounts() -> tuple[dict[tuple[bool, bool], Account], dict[str, Unpreceded]]:
     """By whether blocks are gathered whole, and recomputed."""
-    return {key: _account(*key) for key in ((False, True), (True, True), (True, False))}
+    accounts = {key: _account(*key) for key in ((False, True), (True, True), (True, False))}
+    return accounts, {kind: _unpreceded(kind) for kind in UNPRECEDED}
 
 
 Accounts = list[dict[tuple[bool, bool], Account]]
@@ -115,8 +201,13 @@ Accounts = list[dict[tuple[bool, bool], Account]]
 
 
 @pytest.fixture(scope="module")
-def accounts() -> Accounts:
+def found() -> list[Any]:
     return run_ranks(2, _accounts)
+
+
+@pytest.fixture(scope="module")
+def accounts(found: list[Any]) -> Accounts:
+    return [accounts for accounts, _ in found]
 
 
 def test_blocks_are_gathered_once_for_each_pass_and_the_ends_of_the_model_once(
@@ -126,14 +217,24 @@ def test_blocks_are_gathered_once_for_each_pass_and_the_ends_of_the_model_once(
     num_entries = sum(p.numel() for p in _model().parameters())
     for account in accounts:
         single, whole = account[False, True], account[True, True]
-        assert single.entries[-1] > 2.5 * num_entries, "what is mended"
+        assert single.entries > 2.5 * num_entries, "what is mended"
         for blocks in (whole, account[True, False]):
-            assert blocks.entries[-1] == 2 * (num_entries + K) - 2 * VOCABULARY * HIDDEN
-            assert blocks.entries[-1] <= 2.0 * num_entries
-            assert blocks.messages[-1] <= single.messages[-1] / 5
+            assert blocks.entries == 2 * (num_entries + K) - 2 * VOCABULARY * HIDDEN
+            assert blocks.entries <= 2.0 * num_entries
+            assert blocks.messages <= single.messages / 5
             assert not blocks.reaches_embedding
             assert blocks.whole == []
         assert single.reaches_embedding
+
+
+@pytest.mark.parametrize("kind", ["encoder", "output layer"])
+def test_without_a_forward_pass_before_blocks_are_let_go_too(found: list[Any], kind: str) -> None:
+    """Two stand gathered, beside the ends of the model; embeddings are gathered once."""
+    for _, by_kind in found:
+        one = by_kind[kind]
+        num_entries = one.ends + NUM_BLOCKS * one.block
+        assert one.entries <= 2.0 * num_entries
+        assert one.most_held <= 2 * one.block + one.ends
 
 
 def test_how_weights_are_gathered_changes_nothing_else(accounts: Accounts) -> None:
@@ -151,55 +252,28 @@ def test_how_weights_are_gathered_changes_nothing_else(accounts: Accounts) -> No
         assert whole.held_out == plain.held_out == pytest.approx(single.held_out, rel=1e-6)
 
 
-@pytest.mark.parametrize("is_checkpointed", [False, True])
-def test_the_planner_foretells_them(accounts: Accounts, is_checkpointed: bool) -> None:
-    flags = "--model_name_or_path m --max_length 8 --density 0.00109"
-    flags += " --gradient_checkpointing" * is_checkpointed
+@pytest.mark.parametrize("kind", [False, True, *UNPRECEDED])
+def test_the_planner_foretells_them(found: list[Any], kind: bool | str) -> None:
+    """Of a Llama, recomputed or not; of what no forward pass goes before."""
+    accounts, by_kind = found[0]
+    make, target_modules = (_model, None) if isinstance(kind, bool) else UNPRECEDED[kind]
+    model = make()
+    density = (K + 0.5) / num_parameters(without_head(model))
+    flags = ["--model_name_or_path", "m", "--max_length", "8", "--density", f"{density:.8f}"]
+    flags += ["--gradient_checkpointing"] * bool(kind)
+    flags += ["--target_modules", *target_modules] if target_modules else []
     told = forecast(
         Setting(
-            args=parse_arguments(flags.split(), needed=[]),
-            config=LlamaConfig(**SIZES),
+            args=parse_arguments(flags, needed=[]),
+            config=model.config,
             deepspeed=read_config(DS_CONFIGS / "zero3.json"),
             world_size=2,
             on_cpu=True,
         )
     )
-    counted = accounts[0][True, is_checkpointed]
-    assert told.num_trained == K
-    assert told.weight_gathers == pytest.approx(4 * counted.entries[-1], rel=0.01)
-    assert told.num_gathers == pytest.approx(counted.messages[-1], abs=2)
-
-
-# The rule
-
-
-BLOCKS = {"Block": 100, "Large": 1000}
-
-
-@pytest.mark.parametrize(
-    ("given", "filled"),
-    [
-        ({}, (["Block", "Large"], 1000, 2000, 0)),
-        ({"stage3_max_live_parameters": 999}, (["Block"], 100, 999, 0)),
-        ({"stage3_max_live_parameters": 99}, (None, 90, 99, 100)),
-        ({"stage3_prefetch_bucket_size": 7}, (["Block", "Large"], 7, 2000, 0)),
-        ({"leaf_module": {"classes": ["Other"]}}, (["Other"], 90, None, 100)),
-        ({"stage3_module_granularity_threshold": 5}, (None, 90, None, 100)),
-    ],
-    ids=["all", "one too large", "all too large", "a size told", "leaves told", "by granularity"],
-)
-def test_blocks_are_leaves_unless_they_are_too_large_or_the_json_decides(
-    given: dict[str, Any], filled: tuple[list[str] | None, int, int | None, int]
-) -> None:
-    zero = {"stage3_param_persistence_threshold": "auto"} | given
-    fill_stage3(zero, 10, BLOCKS)
-    found = (
-        zero.get("leaf_module", {}).get("classes"),
-        zero["stage3_prefetch_bucket_size"],
-        zero.get("stage3_max_live_parameters"),
-        zero["stage3_param_persistence_threshold"],
-    )
-    assert found == filled
+    counted = accounts[True, kind] if isinstance(kind, bool) else by_kind[kind]
+    assert told.weight_gathers == pytest.approx(4 * counted.entries, rel=0.01)
+    assert told.num_gathers == pytest.approx(counted.messages, abs=2)
 
 
 def test_blocks_are_those_that_checkpointing_recomputes() -> None:

@@ -115,7 +115,7 @@ def gathers_of(
         "stage3_prefetch_bucket_size": prefetch_size,
         "stage3_max_live_parameters": 200,
     }
-    return Gathers(model, zero, copies=False)
+    return Gathers(model, zero, copies=False, is_preceded=True)
 
 
 def step(gathers: Gathers, run: Callable[[torch.Tensor], torch.Tensor]) -> MostGathered:

@@ -14,6 +14,7 @@ from gem_ds.sparse.entries import SampledSink
 from gem_ds.sparse.layers import Sink, TargetLayer
 from gem_ds.sparse.sddmm import Pattern, product
 from gem_ds.sparse.target_layers import TargetLayers
+from gem_ds.sparse.used_inputs import among, used_inputs
 from tests.tiny import checkpointed, make_model
 
 MODELS = {
@@ -229,6 +230,49 @@ def test_a_bf16_model_collects_in_fp32_and_delivers_in_bf16() -> None:
         (model(x).sum() * 2.0).backward()
     assert layers.vector.values.grad.dtype == torch.bfloat16
     assert layers.vector.values.grad.tolist() == [4.0] * 6
+
+
+@pytest.mark.parametrize("num_used", [0, 1, 15, 16])
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+def test_inputs_that_no_entry_reads_are_not_kept(kind: type[nn.Module], num_used: int) -> None:
+    """Where copies for query and value together take less than half of what both read."""
+    torch.manual_seed(0)
+    sizes = (24, 64) if kind is Conv1D else (64, 24)  # both map 64 features to 24
+    model = nn.ModuleDict({name: kind(*sizes) for name in ("query", "other", "value")})
+    targets = {f"{name}.weight": model[name] for name in ("query", "value")}
+    indices = []
+    for _ in targets:
+        selected = torch.zeros(64, 24, dtype=torch.bool)
+        selected[torch.randperm(64)[:num_used]] = torch.rand(num_used, 24) < 0.8
+        selected = selected if kind is Conv1D else selected.t()
+        indices.append(selected.flatten().nonzero().flatten().int())
+    layers = TargetLayers(model, targets, sum(map(len, indices)))
+    inputs = used_inputs(layers, indices)
+    sinks = [
+        SampledSink(layers.vector, start, Pattern.of(*among(used, layer, index)), inputs=used)
+        for start, used, layer, index in zip(
+            (0, len(indices[0])), inputs, layers, indices, strict=True
+        )
+    ]
+    saved: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            saved[tensor.data_ptr()] = tensor
+        return tensor
+
+    x, dy = torch.randn(2, 5, 64, requires_grad=True), torch.randn(2, 5, 24)
+    layers.renew_anchor()
+    with layers.sinks(sinks):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            y = model["query"](x) + model["other"](x) - model["value"](x)
+        y.backward(dy)
+    kept = 2 * num_used if num_used < 16 else 64
+    assert sum(tensor.nbytes for tensor in saved.values()) == x.nbytes // 64 * kept
+    whole = torch.einsum("bto,bti->oi", dy, x.detach())
+    whole = whole.t() if kind is Conv1D else whole
+    expected = [whole.flatten()[indices[0].long()], -whole.flatten()[indices[1].long()]]
+    torch.testing.assert_close(layers.vector.take_gradient(), torch.cat(expected))
 
 
 @pytest.mark.parametrize("name", MODELS)
