@@ -26,14 +26,16 @@ from transformers import (
 from gem_ds.data.batches import Batches
 from gem_ds.data.dataset import Dataset
 from gem_ds.distributed.comm import Comm
-from gem_ds.distributed.engine import Engine
+from gem_ds.distributed.engine import Engine, FlatVector
 from gem_ds.distributed.optim import SparseAdamW
+from gem_ds.distributed.weights import numel
 from gem_ds.distributed.zero_config import RunShape, read_config, resolve_config
 from gem_ds.models.blocks import block_sizes, enable_checkpointing
 from gem_ds.models.loss import chunked_answer_loss
 from gem_ds.models.targets import find_targets
 from gem_ds.sparse.target_layers import TargetLayers
 from tests import oracle
+from tests.largest_tensor import LargestTensor
 
 DS_CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"
 PAD_TOKEN_ID = 0
@@ -229,6 +231,18 @@ def make_engine(
     config = setting.config(comm.world_size, 1.0, num_selected, block_sizes(model))
     optimizer = functools.partial(SparseAdamW, lr=0.01)
     return Engine(model, [layers.vector], optimizer, config, comm), layers
+
+
+def whole_state(engine: Engine, vector: FlatVector | None = None) -> Tensors:
+    """Masters and moments, which rank 0 alone gets, on every rank; no other made room for them."""
+    with LargestTensor() as made:
+        state = engine.get_state(vector)
+    if not engine.comm.is_main:
+        assert state == {}
+        size = numel((vector or engine.vectors[0]).values)
+        assert made.total_entries < 3 * size + 64, "its own parts, not those of others"
+    told: Tensors = engine.comm.broadcast_object(state)
+    return told
 
 
 def bits(tensor: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ class Comm:
     def gather_shards(self, shard: Tensor) -> Tensor:
         """Put ranges of n entries, one on each rank, together: [world_size * n] on every rank.
 
-        Unlike :meth:`all_gather` it asks nobody for lengths, so a GPU does not wait for it.
+        Unlike :meth:`gather` it asks nobody for lengths, so a GPU does not wait for it.
         """
         if self.world_size == 1:
             return shard
@@ -74,8 +74,11 @@ class Comm:
         dist.all_gather_into_tensor(whole, shard)
         return whole
 
-    def all_gather(self, tensor: Tensor) -> list[Tensor]:
-        """Collect 1-D tensors, whose lengths may differ between ranks, in rank order."""
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """Collect 1-D tensors, whose lengths may differ between ranks, in rank order on rank 0.
+
+        The others get none.
+        """
         if self.world_size == 1:
             return [tensor]
         lengths = torch.zeros(self.world_size, dtype=torch.int64, device=tensor.device)
@@ -83,9 +86,9 @@ class Comm:
         sizes = self.all_reduce(lengths, "sum").tolist()
         padded = tensor.new_zeros(max(sizes))
         padded[: tensor.numel()] = tensor
-        parts = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(parts, padded)
-        return [part[:size] for part, size in zip(parts, sizes, strict=True)]
+        parts = [torch.empty_like(padded) for _ in sizes] if self.is_main else None
+        dist.gather(padded, parts)
+        return [part[:size] for part, size in zip(parts or [], sizes, strict=False)]
 
     def start_reading(self, tensor: Tensor) -> Callable[[], list[float]]:
         """Begin to copy a small tensor to the host; what it returns waits for that, and no more."""

@@ -171,19 +171,21 @@ class Engine(BaseEngine):
         return self.weights.read_whole((vector or self.vectors[0]).values)
 
     def get_state(self, vector: FlatVector | None = None) -> dict[str, Tensor]:
-        """Masters and moments by ``optim.STATE_KEYS``: fp32 [K] on the CPU, on all ranks.
+        """Masters and moments by ``optim.STATE_KEYS``: fp32 [K] on the CPU, on rank 0.
 
-        One of them at a time is whole on the device.
+        One of them at a time is whole on its device. On other ranks there are none; all call it.
         """
         masters, place, _ = self._masters(vector or self.vectors[0])
         moments = self.optimizer.state[masters] or self.optimizer.reset_state(masters)
         parts = {**moments, "master": masters.detach()}
-        return {key: self._gather(parts[key].view(-1)[place]).cpu() for key in STATE_KEYS}
-
-    def _gather(self, part: Tensor) -> Tensor:
-        """A copy on the device of a vector of which each rank holds a part, or at stage 0 all."""
-        part = part.to(self.device)
-        return part.clone() if self.stage == 0 else torch.cat(self.comm.all_gather(part))
+        state = {}
+        for key in STATE_KEYS:
+            own = parts[key].view(-1)[place]
+            # At stage 0 each rank holds all of it.
+            found = [own] if self.stage == 0 else self.comm.gather(own.to(self.device))
+            if self.comm.is_main:
+                state[key] = torch.cat(found).cpu()
+        return state
 
     @property
     def num_updates(self) -> int:

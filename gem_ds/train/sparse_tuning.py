@@ -259,15 +259,16 @@ class SparseTuning:
 
     def save_weights(self) -> None:
         """Write the delta; called on all ranks."""
-        values = self.entries.split(self.entries.values().cpu())
-        head = {}
-        if self.head is not None:
-            parts = self.head.split(self.head.values().cpu())
-            head = {
-                name: part.view(shape_of(self.head.parameters[name]))
-                for name, part in parts.items()
-            }
+        values = self.entries.values()
+        of_head = None if self.head is None else self.head.values()
         with self.comm.agreement():
             if self.comm.is_main:
-                delta = Delta(mask=self.mask, values=values, head=head)
+                head = {}
+                if self.head is not None and of_head is not None:
+                    head = {
+                        name: part.view(shape_of(self.head.parameters[name]))
+                        for name, part in self.head.split(of_head.cpu()).items()
+                    }
+                values_of = self.entries.split(values.cpu())
+                delta = Delta(mask=self.mask, values=values_of, head=head)
                 delta.save(claim(self.prepared.output_dir, "delta.safetensors"))

@@ -21,7 +21,7 @@ from gem_ds.distributed.optim import SparseAdamW
 from gem_ds.sparse.entries import SampledSink
 from gem_ds.sparse.sddmm import Pattern
 from gem_ds.sparse.target_layers import TargetLayers
-from tests.tiny import Setting
+from tests.tiny import Setting, whole_state
 
 BATCH = 6
 FEATURES = 7
@@ -99,7 +99,7 @@ def micro_batch(rank: int, i: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def delivered(engine: Engine) -> Tensor:
     """The gradient of an engine's only step from moments of zero."""
-    return engine.get_state()["exp_avg"] / (1 - ADAM["betas"][0])
+    return whole_state(engine)["exp_avg"] / (1 - ADAM["betas"][0])
 
 
 def assert_close(actual: Vectors, expected: Vectors, relative: float = 1e-6) -> None:

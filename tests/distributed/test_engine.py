@@ -44,7 +44,7 @@ from tests.distributed.bench import (
     some_vectors,
 )
 from tests.ranks import run_ranks, told_as
-from tests.tiny import Setting, tiny_config
+from tests.tiny import Setting, tiny_config, whole_state
 
 pytestmark = pytest.mark.slow  # starts engines or programs
 
@@ -72,7 +72,7 @@ def fresh(bench: Bench) -> None:
     engine, comm = bench.engine, bench.comm
     dense = sum(parameter.numel() for parameter in bench.dense.parameters())
     assert num_parameters(engine.model) == dense + bench.layers.vector.num_entries
-    assert_equal(engine.get_state(), no_vectors())
+    assert_equal(whole_state(engine), no_vectors())
     assert [layer.numel for layer in bench.layers] == [35, 99, 33, 3, 1]
     for layer in bench.layers:
         original = bench.dense.get_parameter(layer.name).detach()
@@ -82,10 +82,10 @@ def fresh(bench: Bench) -> None:
         assert (shard.dim(), shard.numel(), shard.dtype) == (1, stop - start, original.dtype)
         size = -(-layer.numel // comm.world_size)
         assert stop - start <= engine.weights.partition_size(layer.weight) == size
-        bounds = torch.cat(comm.all_gather(torch.tensor([start, stop]))).tolist()
+        bounds = torch.cat(comm.gather_objects(torch.tensor([start, stop]))).tolist()
         assert (bounds[0], bounds[-1]) == (0, layer.numel)
         assert bounds[1:-1:2] == bounds[2:-1:2], "each range begins where the one before ends"
-        whole = torch.cat(comm.all_gather(shard))
+        whole = torch.cat(comm.gather_objects(shard))
         assert torch.equal(whole, original.flatten()), f"{layer.name} is read wrongly"
 
 
@@ -94,7 +94,7 @@ def state_round_trip(bench: Bench) -> None:
     for seed, num_updates in ((1, 0), (2, 41)):
         vectors = some_vectors(seed)
         bench.engine.set_state(vectors, num_updates)
-        assert_equal(bench.engine.get_state(), vectors)
+        assert_equal(whole_state(bench.engine), vectors)
         assert bench.engine.num_updates == num_updates
         bench.assert_values_are(vectors["master"])
 
@@ -139,7 +139,7 @@ def applied_steps(bench: Bench) -> None:
         norms.append(dense.step(bench.everyone(step)))
         if engine.grad_norm is not None:
             assert engine.grad_norm == pytest.approx(norms[-1], rel=1e-5)
-        state = engine.get_state()
+        state = whole_state(engine)
         assert_close(state, dense.vectors)
         assert engine.num_updates == 4 + step
         bench.assert_values_are(state["master"])
@@ -213,14 +213,14 @@ def skipped_step(bench: Bench) -> None:
         poisoned = flat_gradient(bench.comm.rank, step)
         if bench.comm.rank == bench.comm.world_size - 1:
             poisoned[step] = poison  # an entry whose master rank 0 keeps
-        before = engine.get_state()
+        before = whole_state(engine)
         assert not bench.step_with(poisoned)
-        assert_equal(engine.get_state(), before)
+        assert_equal(whole_state(engine), before)
         assert engine.num_updates == 7 + step
         bench.assert_values_are(before["master"])
         assert bench.step_with(flat_gradient(bench.comm.rank, step))
         dense.step(bench.everyone(step))
-        assert_close(engine.get_state(), dense.vectors)
+        assert_close(whole_state(engine), dense.vectors)
 
 
 def state_bytes(bench: Bench) -> None:
@@ -276,12 +276,12 @@ def _uninterrupted(bench: Bench) -> tuple[Vectors, Vectors]:
     bench.engine.set_state(some_vectors(8), 0)
     for step in range(2):
         bench.step_with(flat_gradient(bench.comm.rank, step))
-    return bench.engine.get_state(), _third_step(bench)
+    return whole_state(bench.engine), _third_step(bench)
 
 
 def _third_step(bench: Bench) -> Vectors:
     bench.step_with(flat_gradient(bench.comm.rank, 2))
-    return bench.engine.get_state()
+    return whole_state(bench.engine)
 
 
 def resume(bench: Bench, run: tuple[Vectors, Vectors], elsewhere: tuple[Vectors, Vectors]) -> None:
@@ -298,12 +298,12 @@ def few_entries(setting: Setting, comm: Comm) -> None:
     bench = Bench(setting, comm, num_selected=1)
     vectors = some_vectors(9, total=1)
     bench.engine.set_state(vectors, 2)
-    assert_equal(bench.engine.get_state(), vectors)
+    assert_equal(whole_state(bench.engine), vectors)
     bench.assert_values_are(vectors["master"])
     dense = DenseAdamW(vectors, 2)
     assert bench.step_with(flat_gradient(comm.rank, 0, total=1))
     dense.step(bench.everyone(0, total=1))
-    assert_close(bench.engine.get_state(), dense.vectors)
+    assert_close(whole_state(bench.engine), dense.vectors)
     assert bench.engine.num_updates == 3
 
 
@@ -322,7 +322,7 @@ def real_model(setting: Setting, folder: Path, comm: Comm) -> None:
     for layer in layers:
         original = dense.get_parameter(layer.name)
         assert layer.shape == original.shape
-        shards = comm.all_gather(engine.weights.read_shard(layer.weight))
+        shards = comm.gather_objects(engine.weights.read_shard(layer.weight))
         assert torch.equal(torch.cat(shards), original.flatten())
 
 

@@ -118,7 +118,7 @@ class Outcome:
 
 def _gathered(comm: Comm, layers: TargetLayers, shards: list[Tensor]) -> Tensors:
     named = zip(layers, shards, strict=True)
-    return {layer.name: torch.cat(comm.all_gather(shard)) for layer, shard in named}
+    return {layer.name: torch.cat(comm.gather_objects(shard)) for layer, shard in named}
 
 
 def _assert_unchanged(engine: Engine, case: Case) -> None:

@@ -31,6 +31,7 @@ from tests.tiny import (
     naive_examples,
     naive_loss,
     random_examples,
+    whole_state,
 )
 
 pytestmark = pytest.mark.slow  # starts engines or programs
@@ -147,7 +148,7 @@ def _skip_a_step(comm: Comm, sam_rho: float) -> Skipping:
 def _diverge(comm: Comm) -> tuple[list[str], bool]:
     errors = []
     entries = _entries(comm)
-    before = entries.engine.get_state()
+    before = whole_state(entries.engine)
 
     def broken_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         loss = summed_answer_loss(model, batch)
@@ -165,7 +166,7 @@ def _diverge(comm: Comm) -> tuple[list[str], bool]:
             list(fit(entries.engine, [entries], _batches(comm), loss, scheduler, state, seed=0))
         except Exception as error:
             errors.append(f"{type(error).__name__}: {error}")
-    after = entries.engine.get_state()
+    after = whole_state(entries.engine)
     return errors, all(torch.equal(after[key], before[key]) for key in before)
 
 

@@ -55,7 +55,15 @@ from gem_ds.train.sparse_tuning import SparseTuning
 from gem_ds.train.targets import Targets
 from tests import oracle
 from tests.ranks import run_ranks
-from tests.tiny import Setting, bits, make_model, naive_examples, naive_loss, random_examples
+from tests.tiny import (
+    Setting,
+    bits,
+    make_model,
+    naive_examples,
+    naive_loss,
+    random_examples,
+    whole_state,
+)
 from tests.tiny_tasks import NUM_PAIRS, make_classifier, naive_pair_loss, random_pairs
 
 pytestmark = [
@@ -231,7 +239,8 @@ class Inspector:
     def take_up_masters(self) -> None:
         """What is expected from now on."""
         for part in self.parts:
-            masters = part.split(self.engine.get_state(part.vector)["master"].to(self.engine.dtype))
+            masters = whole_state(self.engine, part.vector)["master"].to(self.engine.dtype)
+            masters = part.split(masters)
             for name, index in zip(part.names, part.flat_indices, strict=True):
                 self.expected[name].view(-1)[index.long()] = masters[name]
 
