@@ -10,12 +10,13 @@ if TYPE_CHECKING:
     from gem_ds.files.apply import AppliedDelta, apply_delta
     from gem_ds.files.delta import Delta
     from gem_ds.files.mask import Mask
+    from gem_ds.pruning.ebft import fit_blocks
+    from gem_ds.pruning.prune import prune
     from gem_ds.select.selection import select_entries
     from gem_ds.serving.delta_set import DeltaSet
     from gem_ds.serving.messages import DeltaReceiver
     from gem_ds.serving.sync import DeltaSender, DeltaTransfer
     from gem_ds.serving.vllm_engine import VllmDeltas
-    from gem_ds.sparse.prune import prune
     from gem_ds.sparse.select_mask import select_mask
     from gem_ds.train.main import RunResult, finetune
     from gem_ds.tuner import GemConfig, select_mask_with
@@ -33,6 +34,7 @@ __all__ = [
     "VllmDeltas",
     "apply_delta",
     "finetune",
+    "fit_blocks",
     "merge_deltas",
     "prune",
     "select_entries",
@@ -53,8 +55,9 @@ _MODULES = {
     "VllmDeltas": "gem_ds.serving.vllm_engine",
     "apply_delta": "gem_ds.files.apply",
     "finetune": "gem_ds.train.main",
+    "fit_blocks": "gem_ds.pruning.ebft",
     "merge_deltas": "gem_ds.deltas.merge",
-    "prune": "gem_ds.sparse.prune",
+    "prune": "gem_ds.pruning.prune",
     "select_entries": "gem_ds.select.selection",
     "select_mask": "gem_ds.sparse.select_mask",
     "select_mask_with": "gem_ds.tuner",

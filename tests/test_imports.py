@@ -22,7 +22,7 @@ ORDER = [
     {"models", "sparse"},
     {"report", "serving"},
     {"tuner"},
-    {"train", "evaluate", "deltas"},
+    {"train", "evaluate", "deltas", "pruning"},
     {"comparison", "planning", "formats"},
     {"cli"},
     {""},

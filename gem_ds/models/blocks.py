@@ -15,22 +15,29 @@ from gem_ds.models.encoders import auto_class
 def block_sizes(model: nn.Module) -> dict[str, int]:
     """Entries of the largest block of each class, by the class's name; empty if there is none.
 
-    Blocks are transformers' ``GradientCheckpointingLayer``s, the outermost where one holds others.
-    Where a version of it recomputes a block by calling it anew, with all that hooks do, instead of
-    its ``forward``, there are none to gather together.
+    Where a version of transformers recomputes a block by calling it anew, with all that hooks do,
+    instead of its ``forward``, there are none to gather together.
     """
     if "__call__" in vars(GradientCheckpointingLayer):
         return {}
     sizes: dict[str, int] = {}
-    waiting = [model]
-    while waiting:
-        module = waiting.pop()
-        if isinstance(module, GradientCheckpointingLayer):
-            name, size = type(module).__name__, sum(p.numel() for p in module.parameters())
-            sizes[name] = max(size, sizes.get(name, 0))
-        else:
-            waiting += module.children()
+    for block in find_blocks(model).values():
+        name, size = type(block).__name__, sum(p.numel() for p in block.parameters())
+        sizes[name] = max(size, sizes.get(name, 0))
     return sizes
+
+
+def find_blocks(model: nn.Module, name: str = "") -> dict[str, nn.Module]:
+    """The blocks of a model by their names: transformers' ``GradientCheckpointingLayer``s.
+
+    The outermost where one holds others.
+    """
+    if isinstance(model, GradientCheckpointingLayer):
+        return {name: model}
+    found = {}
+    for child, module in model.named_children():
+        found |= find_blocks(module, f"{name}.{child}" if name else child)
+    return found
 
 
 def model_of(config: PretrainedConfig, *, trust_remote_code: bool = False, **options: Any) -> Any:

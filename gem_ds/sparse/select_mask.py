@@ -8,8 +8,7 @@ quantized weights the dequantized ones while entries are chosen.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -22,6 +21,7 @@ from gem_ds.distributed.weights import num_parameters, numel
 from gem_ds.files.fingerprint import fingerprints
 from gem_ds.files.mask import Mask, WeightInfo, index_dtype
 from gem_ds.models.encoders import head_names, without_head
+from gem_ds.models.evaluation_mode import evaluation_mode
 from gem_ds.models.targets import find_targets
 from gem_ds.select.budget import total_budget
 from gem_ds.select.rules import RULES, Statistic
@@ -95,7 +95,7 @@ def select_mask(
         keep_zeros = False  # a code of 4 bits is 0: nothing was pruned
     gradients: Sequence[Tensor | None] = [None] * len(targets)
     # Whatever the caller's mode is, as an evaluation's.
-    with torch.inference_mode(False), torch.enable_grad(), _left_as_it_was(model):
+    with torch.inference_mode(False), torch.enable_grad(), evaluation_mode(model):
         layers = TargetLayers(model, targets, num_entries=1, vector_name=None)
         try:
             find_candidates(_shards(layers, gradients), budget, Solo(), keep_zeros)
@@ -244,25 +244,3 @@ def _summed_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     num_items = (batch["labels"][..., _LABELS_BEFORE[kind] :] != -100).sum()
     summed: Tensor = model(**batch).loss * num_items
     return summed
-
-
-@contextmanager
-def _left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Within the block the model is in eval mode and caches nothing; then all is as before."""
-    training = {module: module.training for module in model.modules()}
-    requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    use_cache = getattr(config, "use_cache", None)
-    model.eval()
-    if use_cache is not None:
-        config.use_cache = False  # a checkpointed block would write to the cache twice
-    try:
-        yield
-    finally:
-        if use_cache is not None:
-            config.use_cache = use_cache
-        for module, flag in training.items():
-            module.training = flag
-        for parameter, flag in requires_grad.items():
-            parameter.requires_grad_(flag)

@@ -7,14 +7,15 @@ For the weight w [outputs, inputs] of a layer, the lowest of these scores become
 
 (Wanda, Sun et al., arXiv 2306.11695, eq. 1.) A share of zeros is one of the whole matrix by
 magnitude, and of each row by Wanda; 2:4 leaves two of each four neighbours of a row. The inputs of
-a block are those that the pruned blocks before it give, as in the paper, so that each block costs
-a forward pass over the batches. Weights that are left are not changed.
+a block are those that the pruned blocks before it give, as in the paper: each block runs twice over
+the batches, one at a time on the device. Weights that are left are not changed.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -22,7 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from gem_ds.models.encoders import head_names
+from gem_ds.models.evaluation_mode import evaluation_mode
 from gem_ds.models.targets import ALL_LINEAR, find_targets
+from gem_ds.pruning.block_by_block import BlockByBlock, NoChainError
 from gem_ds.sparse.experts import projections_of
 from gem_ds.sparse.layers import kind_of
 from gem_ds.sparse.quantized import is_quantized
@@ -35,6 +38,7 @@ def prune(
     batches: Iterable[Mapping[str, Tensor]] | None = None,
     *,
     target_modules: Sequence[str] | str = ALL_LINEAR,
+    device: torch.device | str | None = None,
 ) -> None:
     """Set the least weights of a model's linear layers to 0, in place.
 
@@ -45,6 +49,7 @@ def prune(
             Wanda's scores decide, without them magnitudes.
         target_modules: as in training (default: all linear layers but the output layer). Experts
             that are kept as one parameter stay as they are.
+        device: where the batches are computed, a block at a time (default: where the model lies).
 
     Raises:
         ValueError: in one sentence, what has to be changed.
@@ -62,22 +67,48 @@ def prune(
         )
     if any(map(is_quantized, targets.values())):
         raise ValueError("The model is quantized: prune the original.")
-    weights = {name: _matrix(module) for name, module in targets.items()}
-    groups = {n: _group(n, w, sparsity, by_row=batches is not None) for n, w in weights.items()}
+    groups = {
+        n: _group(n, _matrix(m), sparsity, by_row=batches is not None) for n, m in targets.items()
+    }
     batches = None if batches is None else list(batches)
     if batches == []:
         raise ValueError("There are no batches: pass at least one, or None to go by magnitude.")
-    was_training = model.training
-    model.eval()
+    place = torch.device(device) if device is not None else model.device
+    with evaluation_mode(model):
+        for layers, run in _parts(model, targets, batches or [], place):
+            norms = _norms(layers, run) if batches else {}
+            for name, layer in layers.items():
+                weight = _matrix(layer)
+                _clear_lowest(weight, weight.float().abs() * norms.get(name, 1.0), *groups[name])
+
+
+def _parts(
+    model: Any,
+    targets: Mapping[str, nn.Module],
+    batches: Sequence[Mapping[str, Tensor]],
+    device: torch.device,
+) -> Iterator[tuple[dict[str, nn.Module], Callable[[], None]]]:
+    """The target layers block after block, and what runs the batches through those at hand.
+
+    Blocks that are no chain, and layers outside of blocks, cost a pass of the whole model each.
+    """
     try:
-        for _, block in groupby(targets, key=_block_of):
-            layers = {name: targets[name] for name in block}
-            norms = {} if batches is None else _norms(model, layers, batches)
-            for name in layers:
-                scores = weights[name].float().abs() * norms.get(name, 1.0)
-                _clear_lowest(weights[name], scores, *groups[name])
-    finally:
-        model.train(was_training)
+        stream = BlockByBlock(model, batches, device) if batches else None
+    except NoChainError:
+        stream = None
+    rest = dict(targets)
+    for name in stream.blocks if stream else ():
+        own = {n: rest.pop(n) for n in targets if n.startswith(f"{name}.")}
+        with stream.on_device(name):
+            yield own, partial(stream.run, name)
+        stream.advance(name)
+
+    def run() -> None:
+        for batch in batches:
+            model(**{key: tensor.to(model.device) for key, tensor in batch.items()})
+
+    for _, block in groupby(rest, key=_block_of):
+        yield {name: rest[name] for name in block}, run
 
 
 def _matrix(module: nn.Module) -> Tensor:
@@ -124,10 +155,8 @@ def _clear_lowest(weight: Tensor, scores: Tensor, size: int, count: int) -> None
     weight.masked_fill_(lowest.scatter_(1, order, True).view(scores.shape), 0.0)
 
 
-def _norms(
-    model: Any, layers: Mapping[str, nn.Module], batches: Sequence[Mapping[str, Tensor]]
-) -> dict[str, Tensor]:
-    """``||x_j||_2`` of each layer's inputs over all tokens, fp32 [inputs]."""
+def _norms(layers: Mapping[str, nn.Module], run: Callable[[], None]) -> dict[str, Tensor]:
+    """``||x_j||_2`` of each layer's inputs over all tokens that ``run`` reads, fp32 [inputs]."""
     squares: dict[str, Tensor] = {}
 
     def listen(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -139,8 +168,7 @@ def _norms(
 
     handles = [layer.register_forward_pre_hook(listen(name)) for name, layer in layers.items()]
     try:
-        for batch in batches:
-            model(**{key: tensor.to(model.device) for key, tensor in batch.items()})
+        run()
     finally:
         for handle in handles:
             handle.remove()
