@@ -7,7 +7,7 @@ purpose.
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -236,6 +236,25 @@ def sam_gradients(
     return there
 
 
+class LayerBandit:
+    """Which of n layers a step trains: Sparse-Layer SAM's EXP3, by bisection where it can be."""
+
+    def __init__(self, n: int, share: float, rate: float) -> None:
+        self.p, self.total, self.rate = torch.full((n,), share).double(), share * n, rate
+
+    def learn(self, drawn: Tensor, norms: Tensor) -> None:
+        """``drawn`` are numbers of layers, ``norms`` those of their gradients; both [drawn]."""
+        p = self.p[drawn]
+        gain = (norms.double() / p).square()
+        self.p[drawn] = p * torch.exp(-self.rate * (gain.max() - gain) / p)
+        low, high = 0.0, self.total / float(self.p.min())
+        for _ in range(200):
+            middle = (low + high) / 2
+            is_low = float((middle * self.p).clamp(max=1.0).sum()) < self.total
+            low, high = (middle, high) if is_low else (low, middle)
+        self.p = (high * self.p).clamp(min=1e-8, max=1.0)
+
+
 class DenseMaskedAdamW:
     """AdamW with decoupled weight decay that moves, decays and clips by the masked entries only.
 
@@ -263,27 +282,35 @@ class DenseMaskedAdamW:
         self.max_norm = max_norm
         self.first = {name: torch.zeros_like(p) for name, p in self.params.items()}
         self.second = {name: torch.zeros_like(p) for name, p in self.params.items()}
-        self.num_steps = 0
+        self.num_steps = dict.fromkeys(self.params, 0)
 
     @torch.no_grad()
-    def step(self, grads: Mapping[str, Tensor], lr: float | Mapping[str, float]) -> float:
+    def step(
+        self,
+        grads: Mapping[str, Tensor],
+        lr: float | Mapping[str, float],
+        drawn: Collection[str] | None = None,
+    ) -> float:
         """Update every parameter once; the norm of the masked gradient before clipping.
 
-        ``lr`` is one number, or a number by name.
+        ``lr`` is one number, or a number by name. The parameters that are not ``drawn`` are as if
+        they were not there.
         """
-        self.num_steps += 1
         rates = lr if isinstance(lr, Mapping) else dict.fromkeys(self.params, lr)
+        grads = {name: g for name, g in grads.items() if drawn is None or name in drawn}
         grads = {name: g * self.masks[name] for name, g in grads.items()}
         norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads.values()))
         scale = 1.0 if self.max_norm is None else min(1.0, self.max_norm / (norm + 1e-6))
         b1, b2 = self.betas
-        for name, weight in self.params.items():
-            g, lr = grads[name] * scale, rates[name]
+        for name in grads:
+            weight, g, lr = self.params[name], grads[name] * scale, rates[name]
+            self.num_steps[name] += 1
+            t = self.num_steps[name]
             first, second = self.first[name], self.second[name]
             first.copy_(b1 * first + (1 - b1) * g)
             second.copy_(b2 * second + (1 - b2) * g * g)
-            corrected = second.sqrt() / math.sqrt(1 - b2**self.num_steps) + self.eps
-            update = lr / (1 - b1**self.num_steps) * first / corrected
+            corrected = second.sqrt() / math.sqrt(1 - b2**t) + self.eps
+            update = lr / (1 - b1**t) * first / corrected
             moved = weight * (1 - lr * self.weight_decay) - update
             weight.copy_(torch.where(self.masks[name], moved, weight))
         return norm

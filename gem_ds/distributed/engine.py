@@ -206,21 +206,22 @@ class Engine(BaseEngine):
             target.zero_()[place] = state[key][own].to(target.device)
         self.weights.write_whole(vector.values, state["master"].to(self.device))
 
-    def scale_rates(
-        self, pieces: Sequence[tuple[int, int, float]], vector: FlatVector | None = None
+    def update_pieces(
+        self, pieces: Sequence[tuple[int, int, float, int | None]], vector: FlatVector | None = None
     ) -> None:
-        """Multiply the learning rate of the entries from ``start`` to ``stop`` by a number.
+        """Let updates from now on change what these pieces of a vector (the first) cover, no more.
 
-        The pieces (start, stop, number) cover a vector (the first); it lasts, new states included.
+        A piece is the entries from ``start`` to ``stop``, what their learning rate is multiplied
+        by, and the number of their next update (None: that of the vector's).
         """
         vector = vector or self.vectors[0]
         masters, place, own = self._masters(vector)
         low, high, _ = own.indices(numel(vector.values))
         shift = place.indices(masters.numel())[0] - low
         state = self.optimizer.state[masters] or self.optimizer.reset_state(masters)
-        state["rate_factors"] = [
-            (slice(max(start, low) + shift, min(stop, high) + shift), factor)
-            for start, stop, factor in pieces
+        state["pieces"] = [
+            (slice(max(start, low) + shift, min(stop, high) + shift), factor, number)
+            for start, stop, factor, number in pieces
             if max(start, low) < min(stop, high)
         ]
 

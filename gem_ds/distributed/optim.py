@@ -10,7 +10,7 @@ itself, so all state hangs on the parameter and none on this object.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,12 @@ from torch import Tensor
 #: The fp32 vectors, one number per selected entry, that make up the state of a run.
 STATE_KEYS = ("master", "exp_avg", "exp_avg_sq")
 
-_WHOLE = ((slice(None), 1.0),)
+Piece = tuple[slice, float, int | None]
+"""What of a parameter is updated, what its rate is multiplied by, and the number of this update.
+
+That is None where no update has left the piece out: the parameter's own."""
+
+_WHOLE: Sequence[Piece] = ((slice(None), 1.0, None),)
 
 
 class SparseAdamW(torch.optim.Optimizer):
@@ -42,8 +47,7 @@ class SparseAdamW(torch.optim.Optimizer):
     def reset_state(self, param: Tensor) -> dict[str, Any]:
         """Make or clear the state of ``param``: zero moments, no steps taken. Returns it.
 
-        What ``rate_factors`` it has stays: slices of ``param``, and what their rate is multiplied
-        by.
+        What ``pieces`` it has stay: all of ``param`` that is updated.
         """
         state: dict[str, Any] = self.state[param]
         state["step"] = 0
@@ -62,12 +66,12 @@ class SparseAdamW(torch.optim.Optimizer):
                     continue
                 state = self.state[param] or self.reset_state(param)
                 state["step"] += 1
-                m, v = state["exp_avg"], state["exp_avg_sq"]
-                m.lerp_(param.grad, 1 - beta1)
-                v.mul_(beta2).addcmul_(param.grad, param.grad, value=1 - beta2)
-                denominator = (v / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
-                for place, factor in state.get("rate_factors", _WHOLE):
-                    w, lr = param[place], group["lr"] * factor
+                for place, factor, number in state.get("pieces", _WHOLE):
+                    t = state["step"] if number is None else number
+                    w, g, lr = param[place], param.grad[place], group["lr"] * factor
+                    m, v = state["exp_avg"][place], state["exp_avg_sq"][place]
+                    m.lerp_(g, 1 - beta1)
+                    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+                    denominator = (v / (1 - beta2**t)).sqrt_().add_(group["eps"])
                     w.mul_(1 - lr * group["weight_decay"])
-                    step_size = lr / (1 - beta1 ** state["step"])
-                    w.addcdiv_(m[place], denominator[place], value=-step_size)
+                    w.addcdiv_(m, denominator, value=-lr / (1 - beta1**t))

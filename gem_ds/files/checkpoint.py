@@ -63,6 +63,9 @@ class TrainerState:
     log_history: list[dict[str, Any]] = field(default_factory=list)
     unlogged_losses: list[float] = field(default_factory=list)  # since the last log entry
     settings: dict[str, Any] = field(default_factory=dict)  # flags that say how a step is taken
+    # Of each target layer where layers are drawn: how likely it is, and its updates so far.
+    layer_probabilities: list[float] = field(default_factory=list)
+    layer_updates: list[int] = field(default_factory=list)
     __pydantic_config__ = STRICT
 
     def save(self, folder: Path) -> None:

@@ -34,7 +34,7 @@ def find_blocks(model: nn.Module, name: str = "") -> dict[str, nn.Module]:
     """
     if isinstance(model, GradientCheckpointingLayer):
         return {name: model}
-    found = {}
+    found: dict[str, nn.Module] = {}
     for child, module in model.named_children():
         found |= find_blocks(module, f"{name}.{child}" if name else child)
     return found

@@ -132,7 +132,7 @@ def _handing_on(
     if any("forward" in vars(block) for block in blocks.values()):
         raise NoChainError("Blocks have forwards of their own: load the model without device_map.")
     for name, block in blocks.items():
-        block.forward = forward_of(name)  # type: ignore[method-assign]
+        block.forward = forward_of(name)
     try:
         yield
     finally:

@@ -54,11 +54,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         batches = Calibration.of(args).batches(files.tokenizer, files.config)
         # In the host's memory: a block at a time goes to the device.
-        models = [load_weights(each, torch.device("cpu")) for each in (files, dense)]
+        model, teacher = (load_weights(each, torch.device("cpu")) for each in (files, dense))
     args.output_dir.mkdir(parents=True, exist_ok=True)
     path = claim(args.output_dir, "delta.safetensors")
     delta = fit_blocks(
-        *models,
+        model,
+        teacher,
         batches,
         target_modules=args.target_modules,
         mask=mask,

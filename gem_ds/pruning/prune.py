@@ -97,11 +97,12 @@ def _parts(
     except NoChainError:
         stream = None
     rest = dict(targets)
-    for name in stream.blocks if stream else ():
-        own = {n: rest.pop(n) for n in targets if n.startswith(f"{name}.")}
-        with stream.on_device(name):
-            yield own, partial(stream.run, name)
-        stream.advance(name)
+    if stream is not None:
+        for name in stream.blocks:
+            own = {n: rest.pop(n) for n in targets if n.startswith(f"{name}.")}
+            with stream.on_device(name):
+                yield own, partial(stream.run, name)
+            stream.advance(name)
 
     def run() -> None:
         for batch in batches:

@@ -99,14 +99,28 @@ class TrainedEntries(ABC):
             engine.weights.entries(parameter, index)
             for parameter, index in zip(parameters.values(), self.flat_indices, strict=True)
         ]
+        # Of each parameter's slice: from where to where a matrix' entries lie, and their rate's
+        # factor.
+        ends = [*self.starts[1:], self.num_entries]
+        self._pieces = {
+            name: [(start, end, 1.0)]
+            for name, start, end in zip(self.names, self.starts, ends, strict=True)
+        }
 
     @abstractmethod
     def sinks(self) -> Sequence[Sink]:
         """Per layer, what collects the gradient of its entries."""
 
-    def training(self) -> AbstractContextManager[None]:
-        """While the block lasts, backward passes collect the entries' gradient."""
-        return self.layers.sinks(self.sinks())
+    def training(self, drawn: Sequence[bool] | None = None) -> AbstractContextManager[None]:
+        """While the block lasts, backward passes collect the entries' gradient.
+
+        Only that of the layers that are drawn, if it is said which are.
+        """
+        sinks = self.sinks()
+        if drawn is not None:
+            pairs = zip(sinks, drawn, strict=True)
+            sinks = [sink if is_drawn else self.vector.expect for sink, is_drawn in pairs]
+        return self.layers.sinks(sinks)
 
     def split(self, numbers: Tensor) -> dict[str, Tensor]:
         """Cut a flat vector [K] into the parameters' slices, by name."""
@@ -128,15 +142,32 @@ class TrainedEntries(ABC):
 
     def scale_rates(self, factors: Mapping[str, Sequence[float]]) -> None:
         """Multiply the learning rate of each matrix' entries by a number, by parameter."""
-        pieces = []
+        self._pieces = {}
         for (name, parameter), start, index in zip(
             self.parameters.items(), self.starts, self.flat_indices, strict=True
         ):
             size = numel(parameter) // len(factors[name])
-            for number, factor in enumerate(factors[name]):
-                part = within(index, (number * size, (number + 1) * size))
-                pieces.append((start + part.start, start + part.stop, factor))
-        self.engine.scale_rates(pieces, self.vector)
+            parts = [within(index, (i * size, (i + 1) * size)) for i in range(len(factors[name]))]
+            self._pieces[name] = [
+                (start + part.start, start + part.stop, factor)
+                for part, factor in zip(parts, factors[name], strict=True)
+            ]
+        self.update_layers([None] * len(self.names))
+
+    def update_layers(self, numbers: Sequence[int | None], drawn: Sequence[bool] = ()) -> None:
+        """Let updates change the entries of the layers that are drawn (default: all).
+
+        ``numbers`` are per parameter that of its own next update; None: that of the vector's.
+        """
+        pieces = [
+            (*piece, number)
+            for name, number, is_drawn in zip(
+                self.names, numbers, drawn or [True] * len(numbers), strict=True
+            )
+            if is_drawn
+            for piece in self._pieces[name]
+        ]
+        self.engine.update_pieces(pieces, self.vector)
 
     def values(self) -> Tensor:
         """The flat vector [K] in the model's dtype, whole, on every rank."""

@@ -6,7 +6,8 @@
 w are the trained entries alone, those of a head among them, so e is K numbers and not as large as
 the model. g is that of the whole global batch, summed over micro-batches and ranks before anything
 is perturbed: an e of each micro-batch's or rank's own would make the result depend on how the batch
-is cut (the authors' variant on several accelerators, m-sharpness in section 4.1, does).
+is cut (the authors' variant on several accelerators, m-sharpness in section 4.1, does). Where a
+step trains some layers only, e is 0 elsewhere, as g is (:mod:`gem_ds.sparse.layer_draws`).
 """
 
 from __future__ import annotations
@@ -21,32 +22,40 @@ from gem_ds.sparse.entries import TrainedEntries
 
 
 @contextmanager
-def perturbed(parts: Sequence[TrainedEntries], rho: float) -> Iterator[None]:
+def perturbed(parts: Sequence[TrainedEntries], rho: float) -> Iterator[Tensor]:
     """While the block lasts, the weights are w + e; then they are w again, to the bit.
+
+    It is given the norms of g in the layers of the first part, fp64 [layers].
 
     g is what backward passes that delivered nothing have collected on the ranks, which enter
     together; it is taken. Where it is 0 or not finite nothing is perturbed. w + e is rounded to the
     model's dtype: in bf16 the entries whose e is below half a last place stay.
     """
     values = [part.values() for part in parts]
-    for part, there in zip(parts, _perturbed_values(parts, values, rho), strict=True):
+    comm = parts[0].engine.comm
+    gradients = [comm.all_reduce(part.vector.take_gradient(), "sum") for part in parts]
+    norms = [_norm(gradient) for gradient in parts[0].split(gradients[0]).values()]
+    of_layers = torch.stack(norms) / parts[0].engine.loss_scale
+    for part, there in zip(parts, _perturbed_values(values, gradients, rho), strict=True):
         part.write(there)
     try:
-        yield
+        yield of_layers
     finally:
         for part, before in zip(parts, values, strict=True):
             part.write(before)
 
 
+def _norm(gradient: Tensor) -> Tensor:
+    """In fp64, as the gradients of an fp16 engine are scaled up."""
+    norm: Tensor = torch.linalg.vector_norm(gradient, dtype=torch.float64)
+    return norm
+
+
 def _perturbed_values(
-    parts: Sequence[TrainedEntries], values: Sequence[Tensor], rho: float
+    values: Sequence[Tensor], gradients: Sequence[Tensor], rho: float
 ) -> Iterator[Tensor]:
-    """Per part w + e, [K], of its values w."""
-    comm = parts[0].engine.comm
-    gradients = [comm.all_reduce(part.vector.take_gradient(), "sum") for part in parts]
-    # In fp64, as the gradients of an fp16 engine are scaled up.
-    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
-    norm = torch.linalg.vector_norm(torch.stack(norms))
+    """Per part w + e, [K], of its values w; the gradients are consumed."""
+    norm = _norm(torch.stack([_norm(gradient) for gradient in gradients]))
     is_usable = norm.isfinite() & (norm > 0)
     for before, gradient in zip(values, gradients, strict=True):
         there = gradient.mul_((rho / norm).float()).add_(before)

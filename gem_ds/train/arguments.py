@@ -159,6 +159,8 @@ def _contradictions(args: Arguments) -> Iterator[str]:
         yield f"--save_strategy {strategy} has no steps between: leave --save_steps out."
     if train.load_best_model_at_end and train.eval_strategy == "no":
         yield "--load_best_model_at_end needs the held-out loss: leave --eval_strategy no out."
+    if train.sam_layers and not train.sam_rho:
+        yield "--sam_layers draws the layers of --sam_rho: pass that too."
     if data.evaluate_on == "dev" and not data.dev_examples:
         yield "--evaluate_on dev needs a development set: pass --dev_examples."
     for flag in ("calibration_examples", "calibration_head_steps", "calibration_buffer_gb"):

@@ -239,6 +239,12 @@ class TrainArguments:
         "moved by so much along it (sharpness-aware minimization, arXiv 2010.01412, which takes "
         "0.05); a second forward and backward in each step. 0 turns this off.",
     )
+    sam_layers: Share = option(
+        0.0,
+        "With --sam_rho: for each step draw about this share of the target matrices, by their "
+        "gradients' norms, and perturb and update these alone (Sparse-Layer SAM, arXiv 2602.09395, "
+        "which takes 0.2). 0 takes all.",
+    )
     lr_scheduler_type: Schedule = option("linear", f"One of {', '.join(SCHEDULES)}.")
     warmup_steps: Amount = option(
         0, "Steps of warmup; a value below 1 is a share of all steps, as --warmup_ratio would be."

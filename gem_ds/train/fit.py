@@ -8,7 +8,8 @@ micro-batches:
     entries.write_back()                the weights show the new values
 
 With ``--sam_rho`` a pass over the same micro-batches that delivers nothing goes before it, and this
-one runs at perturbed weights (:mod:`gem_ds.sparse.sam`).
+one runs at perturbed weights (:mod:`gem_ds.sparse.sam`); with ``--sam_layers`` both are of layers
+that are drawn for the step (:mod:`gem_ds.sparse.layer_draws`).
 
 DeepSpeed's own division by the world size is made up for by the factor, so the gradient is that of
 the mean loss over the global batch however it is cut. What is logged, evaluated and saved between
@@ -32,6 +33,7 @@ from gem_ds.data.batches import Batches, SummedLoss
 from gem_ds.distributed.engine import DenseEngine, Engine
 from gem_ds.files.checkpoint import TrainerState
 from gem_ds.sparse.entries import HeadEntries, SelectedEntries
+from gem_ds.sparse.layer_draws import LayerDraws
 from gem_ds.sparse.sam import perturbed
 from gem_ds.train.signals import stop_signals
 
@@ -71,19 +73,19 @@ def fit(
     *,
     seed: int,
     sam_rho: float = 0.0,
+    draws: LayerDraws | None = None,
 ) -> Iterator[StepResult]:
     """Train from ``state.global_step`` to ``state.max_steps``, one step for each item asked for.
 
     All ranks iterate together. Between two steps masters and weights agree, as they must before:
     the caller may evaluate or save. ``parts`` are entries of frozen weights, none where parameters
     of the model itself are trained, which DeepSpeed writes. ``seed`` is dropout's, ``sam_rho`` the
-    radius of SAM, which is for entries (0: none). A SIGTERM or Ctrl-C ends it early; a loss or
-    gradient that is not finite is a :class:`DivergedError`, and masters are as before that step.
+    radius of SAM, which is for entries (0: none), with ``draws`` for those of drawn layers of the
+    first part. A SIGTERM or Ctrl-C ends it early; a loss or gradient that is not finite is a
+    :class:`DivergedError`, and masters are as before that step.
     """
     with ExitStack() as stack:
         received = stack.enter_context(stop_signals())
-        for part in parts:
-            stack.enter_context(part.training())
         while state.global_step < state.max_steps:
             result = _step(
                 engine,
@@ -94,6 +96,7 @@ def fit(
                 state.global_step,
                 seed,
                 sam_rho,
+                draws,
                 received,
             )
             state.global_step += 1
@@ -112,18 +115,26 @@ def _step(
     step: int,
     seed: int,
     sam_rho: float,
+    draws: LayerDraws | None,
     received: list[int],
 ) -> StepResult:
     """One global batch: gradient, update, write-back."""
     comm = engine.comm
     started = time.perf_counter()
     engine.model.train()
-    seed_noise(seed, step, comm.rank)
-    own = accumulate(engine, train, summed_loss, step, delivers=not sam_rho)
-    if sam_rho:
-        seed_noise(seed, step, comm.rank)  # the same dropout: of the same loss
-        with perturbed(parts, sam_rho):
-            accumulate(engine, train, summed_loss, step)
+    drawn = None if draws is None else draws.draw(step)
+    with ExitStack() as stack:
+        for part in parts:
+            stack.enter_context(part.training(drawn if part is parts[0] else None))
+        seed_noise(seed, step, comm.rank)
+        own = accumulate(engine, train, summed_loss, step, delivers=not sam_rho)
+        if sam_rho:
+            seed_noise(seed, step, comm.rank)  # the same dropout: of the same loss
+            with perturbed(parts, sam_rho) as norms:
+                accumulate(engine, train, summed_loss, step)
+    if draws is not None and drawn is not None:
+        read_norms = comm.start_reading(norms)
+        parts[0].update_layers([count + 1 for count in draws.num_updates], drawn)
     own = own.double() / comm.world_size
     local = torch.stack([own, own.new_full((), float(len(received)))])
     read = comm.start_reading(comm.all_reduce(local, "sum"))
@@ -139,6 +150,8 @@ def _step(
         for part in parts:
             part.write_back()
         scheduler.step()
+        if draws is not None and drawn is not None:
+            draws.update(drawn, read_norms())
     elif not may_skip:
         with comm.in_unison():
             raise DivergedError(_diverged("gradient", step))

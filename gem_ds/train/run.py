@@ -26,6 +26,7 @@ from gem_ds.models.load import DTYPES, load_for_training
 from gem_ds.models.loss import answer_loss_of, summed_answer_loss
 from gem_ds.report.main import REPORT, write_report
 from gem_ds.select.rules import RULES, SPARSE_METHODS
+from gem_ds.sparse.layer_draws import LayerDraws
 from gem_ds.train.best import BestModel
 from gem_ds.train.dense_tuning import DenseTuning
 from gem_ds.train.fit import fit, mean_loss
@@ -42,7 +43,7 @@ from gem_ds.train.summary import describe
 #: Flags that say how a step is taken; a resumed run may change them, and says so.
 STEP_SETTINGS = (
     *("learning_rate", "head_learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay"),
-    *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "sam_rho"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "sam_rho", "sam_layers"),
 )
 
 
@@ -231,6 +232,7 @@ class Run:
             state,
             seed=train.seed,
             sam_rho=train.sam_rho,
+            draws=self.layer_draws(),
         ):
             self.delete_old_checkpoints()
             reporter.advance(step.loss, step.num_tokens, step.seconds)
@@ -254,6 +256,21 @@ class Run:
             )
             return {}
         return self.finish(reporter)
+
+    def layer_draws(self) -> LayerDraws | None:
+        """What draws the layers that a step trains, where not all of them are; the state keeps it.
+
+        Where a run has not drawn so far, its layers have had all its updates.
+        """
+        train, state = self.args.train, self.state
+        if not train.sam_layers or self.sparse is None:
+            return None
+        num_layers = len(self.sparse.layers)
+        state.layer_probabilities = state.layer_probabilities or [train.sam_layers] * num_layers
+        state.layer_updates = state.layer_updates or [self.engine.num_updates] * num_layers
+        return LayerDraws(
+            state.layer_probabilities, state.layer_updates, train.sam_layers, train.seed
+        )
 
     def evaluate(self, reporter: Reporter) -> None:
         """Log the held-out loss, where it is asked for."""

@@ -178,15 +178,13 @@ class SparseTuning:
         engine's, its rates fall linearly to 0; they and fp16's loss scale are as before at the end.
         Masters and moments are left to who trains next.
         """
-        engine, vector, train = self.engine, self.layers.vector, self.args.train
+        engine, train = self.engine, self.args.train
         groups = engine.optimizer.param_groups
         rates, loss_scale = [group["lr"] for group in groups], engine.loss_scale
         engine.model.train()
 
-        def deliver_zeros(*factors: Tensor) -> None:  # a delivering backward delivers all vectors
-            vector.gradient(0, 0, factors[0].device)
-
-        with head.training(), self.layers.sinks([deliver_zeros] * len(self.layers)):
+        # A backward that delivers, delivers all vectors.
+        with head.training(), self.layers.sinks([self.layers.vector.expect] * len(self.layers)):
             for step in range(num_steps):
                 for group in groups:
                     group["lr"] = train.head_learning_rate * (1 - step / num_steps)

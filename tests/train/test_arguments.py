@@ -64,6 +64,8 @@ def test_every_flag_arrives_from_the_command_line_and_from_a_recipe():
 def test_flags_win_over_the_recipe_and_the_recipe_over_the_defaults(
     tmp_path_factory, in_recipe, in_flags
 ):
+    if "sam_layers" in in_recipe | in_flags:
+        in_flags = in_flags | {"sam_rho"}  # which it goes with
     base = parse_arguments(NEEDED).values()
     content = {name: base[name] for name in ("model_name_or_path", "task", "output_dir")}
     content |= {name: OTHER[name] for name in in_recipe}

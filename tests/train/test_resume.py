@@ -57,11 +57,12 @@ def _losses(folder: Path) -> list[tuple[int, float]]:
 
 
 def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path):
-    """With dropout, whose noise must be drawn again as it was, in both passes of SAM."""
+    """With dropout, whose noise must be drawn as it was in both passes of SAM, as must layers."""
     tiny = make_tiny(tmp_path)
     settings = {"max_steps": NUM_STEPS, "save_steps": 2, "logging_steps": 1, "warmup_steps": 3}
     settings |= {"per_device_train_batch_size": 2, "weight_decay": 0.01}
-    settings |= {"deepspeed": REPOSITORY / "ds_configs" / "zero3.json", "sam_rho": 0.05}
+    settings |= {"deepspeed": REPOSITORY / "ds_configs" / "zero3.json"}
+    settings |= {"sam_rho": 0.05, "sam_layers": 0.5}
     killed, whole, sober = (tmp_path / name for name in ("killed", "whole", "sober"))
     dropout = settings | {"model_name_or_path": tiny.variant("dropout", attention_dropout=0.2)}
     rng = random.Random(int.from_bytes(os.urandom(8), "little"))

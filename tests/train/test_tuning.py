@@ -7,6 +7,7 @@ methods write is read by the library that its users would read it with.
 """
 
 import functools
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -39,8 +40,10 @@ from gem_ds.models.loss import answer_loss_of, chunked_answer_loss
 from gem_ds.models.objective import summed_pair_loss
 from gem_ds.models.targets import find_targets
 from gem_ds.select.selection import Selection
+from gem_ds.sparse import layer_draws
 from gem_ds.sparse.calibrate import calibrate
 from gem_ds.sparse.entries import SelectedEntries
+from gem_ds.sparse.layer_draws import LayerDraws
 from gem_ds.train import sparse_tuning
 from gem_ds.train.config import (
     Arguments,
@@ -77,6 +80,7 @@ GLOBAL_BATCH_SIZE = 8  # the last batch of an epoch has one example: some ranks 
 SEED = 3
 NUM_SELECTED = (41, 7, 60, 13)
 FACTORS = (1.0, 0.5, 0.1, 2.0)  # of the layers' learning rates, where they are scaled
+SHARE = 0.4  # of the layers, where they are drawn
 K = sum(NUM_SELECTED)
 HEAD_SIZE = 16 * 17 + 3 * 17  # pooler and classifier; neither two nor three ranks can share it
 assert HEAD_SIZE % 2
@@ -112,10 +116,12 @@ class Plan:
     max_grad_norm: float = 0.5
     sam_rho: float = 0.0
     scales_rates: bool = False
+    draws_layers: bool = False
 
     def __str__(self) -> str:
         size, norm = self.micro_batch_size, self.max_grad_norm
         more = f" sam {self.sam_rho}" * bool(self.sam_rho) + " by layer" * self.scales_rates
+        more += " of drawn layers" * self.draws_layers
         return f"{self.method} {self.model} {self.setting} by {size} clipped to {norm}{more}"
 
     @property
@@ -144,6 +150,7 @@ EXACT = [
     Plan("gem", "bert", Setting(0), 3, scales_rates=True),
     Plan("gem", "bert", Setting(0), sam_rho=0.3),
     Plan("gem", "bert", Setting(3), 1, sam_rho=0.3),
+    *(Plan("gem", "bert", Setting(s), sam_rho=0.3, draws_layers=True) for s in (0, 3)),
 ]
 ROUNDED = [
     *(Plan("gem", "bert", Setting(stage, "bf16")) for stage in (0, 3)),
@@ -152,7 +159,7 @@ ROUNDED = [
     Plan("gem", "bert", Setting(3, "bf16"), sam_rho=0.3),
 ]
 PLANS = {
-    1: [EXACT[0], EXACT[7], EXACT[13], *EXACT[-4:]],
+    1: [EXACT[0], EXACT[7], EXACT[13], *EXACT[-6:]],
     2: [*EXACT, *ROUNDED],
     3: [EXACT[3], ROUNDED[1]],
 }
@@ -289,6 +296,8 @@ def _train(comm: Comm, plan: Plan, folder: Path) -> Outcome:
         assert summed_loss is chunked_answer_loss
     state, results = TrainerState(max_steps=plan.num_steps), []
     options: Any = {"seed": 0, "sam_rho": plan.sam_rho}
+    if plan.draws_layers:
+        options["draws"] = LayerDraws([SHARE] * len(FACTORS), [0] * len(FACTORS), SHARE, SEED)
     for step in fit(tuning.engine, parts, batches, summed_loss, scheduler, state, **options):
         results.append(step)
         if inspector is not None:
@@ -381,6 +390,7 @@ def _dense(
     alone: int = 0,
     sam_rho: float = 0.0,
     factors: tuple[float, ...] = (),
+    draws_layers: bool = False,
 ) -> Dense:
     """With ``alone`` the head alone, its rate falling to zero in so many steps."""
     network: Any = _model(name).eval()
@@ -408,20 +418,39 @@ def _dense(
     rates |= {key: 0.01 * factor for key, factor in zip(indices, factors, strict=False)}
     optimizer = oracle.DenseMaskedAdamW(params, masks, max_norm=max_grad_norm or None, **ADAM)
     losses, norms = [], []
+    bandit = oracle.LayerBandit(len(FACTORS), SHARE, layer_draws.RATE)
     for step in range(num_steps):
         examples, num_items, loss_fn = _global_batch(name, step)
         with torch.no_grad():
             losses.append(sum(float(loss_fn(network, e)) for e in examples) / num_items)
         found = functools.partial(oracle.summed_gradients, network, examples, loss_fn, list(params))
-        sums = oracle.sam_gradients(found, params, masks, sam_rho) if sam_rho else found()
+        drawn, own = set(params), masks
+        if draws_layers:
+            drawn = _drawn(bandit, step, list(indices)) | of_head
+            own = {key: mask & (key in drawn) for key, mask in masks.items()}
+            layers = [i for i, key in enumerate(indices) if key in drawn]
+            here = {key: g * masks[key] / num_items for key, g in found().items()}
+            of_drawn = [here[key].norm() for key in indices if key in drawn]
+            bandit.learn(torch.tensor(layers), torch.stack(of_drawn))
+        sums = oracle.sam_gradients(found, params, own, sam_rho) if sam_rho else found()
         factor = 1 - step / alone if alone else _rate_factor(step)
         means = {key: gradient / num_items for key, gradient in sums.items()}
-        norms.append(optimizer.step(means, {key: rate * factor for key, rate in rates.items()}))
+        now = {key: rate * factor for key, rate in rates.items()}
+        norms.append(optimizer.step(means, now, drawn))
     for key, parameter in params.items():
         assert not torch.equal(parameter, base[key]), f"the premise: {key} moves"
     trained = {key: p.detach() for key, p in params.items()}
     trained |= {key: trained[key].flatten()[index] for key, index in indices.items()}
     return Dense(losses, norms, trained)
+
+
+def _drawn(bandit: oracle.LayerBandit, step: int, names: list[str]) -> set[str]:
+    """The layers whose numbers fall below their probabilities, once one of a round does."""
+    noise = random.Random(f"{SEED}/{step}")
+    while True:
+        found = {name for name, p in zip(names, bandit.p, strict=True) if noise.random() < p}
+        if found:
+            return found
 
 
 def _global_batch(name: str, step: int) -> tuple[list[Any], int, Callable[..., Tensor]]:
@@ -437,7 +466,8 @@ def _global_batch(name: str, step: int) -> tuple[list[Any], int, Callable[..., T
 
 def _dense_of(plan: Plan) -> Dense:
     given = plan.method, plan.model, plan.max_grad_norm, plan.num_steps
-    return _dense(*given, sam_rho=plan.sam_rho, factors=FACTORS if plan.scales_rates else ())
+    factors = FACTORS if plan.scales_rates else ()
+    return _dense(*given, 0, plan.sam_rho, factors, plan.draws_layers)
 
 
 # The tests
