@@ -149,9 +149,9 @@ def _step(
     if is_applied:
         for part in parts:
             part.write_back()
-        scheduler.step()
         if draws is not None and drawn is not None:
             draws.update(drawn, read_norms())
+        scheduler.step()
     elif not may_skip:
         with comm.in_unison():
             raise DivergedError(_diverged("gradient", step))
