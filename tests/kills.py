@@ -52,11 +52,13 @@ class Case:
     world_size: int = 1
     stage: int = 0
     dtype: str = "fp32"
+    is_mixture: bool = False  # of which experts are trained
     signals: tuple[str, ...] = ("SIGKILL", "SIGTERM", "SIGINT")
 
     def __str__(self) -> str:
         ranks = f"{self.world_size} rank{'s' * (self.world_size > 1)}"
-        return f"{self.program}, {ranks}, stage {self.stage}, {self.dtype}"
+        of = " of a mixture" * self.is_mixture
+        return f"{self.program}{of}, {ranks}, stage {self.stage}, {self.dtype}"
 
     def command(self, tiny: Tiny, folder: Path, delta: Path) -> list[str]:
         """The flags of the run that writes to ``folder``."""
@@ -64,6 +66,10 @@ class Case:
             values = {"max_steps": 8, "save_steps": 2, "logging_steps": 1, "save_total_limit": 2}
             values |= {"per_device_train_batch_size": 4 // self.world_size, "eval_steps": 2}
             values["deepspeed"] = REPOSITORY / "ds_configs" / f"zero{self.stage}.json"
+            if self.is_mixture:
+                model = tiny.folder / "mixture"
+                values["model_name_or_path"] = model if model.exists() else tiny.mixture()
+                values["target_modules"] = "experts"
             switches = [f"--{self.dtype}"] if self.dtype != "fp32" else []
             return tiny.flags(folder, *switches, **values, watchdog_seconds=3)
         subject = ["--model_name_or_path", tiny.model, "--delta", delta, "--output_dir", folder]
@@ -79,6 +85,7 @@ CASES = [
     Case(dtype="bf16", stage=3),
     Case(world_size=2, stage=3, signals=ANY),
     Case(world_size=2, stage=1, dtype="bf16", signals=ANY),
+    Case(world_size=2, stage=3, is_mixture=True, signals=ANY),
     Case(program="export", signals=("SIGKILL",)),
     Case(program="eval gsm8k", signals=("SIGKILL", "SIGTERM")),
     Case(program="eval gsm8k", world_size=2, signals=("SIGKILL", "SIGSTOP")),

@@ -3,8 +3,8 @@
     tiny = make_tiny(folder)
     main(tiny.flags(output_dir, max_steps=3))
 
-A Llama of two layers with random weights and a byte-level tokenizer; questions about sums, in
-GSM8K's form.
+A Llama of two layers with random weights and a byte-level tokenizer, or a mixture of experts;
+questions about sums, in GSM8K's form.
 """
 
 import json
@@ -20,7 +20,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from gem_ds.distributed.process_group import leave_distributed
 from gem_ds.train import main as train
@@ -75,6 +75,15 @@ class Tiny:
         path.write_text(json.dumps(json.loads(path.read_text()) | config))
         return copy
 
+    def mixture(self, name: str = "mixture", **config: object) -> Path:
+        """A folder like the model's, of a mixture of experts whose routers' loss counts."""
+        copy = self.variant(name)
+        tokens = ("vocab_size", "bos_token_id", "eos_token_id")
+        known = json.loads((copy / "config.json").read_text())
+        own = {name: known[name] for name in tokens} | {"output_router_logits": True} | config
+        _save_random(tiny_config("qwen3_moe", max_position_embeddings=128, **own), copy)
+        return copy
+
     def speaking(self, name: str, template: str) -> Path:
         """A copy of the model folder with another chat template."""
         copy = self.variant(name)
@@ -88,14 +97,17 @@ def make_tiny(folder: Path) -> Tiny:
     tokenizer = byte_level(chat_template=CHAT_TEMPLATE)
     tokenizer.save_pretrained(tiny.model)
     tokens = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = tiny_config("trained", vocab_size=len(tokenizer), **tokens)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(tiny.model)
+    _save_random(tiny_config("trained", vocab_size=len(tokenizer), **tokens), tiny.model)
     rng = random.Random(0)
     write_jsonl(tiny.data / "train.jsonl", [_sum(rng) for _ in range(22)])
     write_jsonl(tiny.data / "test.jsonl", [_sum(rng) for _ in range(5)])
     return tiny
+
+
+def _save_random(config: PretrainedConfig, folder: Path) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
 def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:

@@ -24,6 +24,7 @@ from gem_ds.files.dense_checkpoint import DenseCheckpoint
 from gem_ds.models.blocks import enable_checkpointing
 from gem_ds.models.load import DTYPES, load_for_training
 from gem_ds.models.loss import answer_loss_of, summed_answer_loss
+from gem_ds.models.router_loss import with_router_loss
 from gem_ds.report.main import REPORT, write_report
 from gem_ds.select.rules import RULES, SPARSE_METHODS
 from gem_ds.sparse.layer_draws import LayerDraws
@@ -107,8 +108,9 @@ class Run:
                 with self.comm.in_unison():
                     refuse_leaking_rows(self.engine.model, self.comm.device, vocab_size, size)
         self.summed_loss = self.settled_loss()
+        self.trained_loss = with_router_loss(self.summed_loss, self.engine.model)
         if self.sparse is not None:
-            self.sparse.start(self.calibration_batches(), self.summed_loss)
+            self.sparse.start(self.calibration_batches(), self.trained_loss)
         with self.comm.agreement():
             reporter = Reporter(
                 self.prepared.output_dir, self.state, self.args, is_main=self.comm.is_main
@@ -194,6 +196,11 @@ class Run:
                 "This model's logits are more than a product of its output layer, so those of many "
                 "tokens of a micro-batch stand in memory at once"
             )
+        if self.trained_loss is not self.summed_loss:
+            reporter.say(
+                "The routers' auxiliary loss is trained on too, as output_router_logits in the "
+                "model's config.json asks; the held-out loss is without it"
+            )
         if cut := prepared.data.train.num_truncated:
             reporter.say(
                 f"{cut:,} of {len(prepared.data.train):,} training examples are cut at "
@@ -227,7 +234,7 @@ class Run:
             self.engine,
             [] if self.sparse is None else self.sparse.parts,
             self.train_batches,
-            self.summed_loss,
+            self.trained_loss,
             self.scheduler,
             state,
             seed=train.seed,

@@ -56,33 +56,53 @@ def _losses(folder: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in lines if "loss" in line]
 
 
+def _killed(flags: list[str]) -> Path:
+    """Two ranks, until one is killed at a random moment; its folder."""
+    rng = random.Random(int.from_bytes(os.urandom(8), "little"))
+    step, delay = rng.randint(3, 6), rng.uniform(0, 0.01)
+    print(f"killing rank 1 {delay:.4f} s into step {step + 1}")
+    with pytest.raises(RankError, match=f"rank 1 of .*exit code -{int(signal.SIGKILL)}"):
+        run_ranks(2, _main_until_killed, flags, step, delay, 1)
+    folder = Path(flags[flags.index("--output_dir") + 1])
+    steps = list_checkpoints(folder)
+    assert steps, "a checkpoint stands"
+    for checkpoint in steps.values():
+        Checkpoint.load(checkpoint)  # and each that stands is whole
+    assert not (folder / "delta.safetensors").exists()
+    return folder
+
+
 def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path):
-    """With dropout, whose noise must be drawn as it was in both passes of SAM, as must layers."""
+    """With dropout, whose noise must be drawn as it was in both passes of SAM, as must layers.
+
+    And of a mixture, its experts, its routers' loss.
+    """
     tiny = make_tiny(tmp_path)
     settings = {"max_steps": NUM_STEPS, "save_steps": 2, "logging_steps": 1, "warmup_steps": 3}
     settings |= {"per_device_train_batch_size": 2, "weight_decay": 0.01}
     settings |= {"deepspeed": REPOSITORY / "ds_configs" / "zero3.json"}
     settings |= {"sam_rho": 0.05, "sam_layers": 0.5}
-    killed, whole, sober = (tmp_path / name for name in ("killed", "whole", "sober"))
-    dropout = settings | {"model_name_or_path": tiny.variant("dropout", attention_dropout=0.2)}
-    rng = random.Random(int.from_bytes(os.urandom(8), "little"))
-    step, delay = rng.randint(3, 6), rng.uniform(0, 0.01)
-    print(f"killing rank 1 {delay:.4f} s into step {step + 1}")
-    with pytest.raises(RankError, match=f"rank 1 of .*exit code -{int(signal.SIGKILL)}"):
-        run_ranks(2, _main_until_killed, tiny.flags(killed, **dropout), step, delay, 1)
-    steps = list_checkpoints(killed)
-    assert steps, "a checkpoint stands"
-    for checkpoint in steps.values():
-        Checkpoint.load(checkpoint)  # and each that stands is whole
-    assert not (killed / "delta.safetensors").exists()
-    resume = tiny.flags(killed, **dropout, resume_from_checkpoint="last")
-    run_ranks(2, mains, resume, tiny.flags(whole, **dropout), tiny.flags(sober, **settings))
-    expected, found = _values(whole), _values(killed)
-    for name, values in expected.items():
-        assert torch.equal(found[name], values), name
-    assert _losses(killed) == _losses(whole), "every step stands there once"
-    assert [step for step, _ in _losses(killed)] == list(range(1, NUM_STEPS + 1))
-    assert _losses(sober) != _losses(killed), "dropout was at work"
+    runs = {
+        "llama": settings | {"model_name_or_path": tiny.variant("dropout", attention_dropout=0.2)},
+        "mixture": settings | {"model_name_or_path": tiny.mixture(), "target_modules": "experts"},
+    }
+    aside = {"model_name_or_path": tiny.mixture("aside", output_router_logits=False)}
+    commands = [tiny.flags(tmp_path / "sober", **settings)]
+    commands.append(tiny.flags(tmp_path / "without", **runs["mixture"] | aside))
+    for name, run in runs.items():
+        killed = _killed(tiny.flags(tmp_path / name, **run))
+        commands.append(tiny.flags(killed, **run, resume_from_checkpoint="last"))
+        commands.append(tiny.flags(tmp_path / f"whole {name}", **run))
+    run_ranks(2, mains, *commands)
+    for name in runs:
+        killed, whole = tmp_path / name, tmp_path / f"whole {name}"
+        expected, found = _values(whole), _values(killed)
+        for weight, values in expected.items():
+            assert torch.equal(found[weight], values), weight
+        assert _losses(killed) == _losses(whole), "every step stands there once"
+        assert [step for step, _ in _losses(killed)] == list(range(1, NUM_STEPS + 1))
+    assert _losses(tmp_path / "sober") != _losses(tmp_path / "llama"), "dropout was at work"
+    assert _losses(tmp_path / "without") != _losses(tmp_path / "mixture"), "the routers' loss was"
 
 
 def test_an_evaluation_that_a_signal_came_before_is_made_when_the_run_goes_on(tmp_path):

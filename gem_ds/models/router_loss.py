@@ -1,0 +1,49 @@
+"""The auxiliary loss of a mixture's routers, where the model's configuration asks for it.
+
+A model of transformers with ``output_router_logits`` returns it beside the logits, and adds
+``router_aux_loss_coef`` times it to its own loss, a mean. Here losses are sums:
+
+    loss = summed loss of the items + items * router_aux_loss_coef * aux_loss
+
+Divided by the items of the global batch that is transformers' loss of a batch of one micro-batch;
+of several it is their mean, weighted by items. How evenly tokens are routed is no sum over tokens,
+so this part, unlike all else, is that of a micro-batch, as it is wherever such models are trained.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from gem_ds.data.batches import SummedLoss
+
+_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")  # JetMoe's is the second
+
+
+def with_router_loss(summed_loss: SummedLoss, model: nn.Module) -> SummedLoss:
+    """``summed_loss`` with that of the routers; itself where the model has none to add.
+
+    ``model`` is of transformers, perhaps in an engine or with adapters.
+    """
+    config: Any = getattr(model, "config", None)
+    text: Any = config.get_text_config() if config is not None else None
+    if not getattr(text, "output_router_logits", False):
+        return summed_loss
+    owners = ((owner, name) for owner in (model, text) for name in _COEFFICIENTS)
+    coefficient = next((getattr(o, name) for o, name in owners if hasattr(o, name)), 0.0)
+
+    def both(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        outputs: list[Any] = []
+        hook = model.register_forward_hook(lambda *call: outputs.append(call[-1]))
+        try:
+            loss = summed_loss(module, batch)
+        finally:
+            hook.remove()
+        # Of candidates that are ranked an item is an example, else a token of an answer.
+        num_items = len(batch["answers" if "answers" in batch else "answer_positions"])
+        auxiliary = getattr(outputs[0], "aux_loss", None)
+        # Of no items it counts nothing, and yet all ranks run the same backward pass.
+        return loss if auxiliary is None else loss + num_items * coefficient * auxiliary
+
+    return both
