@@ -2,11 +2,11 @@
 
 An inference engine merges weights (q, k and v; gate and up), cuts them over ranks, pads and
 transposes them. Its model's ``load_weights`` knows how: it takes names and whole tensors as they
-stand in checkpoints, and ends in copies into the weights. Here it is given, weight by weight, a
-tensor that holds i at the delta's entry i and -1 elsewhere; a copy of such a tensor into the
-model's memory is not carried out, but says which entries of the delta go where. So no layout is
-known here, nothing is written while the places are found, and every swap afterwards touches the
-entries alone.
+stand in checkpoints (where each expert has matrices of its own), and ends in copies into the
+weights. Here it is given, weight by weight, a tensor that holds i at the delta's entry i and -1
+elsewhere; a copy of such a tensor into the model's memory is not carried out, but says which
+entries of the delta go where. So no layout is known here, nothing is written while the places are
+found, and every swap afterwards touches the entries alone.
 
 The tensor of marks stands on the CPU, 4 bytes for an entry of the largest weight. Weights that
 the engine has changed after loading (quantized, or in another dtype) are refused.
@@ -14,15 +14,20 @@ the engine has changed after loading (quantized, or in another dtype) are refuse
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from gem_ds.files.delta import Delta
 from gem_ds.files.mask import dtype_name
+from gem_ds.models.blocks import model_of
 from gem_ds.serving.delta_set import Swap
 
 
@@ -34,7 +39,7 @@ def swaps_through_loader(model: nn.Module, delta: Delta) -> list[Swap]:
         delta: Of the whole weights, by their names in checkpoints.
 
     Returns:
-        For every place of a weight in the model one; a weight that is there twice has two.
+        For every tensor of the model that holds entries of a weight one.
 
     Raises:
         ValueError: The loader does not know a weight, or does more with it than to copy it, or the
@@ -43,10 +48,12 @@ def swaps_through_loader(model: nn.Module, delta: Delta) -> list[Swap]:
     if delta.head:
         raise ValueError("the delta has a task head, which a model that generates has no place for")
     swaps = []
+    described = cache(lambda: model_of(cast(Any, model).config))
     for name, values in delta.values.items():
         info = delta.mask.weights[name]
         marks = _marks(delta.mask.indices[name], info.shape)
-        for target, marked in _copies(model, name, marks):
+        found: dict[int, tuple[Tensor, list[Tensor], list[Tensor]]] = {}  # by the memory
+        for target, marked in _copies(model, name, marks, described):
             if dtype_name(target.dtype) != info.dtype:
                 raise ValueError(
                     f"the delta is {info.dtype} and the model has {name!r} in "
@@ -58,17 +65,21 @@ def swaps_through_loader(model: nn.Module, delta: Delta) -> list[Swap]:
             is_copy = marked.dtype == marks.dtype and marked.shape == target.shape
             if not is_copy or not _are_distinct(chosen, len(values)):
                 raise ValueError(f"the model's loader does more with {name!r} than to copy it")
-            size = target.untyped_storage().nbytes() // target.itemsize
-            flat = target.as_strided((size,), (1,), 0)  # all the memory that it is a view of
             places = (at * torch.tensor(target.stride())).sum(dim=1) + int(target.storage_offset())
-            indices = places.to(target.device)
+            memory = target.untyped_storage()
+            flat = target.as_strided((memory.nbytes() // target.itemsize,), (1,), 0)
+            _, all_places, all_chosen = found.setdefault(memory.data_ptr(), (flat, [], []))
+            all_places.append(places)
+            all_chosen.append(chosen)
+        for flat, all_places, all_chosen in found.values():
+            indices, chosen = torch.cat(all_places).to(flat.device), torch.cat(all_chosen)
             swaps.append(
                 Swap(
                     weight=name,
                     tensor=flat,
                     indices=indices,
                     base=flat[indices],
-                    values=values[chosen].to(target.device),
+                    values=values[chosen].to(flat.device),
                     chosen=chosen,
                 )
             )
@@ -88,13 +99,18 @@ def _marks(indices: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 @torch.no_grad()
-def _copies(model: nn.Module, name: str, marks: Tensor) -> list[tuple[Tensor, Tensor]]:
+def _copies(
+    model: nn.Module, name: str, marks: Tensor, described: Callable[[], PreTrainedModel]
+) -> list[tuple[Tensor, Tensor]]:
     """What the loader would copy into the model: where, and what."""
     loader: Any = model
     recorder = _Recorder(model)
     try:
+        parts = {name: marks}
+        if marks.dim() > 2:  # experts, which transformers holds together and checkpoints apart
+            parts = revert_weight_conversion(described(), parts)
         with recorder:
-            loader.load_weights([(name, marks)])
+            loader.load_weights(list(parts.items()))
     except Exception as error:  # of a name or a shape that it does not know it raises anything
         raise ValueError(
             f"the loader of {type(model).__name__} does not take {name!r} "

@@ -2,15 +2,19 @@
 
 The names, signatures and orders are vLLM's 0.29 (`LLM.collective_rpc`, `reset_prefix_cache`,
 `WorkerWrapperBase.init_worker`, `Worker.get_model`; weights merged, cut by rows or columns, key
-heads repeated, the vocabulary padded). It answers nothing; where vLLM is installed
+heads repeated, the vocabulary padded, experts stacked). It answers nothing; where vLLM is installed
 `tests/serving/test_vllm.py` asks its own classes.
 """
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from gem_ds import VllmDeltas
 
@@ -48,6 +52,7 @@ class ShardedLlama(nn.Module):
                 f"{prefix}.input_layernorm": (hidden,),
                 f"{prefix}.post_attention_layernorm": (hidden,),
             }
+            shapes |= self.shapes_of_experts(prefix)
         shapes["model.norm"] = (hidden,)
         self.weights = nn.ParameterDict(
             {
@@ -55,6 +60,10 @@ class ShardedLlama(nn.Module):
                 for name, shape in shapes.items()
             }
         )
+
+    def shapes_of_experts(self, prefix: str) -> dict[str, tuple[int, ...]]:
+        """Beside the dense block, which a mixture does without."""
+        return {}
 
     def load_weights(self, weights: Any) -> set[str]:
         loaded = set()
@@ -92,6 +101,35 @@ class ShardedLlama(nn.Module):
             param.data.copy_(loaded_weight)
 
 
+class ShardedMixture(ShardedLlama):
+    """The weights of a Qwen3MoeForCausalLM as one rank of vLLM has them."""
+
+    def shapes_of_experts(self, prefix: str) -> dict[str, tuple[int, ...]]:
+        hidden, number = self.config.hidden_size, self.config.num_experts
+        inner = self.config.moe_intermediate_size // self.world_size
+        return {
+            f"{prefix}.self_attn.q_norm": (self.config.head_dim,),
+            f"{prefix}.self_attn.k_norm": (self.config.head_dim,),
+            f"{prefix}.mlp.gate": (number, hidden),
+            f"{prefix}.mlp.experts.w13": (number, 2 * inner, hidden),
+            f"{prefix}.mlp.experts.w2": (number, hidden, inner),
+        }
+
+    def load_weights(self, weights: Any) -> set[str]:
+        loaded = set()
+        for name, whole in weights:
+            prefix, is_expert, rest = name.partition(".experts.")
+            if not is_expert:
+                loaded |= super().load_weights([(name, whole)])
+                continue
+            number, part, _ = rest.split(".")
+            module = f"{prefix}.experts.{'w2' if part == 'down_proj' else 'w13'}"
+            weight = self.weights[module.replace(".", "/")]
+            self._load(weight[int(number)], part, whole)
+            loaded.add(module)
+        return loaded
+
+
 class Worker:
     """One process of the engine."""
 
@@ -116,12 +154,16 @@ class LLM:
     """Workers over one model's weights; ``running`` is whether requests are."""
 
     def __init__(
-        self, hf_model: nn.Module, world_size: int, worker_extension_cls: str = VllmDeltas.WORKER
+        self,
+        hf_model: PreTrainedModel,
+        world_size: int,
+        worker_extension_cls: str = VllmDeltas.WORKER,
     ) -> None:
         config, dtype = hf_model.config, next(hf_model.parameters()).dtype
         worker_class = extended(worker_extension_cls)
+        sharded = ShardedMixture if hasattr(config, "num_experts") else ShardedLlama
         self.workers = [
-            worker_class(ShardedLlama(config, rank, world_size, dtype), rank)
+            worker_class(sharded(config, rank, world_size, dtype), rank)
             for rank in range(world_size)
         ]
         self.running = False
@@ -129,9 +171,12 @@ class LLM:
         self.llm_engine = SimpleNamespace(reset_encoder_cache=lambda: self._forget("image"))
         self.load(hf_model)
 
-    def load(self, hf_model: nn.Module) -> None:
+    def load(self, hf_model: PreTrainedModel) -> None:
+        with TemporaryDirectory() as folder:
+            hf_model.save_pretrained(folder)
+            checkpoint = load_file(Path(folder, "model.safetensors"))
         for worker in self.workers:
-            worker.get_model().load_weights(list(hf_model.state_dict().items()))
+            worker.get_model().load_weights(list(checkpoint.items()))
 
     def collective_rpc(
         self, method: str, timeout: float | None = None, args: tuple = (), kwargs: Any = None

@@ -12,7 +12,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from gem_ds import DeltaSet
 from gem_ds.files.delta import Delta
@@ -23,6 +30,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = {"vocab_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 8}
 LLAMA = LlamaConfig(**SIZES, num_key_value_heads=1, intermediate_size=16, tie_word_embeddings=True)
 GPT2 = GPT2Config(vocab_size=24, n_embd=8, n_layer=2, n_head=2, n_positions=16)
+MIXTURE = Qwen3MoeConfig(
+    **SIZES, num_key_value_heads=1, head_dim=4, num_experts=3, moe_intermediate_size=4
+)
 Q0 = "model.layers.0.self_attn.q_proj.weight"
 
 
@@ -35,13 +45,18 @@ def gpt2(dtype=torch.float32) -> nn.Module:
     return GPT2LMHeadModel(GPT2).to(dtype)
 
 
+def mixture(dtype=torch.float32) -> nn.Module:
+    """With experts, of which a parameter holds several."""
+    return Qwen3MoeForCausalLM(MIXTURE).to(dtype)
+
+
 def random_delta(model: nn.Module, seed: int, share: float = 0.1) -> Delta:
     """Of a random share of every matrix; the tied embedding is one of them."""
     generator = torch.Generator().manual_seed(seed)
     chosen = {
         name: (torch.rand(p.numel(), generator=generator) < share).nonzero().flatten().tolist()
         for name, p in model.named_parameters()
-        if p.dim() == 2
+        if p.dim() > 1
     }
     delta = make_delta(model, chosen)
     values = {
@@ -57,7 +72,7 @@ def expected_bits(model: nn.Module, delta: Delta | None) -> dict[str, bytes]:
     for name, values in delta.values.items() if delta is not None else ():
         weight = model.get_parameter(name).data
         for index, value in zip(delta.mask.indices[name].tolist(), values, strict=True):
-            weight[index // weight.shape[1], index % weight.shape[1]] = value
+            weight[torch.unravel_index(torch.tensor(index), weight.shape)] = value
     return bits(model)
 
 
@@ -71,7 +86,7 @@ def two_deltas(model):
 
 @settings(deadline=None, max_examples=8)
 @given(
-    make_model=st.sampled_from([llama, gpt2]),
+    make_model=st.sampled_from([llama, gpt2, mixture]),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 2**32),
     share=st.sampled_from([0.02, 0.5, 1.0]),

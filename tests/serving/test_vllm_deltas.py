@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from gem_ds import VllmDeltas, apply_delta
 from tests.deltas import bits, make_delta
@@ -20,7 +20,11 @@ MORE = {"vocab_size": 30, "intermediate_size": 16, "num_hidden_layers": 2}
 V1 = "model.layers.1.self_attn.v_proj.weight"
 
 
-def checkpoint(dtype=torch.bfloat16, *, tied=False):
+def checkpoint(dtype=torch.bfloat16, *, tied=False, experts=False):
+    if experts:
+        own = {"num_experts": 3, "moe_intermediate_size": 8, "head_dim": 2}
+        config = Qwen3MoeConfig(**SIZES, **MORE, **own, tie_word_embeddings=tied)
+        return Qwen3MoeForCausalLM(config).to(dtype)
     config = LlamaConfig(**SIZES, **MORE, tie_word_embeddings=tied, head_dim=2)
     return LlamaForCausalLM(config).to(dtype)
 
@@ -36,7 +40,8 @@ def as_if_loaded(base, world_size, delta):
     return all_bits(LLM(trained, world_size))
 
 
-@settings(deadline=None, max_examples=7)
+@pytest.mark.parametrize("experts", [False, True])
+@settings(deadline=None, max_examples=5)
 @given(
     world_size=st.sampled_from([1, 2, 4]),  # 4 repeat the two key heads
     dtype=st.sampled_from(DTYPES),
@@ -44,9 +49,12 @@ def as_if_loaded(base, world_size, delta):
     seed=st.integers(0, 2**32),
     share=st.sampled_from([0.01, 0.4, 1.0]),
 )
-def test_swaps_are_what_loading_the_trained_weights_gives(world_size, dtype, tied, seed, share):
+def test_swaps_are_what_loading_the_trained_weights_gives(
+    world_size, dtype, tied, seed, share, experts
+):
+    """Checkpoints have each expert's matrices apart, vLLM those of all together."""
     torch.manual_seed(seed)
-    base = checkpoint(dtype, tied=tied)
+    base = checkpoint(dtype, tied=tied, experts=experts)
     llm = LLM(base, world_size)
     before = all_bits(llm)
     deltas = VllmDeltas(llm)
