@@ -1,7 +1,7 @@
 """Whether `launch/plan.py` foretells what is measured, and what it foretells of large models.
 
     python benchmarks/plan.py [--output plan.md]                # against measurements, here
-    python benchmarks/plan.py --large [--output plan_large.md]  # 7B to 405B, nothing is run
+    python benchmarks/plan.py --large [NAME ...] [--output plan_large.md]  # nothing is run
 
 Measured is what `benchmarks/step.py` reports of a contender; ranks are processes of this machine.
 Of two numbers the first is foretold, the second measured.
@@ -55,6 +55,12 @@ CASES = tuple(
 
 #: By their names in the table.
 LARGE = {"7B": "llama-7b", "13B": "llama-13b", "70B": "llama-70b", "405B": "llama-405b"}
+#: Mixtures, whose experts are targets of `gem`; `lora` has no adapter for them.
+MIXTURES = {
+    "Qwen3-30B-A3B": "qwen3-30b-a3b",
+    "gpt-oss-120b": "gpt-oss-120b",
+    "DeepSeek-V3": "deepseek-v3",
+}
 WORLD_SIZES = (8, 64, 1024)
 
 
@@ -93,14 +99,16 @@ def _compare(told: Forecast, found: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def large_rows() -> Iterator[dict[str, str]]:
-    """What 7B to 405B need on GPUs of 80 GB: ZeRO 3, bf16, activations recomputed."""
-    for name, shape in LARGE.items():
-        config = SHAPES[shape](None)
-        for method in METHODS:
+def large_rows(names: Sequence[str]) -> Iterator[dict[str, str]]:
+    """What large models need on GPUs of 80 GB: ZeRO 3, bf16, activations recomputed."""
+    for name in names:
+        config = SHAPES[(LARGE | MIXTURES)[name]](None)
+        for method in ("gem", "full") if name in MIXTURES else METHODS:
             flags = f"--model_name_or_path {name} --method {method} --lora_r 16 --max_length 2048"
             flags += " --per_device_train_batch_size 1 --per_device_eval_batch_size 1"
             flags += " --bf16 --gradient_checkpointing"
+            if name in MIXTURES and method == "gem":
+                flags += " --target_modules all-linear"
             args = parse_arguments(flags.split(), needed=[])
             for world_size in WORLD_SIZES:
                 setting = Setting(
@@ -141,12 +149,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--large", action="store_true")
+    names = [*LARGE, *MIXTURES]
+    parser.add_argument("--large", nargs="*", metavar="NAME", help=f"some of {', '.join(names)}")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args(argv)
     transformers.utils.logging.set_verbosity_error()
     rows = []
-    for row in large_rows() if args.large else measured_rows():
+    for row in measured_rows() if args.large is None else large_rows(args.large or names):
         rows.append(row)
         print(json.dumps(row), file=sys.stderr, flush=True)
     print(table := markdown(rows))

@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    DeepseekV3Config,
+    GptOssConfig,
     LlamaConfig,
     OPTConfig,
     PretrainedConfig,
@@ -51,6 +54,21 @@ def _llama(
     )
 
 
+def _qwen3_30b_a3b(num_layers: int | None) -> PretrainedConfig:
+    return AutoConfig.for_model(
+        "qwen3_moe",
+        hidden_size=2048,
+        num_hidden_layers=num_layers or 48,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        num_experts=128,
+        num_experts_per_tok=8,
+        moe_intermediate_size=768,
+        vocab_size=151936,
+    )
+
+
 #: By name what makes a configuration, given the number of layers (None: all).
 SHAPES: Mapping[str, Callable[[int | None], PretrainedConfig]] = MappingProxyType(
     {
@@ -61,6 +79,9 @@ SHAPES: Mapping[str, Callable[[int | None], PretrainedConfig]] = MappingProxyTyp
         "llama-405b": _llama(16384, 53248, 126, 128, 8, 128256),
         "llama-3-1b": _llama(2048, 8192, 16, 32, 8, 128256, is_tied=True),
         "llama-3-8b": _llama(4096, 14336, 32, 32, 8, 128256),
+        "qwen3-30b-a3b": _qwen3_30b_a3b,
+        "gpt-oss-120b": lambda num_layers: GptOssConfig(num_hidden_layers=num_layers or 36),
+        "deepseek-v3": lambda num_layers: DeepseekV3Config(num_hidden_layers=num_layers or 61),
         "tiny": _llama(64, 128, 2, 4, 4, NUM_WORDS + len(_SPECIAL)),
     }
 )
