@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from steps.shapes import SHAPES
+from steps.shapes import SHAPES, made_weights
 from steps.table import markdown
 from steps.training import Training
 from steps.turns import interval, take_turns
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from gem_ds.data.batches import Batches, SummedLoss
 from gem_ds.distributed.process_group import init_distributed, leave_distributed
@@ -42,17 +42,18 @@ def frozen_passes(model: Any, batches: Batches, summed_loss: SummedLoss) -> None
             summed_loss(model, batch).backward()
 
 
-def frozen_copy(folder: Path, like: Any) -> Any:
-    """A second model of the same weights, without the trainer's layers."""
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=like.dtype).to(like.device)
+def frozen_copy(folder: Path, config: PretrainedConfig, like: Any) -> Any:
+    """A second model of the same shape, without the trainer's layers."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=like.dtype)
+    model.to(like.device)
     model.requires_grad_(False).eval()
     embedding = model.get_input_embeddings()
     embedding.register_forward_hook(lambda _m, _i, output: output.requires_grad_())
     return model
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Print a table."""
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
     parser = argparse.ArgumentParser(
         prog="benchmarks/calibration.py",
         description=__doc__,
@@ -64,11 +65,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batches", type=int, default=8)
     parser.add_argument("--batch_size", type=int, default=4, help="sequences")
     parser.add_argument("--tokens", type=int, default=512, help="of a sequence")
+    parser.add_argument("--makes_weights", action="store_true", help="as benchmarks/step.py")
     parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print a table."""
+    args = parser().parse_args(argv)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    names = ("shape", "layers", "dtype", "batches", "batch_size", "tokens")
+    names = ("shape", "layers", "dtype", "batches", "batch_size", "tokens", "makes_weights")
     training = Training(**{name: getattr(args, name) for name in names})
     seconds = _seconds(training, args.rounds)
     ratio = interval(seconds["calibration and selection"] / seconds["frozen model"])
@@ -91,10 +98,11 @@ def _seconds(training: Training, rounds: int) -> dict[str, np.ndarray]:
         flags = training.flags(["gem"], folder)["gem"]
         run_args = parse_arguments([*flags, "--output_dir", str(folder / "run")])
         prepared = prepare(run_args, comm.world_size)
-        run = Run(prepared, comm)
-        tuning: Any = run.tuning
+        with made_weights(folder / "model", comm.device):
+            run = Run(prepared, comm)
+            tuning: Any = run.tuning
+            frozen = frozen_copy(folder / "model", prepared.config, tuning.engine.model)
         batches, summed_loss = run.calibration_batches(), run.settled_loss()
-        frozen = frozen_copy(folder / "model", tuning.engine.model)
         selecting: list[float] = []
 
         def timed(act: Callable[[], object]) -> float:

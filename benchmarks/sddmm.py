@@ -5,9 +5,10 @@
 
 It runs on the GPU where there is one, else on the CPU. In each round every kernel runs once, so
 that whatever else the machine does meets all alike. Printed are the median, the least and the
-greatest seconds, and the most bytes that were alive at once beside the inputs and the result; the
-kernel that `auto` takes is marked with *. The entries are spread evenly over the matrix. `gather`
-is left out where it would take too long.
+greatest seconds, the most bytes that were alive at once beside the inputs and the result, and the
+largest error of a thousand entries against their sums in fp64, in units of the sum of magnitudes
+(fp32 should stay below 1e-5); the kernel that `auto` takes is marked with *. The entries are spread
+evenly over the matrix. `gather` is left out where it would take too long.
 """
 
 from __future__ import annotations
@@ -68,13 +69,25 @@ def peak_bytes(run: Callable[[], None], device: torch.device) -> int:
     return peak
 
 
+def largest_error(dy: Tensor, x: Tensor, pattern: Pattern, kernel: str) -> float:
+    """Of a kernel's sums at some entries, of the sums of their terms' magnitudes."""
+    found = torch.zeros(pattern.num_entries, device=dy.device)
+    add_sampled_product(found, dy, x, pattern, kernel)
+    chosen = torch.randperm(pattern.num_entries, device=dy.device)[:1024]
+    flat_index, columns = pattern.flat_index[chosen].long(), pattern.shape[1]
+    terms = dy.double()[:, flat_index // columns] * x.double()[:, flat_index % columns]
+    errors = (found[chosen] - terms.sum(0)).abs() / terms.abs().sum(0)
+    return float(errors.max())
+
+
 def measure(dy: Tensor, x: Tensor, pattern: Pattern, kernels: Sequence[str], rounds: int) -> None:
     """Print a line per kernel."""
     out = torch.zeros(pattern.num_entries, device=dy.device)
     runs = {
         name: lambda name=name: add_sampled_product(out, dy, x, pattern, name) for name in kernels
     }
-    peaks = {name: peak_bytes(run, dy.device) for name, run in runs.items()}  # this warms up too
+    errors = {name: largest_error(dy, x, pattern, name) for name in kernels}  # this warms up too
+    peaks = {name: peak_bytes(run, dy.device) for name, run in runs.items()}
     taken: dict[str, list[float]] = {name: [] for name in kernels}
     for _ in range(rounds):
         for name, run in runs.items():
@@ -83,7 +96,8 @@ def measure(dy: Tensor, x: Tensor, pattern: Pattern, kernels: Sequence[str], rou
     for name, found in taken.items():
         print(
             f"{name:>10}{'*' if name == chosen else ' '} {statistics.median(found):9.4f} "
-            f"({min(found):.4f} to {max(found):.4f}) {peaks[name] / 2**20:9.1f} MiB",
+            f"({min(found):.4f} to {max(found):.4f}) {peaks[name] / 2**20:9.1f} MiB "
+            f"{errors[name]:8.1e}",
             flush=True,
         )
 
@@ -98,8 +112,8 @@ def kernels_for(device: torch.device, num_products: int) -> list[str]:
     return names
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measure and print."""
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
     parser = argparse.ArgumentParser(prog="benchmarks/sddmm.py", description=__doc__)
     shapes = ["768x768", "4096x4096", "4096x11008", "1024x4096"]
     parser.add_argument("--shapes", nargs="+", default=shapes, help="rows x columns")
@@ -107,7 +121,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--densities", nargs="+", type=float, default=[0.001, 0.01, 0.05, 0.3])
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure and print."""
+    args = parser().parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}")

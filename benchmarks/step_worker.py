@@ -20,13 +20,15 @@ import os
 import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from steps.baselines import DenseMasked, Floor, Tuner
+from steps.baselines import DenseMasked, Floor, LoraByDefault, LoraOfLeaves, Tuner
 from steps.memory import library_bytes, peak_bytes, start_peak
 from steps.operations import count_operations
+from steps.shapes import made_weights
 from steps.traffic import Collectives
 from torch.profiler import ProfilerActivity, profile
 
@@ -37,7 +39,13 @@ from gem_ds.train.fit import fit
 from gem_ds.train.prepare import prepare
 from gem_ds.train.run import Run
 
-_BASELINES = {"floor": Floor, "tuner": Tuner, "dense_masked": DenseMasked}
+_BASELINES = {
+    "floor": Floor,
+    "tuner": Tuner,
+    "lora_default": LoraByDefault,
+    "lora_leaves": LoraOfLeaves,
+    "dense_masked": DenseMasked,
+}
 
 
 class Contender:
@@ -48,7 +56,8 @@ class Contender:
         args = parse_arguments(flags)
         prepared = prepare(args, comm.world_size)
         self.libraries = library_bytes()  # loaded by now
-        self.run = Run(prepared, comm, _BASELINES.get(name))
+        with made_weights(Path(str(args.model.model_name_or_path)), comm.device):
+            self.run = Run(prepared, comm, _BASELINES.get(name))
         self.tuning: Any = self.run.tuning
         summed_loss = self.run.settled_loss()
         start_peak(comm.device)

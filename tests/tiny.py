@@ -58,14 +58,14 @@ def tiny_config(name: str, **more: Any) -> PretrainedConfig:
 
 
 def make_model(
-    architecture: str, dtype: torch.dtype = torch.float32, dropout: float = 0.3
+    architecture: str, dtype: torch.dtype = torch.float32, dropout: float = 0.3, **more: Any
 ) -> PreTrainedModel:
     """A model of random weights, always the same; all but Llama drop out in train mode."""
     rates = dict.fromkeys(DROPOUTS.get(architecture, ()), dropout)
     auto_class = AutoModelForMaskedLM if architecture == "bert" else AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return auto_class.from_config(tiny_config(architecture, **rates)).to(dtype)
+        return auto_class.from_config(tiny_config(architecture, **rates, **more)).to(dtype)
 
 
 class Matrices(nn.Module):

@@ -2,6 +2,9 @@
 
     floor         forward and input gradients of the frozen model; nothing is trained
     tuner         the entries of a random mask by peft's tuner, in DeepSpeed's engine as LoRA is
+    lora_default  LoRA as peft and transformers have it by themselves: gradients down to the
+                  embedding where blocks are recomputed
+    lora_leaves   LoRA with blocks gathered whole at ZeRO 3, and gradients down to the embedding
     dense_masked  the way of the method's published code: a full trainable copy of each target
                   weight beside the frozen one, a mask, dense gradients, dense AdamW
 
@@ -10,6 +13,7 @@ All have what a run asks of a tuning (:class:`gem_ds.train.dense_tuning.DenseTun
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,9 +23,12 @@ from torch.nn import functional as F
 
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.engine import BaseEngine, DenseEngine
+from gem_ds.distributed.zero_gathers import fill_stage3
+from gem_ds.models.blocks import block_sizes, model_of
 from gem_ds.models.targets import targets_of
 from gem_ds.sparse.select_mask import select_mask
 from gem_ds.train.config import DEFAULT_DENSITY
+from gem_ds.train.dense_tuning import DenseTuning
 from gem_ds.train.optimizer import make_dense_optimizer
 from gem_ds.train.prepare import PreparedRun
 from gem_ds.tuner import GemConfig
@@ -80,6 +87,36 @@ class Tuner(Baseline):
         self.num_trainable = mask.num_selected
         optimizer = make_dense_optimizer(prepared.args.train, values, [])
         self.engine = DenseEngine(adapted, optimizer, prepared.deepspeed, comm)
+
+
+class LoraByDefault(DenseTuning):
+    """LoRA, and gradients down to the embedding where blocks are recomputed, as peft lets them."""
+
+    def __init__(self, prepared: PreparedRun, model: Any, head: list[str], comm: Comm) -> None:
+        super().__init__(prepared, model, head, comm)
+        if prepared.args.train.gradient_checkpointing:
+            model.enable_input_require_grads()
+
+
+class LoraOfLeaves(DenseTuning):
+    """LoRA with its blocks gathered whole at stage 3.
+
+    Which needs a gradient of each block's input: DeepSpeed 0.19 would send a block's gradients
+    before there are any (:mod:`gem_ds.distributed.zero_gathers`).
+    """
+
+    def __init__(self, prepared: PreparedRun, model: Any, head: list[str], comm: Comm) -> None:
+        zero = {
+            key: value
+            for key, value in prepared.deepspeed["zero_optimization"].items()
+            if not key.startswith("stage3_")
+        }
+        if zero["stage"] == 3:
+            blocks = block_sizes(model_of(prepared.config))
+            fill_stage3(zero, prepared.config.hidden_size, blocks)
+        deepspeed = prepared.deepspeed | {"zero_optimization": zero}
+        super().__init__(replace(prepared, deepspeed=deepspeed), model, head, comm)
+        model.enable_input_require_grads()
 
 
 class DenseMasked(Baseline):

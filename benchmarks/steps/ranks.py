@@ -23,7 +23,7 @@ class Ranks:
     Attributes:
         processes: one for each rank.
         answers: of rank 0, a line each.
-        start_seconds: that calibration took, 0 where there is none.
+        start_seconds: that calibration took, 0 where there is none; known once they are ready.
     """
 
     processes: list[subprocess.Popen[str]]
@@ -34,7 +34,7 @@ class Ranks:
     def start(
         cls, name: str, flags: Sequence[str], world_size: int, *, is_weighed: bool = False
     ) -> Ranks:
-        """Start a contender and wait until it has taken its first step.
+        """Start a contender; :meth:`wait` until it is ready.
 
         Args:
             name: of the contender.
@@ -66,9 +66,11 @@ class Ranks:
             for rank in range(world_size)
         ]
         os.close(writing)
-        ranks = cls(processes=processes, answers=os.fdopen(reading))
-        ranks.start_seconds = ranks.listen()
-        return ranks
+        return cls(processes=processes, answers=os.fdopen(reading))
+
+    def wait(self) -> None:
+        """Wait until it has taken its first step."""
+        self.start_seconds = self.listen()
 
     def ask(self, command: str) -> Any:
         """Give all ranks a command; returns rank 0's answer."""
@@ -99,8 +101,14 @@ def needs_of(name: str, flags: Sequence[str], world_size: int) -> dict[str, Any]
     """What a contender sends, holds and writes, found in processes that are started for it."""
     ranks = Ranks.start(name, flags, world_size, is_weighed=True)
     try:
-        ranks.ask("step 2")  # ZeRO-3 gathers ahead once it knows the order
-        questions = ("count", "report", "operations", "checkpoint")
-        return {key: value for each in questions for key, value in ranks.ask(each).items()}
+        ranks.wait()
+        return needs_now(ranks)
     finally:
         ranks.close()
+
+
+def needs_now(ranks: Ranks) -> dict[str, Any]:
+    """The same of processes that are there."""
+    ranks.ask("step 2")  # ZeRO-3 gathers ahead once it knows the order
+    questions = ("count", "report", "operations", "checkpoint")
+    return {key: value for each in questions for key, value in ranks.ask(each).items()}

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+from unittest import mock
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -87,9 +91,19 @@ SHAPES: Mapping[str, Callable[[int | None], PretrainedConfig]] = MappingProxyTyp
 )
 
 
-def write_model(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> None:
-    """Save a model with random weights, and a tokenizer that makes a token of each word."""
-    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
+def write_model(
+    folder: Path, config: PretrainedConfig, dtype: torch.dtype, *, has_weights: bool = True
+) -> None:
+    """Save a model with random weights, and a tokenizer that makes a token of each word.
+
+    Without weights its file of them is empty: :func:`made_weights` is for those who load it.
+    """
+    if has_weights:
+        AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
+    else:
+        config.dtype = dtype
+        config.save_pretrained(folder)
+        save_file({}, folder / "model.safetensors", {"format": "pt"})
     words = [*_SPECIAL, *(f"w{i}" for i in range(NUM_WORDS))]
     tokenizer = Tokenizer(
         models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[-1])
@@ -98,6 +112,31 @@ def write_model(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> N
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=_SPECIAL[0], eos_token=_SPECIAL[1]
     ).save_pretrained(folder)
+
+
+@contextmanager
+def made_weights(folder: Path, device: torch.device) -> Iterator[None]:
+    """While the block lasts, a model whose file of weights is empty is made instead of loaded.
+
+    Its weights are random numbers that its device draws: 8B in a second, and no file of 16 GB.
+    """
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        has_weights = bool(file.keys())
+    if has_weights:
+        yield
+        return
+
+    def make(
+        _: Any, *, config: Any, dtype: torch.dtype, output_loading_info: bool = False, **__: Any
+    ) -> Any:
+        torch.manual_seed(0)
+        with device:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        report: dict[str, list[Any]] = {"missing_keys": [], "mismatched_keys": []}
+        return (model, report) if output_loading_info else model
+
+    with mock.patch.object(AutoModelForCausalLM, "from_pretrained", make):
+        yield
 
 
 def write_data(path: Path, num_rows: int, num_tokens: int) -> None:

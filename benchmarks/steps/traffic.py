@@ -23,11 +23,13 @@ class Collectives:
         weights: bytes in ZeRO-3's gathers of weights.
         num_gathers: how many these were.
         others: bytes in all else.
+        num_others: how many these were.
     """
 
     weights: int = 0
     num_gathers: int = 0
     others: int = 0
+    num_others: int = 0
 
     @contextmanager
     def counted(self) -> Iterator[None]:
@@ -52,6 +54,7 @@ class Collectives:
                     self.num_gathers += 1
                 else:
                     self.others += max(sizes)
+                    self.num_others += 1
             return method(*args, **kwargs)
 
         return call

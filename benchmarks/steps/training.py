@@ -12,7 +12,18 @@ from gem_ds.models.load import DTYPES
 
 from .shapes import SHAPES, adapter_size, write_data, write_model
 
-CONTENDERS = ("floor", "gem", "tuner", "lora", "shira", "dense_masked", "full")
+#: By name the method that the trainer is told.
+CONTENDERS = {
+    "floor": "gem",
+    "gem": "gem",
+    "tuner": "gem",
+    "lora": "lora",
+    "lora_default": "lora",
+    "lora_leaves": "lora",
+    "shira": "shira",
+    "dense_masked": "gem",
+    "full": "full",
+}
 NEED_WHOLE_WEIGHTS = ("shira", "dense_masked")  # which stage 3 cuts
 _CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 
@@ -33,6 +44,7 @@ class Training:
         density: trained entries, of all of the model's.
         gradient_checkpointing: whether activations are recomputed.
         max_live_parameters: that ZeRO 3 gathers ahead; None for DeepSpeed's own limit.
+        makes_weights: whether each process draws its weights instead of loading them.
     """
 
     shape: str = "opt-125m"
@@ -46,11 +58,13 @@ class Training:
     density: float = 0.001
     gradient_checkpointing: bool = False
     max_live_parameters: int | None = None
+    makes_weights: bool = False
 
     def flags(self, contenders: Sequence[str], folder: Path) -> dict[str, list[str]]:
         """Write model and data into a folder; returns each contender's flags, but its output."""
         config = SHAPES[self.shape](self.layers)
-        write_model(folder / "model", config, DTYPES[self.dtype])
+        has_weights = not self.makes_weights
+        write_model(folder / "model", config, DTYPES[self.dtype], has_weights=has_weights)
         num_rows = self.batches * self.world_size * self.batch_size
         write_data(folder / "train.jsonl", num_rows, self.tokens)
         common = {
@@ -72,7 +86,7 @@ class Training:
         rank, density_of_rank = adapter_size(config, self.density)
         flags = {}
         for name in contenders:
-            method = name if name in ("lora", "shira", "full") else "gem"
+            method = CONTENDERS[name]
             density = density_of_rank if name == "shira" else self.density
             values = common | {"method": method, "lora_r": rank, "density": density}
             flags[name] = [

@@ -2,7 +2,7 @@
 
 One class serves one rank or a thousand. With nobody to talk to, every call returns at once, so the
 code above holds no branch on the world size. All collectives run on the default process group, in
-the same order on every rank.
+the same order on every rank; calibration's reductions alone have one of their own.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class Comm:
         self.rank = dist.get_rank() if is_joined() else 0
         self.world_size = dist.get_world_size() if is_joined() else 1
         self.device = device
+        self._reducing: dist.ProcessGroup | None = None  # the group of reduce-scatters
 
     @property
     def is_main(self) -> bool:
@@ -53,7 +54,7 @@ class Comm:
         length, rest = divmod(tensor.numel(), self.world_size)
         assert rest == 0, f"{tensor.numel()} entries do not divide over {self.world_size} ranks"
         shard = tensor.new_empty(length)
-        work = dist.reduce_scatter_tensor(shard, tensor, async_op=True)
+        work = dist.reduce_scatter_tensor(shard, tensor, group=self._reducing, async_op=True)
 
         def wait() -> Tensor:
             nonlocal tensor
@@ -62,6 +63,23 @@ class Comm:
             return shard
 
         return wait
+
+    @contextmanager
+    def reducing_apart(self) -> Iterator[None]:
+        """While the block lasts, reduce-scatters run in a process group of their own.
+
+        A GPU runs a group's collectives one after another: those of a backward pass would stand in
+        line with ZeRO-3's gathers of the weights that it needs next.
+        """
+        if self.world_size == 1:
+            yield
+            return
+        group = self._reducing = dist.new_group()
+        try:
+            yield
+        finally:
+            self._reducing = None
+        dist.destroy_process_group(group)  # after an error others may still be in it
 
     def gather_shards(self, shard: Tensor) -> Tensor:
         """Put ranges of n entries, one on each rank, together: [world_size * n] on every rank.

@@ -50,6 +50,9 @@ def init_distributed() -> Comm:
     if accelerator.device_name() == "cpu":
         _wait_for_locks(is_telling=os.environ.get("LOCAL_RANK", "0") == "0")
     else:
+        if accelerator.device_count() == 1 and os.environ["LOCAL_RANK"] != "0":
+            _leaving.callback(os.environ.update, LOCAL_RANK=os.environ["LOCAL_RANK"])
+            os.environ["LOCAL_RANK"] = "0"  # where a scheduler shows each process its own GPU alone
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     was_joined = is_joined()
     with redirect_stdout(StringIO()):  # each rank would print that it has built an op

@@ -34,7 +34,7 @@ EPSILON = 1e-8
 def ratio(shard: TargetShard, damping: float = EPSILON) -> Tensor:
     """``|g| / (|w| + damping)``, in the place of g; a chunk of w exists in fp32 at a time."""
     r = gradient_magnitude(shard)
-    for numerator, part in zip(chunks(r), chunks(shard.weight), strict=True):
+    for numerator, part in zip(chunks(r), chunks(shard.weight, r.device), strict=True):
         magnitude = part.to(device=r.device, dtype=torch.float32).abs()
         numerator.div_(magnitude.add_(damping))
     return r

@@ -14,8 +14,9 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-#: Entries worked on at a time: the fp64 temporaries (1 MB each) stay in a core's cache.
-CHUNK = 2**17
+#: Entries worked on at a time. On a CPU the fp64 temporaries (1 MB each) stay in a core's cache; a
+#: GPU is to have more to do than a launch takes (three of 128 MB).
+CHUNK, GPU_CHUNK = 2**17, 2**24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +86,11 @@ class Solo:
         return tensor
 
 
-def chunks(shard: Tensor) -> Sequence[Tensor]:
-    """Views of at most :data:`CHUNK` entries that cover ``shard`` [m]."""
-    return torch.split(shard, CHUNK)
+def chunk_length(device: torch.device) -> int:
+    """How many entries are worked on at a time on a device."""
+    return CHUNK if device.type == "cpu" else GPU_CHUNK
+
+
+def chunks(part: Tensor, device: torch.device | None = None) -> Sequence[Tensor]:
+    """Views that cover ``part`` [m], of what is worked on at a time on a device (its own)."""
+    return torch.split(part, chunk_length(device or part.device))

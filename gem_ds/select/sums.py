@@ -3,8 +3,8 @@
 Floating-point sums depend on how a matrix is cut; these do not. The largest term of a layer is
 found first (a maximum is exact in any order), and the caller scales terms by a power of two, so
 that none exceeds 1. Each is rounded to an integer, ``round(term * 2^b)`` with b at most 35 and
-62 - ceil(log2 n_l), and the integers are summed: those of a chunk in fp64, which is exact below
-2^53, the chunks in int64. What the rounding leaves is scaled by another 2^b and summed the same
+62 - ceil(log2 n_l), and the integers are summed: those of a small chunk in fp64, which is exact
+below 2^53, all else in int64. What the rounding leaves is scaled by another 2^b and summed the same
 way: in a heavy tail most terms, squares above all, are far below 2^-b. So the error of a sum is
 that of its terms.
 """
@@ -16,10 +16,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from gem_ds.select.shards import CHUNK, Group, Shards, chunks
+from gem_ds.select.shards import Group, Shards, chunk_length, chunks
 
-#: b is at most this, so that 2^18 terms sum exactly in fp64.
-_CHUNK_BITS = 35
+#: b is at most this, so that so many terms sum exactly in fp64.
+_MOST_BITS, _SMALL = 35, 2**18
 
 Terms = Callable[[int, Tensor, Tensor], tuple[Tensor, ...]]
 """Takes a layer's number, a chunk in fp64 [m] and a spare tensor like it, both to be overwritten;
@@ -59,17 +59,18 @@ def exact_sums(
     terms: Terms, num_kinds: int, parts: Sequence[Tensor], shards: Shards, group: Group
 ) -> list[list[float]]:
     """Over all ranks the sum of each kind of term and layer, each correctly rounded."""
-    bits = [min(_CHUNK_BITS, 62 - (shard.numel - 1).bit_length()) for shard in shards]
+    bits = [min(_MOST_BITS, 62 - (shard.numel - 1).bit_length()) for shard in shards]
     device = shards[0].device
     sums = torch.zeros(num_kinds, len(shards), 2, dtype=torch.int64, device=device)
-    buffers = torch.empty(3, CHUNK, dtype=torch.float64, device=device)
+    length = min(chunk_length(device), max(part.numel() for part in parts))
+    buffers = torch.empty(3, length, dtype=torch.float64, device=device)
     for layer, part in enumerate(parts):
         pairs: list[Tensor] = []
-        for chunk in chunks(part):
+        for chunk in chunks(part, device):
             values, spare, other = buffers[:, : chunk.numel()]
             for kind in terms(layer, values.copy_(chunk.float()), spare):
                 pairs += _fixed_point_sum_(kind, bits[layer], other)
-        sums[:, layer] = torch.stack(pairs).long().view(-1, num_kinds, 2).sum(dim=0)
+        sums[:, layer] = torch.stack(pairs).view(-1, num_kinds, 2).sum(dim=0)
     group.all_reduce(sums, "sum")
     return [
         [((high << b) + low) / (1 << 2 * b) for (high, low), b in zip(row, bits, strict=True)]
@@ -78,12 +79,19 @@ def exact_sums(
 
 
 def _fixed_point_sum_(terms: Tensor, bits: int, spare: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum of at most 2^18 terms in [-1, 1], fp64 [m]. Both tensors are overwritten.
+    """The sum of terms in [-1, 1], fp64 [m]. Both tensors are overwritten.
 
-    Two integers in fp64: the first counts units of 2^-b, the second, for what rounding to those
-    leaves, units of 2^-2b. Sums of the integers stay below 2^53, so they are exact.
+    Two integers, int64: the first counts units of 2^-b, the second, for what rounding to those
+    leaves, units of 2^-2b.
     """
     scale = 2.0**bits
     whole = torch.round(terms.mul_(scale), out=spare)
     rest = terms.sub_(whole).mul_(scale)  # exact
-    return whole.sum(), rest.round_().sum()
+    return _exact_sum(whole), _exact_sum(rest.round_())
+
+
+def _exact_sum(integers: Tensor) -> Tensor:
+    """Of integers of at most 2^35, fp64 [m]; int64, in which no sum of a layer's overflows."""
+    if integers.numel() <= _SMALL:
+        return integers.sum().long()
+    return integers.sum(dtype=torch.int64)

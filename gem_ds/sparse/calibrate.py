@@ -137,7 +137,11 @@ def sum_gradients(
     reducer = ShardReducer(engine.comm)
     sinks = make_sinks(engine.weights, layers, reducer, buffer_gb, statistic)
     engine.model.eval()  # no dropout: the gradient at the base weights is not a random quantity
-    with layers.sinks(sinks), checkpointing_in_eval_mode(engine.model):
+    with (
+        layers.sinks(sinks),
+        checkpointing_in_eval_mode(engine.model),
+        engine.comm.reducing_apart(),
+    ):
         for step, counts in enumerate(_largest_num_items(batches, engine.comm)):
             num_broken = torch.zeros((), device=engine.device)
             for batch, num_items in zip(batches.micro_batches(step), counts, strict=True):

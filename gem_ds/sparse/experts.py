@@ -54,8 +54,7 @@ class _GroupedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = grouped_linear(dy, weight.transpose(1, 2) if ctx.transposed else weight, ends)
         if layer is not None:
-            assert layer.sink is not None, f"{layer.name}: its sink left before the backward"
-            layer.sink(*((x, dy) if ctx.transposed else (dy, x)), ends)
+            layer.give(*((x, dy) if ctx.transposed else (dy, x)), ends)
         return dx, None, None, None, None, None
 
 

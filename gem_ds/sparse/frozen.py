@@ -15,7 +15,7 @@ With x in fp32, H features, g the gradient of the norm's output times the weight
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -85,7 +85,7 @@ def keep_less(model: nn.Module) -> list[nn.Module]:
             forward = _norm_forward
         if forward is not None and "forward" not in vars(module):
             swapped.append(module)
-            swapped[-1].forward = partial(forward, module)
+            swapped[-1].forward = MethodType(forward, module)  # compilers know such of any module
     return swapped
 
 

@@ -15,8 +15,10 @@ flat index whatever its kind (:class:`gem_ds.distributed.weights.Weights`).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +40,28 @@ def drop(*_: Tensor) -> None:
     """The sink of layers whose gradient nobody wants: a head's, while others are calibrated."""
 
 
+_numbered: WeakValueDictionary[int, TargetLayer] = WeakValueDictionary()
+_numbers = itertools.count()
+
+
+@torch.library.custom_op(
+    "gem_ds::tell_sink", mutates_args=(), schema="(Tensor a, Tensor b, Tensor number) -> Tensor"
+)
+def _tell_sink(a: Tensor, b: Tensor, number: Tensor) -> Tensor:
+    """Give a layer's sink its factors, in one operation that ``torch.compile`` does not look into.
+
+    The layer's number is a tensor, so that blocks share what is compiled. The result is the
+    gradient of the anchor, a zero: no compiler leaves the call out.
+    """
+    _numbered[int(number)].give(a, b)
+    return a.new_zeros(())
+
+
+@_tell_sink.register_fake
+def _(a: Tensor, b: Tensor, number: Tensor) -> Tensor:
+    return a.new_empty(())
+
+
 class _AnchoredLinear(torch.autograd.Function):
     """The layer's own function, which tells a sink its factors and gives the weight no gradient."""
 
@@ -56,7 +80,7 @@ class _AnchoredLinear(torch.autograd.Function):
         return F.linear(x, layer.matrix(weight), bias)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         layer: TargetLayer = ctx.layer
         # Under autocast the product was one in dy's dtype.
@@ -65,8 +89,9 @@ class _AnchoredLinear(torch.autograd.Function):
             dx = (dy @ layer.matrix(weight).to(dy.dtype)).to(x.dtype)
         tokens = x.reshape(x.shape[:-1].numel(), x.shape[-1]).to(dy.dtype)  # perhaps of no features
         factors = layer.factors(dy.reshape(-1, dy.shape[-1]), tokens)
-        assert layer.sink is not None, f"{layer.name}: its sink left before the backward"
-        layer.sink(*factors)
+        if torch.compiler.is_compiling():
+            return dx, None, None, _tell_sink(*factors, layer.number), None
+        layer.give(*factors)
         return dx, None, None, None, None
 
 
@@ -87,6 +112,14 @@ class TargetLayer:
         self.num_inputs = 0 if self.input_dim is None else self.shape[self.input_dim]
         self.sink: Sink | None = None
         self.anchor: Tensor | None = None  # of the present forward pass
+        number = next(_numbers)
+        self.number = torch.tensor(number, device="cpu")
+        _numbered[number] = self
+
+    def give(self, *factors: Tensor) -> None:
+        """Tell the sink the factors of one backward."""
+        assert self.sink is not None, f"{self.name}: its sink left before the backward"
+        self.sink(*factors)
 
     def attach(self) -> None:
         """Swap the module's forward."""

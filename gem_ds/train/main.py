@@ -95,10 +95,9 @@ def main(argv: Sequence[str] | None = None, mask: Mask | None = None) -> RunResu
             with comm.in_unison():
                 _refuse_other_runs(prepared, comm)
             train, folder = prepared.args.train, prepared.output_dir
-            if train.tf32:
-                matmul = torch.backends.cuda.matmul
-                stack.callback(setattr, matmul, "allow_tf32", matmul.allow_tf32)
-                matmul.allow_tf32 = True
+            matmul = torch.backends.cuda.matmul  # which images switch by their environment
+            stack.callback(setattr, matmul, "allow_tf32", matmul.allow_tf32)
+            matmul.allow_tf32 = train.tf32
             with comm.agreement():
                 if comm.is_main:
                     stack.enter_context(output_dir_of_one_run(folder))

@@ -135,6 +135,8 @@ def _notes(train: TrainArguments, deepspeed: dict[str, Any]) -> Iterator[str]:
     """How flags and the DeepSpeed JSON were read where they say more than is done."""
     if train.tf32 and not torch.cuda.is_available():
         yield "--tf32 has no effect without a GPU"
+    if torch.cuda.is_available() and torch.backends.cuda.matmul.allow_tf32 and not train.tf32:
+        yield "TF32, which is switched on here, is off in this run: --tf32 would use it"
     if passed_over := told_ignored(deepspeed):
         yield passed_over
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -39,6 +40,14 @@ def _reductions(comm: Comm) -> None:
         assert comm.largest(comm.rank) == 2, "others may speak meanwhile"
         for i, wait in enumerate(waits):
             assert torch.equal(wait(), (sum(parts) * 2**i)[own])
+        reduce = torch.distributed.reduce_scatter_tensor  # noqa: TID251
+        with mock.patch("torch.distributed.reduce_scatter_tensor", wraps=reduce) as called:
+            with comm.reducing_apart():
+                assert torch.equal(comm.reduce_scatter(parts[comm.rank].clone()), sum(parts)[own])
+            assert torch.equal(comm.reduce_scatter(parts[comm.rank].clone()), sum(parts)[own])
+        apart, together = (call.kwargs["group"] for call in called.call_args_list)
+        assert apart is not None, "a group that no other collective stands in line of"
+        assert together is None
     with pytest.raises(AssertionError, match=r"7 entries.*3 ranks"):
         comm.reduce_scatter(torch.zeros(7))
 

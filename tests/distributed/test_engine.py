@@ -43,6 +43,7 @@ from tests.distributed.bench import (
     no_vectors,
     some_vectors,
 )
+from tests.distributed.streams import Streams
 from tests.ranks import run_ranks, told_as
 from tests.tiny import Setting, tiny_config, whole_state
 
@@ -167,17 +168,21 @@ def write_to_whole_copies(bench: Bench) -> None:
 
 
 def gathers_wait_for_writes(bench: Bench) -> None:
-    """The stream of ZeRO-3's gathers, had the device streams, waits for each kind of write."""
+    """Had the device streams: between each write of a partition and its next gather stands a wait.
+
+    Of all writes of a step one.
+    """
     if bench.setting.stage < 3:
         return
-    offload = bench.engine._engine.optimizer.parameter_offload
-    name = "_DeepSpeedZeRoOffload__allgather_stream"
-    assert getattr(offload, name) is None, "a CPU has none"
-    with mock.patch.object(offload, name) as stream:
+    with Streams(bench.engine) as streams:
         bench.engine.set_state(some_vectors(25), 0)
-        assert stream.wait_stream.call_count == 1
-        bench.write(torch.randn(K, generator=generator(26)))
-        assert stream.wait_stream.call_count == 2, "once for all weights"
+        for seed in (26, 27):
+            _train_once(bench)
+            bench.write(torch.randn(K, generator=generator(seed)))
+        _train_once(bench)
+    assert streams.unordered == []
+    assert streams.num_waits == 3, "one for the masters, and one for each step's weights together"
+    assert streams.num_gathers or bench.comm.world_size == 1, "which gathers nothing"
 
 
 def gradient(bench: Bench) -> None:

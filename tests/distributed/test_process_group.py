@@ -4,6 +4,7 @@ import os
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -56,6 +57,31 @@ def test_several_processes_without_ranks_are_refused(
     monkeypatch.setenv(name, "2")
     with pytest.raises(ValueError, match="start them with deepspeed or torchrun"):
         process_group.init_distributed()
+
+
+@pytest.mark.parametrize(("visible", "taken"), [(1, 0), (4, 3)])
+def test_a_process_that_sees_one_gpu_takes_that(
+    visible: int, taken: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Slurm shows them with --gpus-per-task 1; DeepSpeed too goes by LOCAL_RANK."""
+    seen: list[str] = []
+    accelerator = mock.Mock(
+        **{
+            "device_name.return_value": "cuda",
+            "device_count.return_value": visible,
+            "current_device_name.return_value": "meta",
+        }
+    )
+    deepspeed = mock.Mock(**{"accelerator.get_accelerator.return_value": accelerator})
+    deepspeed.init_distributed = lambda *_, **__: seen.append(os.environ["LOCAL_RANK"])
+    monkeypatch.setattr(process_group, "load_deepspeed", lambda: deepspeed)
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "3")
+    init_distributed()
+    leave_distributed()
+    accelerator.set_device.assert_called_once_with(taken)
+    assert seen == [str(taken)]
+    assert os.environ["LOCAL_RANK"] == "3", "what this process was told"
 
 
 @pytest.mark.parametrize("age", [0, 60, 3600])

@@ -382,6 +382,7 @@ def test_a_forecast_agrees_with_a_run(tmp_path: Path, method: str, tokens: int) 
     flags = Training(layers=2, tokens=tokens).flags([method], tmp_path)[method]
     ranks = Ranks.start(method, flags, 1, is_weighed=True)
     try:
+        ranks.wait()
         found = ranks.ask("count") | ranks.ask("report")
     finally:
         ranks.close()

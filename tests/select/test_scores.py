@@ -123,6 +123,14 @@ def test_statistics_do_not_depend_on_order_or_chunks(chunk: int) -> None:
         assert _statistics(shuffled, 2)[0] == expected
 
 
+def test_large_chunks_sum_to_the_same_bits() -> None:
+    """As on a GPU: 2^20 numbers of 36 bits, whose sum fp64 would round."""
+    layers = {"w": torch.rand(2**20, generator=torch.Generator().manual_seed(0)) / 2 + 0.5}
+    expected = _statistics(layers, 1)[0]
+    with mock.patch.object(shards_module, "CHUNK", 2**24):
+        assert _statistics(layers, 1)[0] == expected
+
+
 def test_plain_sums_would_depend_on_the_order() -> None:
     """What the fixed point is for: fp64 sums of the same numbers differ."""
     r = _layers()["lognormal, sigma 5"].double()

@@ -15,9 +15,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
-from gem_ds.sparse.sddmm import Pattern, add_product, add_sampled_product, kernels, product
+from gem_ds.models.targets import find_targets
+from gem_ds.select.selection import select_entries
+from gem_ds.sparse.sddmm import Pattern, add_product, add_sampled_product, kernels, product, strips
+from gem_ds.sparse.sddmm.strips import ROWS, Strips
 from tests.largest_tensor import LargestTensor
+from tests.tiny_model import REPOSITORY
 
 IS_INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -180,7 +185,43 @@ def test_what_a_kernel_makes_is_bounded_by_the_blocks(dtype: torch.dtype) -> Non
         assert found[kernel] <= max(bound, 71), kernel
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_masks_of_a_trained_model(kernel: str) -> None:
+    """Whose entries share rows and columns, of the targets' 1 % and 0.1 %."""
+    model = AutoModelForCausalLM.from_pretrained(REPOSITORY / "launch" / "demo" / "model")
+    tokens = torch.arange(64).view(2, 32) % 50
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    for name, module in list(find_targets(model).items())[:2]:
+        weight = module.get_parameter("weight")
+        dy, x = torch.randn(70, weight.shape[0]), torch.randn(70, weight.shape[1])
+        for share in (0.01, 0.001):
+            budget = round(share * weight.numel())
+            index = select_entries({name: weight.grad}, {name: weight}, budget)[name]
+            _assert_right(dy.bfloat16(), x.bfloat16(), index, kernel)
+
+
 # What lasts from step to step
+
+
+@settings(max_examples=50, deadline=None)
+@given(problem=problems(), tile=st.integers(1, 9))
+def test_the_strips_of_a_pattern(problem: Problem, tile: int) -> None:
+    """By the loop that the Triton kernel is equivalent to."""
+    dy, x, flat_index = problem
+    with mock.patch.object(strips, "TILE", tile):
+        found = Strips.of(flat_index, x.shape[1])
+    made = torch.full((len(found.columns), ROWS), float("nan"), dtype=torch.float64)
+    bounds = found.bounds_of_tile.tolist()
+    for block, start, stop in zip(
+        found.block_of_tile.tolist(), bounds[:-1], bounds[1:], strict=True
+    ):
+        assert 1 <= stop - start <= tile
+        rows = dy[:, block * ROWS : (block + 1) * ROWS]
+        made[start:stop, : rows.shape[1]] = _dense(x[:, found.columns[start:stop].long()], rows)
+    expected = _dense(dy, x).flatten()[flat_index.long()]
+    assert torch.equal(made.flatten()[found.place.long()], expected)
+    blocks = flat_index // x.shape[1] // ROWS * x.shape[1] + flat_index % x.shape[1]
+    assert len(found.columns) == len(set(blocks.tolist())), "a column is read once for a block"
 
 
 @settings(max_examples=50, deadline=None)

@@ -1,6 +1,5 @@
 """Which kernel is chosen for which layer, and which are refused."""
 
-import importlib.util
 import itertools
 from contextlib import nullcontext
 from typing import get_args
@@ -8,7 +7,7 @@ from typing import get_args
 import pytest
 import torch
 
-from gem_ds.sparse.sddmm import Pattern, add_sampled_product, check_kernel, choose_kernel
+from gem_ds.sparse.sddmm import Pattern, add_sampled_product, check_kernel, choice, choose_kernel
 from gem_ds.sparse.sddmm.choice import COSTS, KERNELS
 from gem_ds.train.config import SddmmKernel
 
@@ -35,8 +34,20 @@ def test_on_a_cpu_where_the_measurements_leave_no_doubt(
     shape: tuple[int, int], num_entries: int, kernel: str, dtype: torch.dtype
 ) -> None:
     assert choose_kernel("cpu", dtype, shape, num_entries) == kernel
-    for device_type in ("cuda", "xpu"):  # what runs on any GPU and needs no measurement
-        assert choose_kernel(device_type, dtype, shape, num_entries) == "tiled"
+    assert choose_kernel("xpu", dtype, shape, num_entries) == "tiled"  # which runs on any GPU
+
+
+@pytest.mark.parametrize("has_triton", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_on_a_gpu_few_entries_are_for_triton_where_it_is_installed(
+    has_triton: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All linear layers at 0.1 %; the default targets, of which more is selected, by products."""
+    monkeypatch.setattr(choice, "_has_triton", lambda: has_triton)
+    for shape in ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)):
+        few, many = (round(share * shape[0] * shape[1]) for share in (0.001, 0.05))
+        assert choose_kernel("cuda", dtype, shape, few) == ("triton" if has_triton else "tiled")
+        assert choose_kernel("cuda", dtype, shape, many) == "tiled"
 
 
 @pytest.mark.parametrize("num_entries", [3, 1500, 4000])
@@ -54,7 +65,7 @@ def test_auto_is_the_chosen_kernel(num_entries: int) -> None:
 @pytest.mark.parametrize("is_installed", [False, True])
 def test_what_cannot_run_is_refused(is_installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """What torch computes runs anywhere; Triton's kernel where it is installed, on a GPU."""
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if is_installed else None)
+    monkeypatch.setattr(choice, "_has_triton", lambda: is_installed)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert all(kernel in KERNELS for costs in COSTS.values() for kernel in costs)
     unknown = "takes auto or one of dense, tiled"

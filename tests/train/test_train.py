@@ -291,6 +291,12 @@ def test_the_held_out_loss_comes_when_it_is_asked_for_and_of_so_many_examples(
     values |= {"dataloader_num_workers": 4, "deepspeed": tmp_path / "ds.json"}
     train.main(tiny.flags(tmp_path / "run", "--tf32", **values))
     assert [*seen, torch.backends.cuda.matmul.allow_tf32] == [True, False]
+    torch.backends.cuda.matmul.allow_tf32 = True  # as images may have it
+    try:
+        train.main(tiny.flags(tmp_path / "mask", **values | {"max_steps": 0}))
+        assert [*seen, torch.backends.cuda.matmul.allow_tf32] == [True, False, True]
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
     told = capsys.readouterr().out.splitlines()[:3]
     assert "--dataloader_num_workers (examples are read once" in told[0]
     assert told[1].startswith("--tf32 has no effect") == (not torch.cuda.is_available())

@@ -15,7 +15,7 @@ in :mod:`gem_ds.sparse.sddmm.choice`, with the measurements behind it.
     tiled     the same by tiles of rows; nothing larger than a tile is made
     gather    factors gathered entry by entry, in blocks of entries and tokens
     library   torch.sparse.sampled_addmm, in blocks of tokens
-    triton    a kernel of our own for CUDA, where triton is installed
+    triton    blocks of rows times the columns that they use, for CUDA, where triton is installed
 
 Experts have a matrix each, and a token passes through some of them: their products are those of
 groups of tokens (:mod:`gem_ds.sparse.sddmm.grouped`).

@@ -17,14 +17,24 @@ evenly), which gives at 4096 x 4096 in fp32, in microseconds per token:
 
 ``dense`` is never chosen: it is as fast as ``tiled`` and makes more.
 
-CUDA was not measured; what stands here is a guess. There a dense product runs on tensor cores, 16
-bits with sums in fp32, while a dot per entry is bound by memory: at 4096 x 4096 over 2,048 tokens
-an H100 should take about 0.1 ms for the one and, at the 0.5 to 1 % of GEM's targets, for the other.
-So the product it is, by tiles; ``--sddmm_kernel triton`` tries the other.
+No GPU was measured; for one the same formula holds bytes and operations, over what an H100 does:
+
+                 of a number's bytes b            at
+    tiled        2 operations of the product      600 TFLOP/s of 16 bits, 60 in fp32
+    triton       4 b + b of the features          3.35 TB/s, copies; the cache's 5, read by blocks
+                 b of the entries                 the half of the cache's 5.5 TB/s
+                 32 operations of the entries     60 TFLOP/s in fp32; in 16 bits they are hidden
+
+which counts a column of its own for every entry. Masks of trained models share them: in two of
+SmolLM2-135M (576 columns, 1 % of the targets selected, blocks of 16 rows) 0.45 and 0.6 columns are
+read for an entry. In 16 bits at 4096 x 4096 both take 56 ns a token at 0.36 % of the entries, so
+``triton`` is for many targets: all linear layers at the usual 0.1 %, where dense products would be
+57 TFLOP of a step of 4,096 tokens at 8B. GEM's default targets have 0.5 to 1 % of theirs selected.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from typing import NamedTuple
@@ -48,17 +58,25 @@ class Costs(NamedTuple):
         return sum(cost * count for cost, count in zip(self, counts, strict=True))
 
 
-#: Whether dy and x are fp32 -> what may be chosen on a CPU.
+#: Kind of device, and whether dy and x are fp32 -> what may be chosen.
 COSTS = {
-    True: {
+    ("cpu", True): {
         "library": Costs(feature=1.1, entry=0.065),
         "gather": Costs(entry=3.3),
         "tiled": Costs(product=0.0065),
     },
-    False: {
+    ("cpu", False): {
         "library": Costs(feature=0.9, entry=0.07),
         "gather": Costs(entry=2.8),
         "tiled": Costs(product=0.007),
+    },
+    ("cuda", True): {
+        "tiled": Costs(product=3.3e-5),
+        "triton": Costs(feature=3.2e-3, entry=2.0e-3),
+    },
+    ("cuda", False): {
+        "tiled": Costs(product=3.3e-6),
+        "triton": Costs(feature=1.6e-3, entry=7.0e-4),
     },
 }
 
@@ -67,10 +85,14 @@ def choose_kernel(
     device_type: str, dtype: torch.dtype, shape: tuple[int, int], num_entries: int
 ) -> str:
     """Name the kernel that ``auto`` takes; ``dtype`` is that of dy and x."""
-    if device_type != "cpu":
-        return "tiled"
-    costs = COSTS[dtype == torch.float32]
-    return min(costs, key=lambda kernel: costs[kernel].of(shape, num_entries))
+    costs = COSTS.get((device_type, dtype == torch.float32), {"tiled": Costs()})
+    kernels = [kernel for kernel in costs if kernel != "triton" or _has_triton()]
+    return min(kernels, key=lambda kernel: costs[kernel].of(shape, num_entries))
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def check_kernel(kernel: str, device_type: str) -> None:
@@ -79,7 +101,7 @@ def check_kernel(kernel: str, device_type: str) -> None:
         raise ValueError(f"--sddmm_kernel takes auto or one of {', '.join(KERNELS)}, not {kernel}.")
     if kernel != "triton":
         return
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         raise ValueError(
             "--sddmm_kernel triton needs Triton: pip install 'gem_ds[triton]' (Linux), or leave "
             "the flag out."

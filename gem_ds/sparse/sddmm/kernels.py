@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from gem_ds.sparse.sddmm.choice import choose_kernel
+from gem_ds.sparse.sddmm.strips import Strips
 
 #: What a tile of the dense product may take. On a CPU about a cache, with enough rows for an
 #: efficient product; on a GPU enough blocks of rows and columns to keep it busy.
@@ -65,6 +66,11 @@ class Pattern:
         """The number k."""
         return self.flat_index.numel()
 
+    @functools.cached_property
+    def strips(self) -> Strips:
+        """Where the entries lie among blocks of rows, found when the first kernel asks for it."""
+        return Strips.of(self.flat_index, self.shape[1])
+
 
 def _blocks(total: int, size: int) -> Iterator[slice]:
     for start in range(0, total, size):
@@ -93,15 +99,30 @@ def product(dy: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
 def add_product(out: Tensor, dy: Tensor, x: Tensor, scale: float = 1.0) -> None:
     """Add ``scale * dy^T x`` to ``out``, fp32 [rows, columns].
 
-    A GPU holds a whole product besides where dy is of low precision.
+    A GPU holds a whole product besides where dy is of low precision and torch adds none of such to
+    fp32 at once.
     """
     if dy.dtype == torch.float32:
         out.addmm_(dy.t(), x, alpha=scale)
+    elif dy.is_cuda and _adds_to_fp32():
+        torch.addmm(out, dy.t(), x, out_dtype=torch.float32, alpha=scale, out=out)
     elif dy.is_cuda:
         out.add_(product(dy, x), alpha=scale)
     else:
         for tokens in _blocks(dy.shape[0], DENSE_TOKENS):
             out.addmm_(dy[tokens].float().t(), x[tokens].float(), alpha=scale)
+
+
+@functools.cache
+def _adds_to_fp32() -> bool:
+    """Whether this torch adds a product of 16 bits to a matrix of fp32: older ones refuse it."""
+    factor = torch.ones(16, 16, dtype=torch.bfloat16, device="cuda")
+    out = torch.zeros(16, 16, device="cuda")
+    try:
+        torch.addmm(out, factor, factor, out_dtype=torch.float32, out=out)
+    except RuntimeError:
+        return False
+    return True
 
 
 # The kernels
@@ -180,9 +201,9 @@ def _swallow_csr_notice() -> None:
 
 
 def _add_triton(out: Tensor, dy: Tensor, x: Tensor, pattern: Pattern) -> None:
-    from gem_ds.sparse.sddmm.triton_kernel import add_triton  # the library works without triton
+    from gem_ds.sparse.sddmm.triton_kernel import add_strips  # the library works without triton
 
-    add_triton(out, dy, x, pattern)
+    add_strips(out, dy, x, pattern)
 
 
 _KERNELS = {

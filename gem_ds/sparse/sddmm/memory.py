@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gem_ds.sparse.sddmm import grouped, kernels
+from gem_ds.sparse.sddmm import grouped, kernels, strips
 
 _FP32 = 4  # bytes
 
@@ -40,7 +40,9 @@ def temporary_bytes(
         length = kernels.CPU_LIBRARY_TOKENS if on_cpu else kernels.GPU_LIBRARY_TOKENS
         return _FP32 * (min(tokens, length) * (rows + columns) + num_entries)
     assert kernel == "triton", f"there is no kernel {kernel}"
-    return itemsize * tokens * (rows + columns)
+    num_strips = min(num_entries, -(-rows // strips.ROWS) * columns)  # or fewer
+    copies = itemsize * (rows + columns) * tokens
+    return copies + _FP32 * (strips.ROWS * num_strips + num_entries)
 
 
 def picking_bytes(numel: int, num_entries: int, itemsize: int) -> int:
