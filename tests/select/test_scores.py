@@ -9,6 +9,7 @@ from torch import Tensor
 from gem_ds.select import shards as shards_module
 from gem_ds.select.scores import LayerStatistics, layer_statistics, ratio
 from gem_ds.select.shards import TargetShard
+from gem_ds.select.sums import _exact_sum
 from tests import oracle
 from tests.thread_group import ThreadGroup, run_threads, shards_of
 
@@ -124,11 +125,10 @@ def test_statistics_do_not_depend_on_order_or_chunks(chunk: int) -> None:
 
 
 def test_large_chunks_sum_to_the_same_bits() -> None:
-    """As on a GPU: 2^20 numbers of 36 bits, whose sum fp64 would round."""
-    layers = {"w": torch.rand(2**20, generator=torch.Generator().manual_seed(0)) / 2 + 0.5}
-    expected = _statistics(layers, 1)[0]
-    with mock.patch.object(shards_module, "CHUNK", 2**24):
-        assert _statistics(layers, 1)[0] == expected
+    """As on a GPU: 2^19 integers of 35 bits, whose sum is odd and more than fp64 counts to."""
+    integers = 2**35 - 1 - torch.arange(2**19) % 3
+    integers[0] -= 1 - int(integers.sum()) % 2
+    assert int(_exact_sum(integers.double())) == sum(integers.tolist())
 
 
 def test_plain_sums_would_depend_on_the_order() -> None:
