@@ -195,7 +195,7 @@ def exact_match(model: Path, run: Path) -> float:
 def routing_rows(folder: Path) -> Iterator[dict[str, str]]:
     """By block: which shares of the task's tokens experts see, and of the budget they get."""
     shares = routed_shares(folder / "model")
-    masks = next((folder / "runs" / "experts").glob("test_*/mask.safetensors"), None)
+    masks = next((folder / "runs" / "experts").glob(f"test_*seed{SEEDS[0]}/mask.safetensors"), None)
     mask = None if masks is None else gem_ds.Mask.load(masks)
     for block, share in enumerate(shares):
         row = {"block": str(block), "share of the routed tokens, by expert": _percents(share)}

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a first quarter of an hour on a GPU is spent on, the most valuable first:
+# What is worth measuring on one GPU, the most valuable first:
 #
 #   bash benchmarks/gpu.sh [OUTPUT_DIR [SECTION ...]]      # default: runs/gpu, all sections
 #   DRY_RUN=1 bash benchmarks/gpu.sh ...                   # tiny shapes, on a CPU too

@@ -7,8 +7,10 @@ the same order on every rank; calibration's reductions alone have one of their o
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, Literal
 
 import torch
@@ -74,7 +76,7 @@ class Comm:
         if self.world_size == 1:
             yield
             return
-        group = self._reducing = dist.new_group()
+        group = self._reducing = dist.new_group(timeout=collective_timeout())
         try:
             yield
         finally:
@@ -196,6 +198,11 @@ def store_of_group() -> Any:
     """
     store: Any = dist.distributed_c10d._get_default_store()
     return store.clone()
+
+
+def collective_timeout() -> timedelta:
+    """How long a rank waits for another, which may be writing a large model to a slow disk."""
+    return timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", 120)))
 
 
 def free_port() -> int:

@@ -12,14 +12,13 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, redirect_stdout, suppress
-from datetime import timedelta
 from io import StringIO
 from pathlib import Path
 
 import torch
 from torch.utils.cpp_extension import get_default_build_root
 
-from gem_ds.distributed.comm import Comm, free_port, is_joined
+from gem_ds.distributed.comm import Comm, collective_timeout, free_port, is_joined
 from gem_ds.distributed.weights import load_deepspeed
 
 #: Where launchers that set no RANK say how many processes they have started.
@@ -51,16 +50,17 @@ def init_distributed() -> Comm:
         _wait_for_locks(is_telling=os.environ.get("LOCAL_RANK", "0") == "0")
     else:
         if accelerator.device_count() == 1 and os.environ["LOCAL_RANK"] != "0":
-            _leaving.callback(os.environ.update, LOCAL_RANK=os.environ["LOCAL_RANK"])
-            os.environ["LOCAL_RANK"] = "0"  # where a scheduler shows each process its own GPU alone
+            # A scheduler shows each process its own GPU alone. DeepSpeed compares both.
+            for name in {"LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"} & os.environ.keys():
+                _leaving.callback(os.environ.update, {name: os.environ[name]})
+                os.environ[name] = "0"
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     was_joined = is_joined()
     with redirect_stdout(StringIO()):  # each rank would print that it has built an op
         deepspeed.init_distributed(
             accelerator.communication_backend_name(),
             verbose=False,
-            # How long a rank waits for another, which may be writing a large model to a slow disk.
-            timeout=timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", 120))),
+            timeout=collective_timeout(),
         )
     if not was_joined:
         _leaving.callback(_destroy)

@@ -58,12 +58,15 @@ def summed_answer_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     return F.cross_entropy(logits, answer_labels(batch), reduction="sum")
 
 
-def chunked_answer_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+def chunked_answer_loss(
+    model: nn.Module, batch: Mapping[str, Tensor], *, device_type: str | None = None
+) -> Tensor:
     """:func:`summed_answer_loss` without logits, of models that :func:`answer_loss_of` accepts.
 
     While the model runs, its output layer returns the loss in the place of the logits. It is still
     the layer that is called, so what ZeRO-3 hangs on it gathers its weight as ever; a frozen one
-    for the forward pass only, which leaves nothing to be read of it afterwards.
+    for the forward pass only, which leaves nothing to be read of it afterwards. ``device_type`` is
+    the kind of device that the chunks suit, if not the model's.
     """
     layer = plain_output_layer(model)
     assert layer is not None, "answer_loss_of chose this loss"
@@ -71,7 +74,8 @@ def chunked_answer_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor
 
     def loss_of(hidden: Tensor) -> Tensor:
         answers = _at_answers(hidden, batch)
-        return summed_cross_entropy(answers, layer.weight, layer.bias, labels).view(1, 1, 1)
+        loss = summed_cross_entropy(answers, layer.weight, layer.bias, labels, device_type)
+        return loss.view(1, 1, 1)
 
     loss, own = _logits_through(loss_of, layer, model, batch)
     assert [loss.data_ptr()] == [o.data_ptr() for o in own], "the model changed its logits"
@@ -188,7 +192,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, num_rows: int
     ) -> Tensor:
         inputs = (hidden, weight, bias)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs]
@@ -197,7 +201,6 @@ class _SummedCrossEntropy(torch.autograd.Function):
             for tensor, wanted in zip(inputs, ctx.needs_input_grad, strict=False)
         ]
         loss = hidden.new_zeros((), dtype=torch.float32)
-        num_rows = rows_of_chunk(weight.shape[0], hidden.device.type)
         for start in range(0, len(labels), num_rows):
             rows = slice(start, start + num_rows)
             d_rows = None if d_hidden is None else d_hidden[rows]
@@ -213,7 +216,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
             None if gradient is None else gradient.mul_(d_loss).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return *scaled, None
+        return *scaled, None, None
 
 
 def _add_gradients(
@@ -242,7 +245,11 @@ def _add_gradients(
 
 
 def summed_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    device_type: str | None = None,
 ) -> Tensor:
     """Sum of the cross-entropies of ``hidden @ weight.T + bias`` against the labels: fp32 scalar.
 
@@ -254,5 +261,6 @@ def summed_cross_entropy(
     if not torch.is_grad_enabled():  # a trained weight asks for its gradient all the same
         hidden, weight = hidden.detach(), weight.detach()
         bias = None if bias is None else bias.detach()
-    loss: Tensor = _SummedCrossEntropy.apply(hidden, weight, bias, labels)
+    num_rows = rows_of_chunk(weight.shape[0], device_type or hidden.device.type)
+    loss: Tensor = _SummedCrossEntropy.apply(hidden, weight, bias, labels, num_rows)
     return loss

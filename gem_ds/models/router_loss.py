@@ -8,6 +8,7 @@ A model of transformers with ``output_router_logits`` returns it beside the logi
 Divided by the items of the global batch that is transformers' loss of a batch of one micro-batch;
 of several it is their mean, weighted by items. How evenly tokens are routed is no sum over tokens,
 so this part, unlike all else, is that of a micro-batch, as it is wherever such models are trained.
+Padding counts for nothing in it but with ``--packing``, where rows have no attention mask.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ def with_router_loss(summed_loss: SummedLoss, model: nn.Module) -> SummedLoss:
         return summed_loss
     owners = ((owner, name) for owner in (model, text) for name in _COEFFICIENTS)
     coefficient = next((getattr(o, name) for o, name in owners if hasattr(o, name)), 0.0)
+    if not coefficient:
+        return summed_loss
 
     def both(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         outputs: list[Any] = []

@@ -168,7 +168,9 @@ class Subject:
         logits = self.model(input_ids=ids, attention_mask=ids, use_cache=False).logits
         hook.remove()
         is_same = [id(output) for output in outputs] == [id(logits)]
-        return chunked_answer_loss if is_same else summed_answer_loss
+        if not is_same:
+            return summed_answer_loss
+        return partial(chunked_answer_loss, device_type="cpu" if self.on_cpu else "cuda")
 
     def _hold(self, num_entries: int, dy: Tensor, x: Tensor, ends: Tensor | None = None) -> None:
         """A sink that holds what the kernel would, and the vector's buffer."""

@@ -94,7 +94,10 @@ def _calls(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]]) -> d
             with torch.no_grad(), _handing_on(blocks, calls, form):
                 for batch in batches:
                     base(**{k: v.to(model.device) for k, v in batch.items() if k != "labels"})
-        except _TakenApartError:
+        except NoChainError:
+            raise
+        except (_TakenApartError, ValueError, TypeError):
+            calls.clear()  # the model takes apart what a block gives in another way
             continue
         break
     if not calls or not _is_chain(list(calls.values()), len(batches)):

@@ -135,22 +135,31 @@ def _trained_entries(
     targets = find_targets(model, names) if given is None else given.indices
     blocks = tuple(f"{name}." for name in find_blocks(model))
     weights = {n: rest[n].detach() for n in targets if n.startswith(blocks)}
-    if not any((w == 0).sum() > PRUNED_SHARE * w.numel() for w in weights.values()):
+    if given is None:  # others are as in the dense model
+        weights = {n: w for n, w in weights.items() if _is_pruned(w)}
+    if not any(map(_is_pruned, weights.values())):
         raise ValueError(
             f"No target weight in the model's blocks has more than {PRUNED_SHARE:.0%} zeros: pass "
             "the pruned model first, and then the dense one."
         )
-    indices = {n: w.reshape(-1).nonzero().flatten().cpu() for n, w in weights.items()}
-    if given is not None:
-        indices = {n: i[torch.isin(i, given.indices[n].long())] for n, i in indices.items()}
+    indices = {}
+    for n, w in weights.items():
+        index = w.reshape(-1).nonzero().flatten().cpu()
+        if given is not None:
+            index = index[torch.isin(index, given.indices[n].long())]
+        indices[n] = index.to(index_dtype(w.numel()))
     return Mask(
-        indices={n: i.to(index_dtype(weights[n].numel())) for n, i in indices.items()},
+        indices=indices,
         weights={n: WeightInfo.of(w.shape, _at(w, indices[n])) for n, w in weights.items()},
         base_model=str(model.name_or_path) or type(model).__name__,
         method="ebft",
         settings=settings,
         fingerprints=fingerprints(rest),
     )
+
+
+def _is_pruned(weight: Tensor) -> bool:
+    return int((weight == 0).sum()) > PRUNED_SHARE * weight.numel()
 
 
 def _fit(

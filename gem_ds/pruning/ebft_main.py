@@ -46,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     code_help = "run model code that comes with the weights"
     parser.add_argument("--trust_remote_code", action="store_true", help=code_help)
     args = parser.parse_args(argv)
+    if (args.output_dir / "delta.safetensors").exists():
+        raise ValueError(f"--output_dir {args.output_dir} holds a delta: name another folder.")
     mask = None if args.mask is None else Mask.load(args.mask)
     with loading_bars(is_shown=True):
         files, dense = (

@@ -61,6 +61,11 @@ def prune(
         for name, module in find_targets(model, names).items()
         if name not in heads and not projections_of(module)
     }
+    if not targets:
+        raise ValueError(
+            f"--target_modules {' '.join(names)} names nothing that can be pruned: experts that "
+            "are kept as one parameter stay as they are."
+        )
     if any(p.is_meta or hasattr(p, "ds_id") for p in model.parameters()):
         raise ValueError(
             "The model is not whole in this process: load it without ZeRO-3 and device_map."
@@ -128,7 +133,7 @@ def _block_of(name: str) -> str:
 def _group(name: str, weight: Tensor, sparsity: float | str, *, by_row: bool) -> tuple[int, int]:
     """How many entries of a matrix, row after row, are compared, and how many become 0 of these."""
     pattern = re.fullmatch(r"(\d+):(\d+)", str(sparsity))
-    if pattern and int(pattern[1]) < int(pattern[2]):
+    if pattern and 0 < int(pattern[1]) < int(pattern[2]):
         left, size = int(pattern[1]), int(pattern[2])
         if weight.shape[1] % size:
             raise ValueError(

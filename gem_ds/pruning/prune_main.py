@@ -31,7 +31,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--sparsity", required=True, help=sparsity_help)
     use = "its tokens weigh the inputs, by Wanda; without it weights go by their magnitude"
     Calibration.add_flags(parser, use=use, is_needed=False)
-    modules_help = "as in training: suffixes of names, a regular expression, or all-linear"
+    modules_help = (
+        "as in training: suffixes of names, a regular expression, or all-linear; experts that are "
+        "kept as one parameter stay as they are"
+    )
     parser.add_argument("--target_modules", nargs="+", default=[ALL_LINEAR], help=modules_help)
     code_help = "run model code that comes with the weights"
     parser.add_argument("--trust_remote_code", action="store_true", help=code_help)

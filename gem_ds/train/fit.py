@@ -84,6 +84,7 @@ def fit(
     first part. A SIGTERM or Ctrl-C ends it early; a loss or gradient that is not finite is a
     :class:`DivergedError`, and masters are as before that step.
     """
+    assert sam_rho or draws is None, "layers are drawn by the gradients of SAM's first pass"
     with ExitStack() as stack:
         received = stack.enter_context(stop_signals())
         while state.global_step < state.max_steps:

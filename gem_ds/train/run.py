@@ -164,6 +164,11 @@ class Run:
             for name, value in settings.items()
             if state.settings.get(name, value) != value
         ]
+        if state.settings.get("sam_layers") and not train.sam_layers:
+            raise ValueError(
+                "The checkpoint's layers have had different numbers of updates: go on with "
+                f"--sam_layers {state.settings['sam_layers']}, or another share above 0."
+            )
         state.settings = settings
         state.max_steps = train.max_steps
         if state.max_steps < 0:

@@ -1,4 +1,4 @@
-"""What is to be run in a first quarter of an hour on a GPU, on a CPU: `benchmarks/gpu.sh`."""
+"""What is worth measuring on a GPU, tried on a CPU: `benchmarks/gpu.sh`."""
 
 import os
 import stat

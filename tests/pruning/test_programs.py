@@ -28,6 +28,8 @@ def test_a_folder_is_pruned_and_mended_and_exported(
     flags = ["--model_name_or_path", str(pruned), "--dense_model", dense, "--output_dir", str(run)]
     assert main(["ebft", *flags, *rows, "--epochs", "2"]) == 0
     assert "model.layers.1: mean squared error" in capsys.readouterr().out
+    assert main(["ebft", *flags, *rows]) == 1
+    assert "holds a delta: name another folder" in capsys.readouterr().err
     delta = Delta.load(run / "delta.safetensors")
     assert delta.mask.settings["batches"] == 3
     assert (

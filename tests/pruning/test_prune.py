@@ -1,12 +1,17 @@
 """Pruning against naive loops: which weights become 0, and that nothing else changes."""
 
+import copy
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    DebertaV2Config,
+)
 
 import gem_ds
 from gem_ds.models.targets import find_targets
@@ -108,12 +113,31 @@ def test_a_pruned_model_keeps_its_zeros_where_entries_are_selected() -> None:
         assert bool(model.get_parameter(name).detach().flatten()[index.long()].all())
 
 
+def test_experts_that_are_one_parameter_are_nothing_to_prune() -> None:
+    with pytest.raises(ValueError, match="--target_modules experts names nothing that can be"):
+        gem_ds.prune(make_model("mixtral"), 0.5, target_modules="experts")
+
+
+def test_blocks_that_give_pairs_are_pruned_by_passes_of_the_whole_model() -> None:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = DebertaV2Config(vocab_size=40, intermediate_size=16, type_vocab_size=0, **sizes)
+    model = AutoModelForSequenceClassification.from_config(config)
+    dense = copy.deepcopy(model)
+    gem_ds.prune(model, 0.5, _batches())
+    for name in find_targets(model, ["all-linear"]):
+        if ".layer." in name:
+            assert (model.get_parameter(name) == 0).double().mean() == 0.5, name
+    with pytest.raises(NoChainError, match="are no chain"):
+        gem_ds.fit_blocks(model, dense, _batches())
+
+
 @pytest.mark.parametrize(
     ("sparsity", "batches", "message"),
     [
         (0.0, None, "The sparsity is 0.0: give a share of zeros above 0 and below 1, or n:m"),
         (1, None, "The sparsity is 1: give a share"),
         ("4:2", None, "The sparsity is 4:2: give a share"),
+        ("0:4", None, "The sparsity is 0:4: give a share"),
         ("half", None, "The sparsity is half: give a share"),
         ("2:7", None, "cannot share out: leave it out of target_modules"),
         (0.5, [], "no batches: pass at least one, or None to go by magnitude"),

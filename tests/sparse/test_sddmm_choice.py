@@ -37,16 +37,19 @@ def test_on_a_cpu_where_the_measurements_leave_no_doubt(
     assert choose_kernel("xpu", dtype, shape, num_entries) == "tiled"  # which runs on any GPU
 
 
-@pytest.mark.parametrize("has_triton", [False, True])
+@pytest.mark.parametrize(("has_triton", "has_compiler"), [(False, True), (True, False), (1, 1)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_on_a_gpu_few_entries_are_for_triton_where_it_is_installed(
-    has_triton: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+def test_on_a_gpu_few_entries_are_for_triton_where_it_runs(
+    has_triton: bool, has_compiler: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All linear layers at 0.1 %; the default targets, of which more is selected, by products."""
+    """All linear layers at 0.1 %; 5 % by products."""
     monkeypatch.setattr(choice, "_has_triton", lambda: has_triton)
+    monkeypatch.setattr(choice, "_has_compiler", lambda: has_compiler)
     for shape in ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)):
         few, many = (round(share * shape[0] * shape[1]) for share in (0.001, 0.05))
-        assert choose_kernel("cuda", dtype, shape, few) == ("triton" if has_triton else "tiled")
+        assert choose_kernel("cuda", dtype, shape, few) == (
+            "triton" if has_triton and has_compiler else "tiled"
+        )
         assert choose_kernel("cuda", dtype, shape, many) == "tiled"
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from gem_ds.data.batches import permutation
+from gem_ds.files.checkpoint import TrainerState
 from gem_ds.files.delta import Delta
 from gem_ds.files.mask import Mask
 from gem_ds.models.targets import find_targets
@@ -171,6 +172,20 @@ def test_a_part_of_an_epoch_is_rounded_up_to_steps():
         run: Any = mock.Mock(**{"args.train": train, "train_batches.steps_per_epoch": 5})
         run.prepared.checkpoint = None
         assert Run.initial_state(run).max_steps == expected
+
+
+def test_layers_of_different_numbers_of_updates_are_not_updated_as_one():
+    """Nor need they be where a run begins to draw them, or draws another share."""
+    for before, now in ((0.5, 0.0), (0.5, 0.2), (0.0, 0.5)):
+        train = TrainArguments(max_steps=4, sam_rho=0.05, sam_layers=now)
+        run = mock.Mock(train_batches=mock.Mock(steps_per_epoch=6))
+        run.args.train = train
+        run.prepared.checkpoint.state = TrainerState(settings={"sam_layers": before})
+        if not now:
+            with pytest.raises(ValueError, match=r"go on with --sam_layers 0\.5, or another"):
+                Run.initial_state(run)
+        else:
+            assert Run.initial_state(run).settings["sam_layers"] == now
 
 
 @pytest.mark.parametrize(

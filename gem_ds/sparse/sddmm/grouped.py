@@ -83,6 +83,8 @@ def add_sampled_product(
     elif takes_one_launch(dy, x):
         add_picked(out, dy, x, pattern, ends)
     else:
+        if kernel == "auto" and dy.is_cuda:
+            kernel = "tiled"  # another would look for each group's strips in every micro-batch
         for group, tokens in _groups(ends):
             entries, own = pattern.part(group * dy.shape[1], dy.shape[1])
             kernels.add_sampled_product(out[entries], dy[tokens], x[tokens], own, kernel)
