@@ -114,14 +114,14 @@ def kernels_for(device: torch.device, num_products: int) -> list[str]:
 
 def parser() -> argparse.ArgumentParser:
     """The flags."""
-    parser = argparse.ArgumentParser(prog="benchmarks/sddmm.py", description=__doc__)
+    made = argparse.ArgumentParser(prog="benchmarks/sddmm.py", description=__doc__)
     shapes = ["768x768", "4096x4096", "4096x11008", "1024x4096"]
-    parser.add_argument("--shapes", nargs="+", default=shapes, help="rows x columns")
-    parser.add_argument("--tokens", nargs="+", type=int, default=[256, 2048, 8192])
-    parser.add_argument("--densities", nargs="+", type=float, default=[0.001, 0.01, 0.05, 0.3])
-    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
-    parser.add_argument("--rounds", type=int, default=5)
-    return parser
+    made.add_argument("--shapes", nargs="+", default=shapes, help="rows x columns")
+    made.add_argument("--tokens", nargs="+", type=int, default=[256, 2048, 8192])
+    made.add_argument("--densities", nargs="+", type=float, default=[0.001, 0.01, 0.05, 0.3])
+    made.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
+    made.add_argument("--rounds", type=int, default=5)
+    return made
 
 
 def main(argv: Sequence[str] | None = None) -> None:

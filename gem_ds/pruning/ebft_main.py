@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if (args.output_dir / "delta.safetensors").exists():
         raise ValueError(f"--output_dir {args.output_dir} holds a delta: name another folder.")
+    if args.epochs < 1:
+        raise ValueError("--epochs must be at least 1.")
     mask = None if args.mask is None else Mask.load(args.mask)
     with loading_bars(is_shown=True):
         files, dense = (

@@ -72,8 +72,9 @@ def prune(
         )
     if any(map(is_quantized, targets.values())):
         raise ValueError("The model is quantized: prune the original.")
+    zeros = parse_sparsity(sparsity)
     groups = {
-        n: _group(n, _matrix(m), sparsity, by_row=batches is not None) for n, m in targets.items()
+        n: _group(n, _matrix(m), zeros, by_row=batches is not None) for n, m in targets.items()
     }
     batches = None if batches is None else list(batches)
     if batches == []:
@@ -130,17 +131,11 @@ def _block_of(name: str) -> str:
     return found[0] if found else name
 
 
-def _group(name: str, weight: Tensor, sparsity: float | str, *, by_row: bool) -> tuple[int, int]:
-    """How many entries of a matrix, row after row, are compared, and how many become 0 of these."""
+def parse_sparsity(sparsity: float | str) -> float | tuple[int, int]:
+    """The share of zeros, or (n, m) of "n:m"; a ValueError says what it can be."""
     pattern = re.fullmatch(r"(\d+):(\d+)", str(sparsity))
     if pattern and 0 < int(pattern[1]) < int(pattern[2]):
-        left, size = int(pattern[1]), int(pattern[2])
-        if weight.shape[1] % size:
-            raise ValueError(
-                f"The rows of {name} have {weight.shape[1]} entries, which {left}:{size} cannot "
-                "share out: leave it out of target_modules."
-            )
-        return size, size - left
+        return int(pattern[1]), int(pattern[2])
     try:
         share = float(sparsity)
     except ValueError:
@@ -150,8 +145,23 @@ def _group(name: str, weight: Tensor, sparsity: float | str, *, by_row: bool) ->
             f"The sparsity is {sparsity}: give a share of zeros above 0 and below 1, or n:m with n "
             "of m that stay, such as 2:4."
         )
+    return share
+
+
+def _group(
+    name: str, weight: Tensor, zeros: float | tuple[int, int], *, by_row: bool
+) -> tuple[int, int]:
+    """How many entries of a matrix, row after row, are compared, and how many become 0 of these."""
+    if isinstance(zeros, tuple):
+        left, size = zeros
+        if weight.shape[1] % size:
+            raise ValueError(
+                f"The rows of {name} have {weight.shape[1]} entries, which {left}:{size} cannot "
+                "share out: leave it out of target_modules."
+            )
+        return size, size - left
     size = weight.shape[1] if by_row else weight.numel()
-    return size, int(share * size)
+    return size, int(zeros * size)
 
 
 def _clear_lowest(weight: Tensor, scores: Tensor, size: int, count: int) -> None:

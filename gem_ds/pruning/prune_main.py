@@ -14,7 +14,7 @@ from gem_ds.models.folder import base_folder, write_folder
 from gem_ds.models.load import load_weights, open_model
 from gem_ds.models.targets import ALL_LINEAR
 from gem_ds.progress import loading_bars
-from gem_ds.pruning.prune import prune
+from gem_ds.pruning.prune import parse_sparsity, prune
 from gem_ds.pruning.text import Calibration
 
 
@@ -41,6 +41,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.output_dir.exists():
         raise ValueError(f"--output_dir {args.output_dir} is there already: name a new folder.")
+    parse_sparsity(args.sparsity)  # refused before anything is loaded
+    of_text = ("rows", "max_length", "batch_size")
+    if args.text is None and any(getattr(args, f) != parser.get_default(f) for f in of_text):
+        raise ValueError("--rows, --max_length and --batch_size cut --text: pass it too.")
     with loading_bars(is_shown=True):
         files = open_model(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
         batches = None

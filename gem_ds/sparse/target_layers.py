@@ -21,8 +21,8 @@ class TargetLayers(Sequence[TargetLayer]):
 
     ``targets`` are the modules by the names of their weights. Making it adds the vector to the
     model, as a submodule ``vector_name`` (None keeps a vector that is never stepped out of it), and
-    swaps the forward of the linear layers; :meth:`detach` undoes both. Every parameter of the model
-    but those of flat vectors is frozen.
+    swaps the forward of linear layers and norms; :meth:`detach` undoes both. Every parameter of the
+    model but those of flat vectors is frozen.
     """
 
     def __init__(

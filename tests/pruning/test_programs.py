@@ -50,6 +50,27 @@ def test_a_folder_is_pruned_and_mended_and_exported(
 
 
 @pytest.mark.parametrize(
+    ("program", "flags", "message"),
+    [
+        ("prune", ["--sparsity", "4:2"], "The sparsity is 4:2: give a share"),
+        ("prune", ["--sparsity", "0.5", "--rows", "8"], "cut --text: pass it too"),
+        ("ebft", ["--dense_model", "none", "--text", "none", "--epochs", "0"], "at least 1"),
+    ],
+)
+def test_flags_are_refused_before_anything_is_read(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    program: str,
+    flags: list[str],
+    message: str,
+) -> None:
+    folder = ["--model_name_or_path", "none", "--output_dir", str(tmp_path / "out")]
+    assert main([program, *folder, *flags]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--max_length", "1000"], "reads 128 tokens at most: lower --max_length"),
