@@ -14,11 +14,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from gem_ds.sparse.entries import TrainedEntries
+from gem_ds.sparse.layer_draws import LayerDraws
+
+
+@dataclass(frozen=True)
+class Sam:
+    """How far a step looks, and what draws the layers that it trains; None: all are."""
+
+    rho: float
+    draws: LayerDraws | None = None
 
 
 @contextmanager

@@ -33,8 +33,7 @@ from gem_ds.data.batches import Batches, SummedLoss
 from gem_ds.distributed.engine import DenseEngine, Engine
 from gem_ds.files.checkpoint import TrainerState
 from gem_ds.sparse.entries import HeadEntries, SelectedEntries
-from gem_ds.sparse.layer_draws import LayerDraws
-from gem_ds.sparse.sam import perturbed
+from gem_ds.sparse.sam import Sam, perturbed
 from gem_ds.train.signals import stop_signals
 
 StepEngine = Engine | DenseEngine
@@ -72,19 +71,16 @@ def fit(
     state: TrainerState,
     *,
     seed: int,
-    sam_rho: float = 0.0,
-    draws: LayerDraws | None = None,
+    sam: Sam | None = None,
 ) -> Iterator[StepResult]:
     """Train from ``state.global_step`` to ``state.max_steps``, one step for each item asked for.
 
     All ranks iterate together. Between two steps masters and weights agree, as they must before:
     the caller may evaluate or save. ``parts`` are entries of frozen weights, none where parameters
-    of the model itself are trained, which DeepSpeed writes. ``seed`` is dropout's, ``sam_rho`` the
-    radius of SAM, which is for entries (0: none), with ``draws`` for those of drawn layers of the
-    first part. A SIGTERM or Ctrl-C ends it early; a loss or gradient that is not finite is a
-    :class:`DivergedError`, and masters are as before that step.
+    of the model itself are trained, which DeepSpeed writes. ``seed`` is dropout's; ``sam`` is for
+    entries, and draws layers of the first part. A SIGTERM or Ctrl-C ends it early; a loss or
+    gradient that is not finite is a :class:`DivergedError`, and masters are as before that step.
     """
-    assert sam_rho or draws is None, "layers are drawn by the gradients of SAM's first pass"
     with ExitStack() as stack:
         received = stack.enter_context(stop_signals())
         while state.global_step < state.max_steps:
@@ -96,8 +92,7 @@ def fit(
                 scheduler,
                 state.global_step,
                 seed,
-                sam_rho,
-                draws,
+                sam,
                 received,
             )
             state.global_step += 1
@@ -115,23 +110,23 @@ def _step(
     scheduler: LRScheduler,
     step: int,
     seed: int,
-    sam_rho: float,
-    draws: LayerDraws | None,
+    sam: Sam | None,
     received: list[int],
 ) -> StepResult:
     """One global batch: gradient, update, write-back."""
     comm = engine.comm
     started = time.perf_counter()
     engine.model.train()
+    draws = None if sam is None else sam.draws
     drawn = None if draws is None else draws.draw(step)
     with ExitStack() as stack:
         for part in parts:
             stack.enter_context(part.training(drawn if part is parts[0] else None))
         seed_noise(seed, step, comm.rank)
-        own = accumulate(engine, train, summed_loss, step, delivers=not sam_rho)
-        if sam_rho:
+        own = accumulate(engine, train, summed_loss, step, delivers=sam is None)
+        if sam is not None:
             seed_noise(seed, step, comm.rank)  # the same dropout: of the same loss
-            with perturbed(parts, sam_rho) as norms:
+            with perturbed(parts, sam.rho) as norms:
                 accumulate(engine, train, summed_loss, step)
     if draws is not None and drawn is not None:
         read_norms = comm.start_reading(norms)

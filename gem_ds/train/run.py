@@ -28,6 +28,7 @@ from gem_ds.models.router_loss import with_router_loss
 from gem_ds.report.main import REPORT, write_report
 from gem_ds.select.rules import RULES, SPARSE_METHODS
 from gem_ds.sparse.layer_draws import LayerDraws
+from gem_ds.sparse.sam import Sam
 from gem_ds.train.best import BestModel
 from gem_ds.train.dense_tuning import DenseTuning
 from gem_ds.train.fit import fit, mean_loss
@@ -243,8 +244,7 @@ class Run:
             self.scheduler,
             state,
             seed=train.seed,
-            sam_rho=train.sam_rho,
-            draws=self.layer_draws(),
+            sam=self.sam(),
         ):
             self.delete_old_checkpoints()
             reporter.advance(step.loss, step.num_tokens, step.seconds)
@@ -269,20 +269,23 @@ class Run:
             return {}
         return self.finish(reporter)
 
-    def layer_draws(self) -> LayerDraws | None:
-        """What draws the layers that a step trains, where not all of them are; the state keeps it.
+    def sam(self) -> Sam | None:
+        """Sharpness-aware minimization, where it is asked for; the state keeps what draws layers.
 
         Where a run has not drawn so far, its layers have had all its updates.
         """
         train, state = self.args.train, self.state
-        if not train.sam_layers or self.sparse is None:
+        if not train.sam_rho:
             return None
+        if not train.sam_layers or self.sparse is None:
+            return Sam(train.sam_rho)
         num_layers = len(self.sparse.layers)
         state.layer_probabilities = state.layer_probabilities or [train.sam_layers] * num_layers
         state.layer_updates = state.layer_updates or [self.engine.num_updates] * num_layers
-        return LayerDraws(
+        draws = LayerDraws(
             state.layer_probabilities, state.layer_updates, train.sam_layers, train.seed
         )
+        return Sam(train.sam_rho, draws)
 
     def evaluate(self, reporter: Reporter) -> None:
         """Log the held-out loss, where it is asked for."""

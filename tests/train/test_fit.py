@@ -21,6 +21,7 @@ from gem_ds.distributed.weights import Weights
 from gem_ds.files.checkpoint import TrainerState
 from gem_ds.models.loss import summed_answer_loss
 from gem_ds.sparse.entries import SelectedEntries
+from gem_ds.sparse.sam import Sam
 from gem_ds.train.fit import DivergedError, StepResult, fit, mean_loss, seed_noise
 from tests.ranks import run_ranks
 from tests.tiny import (
@@ -56,10 +57,10 @@ def _batches(comm: Comm, accumulation: int = 1) -> Batches:
 
 
 def _steps(
-    entries: SelectedEntries, scheduler: LambdaLR, state: TrainerState, **options: float
+    entries: SelectedEntries, scheduler: LambdaLR, state: TrainerState, sam: Sam | None = None
 ) -> Iterator[StepResult]:
     comm, loss = entries.engine.comm, summed_answer_loss
-    return fit(entries.engine, [entries], _batches(comm), loss, scheduler, state, seed=0, **options)
+    return fit(entries.engine, [entries], _batches(comm), loss, scheduler, state, seed=0, sam=sam)
 
 
 @dataclass
@@ -138,7 +139,7 @@ def _skip_a_step(comm: Comm, sam_rho: float) -> Skipping:
         mock.patch.object(Engine, "step", skipping),
         mock.patch.object(Engine, "lowers_loss_scale", True),
     ):
-        for result in _steps(entries, scheduler, state, sam_rho=sam_rho):
+        for result in _steps(entries, scheduler, state, Sam(sam_rho) if sam_rho else None):
             results.append(result)
             values.append(entries.read())
     assert state.global_step == NUM_STEPS
@@ -199,7 +200,7 @@ def _passes(comm: Comm) -> list[float]:
 
     scheduler = LambdaLR(entries.engine.optimizer, lambda _: 1.0)
     batches, state = _batches(comm, accumulation=2), TrainerState(max_steps=1)
-    list(fit(entries.engine, [entries], batches, loss, scheduler, state, seed=0, sam_rho=1e-3))
+    list(fit(entries.engine, [entries], batches, loss, scheduler, state, seed=0, sam=Sam(1e-3)))
     return losses
 
 

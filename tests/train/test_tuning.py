@@ -44,6 +44,7 @@ from gem_ds.sparse import layer_draws
 from gem_ds.sparse.calibrate import calibrate
 from gem_ds.sparse.entries import SelectedEntries
 from gem_ds.sparse.layer_draws import LayerDraws
+from gem_ds.sparse.sam import Sam
 from gem_ds.train import sparse_tuning
 from gem_ds.train.config import (
     Arguments,
@@ -295,9 +296,10 @@ def _train(comm: Comm, plan: Plan, folder: Path) -> Outcome:
         summed_loss = answer_loss_of(tuning.engine.model, comm)
         assert summed_loss is chunked_answer_loss
     state, results = TrainerState(max_steps=plan.num_steps), []
-    options: Any = {"seed": 0, "sam_rho": plan.sam_rho}
+    options: Any = {"seed": 0, "sam": Sam(plan.sam_rho) if plan.sam_rho else None}
     if plan.draws_layers:
-        options["draws"] = LayerDraws([SHARE] * len(FACTORS), [0] * len(FACTORS), SHARE, SEED)
+        draws = LayerDraws([SHARE] * len(FACTORS), [0] * len(FACTORS), SHARE, SEED)
+        options["sam"] = Sam(plan.sam_rho, draws)
     for step in fit(tuning.engine, parts, batches, summed_loss, scheduler, state, **options):
         results.append(step)
         if inspector is not None:
