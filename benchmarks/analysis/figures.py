@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from analysis.runs import place_of_method
 from gem_ds.comparison.plots import STYLES
 from gem_ds.select.rules import RULES
-from gem_ds.train.methods import METHODS
 
 
 def look(method: str) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def panels(
     grid = figure.subplots(len(rows), len(columns), squeeze=False)
     for axes in grid.flat:
         axes.grid(alpha=0.3)
-    shown = sorted(set(methods), key=METHODS.index)
+    shown = sorted(set(methods), key=place_of_method)
     handles = [Line2D([], [], label=method, **look(method)) for method in shown]
     figure.legend(handles=handles, loc="outside right center", frameon=False)
     named = {

@@ -32,7 +32,7 @@ def finished_runs(root: Path) -> list[FinishedRun]:
     for path in root.glob(f"*/*/*/lr*_seed*/{RESULTS_FILE}"):
         task, method, split, name = path.parent.relative_to(root).parts
         parts = re.fullmatch(r"lr(.+)_seed(\d+)", name)
-        if parts is None or method not in METHODS:
+        if parts is None:
             continue
         with suppress(ValueError):  # it is not whole
             run = FinishedRun(
@@ -58,5 +58,10 @@ def by_method(runs: Sequence[FinishedRun]) -> dict[str, list[FinishedRun]]:
     return {method: list(own) for method, own in groupby(runs, key=lambda run: run.method)}
 
 
-def _place(run: FinishedRun) -> tuple[str, int, float, int]:
-    return run.task, METHODS.index(run.method), run.learning_rate, run.seed
+def place_of_method(name: str) -> tuple[int, str]:
+    """Where a row is: the methods in the order of their table, then rows of other names."""
+    return METHODS.index(name) if name in METHODS else len(METHODS), name
+
+
+def _place(run: FinishedRun) -> tuple[str, tuple[int, str], float, int]:
+    return run.task, place_of_method(run.method), run.learning_rate, run.seed

@@ -89,8 +89,8 @@ def training_command(comparison: Comparison, cell: Cell) -> list[str]:
     """The command that trains a cell and scores it on its split."""
     task = comparison.tasks[cell.task]
     own = {
-        "method": cell.method,
-        "task": cell.task,
+        "method": comparison.methods[cell.method].method,
+        "task": task.task,
         "data_dir": task.data_dir,
         "seed": cell.seed,
         "learning_rate": rate_text(cell.learning_rate),
@@ -114,7 +114,8 @@ def training_command(comparison: Comparison, cell: Cell) -> list[str]:
 
 def evaluation_command(comparison: Comparison, cell: Cell) -> list[str]:
     """The command that scores what was trained; empty where there is none."""
-    folder, product = folder_of(comparison, cell), product_of(cell.method)
+    folder = folder_of(comparison, cell)
+    product = product_of(comparison.methods[cell.method].method)
     base = str(_flags_of(comparison, cell).get("model_name_or_path", ""))
     weights = {
         "delta": ["--delta", f"{folder}/delta.safetensors"],

@@ -12,6 +12,7 @@
     learning_rates: [1e-3, 1e-2]        # of the methods that give none
     methods:
       gem: {learning_rates: [3e-3, 1e-2], flags: {flag: value}}
+      gem_sam: {method: gem, flags: {sam_rho: 0.05}}   # under a name of its own; tasks likewise
     tasks:
       rte: {data_dir: folder, flags: {flag: value}, dev_examples: 200}  # all may be left out
       gsm8k:
@@ -29,6 +30,7 @@ counts as left out.
 from __future__ import annotations
 
 import math
+import re
 import shlex
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -71,6 +73,10 @@ def _is_rate(value: Any) -> bool:
     return False
 
 
+_folder = _value(
+    "letters, digits, '_', '.' or '-', as it names a folder",
+    lambda value: re.fullmatch(r"\w[\w.-]*", str(value)),
+)
 _text = _value("a text", lambda value: isinstance(value, str) and value)
 _path = _value("a path", lambda value: isinstance(value, str) and value, Path)
 _count = _value("a whole number of at least 1", lambda value: type(value) is int and value >= 1)
@@ -148,11 +154,18 @@ def _mapping(kind: type[T]) -> Check:
 
 
 def _named(kind: type[Any], word: str, known: Iterable[str]) -> Check:
+    """What each name stands for is its key ``word``, or else the name itself."""
+
     def check(value: Any, where: str) -> dict[str, Any]:
         if not isinstance(value, dict) or not value:
             raise ValueError(f"{where} must map at least one name to its settings.")
-        _refuse_unknown(value, where, word, known)
-        return {name: _mapping(kind)(inner, f"{where}.{name}") for name, inner in value.items()}
+        found = {name: _mapping(kind)(inner, f"{where}.{name}") for name, inner in value.items()}
+        for name, inner in found.items():
+            own = getattr(inner, word) or name
+            _refuse_unknown([own], where if own is name else f"{where}.{name}", word, known)
+            _folder(name, f"each name of {where}")
+            found[name] = replace(inner, **{word: own})
+        return found
 
     return check
 
@@ -178,6 +191,7 @@ class Evaluation:
 class Method:
     """A method with the learning rates that it is given, ascending."""
 
+    method: Annotated[str, _text] = ""  # (default: the row's name)
     learning_rates: Annotated[tuple[float, ...], _rates] = ()
     flags: Annotated[Flags, _flags] = field(default_factory=dict)
 
@@ -186,6 +200,7 @@ class Method:
 class Task:
     """A task with its data; ``dev_examples`` where the comparison's number does not suit it."""
 
+    task: Annotated[str, _text] = ""  # (default: its name here)
     data_dir: Annotated[str | None, _text] = None
     dev_examples: Annotated[int | None, _count] = None
     flags: Annotated[Flags, _flags] = field(default_factory=dict)

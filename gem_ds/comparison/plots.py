@@ -43,8 +43,18 @@ COLOURS = (
 #: How a marker is filled, and which: hollow ones where there are more methods than markers.
 MARKERS = tuple(product(("full", "none"), "*osP^XvDphd<>8H"))
 
-#: Colour and marker by method, in the order of the table of methods.
-STYLES = dict(zip(METHODS, zip(cycle(COLOURS), MARKERS, strict=False), strict=False))
+
+class _Styles(dict[str, tuple[str, tuple[str, str]]]):
+    """Those of the methods, in the order of their table; a row of another name takes the next."""
+
+    def __missing__(self, name: str) -> tuple[str, tuple[str, str]]:
+        place = len(self)
+        self[name] = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
+        return self[name]
+
+
+#: Colour and marker of a row.
+STYLES = _Styles(zip(METHODS, zip(cycle(COLOURS), MARKERS, strict=False), strict=False))
 
 #: What is around the rates that were chosen.
 _RING: dict[str, Any] = {"marker": "o", "mfc": "none", "ls": "none"}

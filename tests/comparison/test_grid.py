@@ -1,6 +1,7 @@
 """The file of a comparison: every mistake is one sentence, and commands are what it says."""
 
 import copy
+import itertools
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,6 +82,18 @@ def test_a_task_may_hold_out_fewer_examples_and_a_method_leave_a_flag_out() -> N
         words = training_command(comparison, cell_of(task, method, "dev"))
         assert words[words.index("--dev_examples") + 1] == held_out
         assert ("--target_modules" in words) == (method == "gem")
+
+
+def test_a_method_and_a_task_may_stand_under_names_of_their_own() -> None:
+    content = changed("methods.low_rank", {"method": "lora", "flags": {"lora_r": 3}})
+    content["tasks"]["maths"] = {"task": "gsm8k"} | content["tasks"]["gsm8k"]
+    comparison, cell = parse_comparison(content), cell_of("maths", "low_rank")
+    words = training_command(comparison, cell)
+    value_of = dict(itertools.pairwise(words))
+    assert (value_of["--method"], value_of["--task"]) == ("lora", "gsm8k")
+    assert value_of["--output_dir"] == "out/maths/low_rank/test/lr2e-04_seed42"
+    assert "--adapter out/maths/low_rank" in " ".join(evaluation_command(comparison, cell))
+    assert len({cell.method for cell in search_cells(comparison)}) == 2  # lora has one rate
 
 
 def test_cells_of_the_search_have_the_first_seed_and_the_development_split() -> None:
