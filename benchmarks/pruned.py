@@ -122,7 +122,7 @@ def measured(
 ) -> Iterator[tuple[str, str, float, int, float]]:
     """Per row of the table: sparsity, what was done, perplexity, zeros, seconds."""
     yield "none", "dense", perplexity(base, held_out), num_zeros(base), 0.0
-    for sparsity in SPARSITIES:
+    for sparsity in args.sparsity:
         start = base  # replaced by what Wanda leaves
         jobs: dict[str, Callable[[Any], Any]] = {
             "magnitude": lambda model: gem_ds.prune(model, sparsity),  # noqa: B023
@@ -147,6 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks/pruned.py", description=__doc__)
     parser.add_argument("--model_name_or_path", required=True)
     parser.add_argument("--data_dir", type=Path, required=True)
+    parser.add_argument("--sparsity", nargs="+", default=SPARSITIES, help="one or several")
     parser.add_argument("--rows", type=int, default=32, help="of the calibration text")
     parser.add_argument("--held_out_rows", type=int, default=128)
     parser.add_argument("--max_length", type=int, default=256, help="tokens of a row")
