@@ -131,13 +131,21 @@ def splitmix64(key: int, i: int) -> int:
     return z ^ (z >> 31)
 
 
-def chances(name: str, seed: int, size: int) -> list[int]:
-    """A number for each entry of a weight, the bits of a finite fp32 number that is not negative.
-
-    The i-th is that of a splitmix64 whose seed is a hash of seed and name.
-    """
+def words(name: str, seed: int, size: int) -> list[int]:
+    """31 bits for each entry: of the i-th number of a splitmix64 seeded by seed and name."""
     key = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little")
-    return [splitmix64(key, i) % 2**31 % 0x7F800000 for i in range(size)]
+    return [splitmix64(key, i) % 2**31 for i in range(size)]
+
+
+def chances(name: str, seed: int, size: int) -> list[int]:
+    """For each entry of a weight the bits of a finite fp32 number that is not negative."""
+    return [word % 0x7F800000 for word in words(name, seed, size)]
+
+
+def drawn(name: str, gradient: Tensor, seed: int) -> Tensor:
+    """``|g| / u``, u of 24 bits and above 0."""
+    u = [(word // 2**7 + 1) / 2**24 for word in words(name, seed, gradient.numel())]
+    return gradient.detach().float().abs() / torch.tensor(u).reshape(gradient.shape)
 
 
 def entry_score(rule: str, name: str, gradient: Tensor | None, weight: Tensor, seed: int) -> Tensor:
@@ -148,6 +156,8 @@ def entry_score(rule: str, name: str, gradient: Tensor | None, weight: Tensor, s
     if rule == "lift":
         return principal(weight)
     assert gradient is not None
+    if rule == "drawn":
+        return drawn(name, gradient, seed)
     if rule in ("gradient", "entropy_gradient", "gradient_abs", "fish", "surgical", "auto_rgn"):
         return gradient.detach().float().abs()
     return damped_ratio(gradient, weight) if rule == "damped" else ratio(gradient, weight)

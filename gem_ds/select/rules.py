@@ -82,6 +82,10 @@ def _chance(shards: Shards, group: Group, seed: int) -> list[Tensor]:
     return [scores.chance(shard, seed) for shard in shards]
 
 
+def _drawn(shards: Shards, group: Group, seed: int) -> list[Tensor]:
+    return [scores.drawn_by_gradient(shard, seed) for shard in shards]
+
+
 _ratio = by_itself(scores.ratio)
 _gradient = by_itself(scores.gradient_magnitude)
 _weight = by_itself(scores.weight_magnitude)
@@ -243,6 +247,12 @@ RULES = {
         budgets=in_proportion_to(_equal),
         statistic="magnitudes",
         help="the sum of the examples' |g| with equal budgets",
+    ),
+    "drawn": Rule(
+        entry_score=_drawn,
+        budgets=in_proportion_to(_equal),
+        help="drawn by chance in proportion to |g|, with equal budgets: between gradient, which "
+        "crowds into few rows and columns, and random",
     ),
     "fish": Rule(
         entry_score=_gradient,

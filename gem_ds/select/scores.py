@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -55,18 +55,38 @@ def weight_magnitude(shard: TargetShard) -> Tensor:
 def chance(shard: TargetShard, seed: int) -> Tensor:
     """Scores by chance, the same however the matrix is cut.
 
-    Each is a hash (splitmix64) of the flat index, keyed by seed and name, read as the bits of a
-    finite non-negative number: their order is uniform, their values mean nothing.
+    Each is a hash of its place (see :func:`_words`) read as the bits of a finite non-negative
+    number: their order is uniform, their values mean nothing.
+    """
+    scores = torch.empty(shard.weight.numel(), dtype=torch.float32, device=shard.device)
+    for part, words in zip(chunks(scores), _words(shard, seed), strict=True):
+        part.copy_(words.remainder_(_INFINITY_BITS).int().view(torch.float32))
+    return scores
+
+
+def drawn_by_gradient(shard: TargetShard, seed: int) -> Tensor:
+    """``|g| / u``, each u uniform in (0, 1], the same however the matrix is cut; in g's place.
+
+    The k largest are a draw without replacement in which entries come in proportion to their |g|,
+    as nearly as k of them can: sequential Poisson sampling (Ohlsson, J. Official Stat. 14, 1998).
+    """
+    scores = gradient_magnitude(shard)
+    for part, words in zip(chunks(scores), _words(shard, seed), strict=True):
+        part.div_(_shift_right(words, 7).add_(1).float().mul_(2.0**-24))  # all of them exact
+    return scores
+
+
+def _words(shard: TargetShard, seed: int) -> Iterator[Tensor]:
+    """Per chunk of a shard, for each entry 31 bits by chance, int64 [c].
+
+    They are a hash (splitmix64) of the flat index, keyed by seed and name.
     """
     key = int.from_bytes(hashlib.sha256(f"{seed}/{shard.name}".encode()).digest()[:8], "little")
-    scores = torch.empty(shard.weight.numel(), dtype=torch.float32, device=shard.device)
     first = shard.start
-    for part in chunks(scores):
+    for part in chunks(shard.weight, shard.device):
         flat_index = torch.arange(first, first + part.numel(), device=shard.device)
-        bits = _splitmix64(flat_index, key).bitwise_and_(2**31 - 1).remainder_(_INFINITY_BITS)
-        part.copy_(bits.int().view(torch.float32))
+        yield _splitmix64(flat_index, key).bitwise_and_(2**31 - 1)
         first += part.numel()
-    return scores
 
 
 _INFINITY_BITS = 0x7F80_0000  # of fp32; all below are finite
