@@ -215,16 +215,18 @@ class SelectedEntries(TrainedEntries):
         ]
 
     def kernels(self) -> list[str]:
-        """Per layer, the kernel that computes its sampled gradient."""
-        if self.kernel != "auto":
-            return [self.kernel] * len(self.layers)
+        """Per layer that has entries, the kernel that computes its sampled gradient."""
         device, dtype = self.engine.device.type, self.engine.dtype
-        return [
-            "grouped"
-            if isinstance(layer, ExpertsLayer)
-            else choose_kernel(device, dtype, pattern.shape, pattern.num_entries)
-            for layer, pattern in zip(self.layers, self._patterns, strict=True)
-        ]
+
+        def kernel_of(layer: TargetLayer, pattern: Pattern) -> str:
+            if self.kernel != "auto":
+                return self.kernel
+            if isinstance(layer, ExpertsLayer):
+                return "grouped"
+            return choose_kernel(device, dtype, pattern.shape, pattern.num_entries)
+
+        pairs = zip(self.layers, self._patterns, strict=True)
+        return [kernel_of(*pair) for pair in pairs if pair[1].num_entries]
 
 
 class HeadEntries(TrainedEntries):

@@ -13,6 +13,9 @@ from torch import nn
 
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.weights import Weights
+from gem_ds.sparse.entries import SelectedEntries
+from gem_ds.sparse.layers import TargetLayer
+from gem_ds.sparse.sddmm import Pattern
 from gem_ds.train import sparse_tuning
 from gem_ds.train.sparse_tuning import SparseTuning
 from gem_ds.train.summary import (
@@ -84,3 +87,13 @@ def test_an_update_below_half_the_last_place_does_not_count_as_a_change():
 def test_kernels_are_counted_the_most_frequent_first():
     assert kernel_counts(["gather", "library", "library"]) == "library (2 layers), gather (1)"
     assert kernel_counts(["tiled"]) == "tiled (1 layer)"
+
+
+def test_a_layer_without_entries_has_no_kernel():
+    engine = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
+    layers = [TargetLayer("weight", nn.Linear(5, 4)) for _ in range(2)]
+    patterns = [Pattern.of(torch.arange(count), (4, 5)) for count in (0, 3)]
+    entries: Any = SimpleNamespace(engine=engine, kernel="auto", layers=layers, _patterns=patterns)
+    assert len(SelectedEntries.kernels(entries)) == 1
+    entries.kernel = "tiled"
+    assert SelectedEntries.kernels(entries) == ["tiled"]
