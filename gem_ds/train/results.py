@@ -12,6 +12,7 @@ from gem_ds.data.metrics import score
 from gem_ds.data.predictions import PREDICTIONS_FILE, save_predictions
 from gem_ds.data.tasks import hub_dataset
 from gem_ds.distributed.comm import Comm
+from gem_ds.errors import sentence_of
 from gem_ds.files.atomic import atomic_write, save_json
 from gem_ds.files.card import TRAINING_LOSS, ModelCard
 from gem_ds.files.checkpoint import TrainerState
@@ -20,6 +21,7 @@ from gem_ds.files.mask import Mask, WeightInfo, dtype_name
 from gem_ds.models.encoders import auto_class, is_encoder
 from gem_ds.models.load import DTYPES
 from gem_ds.models.objective import predict_all
+from gem_ds.report.main import REPORT, write_report
 from gem_ds.select.rules import CALIBRATED_METHODS, SPARSE_METHODS
 from gem_ds.train.config import DataArguments
 from gem_ds.train.methods import product_of
@@ -149,3 +151,14 @@ def save_results(prepared: PreparedRun, state: TrainerState, results: Mapping[st
         return
     claim(folder, MODEL_CARD)
     atomic_write(path, lambda temporary: temporary.write_text(card.text(), encoding="utf-8"))
+
+
+def try_to_report(folder: Path, base: Mapping[str, Tensor] | None) -> None:
+    """Show the run as a page; that it fails is told, and costs the run nothing.
+
+    ``base`` are the base values at the selected entries, where entries are trained.
+    """
+    try:
+        write_report(folder, base=base)
+    except Exception as error:
+        print(f"{folder / REPORT} was not written: {sentence_of(error)}", flush=True)

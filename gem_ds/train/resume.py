@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
-from gem_ds.files.checkpoint import Checkpoint, RunIdentity, find_checkpoint, list_checkpoints
+from gem_ds.files.checkpoint import (
+    Checkpoint,
+    RunIdentity,
+    TrainerState,
+    find_checkpoint,
+    list_checkpoints,
+)
 from gem_ds.files.dense_checkpoint import DENSE_FILE, DenseCheckpoint
 from gem_ds.files.digests import checksum, digest_of_json
 from gem_ds.files.mask import Mask, dtype_name
@@ -14,6 +21,12 @@ from gem_ds.train.config import Arguments, TrainArguments
 from gem_ds.train.methods import product_of
 from gem_ds.train.output_dir import refuse_losses, refuse_run
 from gem_ds.train.targets import Targets
+
+#: Flags that say how a step is taken; a resumed run may change them, and says so.
+STEP_SETTINGS = (
+    *("learning_rate", "head_learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "sam_rho", "sam_layers"),
+)
 
 
 def batch_size_of_flags(train: TrainArguments, world_size: int) -> int:
@@ -114,3 +127,31 @@ def identity_of(
     if now.seed != before.seed:
         raise ValueError(f"The checkpoint was trained with --seed {before.seed}: pass it again.")
     return before
+
+
+def initial_state(
+    train: TrainArguments, checkpoint: Checkpoint | DenseCheckpoint | None, steps_per_epoch: int
+) -> tuple[TrainerState, list[str]]:
+    """Progress at the start, none or the checkpoint's, and which step settings are others now."""
+    state = checkpoint.state if checkpoint else TrainerState()
+    settings = {name: getattr(train, name) for name in STEP_SETTINGS}
+    changes = [
+        f"--{name} {value} instead of {state.settings[name]}"
+        for name, value in settings.items()
+        if state.settings.get(name, value) != value
+    ]
+    if state.settings.get("sam_layers") and not train.sam_layers:
+        raise ValueError(
+            "The checkpoint's layers have had different numbers of updates: go on with "
+            f"--sam_layers {state.settings['sam_layers']}, or another share above 0."
+        )
+    state.settings = settings
+    state.max_steps = train.max_steps
+    if state.max_steps < 0:
+        state.max_steps = math.ceil(train.num_train_epochs * steps_per_epoch)
+    if state.global_step > state.max_steps:
+        raise ValueError(
+            f"The checkpoint stands at step {state.global_step} and the flags end the run at "
+            f"step {state.max_steps}: raise --max_steps or --num_train_epochs."
+        )
+    return state, changes

@@ -13,23 +13,14 @@ from gem_ds.data.batches import Batches, SummedLoss, permutation
 from gem_ds.data.dataset import Dataset
 from gem_ds.data.packing import pack, refuse_leaking_rows
 from gem_ds.distributed.comm import Comm
-from gem_ds.errors import sentence_of
-from gem_ds.files.checkpoint import (
-    Checkpoint,
-    TrainerState,
-    delete_old_checkpoints,
-    list_checkpoints,
-)
-from gem_ds.files.dense_checkpoint import DenseCheckpoint
 from gem_ds.models.blocks import enable_checkpointing
 from gem_ds.models.load import DTYPES, load_for_training
 from gem_ds.models.loss import answer_loss_of, summed_answer_loss
 from gem_ds.models.router_loss import with_router_loss
-from gem_ds.report.main import REPORT, write_report
 from gem_ds.select.rules import RULES, SPARSE_METHODS
 from gem_ds.sparse.layer_draws import LayerDraws
 from gem_ds.sparse.sam import Sam
-from gem_ds.train.best import BestModel
+from gem_ds.train.checkpoints import Checkpoints
 from gem_ds.train.dense_tuning import DenseTuning
 from gem_ds.train.fit import fit, mean_loss
 from gem_ds.train.methods import product_of
@@ -37,16 +28,11 @@ from gem_ds.train.optimizer import make_scheduler
 from gem_ds.train.output_dir import refuse_taken_checkpoints
 from gem_ds.train.prepare import PreparedRun
 from gem_ds.train.reporting import Reporter, peak_memory_bytes
-from gem_ds.train.results import measure, save_results
-from gem_ds.train.resume import batch_size_of_flags
+from gem_ds.train.results import measure, save_results, try_to_report
+from gem_ds.train.resume import batch_size_of_flags, initial_state
+from gem_ds.train.schedule import Schedule
 from gem_ds.train.sparse_tuning import SparseTuning
 from gem_ds.train.summary import describe
-
-#: Flags that say how a step is taken; a resumed run may change them, and says so.
-STEP_SETTINGS = (
-    *("learning_rate", "head_learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay"),
-    *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "sam_rho", "sam_layers"),
-)
 
 
 class Run:
@@ -61,7 +47,9 @@ class Run:
         test = prepared.data.test
         self.held_out = self.batches(test, held_out=True) if len(test) else None
         with comm.in_unison():
-            self.state = self.initial_state()
+            self.state, self.changes = initial_state(
+                self.args.train, prepared.checkpoint, self.train_batches.steps_per_epoch
+            )
         with comm.agreement():
             if comm.is_main:
                 steps = range(self.state.global_step + 1, self.state.max_steps + 1)
@@ -90,9 +78,8 @@ class Run:
         self.scheduler = make_scheduler(
             train, self.engine.optimizer, self.state.max_steps, num_updates
         )
-        self.best = BestModel.of_flags(train)
+        self.checkpoints = Checkpoints(prepared, self.tuning, self.state, comm)
         self.is_stopped = False
-        self.has_unproven_checkpoint = prepared.checkpoint is not None  # a kill may have left more
         self.step_seconds: list[float] = []
 
     @property
@@ -155,32 +142,6 @@ class Run:
             group_by_length=data.train_sampling_strategy == "group_by_length",
         )
 
-    def initial_state(self) -> TrainerState:
-        """Progress at the start: none, or the checkpoint's."""
-        train = self.args.train
-        state = self.prepared.checkpoint.state if self.prepared.checkpoint else TrainerState()
-        settings = {name: getattr(train, name) for name in STEP_SETTINGS}
-        self.changes = [
-            f"--{name} {value} instead of {state.settings[name]}"
-            for name, value in settings.items()
-            if state.settings.get(name, value) != value
-        ]
-        if state.settings.get("sam_layers") and not train.sam_layers:
-            raise ValueError(
-                "The checkpoint's layers have had different numbers of updates: go on with "
-                f"--sam_layers {state.settings['sam_layers']}, or another share above 0."
-            )
-        state.settings = settings
-        state.max_steps = train.max_steps
-        if state.max_steps < 0:
-            state.max_steps = math.ceil(train.num_train_epochs * self.train_batches.steps_per_epoch)
-        if state.global_step > state.max_steps:
-            raise ValueError(
-                f"The checkpoint stands at step {state.global_step} and the flags end the run at "
-                f"step {state.max_steps}: raise --max_steps or --num_train_epochs."
-            )
-        return state
-
     def calibration_batches(self) -> Batches:
         """The first examples of the shuffled order."""
         examples = self.prepared.data.train
@@ -228,12 +189,14 @@ class Run:
     def train(self, reporter: Reporter) -> dict[str, Any]:
         """Step, log, evaluate, save; then write what a finished run leaves."""
         train, state = self.args.train, self.state
-        epoch = self.train_batches.steps_per_epoch
-        between_evaluations = train.eval_steps or (
-            train.logging_steps if train.eval_strategy == "steps" else epoch
+        schedule = Schedule.of_flags(
+            train,
+            max_steps=state.max_steps,
+            steps_per_epoch=self.train_batches.steps_per_epoch,
+            is_sparse=self.sparse is not None,
         )
         # At the beginning, and where a signal came before the evaluation that was due.
-        if self.is_due(between_evaluations) and not self.is_evaluated():
+        if schedule.is_due(schedule.evaluation, state.global_step) and not self.is_evaluated():
             self.evaluate(reporter)
         reporter.start()
         for step in fit(
@@ -246,20 +209,20 @@ class Run:
             seed=train.seed,
             sam=self.sam(),
         ):
-            self.delete_old_checkpoints()
+            self.checkpoints.delete_old()
             reporter.advance(step.loss, step.num_tokens, step.seconds)
             self.step_seconds.append(step.seconds)
-            if self.is_due(train.logging_steps):
+            if schedule.is_due(schedule.logging, state.global_step):
                 numbers = {"learning_rate": step.learning_rate}
                 if step.grad_norm is not None and math.isfinite(step.grad_norm):
                     numbers["grad_norm"] = float(step.grad_norm)
                 self.log(reporter, reporter.averages() | numbers | self.numbers())
             is_stopped = step.is_stopping and state.global_step < state.max_steps
-            if self.is_due(between_evaluations) and not is_stopped:
+            if schedule.is_due(schedule.evaluation, state.global_step) and not is_stopped:
                 self.evaluate(reporter)
-            if step.is_stopping or self.is_save_due() or self.is_best():
-                self.tuning.save_checkpoint(state)
-                self.has_unproven_checkpoint = True
+            is_due = schedule.is_due(schedule.saving, state.global_step)
+            if is_due or step.is_stopping or self.checkpoints.is_best():
+                self.checkpoints.save()
         if state.global_step < state.max_steps:
             self.is_stopped = True
             reporter.say(
@@ -288,56 +251,22 @@ class Run:
         return Sam(train.sam_rho, draws)
 
     def evaluate(self, reporter: Reporter) -> None:
-        """Log the held-out loss, where it is asked for."""
-        if self.args.train.eval_strategy == "no" or (batches := self.held_out) is None:
+        """Log the held-out loss, where examples are held out."""
+        if (batches := self.held_out) is None:
             return
         with closing(reporter.progress("Held-out loss", batches.steps_per_epoch, "batch")) as bar:
             loss = mean_loss(self.engine, batches, self.summed_loss, bar.advance)
         metrics = {}
-        if self.best and self.best.is_metric:
+        best = self.checkpoints.best
+        if best and best.is_metric:
             metrics = measure(self.prepared, self.engine.model, self.comm, is_final=False)
         metrics = {f"eval_{name}": value for name, value in metrics.items()}
         self.log(reporter, {"eval_loss": loss} | metrics)
-
-    def is_due(self, interval: int) -> bool:
-        """Whether what happens every ``interval`` steps, and at the end, happens now."""
-        step = self.state.global_step
-        return step % interval == 0 or step == self.state.max_steps
 
     def is_evaluated(self) -> bool:
         """Whether the held-out loss of this step is known."""
         step = self.state.global_step
         return any(e["step"] == step and "eval_loss" in e for e in self.state.log_history)
-
-    def is_save_due(self) -> bool:
-        """Whether ``--save_strategy`` asks for a checkpoint now."""
-        train, epoch = self.args.train, self.train_batches.steps_per_epoch
-        strategy = train.save_strategy or ("steps" if train.save_steps else None)
-        if strategy is None:  # of whole parameters a checkpoint may be large
-            strategy = "epoch" if self.sparse else "no"
-        between = train.save_steps or (500 if strategy == "steps" else epoch)
-        return strategy != "no" and self.is_due(between)
-
-    def is_best(self) -> bool:
-        """Whether the model of this step is the best so far, where the best one is wanted."""
-        history, step = self.state.log_history, self.state.global_step
-        return self.best is not None and self.best.step(history) == step
-
-    def load_best(self, reporter: Reporter) -> int:
-        """Go back to the best model, if it is wanted; returns the step of the model at hand."""
-        last = self.state.global_step
-        if self.best is None:
-            return last
-        folders = self.comm.broadcast_object(list_checkpoints(self.prepared.output_dir))
-        step = self.best.step(self.state.log_history, folders)
-        if step is None or step == last:
-            return last
-        checkpoint: Any  # of the kind that is trained
-        with self.comm.agreement():
-            checkpoint = (Checkpoint if self.sparse else DenseCheckpoint).load(folders[step])
-        self.tuning.restore(checkpoint)
-        reporter.say(f"The best model is that of step {step}, by {self.best.metric}")
-        return step
 
     def numbers(self) -> dict[str, float]:
         """How many of the selected weights have changed so far, as a share."""
@@ -348,23 +277,9 @@ class Run:
         with self.comm.agreement():
             reporter.log(entry)
 
-    def delete_old_checkpoints(self) -> None:
-        """Keep to ``--save_total_limit``, once the newest checkpoint's weights have borne a step.
-
-        Until its loss and gradient were finite, the one before may be the last good one.
-        """
-        limit = self.args.train.save_total_limit
-        if limit is None or not self.has_unproven_checkpoint:
-            return
-        with self.comm.agreement():
-            if self.comm.is_main:
-                best = None if self.best is None else self.best.step(self.state.log_history)
-                delete_old_checkpoints(self.prepared.output_dir, limit, best)
-        self.has_unproven_checkpoint = False
-
     def finish(self, reporter: Reporter) -> dict[str, Any]:
         """Write the weights, the state, the results and the model card; returns the results."""
-        delivered = self.load_best(reporter)
+        delivered = self.checkpoints.load_best(reporter.say)
         results: dict[str, Any] = {
             "num_trainable": self.tuning.num_trainable,
             "num_parameters": self.prepared.targets.num_parameters,
@@ -375,7 +290,7 @@ class Run:
             "peak_memory_bytes": self.comm.largest(peak_memory_bytes(self.engine.device)),
             "runtime_seconds": round(time.perf_counter() - self.started, 1),
         } | self.numbers()
-        if self.best is not None:
+        if self.checkpoints.best is not None:
             results["best_global_step"] = delivered
         history = [entry for entry in self.state.log_history if entry["step"] <= delivered]
         for key in ("loss", "eval_loss"):
@@ -389,18 +304,10 @@ class Run:
         with self.comm.agreement():
             if self.comm.is_main:
                 save_results(self.prepared, self.state, results)
-                self.write_report()
-        self.delete_old_checkpoints()
+                sparse = self.sparse
+                base = None if sparse is None else sparse.entries.split(sparse.base)
+                try_to_report(self.prepared.output_dir, base)
+        self.checkpoints.delete_old()
         product = product_of(self.args.method.method)
         reporter.say(f"Wrote the {product} and the results to {self.prepared.output_dir}")
         return results
-
-    def write_report(self) -> None:
-        """Show the run as a page; that it fails is told, and costs the run nothing. Rank 0 only."""
-        sparse = self.sparse
-        try:
-            base = None if sparse is None else sparse.entries.split(sparse.base)
-            write_report(self.prepared.output_dir, base=base)
-        except Exception as error:
-            path = self.prepared.output_dir / REPORT
-            print(f"{path} was not written: {sentence_of(error)}", flush=True)

@@ -4,8 +4,6 @@ import errno
 import json
 import math
 from collections.abc import Iterator
-from functools import partial
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -20,7 +18,9 @@ from gem_ds.files.delta import Delta
 from gem_ds.files.mask import Mask
 from gem_ds.models.targets import find_targets
 from gem_ds.train.config import TrainArguments
+from gem_ds.train.resume import initial_state
 from gem_ds.train.run import Run
+from gem_ds.train.schedule import Schedule
 from gem_ds.train.sparse_tuning import SparseTuning
 from tests import oracle
 from tests.ranks import run_ranks
@@ -169,23 +169,19 @@ def test_a_run_is_the_oracles(tiny, tmp_path, world_size, published, size, accum
 def test_a_part_of_an_epoch_is_rounded_up_to_steps():
     for epochs, max_steps, expected in ((1.5, -1, 8), (2, -1, 10), (2, 3, 3)):
         train = TrainArguments(num_train_epochs=epochs, max_steps=max_steps)
-        run: Any = mock.Mock(**{"args.train": train, "train_batches.steps_per_epoch": 5})
-        run.prepared.checkpoint = None
-        assert Run.initial_state(run).max_steps == expected
+        assert initial_state(train, None, 5)[0].max_steps == expected
 
 
 def test_layers_of_different_numbers_of_updates_are_not_updated_as_one():
     """Nor need they be where a run begins to draw them, or draws another share."""
     for before, now in ((0.5, 0.0), (0.5, 0.2), (0.0, 0.5)):
         train = TrainArguments(max_steps=4, sam_rho=0.05, sam_layers=now)
-        run = mock.Mock(train_batches=mock.Mock(steps_per_epoch=6))
-        run.args.train = train
-        run.prepared.checkpoint.state = TrainerState(settings={"sam_layers": before})
+        checkpoint = mock.Mock(state=TrainerState(settings={"sam_layers": before}))
         if not now:
             with pytest.raises(ValueError, match=r"go on with --sam_layers 0\.5, or another"):
-                Run.initial_state(run)
+                initial_state(train, checkpoint, 6)
         else:
-            assert Run.initial_state(run).settings["sam_layers"] == now
+            assert initial_state(train, checkpoint, 6)[0].settings["sam_layers"] == now
 
 
 @pytest.mark.parametrize(
@@ -201,14 +197,11 @@ def test_layers_of_different_numbers_of_updates_are_not_updated_as_one():
 )
 def test_checkpoints_are_due_when_the_flags_say(flags, expected, of_whole_parameters):
     """Of seven steps, three an epoch; the last one is always due, but where none is wanted."""
-    run: Any = mock.Mock(**{"args.train": TrainArguments(**flags), "state.max_steps": 7})
-    run.train_batches.steps_per_epoch = 3
-    run.is_due = partial(Run.is_due, run)
-    for run.sparse, steps in ((True, expected), (None, of_whole_parameters)):
-        found = []
-        for run.state.global_step in range(1, 8):
-            found += [run.state.global_step] * Run.is_save_due(run)
-        assert found == steps
+    for is_sparse, steps in ((True, expected), (False, of_whole_parameters)):
+        schedule = Schedule.of_flags(
+            TrainArguments(**flags), max_steps=7, steps_per_epoch=3, is_sparse=is_sparse
+        )
+        assert [step for step in range(1, 8) if schedule.is_due(schedule.saving, step)] == steps
 
 
 def test_predictions_that_fail_cost_no_training(tiny, tmp_path, monkeypatch):
