@@ -25,7 +25,8 @@ _COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")  # JetMoe's is the sec
 def with_router_loss(summed_loss: SummedLoss, model: nn.Module) -> SummedLoss:
     """``summed_loss`` with that of the routers; itself where the model has none to add.
 
-    ``model`` is of transformers, perhaps in an engine or with adapters.
+    ``model`` is of transformers, perhaps in an engine or with adapters. The loss raises a
+    ValueError if the model's forward pass does not return what its configuration asks for.
     """
     config: Any = getattr(model, "config", None)
     text: Any = config.get_text_config() if config is not None else None
@@ -43,10 +44,15 @@ def with_router_loss(summed_loss: SummedLoss, model: nn.Module) -> SummedLoss:
             loss = summed_loss(module, batch)
         finally:
             hook.remove()
-        # Of candidates that are ranked an item is an example, else a token of an answer.
+        if getattr(outputs[0], "aux_loss", None) is None:
+            raise ValueError(
+                f"The configuration of {type(model).__name__} asks for its routers' loss "
+                "(output_router_logits), and its forward pass returns no aux_loss: set "
+                "output_router_logits to false in the model's config.json to train without."
+            )
+        # Of candidates that are ranked an item is an example, else a token of an answer. Of no
+        # items it counts nothing, and yet all ranks run the same backward pass.
         num_items = len(batch["answers" if "answers" in batch else "answer_positions"])
-        auxiliary = getattr(outputs[0], "aux_loss", None)
-        # Of no items it counts nothing, and yet all ranks run the same backward pass.
-        return loss if auxiliary is None else loss + num_items * coefficient * auxiliary
+        return loss + num_items * coefficient * outputs[0].aux_loss
 
     return both

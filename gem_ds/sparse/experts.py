@@ -11,11 +11,13 @@ expert of token t:
     dx_t = W_e^T dy_t               backward
     sink(dy, x, ends)               backward, instead of ``W_e.grad = sum over its t of dy_t x_t^T``
 
+In peft's tuner, values of an adapter stand in W_e meanwhile (:mod:`gem_ds.tuner.entries`).
 Each process runs the module as a whole whatever its tokens, so no rank waits for another's experts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -54,23 +56,38 @@ class _GroupedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = grouped_linear(dy, weight.transpose(1, 2) if ctx.transposed else weight, ends)
         if layer is not None:
-            layer.give(*((x, dy) if ctx.transposed else (dy, x)), ends)
+            layer.give(*layer.factors(dy, x), ends)
         return dx, None, None, None, None, None
 
 
-class ExpertsForward:
-    """What a module of experts computes while some of its projections are targets."""
+def project(x: Tensor, weight: Tensor, ends: Tensor, transposed: bool, layer: Any = None) -> Tensor:
+    """The product of tokens sorted by expert, [tokens, in], which end at ``ends``, [experts].
 
-    def __init__(self, module: nn.Module) -> None:
+    Of a weight [experts, out, in], or [experts, in, out] if it is ``transposed``; a target's
+    ``layer`` is told the factors of its gradient.
+    """
+    anchor = None if layer is None else layer.anchor
+    y: Tensor = _GroupedLinear.apply(x, weight, ends, transposed, layer, anchor)
+    return y
+
+
+class ExpertsForward:
+    """What a module of experts computes while some of its projections are targets.
+
+    ``products`` has theirs by the names of the module's parameters, of tokens x and ``ends`` as
+    :func:`project` takes them.
+    """
+
+    def __init__(self, module: nn.Module, products: Mapping[str, Callable[..., Tensor]]) -> None:
         self.module: Any = module
-        self.layers: dict[str, Any] = {}  # the targets by the names of the module's parameters
+        self.products = dict(products)
 
     @classmethod
     def of(cls, module: nn.Module) -> ExpertsForward:
         """The one that stands in the module, put there if there is none."""
         found = vars(module).get("forward")
         if not isinstance(found, cls):
-            found = module.forward = cls(module)
+            found = module.forward = cls(module, {})
         return found
 
     def __call__(self, hidden_states: Tensor, experts: Tensor, routing_weights: Tensor) -> Tensor:
@@ -92,11 +109,10 @@ class ExpertsForward:
         return y[place].view(num_tokens, k, -1).sum(dim=1).to(hidden_states.dtype)
 
     def _project(self, name: str, x: Tensor, ends: Tensor, expert: Tensor) -> Tensor:
-        weight = getattr(self.module, name)
-        layer = self.layers.get(name)
-        anchor = None if layer is None else layer.anchor
-        transposed = self.module.is_transposed
-        y: Tensor = _GroupedLinear.apply(
-            x.to(weight.dtype), weight, ends, transposed, layer, anchor
-        )
-        return y + getattr(self.module, f"{name}_bias")[expert] if self.module.has_bias else y
+        module, weight = self.module, getattr(self.module, name)
+        x = x.to(weight.dtype)
+        if name in self.products:
+            y = self.products[name](x, ends=ends)
+        else:
+            y = project(x, weight, ends, module.is_transposed)
+        return y + getattr(module, f"{name}_bias")[expert] if module.has_bias else y

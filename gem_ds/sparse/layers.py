@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from gem_ds.distributed.weights import numel, shape_of
-from gem_ds.sparse.experts import ExpertsForward, projections_of
+from gem_ds.sparse.experts import ExpertsForward, project, projections_of
 from gem_ds.sparse.quantized import computed_in, dequantized, is_quantized
 
 Sink = Callable[..., None]
@@ -175,7 +175,26 @@ class ExpertsLayer(TargetLayer):
 
     def attach(self) -> None:
         """Let the module compute by groups of tokens, this projection as a target."""
-        ExpertsForward.of(self.module).layers[self.parameter_name] = self
+        ExpertsForward.of(self.module).products[self.parameter_name] = self.product
+
+    def product(self, x: Tensor, ends: Tensor) -> Tensor:
+        """That of tokens sorted by expert, [tokens, in], which end at ``ends``, [experts]."""
+        weight = getattr(self.module, self.parameter_name)
+        return project(x, weight, ends, self.module.is_transposed, self)
+
+
+class TransposedExpertsLayer(ExpertsLayer):
+    """The same where a matrix is stored as [in, out]: of gpt-oss."""
+
+    @staticmethod
+    def matrix(weight: Tensor) -> Tensor:
+        """The weight as [experts, out, in]."""
+        return weight.transpose(1, 2)
+
+    @staticmethod
+    def factors(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient of an expert's matrix is ``x^T dy``."""
+        return x, dy
 
 
 class QuantizedLayer(TargetLayer):
@@ -220,4 +239,6 @@ def kind_of(module: nn.Module) -> type[TargetLayer] | None:
         return TargetLayer
     if is_quantized(module):
         return QuantizedLayer
-    return ExpertsLayer if projections_of(module) else KINDS.get(type(module).forward)
+    if projections_of(module):
+        return TransposedExpertsLayer if module.is_transposed else ExpertsLayer
+    return KINDS.get(type(module).forward)

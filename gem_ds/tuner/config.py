@@ -41,13 +41,14 @@ class GemConfig(PeftConfig):
         mask: The entries: a `gem_ds.Mask`, or the path of a ``mask.safetensors``. A saved adapter
             carries its own, so its configuration has none.
         target_modules: Modules whose entries are trained, where not all of the mask are; names as
-            peft matches them. A saved adapter's are the modules it has entries of.
+            peft matches them, also of projections of experts (``experts.down_proj``), which are
+            among ``"all-linear"``. A saved adapter's are those that it has entries of.
         exclude_modules: Modules left out of them.
         modules_to_save: Modules that are trained whole beside, such as a new head.
-        base_weights: Written by the tuner: module to shape and dtype of its weight (dequantized, if
-            it is quantized) and the digest of its values at the entries, by which another base is
-            refused.
-        num_entries: Written by the tuner: module to the number of its entries.
+        base_weights: Written by the tuner: module, or projection of experts, to shape and dtype of
+            its weight (dequantized, if it is quantized) and the digest of its values at the
+            entries, by which another base is refused.
+        num_entries: Written by the tuner: the same to the number of its entries.
         base_quantization: Written by the tuner: how the base was quantized, if it was.
         fingerprints: Written by the tuner: those of the base's parameters, beyond the entries.
         method: Written by the tuner: how the entries were selected.
@@ -93,6 +94,15 @@ class GemConfig(PeftConfig):
             config.mask = read_entries(config, name, **options)[0]
         return config
 
+    def count(self, weight: str) -> int:
+        """The number of entries of a weight: the mask's, or those that a saved adapter has."""
+        if self.mask is not None:
+            index = self.mask.indices.get(weight)
+            return 0 if index is None else index.numel()
+        target = target_of(weight)
+        about = self.base_weights.get(target)
+        return self.num_entries[target] if about and _weight_of(target, about) == weight else 0
+
     def to_dict(self) -> dict[str, Any]:
         """What ``adapter_config.json`` holds: all but the mask, which the weights' file has."""
         mask, self.mask = self.mask, None
@@ -100,6 +110,23 @@ class GemConfig(PeftConfig):
             return super().to_dict()
         finally:
             self.mask = mask
+
+
+def target_of(weight: str) -> str:
+    """A weight by the name of its module, or of the projection of experts that it is."""
+    return weight.removesuffix(".weight")
+
+
+def _weight_of(target: str, about: dict[str, Any]) -> str:
+    """The weight that a saved adapter knows as a target."""
+    return target if len(about["shape"]) > 2 else f"{target}.weight"
+
+
+def key_of(weight: str, adapter_name: str = "") -> str:
+    """Where a weight's entries stand in a model, or in a saved adapter, which has no name."""
+    module, _, parameter = weight.rpartition(".")
+    parts = module, "gem_entries", adapter_name, "" if parameter == "weight" else parameter
+    return ".".join(filter(None, parts))
 
 
 def read_entries(
@@ -122,14 +149,12 @@ def read_entries(
         found = load_peft_weights(name, device="cpu", **options)
         rest = {key.removeprefix(WRAPPED): tensor for key, tensor in found.items()}
         parts: dict[str, dict[str, Tensor]] = {}
+        weights = {_weight_of(name, about): about for name, about in config.base_weights.items()}
         for part in ("indices", "values"):
-            keys = {
-                f"{module}.weight": f"{module}.gem_entries.{part}" for module in config.base_weights
-            }
+            keys = {weight: f"{key_of(weight)}.{part}" for weight in weights}
             if missing := [weight for weight, key in keys.items() if key not in rest]:
                 raise ValueError(f"{missing[0]} has no {part}")
             parts[part] = {weight: rest.pop(key) for weight, key in keys.items()}
-        weights = {f"{module}.weight": about for module, about in config.base_weights.items()}
         indices = {f"{weight}.indices": index for weight, index in parts["indices"].items()}
         about = {
             name: getattr(config, name)

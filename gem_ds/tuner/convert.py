@@ -1,9 +1,10 @@
 """A delta as an adapter's folder, and back: the same entries in the files of two ecosystems.
 
-    delta.safetensors                 adapter's folder
-    <module>.weight.indices, .values  <module>.gem_entries.indices, .values
-    head.<name>                       <name>, of modules_to_save
-    metadata                          adapter_config.json
+    delta.safetensors                   adapter's folder
+    <module>.weight.indices, .values    <module>.gem_entries.indices, .values
+    <experts>.<projection>.indices, ... <experts>.gem_entries.<projection>.indices, ...
+    head.<name>                         <name>, of modules_to_save
+    metadata                            adapter_config.json
 
 A delta holds values in the dtype of the base, an adapter holds them in fp32 as they were trained.
 Merged into the base both give the same bits: what a delta rounds off, no forward pass has seen.
@@ -20,7 +21,8 @@ from peft import PeftConfig
 from safetensors.torch import save_file
 
 from gem_ds.files.delta import Delta
-from gem_ds.tuner.config import WRAPPED, GemConfig, read_entries
+from gem_ds.sparse.experts import PROJECTIONS
+from gem_ds.tuner.config import WRAPPED, GemConfig, key_of, read_entries, target_of
 
 
 def delta_to_adapter(delta: Delta, folder: str | Path, task_type: str | None = None) -> None:
@@ -33,17 +35,17 @@ def delta_to_adapter(delta: Delta, folder: str | Path, task_type: str | None = N
             ``CAUSAL_LM``, and none where the delta has a task head).
 
     Raises:
-        ValueError: The delta has entries of a parameter that is no module's ``weight``.
+        ValueError: The delta has entries of a parameter that is no module's ``weight`` and no
+            projection of experts.
     """
     mask, tensors, weights = delta.mask, {}, {}
     for name, info in mask.weights.items():
-        module = name.removesuffix(".weight")
-        if module == name:
+        if not name.endswith(".weight") and name.rpartition(".")[2] not in PROJECTIONS:
             raise ValueError(f"{name} is no module's weight, so no adapter can hold its entries.")
-        prefix = f"{WRAPPED}{module}.gem_entries."
-        tensors[f"{prefix}indices"] = mask.indices[name].contiguous()
-        tensors[f"{prefix}values"] = delta.values[name].float().contiguous()
-        weights[module] = asdict(info)
+        key = f"{WRAPPED}{key_of(name)}"
+        tensors[f"{key}.indices"] = mask.indices[name].contiguous()
+        tensors[f"{key}.values"] = delta.values[name].float().contiguous()
+        weights[target_of(name)] = asdict(info)
     tensors |= {
         f"{WRAPPED}{name}": parameter.contiguous() for name, parameter in delta.head.items()
     }
@@ -51,7 +53,7 @@ def delta_to_adapter(delta: Delta, folder: str | Path, task_type: str | None = N
         target_modules=sorted(weights),
         modules_to_save=sorted({name.rpartition(".")[0] for name in delta.head}) or None,
         base_weights=weights,
-        num_entries={name.removesuffix(".weight"): len(v) for name, v in delta.values.items()},
+        num_entries={target_of(name): len(v) for name, v in delta.values.items()},
         base_model_name_or_path=mask.base_model,
         revision=mask.revision,
         fingerprints=mask.fingerprints,

@@ -100,9 +100,9 @@ def _trained_changes(model: PreTrainedModel, folder: str) -> dict[str, Tensor]:
     changes = {}
     for name, layer in model.named_modules():
         if isinstance(layer, GemLayer):
-            entries = layer.gem_entries["default"]
-            before = layer.base_values(entries.indices).float()
-            changes[f"{name}.weight"] = (entries.values.detach() - before).cpu()
+            for weight, entries in layer.entries_of("default").items():
+                before = layer.weights[weight].values(entries.indices).float()
+                changes[f"{name}.{weight}"] = (entries.values.detach() - before).cpu()
     adapted.unload()
     return changes
 

@@ -4,7 +4,8 @@
                                  <module>.gem_entries.indices     int32 or int64 [k]
     adapter_config.json          the configuration, and digests of the base's values there
 
-That is 8 bytes an entry. Loading such a folder needs ``import gem_ds.tuner`` before.
+That is 8 bytes an entry. Of experts it is ``<module>.gem_entries.<projection>.values``.
+Loading such a folder needs ``import gem_ds.tuner`` before.
 """
 
 from __future__ import annotations
@@ -15,42 +16,40 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
-from peft.utils import (
-    get_quantization_kwargs,
-    register_peft_method,
-    resolve_quantization_backend,
-)
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import get_quantization_kwargs, register_peft_method
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gem_ds.distributed.weights import shape_of
 from gem_ds.files.fingerprint import differing, fingerprints, read_whole
 from gem_ds.files.mask import Mask, WeightInfo
 from gem_ds.models.encoders import head_names
-from gem_ds.sparse.experts import projections_of
-from gem_ds.sparse.layers import kind_of
 from gem_ds.sparse.quantized import quantization_of
-from gem_ds.tuner.config import GEM, WRAPPED, GemConfig
-from gem_ds.tuner.layer import GemLayer, whole
+from gem_ds.tuner.choice import all_linear, has_chosen, is_chosen, shapes_of
+from gem_ds.tuner.config import GEM, WRAPPED, GemConfig, key_of, target_of
+from gem_ds.tuner.entries import GemEntries
+from gem_ds.tuner.layer import GemLayer
+from gem_ds.tuner.weight import BaseWeight, whole
 
 
 class GemModel(BaseTuner):
-    """A model some of whose linear layers are :class:`GemLayer`."""
+    """A model some of whose linear layers and modules of experts are :class:`GemLayer`."""
 
     prefix = "gem_"
     tuner_layer_cls = GemLayer
     target_module_mapping = {}  # noqa: RUF012 as peft has it
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
+        mask = peft_config.mask
+        if mask is None and not peft_config.base_weights:
+            raise ValueError(
+                "GemConfig has no entries to train: pass mask=, a Mask or the path of a "
+                "mask.safetensors."
+            )
         if peft_config.target_modules is None:
-            if peft_config.mask is None:
-                raise ValueError(
-                    "GemConfig has no entries to train: pass mask=, a Mask or the path of a "
-                    "mask.safetensors."
-                )
-            names = (n for n, index in peft_config.mask.indices.items() if index.numel())
-            peft_config.target_modules = {name.removesuffix(".weight") for name in names}
+            peft_config.target_modules = {
+                target_of(name) for name, index in mask.indices.items() if index.numel()
+            }
         return peft_config
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
@@ -64,6 +63,8 @@ class GemModel(BaseTuner):
                     f"The adapter {layer.merged_adapters[0]} is merged: unmerge it before another "
                     "is added."
                 )
+        if str(peft_config.target_modules).lower() == "all-linear":  # peft's has no experts
+            peft_config.target_modules = all_linear(model)
         mask, now, is_saved = peft_config.mask, quantization_of(model), peft_config.base_weights
         made_on = peft_config.base_quantization
         if is_saved and now != made_on:
@@ -91,14 +92,12 @@ class GemModel(BaseTuner):
                 "The mask gives each matrix a learning rate of its own (auto_rgn), and an adapter "
                 "has one: train it by launch/train.py, or select by another rule."
             )
-        if experts := [name for name in mask.weights if not name.endswith(".weight")]:
-            raise ValueError(
-                f"The mask selects entries of {experts[0]}, a parameter of no linear layer, as an "
-                "adapter needs: train it by launch/train.py, or leave experts out of its "
-                "--target_modules."
-            )
-        modules = {f"{name}.weight": module for name, module in model.named_modules()}
-        shapes = {name: shape for name, module in modules.items() if (shape := _shape(module))}
+        modules = dict(model.named_modules())
+        shapes = {
+            f"{name}.{parameter}": shape
+            for name, module in modules.items()
+            for parameter, shape in shapes_of(module).items()
+        }
         mask.check_model(shapes, type(model).__name__)
         owners: dict[int, str] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -110,15 +109,13 @@ class GemModel(BaseTuner):
                         "the mask's --target_modules."
                     )
         for name, info in mask.weights.items() if reads_weights else ():
-            self._layer(modules[name]).check_base(mask.indices[name], info, mask.base_model)
+            module, _, parameter = name.rpartition(".")
+            weight = self._layer(modules[module]).weights[parameter]
+            weight.check(mask.indices[name], info, mask.base_model)
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
-        found = check_target_module_exists(peft_config, key)
-        if not found or peft_config.mask is None:
-            return found
-        indices = peft_config.mask.indices.get(f"{key}.weight")
-        return indices is not None and indices.numel() > 0
+        return has_chosen(peft_config, key)
 
     def _create_and_replace(
         self,
@@ -130,26 +127,25 @@ class GemModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if _shape(target) is None:
-            raise ValueError(
-                f"{current_key} is a {type(target).__name__}, no linear layer: leave it out of "
-                "target_modules."
-            )
-        layer = self._layer(target)
-        mask, info, count = peft_config.mask, None, peft_config.num_entries.get(current_key, 0)
-        if mask is not None:
-            indices = mask.indices[f"{current_key}.weight"]
-            count = peft_config.num_entries[current_key] = indices.numel()
-        elif (described := peft_config.base_weights.get(current_key)) is not None:
-            info = WeightInfo(**described)
-        layer.update_layer(adapter_name, count, self._dtype_of_values(layer), info)
-        if mask is not None:
-            layer.gem_entries[adapter_name].select(indices)
-            peft_config.base_weights[current_key] = asdict(layer.weight_info(indices))
-        # DDP would send the indices round with every forward pass.
-        name = f"{current_key}.gem_entries.{adapter_name}.indices"
-        left_out = vars(self.model).setdefault("_ddp_params_and_buffers_to_ignore", [])
-        left_out += [name, WRAPPED + name]
+        layer, mask, entries = self._layer(target), peft_config.mask, {}
+        for parameter, weight in layer.weights.items():
+            name = f"{current_key}.{parameter}"
+            count, info = peft_config.count(name), None
+            if not count or not is_chosen(peft_config, current_key, parameter):
+                continue
+            if mask is None:
+                info = WeightInfo(**peft_config.base_weights[target_of(name)])
+            own = GemEntries(weight, count, self._dtype_of_values(weight), info)
+            if mask is not None:
+                own.select(mask.indices[name])
+                peft_config.num_entries[target_of(name)] = count
+                peft_config.base_weights[target_of(name)] = asdict(weight.info(mask.indices[name]))
+            entries[parameter] = own
+            # DDP would send the indices round with every forward pass.
+            indices = f"{key_of(name, adapter_name)}.indices"
+            left_out = vars(self.model).setdefault("_ddp_params_and_buffers_to_ignore", [])
+            left_out += [indices, WRAPPED + indices]
+        layer.update_layer(adapter_name, entries)
         if adapter_name not in self.active_adapters:
             layer.gem_entries[adapter_name].requires_grad_(False)
         if layer is not target:
@@ -174,11 +170,20 @@ class GemModel(BaseTuner):
             )
         yield
 
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        """As peft's, of which modules of experts have no ``weight`` to be handed back."""
+        if isinstance(child, GemLayer):
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
     @staticmethod
-    def _dtype_of_values(layer: GemLayer) -> torch.dtype:
+    def _dtype_of_values(weight: BaseWeight) -> torch.dtype:
         """fp32; under ZeRO-3, which takes one dtype, that of the weights."""
-        weight = layer.get_base_layer().get_parameter("weight")
-        return weight.dtype if hasattr(weight, "ds_id") else torch.float32
+        parameter = weight.parameter
+        return parameter.dtype if hasattr(parameter, "ds_id") else torch.float32
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -188,40 +193,30 @@ class GemModel(BaseTuner):
 
         Entries that are none yet are transformers' own loader's, which passes no mask.
         """
-        for name, layer in _layers_with(model, adapter_name):
-            module = name.removeprefix(WRAPPED)
-            keys = (f"{prefix}{module}.gem_entries.indices" for prefix in (WRAPPED, ""))
+        for name, entries in _entries_of(model, adapter_name):
+            weight = name.removeprefix(WRAPPED)
+            keys = (f"{prefix}{key_of(weight)}.indices" for prefix in (WRAPPED, ""))
             if (key := next((key for key in keys if key in state_dict), None)) is None:
-                raise ValueError(f"The adapter has no entries of {module}: it is incomplete.")
-            entries, indices = layer.gem_entries[adapter_name], state_dict[key]
+                raise ValueError(f"The adapter has no entries of {weight}: it is incomplete.")
+            indices = state_dict[key]
             if entries.base is None and not torch.equal(
                 indices.to(entries.indices), entries.indices
             ):
                 raise ValueError(
-                    f"The entries of {module} are others than those of the adapter "
+                    f"The entries of {weight} are others than those of the adapter "
                     f"{adapter_name}: load them under another name."
                 )
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
-def _layers_with(model: nn.Module, adapter_name: str) -> list[tuple[str, GemLayer]]:
+def _entries_of(model: nn.Module, adapter_name: str) -> list[tuple[str, GemEntries]]:
+    """An adapter's entries by their weights' names."""
     return [
-        (name, module)
+        (f"{name}.{parameter}", entries)
         for name, module in model.named_modules()
-        if isinstance(module, GemLayer) and adapter_name in module.gem_entries
+        if isinstance(module, GemLayer)
+        for parameter, entries in module.entries_of(adapter_name).items()
     ]
-
-
-def _shape(module: nn.Module) -> tuple[int, int] | None:
-    """The whole shape of a module's weight, if it can be a target."""
-    if isinstance(module, GemLayer):
-        return module.shape
-    if kind_of(module) is not None and not projections_of(module):
-        rows, columns = shape_of(module.get_parameter("weight"))
-        return rows, columns
-    if resolve_quantization_backend(module) is not None:
-        return module.out_features, module.in_features  # type: ignore[return-value]
-    return None
 
 
 def _fingerprints(model: nn.Module, modules_to_save: Iterable[str]) -> dict[str, str]:

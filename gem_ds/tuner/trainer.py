@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from decimal import Decimal
 from itertools import islice
 from typing import Any, cast
@@ -36,7 +37,8 @@ def select_mask_with(
 
     Args:
         trainer: Its dataloader gives the batches, as its collator makes them (chat templates,
-            packing, the loss of completions alone), and its ``compute_loss`` their loss. Under data
+            packing, the loss of completions alone), and its ``compute_loss`` their loss, with that
+            of a mixture's routers as :mod:`gem_ds.models.router_loss` weighs it. Under data
             parallelism each process reads its own batches, and all get the same mask.
         num_batches: How many each process reads (default: an epoch).
         density: As :func:`gem_ds.select_mask`, with what follows.
@@ -51,21 +53,35 @@ def select_mask_with(
 
     def summed_loss(model: Any, batch: Any) -> Tensor:
         batch = trainer._prepare_inputs(batch)
-        if trainer.model_accepts_loss_kwargs:  # a sum, divided by the number that it is given
-            one = torch.ones((), device=trainer.args.device)
-            return cast(Tensor, trainer.compute_loss(model, batch, num_items_in_batch=one))
+        if trainer.model_accepts_loss_kwargs:  # a mean over so many tokens, and the routers' loss
+            count = trainer._get_num_items_in_batch([batch], trainer.args.device)
+            items = torch.as_tensor(1 if count is None else count, device=trainer.args.device)
+            mean = trainer.compute_loss(model, batch, num_items_in_batch=items.clamp(min=1))
+            return cast(Tensor, mean) * items
         size = next(len(value) for value in batch.values() if torch.is_tensor(value))
         return cast(Tensor, trainer.compute_loss(model, batch)) * size
 
     accelerator = trainer.accelerator
-    return select_mask(
-        accelerator.unwrap_model(trainer.model),
-        islice(trainer.get_train_dataloader(), num_batches),
-        summed_loss,
-        density=density,
-        target_modules=target_modules,
-        rule=rule,
-        seed=seed,
-        keep_zeros=keep_zeros,
-        reduce=accelerator.reduce if accelerator.num_processes > 1 else None,
-    )
+    with _by_itself(trainer):
+        return select_mask(
+            accelerator.unwrap_model(trainer.model),
+            islice(trainer.get_train_dataloader(), num_batches),
+            summed_loss,
+            density=density,
+            target_modules=target_modules,
+            rule=rule,
+            seed=seed,
+            keep_zeros=keep_zeros,
+            reduce=accelerator.reduce if accelerator.num_processes > 1 else None,
+        )
+
+
+@contextmanager
+def _by_itself(trainer: Trainer) -> Iterator[None]:
+    """While the block lasts, a batch's loss is that of no part of a step over several."""
+    args, trainer.current_gradient_accumulation_steps = trainer.args, 1  # its next step sets it
+    averages, args.average_tokens_across_devices = args.average_tokens_across_devices, False
+    try:
+        yield
+    finally:
+        args.average_tokens_across_devices = averages

@@ -72,7 +72,8 @@ def trained_weights(model: Any) -> dict[str, Tensor]:
     for name, layer in model.base_model.model.named_modules():
         if isinstance(layer, GemLayer):
             entries = layer.gem_entries["default"]
-            with layer.substituted(entries.indices, entries.values, BF16) as weight:
+            base = layer.weights["weight"]
+            with base.substituted(entries.indices, entries.values, BF16) as weight:
                 found[f"{name}.weight"] = weight.detach().clone()
     return found
 

@@ -1,6 +1,7 @@
 """The trainers of transformers and TRL train a mask: on one rank, on two, at ZeRO 0, 2 and 3."""
 
 import json
+import os
 import runpy
 import sys
 from collections.abc import Iterator
@@ -27,16 +28,30 @@ from torch.distributed.fsdp import fully_shard  # noqa: TID251
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import gem_ds
+from gem_ds.data.batches import permutation
 from gem_ds.distributed.engine import Engine
 from gem_ds.distributed.optim import SparseAdamW
 from gem_ds.distributed.process_group import init_distributed
 from gem_ds.files.mask import Mask
-from gem_ds.sparse.entries import SelectedEntries
+from gem_ds.models.loss import chunked_answer_loss
+from gem_ds.models.router_loss import with_router_loss
+from gem_ds.models.targets import find_targets, targets_of
+from gem_ds.select.budget import total_budget
+from gem_ds.sparse.calibrate import calibrate
+from gem_ds.sparse.entries import SelectedEntries, gather_indices
 from gem_ds.sparse.target_layers import TargetLayers
 from gem_ds.tuner import GemConfig
 from tests.deltas import bits
 from tests.ranks import run_ranks, told_as
-from tests.tiny import Setting, make_model
+from tests.tiny import (
+    PAD_TOKEN_ID,
+    Setting,
+    make_batches,
+    make_engine,
+    make_model,
+    naive_examples,
+    random_examples,
+)
 from tests.tuner.test_tuner import ARCHITECTURES, WEIGHTS, mask_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,6 +66,7 @@ pytestmark = [
 ]
 
 NUM_STEPS, PER_STEP, MAX_NORM, RATE = 3, 8, 0.1, 0.01
+TRAINED = (*ARCHITECTURES, "deepseek_v3")  # of which experts are trained too
 
 
 def examples() -> list[dict[str, Tensor]]:
@@ -150,12 +166,15 @@ def by_trl(base: str, options: dict[str, Any]) -> Trainer:
     )
 
 
+def target_of(name: str) -> str:
+    """The module, or projection of experts, whose values have a name in a model or a file."""
+    return name.replace(".default", "").replace(".gem_entries", "").removesuffix(".values")
+
+
 def train_in_order(folder: str, stage: int, world_size: int, kinds: list[Any]) -> dict[Any, Steps]:
     """What trainers find, by what makes them, the architecture, and the checkpointing."""
     found = {}
-    for make, architecture, checkpointing in product(
-        (by_transformers, by_trl), ARCHITECTURES, kinds
-    ):
+    for make, architecture, checkpointing in product((by_transformers, by_trl), TRAINED, kinds):
         AcceleratorState._reset_state(reset_partial_state=False)
         name = f"{make.__name__} {architecture} {checkpointing}"
         output_dir = f"{folder}/out{stage}{world_size}/{name}"
@@ -166,9 +185,7 @@ def train_in_order(folder: str, stage: int, world_size: int, kinds: list[Any]) -
             trainer.save_model(output_dir)
         log = [entry for entry in trainer.state.log_history if "loss" in entry]
         weights = load_file(f"{output_dir}/{WEIGHTS}") if trainer.args.process_index == 0 else {}
-        values = {
-            n.removesuffix(".gem_entries.values"): v for n, v in weights.items() if "valu" in n
-        }
+        values = {target_of(n): v for n, v in weights.items() if "valu" in n}
         found[name] = [e["loss"] for e in log], [float(e["grad_norm"]) for e in log], values
     return found
 
@@ -176,12 +193,10 @@ def train_in_order(folder: str, stage: int, world_size: int, kinds: list[Any]) -
 def train_in_our_engine(folder: str) -> dict[str, tuple[list[float], dict[str, Tensor]]]:
     """The same steps by the engine and the entries of ``launch/train.py``."""
     comm, found = init_distributed(), {}
-    for architecture in ARCHITECTURES:
+    for architecture in TRAINED:
         model: Any = AutoModelForCausalLM.from_pretrained(f"{folder}/{architecture}/model").train()
         mask = Mask.load(f"{folder}/{architecture}/mask.safetensors")
-        modules = {f"{name}.weight": module for name, module in model.named_modules()}
-        targets = {name: modules[name] for name in mask.indices}
-        layers = TargetLayers(model, targets, mask.num_selected)
+        layers = TargetLayers(model, targets_of(model, mask.indices), mask.num_selected)
         config = Setting(0).config(1, MAX_NORM, mask.num_selected, {})
         adamw = partial(SparseAdamW, lr=RATE)
         engine = Engine(model, [layers.vector], adamw, config, comm)
@@ -208,7 +223,7 @@ def train_in_our_engine(folder: str) -> dict[str, tuple[list[float], dict[str, T
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For each architecture a base and a mask on disk."""
     path = tmp_path_factory.mktemp("trainers")
-    for architecture in ARCHITECTURES:
+    for architecture in TRAINED:
         model = make_model(architecture, dropout=0.0)
         model.save_pretrained(path / architecture / "model")
         mask_of(model).save(path / architecture / "mask.safetensors")
@@ -219,7 +234,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def by_hand(folder: Path) -> dict[str, Steps]:
     """The same steps in a loop, whole batches at once."""
     found = {}
-    for architecture in ARCHITECTURES:
+    for architecture in TRAINED:
         mask = Mask.load(folder / architecture / "mask.safetensors")
         model: Any = get_peft_model(make_model(architecture, dropout=0.0), GemConfig(mask=mask))
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -232,7 +247,7 @@ def by_hand(folder: Path) -> dict[str, Steps]:
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
-        values = {n.partition(".gem_entries")[0]: p.detach() for n, p in named.items()}
+        values = {target_of(n): p.detach() for n, p in named.items()}
         found[architecture] = losses, norms, values
     return found
 
@@ -322,7 +337,7 @@ def train_sharded(folder: str) -> dict[str, Steps]:
                 model.add_adapter("other", model.peft_config["default"])
             with pytest.raises(ValueError, match="before fully_shard"):
                 model.merge_adapter()
-        found[by] = losses, norms, {n.partition(".gem_entries")[0]: v for n, v in values.items()}
+        found[by] = losses, norms, {target_of(n): v for n, v in values.items()}
     return found
 
 
@@ -337,7 +352,7 @@ def test_weights_sharded_by_fsdp2_train_as_whole_ones(
     loaded = PeftModel.from_pretrained(base, str(folder / "sharded"))
     for name, values in loaded.named_parameters():
         if ".gem_entries." in name:
-            torch.testing.assert_close(values, by_hand["llama"][2][name.partition(".gem_e")[0]])
+            torch.testing.assert_close(values, by_hand["llama"][2][target_of(name)])
 
 
 def answers() -> list[dict[str, list[int]]]:
@@ -355,6 +370,63 @@ def summed_answer(model: Any, row: dict[str, list[int]]) -> Tensor:
     ids, learnt = torch.tensor(row["input_ids"]), torch.tensor(row["completion_mask"]).bool()
     losses = nn.functional.cross_entropy(model(ids[None]).logits[0, :-1], ids[1:], reduction="none")
     return losses[learnt[1:]].sum()
+
+
+def mixture(**more: Any) -> Any:
+    """One whose routers' loss counts."""
+    return make_model("mixtral", output_router_logits=True, router_aux_loss_coef=0.3, **more)
+
+
+def in_order_of_ranks(world_size: int) -> list[int]:
+    """Eight rows so that a sampler deals two at a time to the ranks as our engine does."""
+    steps = permutation(8, 0, 0).split(2 * world_size)
+    by_rank = [rows[rank::world_size] for rows in steps for rank in range(world_size)]
+    return torch.cat(by_rank).tolist()  # type: ignore[no-any-return]
+
+
+def collated(rows: list[dict[str, int]]) -> dict[str, Tensor]:
+    """These examples, as our engine reads them."""
+    batch = random_examples(8).collate([row["row"] for row in rows], PAD_TOKEN_ID)
+    return {name: tensor for name, tensor in batch.items() if name != "answer_positions"}
+
+
+def trainers_of_mixtures(options: dict[str, Any]) -> dict[str, Any]:
+    """Their steps would be of two micro-batches, each with a routers' loss."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    options = options | {"gradient_accumulation_steps": 2, "remove_unused_columns": False}
+    rows = in_order_of_ranks(int(os.environ["WORLD_SIZE"]))
+    examples = [
+        {"input_ids": ids.tolist(), "completion_mask": [int(i >= n) for i in range(len(ids))]}
+        for ids, n in naive_examples(random_examples(8), rows)
+    ]
+    made: Any = sequential(SFTTrainer)
+    return {
+        "a mixture": sequential(Trainer)(
+            model=mixture(),
+            args=TrainingArguments(**options),
+            train_dataset=[{"row": row} for row in rows],
+            data_collator=collated,
+        ),
+        "a mixture by TRL": made(
+            mixture(),
+            SFTConfig(**options, bf16=False, max_length=None, completion_only_loss=True),
+            train_dataset=Dataset.from_list(examples),
+            processing_class=AutoTokenizer.from_pretrained(DEMO),
+        ),
+    }
+
+
+def calibrate_mixture() -> dict[str, Tensor]:
+    """The mask of our engine."""
+    comm, model = init_distributed(), mixture()
+    budget = total_budget("0.02", sum(p.numel() for p in model.parameters()))
+    targets = find_targets(model, ["all-linear"])
+    engine, layers = make_engine(Setting(0), comm, model, budget, targets=targets)
+    loss = with_router_loss(chunked_answer_loss, model)
+    selection = calibrate(engine, layers, make_batches(random_examples(8), comm, 2), loss, budget)
+    return dict(zip(targets, gather_indices(selection.indices, comm), strict=True))
 
 
 def select_on_ranks(folder: str) -> dict[str, dict[str, Tensor]]:
@@ -381,20 +453,30 @@ def select_on_ranks(folder: str) -> dict[str, dict[str, Tensor]]:
             train_dataset=Dataset.from_list(answers()),
             processing_class=AutoTokenizer.from_pretrained(DEMO),
         )
-    return {
+    masks = {
         name: gem_ds.select_mask_with(trainer, density="0.02").indices
         for name, trainer in trainers.items()
     }
+    for name, trainer in trainers_of_mixtures(options).items():
+        with told_as(name):
+            mask = gem_ds.select_mask_with(trainer, density="0.02", target_modules="all-linear")
+        masks[name] = mask.indices
+    return masks
 
 
 def test_the_mask_of_a_trainer_is_that_of_its_batches(folder: Path) -> None:
-    """Padded or packed, the loss on completions alone, on one rank or two."""
+    """Padded or packed, the loss on completions alone, on one rank or two.
+
+    Of a mixture the routers' loss counts as in our engine's calibration.
+    """
     pytest.importorskip("trl")
     whole = gem_ds.select_mask(make_model("llama"), batches(1), density="0.02").indices
     model = make_model("llama")
     learnt = gem_ds.select_mask(model, answers(), summed_answer, density="0.02").indices
     expected = {"": whole, "padded": learnt, "packed": learnt}
     for world_size in (1, 2):
+        engines = run_ranks(world_size, calibrate_mixture)[0]
+        expected |= dict.fromkeys(("a mixture", "a mixture by TRL"), engines)
         for found in run_ranks(world_size, select_on_ranks, str(folder), timeout=600):
             for kind, indices in expected.items():
                 assert found[kind].keys() == indices.keys()

@@ -1,0 +1,263 @@
+"""Adapters of experts beside dense masked AdamW of what transformers computes by itself.
+
+Training, lifecycle, files. A base computes its experts in another order than an adapter, so their
+logits are equal to rounding, and weights to the bit.
+"""
+
+import copy
+import json
+import pickle
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import gem_ds
+from gem_ds.files.apply import apply_delta
+from gem_ds.files.delta import Delta
+from gem_ds.sparse.sddmm import grouped
+from gem_ds.tuner import GemConfig, GemLayer, adapter_to_delta, delta_to_adapter
+from tests.deltas import bits
+from tests.oracle import DenseMaskedAdamW
+from tests.tiny import checkpointed, make_model
+from tests.tuner.test_tuner import RATE, WEIGHTS, batch, delta_of, logits, same, train, wrapped
+
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
+
+KINDS = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")
+
+
+def mixture(kind: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Always the same; biases and routers are random too, and experts computed one by one."""
+    model = make_model(kind, dtype, 0.0).eval()
+    model.config._experts_implementation = "eager"
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "experts" in name or "gate" in name or "router" in name:
+            nn.init.normal_(parameter, std=0.3, generator=generator)
+    return model
+
+
+def entries_of(model: Any, adapter: str = "default") -> dict[str, Any]:
+    """By weight."""
+    return {
+        f"{name.removeprefix('base_model.model.')}.{weight}": entries
+        for name, layer in model.named_modules()
+        if isinstance(layer, GemLayer)
+        for weight, entries in layer.entries_of(adapter).items()
+    }
+
+
+def fill(model: Any, delta: Delta, adapter: str = "default") -> Any:
+    """Give an adapter the values of a delta."""
+    for name, entries in entries_of(model, adapter).items():
+        entries.values.data.copy_(delta.values[name])
+    return model
+
+
+def of_projection(delta: Delta, projection: str) -> Delta:
+    """The part of a delta."""
+    mask = delta.mask
+    names = [name for name in delta.values if name.endswith(projection)]
+    indices = {name: mask.indices[name] for name in names}
+    weights = {name: mask.weights[name] for name in names}
+    mask = replace(mask, indices=indices, weights=weights)
+    return Delta(mask=mask, values={name: delta.values[name] for name in names})
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_training_is_dense_masked_adamw_and_the_base_stays(kind: str, recomputes: bool) -> None:
+    dense, model = mixture(kind), mixture(kind)
+    mask, before, base = delta_of(model).mask, bits(model), logits(model)
+    params = {name: dense.get_parameter(name) for name in mask.indices}
+    masks = {name: torch.zeros(p.shape, dtype=torch.bool) for name, p in params.items()}
+    for name, index in mask.indices.items():
+        masks[name].view(-1)[index.long()] = True
+    oracle = DenseMaskedAdamW(params, masks, max_norm=0.5)
+    expected = []
+    for step in range(20):
+        dense.zero_grad()
+        loss = dense(**batch(step)).loss
+        loss.backward()
+        oracle.step({name: p.grad for name, p in params.items() if p.grad is not None}, RATE / 5)
+        expected.append(loss.item())
+
+    model = wrapped(checkpointed(model).train() if recomputes else model, mask)
+    assert model.get_nb_trainable_parameters()[0] == mask.num_selected
+    close(logits(model), base)
+    found = train(model, 20, rate=RATE / 5)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    entries = {name: own.values.detach().clone() for name, own in entries_of(model).items()}
+    assert entries.keys() == mask.indices.keys()
+    for name, values in entries.items():
+        now = params[name].detach().view(-1)[mask.indices[name].long()]
+        torch.testing.assert_close(values, now, rtol=1e-5, atol=1e-5)
+
+    model.eval()
+    with model.disable_adapter():
+        assert torch.equal(logits(model), base)
+    fresh = mixture(kind)
+    apply_delta(fresh, Delta(mask=mask, values=entries))
+    close(logits(model), logits(fresh))
+    assert bits(copy.deepcopy(model).merge_and_unload()) == bits(fresh)
+    assert bits(model.unload()) == before
+    assert torch.equal(logits(model.base_model.model), base)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("dtype", "is_one_launch"),
+    [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)],
+)
+def test_the_gradient_is_that_of_the_substituted_model(
+    kind: str, dtype: torch.dtype, is_one_launch: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And is none where neither the values nor what is below want one."""
+    monkeypatch.setattr(grouped, "takes_one_launch", lambda *_: is_one_launch)
+    model, dense = mixture(kind, dtype), mixture(kind, dtype)
+    delta = delta_of(model)
+    apply_delta(dense, delta)
+    model = fill(wrapped(model, delta.mask), delta)
+    for found in (model, dense):
+        found(**batch()).loss.backward()
+    tolerance = {"rtol": 1e-4, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1, "atol": 0.1}
+    for name, entries in entries_of(model).items():
+        assert entries.values.dtype == torch.float32
+        whole = dense.get_parameter(name).grad
+        assert whole is not None
+        expected = whole.view(-1)[delta.mask.indices[name].long()].float()
+        torch.testing.assert_close(entries.values.grad, expected, **tolerance)
+    assert not any(p.grad is not None for n, p in model.named_parameters() if "gem_" not in n)
+    model.requires_grad_(False)
+    assert not model(**batch()).loss.requires_grad
+
+
+def test_adapters_come_and_go() -> None:
+    model = mixture("gpt_oss")
+    first, second, base = delta_of(model, 1), delta_of(model, 2), logits(model)
+    second = of_projection(second, "down_proj")
+    expected = []
+    for delta in (first, second):
+        with apply_delta(model, delta):
+            expected.append(logits(model))
+    model = fill(wrapped(model, first.mask), first)
+    model.add_adapter("second", GemConfig(mask=second.mask))
+    assert entries_of(model, "second").keys() == second.values.keys()
+    fill(model, second, "second")
+    close(logits(model), expected[0])
+    model.set_adapter("second")
+    close(logits(model), expected[1])
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained == [name for name in trained if ".second." in name]
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        close(logits(copied), expected[1])
+    model.merge_adapter(["second"])
+    assert torch.equal(logits(model), expected[1])
+    model.unmerge_adapter()
+    model.set_adapter("default")
+    model.delete_adapter("second")
+    close(logits(model), expected[0])
+    entries_of(model)["model.layers.1.mlp.experts.down_proj"].values.data[0] = torch.nan
+    before = bits(model)
+    with pytest.raises(ValueError, match="NaNs detected"):
+        model.merge_adapter(safe_merge=True)
+    assert bits(model) == before
+    assert torch.equal(logits(model.unload()), base)
+
+
+def test_experts_are_named_by_their_projections() -> None:
+    """By these or their module's name, among all linear layers, and left out."""
+    mask = delta_of(mixture("deepseek_v3")).mask
+
+    def taken(**named: Any) -> set[str]:
+        model = get_peft_model(mixture("deepseek_v3"), GemConfig(mask=mask, **named))
+        return set(entries_of(model))
+
+    both = {name for name in mask.indices if not name.endswith(".weight")}
+    down = {name for name in both if name.endswith("down_proj")}
+    assert both > down > set()
+    assert taken(target_modules=["experts"]) == both
+    assert taken(target_modules=["experts.down_proj"]) == down
+    assert taken(target_modules=r".*\.experts\.down_proj") == down
+    assert taken(target_modules=["q_b_proj", "gate_up_proj"]) & both == both - down
+    assert taken(target_modules="all-linear") == taken() == set(mask.indices)
+    assert taken(exclude_modules=["experts"]) == set(mask.indices) - both
+    assert taken(target_modules="all-linear", exclude_modules=["experts.down_proj"]) == (
+        set(mask.indices) - down
+    )
+    dense_block = {name for name in mask.indices if "layers.0.mlp.down_proj" in name}
+    assert taken(target_modules=["mlp.down_proj"]) == dense_block != set()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_is_saved_loaded_and_a_delta(kind: str, tmp_path: Path) -> None:
+    """By peft and by transformers; to the bit."""
+    model = mixture(kind)
+    delta, base = delta_of(model), logits(model)
+    model = fill(wrapped(model, delta.mask), delta)
+    expected = logits(model)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    saved = load_file(tmp_path / "adapter" / WEIGHTS)
+    assert sum(t.nbytes for t in saved.values()) == 8 * delta.mask.num_selected
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["num_entries"].keys() == {n.removesuffix(".weight") for n in delta.values}
+    for low in (False, True):
+        loaded: Any = PeftModel.from_pretrained(
+            mixture(kind), str(tmp_path / "adapter"), low_cpu_mem_usage=low
+        )
+        assert torch.equal(logits(loaded), expected)
+        assert loaded.load_adapter(str(tmp_path / "adapter"), "other").missing_keys == []
+    plain = mixture(kind)
+    plain.load_adapter(str(tmp_path / "adapter"))
+    assert torch.equal(logits(plain), expected)
+    plain.save_pretrained(str(tmp_path / "again"))
+    again = load_file(tmp_path / "again" / WEIGHTS)
+    assert {n: bytes(t.numpy()) for n, t in again.items()} == {
+        n: bytes(t.numpy()) for n, t in saved.items()
+    }
+    plain.disable_adapters()
+    assert torch.equal(logits(plain), base)
+
+    same(adapter_to_delta(tmp_path / "adapter"), delta)
+    delta_to_adapter(delta, tmp_path / "made")
+    made = load_file(tmp_path / "made" / WEIGHTS)
+    assert made.keys() == saved.keys()
+    assert all(torch.equal(made[name], tensor) for name, tensor in saved.items())
+    merged = PeftModel.from_pretrained(mixture(kind), str(tmp_path / "made")).merge_and_unload()
+    fresh = mixture(kind)
+    apply_delta(fresh, delta)
+    assert bits(merged) == bits(fresh)
+
+    other = mixture(kind)
+    name = next(name for name in delta.values if not name.endswith(".weight"))
+    other.get_parameter(name).data.view(-1)[int(delta.mask.indices[name][1])] += 1
+    before = bits(other)
+    with pytest.raises(ValueError, match="other weights there"):
+        PeftModel.from_pretrained(other, str(tmp_path / "adapter"))
+    assert bits(other) == before
+    injected = mixture(kind)
+    inject_adapter_in_model(GemConfig(mask=delta.mask), injected, low_cpu_mem_usage=True)
+    assert {p.device.type for n, p in injected.named_parameters() if "gem_" in n} == {"meta"}
+
+
+def test_a_mask_that_judges_each_expert_is_an_adapters() -> None:
+    """From selection to a text that is written."""
+    model = mixture("qwen3_moe")
+    mask = gem_ds.select_mask(model, [batch()], target_modules=["experts"], density="0.02")
+    ids = {"input_ids": batch()["input_ids"], "max_new_tokens": 3, "do_sample": False}
+    model = wrapped(model, mask)
+    losses = train(model, 5)
+    assert losses[-1] < losses[0]
+    found = model.eval().generate(**ids)
+    assert torch.equal(found, model.merge_and_unload().generate(**ids))
