@@ -43,7 +43,8 @@ class GemConfig(PeftConfig):
         target_modules: Modules whose entries are trained, where not all of the mask are; names as
             peft matches them, also of projections of experts (``experts.down_proj``), which are
             among ``"all-linear"``. A saved adapter's are those that it has entries of.
-        exclude_modules: Modules left out of them.
+        exclude_modules: Modules, or projections of experts, left out of them; of the latter alone
+            peft warns that no module was.
         modules_to_save: Modules that are trained whole beside, such as a new head.
         base_weights: Written by the tuner: module, or projection of experts, to shape and dtype of
             its weight (dequantized, if it is quantized) and the digest of its values at the

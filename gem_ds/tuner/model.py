@@ -186,6 +186,11 @@ class GemModel(BaseTuner):
         return parameter.dtype if hasattr(parameter, "ds_id") else torch.float32
 
     @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """As peft's, which looks for the name right before the last part."""
+        return key.replace(f".gem_entries.{adapter_name}.", ".gem_entries.", 1)
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:

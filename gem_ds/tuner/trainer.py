@@ -55,7 +55,7 @@ def select_mask_with(
         batch = trainer._prepare_inputs(batch)
         if trainer.model_accepts_loss_kwargs:  # a mean over so many tokens, and the routers' loss
             count = trainer._get_num_items_in_batch([batch], trainer.args.device)
-            items = torch.as_tensor(1 if count is None else count, device=trainer.args.device)
+            items = torch.as_tensor(1 if count is None else count, device=trainer.args.device).sum()
             mean = trainer.compute_loss(model, batch, num_items_in_batch=items.clamp(min=1))
             return cast(Tensor, mean) * items
         size = next(len(value) for value in batch.values() if torch.is_tensor(value))
