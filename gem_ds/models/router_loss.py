@@ -44,7 +44,8 @@ def with_router_loss(summed_loss: SummedLoss, model: nn.Module) -> SummedLoss:
             loss = summed_loss(module, batch)
         finally:
             hook.remove()
-        if getattr(outputs[0], "aux_loss", None) is None:
+        auxiliary: Tensor | None = getattr(outputs[0], "aux_loss", None)
+        if auxiliary is None:
             raise ValueError(
                 f"The configuration of {type(model).__name__} asks for its routers' loss "
                 "(output_router_logits), and its forward pass returns no aux_loss: set "
@@ -53,6 +54,6 @@ def with_router_loss(summed_loss: SummedLoss, model: nn.Module) -> SummedLoss:
         # Of candidates that are ranked an item is an example, else a token of an answer. Of no
         # items it counts nothing, and yet all ranks run the same backward pass.
         num_items = len(batch["answers" if "answers" in batch else "answer_positions"])
-        return loss + num_items * coefficient * outputs[0].aux_loss
+        return loss + num_items * coefficient * auxiliary
 
     return both

@@ -97,7 +97,7 @@ class GemConfig(PeftConfig):
 
     def count(self, weight: str) -> int:
         """The number of entries of a weight: the mask's, or those that a saved adapter has."""
-        if self.mask is not None:
+        if isinstance(self.mask, Mask):
             index = self.mask.indices.get(weight)
             return 0 if index is None else index.numel()
         target = target_of(weight)

@@ -87,7 +87,7 @@ class GemLayer(nn.Module, BaseTunerLayer):
             return ExpertsForward(base, entries)
         product = entries["weight"]
         if self.quantization_backend is None:
-            return lambda x: product(x, base.bias)  # type: ignore[no-any-return]
+            return lambda x: product(x, base.bias)
         dtype = getattr(base, "compute_dtype", None)
         return lambda x: computed_in(dtype or x.dtype, product, x, base.bias)
 

@@ -109,8 +109,8 @@ class GemModel(BaseTuner):
                         "the mask's --target_modules."
                     )
         for name, info in mask.weights.items() if reads_weights else ():
-            module, _, parameter = name.rpartition(".")
-            weight = self._layer(modules[module]).weights[parameter]
+            module, _, own_name = name.rpartition(".")
+            weight = self._layer(modules[module]).weights[own_name]
             weight.check(mask.indices[name], info, mask.base_model)
 
     @staticmethod

@@ -39,10 +39,11 @@ class BaseWeight:
         if backend is None:
             kind = kind_of(module)
             assert kind is not None, "GemModel refuses other layers"
-            self.shape = shape_of(module.get_parameter(name))
+            self.kind, self.shape = kind, shape_of(module.get_parameter(name))
         else:
-            kind, self.shape = TargetLayer, (self.module.out_features, self.module.in_features)
-        self.kind, self.numel = kind, math.prod(self.shape)
+            linear: Any = module
+            self.kind, self.shape = TargetLayer, (linear.out_features, linear.in_features)
+        self.numel = math.prod(self.shape)
 
     @property
     def parameter(self) -> nn.Parameter:
