@@ -24,7 +24,7 @@ of the median (bootstrap). The rest does not scatter: with ``--rounds 0`` it is 
 is the peak of a step, of the rank that needs most: on a GPU the allocator's; on a CPU the resident
 set above that of the libraries, in processes of its own that give freed memory back at once, so
 that it is what lives. State is masters and moments, summed over the ranks; traffic is the size of
-all messages of a step, each counted once, apart from the gathers of weights. GFLOP, operations,
+all messages of a step, each counted once, apart from the gathers of weights. GFLOP, launches,
 kept (for the backward pass) and waits (of the host for the device) are counted in one step
 (`steps/operations.py`). On a GPU all contenders start at once.
 """
@@ -83,7 +83,7 @@ def rows_of(
             row
             | {
                 "GFLOP": f"{found['flops'] / 1e9:.1f}",
-                "operations": f"{found['operations']:,}",
+                "launches": f"{found['launches']:,}",
                 "waits": f"{found['host_waits']:,}",
                 "kept MiB": f"{found['kept_bytes'] / 2**20:.1f}",
                 "peak GiB": f"{found['peak_bytes'] / GIB:.2f}",
@@ -157,6 +157,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batches", type=int, default=1, help="of data, all for calibration")
     parser.add_argument("--density", type=float, default=0.001)
     parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--sddmm_kernel", default="auto", help="of gem's sampled gradient")
     parser.add_argument(
         "--max_live_parameters", type=int, help="stage3_max_live_parameters (default: DeepSpeed's)"
     )

@@ -20,12 +20,14 @@ import os
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from steps.baselines import DenseMasked, Floor, LoraByDefault, LoraOfLeaves, Tuner
+from steps.host_tensors import HostTensors
 from steps.memory import library_bytes, peak_bytes, start_peak
 from steps.operations import count_operations
 from steps.shapes import made_weights
@@ -146,11 +148,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--name", required=True)
     parser.add_argument("--answers", type=int, required=True)
+    parser.add_argument("--is_weighed", action="store_true", help="counts, and takes its time")
     args, flags = parser.parse_known_args()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     comm = init_distributed()
-    with tempfile.TemporaryDirectory() as folder:
+    telling = HostTensors() if args.is_weighed else nullcontext()
+    with telling, tempfile.TemporaryDirectory() as folder:
         shared = comm.broadcast_object(folder)
         contender = Contender(args.name, [*flags, "--output_dir", shared], comm)
         answers = os.fdopen(args.answers, "w") if comm.is_main else None

@@ -41,7 +41,7 @@ class Ranks:
             flags: of the trainer.
             world_size: ranks.
             is_weighed: whether freed memory is given back at once, so that what is resident is what
-                lives; else the C library keeps much of it, and takes less time.
+                lives, and tensors of the host are told apart; both take time.
         """
         reading, writing = os.pipe()
         port, cores = free_port(), len(os.sched_getaffinity(0))
@@ -54,6 +54,7 @@ class Ranks:
         }
         if is_weighed:
             environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
+            flags = ["--is_weighed", *flags]
         processes = [
             subprocess.Popen(
                 [sys.executable, str(_WORKER), "--name", name, "--answers", str(writing), *flags],

@@ -83,6 +83,8 @@ SHAPES: Mapping[str, Callable[[int | None], PretrainedConfig]] = MappingProxyTyp
         "llama-405b": _llama(16384, 53248, 126, 128, 8, 128256),
         "llama-3-1b": _llama(2048, 8192, 16, 32, 8, 128256, is_tied=True),
         "llama-3-8b": _llama(4096, 14336, 32, 32, 8, 128256),
+        # The same at a quarter of the width, with hardly an embedding.
+        "llama-3-8b-quarter": _llama(1024, 3584, 32, 8, 2, NUM_WORDS + len(_SPECIAL)),
         "qwen3-30b-a3b": _qwen3_30b_a3b,
         "gpt-oss-120b": lambda num_layers: GptOssConfig(num_hidden_layers=num_layers or 36),
         "deepseek-v3": lambda num_layers: DeepseekV3Config(num_hidden_layers=num_layers or 61),

@@ -43,6 +43,7 @@ class Training:
         batches: of data, all of which serve a calibration.
         density: trained entries, of all of the model's.
         gradient_checkpointing: whether activations are recomputed.
+        sddmm_kernel: of the sampled gradient.
         max_live_parameters: that ZeRO 3 gathers ahead; None for DeepSpeed's own limit.
         makes_weights: whether each process draws its weights instead of loading them.
     """
@@ -57,6 +58,7 @@ class Training:
     batches: int = 1
     density: float = 0.001
     gradient_checkpointing: bool = False
+    sddmm_kernel: str = "auto"
     max_live_parameters: int | None = None
     makes_weights: bool = False
 
@@ -78,6 +80,7 @@ class Training:
             "max_steps": 10**6,
             "learning_rate": "1e-5",
             "lr_scheduler_type": "constant",
+            "sddmm_kernel": self.sddmm_kernel,
             "deepspeed": self._write_deepspeed(folder / "deepspeed.json"),
         }
         switches = ["--disable_tqdm"]

@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -24,7 +25,7 @@ from gem_ds.planning.live import LiveBytes
 from gem_ds.planning.subject import Subject
 from gem_ds.select.rules import CALIBRATED_METHODS, RULES
 from gem_ds.sparse.gradients import buffered_layers
-from gem_ds.sparse.layers import TargetLayer
+from gem_ds.sparse.layers import ExpertsLayer, TargetLayer
 from gem_ds.train.config import Arguments
 from gem_ds.train.deepspeed import resolve_deepspeed
 from gem_ds.train.targets import settle_targets
@@ -133,6 +134,7 @@ class _Rank:
             copied = zip(self.subject.counts, self.subject.num_used, strict=True)
             held["indices"] = _FP32 * total + _INT64 * (total if self.stage < 3 else own)
             held["indices"] += _FP32 * sum(count for count, used in copied if used is not None)
+            held["indices"] += self.subject.strips_bytes
             if self.on_cpu:  # what a GPU's host keeps: the values before, the mask
                 held["indices"] += (self.itemsize + _FP32) * self.subject.num_selected
         elif self.stage >= 2:
@@ -214,12 +216,16 @@ class _Rank:
 
             def take(layer: TargetLayer, dy: Tensor) -> None:
                 nonlocal before
-                if layer.name in names:
-                    adds_product = is_by_example or (self.itemsize < _FP32 and not self.on_cpu)
-                    with live.held("products", _FP32 * layer.numel * adds_product):
-                        return  # gem_ds.sparse.gradients.BufferedSink
+                # Of experts a GPU makes it in their dtype and adds that (sddmm.grouped).
+                is_grouped = isinstance(layer, ExpertsLayer) and dy.dtype == torch.bfloat16
+                grouped = dy.element_size() * layer.numel * (is_grouped and not self.on_cpu)
+                if layer.name in names:  # gem_ds.sparse.gradients.BufferedSink
+                    with live.held("products", _FP32 * layer.numel * is_by_example + grouped):
+                        return
                 size = _FP32 * self.world_size * self.part(layer.numel)
                 live.add("products", size)
+                with live.held("products", grouped):
+                    pass
                 with live.held("messages", size * self.on_cpu):  # gloo copies what it sends
                     live.add("products", -before)
                 before = size

@@ -20,9 +20,9 @@ from gem_ds.models.loss import chunked_answer_loss, plain_output_layer, summed_a
 from gem_ds.planning.live import LiveBytes, flash_attention
 from gem_ds.select.rules import SPARSE_METHODS
 from gem_ds.sparse.entries import WholeSink
-from gem_ds.sparse.layers import Sink, TargetLayer, drop
+from gem_ds.sparse.layers import ExpertsLayer, Sink, TargetLayer, drop
 from gem_ds.sparse.sddmm import choose_kernel
-from gem_ds.sparse.sddmm.memory import picking_bytes, temporary_bytes
+from gem_ds.sparse.sddmm.memory import picking_bytes, strips_bytes, temporary_bytes
 from gem_ds.sparse.target_layers import TargetLayers
 from gem_ds.sparse.used_inputs import keep_copies
 from gem_ds.train.config import Arguments
@@ -96,6 +96,26 @@ class Subject:
         used = [math.ceil(size * (1 - (1 - 1 / max(1, size)) ** n)) for size, n in sizes]
         copied = keep_copies(layers, used)
         return [n if is_copied else None for n, is_copied in zip(used, copied, strict=True)]
+
+    @property
+    def strips_bytes(self) -> int:
+        """What a kernel of strips keeps of the entries, besides their indices."""
+        num_bytes = 0
+        for layer, count, used in zip(self.layers or (), self.counts, self.num_used, strict=True):
+            if isinstance(layer, ExpertsLayer):  # whose strips are found anew
+                continue
+            rows, columns = layer.shape
+            if used is not None:
+                rows, columns = (rows, used) if layer.input_dim == 1 else (used, columns)
+            if self._kernel(layer.dtype, (rows, columns), count) == "triton":
+                num_bytes += strips_bytes((rows, columns), count)
+        return num_bytes
+
+    def _kernel(self, dtype: torch.dtype, shape: tuple[int, int], num_entries: int) -> str:
+        name: str = self.args.method.sddmm_kernel
+        if name == "auto":
+            name = choose_kernel("cpu" if self.on_cpu else "cuda", dtype, shape, num_entries)
+        return name
 
     def _sinks(self) -> list[Sink]:
         """Sinks that hold what the kernels would."""
@@ -183,12 +203,8 @@ class Subject:
             torch.empty(num_bytes, dtype=torch.uint8, device=dy.device)
             return
         num_entries //= groups  # of experts one at a time
-        name: str = self.args.method.sddmm_kernel
-        if name == "auto":
-            device = "cpu" if self.on_cpu else "cuda"
-            name = choose_kernel(device, dy.dtype, (rows, columns), num_entries)
         num_bytes = temporary_bytes(
-            name,
+            self._kernel(dy.dtype, (rows, columns), num_entries),
             tokens=dy.shape[0],
             shape=(rows, columns),
             num_entries=num_entries,

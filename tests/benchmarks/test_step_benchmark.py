@@ -5,7 +5,10 @@ from importlib import import_module
 from unittest import mock
 
 import pytest
+import torch
 
+from benchmarks.steps.host_tensors import HostTensors
+from benchmarks.steps.operations import count_operations
 from benchmarks.steps.shapes import SHAPES, adapter_size
 from gem_ds.distributed.zero_config import read_config
 from gem_ds.planning.forecast import Setting, forecast
@@ -60,3 +63,46 @@ def test_adapters_train_at_least_as_much_with_the_smallest_rank_that_does():
     for density in (0.001, 0.01, 0.2):
         rank, reached = adapter_size(config, density)
         assert reached - reached / rank < density <= reached
+
+
+class Reads(torch.autograd.Function):
+    """The identity, whose backward reads a number of a tensor that it is given."""
+
+    @staticmethod
+    def forward(ctx, x, number):
+        ctx.number = number
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        assert int(ctx.number[0] + 1) == 2
+        return dy.clone(), None
+
+
+def test_reads_of_the_hosts_own_tensors_are_no_waits():
+    """In a backward pass either; what is computed from a weight, or sent to it, is the device's."""
+    weight = torch.ones(3, requires_grad=True)  # made before, as all that a run has loaded
+    device = weight.device
+    with HostTensors():
+        made, placed = torch.arange(1, 4), torch.arange(1, 4, device=device)
+        for own, num_waits in ((made, 0), (placed, 1), (made.to(device), 1), (weight.detach(), 1)):
+            for read in (own.tolist, own[:1].item, own.nonzero, lambda t=own: bool(t[0] == 1)):
+                assert count_operations(read)["host_waits"] == num_waits
+            found = count_operations(Reads.apply(weight, own).sum().backward)
+            assert found["host_waits"] == num_waits
+        assert count_operations(lambda: made + placed)["launches"] == 1
+        assert count_operations(lambda: made + made)["launches"] == 0
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's calls
+def test_a_block_of_gem_launches_hardly_more_than_a_frozen_one_and_lora_does(monkeypatch):
+    """At the sizes of Llama-3-8B, forward and backward."""
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+    block_of = import_module("launches").block_of
+    for checkpointing in (False, True):
+        launches = {
+            name: block_of(name, 16, checkpointing=checkpointing, stage=3)[0]
+            for name in ("floor", "gem", "lora")
+        }
+        assert launches["gem"] <= launches["floor"] + 4
+        assert launches["lora"] >= launches["floor"] + 20

@@ -8,7 +8,8 @@ import torch
 
 from gem_ds.planning.live import LiveBytes
 from gem_ds.sparse.sddmm import Pattern, add_sampled_product
-from gem_ds.sparse.sddmm.memory import temporary_bytes
+from gem_ds.sparse.sddmm.memory import strips_bytes, temporary_bytes
+from gem_ds.sparse.sddmm.strips import Strips
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -39,3 +40,13 @@ def test_a_kernel_holds_what_is_foretold(
         on_cpu=True,
     )
     assert foretold == pytest.approx(live.peak, rel=0.02)
+
+
+@pytest.mark.parametrize("num_entries", [0, 200, 3000, 100_000])
+def test_strips_keep_no_more_than_is_foretold(num_entries: int) -> None:
+    """Hardly less where few entries share any, or all possible strips have some."""
+    shape = 600, 700
+    torch.manual_seed(0)
+    chosen = torch.randperm(shape[0] * shape[1])[:num_entries].sort().values
+    kept = sum(tensor.nbytes for tensor in vars(Strips.of(chosen, shape[1])).values())
+    assert 0.9 * strips_bytes(shape, num_entries) <= kept <= strips_bytes(shape, num_entries)

@@ -23,8 +23,8 @@ from gem_ds.sparse.sddmm.choice import choose_kernel
 from gem_ds.sparse.sddmm.strips import Strips
 
 #: What a tile of the dense product may take. On a CPU about a cache, with enough rows for an
-#: efficient product; on a GPU enough blocks of rows and columns to keep it busy.
-CPU_TILE_BYTES, GPU_TILE_BYTES = 8 << 20, 32 << 20
+#: efficient product; on a GPU the whole of 4096 x 4096 entries, in three launches.
+CPU_TILE_BYTES, GPU_TILE_BYTES = 8 << 20, 64 << 20
 #: Tokens at once where copies in fp32 are made. On a CPU such a block of 4,096 columns (2 MiB)
 #: stays in a core's cache while the entries read it in any order.
 CPU_LIBRARY_TOKENS, GPU_LIBRARY_TOKENS = 128, 2048
@@ -144,7 +144,9 @@ def add_tiled(out: Tensor, dy: Tensor, x: Tensor, pattern: Pattern) -> None:
         start, stop = pattern.row_bounds[tile.start].item(), pattern.row_bounds[tile.stop].item()
         if start < stop:
             dense = product(dy[:, tile], x, buffer[: tile.stop - tile.start])
-            index = pattern.flat_index[start:stop] - tile.start * columns
+            index = pattern.flat_index[start:stop]
+            if tile.start:
+                index = index - tile.start * columns
             out[start:stop] += dense.view(-1).index_select(0, index)
 
 

@@ -28,7 +28,8 @@ def temporary_bytes(
     if kernel == "tiled":
         tile_bytes = kernels.CPU_TILE_BYTES if on_cpu else kernels.GPU_TILE_BYTES
         tile_rows = min(rows, max(1, tile_bytes // (_FP32 * columns)))
-        picked = 2 * _FP32 * num_entries * tile_rows // rows  # and where they lie
+        picked = _FP32 * num_entries * tile_rows // rows
+        picked *= 2 if tile_rows < rows else 1  # and where they lie in a tile below others
         return _FP32 * tile_rows * columns + max(copied * (tile_rows + columns), picked)
     if kernel == "gather":
         entries = min(num_entries, kernels.GATHER_ENTRIES)
@@ -40,9 +41,21 @@ def temporary_bytes(
         length = kernels.CPU_LIBRARY_TOKENS if on_cpu else kernels.GPU_LIBRARY_TOKENS
         return _FP32 * (min(tokens, length) * (rows + columns) + num_entries)
     assert kernel == "triton", f"there is no kernel {kernel}"
-    num_strips = min(num_entries, -(-rows // strips.ROWS) * columns)  # or fewer
     copies = itemsize * (rows + columns) * tokens
-    return copies + _FP32 * (strips.ROWS * num_strips + num_entries)
+    return copies + _FP32 * (strips.ROWS * _most_strips(shape, num_entries) + num_entries)
+
+
+def strips_bytes(shape: tuple[int, int], num_entries: int) -> int:
+    """The most that :class:`~gem_ds.sparse.sddmm.strips.Strips` keep of entries of a matrix."""
+    num_strips, num_blocks = _most_strips(shape, num_entries), -(-shape[0] // strips.ROWS)
+    num_tiles = min(num_blocks, num_strips) + num_strips // strips.TILE
+    place = 4 if num_strips * strips.ROWS < 2**31 else 8
+    return place * num_entries + 4 * (num_strips + 2 * num_tiles + 1)
+
+
+def _most_strips(shape: tuple[int, int], num_entries: int) -> int:
+    rows, columns = shape
+    return min(num_entries, -(-rows // strips.ROWS) * columns)
 
 
 def picking_bytes(numel: int, num_entries: int, itemsize: int) -> int:
