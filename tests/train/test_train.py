@@ -29,7 +29,7 @@ from gem_ds.files.delta import Delta
 from gem_ds.files.mask import Mask
 from gem_ds.report.main import write_report
 from gem_ds.train import main as train
-from gem_ds.train import run
+from gem_ds.train import results, run
 from gem_ds.train.reporting import TENSORBOARD_FOLDER, Reporter
 from tests import oracle
 from tests.ranks import CPU_ONLY, run_ranks
@@ -323,7 +323,7 @@ def test_a_run_without_held_out_examples_keeps_few_checkpoints(tiny, tmp_path, c
     flags = {"max_steps": 5, "save_steps": 1, "save_total_limit": 2}
     own = {"task": "jsonl", "data_dir": None, "train_file": tiny.data / "train.jsonl"}
     own |= {"prompt_field": "question", "target_field": "answer", "report_to": "tensorboard"}
-    with mock.patch.object(run, "write_report", side_effect=KeyError("a fault")):
+    with mock.patch.object(results, "write_report", side_effect=KeyError("a fault")):
         train.main(tiny.flags(tmp_path, **flags, **own))
     assert "report.html was not written: 'a fault'" in capsys.readouterr().out
     assert delta_of(tmp_path)
