@@ -20,7 +20,7 @@ from gem_ds.models.loss import chunked_answer_loss, plain_output_layer, summed_a
 from gem_ds.planning.live import LiveBytes, flash_attention
 from gem_ds.select.rules import SPARSE_METHODS
 from gem_ds.sparse.entries import WholeSink
-from gem_ds.sparse.layers import ExpertsLayer, Sink, TargetLayer, drop
+from gem_ds.sparse.layers import ExpertsLayer, NoGradient, Sink, TargetLayer
 from gem_ds.sparse.sddmm import choose_kernel
 from gem_ds.sparse.sddmm.memory import picking_bytes, strips_bytes, temporary_bytes
 from gem_ds.sparse.target_layers import TargetLayers
@@ -137,7 +137,9 @@ class Subject:
         assert self.layers is not None, "nothing is calibrated"
         sinks = [lambda dy, *_, layer=layer: take(layer, dy) for layer in self.layers]
         batch_size = 1 if one_by_one else self.args.train.per_device_train_batch_size
-        self._run(live, sinks, [drop] * len(self.head_layers or ()), batch_size, delivers=False)
+        self._run(
+            live, sinks, [NoGradient()] * len(self.head_layers or ()), batch_size, delivers=False
+        )
 
     @torch.no_grad()
     def evaluate(self, live: LiveBytes) -> None:

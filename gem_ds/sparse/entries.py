@@ -29,7 +29,7 @@ from gem_ds.distributed.engine import Engine
 from gem_ds.distributed.weights import numel, within
 from gem_ds.files.mask import index_dtype
 from gem_ds.sparse.flat_values import FlatValues
-from gem_ds.sparse.layers import ExpertsLayer, Sink, TargetLayer
+from gem_ds.sparse.layers import ExpertsLayer, NoGradient, Sink, TargetLayer
 from gem_ds.sparse.sddmm import Pattern, add_product, add_sampled_product, choose_kernel
 from gem_ds.sparse.target_layers import TargetLayers
 from gem_ds.sparse.used_inputs import among, used_inputs
@@ -118,8 +118,8 @@ class TrainedEntries(ABC):
         """
         sinks = self.sinks()
         if drawn is not None:
-            pairs = zip(sinks, drawn, strict=True)
-            sinks = [sink if is_drawn else self.vector.expect for sink, is_drawn in pairs]
+            none, pairs = NoGradient(self.vector), zip(sinks, drawn, strict=True)
+            sinks = [sink if is_drawn else none for sink, is_drawn in pairs]
         return self.layers.sinks(sinks)
 
     def split(self, numbers: Tensor) -> dict[str, Tensor]:

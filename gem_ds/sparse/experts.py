@@ -44,7 +44,7 @@ class _GroupedLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, ends: Tensor, transposed: bool, layer: Any, _: Any
     ) -> Tensor:
-        ctx.save_for_backward(weight, ends, None if layer is None else x)
+        ctx.save_for_backward(weight, ends, None if layer is None else layer.kept(x))
         ctx.transposed, ctx.layer = transposed, layer
         return grouped_linear(x, weight if transposed else weight.transpose(1, 2), ends)
 

@@ -61,10 +61,6 @@ class FlatValues(nn.Module):
             self.buffer = torch.zeros(self.num_entries, dtype=torch.float32, device=device)
         return self.buffer[start : start + length]
 
-    def expect(self, *factors: Tensor) -> None:
-        """The sink of a layer that is not trained now: its gradient is 0, and is there."""
-        self.gradient(0, 0, factors[0].device)
-
     def take_gradient(self) -> Tensor:
         """The collected fp32 gradient [K]; the next call starts from zero."""
         assert self.buffer is not None, "no target layer ran its backward"

@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gem_ds.distributed.weights import numel, shape_of
 from gem_ds.sparse.experts import ExpertsForward, project, projections_of
+from gem_ds.sparse.flat_values import FlatValues
 from gem_ds.sparse.quantized import computed_in, dequantized, is_quantized
 
 Sink = Callable[..., None]
@@ -36,8 +37,21 @@ Of experts a third tensor says where the tokens of each end (:mod:`gem_ds.sparse
 A sink that has ``inputs``, int64 [c], takes these features of a layer's input only."""
 
 
-def drop(*_: Tensor) -> None:
-    """The sink of layers whose gradient nobody wants: a head's, while others are calibrated."""
+class NoGradient:
+    """The sink of layers whose gradient nobody wants now; they keep nothing of their input.
+
+    Of a ``vector`` that is delivered all the same, the gradient of these layers is 0, and is there.
+    """
+
+    inputs: tuple[int, ...] = ()
+
+    def __init__(self, vector: FlatValues | None = None) -> None:
+        self.vector = vector
+
+    def __call__(self, *factors: Tensor) -> None:
+        """Take note of one backward."""
+        if self.vector is not None:
+            self.vector.gradient(0, 0, factors[0].device)
 
 
 _numbered: WeakValueDictionary[int, TargetLayer] = WeakValueDictionary()
@@ -74,8 +88,7 @@ class _AnchoredLinear(torch.autograd.Function):
         anchor: Tensor,
         layer: TargetLayer,
     ) -> Tensor:
-        inputs: Tensor | None = getattr(layer.sink, "inputs", None)
-        ctx.save_for_backward(x if inputs is None else x.index_select(-1, inputs), weight)
+        ctx.save_for_backward(layer.kept(x), weight)
         ctx.layer = layer
         return F.linear(x, layer.matrix(weight), bias)
 
@@ -115,6 +128,13 @@ class TargetLayer:
         number = next(_numbers)
         self.number = torch.tensor(number, device="cpu")
         _numbered[number] = self
+
+    def kept(self, x: Tensor) -> Tensor:
+        """What the sink takes of an input [..., features], for the backward."""
+        inputs: Any = getattr(self.sink, "inputs", None)
+        if inputs is None:
+            return x
+        return x.index_select(-1, inputs) if len(inputs) else x.new_empty(*x.shape[:-1], 0)
 
     def give(self, *factors: Tensor) -> None:
         """Tell the sink the factors of one backward."""

@@ -27,7 +27,7 @@ from gem_ds.select.rules import CALIBRATED_METHODS
 from gem_ds.select.selection import Selection
 from gem_ds.sparse.calibrate import calibrate
 from gem_ds.sparse.entries import HeadEntries, SelectedEntries, gather_indices
-from gem_ds.sparse.layers import drop
+from gem_ds.sparse.layers import NoGradient
 from gem_ds.sparse.target_layers import TargetLayers
 from gem_ds.train.fit import DivergedError, accumulate, seed_noise
 from gem_ds.train.optimizer import make_sparse_optimizer
@@ -162,7 +162,7 @@ class SparseTuning:
         if num_steps := self.args.method.head_steps:
             first = head.start_from_weights()
             self._train_head(head, batches, summed_loss, num_steps)
-        with head.layers.sinks([drop] * len(head.layers)):
+        with head.layers.sinks([NoGradient()] * len(head.layers)):
             yield
         if num_steps:
             head.start_from(first)
@@ -184,7 +184,8 @@ class SparseTuning:
         engine.model.train()
 
         # A backward that delivers, delivers all vectors.
-        with head.training(), self.layers.sinks([self.layers.vector.expect] * len(self.layers)):
+        sinks = [NoGradient(self.layers.vector)] * len(self.layers)
+        with head.training(), self.layers.sinks(sinks):
             for step in range(num_steps):
                 for group in groups:
                     group["lr"] = train.head_learning_rate * (1 - step / num_steps)

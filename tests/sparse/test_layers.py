@@ -1,7 +1,8 @@
 """Gradients of selected entries, against autograd on a dense copy of the same model."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gem_ds.models.targets import find_targets
 from gem_ds.sparse.entries import SampledSink
-from gem_ds.sparse.layers import Sink, TargetLayer
+from gem_ds.sparse.layers import NoGradient, Sink, TargetLayer
 from gem_ds.sparse.sddmm import Pattern, product
 from gem_ds.sparse.target_layers import TargetLayers
 from gem_ds.sparse.used_inputs import among, used_inputs
@@ -232,6 +233,20 @@ def test_a_bf16_model_collects_in_fp32_and_delivers_in_bf16() -> None:
     assert layers.vector.values.grad.tolist() == [4.0] * 6
 
 
+@contextmanager
+def _saving() -> Iterator[dict[int, Tensor]]:
+    """Within the block, what autograd saves of tensors that are no parameters, by their places."""
+    saved: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            saved[tensor.data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield saved
+
+
 @pytest.mark.parametrize("num_used", [0, 1, 15, 16])
 @pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
 def test_inputs_that_no_entry_reads_are_not_kept(kind: type[nn.Module], num_used: int) -> None:
@@ -254,17 +269,10 @@ def test_inputs_that_no_entry_reads_are_not_kept(kind: type[nn.Module], num_used
             (0, len(indices[0])), inputs, layers, indices, strict=True
         )
     ]
-    saved: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter):
-            saved[tensor.data_ptr()] = tensor
-        return tensor
-
     x, dy = torch.randn(2, 5, 64, requires_grad=True), torch.randn(2, 5, 24)
     layers.renew_anchor()
     with layers.sinks(sinks):
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with _saving() as saved:
             y = model["query"](x) + model["other"](x) - model["value"](x)
         y.backward(dy)
     kept = 2 * num_used if num_used < 16 else 64
@@ -273,6 +281,26 @@ def test_inputs_that_no_entry_reads_are_not_kept(kind: type[nn.Module], num_used
     whole = whole.t() if kind is Conv1D else whole
     expected = [whole.flatten()[indices[0].long()], -whole.flatten()[indices[1].long()]]
     torch.testing.assert_close(layers.vector.take_gradient(), torch.cat(expected))
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+def test_a_layer_whose_gradient_nobody_wants_keeps_nothing_of_its_input(
+    kind: type[nn.Module],
+) -> None:
+    """What goes on below it is autograd's, and its own gradient is 0 where it is delivered."""
+    torch.manual_seed(0)
+    layer = kind(7, 7)
+    layers = TargetLayers(nn.ModuleDict({"layer": layer}), {"layer.weight": layer}, 3)
+    x, dy = torch.randn(2, 5, 7, requires_grad=True), torch.randn(2, 5, 7)
+    for sink in (NoGradient(), NoGradient(layers.vector)):
+        layers.renew_anchor()
+        with layers.sinks([sink]), _saving() as saved:
+            layer(x).backward(dy)
+        assert not any(tensor.nbytes for tensor in saved.values())
+        matrix = layer.weight.detach()
+        torch.testing.assert_close(x.grad, dy @ (matrix.t() if kind is Conv1D else matrix))
+        x.grad = None
+    assert layers.vector.take_gradient().tolist() == [0] * 3
 
 
 @pytest.mark.parametrize("name", MODELS)
