@@ -36,6 +36,7 @@ from torch.nn import functional as F
 from gem_ds.data.batches import SummedLoss
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.weights import skip_gather_in_backward
+from gem_ds.models.attention import padded_on_the_right
 from gem_ds.sparse.sddmm import add_product
 
 #: Entries of a chunk's logits: 64 MiB in fp32. Two to three tensors of this size exist at a time.
@@ -144,7 +145,8 @@ def answer_loss_of(model: nn.Module, comm: Comm) -> SummedLoss:
 def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """What the model returns for logits: [B, T, V]."""
     inputs = {key: value for key, value in batch.items() if key not in _OF_THE_LOSS}
-    logits: Tensor = model(**inputs, use_cache=False).logits
+    with padded_on_the_right():
+        logits: Tensor = model(**inputs, use_cache=False).logits
     return logits
 
 

@@ -8,7 +8,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_outputs import CausalLMOutput
 
 from gem_ds.data.dataset import answer_positions
@@ -16,6 +17,7 @@ from gem_ds.data.packing import pack
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.process_group import init_distributed
 from gem_ds.models import loss as losses
+from gem_ds.models.attention import padded_on_the_right
 from gem_ds.models.loss import (
     answer_logits,
     answer_loss_of,
@@ -24,6 +26,7 @@ from gem_ds.models.loss import (
 )
 from gem_ds.sparse.target_layers import TargetLayers
 from tests.largest_tensor import LargestTensor
+from tests.operations import Operations
 from tests.ranks import run_ranks
 from tests.tiny import (
     MAX_LENGTH,
@@ -61,6 +64,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "untied opt": ("opt", {"word_embed_proj_dim": 8, "tie_word_embeddings": False}),
     "gptj, with a bias": ("gptj", {"rotary_dim": 4}),
     "gemma2 without a softcap": ("gemma2", {"final_logit_softcapping": None}),
+    "mistral, in windows": ("mistral", {"sliding_window": 3}),
 }
 CHANGING: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("gemma2", {}),
@@ -235,6 +239,40 @@ def test_a_step_makes_nothing_of_the_size_of_the_logits() -> None:
     assert largest_whole.num_entries == batch["labels"].numel() * vocabulary
     assert largest.num_entries == chunk_rows * vocabulary
     assert largest_of_logits.num_entries == len(batch["answer_positions"]) * vocabulary
+
+
+# Padding, which no token of causal attention reads
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "mistral, in windows"])
+def test_padding_costs_no_wait_and_no_mask(name: str) -> None:
+    """But for windows, which need a mask; that results are the same is seen above."""
+    model, batch = make(name), batch_of()
+    assert not batch["attention_mask"].all()
+    is_causal = "windows" not in name
+    attention = mock.Mock(wraps=F.scaled_dot_product_attention)
+    for loss_of in (chunked_answer_loss, summed_answer_loss):
+        attention.reset_mock()
+        with mock.patch.object(F, "scaled_dot_product_attention", attention), Operations() as run:
+            loss_of(model, batch).backward()
+        assert run.num_waits == 0
+        for call in attention.call_args_list:
+            assert call.kwargs["is_causal"] == is_causal
+            assert (call.kwargs["attn_mask"] is None) == is_causal
+    with Operations() as run:
+        whole_logits_loss(model, batch)
+    assert run.num_waits == 2 * is_causal, "as transformers does it by itself"
+
+
+def test_masks_that_are_not_causal_keep_the_padding() -> None:
+    """And what makes masks is as before in the end."""
+    own = dict(ALL_MASK_ATTENTION_FUNCTIONS)
+    model = AutoModel.from_config(AutoConfig.for_model("bert", **SIZES)).eval()
+    inputs = {key: batch_of()[key] for key in ("input_ids", "attention_mask")}
+    expected = model(**inputs).last_hidden_state
+    with padded_on_the_right():
+        assert torch.equal(model(**inputs).last_hidden_state, expected)
+    assert dict(ALL_MASK_ATTENTION_FUNCTIONS) == own
 
 
 # Logits of answers only

@@ -1,18 +1,17 @@
 """The selected entries on real ranks: reading, cutting and writing them, to the bit."""
 
-from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.process_group import init_distributed
 from gem_ds.files.fingerprint import fingerprints
 from gem_ds.sparse.entries import SelectedEntries, gather_indices
 from tests.largest_tensor import LargestTensor
+from tests.operations import Operations
 from tests.ranks import run_ranks, told_as
 from tests.tiny import Matrices, Setting, bits, make_engine, whole_state
 
@@ -59,21 +58,6 @@ def _indices(name: str) -> Tensor:
     ends = torch.tensor([0, numel - 1])
     order = torch.cat([ends[:count], inner[(inner != 0) & (inner != numel - 1)]])
     return order[:count].sort().values
-
-
-class Operations(TorchDispatchMode):
-    """Within the block, counts operations by their names; those that only make views are none."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if not func.is_view:
-            self.counts[str(func)] += 1
-        return func(*args, **(kwargs or {}))
 
 
 class Bench:
