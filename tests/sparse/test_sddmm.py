@@ -22,6 +22,7 @@ from gem_ds.select.selection import select_entries
 from gem_ds.sparse.sddmm import Pattern, add_product, add_sampled_product, kernels, product, strips
 from gem_ds.sparse.sddmm.strips import ROWS, Strips
 from tests.largest_tensor import LargestTensor
+from tests.operations import Operations
 from tests.tiny_model import REPOSITORY
 
 IS_INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -183,6 +184,18 @@ def test_what_a_kernel_makes_is_bounded_by_the_blocks(dtype: torch.dtype) -> Non
     assert found.pop("dense") == 1200, "the recorder sees the whole product"
     for kernel, bound in {"tiled": 5 * 30, "gather": 11 * 6, "library": 7 * 40}.items():
         assert found[kernel] <= max(bound, 71), kernel
+
+
+def test_a_matrix_that_fits_a_tile_takes_three_launches() -> None:
+    """Its product, the picking, the adding; with the writing a target layer has four in a step."""
+    dy, x = torch.randn(60, 40, device=DEVICE), torch.randn(60, 30, device=DEVICE)
+    pattern = Pattern.of(torch.arange(0, 1200, 17, device=DEVICE), (40, 30))
+    out = torch.zeros(71, device=DEVICE)
+    with Operations() as run:
+        add_sampled_product(out, dy, x, pattern, "tiled")
+    launches = {name for name in run.counts.elements() if "empty" not in name}
+    assert launches == {"aten.mm.out", "aten.index_select.default", "aten.add_.Tensor"}
+    assert run.counts.total() == 3 + run.counts["aten.new_empty.default"]
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

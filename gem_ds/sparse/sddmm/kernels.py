@@ -147,7 +147,7 @@ def add_tiled(out: Tensor, dy: Tensor, x: Tensor, pattern: Pattern) -> None:
             index = pattern.flat_index[start:stop]
             if tile.start:
                 index = index - tile.start * columns
-            out[start:stop] += dense.view(-1).index_select(0, index)
+            out[start:stop].add_(dense.view(-1).index_select(0, index))
 
 
 def add_gathered(out: Tensor, dy: Tensor, x: Tensor, pattern: Pattern) -> None:
@@ -159,7 +159,7 @@ def add_gathered(out: Tensor, dy: Tensor, x: Tensor, pattern: Pattern) -> None:
         for tokens in _blocks(dy.shape[0], GATHER_TOKENS):
             a = dy[tokens].t().index_select(0, row).float()  # [entries, tokens]
             b = x[tokens].t().index_select(0, column).float()
-            out[entries] += torch.linalg.vecdot(a, b)
+            out[entries].add_(torch.linalg.vecdot(a, b))
 
 
 def add_library(out: Tensor, dy: Tensor, x: Tensor, pattern: Pattern) -> None:
