@@ -12,6 +12,7 @@ from gem_ds.models.targets import find_targets
 from gem_ds.sparse.entries import SampledSink
 from gem_ds.sparse.sddmm import Pattern
 from gem_ds.sparse.target_layers import TargetLayers
+from gem_ds.sparse.used_inputs import among, used_inputs
 from tests.tiny import make_model
 
 pytestmark = [
@@ -26,7 +27,7 @@ NUM_BLOCKS = 6
 class Trained:
     """A model in train mode, some entries of whose targets collect their gradient."""
 
-    def __init__(self, architecture: str) -> None:
+    def __init__(self, architecture: str, *, in_few_columns: bool = False) -> None:
         self.model = make_model(architecture, dropout=0.0, num_hidden_layers=NUM_BLOCKS).train()
         fused = ["c_attn"] if architecture == "gpt2" else None
         targets = find_targets(self.model, fused)
@@ -34,9 +35,14 @@ class Trained:
         self.layers = TargetLayers(self.model, targets, K * len(targets))
         self.sinks = []
         for i, layer in enumerate(self.layers):
-            index = torch.randperm(layer.numel, generator=random)[:K].sort().values
-            pattern = Pattern.of(index, layer.shape)
-            self.sinks.append(SampledSink(self.layers.vector, i * K, pattern))
+            index = torch.randperm(layer.numel, generator=random)
+            if in_few_columns:  # of which the layers have different numbers
+                index = index[index % layer.shape[1] < 3 + i % 3]
+            index = index[:K].sort().values
+            (inputs,) = used_inputs([layer], [index])
+            assert (inputs is not None) == in_few_columns, "layers keep a part of their input"
+            pattern = Pattern.of(*among(inputs, layer, index))
+            self.sinks.append(SampledSink(self.layers.vector, i * K, pattern, inputs=inputs))
 
     def blocks(self) -> Iterator[nn.Module]:
         """What a model repeats."""
@@ -59,18 +65,19 @@ class Trained:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "backend", "is_checkpointed"),
+    ("architecture", "backend", "is_checkpointed", "in_few_columns"),
     [
-        ("llama", "aot_eager", False),
-        ("llama", "aot_eager", True),
-        ("llama", "inductor", False),
-        ("gpt2", "aot_eager", False),
+        ("llama", "aot_eager", False, False),
+        ("llama", "aot_eager", True, True),
+        ("llama", "inductor", False, False),
+        ("llama", "inductor", False, True),
+        ("gpt2", "aot_eager", False, False),
     ],
 )
 def test_blocks_are_whole_graphs_of_the_same_gradients(
-    architecture: str, backend: str, is_checkpointed: bool
+    architecture: str, backend: str, is_checkpointed: bool, in_few_columns: bool
 ) -> None:
-    trained = Trained(architecture)
+    trained = Trained(architecture, in_few_columns=in_few_columns)
     if is_checkpointed:
         enable_checkpointing(trained.model)
     expected = trained.gradient()
