@@ -24,7 +24,7 @@ from gem_ds.planning.gathers import Gathers
 from gem_ds.planning.live import LiveBytes
 from gem_ds.planning.subject import Subject
 from gem_ds.select.rules import CALIBRATED_METHODS, RULES
-from gem_ds.sparse.gradients import buffered_layers
+from gem_ds.sparse.gradients import auto_buffer_gb, buffered_layers
 from gem_ds.sparse.layers import ExpertsLayer, TargetLayer
 from gem_ds.train.config import Arguments
 from gem_ds.train.deepspeed import resolve_deepspeed
@@ -42,6 +42,7 @@ class Setting:
     deepspeed: Mapping[str, Any]  # the JSON, as read
     world_size: int
     on_cpu: bool = False
+    usable_bytes: float = 0.0  # of a GPU, of which --calibration_buffer_gb auto takes a part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,7 @@ class Forecast:
     num_gathers: int  # how many these are
     step_messages: int  # all others of a step
     calibration_messages: int  # of a calibration's micro-batch, the gathers left out
+    buffer_gb: float  # 10^9 bytes that whole gradients may take in calibration
 
     @property
     def peak(self) -> int:
@@ -94,6 +96,7 @@ def forecast(setting: Setting) -> Forecast:
         num_gathers=sent[1],
         step_messages=rank.step_messages(),
         calibration_messages=calibration_messages,
+        buffer_gb=rank.buffer_gb(),
     )
 
 
@@ -103,6 +106,7 @@ class _Rank:
     def __init__(self, setting: Setting, deepspeed: Mapping[str, Any], subject: Subject) -> None:
         self.method, self.subject = setting.args.method, subject
         self.world_size, self.on_cpu = setting.world_size, setting.on_cpu
+        self.usable_bytes = setting.usable_bytes
         self.zero = deepspeed["zero_optimization"]
         self.stage = zero_stage(deepspeed)
         self.itemsize: int = subject.weights[0].element_size()
@@ -199,13 +203,20 @@ class _Rank:
         if self.itemsize < _FP32:
             live.add("gradients", _FP32 * total)
 
+    def buffer_gb(self) -> float:
+        """What calibration has for whole gradients."""
+        if self.method.calibration_buffer_gb != "auto":
+            return float(self.method.calibration_buffer_gb or 0)
+        free = self.usable_bytes - self.lasting().total()
+        return auto_buffer_gb(free, [self.part(layer.numel) for layer in self.subject.layers or ()])
+
     def calibration(self, gathers: Gathers | None) -> tuple[Mapping[str, int], int]:
         """What is held at the peak of a micro-batch of calibration, and what it sends."""
         layers = self.subject.layers
         if self.method.method not in CALIBRATED_METHODS or layers is None:
             return {}, 0
         parts = [self.part(layer.numel) for layer in layers]
-        buffered = buffered_layers(parts, self.world_size, self.method.calibration_buffer_gb)
+        buffered = buffered_layers(parts, self.world_size, self.buffer_gb())
         names = {layers[i].name for i in buffered}
         is_by_example = RULES[self.method.method].is_by_example
         whole = sum(layer.numel for layer in layers if layer.name in names)

@@ -27,8 +27,14 @@ from gem_ds.train.config import Arguments
 GB = 1e9
 
 
-def read_setting(args: Arguments, world_size: int, *, on_cpu: bool = False) -> Setting:
+def read_setting(
+    args: Arguments, world_size: int, memory_gb: float | None = None, *, on_cpu: bool = False
+) -> Setting:
     """The setting that the flags describe; a ``ValueError`` says what cannot be planned."""
+    if args.method.calibration_buffer_gb == "auto" and memory_gb is None:
+        raise ValueError(
+            "What --calibration_buffer_gb auto takes depends on the GPU: pass --gpu_memory_gb."
+        )
     if args.method.mask:
         raise ValueError("A plan needs no mask: leave --mask out and pass its --density.")
     for flag, value, given in (
@@ -50,6 +56,7 @@ def read_setting(args: Arguments, world_size: int, *, on_cpu: bool = False) -> S
         deepspeed=read_config(path) if path else {"zero_optimization": {"stage": 0}},
         world_size=world_size,
         on_cpu=on_cpu,
+        usable_bytes=(1 - HEADROOM) * (memory_gb or 0.0) * GB,
     )
 
 
@@ -77,6 +84,8 @@ def describe(setting: Setting, found: Forecast) -> str:
     lines += [f"  {what:<36}{num_bytes / GB:>10.3f}" for what, num_bytes in messages.items()]
     if found.num_gathers:
         lines.append(f"Gathers of weights in a micro-batch   {found.num_gathers:>10,}")
+    if found.calibration and setting.args.method.calibration_buffer_gb == "auto":
+        lines.append(f"--calibration_buffer_gb auto is       {found.buffer_gb:>10.3f} GB")
     lines.append(f"Masters and moments of all ranks      {found.state / GB:>10.3f} GB")
     return "\n".join(lines)
 
@@ -139,7 +148,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if own.gpu_memory_gb is not None and not 0 < own.gpu_memory_gb < float("inf"):
         raise ValueError(f"--gpu_memory_gb must be above 0, not {own.gpu_memory_gb}.")
     transformers.utils.logging.set_verbosity_error()
-    setting = read_setting(parse_arguments(flags, needed=["model_name_or_path"]), own.world_size)
+    args = parse_arguments(flags, needed=["model_name_or_path"])
+    setting = read_setting(args, own.world_size, own.gpu_memory_gb)
     found = forecast(setting)
     print(describe(setting, found))
     if own.gpu_memory_gb is not None:

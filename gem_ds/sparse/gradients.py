@@ -177,6 +177,14 @@ def make_sinks(
     return sinks
 
 
+def auto_buffer_gb(free: float, partition_sizes: Sequence[int]) -> float:
+    """A buffer for whole gradients where so many bytes are free, in 10^9 bytes.
+
+    Half of what the statistics leave: the other half is for activations and gathered weights.
+    """
+    return max(0.0, free - 4 * sum(partition_sizes)) / 2 / 1e9
+
+
 def buffered_layers(
     partition_sizes: Sequence[int], world_size: int, buffer_gb: float
 ) -> frozenset[int]:

@@ -46,12 +46,21 @@ def _one_of(names: tuple[str, ...]) -> Limit:
 _INFINITY = float("inf")
 _NOT_NEGATIVE = Limit("a finite number of at least 0", lambda value: 0 <= value < _INFINITY)
 
+
+def _is_buffer_size(text: str) -> bool:
+    try:
+        return text == "auto" or _NOT_NEGATIVE.holds(float(text))
+    except ValueError:
+        return False
+
+
 Count = Annotated[int, Limit("at least 1", lambda count: count >= 1)]
 CountFromZero = Annotated[int, _NOT_NEGATIVE]
 Amount = Annotated[float, _NOT_NEGATIVE]
 Positive = Annotated[float, Limit("above 0", lambda value: 0 < value < _INFINITY)]
 Share = Annotated[float, Limit("at least 0 and below 1", lambda share: 0 <= share < 1)]
 Steps = Annotated[int, Limit("-1 (use epochs) or at least 0", lambda steps: steps >= -1)]
+BufferSize = Annotated[str, Limit(f"{_NOT_NEGATIVE.words}, or auto", _is_buffer_size)]
 Schedule = Annotated[str, _one_of(SCHEDULES)]
 Method = Annotated[str, _one_of(METHODS)]
 OptimizerName = Annotated[str, _one_of(("adamw", "adamw_8bit"))]
@@ -161,11 +170,11 @@ class MethodArguments:
         "calibration examples, so that gradients are not those of a random head; training itself "
         f"starts from the head's first values all the same (default: {DEFAULT_HEAD_STEPS}).",
     )
-    calibration_buffer_gb: Amount = option(
-        0.0,
+    calibration_buffer_gb: BufferSize | None = option(
+        None,
         "Calibrated methods: keep whole gradients of as many layers as fit in so many gigabytes "
         "(10^9 bytes) per rank, beside the statistics; they cross the network once, those of the "
-        "other layers with every micro-batch.",
+        "other layers with every micro-batch. auto: half of the memory that is free (default: 0).",
     )
     keep_zeros: bool | None = option(
         None,

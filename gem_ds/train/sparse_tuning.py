@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from gem_ds.data.batches import Batches, SummedLoss
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.engine import Engine
+from gem_ds.distributed.memory import free_bytes
 from gem_ds.distributed.weights import numel, shape_of
 from gem_ds.files.checkpoint import Checkpoint, TrainerState
 from gem_ds.files.delta import Delta
@@ -27,6 +28,7 @@ from gem_ds.select.rules import CALIBRATED_METHODS
 from gem_ds.select.selection import Selection
 from gem_ds.sparse.calibrate import calibrate
 from gem_ds.sparse.entries import HeadEntries, SelectedEntries, gather_indices
+from gem_ds.sparse.gradients import auto_buffer_gb
 from gem_ds.sparse.layers import NoGradient
 from gem_ds.sparse.target_layers import TargetLayers
 from gem_ds.train.fit import DivergedError, accumulate, seed_noise
@@ -58,6 +60,7 @@ class SparseTuning:
     selection: Selection | None = None  # without the indices; None where a mask says them
     calibration_seconds = 0.0
 
+    buffer_gb = 0.0  # 10^9 bytes that whole gradients could take in calibration
     def __init__(
         self, prepared: PreparedRun, model: PreTrainedModel, head: list[str], comm: Comm
     ) -> None:
@@ -145,12 +148,13 @@ class SparseTuning:
                 self.layers,
                 batches,
                 summed_loss,
+                self.buffer_gb = self.settled_buffer_gb()
                 self.prepared.targets.budget,
                 progress=progress.advance,
                 rule=method.method,
                 seed=self.args.train.seed,
                 keep_zeros=method.keep_zeros,
-                buffer_gb=method.calibration_buffer_gb,
+                buffer_gb=self.buffer_gb,
             )
 
     @contextmanager
@@ -160,6 +164,14 @@ class SparseTuning:
             yield
             return
         if num_steps := self.args.method.head_steps:
+    def settled_buffer_gb(self) -> float:
+        """``--calibration_buffer_gb`` as a number, the same on every rank."""
+        given = self.args.method.calibration_buffer_gb
+        if given != "auto":
+            return float(given or 0)
+        sizes = [self.engine.weights.partition_size(layer.weight) for layer in self.layers]
+        return auto_buffer_gb(free_bytes(self.comm), sizes)
+
             first = head.start_from_weights()
             self._train_head(head, batches, summed_loss, num_steps)
         with head.layers.sinks([NoGradient()] * len(head.layers)):

@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gem_ds.distributed.comm import Comm
+from gem_ds.distributed.memory import free_bytes
 from gem_ds.distributed.process_group import init_distributed
 from gem_ds.errors import PeerError
 from tests.ranks import RankError, run_ranks
@@ -105,10 +107,28 @@ def _agreements(comm: Comm) -> None:
 
 def _speak() -> None:
     comm = init_distributed()
-    for check in (_reductions, _gathers, _objects, _agreements):
+    for check in (_reductions, _gathers, _objects, _agreements, _free_memory):
         check(comm)
     named = Path("/dev/shm").glob(f"deepspeed_*_{os.environ['MASTER_PORT']}_*")
     assert not list(named), "shared memory would outlive the ranks"
+
+
+def _free_memory(comm: Comm) -> None:
+    """The ranks of a host share what it has; the least of what they find is all ranks'."""
+    available = 1000 - 30 * comm.rank
+    with mock.patch("gem_ds.distributed.memory._available_bytes", return_value=available):
+        assert free_bytes(comm) == 940 // 3
+        with mock.patch("socket.gethostname", return_value=f"host {comm.rank > 0}"):
+            assert free_bytes(comm) == 940 // 2
+    assert 0 < 3 * free_bytes(comm) < 2**50
+
+
+def test_what_torch_holds_in_reserve_on_a_gpu_is_free() -> None:
+    comm: Any = SimpleNamespace(device=torch.device("cuda"), largest=lambda value: value)
+    numbers = {"mem_get_info": (700, 1000), "memory_reserved": 250, "memory_allocated": 200}
+    found = {name: mock.Mock(return_value=value) for name, value in numbers.items()}
+    with mock.patch.multiple(torch.cuda, **found):
+        assert free_bytes(comm) == 750
 
 
 def test_three_ranks() -> None:

@@ -256,6 +256,19 @@ def test_strips_of_a_gpus_kernel_take_eight_bytes_an_entry() -> None:
     assert 8 * plain.num_trained < added < 8.2 * plain.num_trained
 
 
+def test_a_buffer_by_itself_is_half_of_what_a_gpu_has_left() -> None:
+    """Beside what lasts and the statistics: room for two of four layers."""
+    setting = setting_of("--calibration_buffer_gb", "auto", "--max_length", "8", model="wide")
+    plain, whole = foretold("--max_length", "8", model="wide"), 4 * 512 * 512
+    names = ("weights", "masters and moments", "selected values", "indices", "statistics")
+    lasting = sum(plain.calibration[name] for name in names)
+    buffer = 2.5 * whole * 3 / 4  # what three other ranks' parts of it take
+    found = forecast(replace(setting, usable_bytes=lasting + 2 * buffer))
+    assert found.buffer_gb == pytest.approx(buffer / 1e9)
+    assert found.calibration["statistics"] == 2 * whole + 2 * whole / 4
+    assert forecast(replace(setting, usable_bytes=1.0)).buffer_gb == 0
+
+
 def test_a_step_sends_gradients_and_new_values() -> None:
     """Those of entries in fp32, those of whole parameters in the dtype of the model."""
     for stage, num_bytes in ((0, 4), (1, 6), (3, 6)):
@@ -365,9 +378,14 @@ def test_the_command_needs_a_configuration_only(
     MODELS["opt"].save_pretrained(tmp_path)
     flags = ["--model_name_or_path", str(tmp_path)]
     zero3 = ["--deepspeed", str(DS_CONFIGS / "zero3.json"), "--world_size", "8", "--bf16"]
-    main([*flags, *zero3, "--gpu_memory_gb", "80"])
+    main([*flags, *zero3, "--gpu_memory_gb", "80", "--calibration_buffer_gb", "auto"])
     told = capsys.readouterr().out
-    for words in ("\n8 ranks, ZeRO stage 3, bf16", "8 x 1,024 tokens", "calibration", "It fits"):
+    for words in (
+        "\n8 ranks, ZeRO stage 3, bf16",
+        "8 x 1,024 tokens",
+        "It fits",
+        "buffer_gb auto is  ",
+    ):
         assert words in told
     monkeypatch.setattr("gem_ds.planning.advice._MOST_RANKS", 2)
     main([*flags, "--gpu_memory_gb", "1e-6"])

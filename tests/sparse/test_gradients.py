@@ -8,7 +8,13 @@ from torch import Tensor, nn
 
 from gem_ds.distributed.comm import Comm
 from gem_ds.select.rules import Statistic
-from gem_ds.sparse.gradients import BufferedSink, ShardReducer, ShardSink, buffered_layers
+from gem_ds.sparse.gradients import (
+    BufferedSink,
+    ShardReducer,
+    ShardSink,
+    auto_buffer_gb,
+    buffered_layers,
+)
 from gem_ds.sparse.layers import TargetLayer
 
 ALONE = Comm(torch.device("cpu"))
@@ -92,3 +98,8 @@ def test_as_many_layers_are_buffered_as_fit(
     world_size: int, num_bytes: int, expected: set[int]
 ) -> None:
     assert buffered_layers([100, 20, 100, 20], world_size, (num_bytes + 0.5) / 1e9) == expected
+
+
+def test_a_buffer_by_itself_takes_half_of_what_the_statistics_leave() -> None:
+    assert auto_buffer_gb(5e9 + 480, [100, 20]) == pytest.approx(2.5)
+    assert auto_buffer_gb(400, [100, 20]) == 0

@@ -291,6 +291,7 @@ def test_counts_start_at_1_and_rates_are_finite_and_not_negative():
         for value in wrong:
             with pytest.raises(ValueError, match=f"^--{name} must be {words}"):
                 check(**{name: value})
+    check(calibration_buffer_gb="auto")
 
 
 @pytest.mark.parametrize(("values", "message"), BAD["values"])

@@ -80,6 +80,7 @@ def _flags(tiny: Tiny, name: str, method: str, model: str, stage: int, **more: o
             "adam_epsilon": 1e-3,
             "density": "0.02" if name == "shira_bert" else "0.01",
             "bf16": "bf16" in name,
+            "calibration_buffer_gb": "auto" if name == "gem_bf16" else None,
         }
         | more,
     )
@@ -127,8 +128,9 @@ def results(tiny: Tiny) -> dict[str, dict[str, Any]]:
     for name, run in {name: run for name, *run in RUNS if name in DENSE_RESUMED}.items():
         more = {"resume_from_checkpoint": tiny.folder / name / "checkpoint-2"}
         commands[f"{name}_resumed"] = _flags(tiny, f"{name}_resumed", *run, **more)
-    (found, _), (_, silence) = run_ranks(2, _mains, list(commands.values()), timeout=600)
+    (found, told), (_, silence) = run_ranks(2, _mains, list(commands.values()), timeout=600)
     assert not silence, "rank 0 alone speaks"
+    assert "4 of 4 target layers were buffered in calibration (--calibration_buffer_gb auto" in told
     return dict(zip(commands, found, strict=True))
 
 
