@@ -139,8 +139,8 @@ class _Rank:
             held["indices"] = _FP32 * total + _INT64 * (total if self.stage < 3 else own)
             held["indices"] += _FP32 * sum(count for count, used in copied if used is not None)
             held["indices"] += self.subject.strips_bytes
-            if self.on_cpu:  # what a GPU's host keeps: the values before, the mask
-                held["indices"] += (self.itemsize + _FP32) * self.subject.num_selected
+            if self.on_cpu:  # what a GPU's host keeps: the values before
+                held["indices"] += self.itemsize * self.part(self.subject.num_selected)
         elif self.stage >= 2:
             held["gradients"] = self.itemsize * own
         return held

@@ -301,11 +301,10 @@ class Run:
             results["eval_metrics"] = metrics
             told = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
             reporter.say(f"Held-out examples: {told}")
+        base = None if self.sparse is None else self.sparse.whole_base()
         with self.comm.agreement():
             if self.comm.is_main:
                 save_results(self.prepared, self.state, results)
-                sparse = self.sparse
-                base = None if sparse is None else sparse.entries.split(sparse.base)
                 try_to_report(self.prepared.output_dir, base)
         self.checkpoints.delete_old()
         product = product_of(self.args.method.method)

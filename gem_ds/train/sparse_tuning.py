@@ -55,12 +55,13 @@ class SparseTuning:
     """The selected entries of a frozen model, and all entries of its head if it has one."""
 
     entries: SelectedEntries  # what is trained of the target layers, once it is selected
-    base: Tensor  # [K] on the CPU: the selected weights before training, in the model's dtype
-    mask: Mask  # the same entries as the file that a later user reads
+    #: On the CPU: the selected weights before training, this rank's range of ``values`` of them.
+    base: Tensor
+    mask: Mask  # the same entries as the file that a later user reads; on rank 0 alone
     selection: Selection | None = None  # without the indices; None where a mask says them
     calibration_seconds = 0.0
-
     buffer_gb = 0.0  # 10^9 bytes that whole gradients could take in calibration
+
     def __init__(
         self, prepared: PreparedRun, model: PreTrainedModel, head: list[str], comm: Comm
     ) -> None:
@@ -85,11 +86,16 @@ class SparseTuning:
         """Share of the selected weights that differ from the base, in the model's dtype."""
         engine, values = self.engine, self.entries.vector.values
         own = engine.weights.read_shard(values).split(_CHUNK)
-        base = self.base[slice(*engine.weights.shard_range(values))].split(_CHUNK)
-        differing = (part.cpu() != before for part, before in zip(own, base, strict=True))
+        pairs = zip(own, self.base.split(_CHUNK), strict=True)
+        differing = (part.cpu() != before for part, before in pairs)
         num_changed = torch.tensor(sum(int(part.count_nonzero()) for part in differing))
         total = self.comm.all_reduce(num_changed.to(engine.device), "sum").item()
         return float(total / self.entries.num_entries)
+
+    def whole_base(self) -> dict[str, Tensor]:
+        """By weight the values before training at the entries; on rank 0, but all call it."""
+        parts = self.comm.gather(self.base.to(self.engine.device))
+        return self.entries.split(torch.cat(parts).cpu()) if self.comm.is_main else {}
 
     # Before the first step
 
@@ -107,30 +113,31 @@ class SparseTuning:
         self.entries = SelectedEntries(
             self.engine, self.layers, indices, self.args.method.sddmm_kernel
         )
-        self.base = self.entries.start_from_weights().cpu()
+        values = self.entries.start_from_weights()
+        own = slice(*self.engine.weights.shard_range(self.entries.vector.values))
+        self.base = values[own].to("cpu", copy=True)
         if self.head is not None:
             self.head.start_from_weights()
-        base = self.entries.split(self.base)
+        base = self.entries.split(values.cpu())
         found = self.fingerprints()
         if prepared.mask is not None:
             with self.comm.in_unison():
                 prepared.mask.check_base(base)
                 prepared.mask.check_rest(found)
-        self.mask = make_mask(
-            prepared,
-            dict(zip(base, (index.cpu() for index in self.entries.flat_indices), strict=True)),
-            {layer.name: layer.shape for layer in self.layers},
-            base,
-            found,
-        )
-        if self.selection is not None:
-            self.mask.settings.update(self.selection.settings)
         if isinstance(prepared.checkpoint, Checkpoint):
             self.restore(prepared.checkpoint)
-        if factors := self.mask.settings.get("rate_factors"):
+        settings = (prepared.mask or self.selection).settings  # type: ignore[union-attr]
+        if factors := settings.get("rate_factors"):
             self.entries.scale_rates(factors)
         with self.comm.agreement():
             if self.comm.is_main:
+                indices = [index.cpu() for index in self.entries.flat_indices]
+                shapes = {layer.name: layer.shape for layer in self.layers}
+                self.mask = make_mask(
+                    prepared, dict(zip(base, indices, strict=True)), shapes, base, found
+                )
+                if self.selection is not None:
+                    self.mask.settings.update(self.selection.settings)
                 self.mask.save(claim(prepared.output_dir, "mask.safetensors"))
 
     def select(self, batches: Batches, summed_loss: SummedLoss) -> Selection:
@@ -141,6 +148,7 @@ class SparseTuning:
         with ExitStack() as stack:
             if is_calibrated:
                 stack.enter_context(self.calibrating(batches, summed_loss))
+                self.buffer_gb = self.settled_buffer_gb()
             progress = Progress("Calibrating", batches.steps_per_epoch, "batch", is_shown=is_shown)
             stack.callback(progress.close)
             return calibrate(
@@ -148,7 +156,6 @@ class SparseTuning:
                 self.layers,
                 batches,
                 summed_loss,
-                self.buffer_gb = self.settled_buffer_gb()
                 self.prepared.targets.budget,
                 progress=progress.advance,
                 rule=method.method,
@@ -157,13 +164,6 @@ class SparseTuning:
                 buffer_gb=self.buffer_gb,
             )
 
-    @contextmanager
-    def calibrating(self, batches: Batches, summed_loss: SummedLoss) -> Iterator[None]:
-        """While the block lasts, a head is one that was trained, and its gradient is dropped."""
-        if (head := self.head) is None:
-            yield
-            return
-        if num_steps := self.args.method.head_steps:
     def settled_buffer_gb(self) -> float:
         """``--calibration_buffer_gb`` as a number, the same on every rank."""
         given = self.args.method.calibration_buffer_gb
@@ -172,6 +172,13 @@ class SparseTuning:
         sizes = [self.engine.weights.partition_size(layer.weight) for layer in self.layers]
         return auto_buffer_gb(free_bytes(self.comm), sizes)
 
+    @contextmanager
+    def calibrating(self, batches: Batches, summed_loss: SummedLoss) -> Iterator[None]:
+        """While the block lasts, a head is one that was trained, and its gradient is dropped."""
+        if (head := self.head) is None:
+            yield
+            return
+        if num_steps := self.args.method.head_steps:
             first = head.start_from_weights()
             self._train_head(head, batches, summed_loss, num_steps)
         with head.layers.sinks([NoGradient()] * len(head.layers)):

@@ -41,7 +41,8 @@ def describe(tuning: SparseTuning | DenseTuning, say: Callable[[str], None]) -> 
     )
     say(f"Kernels of the sampled gradient: {kernel_counts(tuning.entries.kernels())}")
     num_layers = effective_layers(i.numel() for i in tuning.entries.flat_indices)
-    num_near_zero = int((tuning.base.float().abs() < NEARLY_ZERO).sum())
+    near_zero = (tuning.base.float().abs() < NEARLY_ZERO).sum().to(tuning.engine.device)
+    num_near_zero = int(tuning.comm.all_reduce(near_zero, "sum"))
     say(
         f"The budget is as concentrated as if {num_layers:.1f} of the {len(tuning.layers)} layers "
         f"shared it equally; {num_near_zero:,} selected weights are nearly zero (below "

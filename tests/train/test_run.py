@@ -125,6 +125,12 @@ def _read_entries(flags: list[str]) -> dict[str, Tensor]:
         assert isinstance(run.tuning, SparseTuning)
         entries = run.tuning.entries
         seen.update(entries.split(entries.read()))
+        comm, base = run.comm, run.tuning.base
+        assert hasattr(run.tuning, "mask") == comm.is_main
+        held = base.untyped_storage().nbytes() // base.itemsize
+        assert held <= -(-entries.num_entries // comm.world_size), "of the values its own range"
+        whole = run.tuning.whole_base()
+        assert sum(part.numel() for part in whole.values()) == entries.num_entries * comm.is_main
         return finish(run, reporter)  # type: ignore[arg-type]
 
     with mock.patch.object(Run, "finish", look):

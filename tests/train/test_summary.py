@@ -52,11 +52,14 @@ def test_nearly_zero_weights_are_counted_by_their_size():
     tuning: Any = SimpleNamespace(
         prepared=SimpleNamespace(targets=targets, mask=None),
         selection=None,
-        engine=SimpleNamespace(dtype=torch.float32, optimizer_state_bytes=lambda: 96),
+        engine=SimpleNamespace(
+            dtype=torch.float32, device=torch.device("cpu"), optimizer_state_bytes=lambda: 96
+        ),
         entries=SimpleNamespace(flat_indices=indices, kernels=lambda: ["tiled"] * 3),
         head=None,
         layers=indices,
         base=base,
+        comm=Comm(torch.device("cpu")),
         num_trainable=8,
     )
     said: list[str] = []
