@@ -74,8 +74,8 @@ def _is_rate(value: Any) -> bool:
 
 
 _folder = _value(
-    "letters, digits, '_', '.' or '-', as it names a folder",
-    lambda value: re.fullmatch(r"\w[\w.-]*", str(value)),
+    "a text of letters, digits, '_', '.' or '-', as it names a folder",
+    lambda value: isinstance(value, str) and re.fullmatch(r"\w[\w.-]*", value),
 )
 _text = _value("a text", lambda value: isinstance(value, str) and value)
 _path = _value("a path", lambda value: isinstance(value, str) and value, Path)

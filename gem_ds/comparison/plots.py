@@ -187,7 +187,8 @@ def _legend(figure: Figure, table: pd.DataFrame, *, rings: bool = False) -> None
     handles = [Line2D([], [], ls="none", label=name, **_look(name)) for name in methods]
     if rings:
         handles.append(Line2D([], [], label="chosen", **_RING | {"mec": TEXT, "ms": 11}))
-    spacing, size = (0.5, 10) if len(handles) < 16 else (0.1, 8.5)  # so that all fit beside a panel
+    fitting = {15: (0.5, 10.0), 24: (0.1, 8.5)}  # beside a panel
+    spacing, size = next((fit for most, fit in fitting.items() if len(handles) <= most), (0.1, 7.5))
     look: dict[str, Any] = {"frameon": False, "labelcolor": TEXT, "labelspacing": spacing}
     look["fontsize"] = size
     figure.legend(handles=handles, loc="outside right center", **look)

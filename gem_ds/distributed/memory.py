@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -14,7 +16,7 @@ def free_bytes(comm: Comm) -> int:
     """Bytes that every rank can still take: of the one that has least. All call this together.
 
     On a GPU what no process holds and what torch holds in reserve; on a CPU what the host calls
-    available, shared by the ranks that run on it.
+    available, or less where a container has a limit, shared by the ranks that run on it.
     """
     if comm.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(comm.device)
@@ -26,7 +28,24 @@ def free_bytes(comm: Comm) -> int:
 
 
 def _available_bytes() -> int:
-    """What programs can take before the host swaps, as Linux estimates it."""
+    """What programs can take before the host swaps, as Linux estimates it, or a container ends."""
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     kibibytes = {name: value.split()[0] for name, _, value in (s.partition(":") for s in lines)}
-    return 1024 * int(kibibytes["MemAvailable"])
+    return min([1024 * int(kibibytes["MemAvailable"]), *_left_to_groups()])
+
+
+def _left_to_groups(root: Path = Path("/sys/fs/cgroup"), own: str | None = None) -> Iterator[int]:
+    """What the limits of this process' control groups (v2) leave, those around its own too.
+
+    Pages of files that a group has read count as taken, so it may be more.
+    """
+    if own is None:
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+        own = next((line[3:] for line in lines if line.startswith("0::")), "/")
+    folder = root / own.lstrip("/")
+    for group in (folder, *folder.parents):
+        if not group.is_relative_to(root):
+            return
+        with suppress(OSError, ValueError):  # no limit here: no file, or the word max
+            limit = int((group / "memory.max").read_text())
+            yield max(0, limit - int((group / "memory.current").read_text()))

@@ -27,15 +27,16 @@ def padded_on_the_right() -> Iterator[None]:
     """While the block lasts, models of transformers make causal masks as if nothing were padded.
 
     For rows that are padded on the right, if at all. Masks of another kind (of encoders, of images,
-    of packed rows) are made as ever.
+    of packed rows) are made as ever. It holds for all threads of the process.
     """
     masks: Any = ALL_MASK_ATTENTION_FUNCTIONS  # by the names of attention's implementations
-    own = dict(masks)
-    masks.update({name: partial(_without_padding, make) for name, make in own.items()})
+    local = dict(masks._local_mapping)  # before those that are registered for all
+    masks.update({name: partial(_without_padding, make) for name, make in masks.items()})
     try:
         yield
     finally:
-        masks.update(own)
+        masks._local_mapping.clear()
+        masks._local_mapping.update(local)
 
 
 def _without_padding(make_mask: Callable[..., Any], *args: Any, **options: Any) -> Any:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gem_ds.data.batches import SummedLoss
@@ -44,16 +45,32 @@ def with_router_loss(summed_loss: SummedLoss, model: nn.Module) -> SummedLoss:
             loss = summed_loss(module, batch)
         finally:
             hook.remove()
-        auxiliary: Tensor | None = getattr(outputs[0], "aux_loss", None)
-        if auxiliary is None:
-            raise ValueError(
-                f"The configuration of {type(model).__name__} asks for its routers' loss "
-                "(output_router_logits), and its forward pass returns no aux_loss: set "
-                "output_router_logits to false in the model's config.json to train without."
-            )
+        auxiliary = _auxiliary_loss(model, outputs[0])
         # Of candidates that are ranked an item is an example, else a token of an answer. Of no
         # items it counts nothing, and yet all ranks run the same backward pass.
         num_items = len(batch["answers" if "answers" in batch else "answer_positions"])
         return loss + num_items * coefficient * auxiliary
 
     return both
+
+
+@torch.no_grad()
+def refuse_silent_routers(model: nn.Module, device: torch.device) -> None:
+    """Raise a ValueError if a forward pass of two tokens does not return the routers' loss.
+
+    It leaves the model in eval mode. All ranks call this together and find the same.
+    """
+    model.eval()
+    input_ids = torch.zeros(1, 2, dtype=torch.long, device=device)
+    _auxiliary_loss(model, model(input_ids=input_ids, use_cache=False))
+
+
+def _auxiliary_loss(model: nn.Module, outputs: Any) -> Tensor:
+    found: Tensor | None = getattr(outputs, "aux_loss", None)
+    if found is None:
+        raise ValueError(
+            f"The configuration of {type(model).__name__} asks for its routers' loss "
+            "(output_router_logits), and its forward pass returns no aux_loss: set "
+            "output_router_logits to false in the model's config.json to train without."
+        )
+    return found

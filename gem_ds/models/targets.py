@@ -15,7 +15,7 @@ from typing import Any, cast
 from torch import nn
 
 from gem_ds.sparse.experts import projections_of
-from gem_ds.sparse.layers import kind_of
+from gem_ds.sparse.kinds import kind_of
 
 #: What architectures call their query and value projections.
 QUERY_VALUE_NAMES = (

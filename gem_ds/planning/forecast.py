@@ -25,7 +25,8 @@ from gem_ds.planning.live import LiveBytes
 from gem_ds.planning.subject import Subject
 from gem_ds.select.rules import CALIBRATED_METHODS, RULES
 from gem_ds.sparse.gradients import auto_buffer_gb, buffered_layers
-from gem_ds.sparse.layers import ExpertsLayer, TargetLayer
+from gem_ds.sparse.kinds import ExpertsLayer
+from gem_ds.sparse.layers import TargetLayer
 from gem_ds.train.config import Arguments
 from gem_ds.train.deepspeed import resolve_deepspeed
 from gem_ds.train.targets import settle_targets

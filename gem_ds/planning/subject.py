@@ -20,7 +20,8 @@ from gem_ds.models.loss import chunked_answer_loss, plain_output_layer, summed_a
 from gem_ds.planning.live import LiveBytes, flash_attention
 from gem_ds.select.rules import SPARSE_METHODS
 from gem_ds.sparse.entries import WholeSink
-from gem_ds.sparse.layers import ExpertsLayer, NoGradient, Sink, TargetLayer
+from gem_ds.sparse.kinds import ExpertsLayer
+from gem_ds.sparse.layers import NoGradient, Sink, TargetLayer
 from gem_ds.sparse.sddmm import choose_kernel
 from gem_ds.sparse.sddmm.memory import picking_bytes, strips_bytes, temporary_bytes
 from gem_ds.sparse.target_layers import TargetLayers

@@ -27,7 +27,7 @@ from gem_ds.models.evaluation_mode import evaluation_mode
 from gem_ds.models.targets import ALL_LINEAR, find_targets
 from gem_ds.pruning.block_by_block import BlockByBlock, NoChainError
 from gem_ds.sparse.experts import projections_of
-from gem_ds.sparse.layers import kind_of
+from gem_ds.sparse.kinds import kind_of
 from gem_ds.sparse.quantized import is_quantized
 
 

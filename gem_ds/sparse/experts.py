@@ -45,7 +45,7 @@ class _GroupedLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, ends: Tensor, transposed: bool, layer: Any, _: Any
     ) -> Tensor:
         ctx.save_for_backward(weight, ends, None if layer is None else layer.kept(x))
-        ctx.transposed, ctx.layer = transposed, layer
+        ctx.transposed, ctx.layer, ctx.dtype = transposed, layer, x.dtype
         return grouped_linear(x, weight if transposed else weight.transpose(1, 2), ends)
 
     @staticmethod
@@ -54,9 +54,11 @@ class _GroupedLinear(torch.autograd.Function):
         layer = ctx.layer
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = grouped_linear(dy, weight.transpose(1, 2) if ctx.transposed else weight, ends)
+            matrix = weight.to(dy.dtype)  # under autocast the product was one in dy's dtype
+            dx = grouped_linear(dy, matrix.transpose(1, 2) if ctx.transposed else matrix, ends)
+            dx = dx.to(ctx.dtype)
         if layer is not None:
-            layer.give(*layer.factors(dy, x), ends)
+            layer.give(*layer.factors(dy, x.to(dy.dtype)), ends)
         return dx, None, None, None, None, None
 
 

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gem_ds.sparse.layers import TargetLayer, kind_of
+from gem_ds.sparse.kinds import kind_of
+from gem_ds.sparse.layers import TargetLayer
 
 
 class _FrozenLinear(torch.autograd.Function):

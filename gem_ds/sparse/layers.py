@@ -1,4 +1,4 @@
-"""Kinds of target layer: each tells a sink what its frozen weight's gradient is made of.
+"""Target layers: each tells a sink what its frozen weight's gradient is made of.
 
 Equivalent code first. For a linear layer with frozen weight ``W`` [out, in] and inputs ``x``:
 
@@ -8,9 +8,8 @@ Equivalent code first. For a linear layer with frozen weight ``W`` [out, in] and
 
 A *sink* is what a phase makes of the factors of the weight's gradient. Calibration multiplies them,
 reduces the product and drops it (:mod:`gem_ds.sparse.gradients`); training adds it at the selected
-entries to a slice of the flat vector's buffer (:mod:`gem_ds.sparse.entries`). A new kind of layer
-is one class here, and a line of :data:`KINDS`. Its weight is one parameter, read and written by
-flat index whatever its kind (:class:`gem_ds.distributed.weights.Weights`).
+entries to a slice of the flat vector's buffer (:mod:`gem_ds.sparse.entries`). Other
+kinds of layer than a linear one are :mod:`gem_ds.sparse.kinds`' subject.
 """
 
 from __future__ import annotations
@@ -23,12 +22,9 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
 
 from gem_ds.distributed.weights import numel, shape_of
-from gem_ds.sparse.experts import ExpertsForward, project, projections_of
 from gem_ds.sparse.flat_values import FlatValues
-from gem_ds.sparse.quantized import computed_in, dequantized, is_quantized
 
 Sink = Callable[..., None]
 """Takes a, [tokens, rows], and b, [tokens, columns], whose ``a^T b`` is the weight's gradient.
@@ -76,7 +72,7 @@ def _(a: Tensor, b: Tensor, number: Tensor) -> Tensor:
     return a.new_empty(())
 
 
-class _AnchoredLinear(torch.autograd.Function):
+class AnchoredLinear(torch.autograd.Function):
     """The layer's own function, which tells a sink its factors and gives the weight no gradient."""
 
     @staticmethod
@@ -88,12 +84,14 @@ class _AnchoredLinear(torch.autograd.Function):
         anchor: Tensor,
         layer: TargetLayer,
     ) -> Tensor:
+        """The product."""
         ctx.save_for_backward(layer.kept(x), weight)
         ctx.layer = layer
         return F.linear(x, layer.matrix(weight), bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, None]:
+        """The input's gradient alone."""
         x, weight = ctx.saved_tensors
         layer: TargetLayer = ctx.layer
         # Under autocast the product was one in dy's dtype.
@@ -154,7 +152,7 @@ class TargetLayer:
         weight, bias = self.module.weight, self.module.bias
         if not torch.is_grad_enabled():
             return F.linear(x, self.matrix(weight), bias)
-        y: Tensor = _AnchoredLinear.apply(x, weight, bias, self.anchor, self)
+        y: Tensor = AnchoredLinear.apply(x, weight, bias, self.anchor, self)
         return y
 
     def numbers(self) -> Tensor:
@@ -170,95 +168,3 @@ class TargetLayer:
     def factors(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """What a sink takes, of dy and x, [tokens, features] each."""
         return dy, x
-
-
-class Conv1DLayer(TargetLayer):
-    """transformers' Conv1D, a linear layer that stores its weight as [in, out]."""
-
-    input_dim = 0
-
-    @staticmethod
-    def matrix(weight: Tensor) -> Tensor:
-        """The weight as [out, in]."""
-        return weight.t()
-
-    @staticmethod
-    def factors(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradient is ``x^T dy``."""
-        return x, dy
-
-
-class ExpertsLayer(TargetLayer):
-    """A projection of all experts of a block, [experts, rows, columns]; the module may have two."""
-
-    input_dim = None
-
-    def attach(self) -> None:
-        """Let the module compute by groups of tokens, this projection as a target."""
-        ExpertsForward.of(self.module).products[self.parameter_name] = self.product
-
-    def product(self, x: Tensor, ends: Tensor) -> Tensor:
-        """That of tokens sorted by expert, [tokens, in], which end at ``ends``, [experts]."""
-        weight = getattr(self.module, self.parameter_name)
-        return project(x, weight, ends, self.module.is_transposed, self)
-
-
-class TransposedExpertsLayer(ExpertsLayer):
-    """The same where a matrix is stored as [in, out]: of gpt-oss."""
-
-    @staticmethod
-    def matrix(weight: Tensor) -> Tensor:
-        """The weight as [experts, out, in]."""
-        return weight.transpose(1, 2)
-
-    @staticmethod
-    def factors(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradient of an expert's matrix is ``x^T dy``."""
-        return x, dy
-
-
-class QuantizedLayer(TargetLayer):
-    """bitsandbytes' linear layers of 4 and 8 bits: the product with the dequantized weight."""
-
-    def __init__(self, name: str, module: nn.Module) -> None:
-        super().__init__(name, module)
-        self.dtype = dequantized(module).dtype
-
-    def forward(self, x: Tensor) -> Tensor:
-        """What the module computes, in the dtype in which it does."""
-        return computed_in(self._compute_dtype(), self._product, x, self.module.bias)
-
-    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if not torch.is_grad_enabled():
-            return F.linear(x, self.matrix(self.weight), bias)
-        y: Tensor = _AnchoredLinear.apply(x, self.weight, bias, self.anchor, self)
-        return y
-
-    def _compute_dtype(self) -> torch.dtype:
-        return getattr(self.module, "compute_dtype", None) or self.dtype
-
-    def numbers(self) -> Tensor:
-        """The dequantized weight's entries, flat."""
-        return dequantized(self.module).reshape(-1)
-
-    def matrix(self, weight: Tensor) -> Tensor:  # type: ignore[override]
-        """The dequantized weight, [out, in], in the dtype in which the layer computes."""
-        return dequantized(self.module).to(self._compute_dtype())
-
-
-#: The forward of a module -> its kind. A subclass that computes something else is none.
-KINDS: dict[Callable[..., Any], type[TargetLayer]] = {
-    nn.Linear.forward: TargetLayer,
-    Conv1D.forward: Conv1DLayer,
-}
-
-
-def kind_of(module: nn.Module) -> type[TargetLayer] | None:
-    """What kind of target a module can be, if any."""
-    if type(module).__name__ == "FalconLinear":  # the same product as nn.Linear's, written out
-        return TargetLayer
-    if is_quantized(module):
-        return QuantizedLayer
-    if projections_of(module):
-        return TransposedExpertsLayer if module.is_transposed else ExpertsLayer
-    return KINDS.get(type(module).forward)

@@ -13,7 +13,8 @@ from torch import nn
 
 from gem_ds.sparse.flat_values import FlatValues
 from gem_ds.sparse.frozen import give_back, keep_less
-from gem_ds.sparse.layers import Sink, TargetLayer, kind_of
+from gem_ds.sparse.kinds import kind_of
+from gem_ds.sparse.layers import Sink, TargetLayer
 
 
 class TargetLayers(Sequence[TargetLayer]):

@@ -163,9 +163,13 @@ def _contradictions(args: Arguments) -> Iterator[str]:
         yield "--sam_layers draws the layers of --sam_rho: pass that too."
     if data.evaluate_on == "dev" and not data.dev_examples:
         yield "--evaluate_on dev needs a development set: pass --dev_examples."
-    for flag in ("calibration_examples", "calibration_head_steps", "calibration_buffer_gb"):
-        if method.mask and getattr(method, flag):
-            yield f"--mask skips calibration: leave --{flag} out."
+    calibrates = {
+        "calibration_examples": method.calibration_examples,
+        "calibration_head_steps": method.calibration_head_steps,
+        "calibration_buffer_gb": method.buffers_gradients,
+    }
+    for flag in (flag for flag, is_given in calibrates.items() if method.mask and is_given):
+        yield f"--mask skips calibration: leave --{flag} out."
     if method.mask and method.keep_zeros is not None:
         yield "--mask says which entries are trained: leave --keep_zeros out."
     if name in SPARSE_METHODS:

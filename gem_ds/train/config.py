@@ -199,6 +199,12 @@ class MethodArguments:
         given = self.calibration_head_steps
         return DEFAULT_HEAD_STEPS if given is None else given
 
+    @property
+    def buffers_gradients(self) -> bool:
+        """Whether a calibration may keep whole gradients."""
+        given = self.calibration_buffer_gb
+        return given == "auto" or float(given or 0) > 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainArguments:

@@ -16,7 +16,7 @@ from gem_ds.distributed.comm import Comm
 from gem_ds.models.blocks import enable_checkpointing
 from gem_ds.models.load import DTYPES, load_for_training
 from gem_ds.models.loss import answer_loss_of, summed_answer_loss
-from gem_ds.models.router_loss import with_router_loss
+from gem_ds.models.router_loss import refuse_silent_routers, with_router_loss
 from gem_ds.select.rules import RULES, SPARSE_METHODS
 from gem_ds.sparse.layer_draws import LayerDraws
 from gem_ds.sparse.sam import Sam
@@ -97,6 +97,9 @@ class Run:
                     refuse_leaking_rows(self.engine.model, self.comm.device, vocab_size, size)
         self.summed_loss = self.settled_loss()
         self.trained_loss = with_router_loss(self.summed_loss, self.engine.model)
+        if self.trained_loss is not self.summed_loss:
+            with self.comm.in_unison():
+                refuse_silent_routers(self.engine.model, self.comm.device)
         if self.sparse is not None:
             self.sparse.start(self.calibration_batches(), self.trained_loss)
         with self.comm.agreement():
@@ -196,7 +199,7 @@ class Run:
             is_sparse=self.sparse is not None,
         )
         # At the beginning, and where a signal came before the evaluation that was due.
-        if schedule.is_due(schedule.evaluation, state.global_step) and not self.is_evaluated():
+        if schedule.evaluates_after(state.global_step) and not self.is_evaluated():
             self.evaluate(reporter)
         reporter.start()
         for step in fit(
@@ -212,16 +215,16 @@ class Run:
             self.checkpoints.delete_old()
             reporter.advance(step.loss, step.num_tokens, step.seconds)
             self.step_seconds.append(step.seconds)
-            if schedule.is_due(schedule.logging, state.global_step):
+            if schedule.logs_after(state.global_step):
                 numbers = {"learning_rate": step.learning_rate}
                 if step.grad_norm is not None and math.isfinite(step.grad_norm):
                     numbers["grad_norm"] = float(step.grad_norm)
                 self.log(reporter, reporter.averages() | numbers | self.numbers())
             is_stopped = step.is_stopping and state.global_step < state.max_steps
-            if schedule.is_due(schedule.evaluation, state.global_step) and not is_stopped:
+            if schedule.evaluates_after(state.global_step) and not is_stopped:
                 self.evaluate(reporter)
-            is_due = schedule.is_due(schedule.saving, state.global_step)
-            if is_due or step.is_stopping or self.checkpoints.is_best():
+            saves = schedule.saves_after(state.global_step)
+            if saves or step.is_stopping or self.checkpoints.is_best():
                 self.checkpoints.save()
         if state.global_step < state.max_steps:
             self.is_stopped = True
@@ -301,11 +304,12 @@ class Run:
             results["eval_metrics"] = metrics
             told = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
             reporter.say(f"Held-out examples: {told}")
-        base = None if self.sparse is None else self.sparse.whole_base()
         with self.comm.agreement():
             if self.comm.is_main:
                 save_results(self.prepared, self.state, results)
-                try_to_report(self.prepared.output_dir, base)
+        base = None if self.sparse is None else self.sparse.whole_base()
+        if self.comm.is_main:
+            try_to_report(self.prepared.output_dir, base)
         self.checkpoints.delete_old()
         product = product_of(self.args.method.method)
         reporter.say(f"Wrote the {product} and the results to {self.prepared.output_dir}")

@@ -12,7 +12,10 @@ SAVE_STEPS = 500
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How many steps lie between one and the next; None where there is to be none."""
+    """How many steps lie between one and the next, which comes after the last step too.
+
+    None where there is to be none.
+    """
 
     max_steps: int
     logging: int
@@ -36,6 +39,17 @@ class Schedule:
             saving=None if strategy == "no" else saving,
         )
 
-    def is_due(self, interval: int | None, step: int) -> bool:
-        """Whether what comes every ``interval`` steps, and after the last one, comes after this."""
+    def logs_after(self, step: int) -> bool:
+        """Whether averages are logged after a step."""
+        return self._is_due(self.logging, step)
+
+    def evaluates_after(self, step: int) -> bool:
+        """Whether the held-out loss is due after a step."""
+        return self._is_due(self.evaluation, step)
+
+    def saves_after(self, step: int) -> bool:
+        """Whether a checkpoint is due after a step."""
+        return self._is_due(self.saving, step)
+
+    def _is_due(self, interval: int | None, step: int) -> bool:
         return interval is not None and (step % interval == 0 or step == self.max_steps)

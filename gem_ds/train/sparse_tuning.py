@@ -95,7 +95,7 @@ class SparseTuning:
     def whole_base(self) -> dict[str, Tensor]:
         """By weight the values before training at the entries; on rank 0, but all call it."""
         parts = self.comm.gather(self.base.to(self.engine.device))
-        return self.entries.split(torch.cat(parts).cpu()) if self.comm.is_main else {}
+        return self.entries.split(torch.cat([part.cpu() for part in parts])) if parts else {}
 
     # Before the first step
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from gem_ds.distributed.weights import shape_of
 from gem_ds.sparse.experts import PROJECTIONS, projections_of
-from gem_ds.sparse.layers import kind_of
+from gem_ds.sparse.kinds import kind_of
 from gem_ds.tuner.layer import GemLayer
 
 

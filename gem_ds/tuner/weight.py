@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from gem_ds.distributed.weights import load_deepspeed, shape_of
 from gem_ds.files.digests import checksum
 from gem_ds.files.mask import WeightInfo
-from gem_ds.sparse.layers import TargetLayer, kind_of
+from gem_ds.sparse.kinds import kind_of
+from gem_ds.sparse.layers import TargetLayer
 from gem_ds.sparse.quantized import dequantized
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gem_ds.distributed.comm import Comm
-from gem_ds.distributed.memory import free_bytes
+from gem_ds.distributed.memory import _left_to_groups, free_bytes
 from gem_ds.distributed.process_group import init_distributed
 from gem_ds.errors import PeerError
 from tests.ranks import RankError, run_ranks
@@ -175,3 +175,17 @@ def test_ranks_that_fail_are_reported_and_ended(
     with pytest.raises(RankError, match=f"(?s){message}"):
         run_ranks(2, function, *args, timeout=timeout)
     assert time.monotonic() - start < 15
+
+
+def test_a_containers_limit_is_what_is_left_of_the_host(tmp_path: Path) -> None:
+    """Also that of the group around its own; a group without one has the word max, or no file."""
+    for group, limit, taken in (("", None, 0), ("a", "1000", 300), ("a/b", "max", 100)):
+        folder = tmp_path / group
+        folder.mkdir(exist_ok=True)
+        if limit is not None:
+            (folder / "memory.max").write_text(f"{limit}\n")
+            (folder / "memory.current").write_text(f"{taken}\n")
+    assert list(_left_to_groups(tmp_path, "/a/b")) == [700]
+    (tmp_path / "a/b/memory.max").write_text("50\n")
+    assert list(_left_to_groups(tmp_path, "/a/b")) == [0, 700]
+    assert list(_left_to_groups(tmp_path, "/")) == []

@@ -273,6 +273,8 @@ def test_masks_that_are_not_causal_keep_the_padding() -> None:
     with padded_on_the_right():
         assert torch.equal(model(**inputs).last_hidden_state, expected)
     assert dict(ALL_MASK_ATTENTION_FUNCTIONS) == own
+    with mock.patch.dict(type(ALL_MASK_ATTENTION_FUNCTIONS)._global_mapping, sdpa=print):
+        assert ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] is print, "what is registered later holds"
 
 
 # Logits of answers only

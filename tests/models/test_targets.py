@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from gem_ds.models.encoders import auto_class
 from gem_ds.models.reach import describe_reach
 from gem_ds.models.targets import find_targets, targets_of
-from gem_ds.sparse.layers import kind_of
+from gem_ds.sparse.kinds import kind_of
 from tests.tiny import tiny_config
 
 TABLES = tomllib.loads(Path(__file__).with_name("targets.toml").read_text())

@@ -16,6 +16,7 @@ import torch
 from peft import get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
@@ -27,12 +28,13 @@ from gem_ds.distributed.process_group import init_distributed
 from gem_ds.files.checkpoint import TrainerState
 from gem_ds.formats.export import export
 from gem_ds.models.loss import chunked_answer_loss, summed_answer_loss
-from gem_ds.models.router_loss import with_router_loss
+from gem_ds.models.router_loss import refuse_silent_routers, with_router_loss
 from gem_ds.models.targets import find_targets, targets_of
 from gem_ds.select.selection import Selection
 from gem_ds.sparse.calibrate import calibrate
 from gem_ds.sparse.entries import SelectedEntries, gather_indices
-from gem_ds.sparse.layers import ExpertsLayer
+from gem_ds.sparse.experts import project
+from gem_ds.sparse.kinds import ExpertsLayer
 from gem_ds.sparse.sddmm import Pattern, add_sampled_product, grouped, grouped_linear, product
 from gem_ds.sparse.target_layers import TargetLayers
 from gem_ds.train.config import Arguments, MethodArguments, ModelArguments
@@ -249,7 +251,10 @@ def test_the_routers_loss_is_trained_on_as_transformers_adds_it(
     if kind == "deepseek_v3":  # whose bias balances
         with pytest.raises(ValueError, match=r"DeepseekV3ForCausalLM asks .* no aux_loss: set"):
             with_router_loss(chunked_answer_loss, model)(model, dataset.collate(rows, PAD_TOKEN_ID))
+        with pytest.raises(ValueError, match="no aux_loss: set"):
+            refuse_silent_routers(model, torch.device("cpu"))
         return
+    refuse_silent_routers(model, torch.device("cpu"))
     expected = _own_loss(model, (0, rows))
     of_own = torch.autograd.grad(expected, list(parameters.values()))
     for answer_loss in (chunked_answer_loss, summed_answer_loss):
@@ -356,6 +361,21 @@ def test_one_launch_computes_what_a_loop_does(dtype: torch.dtype) -> None:
             torch.testing.assert_close(product(dy, x, ends=ends), whole.float(), **tolerance)
             found = grouped_linear(x, weight, ends)
             torch.testing.assert_close(found, y.to(dtype), **tolerance)
+
+
+def test_autocast_holds_for_experts_as_for_linear_layers() -> None:
+    """Of fp32 weights the product is one of bf16, and gradients are fp32 again."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(6, 4, generator=generator, requires_grad=True)
+    weight = torch.randn(2, 3, 4, generator=generator)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = project(x, weight, torch.tensor([2, 6], dtype=torch.int32), transposed=False)
+        expected = torch.cat([F.linear(x[:2], weight[0]), F.linear(x[2:], weight[1])])
+    assert y.dtype == expected.dtype == torch.bfloat16
+    assert torch.equal(y, expected)
+    (found,), (dx,) = (torch.autograd.grad(out.float().sum(), x) for out in (y, expected))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, dx, rtol=0.02, atol=0.02)
 
 
 # On ranks

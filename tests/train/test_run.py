@@ -130,7 +130,13 @@ def _read_entries(flags: list[str]) -> dict[str, Tensor]:
         held = base.untyped_storage().nbytes() // base.itemsize
         assert held <= -(-entries.num_entries // comm.world_size), "of the values its own range"
         whole = run.tuning.whole_base()
-        assert sum(part.numel() for part in whole.values()) == entries.num_entries * comm.is_main
+        if comm.is_main:
+            folder = str(run.args.model.model_name_or_path)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=base.dtype)
+            for weight, index in run.tuning.mask.indices.items():
+                assert torch.equal(
+                    whole[weight], model.get_parameter(weight).flatten()[index.long()]
+                )
         return finish(run, reporter)  # type: ignore[arg-type]
 
     with mock.patch.object(Run, "finish", look):
@@ -207,7 +213,7 @@ def test_checkpoints_are_due_when_the_flags_say(flags, expected, of_whole_parame
         schedule = Schedule.of_flags(
             TrainArguments(**flags), max_steps=7, steps_per_epoch=3, is_sparse=is_sparse
         )
-        assert [step for step in range(1, 8) if schedule.is_due(schedule.saving, step)] == steps
+        assert [step for step in range(1, 8) if schedule.saves_after(step)] == steps
 
 
 def test_predictions_that_fail_cost_no_training(tiny, tmp_path, monkeypatch):

@@ -26,7 +26,13 @@ TILE_BYTES = 256 << 20
 
 
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Each token by its group's matrix: x [tokens, in], weight [groups, in, out]; [tokens, out]."""
+    """Each token by its group's matrix: x [tokens, in], weight [groups, in, out]; [tokens, out].
+
+    Under autocast in its dtype, as a linear layer's product is.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
     if x.is_meta:
         return x.new_empty(x.shape[0], weight.shape[2])
     if takes_one_launch(x, weight):
