@@ -34,8 +34,8 @@ from gem_ds.planning.live import LiveBytes
 class Gathers:
     """The gathered weights of a model, as its modules run under a resolved ``zero_optimization``.
 
-    If it ``copies``, a message is received into a copy, as gloo does it. ``is_preceded`` tells that
-    a forward pass ran alone before.
+    If it ``copies``, a message is received into a copy, which stays until the weights are copied
+    out, as gloo does it. ``is_preceded`` tells that a forward pass ran alone before.
     """
 
     KIND = "gathered weights"
@@ -162,7 +162,8 @@ class Gathers:
         arrived = [message for message in self._arriving if not message.isdisjoint(needed)]
         self._arriving = [message for message in self._arriving if message.isdisjoint(needed)]
         for message in arrived:
-            with self._live.held("messages", sum(weight.nbytes for weight in message)):
+            size = sum(weight.nbytes for weight in message)
+            with self._live.held("messages", size * (1 + self.copies)):
                 pass
 
     def _end(

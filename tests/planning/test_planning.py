@@ -106,7 +106,12 @@ class Block(nn.Module):
 
 
 def gathers_of(
-    model: nn.Module, *, threshold: int = 50, prefetch_size: int = 0, leaves: tuple[str, ...] = ()
+    model: nn.Module,
+    *,
+    threshold: int = 50,
+    prefetch_size: int = 0,
+    leaves: tuple[str, ...] = (),
+    copies: bool = False,
 ) -> Gathers:
     """At most two weights are gathered ahead."""
     zero = {
@@ -115,7 +120,7 @@ def gathers_of(
         "stage3_prefetch_bucket_size": prefetch_size,
         "stage3_max_live_parameters": 200,
     }
-    return Gathers(model, zero, copies=False, is_preceded=True)
+    return Gathers(model, zero, copies=copies, is_preceded=True)
 
 
 def step(gathers: Gathers, run: Callable[[torch.Tensor], torch.Tensor]) -> MostGathered:
@@ -125,6 +130,18 @@ def step(gathers: Gathers, run: Callable[[torch.Tensor], torch.Tensor]) -> MostG
         run(x).sum().backward()
     assert live.now[Gathers.KIND] == 0
     return live
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_a_message_of_several_weights_stands_beside_them_until_they_are_copied_out(
+    copies: bool,
+) -> None:
+    """And on a CPU gloo's own copy of it too: of two weights of 400 bytes."""
+    gathers, live = gathers_of(Block(2), copies=copies, leaves=("Block",)), MostGathered()
+    x = torch.empty(2, 10, device="meta", requires_grad=True)
+    with gathers.step(live), live:
+        gathers._model(x).sum().backward()
+    assert (live.most, live.most_messages) == (800, 800 * (1 + copies))
 
 
 @pytest.mark.parametrize(
