@@ -206,8 +206,8 @@ class _Rank:
 
     def buffer_gb(self) -> float:
         """What calibration has for whole gradients."""
-        if self.method.calibration_buffer_gb != "auto":
-            return float(self.method.calibration_buffer_gb or 0)
+        if (given := self.method.fixed_buffer_gb) is not None:
+            return given
         free = self.usable_bytes - self.lasting().total()
         return auto_buffer_gb(free, [self.part(layer.numel) for layer in self.subject.layers or ()])
 

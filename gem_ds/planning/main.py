@@ -31,7 +31,7 @@ def read_setting(
     args: Arguments, world_size: int, memory_gb: float | None = None, *, on_cpu: bool = False
 ) -> Setting:
     """The setting that the flags describe; a ``ValueError`` says what cannot be planned."""
-    if args.method.calibration_buffer_gb == "auto" and memory_gb is None:
+    if args.method.fixed_buffer_gb is None and memory_gb is None:
         raise ValueError(
             "What --calibration_buffer_gb auto takes depends on the GPU: pass --gpu_memory_gb."
         )
@@ -84,7 +84,7 @@ def describe(setting: Setting, found: Forecast) -> str:
     lines += [f"  {what:<36}{num_bytes / GB:>10.3f}" for what, num_bytes in messages.items()]
     if found.num_gathers:
         lines.append(f"Gathers of weights in a micro-batch   {found.num_gathers:>10,}")
-    if found.calibration and setting.args.method.calibration_buffer_gb == "auto":
+    if found.calibration and setting.args.method.fixed_buffer_gb is None:
         lines.append(f"--calibration_buffer_gb auto is       {found.buffer_gb:>10.3f} GB")
     lines.append(f"Masters and moments of all ranks      {found.state / GB:>10.3f} GB")
     return "\n".join(lines)

@@ -8,8 +8,8 @@ Equivalent code first. For a linear layer with frozen weight ``W`` [out, in] and
 
 A *sink* is what a phase makes of the factors of the weight's gradient. Calibration multiplies them,
 reduces the product and drops it (:mod:`gem_ds.sparse.gradients`); training adds it at the selected
-entries to a slice of the flat vector's buffer (:mod:`gem_ds.sparse.entries`). Other
-kinds of layer than a linear one are :mod:`gem_ds.sparse.kinds`' subject.
+entries to a slice of the flat vector's buffer (:mod:`gem_ds.sparse.entries`). Layers that are no
+plain linear ones are :mod:`gem_ds.sparse.kinds`' subject.
 """
 
 from __future__ import annotations

@@ -166,7 +166,7 @@ def _contradictions(args: Arguments) -> Iterator[str]:
     calibrates = {
         "calibration_examples": method.calibration_examples,
         "calibration_head_steps": method.calibration_head_steps,
-        "calibration_buffer_gb": method.buffers_gradients,
+        "calibration_buffer_gb": method.fixed_buffer_gb != 0,
     }
     for flag in (flag for flag, is_given in calibrates.items() if method.mask and is_given):
         yield f"--mask skips calibration: leave --{flag} out."

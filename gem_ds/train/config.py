@@ -200,10 +200,10 @@ class MethodArguments:
         return DEFAULT_HEAD_STEPS if given is None else given
 
     @property
-    def buffers_gradients(self) -> bool:
-        """Whether a calibration may keep whole gradients."""
+    def fixed_buffer_gb(self) -> float | None:
+        """``--calibration_buffer_gb`` as a number; None where it follows from what is free."""
         given = self.calibration_buffer_gb
-        return given == "auto" or float(given or 0) > 0
+        return None if given == "auto" else float(given or 0)
 
 
 @dataclass(frozen=True, kw_only=True)

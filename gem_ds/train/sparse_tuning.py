@@ -166,9 +166,8 @@ class SparseTuning:
 
     def settled_buffer_gb(self) -> float:
         """``--calibration_buffer_gb`` as a number, the same on every rank."""
-        given = self.args.method.calibration_buffer_gb
-        if given != "auto":
-            return float(given or 0)
+        if (given := self.args.method.fixed_buffer_gb) is not None:
+            return given
         sizes = [self.engine.weights.partition_size(layer.weight) for layer in self.layers]
         return auto_buffer_gb(free_bytes(self.comm), sizes)
 

@@ -67,14 +67,13 @@ def _describe_calibration(
     say(f"Where the budget went:\n{budget_table(rows)}")
     if selection.candidates.keep_zeros:
         say(_kept_zeros(tuning, selection.candidates.num_zeros))
-    if is_calibrated and method.buffers_gradients:
-        given = method.calibration_buffer_gb
+    if is_calibrated and method.fixed_buffer_gb != 0:
         sizes = [tuning.engine.weights.partition_size(layer.weight) for layer in tuning.layers]
         num_buffered = len(buffered_layers(sizes, tuning.comm.world_size, tuning.buffer_gb))
-        found = f": {tuning.buffer_gb:.3g} GB" if given == "auto" else ""
+        found = f": {tuning.buffer_gb:.3g} GB" if method.fixed_buffer_gb is None else ""
         say(
             f"{num_buffered} of {len(sizes)} target layers were buffered in calibration "
-            f"(--calibration_buffer_gb {given}{found})"
+            f"(--calibration_buffer_gb {method.calibration_buffer_gb}{found})"
         )
 
 

@@ -12,7 +12,7 @@ import torch
 import yaml
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.steps.ranks import Ranks
 from benchmarks.steps.training import Training
@@ -24,7 +24,7 @@ from gem_ds.planning.gathers import Gathers
 from gem_ds.planning.live import LiveBytes
 from gem_ds.planning.main import main, read_setting
 from gem_ds.train.arguments import parse_arguments
-from tests.tiny import DS_CONFIGS
+from tests.tiny import DS_CONFIGS, tiny_config
 from tests.tiny_evaluation import refusal
 from tests.tiny_model import REPOSITORY
 
@@ -439,3 +439,21 @@ def test_a_forecast_agrees_with_a_run(tmp_path: Path, method: str, tokens: int) 
     if method == "gem":
         calibration = sum(told.calibration.values())
         assert calibration == pytest.approx(found["calibration_peak_bytes"], rel=0.15)
+
+
+def test_a_mixture_with_experts_as_targets_is_foretold(tmp_path: Path) -> None:
+    """Nothing is run of it; a calibration holds the statistics of its experts, and a step no such.
+
+    On one rank they are the whole matrices, fp32.
+    """
+    config = tiny_config("mixtral")
+    config.save_pretrained(tmp_path)
+    flags = ["--model_name_or_path", str(tmp_path), "--target_modules", "experts"]
+    args = parse_arguments([*flags, "--density", "0.01"], needed=[])
+    found = forecast(read_setting(args, 1))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    numel = sum(p.numel() for name, p in model.named_parameters() if "experts" in name)
+    assert numel > 0
+    assert found.calibration["statistics"] == 4 * numel
+    assert "statistics" not in found.training

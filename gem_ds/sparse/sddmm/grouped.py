@@ -30,11 +30,11 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
     Under autocast in its dtype, as a linear layer's product is.
     """
+    if x.is_meta:
+        return x.new_empty(x.shape[0], weight.shape[2])
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
-    if x.is_meta:
-        return x.new_empty(x.shape[0], weight.shape[2])
     if takes_one_launch(x, weight):
         return F.grouped_mm(x, weight, offs=ends)
     y = x.new_empty(x.shape[0], weight.shape[2])
