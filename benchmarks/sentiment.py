@@ -1,12 +1,13 @@
-"""Make a folder of movie reviews with their sentiment, a task of real text, without the Hub.
+"""Make a folder of sentences with their sentiment, a task of real text, without the Hub.
 
-    python benchmarks/movie_reviews.py OUTPUT_DIR [--sdist vaderSentiment-3.3.2.tar.gz]
+    python benchmarks/sentiment.py OUTPUT_DIR [--of products] [--sdist vaderSentiment-3.3.2.tar.gz]
 
 The source distribution of the package ``vaderSentiment`` on PyPI (MIT, 2.4 MB; it is downloaded
 unless it is given, and not installed) carries the data of Hutto and Gilbert, "VADER" (ICWSM 2014):
-10,605 sentences of movie reviews, each with the mean of about twenty people's ratings from -4 to 4.
-A rating of 0.5 or more makes a sentence positive, one of -0.5 or less negative; those between are
-left out. 1,000 sentences are held out. The folder has the form of SST-2: ``--task sst2 --data_dir
+sentences of reviews of movies (10,605) and of products (3,708), of newspaper editorials (5,190),
+and tweets (4,200), each with the mean of about twenty people's ratings from -4 to 4. A rating of
+0.5 or more makes a sentence positive, one of -0.5 or less negative; those between are left out.
+1,000 sentences are held out. The folder has the form of SST-2: ``--task sst2 --data_dir
 OUTPUT_DIR``.
 """
 
@@ -25,7 +26,12 @@ from pathlib import Path
 from gem_ds.files.manifest import atomic_folder
 
 PACKAGE = "vaderSentiment==3.3.2"
-SENTENCES = "movieReviewSnippets_GroundTruth.txt"
+SENTENCES = {
+    "movies": "movieReviewSnippets_GroundTruth.txt",
+    "products": "amazonReviewSnippets_GroundTruth.txt",
+    "editorials": "nytEditorialSnippets_GroundTruth.txt",
+    "tweets": "tweets_GroundTruth.txt",
+}
 CLEAR = 0.5
 NUM_HELD_OUT = 1000
 
@@ -35,8 +41,9 @@ Row = tuple[str, int]
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Download, unpack, split and write."""
-    parser = argparse.ArgumentParser(prog="benchmarks/movie_reviews.py", description=__doc__)
+    parser = argparse.ArgumentParser(prog="benchmarks/sentiment.py", description=__doc__)
     parser.add_argument("output_dir", type=Path, help="folder to create")
+    parser.add_argument("--of", choices=SENTENCES, default="movies", help="what they are of")
     parser.add_argument("--sdist", type=Path, help="the package, if it is here already")
     args = parser.parse_args(argv)
     if args.output_dir.exists():
@@ -44,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.output_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         sdist = args.sdist or download(Path(scratch))
-        data = unpack(unpack(sdist.read_bytes(), "hutto_ICWSM_2014.tar.gz"), SENTENCES)
+        data = unpack(unpack(sdist.read_bytes(), "hutto_ICWSM_2014.tar.gz"), SENTENCES[args.of])
     rows = read_rows(data.decode())
     random.Random(0).shuffle(rows)
 
