@@ -27,9 +27,9 @@ from steps.training import Training
 from steps.turns import interval, take_turns
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from gem_ds.calibration import calibrate as calibration
 from gem_ds.data.batches import Batches, SummedLoss
 from gem_ds.distributed.process_group import init_distributed, leave_distributed
-from gem_ds.sparse import calibrate as calibration
 from gem_ds.train.arguments import parse_arguments
 from gem_ds.train.prepare import prepare
 from gem_ds.train.run import Run

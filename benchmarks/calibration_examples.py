@@ -23,11 +23,11 @@ import torch
 from matplotlib import pyplot as plt
 from torch import Tensor
 
+from gem_ds.calibration.calibrate import sum_gradients
 from gem_ds.data.batches import permutation
 from gem_ds.distributed.process_group import init_distributed
 from gem_ds.select.selection import select_shards
 from gem_ds.select.shards import Solo, TargetShard
-from gem_ds.sparse.calibrate import sum_gradients
 from gem_ds.train.arguments import parse_arguments
 from gem_ds.train.config import Arguments
 from gem_ds.train.prepare import prepare

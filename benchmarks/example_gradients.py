@@ -33,8 +33,8 @@ from calibration_examples import calibrating_run, overlap
 from score_tails import BUDGETS, EPSILON, markdown, mask
 from torch import Tensor
 
+from gem_ds.calibration.gradients import BufferedSink, begin_micro_batch
 from gem_ds.select.rules import Statistic
-from gem_ds.sparse.gradients import BufferedSink, begin_micro_batch
 from gem_ds.train.arguments import parse_arguments
 from gem_ds.train.run import Run
 from gem_ds.train.sparse_tuning import SparseTuning

@@ -33,8 +33,8 @@ from transformers import LlamaForCausalLM
 import gem_ds.planning.subject  # noqa: F401 - its attention makes and keeps what a fused one would
 from gem_ds.models.blocks import enable_checkpointing
 from gem_ds.models.targets import find_targets
+from gem_ds.sddmm import Pattern, kernels
 from gem_ds.sparse.entries import SampledSink
-from gem_ds.sparse.sddmm import Pattern, kernels
 from gem_ds.sparse.target_layers import TargetLayers
 
 SHAPE, DENSITY = "llama-3-8b", 0.001

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from gem_ds.sparse.sddmm import Pattern, add_sampled_product, choose_kernel
+from gem_ds.sddmm import Pattern, add_sampled_product, choose_kernel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GATHER_LIMIT = 1 << 28  # multiplications

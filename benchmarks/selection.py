@@ -3,9 +3,9 @@
     python -m benchmarks.selection --ranks 1 2 4 --sizes 1024 2048 4096 --matrices 1 4
 
 Each rank has its own micro-batch. *sharded* is the library: each matrix's gradient is formed and
-reduced into the ranks' ranges (:class:`gem_ds.sparse.gradients.ShardSink`; on one rank
-:class:`sparse.gradients.BufferedSink`, as there), and :func:`select.selection.select_shards` takes
-1 % of the entries. *gathered* sums the whole gradients on every rank and calls ``torch.topk`` on
+reduced into the ranks' ranges (:class:`gem_ds.calibration.gradients.ShardSink`; on one rank
+:class:`~gem_ds.calibration.gradients.BufferedSink`), and ``select_shards`` takes 1 % of the
+entries. *gathered* sums the whole gradients on every rank and calls ``torch.topk`` on
 the ratios, with equal budgets and no layer scores, so it does less. Rounds of the two are
 interleaved. *scores + selection* is ``select_shards`` alone and *topk* ``torch.topk`` alone on the
 same scores, whole, on every rank. Bytes are those that a rank hands to collectives, counted at
@@ -28,11 +28,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from gem_ds.calibration.gradients import BufferedSink, ShardReducer, ShardSink
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.process_group import init_distributed
 from gem_ds.select.selection import select_shards
 from gem_ds.select.shards import TargetShard
-from gem_ds.sparse.gradients import BufferedSink, ShardReducer, ShardSink
 from gem_ds.sparse.layers import TargetLayer
 from tests.ranks import run_ranks
 

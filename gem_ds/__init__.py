@@ -6,6 +6,7 @@ from importlib import import_module
 
 TYPE_CHECKING = False  # not from typing: the sandbox's processes import this too and stay lean
 if TYPE_CHECKING:
+    from gem_ds.calibration.select_mask import select_mask
     from gem_ds.deltas.merge import merge_deltas
     from gem_ds.files.apply import AppliedDelta, apply_delta
     from gem_ds.files.delta import Delta
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from gem_ds.serving.messages import DeltaReceiver
     from gem_ds.serving.sync import DeltaSender, DeltaTransfer
     from gem_ds.serving.vllm_engine import VllmDeltas
-    from gem_ds.sparse.select_mask import select_mask
     from gem_ds.train.main import RunResult, finetune
     from gem_ds.tuner import GemConfig, select_mask_with
 
@@ -59,7 +59,7 @@ _MODULES = {
     "merge_deltas": "gem_ds.deltas.merge",
     "prune": "gem_ds.pruning.prune",
     "select_entries": "gem_ds.select.selection",
-    "select_mask": "gem_ds.sparse.select_mask",
+    "select_mask": "gem_ds.calibration.select_mask",
     "select_mask_with": "gem_ds.tuner",
 }
 

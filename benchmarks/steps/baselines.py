@@ -21,12 +21,12 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gem_ds.calibration.select_mask import select_mask
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.engine import BaseEngine, DenseEngine
 from gem_ds.distributed.zero_gathers import fill_stage3
 from gem_ds.models.blocks import block_sizes, model_of
 from gem_ds.models.targets import targets_of
-from gem_ds.sparse.select_mask import select_mask
 from gem_ds.train.config import DEFAULT_DENSITY
 from gem_ds.train.dense_tuning import DenseTuning
 from gem_ds.train.optimizer import make_dense_optimizer

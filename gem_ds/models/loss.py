@@ -37,7 +37,7 @@ from gem_ds.data.batches import SummedLoss
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.weights import skip_gather_in_backward
 from gem_ds.models.attention import padded_on_the_right
-from gem_ds.sparse.sddmm import add_product
+from gem_ds.sddmm import add_product
 
 #: Entries of a chunk's logits: 64 MiB in fp32. Two to three tensors of this size exist at a time.
 CHUNK_SIZE = 2**24

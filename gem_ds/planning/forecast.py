@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from gem_ds.calibration.gradients import auto_buffer_gb, buffered_layers
 from gem_ds.distributed.zero_config import zero_stage
 from gem_ds.models.load import DTYPES
 from gem_ds.planning.gathers import Gathers
 from gem_ds.planning.live import LiveBytes
 from gem_ds.planning.subject import Subject
 from gem_ds.select.rules import CALIBRATED_METHODS, RULES
-from gem_ds.sparse.gradients import auto_buffer_gb, buffered_layers
 from gem_ds.sparse.kinds import ExpertsLayer
 from gem_ds.sparse.layers import TargetLayer
 from gem_ds.train.config import Arguments
@@ -231,7 +231,7 @@ class _Rank:
                 # Of experts a GPU makes it in their dtype and adds that (sddmm.grouped).
                 is_grouped = isinstance(layer, ExpertsLayer) and dy.dtype == torch.bfloat16
                 grouped = dy.element_size() * layer.numel * (is_grouped and not self.on_cpu)
-                if layer.name in names:  # gem_ds.sparse.gradients.BufferedSink
+                if layer.name in names:  # gem_ds.calibration.gradients.BufferedSink
                     with live.held("products", _FP32 * layer.numel * is_by_example + grouped):
                         return
                 size = _FP32 * self.world_size * self.part(layer.numel)

@@ -18,12 +18,12 @@ from gem_ds.models.encoders import head_names, is_encoder, num_positions
 from gem_ds.models.load import DTYPES
 from gem_ds.models.loss import chunked_answer_loss, plain_output_layer, summed_answer_loss
 from gem_ds.planning.live import LiveBytes, flash_attention
+from gem_ds.sddmm import choose_kernel
+from gem_ds.sddmm.memory import picking_bytes, strips_bytes, temporary_bytes
 from gem_ds.select.rules import SPARSE_METHODS
 from gem_ds.sparse.entries import WholeSink
 from gem_ds.sparse.kinds import ExpertsLayer
 from gem_ds.sparse.layers import NoGradient, Sink, TargetLayer
-from gem_ds.sparse.sddmm import choose_kernel
-from gem_ds.sparse.sddmm.memory import picking_bytes, strips_bytes, temporary_bytes
 from gem_ds.sparse.target_layers import TargetLayers
 from gem_ds.sparse.used_inputs import keep_copies
 from gem_ds.train.config import Arguments

@@ -28,10 +28,10 @@ from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.engine import Engine
 from gem_ds.distributed.weights import numel, within
 from gem_ds.files.mask import index_dtype
+from gem_ds.sddmm import Pattern, add_product, add_sampled_product, choose_kernel
 from gem_ds.sparse.flat_values import FlatValues
 from gem_ds.sparse.kinds import ExpertsLayer
 from gem_ds.sparse.layers import NoGradient, Sink, TargetLayer
-from gem_ds.sparse.sddmm import Pattern, add_product, add_sampled_product, choose_kernel
 from gem_ds.sparse.target_layers import TargetLayers
 from gem_ds.sparse.used_inputs import among, used_inputs
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gem_ds.sparse.sddmm import grouped_linear
+from gem_ds.sddmm import grouped_linear
 
 #: What transformers calls the projections, of which a module has two.
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")

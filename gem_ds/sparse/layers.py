@@ -7,9 +7,9 @@ Equivalent code first. For a linear layer with frozen weight ``W`` [out, in] and
     sink(dy, x)                backward, instead of ``W.grad = dy.T @ x``
 
 A *sink* is what a phase makes of the factors of the weight's gradient. Calibration multiplies them,
-reduces the product and drops it (:mod:`gem_ds.sparse.gradients`); training adds it at the selected
-entries to a slice of the flat vector's buffer (:mod:`gem_ds.sparse.entries`). Layers that are no
-plain linear ones are :mod:`gem_ds.sparse.kinds`' subject.
+reduces the product and drops it (:mod:`gem_ds.calibration.gradients`); training adds it at the
+selected entries to a slice of the flat vector's buffer (:mod:`gem_ds.sparse.entries`). Layers that
+are no plain linear ones are :mod:`gem_ds.sparse.kinds`' subject.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from gem_ds.sparse.flat_values import FlatValues
 Sink = Callable[..., None]
 """Takes a, [tokens, rows], and b, [tokens, columns], whose ``a^T b`` is the weight's gradient.
 
-Of experts a third tensor says where the tokens of each end (:mod:`gem_ds.sparse.sddmm.grouped`).
+Of experts a third tensor says where the tokens of each end (:mod:`gem_ds.sddmm.grouped`).
 A sink that has ``inputs``, int64 [c], takes these features of a layer's input only."""
 
 

@@ -26,7 +26,7 @@ from gem_ds.models.load import trainable_config
 from gem_ds.models.objective import Objective, objective_of
 from gem_ds.models.tokenizer import load_tokenizer, pad_token_id
 from gem_ds.models.weight_files import refuse_damaged_files
-from gem_ds.sparse.sddmm import check_kernel
+from gem_ds.sddmm import check_kernel
 from gem_ds.train.best import refuse_unmeasured
 from gem_ds.train.config import Arguments, TrainArguments
 from gem_ds.train.deepspeed import resolve_deepspeed

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from gem_ds.calibration.calibrate import calibrate
+from gem_ds.calibration.gradients import auto_buffer_gb
 from gem_ds.data.batches import Batches, SummedLoss
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.engine import Engine
@@ -26,9 +28,7 @@ from gem_ds.models.targets import targets_of
 from gem_ds.progress import Progress
 from gem_ds.select.rules import CALIBRATED_METHODS
 from gem_ds.select.selection import Selection
-from gem_ds.sparse.calibrate import calibrate
 from gem_ds.sparse.entries import HeadEntries, SelectedEntries, gather_indices
-from gem_ds.sparse.gradients import auto_buffer_gb
 from gem_ds.sparse.layers import NoGradient
 from gem_ds.sparse.target_layers import TargetLayers
 from gem_ds.train.fit import DivergedError, accumulate, seed_noise

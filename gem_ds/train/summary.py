@@ -6,10 +6,10 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 
+from gem_ds.calibration.gradients import buffered_layers
 from gem_ds.files.mask import dtype_name
 from gem_ds.select.rules import CALIBRATED_METHODS
 from gem_ds.select.selection import Selection
-from gem_ds.sparse.gradients import buffered_layers
 from gem_ds.train.dense_tuning import DenseTuning
 from gem_ds.train.sparse_tuning import SparseTuning
 

@@ -7,7 +7,7 @@ Equivalent code first, for a frozen weight ``W`` and values ``v`` [k] at flat in
 
 No W' is made: :meth:`gem_ds.tuner.weight.BaseWeight.substituted` has the values stand in W while a
 product runs, forward or backward. Their gradient is the sampled product of
-:mod:`gem_ds.sparse.sddmm`. All of it is an ordinary function of x and v for autograd, so clipping,
+:mod:`gem_ds.sddmm`. All of it is an ordinary function of x and v for autograd, so clipping,
 accumulation, both kinds of checkpointing and autocast are what they are for any parameter.
 
 Of experts W is a matrix for each, and ``ends`` says where the tokens of each end
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gem_ds.files.mask import WeightInfo, index_dtype
-from gem_ds.sparse.sddmm import Pattern, add_sampled_product, grouped_linear
+from gem_ds.sddmm import Pattern, add_sampled_product, grouped_linear
 from gem_ds.tuner.weight import BaseWeight
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
+from gem_ds.calibration.select_mask import select_mask
 from gem_ds.files.mask import Mask
-from gem_ds.sparse.select_mask import select_mask
 
 
 def select_mask_with(

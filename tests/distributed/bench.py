@@ -18,8 +18,8 @@ from transformers.pytorch_utils import Conv1D
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.engine import Engine
 from gem_ds.distributed.optim import SparseAdamW
+from gem_ds.sddmm import Pattern
 from gem_ds.sparse.entries import SampledSink
-from gem_ds.sparse.sddmm import Pattern
 from gem_ds.sparse.target_layers import TargetLayers
 from tests.tiny import Setting, whole_state
 

@@ -23,6 +23,7 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from benchmarks.steps.traffic import Collectives
+from gem_ds.calibration.calibrate import select, sum_gradients
 from gem_ds.distributed.engine import Engine
 from gem_ds.distributed.optim import SparseAdamW
 from gem_ds.distributed.process_group import init_distributed
@@ -35,7 +36,6 @@ from gem_ds.models.loss import answer_loss_of, chunked_answer_loss, summed_answe
 from gem_ds.models.objective import summed_pair_loss
 from gem_ds.models.targets import find_targets, head_layers
 from gem_ds.planning.forecast import Setting, forecast
-from gem_ds.sparse.calibrate import select, sum_gradients
 from gem_ds.sparse.entries import HeadEntries, SelectedEntries, gather_indices
 from gem_ds.sparse.target_layers import TargetLayers
 from gem_ds.train.arguments import parse_arguments

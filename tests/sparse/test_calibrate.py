@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gem_ds.calibration.calibrate import NUM_TRIED_STEPS, calibrate, sum_gradients
 from gem_ds.data.batches import SummedLoss, permutation
 from gem_ds.data.dataset import Dataset
 from gem_ds.data.packing import pack
@@ -26,7 +27,6 @@ from gem_ds.models.loss import summed_answer_loss
 from gem_ds.models.targets import find_targets
 from gem_ds.select.rules import RULES
 from gem_ds.select.selection import Selection
-from gem_ds.sparse.calibrate import NUM_TRIED_STEPS, calibrate, sum_gradients
 from gem_ds.sparse.entries import gather_indices
 from gem_ds.sparse.target_layers import TargetLayers
 from tests import oracle

@@ -9,8 +9,8 @@ from torch._dynamo.utils import counters
 
 from gem_ds.models.blocks import enable_checkpointing
 from gem_ds.models.targets import find_targets
+from gem_ds.sddmm import Pattern
 from gem_ds.sparse.entries import SampledSink
-from gem_ds.sparse.sddmm import Pattern
 from gem_ds.sparse.target_layers import TargetLayers
 from gem_ds.sparse.used_inputs import among, used_inputs
 from tests.tiny import make_model

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 import gem_ds
+from gem_ds.calibration.calibrate import calibrate
 from gem_ds.data.batches import permutation
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.process_group import init_distributed
@@ -30,12 +31,11 @@ from gem_ds.formats.export import export
 from gem_ds.models.loss import chunked_answer_loss, summed_answer_loss
 from gem_ds.models.router_loss import refuse_silent_routers, with_router_loss
 from gem_ds.models.targets import find_targets, targets_of
+from gem_ds.sddmm import Pattern, add_sampled_product, grouped, grouped_linear, product
 from gem_ds.select.selection import Selection
-from gem_ds.sparse.calibrate import calibrate
 from gem_ds.sparse.entries import SelectedEntries, gather_indices
 from gem_ds.sparse.experts import project
 from gem_ds.sparse.kinds import ExpertsLayer
-from gem_ds.sparse.sddmm import Pattern, add_sampled_product, grouped, grouped_linear, product
 from gem_ds.sparse.target_layers import TargetLayers
 from gem_ds.train.config import Arguments, MethodArguments, ModelArguments
 from gem_ds.train.fit import fit

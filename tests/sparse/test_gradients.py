@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gem_ds.distributed.comm import Comm
-from gem_ds.select.rules import Statistic
-from gem_ds.sparse.gradients import (
+from gem_ds.calibration.gradients import (
     BufferedSink,
     ShardReducer,
     ShardSink,
     auto_buffer_gb,
     buffered_layers,
 )
+from gem_ds.distributed.comm import Comm
+from gem_ds.select.rules import Statistic
 from gem_ds.sparse.layers import TargetLayer
 
 ALONE = Comm(torch.device("cpu"))

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from gem_ds.planning.live import LiveBytes
-from gem_ds.sparse.sddmm import Pattern, add_sampled_product
-from gem_ds.sparse.sddmm.memory import strips_bytes, temporary_bytes
-from gem_ds.sparse.sddmm.strips import Strips
+from gem_ds.sddmm import Pattern, add_sampled_product
+from gem_ds.sddmm.memory import strips_bytes, temporary_bytes
+from gem_ds.sddmm.strips import Strips
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from gem_ds.models.targets import find_targets
+from gem_ds.sddmm import Pattern, product
 from gem_ds.sparse.entries import SampledSink
 from gem_ds.sparse.layers import NoGradient, Sink, TargetLayer
-from gem_ds.sparse.sddmm import Pattern, product
 from gem_ds.sparse.target_layers import TargetLayers
 from gem_ds.sparse.used_inputs import among, used_inputs
 from tests.tiny import checkpointed, make_model

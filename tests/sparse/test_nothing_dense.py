@@ -26,12 +26,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.steps.traffic import Collectives, tensors_in
+from gem_ds.calibration.calibrate import calibrate
 from gem_ds.data.batches import Batches
 from gem_ds.distributed.engine import Engine
 from gem_ds.distributed.process_group import init_distributed
 from gem_ds.files.checkpoint import TrainerState
 from gem_ds.models.loss import chunked_answer_loss
-from gem_ds.sparse.calibrate import calibrate
 from gem_ds.sparse.entries import SelectedEntries, gather_indices
 from gem_ds.sparse.layers import Sink
 from gem_ds.train.fit import fit

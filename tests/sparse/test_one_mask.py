@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from gem_ds.calibration.calibrate import select
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.process_group import init_distributed
 from gem_ds.errors import PeerError
 from gem_ds.files.mask import Mask, WeightInfo, index_dtype
 from gem_ds.select.rules import SPARSE_METHODS
-from gem_ds.sparse.calibrate import select
 from gem_ds.sparse.entries import gather_indices
 from tests import oracle
 from tests.ranks import run_ranks

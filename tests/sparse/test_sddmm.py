@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from gem_ds.models.targets import find_targets
+from gem_ds.sddmm import Pattern, add_product, add_sampled_product, kernels, product, strips
+from gem_ds.sddmm.strips import ROWS, Strips
 from gem_ds.select.selection import select_entries
-from gem_ds.sparse.sddmm import Pattern, add_product, add_sampled_product, kernels, product, strips
-from gem_ds.sparse.sddmm.strips import ROWS, Strips
 from tests.largest_tensor import LargestTensor
 from tests.operations import Operations
 from tests.tiny_model import REPOSITORY

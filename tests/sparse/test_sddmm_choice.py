@@ -7,8 +7,8 @@ from typing import get_args
 import pytest
 import torch
 
-from gem_ds.sparse.sddmm import Pattern, add_sampled_product, check_kernel, choice, choose_kernel
-from gem_ds.sparse.sddmm.choice import COSTS, KERNELS
+from gem_ds.sddmm import Pattern, add_sampled_product, check_kernel, choice, choose_kernel
+from gem_ds.sddmm.choice import COSTS, KERNELS
 from gem_ds.train.config import SddmmKernel
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -46,8 +46,8 @@ def test_it_compiles_for_gpus(number: str, capability: int) -> None:
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
 
-    from gem_ds.sparse.sddmm.strips import ROWS, TILE
-    from gem_ds.sparse.sddmm.triton_kernel import TOKENS, make_strips
+    from gem_ds.sddmm.strips import ROWS, TILE
+    from gem_ds.sddmm.triton_kernel import TOKENS, make_strips
 
     types = {"strips": "*fp32", "dy": number, "x": number, "num_rows": "i32", "stride": "i32"}
     sizes = {"ROWS": ROWS, "TILE": TILE, "TOKENS": TOKENS, "WIDENS": False}

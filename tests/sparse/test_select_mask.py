@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import gem_ds
+from gem_ds.calibration.calibrate import NUM_TRIED_STEPS
 from gem_ds.files.mask import Mask
-from gem_ds.sparse.calibrate import NUM_TRIED_STEPS
 from gem_ds.train import main as train
 from gem_ds.train.arguments import parse_arguments
 from gem_ds.train.prepare import prepare

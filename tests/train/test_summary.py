@@ -13,9 +13,9 @@ from torch import nn
 
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.weights import Weights
+from gem_ds.sddmm import Pattern
 from gem_ds.sparse.entries import SelectedEntries
 from gem_ds.sparse.layers import TargetLayer
-from gem_ds.sparse.sddmm import Pattern
 from gem_ds.train import sparse_tuning
 from gem_ds.train.sparse_tuning import SparseTuning
 from gem_ds.train.summary import (

@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from gem_ds.calibration.calibrate import calibrate
 from gem_ds.data.batches import Batches, permutation
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.process_group import init_distributed
@@ -41,7 +42,6 @@ from gem_ds.models.objective import summed_pair_loss
 from gem_ds.models.targets import find_targets
 from gem_ds.select.selection import Selection
 from gem_ds.sparse import layer_draws
-from gem_ds.sparse.calibrate import calibrate
 from gem_ds.sparse.entries import SelectedEntries
 from gem_ds.sparse.layer_draws import LayerDraws
 from gem_ds.sparse.sam import Sam

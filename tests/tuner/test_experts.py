@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 import gem_ds
 from gem_ds.files.apply import apply_delta
 from gem_ds.files.delta import Delta
-from gem_ds.sparse.sddmm import grouped
+from gem_ds.sddmm import grouped
 from gem_ds.tuner import GemConfig, GemLayer, adapter_to_delta, delta_to_adapter
 from tests.deltas import bits
 from tests.oracle import DenseMaskedAdamW

@@ -28,6 +28,7 @@ from torch.distributed.fsdp import fully_shard  # noqa: TID251
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import gem_ds
+from gem_ds.calibration.calibrate import calibrate
 from gem_ds.data.batches import permutation
 from gem_ds.distributed.engine import Engine
 from gem_ds.distributed.optim import SparseAdamW
@@ -37,7 +38,6 @@ from gem_ds.models.loss import chunked_answer_loss
 from gem_ds.models.router_loss import with_router_loss
 from gem_ds.models.targets import find_targets, targets_of
 from gem_ds.select.budget import total_budget
-from gem_ds.sparse.calibrate import calibrate
 from gem_ds.sparse.entries import SelectedEntries, gather_indices
 from gem_ds.sparse.target_layers import TargetLayers
 from gem_ds.tuner import GemConfig

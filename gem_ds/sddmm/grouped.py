@@ -2,8 +2,8 @@
 
 ``ends``, int32 [groups], says where each group's tokens end; the first begins at 0, and a group may
 be empty. The matrices are one tensor [groups, rows, columns], of which the gradient is needed as
-that of a single matrix is (:mod:`gem_ds.sparse.sddmm`): whole, or at selected entries. Without
-``ends`` everything here is what :mod:`gem_ds.sparse.sddmm.kernels` has.
+that of a single matrix is (:mod:`gem_ds.sddmm`): whole, or at selected entries. Without
+``ends`` everything here is what :mod:`gem_ds.sddmm.kernels` has.
 
 Two routes compute the same. A GPU takes all groups in one launch (torch's ``grouped_mm``), in which
 no group's length has to be known to the host: no wait for the device, no loop. It takes bf16 and
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gem_ds.sparse.sddmm import kernels
-from gem_ds.sparse.sddmm.kernels import Pattern
+from gem_ds.sddmm import kernels
+from gem_ds.sddmm.kernels import Pattern
 
 #: What the products of all groups may take at a time where selected entries are picked from them.
 TILE_BYTES = 256 << 20

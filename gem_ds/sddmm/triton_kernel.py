@@ -27,8 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gem_ds.sparse.sddmm.kernels import Pattern
-from gem_ds.sparse.sddmm.strips import ROWS, TILE
+from gem_ds.sddmm.kernels import Pattern
+from gem_ds.sddmm.strips import ROWS, TILE
 
 TOKENS = 64  # that a program takes at a time
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gem_ds.sparse.sddmm import grouped, kernels, strips
+from gem_ds.sddmm import grouped, kernels, strips
 
 _FP32 = 4  # bytes
 
@@ -46,7 +46,7 @@ def temporary_bytes(
 
 
 def strips_bytes(shape: tuple[int, int], num_entries: int) -> int:
-    """The most that :class:`~gem_ds.sparse.sddmm.strips.Strips` keep of entries of a matrix."""
+    """The most that :class:`~gem_ds.sddmm.strips.Strips` keep of entries of a matrix."""
     num_strips, num_blocks = _most_strips(shape, num_entries), -(-shape[0] // strips.ROWS)
     num_tiles = min(num_blocks, num_strips) + num_strips // strips.TILE
     place = 4 if num_strips * strips.ROWS < 2**31 else 8
@@ -59,6 +59,6 @@ def _most_strips(shape: tuple[int, int], num_entries: int) -> int:
 
 
 def picking_bytes(numel: int, num_entries: int, itemsize: int) -> int:
-    """What :func:`gem_ds.sparse.sddmm.grouped.add_picked` holds at once, about."""
+    """What :func:`gem_ds.sddmm.grouped.add_picked` holds at once, about."""
     places = 4 * 8 + 2 + itemsize + _FP32  # of an entry: group, row, place and column; what it is
     return min(grouped.TILE_BYTES, itemsize * numel) + places * num_entries

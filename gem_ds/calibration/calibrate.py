@@ -1,9 +1,10 @@
 """Calibration: batches -> gradient statistics in shards -> the selected entries.
 
 In each backward, every target layer forms its dense gradient ``dy^T x`` of one micro-batch, sums it
-over the ranks into the ranks' own ranges (:mod:`gem_ds.sparse.gradients`), and drops it. A rank
-keeps fp32 statistics of its own ranges only; two dense matrices exist at a time, the product of a
-layer and that of the layer before it, which is on its way. More are kept where a buffer is allowed.
+over the ranks into the ranks' own ranges (:mod:`gem_ds.calibration.gradients`), and drops it. A
+rank keeps fp32 statistics of its own ranges only; two dense matrices exist at a time, the product
+of a layer and that of the layer before it, which is on its way. More are kept where a buffer is
+allowed.
 
 The engine, its hooks and its partitions are those of training; no optimizer step is taken.
 """
@@ -20,6 +21,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from gem_ds.calibration.gradients import (
+    ShardReducer,
+    begin_micro_batch,
+    make_sinks,
+    refuse_repeated,
+)
 from gem_ds.data.batches import Batches, SummedLoss
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.engine import Engine
@@ -27,12 +34,6 @@ from gem_ds.select.rules import RULES, Statistic
 from gem_ds.select.selection import Selection, select_shards
 from gem_ds.select.shards import TargetShard
 from gem_ds.select.zeros import find_candidates
-from gem_ds.sparse.gradients import (
-    ShardReducer,
-    begin_micro_batch,
-    make_sinks,
-    refuse_repeated,
-)
 from gem_ds.sparse.layers import TargetLayer
 from gem_ds.sparse.target_layers import TargetLayers
 

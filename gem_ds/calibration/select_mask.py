@@ -16,6 +16,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from gem_ds.calibration.calibrate import (
+    NUM_TRIED_STEPS,
+    checkpointing_in_eval_mode,
+    refuse_unreached,
+)
+from gem_ds.calibration.gradients import BufferedSink, begin_micro_batch, refuse_repeated
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.weights import num_parameters, numel
 from gem_ds.files.fingerprint import fingerprints
@@ -28,12 +34,6 @@ from gem_ds.select.rules import RULES, Statistic
 from gem_ds.select.selection import select_shards
 from gem_ds.select.shards import Solo, TargetShard
 from gem_ds.select.zeros import find_candidates
-from gem_ds.sparse.calibrate import (
-    NUM_TRIED_STEPS,
-    checkpointing_in_eval_mode,
-    refuse_unreached,
-)
-from gem_ds.sparse.gradients import BufferedSink, begin_micro_batch, refuse_repeated
 from gem_ds.sparse.quantized import quantization_of
 from gem_ds.sparse.target_layers import TargetLayers
 

@@ -1,4 +1,4 @@
-"""The kernels that torch alone can express; :mod:`gem_ds.sparse.sddmm` tells what they compute.
+"""The kernels that torch alone can express; :mod:`gem_ds.sddmm` tells what they compute.
 
 Beside its result a kernel makes what its docstring names, and drops it when it returns. What lasts
 from step to step is the :class:`Pattern`: the flat indices, which the caller holds anyway, and the
@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gem_ds.sparse.sddmm.choice import choose_kernel
-from gem_ds.sparse.sddmm.strips import Strips
+from gem_ds.sddmm.choice import choose_kernel
+from gem_ds.sddmm.strips import Strips
 
 #: What a tile of the dense product may take. On a CPU about a cache, with enough rows for an
 #: efficient product; on a GPU the whole of 4096 x 4096 entries, in three launches.
@@ -204,7 +204,7 @@ def _swallow_csr_notice() -> None:
 
 
 def _add_triton(out: Tensor, dy: Tensor, x: Tensor, pattern: Pattern) -> None:
-    from gem_ds.sparse.sddmm.triton_kernel import add_strips  # the library works without triton
+    from gem_ds.sddmm.triton_kernel import add_strips  # the library works without triton
 
     add_strips(out, dy, x, pattern)
 

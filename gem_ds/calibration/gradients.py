@@ -25,9 +25,9 @@ from torch import Tensor
 
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.weights import Weights
+from gem_ds.sddmm import add_product, product
 from gem_ds.select.rules import Statistic
 from gem_ds.sparse.layers import TargetLayer
-from gem_ds.sparse.sddmm import add_product, product
 
 
 class ShardReducer:

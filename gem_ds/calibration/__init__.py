@@ -1,0 +1,1 @@
+"""From a model and some examples to the entries that are trained."""
