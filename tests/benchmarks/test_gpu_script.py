@@ -55,8 +55,8 @@ def test_a_section_that_fails_leaves_the_others_and_all_flags_exist(
 
 @pytest.mark.slow
 def test_a_dry_run(tmp_path: Path) -> None:
-    """Of a section of each program, in tiny sizes."""
-    wanted = ["kernels", "zero3", "demo", "calibration"]
+    """Of a section of each program, in tiny sizes; but for the trainer, which others start so."""
+    wanted = ["kernels", "zero3", "calibration"]
     found = subprocess.run(
         [*SCRIPT, str(tmp_path), *wanted],
         cwd=REPOSITORY,
@@ -71,5 +71,4 @@ def test_a_dry_run(tmp_path: Path) -> None:
     ]
     assert "| gem |" in (tmp_path / "zero3" / "table.md").read_text()
     assert "tiled*" in (tmp_path / "kernels.txt").read_text()
-    assert (tmp_path / "demo" / "delta.safetensors").is_file()
     assert "calibration and selection" in (tmp_path / "calibration.txt").read_text()

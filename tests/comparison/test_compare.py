@@ -329,6 +329,7 @@ def test_the_real_programs_fill_the_table(tmp_path: Path, monkeypatch: pytest.Mo
     content |= {"output_dir": str(tmp_path), "seeds": [42], "choose_by": "loss"}
     content["methods"] = {"gem": {"learning_rates": ["1e-2"]}}
     content["common"] |= {"max_steps": 2, "calibration_examples": 8, "train_examples": 64}
+    content["common"]["max_eval_samples"] = 8
     content["tasks"]["gsm8k"]["evaluate"]["command"] += " --limit 8"
     (tmp_path / "compare.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     status = compare.main(["--config", str(tmp_path / "compare.yaml")])

@@ -96,11 +96,12 @@ def test_the_choice_is_the_naive_one_on_any_number_of_ranks(
     if not keep_zeros:
         size = sum(weight.numel() for weight in weights.values())
     # One; few; so many that small layers fill up; all but one; all.
-    for total in (1, 2 + size // 50, size // 2, 4 * size // 5, size - 1, size):
+    totals = (1, 2 + size // 50, size // 2, 4 * size // 5, size - 1, size)
+    for number, total in enumerate(totals):
         masks = oracle.select(gradients, weights, total, rule, seed=5, keep_zeros=keep_zeros)
         expected = [mask.flatten().nonzero().flatten().tolist() for mask in masks.values()]
         assert sum(map(len, expected)) == total
-        for world_size in WORLD_SIZES:
+        for world_size in WORLD_SIZES[number % 2 :: 2]:  # in turn, as each takes its time
             ranks = _select(rule, gradients, weights, total, world_size, 5, keep_zeros)
             assert _indices(ranks) == expected, f"{total} on {world_size} ranks"
             for rank in ranks:

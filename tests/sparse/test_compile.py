@@ -69,7 +69,6 @@ class Trained:
     [
         ("llama", "aot_eager", False, False),
         ("llama", "aot_eager", True, True),
-        ("llama", "inductor", False, False),
         ("llama", "inductor", False, True),
         ("gpt2", "aot_eager", False, False),
     ],

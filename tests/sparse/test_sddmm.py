@@ -31,7 +31,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNELS = ["auto", "dense", "tiled", "gather", "library"]
 if HAS_TRITON and (IS_INTERPRETING or DEVICE == "cuda"):
     KERNELS.append("triton")
-NUM_EXAMPLES = 25 if IS_INTERPRETING else 100
+NUM_EXAMPLES = 15 if IS_INTERPRETING else 100
 
 Problem = tuple[Tensor, Tensor, Tensor]
 """dy, x and flat indices."""
