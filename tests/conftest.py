@@ -4,6 +4,7 @@ import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -49,3 +50,12 @@ def sandbox() -> Iterator[Sandbox]:
         pytest.skip(str(error))
     with opened:
         yield opened
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A model folder that trains in a second; programs may be called in this process."""
+    from tests.tiny_model import make_tiny, one_rank  # which takes long to import
+
+    with one_rank():
+        yield make_tiny(tmp_path_factory.mktemp("tiny"))

@@ -94,7 +94,6 @@ def test_reads_of_the_hosts_own_tensors_are_no_waits():
         assert count_operations(lambda: made + made)["launches"] == 0
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's calls
 def test_a_block_of_gem_launches_hardly_more_than_a_frozen_one_and_lora_does(monkeypatch):
     """At the sizes of Llama-3-8B, forward and backward."""
     monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")

@@ -22,21 +22,17 @@ from gem_ds.models.load import load_weights, open_model
 from gem_ds.models.objective import predict_pairs
 from tests.ranks import run_ranks
 from tests.tiny_evaluation import refusal, rows_of, save_delta
-from tests.tiny_model import REPOSITORY, Tiny, make_tiny
+from tests.tiny_model import REPOSITORY, Tiny
 from tests.tiny_tasks import NAMES, bert_tokenizer, make_bert, make_task
 
-pytestmark = [
-    pytest.mark.slow,  # starts engines or programs
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),  # peft,
-]
+pytestmark = pytest.mark.slow  # starts engines or programs
 
 ZERO3 = str(REPOSITORY / "ds_configs" / "zero3.json")
 MOVED = torch.arange(0, 40, 2)
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    tiny = make_tiny(tmp_path_factory.mktemp("tiny"))
+def tiny(tiny: Tiny) -> Tiny:
     make_bert(tiny.folder / "bert")
     return tiny
 

@@ -12,17 +12,10 @@ from gem_ds.evaluate import model, sampling
 from gem_ds.evaluate.decoding import Transformers
 from tests.evaluate.test_generation import scripted
 from tests.tiny_evaluation import DRAWN, draw, refusal
-from tests.tiny_model import make_tiny, one_rank
 from tests.tiny_tasks import make_bert
 
 PROMPTS = {f"task/{i}": f"Say {'so ' * (i % 4)}{i}" for i in range(7)}
 KEYS = [(task, number) for task in PROMPTS for number in range(3)]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    with one_rank():  # what a product rounds to depends on the number of threads
-        yield make_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 def sampled(tiny, output_dir, prompts=PROMPTS, num_samples=3, **options):

@@ -20,10 +20,7 @@ from tests.tiny import DS_CONFIGS
 from tests.tiny_evaluation import DRAWN, draw, save_delta
 from tests.tiny_model import make_tiny, one_rank
 
-pytestmark = [
-    pytest.mark.slow,  # starts engines or programs
-    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
-]
+pytestmark = pytest.mark.slow  # starts engines or programs
 
 #: Batches of 2, 2 (alone in their rounds, so that rank 1 is idle), 4, 4 and 4.
 PROMPTS = {f"task/{i}": f"Say {'so ' * (i % 4)}{i}" for i in range(6)} | {

@@ -28,10 +28,7 @@ from tests.tiny import make_model
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WORDS = {2: torch.int16, 4: torch.int32}
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated"),
-    pytest.mark.filterwarnings("ignore:Sparse invariant checks"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 
 
 def same_bits(found: Tensor, expected: Tensor) -> bool:

@@ -9,7 +9,6 @@ from gem_ds.models.adapters import add_adapter
 from tests.tiny import make_model
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # of peft's calls
 @pytest.mark.parametrize("method", ["lora", "shira"])
 def test_identical_runs_write_identical_configurations(tmp_path: Path, method: str) -> None:
     """The library keeps names in a set, whose order depends on the process."""

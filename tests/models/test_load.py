@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +20,25 @@ from gem_ds.models.load import load_weights, open_model, trainable_config
 from gem_ds.planning.main import read_setting
 from gem_ds.train.arguments import parse_arguments
 from tests.deltas import as_older, make_delta
-from tests.tiny_model import Tiny, make_tiny, one_rank
-
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft
+from tests.tiny_model import Tiny
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
+def tiny(tiny: Tiny) -> Tiny:
     """With an adapter in adapter/, in both/ beside the model, and in other/; and a delta."""
-    with one_rank():
-        tiny = make_tiny(tmp_path_factory.mktemp("tiny"))
-        model: Any = AutoModelForCausalLM.from_pretrained(tiny.model)
-        delta = make_delta(model, {"model.layers.0.self_attn.q_proj.weight": [1, 2]})
-        as_older(delta).save(tiny.folder / "delta.safetensors")
-        torch.manual_seed(3)
-        config = LoraConfig(task_type=TaskType.CAUSAL_LM, r=2, init_lora_weights=False)
-        config.target_modules = {"q_proj", "v_proj"}
-        get_peft_model(model, config).save_pretrained(tiny.folder / "adapter")
-        shutil.copytree(tiny.folder / "adapter", tiny.folder / "other")
-        shutil.copytree(tiny.model, tiny.folder / "both")
-        shutil.copytree(tiny.folder / "adapter", tiny.folder / "both", dirs_exist_ok=True)
-        yield tiny
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny.model)
+    delta = make_delta(model, {"model.layers.0.self_attn.q_proj.weight": [1, 2]})
+    as_older(delta).save(tiny.folder / "delta.safetensors")
+    torch.manual_seed(3)
+    config = LoraConfig(task_type=TaskType.CAUSAL_LM, r=2, init_lora_weights=False)
+    config.target_modules = {"q_proj", "v_proj"}
+    get_peft_model(model, config).save_pretrained(tiny.folder / "adapter")
+    shutil.copytree(tiny.folder / "adapter", tiny.folder / "other")
+    shutil.copytree(tiny.model, tiny.folder / "both")
+    shutil.copytree(tiny.folder / "adapter", tiny.folder / "both", dirs_exist_ok=True)
+    return tiny
 
 
 def logits(model: Any) -> torch.Tensor:

@@ -39,12 +39,7 @@ from tests.tiny import (
     random_examples,
 )
 
-pytestmark = [
-    pytest.mark.slow,  # starts engines or programs
-    pytest.mark.filterwarnings(  # of peft's calls
-        "ignore:`is_gradient_checkpointing`:FutureWarning"
-    ),
-]
+pytestmark = pytest.mark.slow  # starts engines or programs
 
 VOCABULARY = 40
 EXAMPLES = random_examples(5)

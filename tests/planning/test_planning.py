@@ -28,12 +28,7 @@ from tests.tiny import DS_CONFIGS, tiny_config
 from tests.tiny_evaluation import refusal
 from tests.tiny_model import REPOSITORY
 
-pytestmark = [
-    pytest.mark.slow,  # starts engines or programs
-    pytest.mark.filterwarnings(  # of peft's calls
-        "ignore:`is_gradient_checkpointing`:FutureWarning"
-    ),
-]
+pytestmark = pytest.mark.slow  # starts engines or programs
 
 CASES = yaml.safe_load(Path(__file__).with_name("planning.yaml").read_text(encoding="utf-8"))
 MODELS = {name: AutoConfig.for_model(**values) for name, values in CASES["models"].items()}

@@ -20,10 +20,7 @@ from gem_ds.models.targets import find_targets
 from gem_ds.sparse.frozen import give_back, keep_less
 from gem_ds.sparse.target_layers import TargetLayers
 
-pytestmark = [
-    pytest.mark.slow,  # imports DeepSpeed
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),  # peft's calls
-]
+pytestmark = pytest.mark.slow  # imports DeepSpeed
 
 TOKENS = 64
 LLAMA_8B = {

@@ -24,14 +24,9 @@ from tests.tiny import (
     naive_loss,
     random_examples,
 )
-from tests.tiny_model import Tiny, make_tiny, one_rank
+from tests.tiny_model import Tiny, one_rank
 
 DENSITY = "0.02"
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    return make_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 def _labelled(tokens: Tensor, prompt_length: int) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -29,13 +29,9 @@ from gem_ds.files.mask import Mask
 from gem_ds.train import main as train
 from gem_ds.train import run
 from tests.ranks import run_ranks
-from tests.tiny_model import REPOSITORY, Tiny, joined, make_tiny, one_rank, write_jsonl
+from tests.tiny_model import REPOSITORY, Tiny, joined, write_jsonl
 
-pytestmark = [
-    pytest.mark.slow,  # starts engines or programs
-    pytest.mark.filterwarnings("ignore:`torch.distributed:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
-]
+pytestmark = pytest.mark.slow  # starts engines or programs
 
 ZERO3 = ["--deepspeed", str(REPOSITORY / "ds_configs" / "zero3.json")]
 
@@ -128,9 +124,8 @@ class Workshop:
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
-    with one_rank():
-        yield Workshop(make_tiny(tmp_path_factory.mktemp("tiny")))
+def shop(tiny: Tiny) -> Workshop:
+    return Workshop(tiny)
 
 
 @pytest.fixture(scope="module")

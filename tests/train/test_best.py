@@ -19,7 +19,7 @@ from gem_ds.train.best import BestModel, refuse_unmeasured
 from gem_ds.train.config import TrainArguments
 from gem_ds.train.signals import stop_signals
 from tests.ranks import run_ranks
-from tests.tiny_model import REPOSITORY, Tiny, mains, make_tiny, one_rank
+from tests.tiny_model import REPOSITORY, Tiny, mains, one_rank
 from tests.tiny_tasks import NAMES, task_of
 
 
@@ -55,11 +55,6 @@ def test_a_best_model_needs_held_out_examples() -> None:
         refuse_unmeasured(flags, "rte", objective, 0)
     with pytest.raises(ValueError, match="needs held-out examples"):
         refuse_unmeasured(TrainArguments(load_best_model_at_end=True), "rte", objective, 0)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    return make_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 ZERO = REPOSITORY / "ds_configs"

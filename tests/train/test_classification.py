@@ -30,7 +30,7 @@ from gem_ds.train.arguments import parse_arguments
 from gem_ds.train.main import RunResult
 from gem_ds.train.prepare import PreparedRun, prepare
 from tests.ranks import run_ranks
-from tests.tiny_model import REPOSITORY, Tiny, joined, make_tiny, one_rank
+from tests.tiny_model import REPOSITORY, Tiny, joined, one_rank
 from tests.tiny_tasks import NAMES, make_bert, make_encoder, make_task, task_of
 
 pytestmark = pytest.mark.slow  # starts engines or programs
@@ -64,8 +64,7 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    tiny = make_tiny(tmp_path_factory.mktemp("tiny"))
+def tiny(tiny: Tiny) -> Tiny:
     make_bert(tiny.folder / "bert")
     make_bert(tiny.folder / "bert_without_pooler", has_pooler=False)
     for encoder in OTHER_ENCODERS:

@@ -18,14 +18,10 @@ from gem_ds.files.checkpoint import Checkpoint, find_checkpoint, load_delta
 from gem_ds.files.delta import Delta
 from gem_ds.train import main as train
 from tests.ranks import run_ranks
-from tests.tiny_model import REPOSITORY, Tiny, joined, make_tiny, one_rank
+from tests.tiny_model import REPOSITORY, Tiny, joined, one_rank
 from tests.tiny_tasks import make_bert, task_of
 
-pytestmark = [
-    pytest.mark.slow,  # starts engines or programs
-    pytest.mark.filterwarnings("ignore:`torch.distributed:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
-]
+pytestmark = pytest.mark.slow  # starts engines or programs
 
 NUM_STEPS = 4
 MODEL, BERT = "model", "bert"
@@ -113,8 +109,7 @@ def _full_disk(flags: list[str]) -> str:
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    tiny = make_tiny(tmp_path_factory.mktemp("tiny"))
+def tiny(tiny: Tiny) -> Tiny:
     make_bert(tiny.folder / BERT, dropout=0.1)
     make_bert(tiny.folder / SOBER)
     return tiny

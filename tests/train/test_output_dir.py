@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,16 +18,10 @@ from gem_ds.train.output_dir import (
     refuse_taken_checkpoints,
 )
 from gem_ds.train.prepare import PreparedRun, prepare
-from tests.tiny_model import Tiny, make_tiny, one_rank
+from tests.tiny_model import Tiny
 
 OLD = Path(__file__).parents[1] / "files_0_1" / "llama"
 LEFTOVERS = [f".{name}.0a1b2c3d.tmp" for name in (*RUN_FILES, "README.md", "report.html", MANIFEST)]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
-    with one_rank():
-        yield make_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

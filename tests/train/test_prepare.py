@@ -6,7 +6,6 @@ What is refused is in test_bad_input.py.
 import json
 import math
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,14 +21,7 @@ from gem_ds.models.encoders import auto_class, head_names
 from gem_ds.train import main as train
 from gem_ds.train.arguments import parse_arguments
 from gem_ds.train.prepare import PreparedRun, prepare
-from tests.tiny_model import Tiny, make_tiny, one_rank, write_jsonl
-
-
-#: What a killed run may leave of the files and folders that it was writing.
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
-    with one_rank():
-        yield make_tiny(tmp_path_factory.mktemp("tiny"))
+from tests.tiny_model import Tiny, write_jsonl
 
 
 @pytest.fixture(scope="module")

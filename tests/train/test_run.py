@@ -25,7 +25,7 @@ from gem_ds.train.sparse_tuning import SparseTuning
 from tests import oracle
 from tests.ranks import run_ranks
 from tests.tiny import Example, assert_selected_up_to_rounding, bits, naive_loss
-from tests.tiny_model import REPOSITORY, Tiny, mains, make_tiny, one_rank
+from tests.tiny_model import REPOSITORY, Tiny, mains
 
 pytestmark = pytest.mark.slow  # starts engines or programs
 
@@ -37,12 +37,6 @@ BATCH_SIZE = 4
 SEED = 42
 PEAK, WARMUP, CLIPPING = 0.02, 3, 0.5
 ADAM = {"betas": (0.8, 0.9), "eps": 1e-3, "weight_decay": 0.3}
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
-    with one_rank():
-        yield make_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 def _batches(examples: list[Example]) -> Iterator[list[Example]]:

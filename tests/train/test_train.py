@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -34,21 +33,11 @@ from gem_ds.train.reporting import TENSORBOARD_FOLDER, Reporter
 from tests import oracle
 from tests.ranks import CPU_ONLY, run_ranks
 from tests.tiny import bits, naive_loss
-from tests.tiny_model import REPOSITORY, Tiny, joined, make_tiny, one_rank
+from tests.tiny_model import REPOSITORY, Tiny, joined
 
-pytestmark = [
-    pytest.mark.slow,  # starts engines or programs
-    pytest.mark.filterwarnings("ignore:`torch.distributed:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
-]
+pytestmark = pytest.mark.slow  # starts engines or programs
 
 ZERO3 = REPOSITORY / "ds_configs" / "zero3.json"
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
-    with one_rank():
-        yield make_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

@@ -72,7 +72,6 @@ from tests.tiny_tasks import NUM_PAIRS, make_classifier, naive_pair_loss, random
 
 pytestmark = [
     pytest.mark.slow,  # starts engines or programs
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),  # peft's calls
     pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning"),
 ]
 

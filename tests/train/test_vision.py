@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,19 +13,9 @@ from gem_ds.files.delta import Delta
 from gem_ds.models.encoders import auto_class
 from gem_ds.train import main as train
 from tests.tiny import CONFIGS, naive_loss, tiny_config
-from tests.tiny_model import REPOSITORY, Tiny, make_tiny, one_rank
+from tests.tiny_model import REPOSITORY, Tiny
 
-pytestmark = [
-    pytest.mark.slow,  # starts engines or programs
-    pytest.mark.filterwarnings("ignore:`torch.distributed:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
-]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
-    with one_rank():
-        yield make_tiny(tmp_path_factory.mktemp("tiny"))
+pytestmark = pytest.mark.slow  # starts engines or programs
 
 
 @pytest.mark.parametrize(("kind", "zero"), [("gemma3", 0), ("qwen2_vl", 3), ("llava", 2)])

@@ -29,7 +29,6 @@ from tests.tiny import checkpointed, make_model
 from tests.tuner.test_tuner import RATE, WEIGHTS, batch, delta_of, logits, same, train, wrapped
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated"),
     pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted"),
     pytest.mark.filterwarnings("ignore:Already unmerged"),  # layers of the other adapter
 ]

@@ -36,7 +36,6 @@ from tests.tuner.test_tuner import ARCHITECTURES, WEIGHTS, batch, delta_of, logi
 
 #: peft asks transformers by names that it is going to drop.
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated"),
     pytest.mark.filterwarnings("ignore:.gradient_checkpointing_:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted"),
 ]

@@ -20,10 +20,7 @@ from tests.tuner.test_tuner import GemLayer, batch, logits, refused, train, valu
 
 pytest.importorskip("bitsandbytes")
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),  # of bitsandbytes, to torch
-]
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of bitsandbytes, to torch
 
 BF16 = torch.bfloat16
 

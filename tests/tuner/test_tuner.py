@@ -29,9 +29,6 @@ from tests.deltas import bits, bytes_of, make_delta
 from tests.oracle import DenseMaskedAdamW
 from tests.tiny import make_model
 
-#: peft asks transformers by a name that it is going to drop.
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
-
 ARCHITECTURES = ("llama", "gpt2", "opt")
 RATE = 0.05
 WEIGHTS = "adapter_model.safetensors"
