@@ -58,7 +58,7 @@ def _is_of(module: str, package: str) -> bool:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_run_downward(path: Path) -> None:
+def test_imports_run_downward(path):
     name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
     is_program = name == "__init__" or path.name == "__main__.py"
     own = "" if is_program else name
@@ -70,7 +70,7 @@ def test_imports_run_downward(path: Path) -> None:
             assert LEVEL[other] < LEVEL[own], f"{module} is above or beside {own}"
 
 
-def test_every_package_has_a_place() -> None:
+def test_every_package_has_a_place():
     found = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in FILES}
     assert found - {"__init__"} <= LEVEL.keys()
 
@@ -95,6 +95,6 @@ else:
 """
 
 
-def test_the_package_loads_nothing_until_it_is_used() -> None:
+def test_the_package_loads_nothing_until_it_is_used():
     found = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr

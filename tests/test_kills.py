@@ -1,7 +1,6 @@
 """The short form of `tests.kills`: one run of each program, by the signal that it bears least."""
 
 import random
-from pathlib import Path
 
 import pytest
 
@@ -12,9 +11,7 @@ from tests.tiny_model import one_rank
 pytestmark = pytest.mark.slow  # starts engines or programs
 
 
-def test_killed_programs_come_to_the_undisturbed_result(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_programs_come_to_the_undisturbed_result(tmp_path, monkeypatch):
     seed = random.randrange(2**32)
     print(f"The moments are those of seed {seed}")
     on_two_ranks = next(case for case in CASES if (case.world_size, case.stage) == (2, 3))

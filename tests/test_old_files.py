@@ -72,9 +72,7 @@ def _digest(model: Any, names: Iterable[str]) -> str:
         ("encoder", "bert", AutoModelForSequenceClassification),
     ],
 )
-def test_a_delta_gives_the_weights_that_were_trained_then(
-    name: str, base_name: str, kind: Any
-) -> None:
+def test_a_delta_gives_the_weights_that_were_trained_then(name, base_name, kind):
     """Read without gem_ds, the same values stand at the same places; reverting gives the base."""
     stored = load_file(FILES / name / "delta.safetensors")
     model = kind.from_pretrained(INPUTS / base_name)
@@ -93,7 +91,7 @@ def test_a_delta_gives_the_weights_that_were_trained_then(
     assert all(torch.equal(found[parameter], base[parameter]) for parameter in base)
 
 
-def test_an_encoder_is_exported_with_its_head(tmp_path: Path) -> None:
+def test_an_encoder_is_exported_with_its_head(tmp_path):
     delta = FILES / "encoder" / "delta.safetensors"
     folder = tmp_path / "exported"
     flags = f"--model_name_or_path {INPUTS}/bert --delta {delta} --output_dir {folder}"
@@ -109,7 +107,7 @@ def train_llama(flags: str) -> None:
     train.main(f"{LLAMA.replace('inputs', str(INPUTS))} {flags}".split())
 
 
-def test_a_mask_is_taken_up(tmp_path: Path) -> None:
+def test_a_mask_is_taken_up(tmp_path):
     """launch/train.py finds the base values that the mask was made for, and trains its entries."""
     mask = FILES / "llama" / "mask.safetensors"
     train_llama(f"--mask {mask} --max_steps 1 --output_dir {tmp_path}")
@@ -121,7 +119,7 @@ def test_a_mask_is_taken_up(tmp_path: Path) -> None:
     assert all(torch.equal(new.indices[name], old.indices[name]) for name in old.weights)
 
 
-def test_a_checkpoint_is_resumed(tmp_path: Path) -> None:
+def test_a_checkpoint_is_resumed(tmp_path):
     """And ends where the run that wrote it did, whatever the processor rounds to."""
     shutil.copytree(FILES / "llama" / "checkpoint-3", tmp_path / "checkpoint-3")
     train_llama(f"--max_steps 6 --output_dir {tmp_path} --resume_from_checkpoint last")
@@ -148,11 +146,11 @@ def assert_judged_as_then(task: str, name: str, folder: Path, flags: str, field:
     assert len({row[field] for row in old}) == 2
 
 
-def test_sampled_answers_are_judged_as_then(tmp_path: Path) -> None:
+def test_sampled_answers_are_judged_as_then(tmp_path):
     assert_judged_as_then("gsm8k", "gsm8k", tmp_path, f"--data_dir {INPUTS}/sums", "numeric")
 
 
 @pytest.mark.usefixtures("sandbox")
-def test_sampled_programs_are_judged_as_then(tmp_path: Path) -> None:
+def test_sampled_programs_are_judged_as_then(tmp_path):
     flags = f"--data_dir {FILES}/programs --prompt_template {{header}} --k 1 2"
     assert_judged_as_then("mbpp", "programs", tmp_path, flags, "status")

@@ -11,7 +11,7 @@ STEPS = 6
 SETTINGS: dict[str, Any] = {"betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
 
 
-def test_masked_adamw_is_torch_adamw_on_the_masked_entries() -> None:
+def test_masked_adamw_is_torch_adamw_on_the_masked_entries():
     generator = torch.Generator().manual_seed(0)
     shapes = {"a": (5, 7), "b": (4, 3)}
     weights = {n: torch.randn(s, generator=generator) for n, s in shapes.items()}
@@ -39,7 +39,7 @@ def test_masked_adamw_is_torch_adamw_on_the_masked_entries() -> None:
         assert torch.equal(weight[~masks[name]], before[name][~masks[name]])
 
 
-def test_summed_gradients_are_those_of_the_summed_loss() -> None:
+def test_summed_gradients_are_those_of_the_summed_loss():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
     model[0].weight.requires_grad_(False)
@@ -58,6 +58,6 @@ def test_summed_gradients_are_those_of_the_summed_loss() -> None:
         assert model.get_parameter(name).dtype == gradient.dtype == torch.float32
 
 
-def test_masks_prefer_the_lowest_index_among_equals() -> None:
+def test_masks_prefer_the_lowest_index_among_equals():
     r = torch.tensor([[1.0, 3.0, 2.0], [2.0, 0.0, 2.0]])
     assert oracle.mask(r, 3).tolist() == [[False, True, True], [True, False, False]]

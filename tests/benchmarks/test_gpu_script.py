@@ -26,9 +26,7 @@ def _stand_in(folder: Path, failing: str) -> Path:
     return path
 
 
-def test_a_section_that_fails_leaves_the_others_and_all_flags_exist(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_section_that_fails_leaves_the_others_and_all_flags_exist(tmp_path, monkeypatch):
     found = subprocess.run(
         [*SCRIPT, str(tmp_path / "out")],
         cwd=REPOSITORY,
@@ -54,7 +52,7 @@ def test_a_section_that_fails_leaves_the_others_and_all_flags_exist(
 
 
 @pytest.mark.slow
-def test_a_dry_run(tmp_path: Path) -> None:
+def test_a_dry_run(tmp_path):
     """Of a section of each program, in tiny sizes; but for the trainer, which others start so."""
     wanted = ["kernels", "zero3", "calibration"]
     found = subprocess.run(

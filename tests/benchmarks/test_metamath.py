@@ -1,13 +1,12 @@
 """The data of PEFT's comparison, made from folders: what is kept, and how it is asked."""
 
 import json
-from pathlib import Path
 
 from benchmarks import metamath
 from gem_ds.data.tasks import load_task
 
 
-def test_short_examples_are_asked_to_think_step_by_step(tmp_path: Path) -> None:
+def test_short_examples_are_asked_to_think_step_by_step(tmp_path):
     rows = [("2 + 2?", "4\nThe answer is: 4"), ("x" * 700, "y" * 599), ("x" * 700, "y" * 600)]
     (tmp_path / "metamath").mkdir()
     lines = [json.dumps({"query": query, "response": response}) for query, response in rows]

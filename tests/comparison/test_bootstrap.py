@@ -49,9 +49,7 @@ def difference(first: Any, second: Any, metric: str = "accuracy") -> Interval:
     ("name", "low", "high"), [("matthews_correlation", 0, 3), ("f1a", 0, 1), ("pearson", -5, 5)]
 )
 @given(data=st.data())
-def test_a_weighted_metric_is_that_of_the_repeated_examples(
-    name: str, low: int, high: int, data: st.DataObject
-) -> None:
+def test_a_weighted_metric_is_that_of_the_repeated_examples(name, low, high, data):
     values = st.integers(low, high)
     triples = st.lists(st.tuples(values, values, st.integers(0, 3)), min_size=2, max_size=20)
     drawn = data.draw(triples.filter(lambda rows: any(count for *_, count in rows)))
@@ -65,7 +63,7 @@ def test_a_weighted_metric_is_that_of_the_repeated_examples(
         assert value == pytest.approx(expected, abs=1e-9)
 
 
-def test_every_main_metric_is_known_or_the_share_of_right_answers() -> None:
+def test_every_main_metric_is_known_or_the_share_of_right_answers():
     # Under another name a correlation would silently be compared as the share of right answers.
     assert METRICS.keys() == ORACLES.keys() - {"accuracy", "f1"}
     run = predictions_of([1, 0, 0.5])
@@ -74,9 +72,7 @@ def test_every_main_metric_is_known_or_the_share_of_right_answers() -> None:
         metric_on(predictions_of([1, np.nan]), "exact_match", np.ones((1, 2)))
 
 
-def test_resamples_draw_as_many_seeds_and_examples_as_there_are(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_resamples_draw_as_many_seeds_and_examples_as_there_are(monkeypatch):
     def drawn() -> list[np.ndarray]:
         return [np.concatenate(part) for part in zip(*resamples(3, 50, 400), strict=True)]
 
@@ -90,14 +86,14 @@ def test_resamples_draw_as_many_seeds_and_examples_as_there_are(
         assert np.array_equal(counts, again)  # memory changes nothing
 
 
-def test_identical_methods_do_not_differ() -> None:
+def test_identical_methods_do_not_differ():
     runs = [predictions_of(np.random.default_rng(s).random(80) < 0.6) for s in range(3)]
     found = difference(runs, runs)
     assert (found.value, found.low, found.high) == (0, 0, 0)
     assert not found.is_real
 
 
-def test_a_large_gap_is_real_and_a_small_one_or_that_of_one_seed_is_not() -> None:
+def test_a_large_gap_is_real_and_a_small_one_or_that_of_one_seed_is_not():
     first = np.arange(200) < 100
     alike = first.copy()
     alike[[0, 100, 101]] = [False, True, True]  # one right answer more, of two that differ
@@ -110,7 +106,7 @@ def test_a_large_gap_is_real_and_a_small_one_or_that_of_one_seed_is_not() -> Non
 
 
 @pytest.mark.parametrize("num_seeds", [1, 3])
-def test_the_interval_is_that_of_a_direct_simulation(num_seeds: int) -> None:
+def test_the_interval_is_that_of_a_direct_simulation(num_seeds):
     # Right answers by [seed, example]; what a seed does to both methods alike must cancel out.
     rng = np.random.default_rng(5)
     luck = np.array([-0.15, 0.0, 0.15])[:num_seeds, None]

@@ -82,8 +82,8 @@ def setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setting:
 
 
 def test_the_rate_is_chosen_on_the_development_split_alone_and_a_later_start_runs_what_is_missing(
-    setting: Setting,
-) -> None:
+    setting,
+):
     # The stand-in's test scores are better at every other rate: looking there would choose those.
     mask = mask_of([f"encoder.layer.{i}.attention.self.{m}.weight" for i in (0, 1) for m in "qv"])
     mask.save(setting.folder / "mask.safetensors")
@@ -125,7 +125,7 @@ def test_the_rate_is_chosen_on_the_development_split_alone_and_a_later_start_run
     assert setting.calls() == []
 
 
-def test_tables_hold_the_means_by_hand(setting: Setting) -> None:
+def test_tables_hold_the_means_by_hand(setting):
     setting.content["methods"]["random"] = {"learning_rates": ["1e-2"]}
     setting.content["tasks"]["cola"] = {"flags": {"metric": "accuracy"}}
     setting.content |= {"num_parallel": 2, "devices": ["3", "5"]}
@@ -154,9 +154,7 @@ def test_tables_hold_the_means_by_hand(setting: Setting) -> None:
     assert {log[2] for log in logs} == {"3", "5"}
 
 
-def test_a_failed_run_is_reported_and_the_others_go_on(
-    setting: Setting, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_failed_run_is_reported_and_the_others_go_on(setting, capsys):
     setting.common["fail"] = "gem 0.01 43 test"
     assert setting.run() == 1
     assert len(setting.calls()) == 12
@@ -168,7 +166,7 @@ def test_a_failed_run_is_reported_and_the_others_go_on(
     assert setting.calls() == ["rte gem 0.01 43 test"]  # once more, and no other
 
 
-def test_a_method_or_a_rate_that_fails_says_so(setting: Setting) -> None:
+def test_a_method_or_a_rate_that_fails_says_so(setting):
     setting.content["seeds"] = [42]
     setting.content["methods"]["random"] = {"learning_rates": ["1e-2"]}
     setting.common["fail"] = "random 0.01 42 test"
@@ -189,7 +187,7 @@ def test_a_method_or_a_rate_that_fails_says_so(setting: Setting) -> None:
     assert " None (no whole results)" in setting.text("lossless")
 
 
-def test_a_folder_of_something_else_is_left_alone(setting: Setting) -> None:
+def test_a_folder_of_something_else_is_left_alone(setting):
     folder = setting.out / "rte/gem/dev/lr1e-03_seed42"
     folder.mkdir(parents=True)
     (folder / "thesis.tex").write_text("years of work")
@@ -197,7 +195,7 @@ def test_a_folder_of_something_else_is_left_alone(setting: Setting) -> None:
     assert (folder / "thesis.tex").exists()
 
 
-def test_flags_replace_what_the_file_says(setting: Setting) -> None:
+def test_flags_replace_what_the_file_says(setting):
     setting.content["tasks"] = {
         "rte": {"data_dir": "rte"},
         "wic": {"data_dir": "nowhere"},  # not asked for, so not missed
@@ -224,9 +222,7 @@ def test_flags_replace_what_the_file_says(setting: Setting) -> None:
     assert setting.calls() == []
 
 
-def test_generated_answers_are_chosen_by_their_loss_and_scored_by_the_second_command(
-    setting: Setting,
-) -> None:
+def test_generated_answers_are_chosen_by_their_loss_and_scored_by_the_second_command(setting):
     program = setting.folder / "fake_eval.py"
     program.write_text(FAKE_EVAL)
     words = "{model} {weights} '{header}' {output_dir}/eval"  # {header} is not ours to fill
@@ -274,9 +270,7 @@ def hang(setting: Setting) -> Path:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_ends_the_children_and_the_next_start_runs_what_is_missing(
-    setting: Setting, hang: Path, number: signal.Signals
-) -> None:
+def test_a_stop_ends_the_children_and_the_next_start_runs_what_is_missing(setting, hang, number):
     def stop() -> None:
         wait_for(hang)
         os.kill(os.getpid(), number)
@@ -302,7 +296,7 @@ def test_a_stop_ends_the_children_and_the_next_start_runs_what_is_missing(
         assert (folder / name).read_text() == "mine", "what is no run's stays"
 
 
-def test_a_child_that_outlives_a_killed_comparison_is_noticed(setting: Setting, hang: Path) -> None:
+def test_a_child_that_outlives_a_killed_comparison_is_noticed(setting, hang):
     # Two programs writing into one folder would mix their results.
     command = [sys.executable, "launch/compare.py", *setting.flags]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
@@ -321,7 +315,7 @@ def test_a_child_that_outlives_a_killed_comparison_is_noticed(setting: Setting, 
     assert len(setting.calls()) == 5
 
 
-def test_the_real_programs_fill_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_real_programs_fill_the_table(tmp_path, monkeypatch):
     """On the embedded model."""
     monkeypatch.chdir(REPOSITORY)
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))

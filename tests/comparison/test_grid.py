@@ -42,11 +42,11 @@ def changed(path: str, value: object) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("path", "value", "sentence"), GRID["mistakes"])
-def test_a_mistake_is_one_sentence(path: str, value: object, sentence: str) -> None:
+def test_a_mistake_is_one_sentence(path, value, sentence):
     assert sentence in refusal(parse_comparison, {"num_parallel": 3} | changed(path, value))
 
 
-def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+def test_files_that_cannot_be_read_are_named(tmp_path):
     path = tmp_path / "bad.yaml"
     assert "cannot be read: No such file" in refusal(read_comparison, path)
     path.write_text("seeds: [")
@@ -57,7 +57,7 @@ def cell_of(task: str, method: str, split: Literal["dev", "test"] = "test") -> C
     return Cell(task=task, method=method, learning_rate=2e-4, seed=42, split=split)
 
 
-def test_commands_are_what_the_file_says() -> None:
+def test_commands_are_what_the_file_says():
     comparison = parse_comparison(GRID["comparison"])
     cell = cell_of("rte", "lora")
     assert " ".join(training_command(comparison, cell)) == (
@@ -74,7 +74,7 @@ def test_commands_are_what_the_file_says() -> None:
     )
 
 
-def test_a_task_may_hold_out_fewer_examples_and_a_method_leave_a_flag_out() -> None:
+def test_a_task_may_hold_out_fewer_examples_and_a_method_leave_a_flag_out():
     content = changed("tasks.rte.dev_examples", 50)
     content["methods"]["lora"]["flags"] = {"target_modules": None}
     comparison = parse_comparison(content)
@@ -84,7 +84,7 @@ def test_a_task_may_hold_out_fewer_examples_and_a_method_leave_a_flag_out() -> N
         assert ("--target_modules" in words) == (method == "gem")
 
 
-def test_a_method_and_a_task_may_stand_under_names_of_their_own() -> None:
+def test_a_method_and_a_task_may_stand_under_names_of_their_own():
     content = changed("methods.low_rank", {"method": "lora", "flags": {"lora_r": 3}})
     content["tasks"]["maths"] = {"task": "gsm8k"} | content["tasks"]["gsm8k"]
     comparison, cell = parse_comparison(content), cell_of("maths", "low_rank")
@@ -96,7 +96,7 @@ def test_a_method_and_a_task_may_stand_under_names_of_their_own() -> None:
     assert len({cell.method for cell in search_cells(comparison)}) == 2  # lora has one rate
 
 
-def test_cells_of_the_search_have_the_first_seed_and_the_development_split() -> None:
+def test_cells_of_the_search_have_the_first_seed_and_the_development_split():
     comparison = parse_comparison(GRID["comparison"])
     search = search_cells(comparison)
     assert {(c.seed, c.split, c.method) for c in search} == {(42, "dev", "gem")}  # lora: one rate
@@ -108,7 +108,7 @@ def test_cells_of_the_search_have_the_first_seed_and_the_development_split() -> 
 
 
 @given(st.floats(1e-12, 1e6), st.floats(1e-12, 1e6))
-def test_a_rate_is_its_text_and_no_two_share_a_folder(first: float, second: float) -> None:
+def test_a_rate_is_its_text_and_no_two_share_a_folder(first, second):
     assert float(rate_text(first)) == first
     assert (rate_text(first) == rate_text(second)) == (first == second)
     texts = {0.01: "1e-02", 1.5e-3: "1.5e-03", 3.0: "3e+00", 20.0: "2e+01"}
@@ -119,8 +119,8 @@ def test_a_rate_is_its_text_and_no_two_share_a_folder(first: float, second: floa
     ("launcher", "option"), [("python", "-m"), ("deepspeed --num_gpus 8", "--module")]
 )
 def test_outside_of_a_checkout_the_module_runs_and_goes_on_with_what_was_begun(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launcher: str, option: str
-) -> None:
+    tmp_path, monkeypatch, launcher, option
+):
     own = {"output_dir": str(tmp_path / "out"), "launcher": launcher.split()}
     content = GRID["comparison"] | own
     comparison, cell = parse_comparison(content), cell_of("rte", "lora")
@@ -139,7 +139,7 @@ def test_outside_of_a_checkout_the_module_runs_and_goes_on_with_what_was_begun(
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xff", b"{", b"[]", b"{}"])
-def test_a_damaged_command_file_is_refused_in_one_sentence(tmp_path: Path, content: bytes) -> None:
+def test_a_damaged_command_file_is_refused_in_one_sentence(tmp_path, content):
     comparison = parse_comparison(GRID["comparison"] | {"output_dir": str(tmp_path / "out")})
     folder = folder_of(comparison, cell_of("rte", "lora"))
     folder.mkdir(parents=True)

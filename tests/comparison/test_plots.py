@@ -72,14 +72,14 @@ def assert_tidy(figure: Figure) -> None:
 
 
 @pytest.mark.parametrize("num_tasks", [1, 8])
-def test_all_methods_on_several_tasks_are_readable(num_tasks: int) -> None:
+def test_all_methods_on_several_tasks_are_readable(num_tasks):
     comparison, table, cells = comparison_of(num_tasks)
     assert_tidy(score_figure(table))
     assert_tidy(rate_figure(comparison, table, cells))
 
 
 @pytest.mark.parametrize("losses", [(0.007, 0.06, 2.1), (0.68, 0.69, 0.7), (0.007, 1.0, 1e6)])
-def test_losses_are_told_apart_beside_one_that_is_far_off(losses: tuple[float, ...]) -> None:
+def test_losses_are_told_apart_beside_one_that_is_far_off(losses):
     comparison, table, _ = comparison_of(1)
     rates = comparison.methods["gem"].learning_rates
     tried = pd.DataFrame({"learning_rate": rates, "aim": losses, "score": losses})
@@ -95,7 +95,7 @@ def test_losses_are_told_apart_beside_one_that_is_far_off(losses: tuple[float, .
 
 
 @pytest.mark.parametrize(("num_layers", "num_methods"), [(1, 1), (48, 7)])
-def test_budgets_of_small_and_large_models_are_readable(num_layers: int, num_methods: int) -> None:
+def test_budgets_of_small_and_large_models_are_readable(num_layers, num_methods):
     modules = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
     names = [f"model.layers.{i}.{m}.weight" for i in range(num_layers) for m in modules]
     figure = budget_figure("rte", {m: mask_of(names) for m in list(METHODS)[:num_methods]})
@@ -107,7 +107,7 @@ def test_budgets_of_small_and_large_models_are_readable(num_layers: int, num_met
     assert image[0, 0] == pytest.approx(100 / sum(range(1, len(names) + 1)))
 
 
-def test_every_method_has_a_look_of_its_own() -> None:
+def test_every_method_has_a_look_of_its_own():
     assert STYLES.keys() >= set(METHODS)
     rows = [STYLES[name] for name in ("gem_sam", "gem_wide", "gem_sam")]
     assert rows[0] == rows[2] != rows[1]
@@ -116,7 +116,7 @@ def test_every_method_has_a_look_of_its_own() -> None:
 
 
 @given(st.lists(st.sampled_from([10, 1_000, 1_001, 50_000, 10**9]), min_size=1, max_size=12))
-def test_methods_of_equal_budget_stand_side_by_side(counts: list[float]) -> None:
+def test_methods_of_equal_budget_stand_side_by_side(counts):
     places = side_by_side(counts)
     assert len(set(places)) == len(places)
     for place, count in zip(places, counts, strict=True):
@@ -124,7 +124,7 @@ def test_methods_of_equal_budget_stand_side_by_side(counts: list[float]) -> None
         assert counts.count(count) > 1 or count in (1_000, 1_001) or place == count
 
 
-def test_weights_are_placed_by_their_names() -> None:
+def test_weights_are_placed_by_their_names():
     names = {
         "bert.encoder.layer.3.attention.self.query.weight": (3, "attention.self.query"),
         "model.decoder.layers.11.fc1.weight": (11, "fc1"),

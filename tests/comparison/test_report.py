@@ -78,7 +78,7 @@ def report(comparison: Comparison, cells: Iterable[Cell]) -> Any:
     return SimpleNamespace(text=text, table=table, cells=frame, findings=findings)
 
 
-def test_a_metric_is_written_in_its_unit() -> None:
+def test_a_metric_is_written_in_its_unit():
     assert Unit("accuracy").write_spread(*mean_and_std([0.5, 0.52])) == "51.0 ± 1.4"
     assert Unit("accuracy").label == "accuracy (%)"
     assert Unit("matthews_correlation").write_spread(*mean_and_std([0.5])) == "0.500"
@@ -89,9 +89,7 @@ def test_a_metric_is_written_in_its_unit() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), max_size=6))
-def test_the_best_rate_has_the_best_aim_then_the_least_loss_and_is_the_smallest(
-    found: list[tuple[int, int]],
-) -> None:
+def test_the_best_rate_has_the_best_aim_then_the_least_loss_and_is_the_smallest(found):
     for name, sign in (("accuracy", -1), ("eval_loss", 1)):
         records = [(name, aim, loss, 10.0**k) for k, (aim, loss) in enumerate(found)]
         tried = pd.DataFrame(records, columns=["aim_name", "aim", "loss", "learning_rate"])
@@ -99,7 +97,7 @@ def test_the_best_rate_has_the_best_aim_then_the_least_loss_and_is_the_smallest(
         assert best_rate(tried) == (order[0][-1] if order else None)
 
 
-def test_an_edge_is_the_end_of_a_grid_of_several_rates() -> None:
+def test_an_edge_is_the_end_of_a_grid_of_several_rates():
     for rates, edges in (((1.0, 2.0, 3.0), {1.0, 3.0}), ((1.0,), set())):
         methods = {"gem": Method(learning_rates=rates)}
         comparison = replace(comparison_in(Path("out")), methods=methods)
@@ -109,7 +107,7 @@ def test_an_edge_is_the_end_of_a_grid_of_several_rates() -> None:
             assert table.is_at_edge[0] == (rate in edges)
 
 
-def test_an_average_is_over_tasks_within_each_seed(tmp_path: Path) -> None:
+def test_an_average_is_over_tasks_within_each_seed(tmp_path):
     comparison = comparison_in(tmp_path, a=Task(), b=Task())
     scores = {"gem": {"a": (0.2, 0.4), "b": (0.4, 0.8)}, "full": {"a": (0.5,), "b": (0.5, 0.5)}}
     cells = [cell_of(t, m, s) for m in scores for t in "ab" for s in (1, 2)]
@@ -127,7 +125,7 @@ def test_an_average_is_over_tasks_within_each_seed(tmp_path: Path) -> None:
     assert math.isnan(mean_and_std([1.0])[1])
 
 
-def test_differences_are_computed_or_it_says_why_not(tmp_path: Path) -> None:
+def test_differences_are_computed_or_it_says_why_not(tmp_path):
     comparison = comparison_in(tmp_path)
     cells = [cell_of("a", method, 1) for method in ("full", "gem")]
 
@@ -155,7 +153,7 @@ def test_differences_are_computed_or_it_says_why_not(tmp_path: Path) -> None:
     assert "Difference from" not in report(comparison, cells[:1]).text
 
 
-def test_losses_stand_beside_scores_where_rates_are_chosen_by_them(tmp_path: Path) -> None:
+def test_losses_stand_beside_scores_where_rates_are_chosen_by_them(tmp_path):
     comparison = comparison_in(tmp_path, choose_by="loss")
     losses = {"full": (0.5, 0.7), "gem": (0.6, 0.9)}
     for method, own in losses.items():
@@ -189,7 +187,7 @@ def test_losses_stand_beside_scores_where_rates_are_chosen_by_them(tmp_path: Pat
         assert text in made.text
 
 
-def test_results_that_lack_something_are_not_whole(tmp_path: Path) -> None:
+def test_results_that_lack_something_are_not_whole(tmp_path):
     comparison, cell = comparison_in(tmp_path), cell_of("a", "gem", 1)
     path = save_run(comparison, cell, "accuracy", 0.5) / "all_results.json"
     whole = json.loads(path.read_text())
@@ -213,7 +211,7 @@ def test_results_that_lack_something_are_not_whole(tmp_path: Path) -> None:
     assert "has neither eval_metrics nor last_eval_loss" in refusal(read_result, comparison, cell)
 
 
-def test_verdicts_are_averaged_over_the_samples_of_a_problem(tmp_path: Path) -> None:
+def test_verdicts_are_averaged_over_the_samples_of_a_problem(tmp_path):
     evaluation = Evaluation(command=("x",), score="a.b-c.d", correct="ok")
     comparison = comparison_in(tmp_path, a=Task(evaluate=evaluation))
     cell = cell_of("a", "gem", 1)

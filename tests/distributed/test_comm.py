@@ -2,7 +2,6 @@
 
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -123,7 +122,7 @@ def _free_memory(comm: Comm) -> None:
     assert 0 < 3 * free_bytes(comm) < 2**50
 
 
-def test_what_torch_holds_in_reserve_on_a_gpu_is_free() -> None:
+def test_what_torch_holds_in_reserve_on_a_gpu_is_free():
     comm: Any = SimpleNamespace(device=torch.device("cuda"), largest=lambda value: value)
     numbers = {"mem_get_info": (700, 1000), "memory_reserved": 250, "memory_allocated": 200}
     found = {name: mock.Mock(return_value=value) for name, value in numbers.items()}
@@ -131,11 +130,11 @@ def test_what_torch_holds_in_reserve_on_a_gpu_is_free() -> None:
         assert free_bytes(comm) == 750
 
 
-def test_three_ranks() -> None:
+def test_three_ranks():
     run_ranks(len(RANKS), _speak)
 
 
-def test_one_rank_talks_to_nobody() -> None:
+def test_one_rank_talks_to_nobody():
     comm = Comm(torch.device("cpu"))
     assert (comm.rank, comm.world_size, comm.is_main) == (0, 1, True)
     tensor = torch.tensor([1, 2, 3])
@@ -168,16 +167,14 @@ def _fails_before_a_collective() -> None:
         ("did not return within 1", 1, time.sleep, (60,)),
     ],
 )
-def test_ranks_that_fail_are_reported_and_ended(
-    message: str, timeout: float, function: Callable[..., Any], args: Any
-) -> None:
+def test_ranks_that_fail_are_reported_and_ended(message, timeout, function, args):
     start = time.monotonic()
     with pytest.raises(RankError, match=f"(?s){message}"):
         run_ranks(2, function, *args, timeout=timeout)
     assert time.monotonic() - start < 15
 
 
-def test_a_containers_limit_is_what_is_left_of_the_host(tmp_path: Path) -> None:
+def test_a_containers_limit_is_what_is_left_of_the_host(tmp_path):
     """Also that of the group around its own; a group without one has the word max, or no file."""
     for group, limit, taken in (("", None, 0), ("a", "1000", 300), ("a/b", "max", 100)):
         folder = tmp_path / group

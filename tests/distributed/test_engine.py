@@ -351,7 +351,7 @@ def _conform(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("world_size", SETTINGS_BY_WORLD_SIZE)
-def test_conformance(world_size: int, tmp_path: Path) -> None:
+def test_conformance(world_size, tmp_path):
     torch.manual_seed(1)
     LlamaForCausalLM(tiny_config("odd")).save_pretrained(tmp_path)
     run_ranks(world_size, _conform, tmp_path, timeout=300)
@@ -371,7 +371,7 @@ def _errors_of_sums() -> list[float]:
     return errors
 
 
-def test_sums_of_bf16_gradients_round_once() -> None:
+def test_sums_of_bf16_gradients_round_once():
     """Added in bf16, four ranks would round three times, and a thousand lose what is smaller."""
     rounding = 2.0**-8
     for errors in run_ranks(4, _errors_of_sums):
@@ -380,7 +380,7 @@ def test_sums_of_bf16_gradients_round_once() -> None:
 
 
 @pytest.mark.parametrize(("scale", "is_dynamic"), [(2.0, True), (1.0, True), (2.0, False)])
-def test_a_loss_scale_is_lowered_where_it_can_be(scale: float, is_dynamic: bool) -> None:
+def test_a_loss_scale_is_lowered_where_it_can_be(scale, is_dynamic):
     from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler  # noqa: TID251
 
     limits = {"scale_window": 1, "min_scale": 1, "delayed_shift": 1, "init_scale": scale}

@@ -210,9 +210,7 @@ def accounts(found: list[Any]) -> Accounts:
     return [accounts for accounts, _ in found]
 
 
-def test_blocks_are_gathered_once_for_each_pass_and_the_ends_of_the_model_once(
-    accounts: Accounts,
-) -> None:
+def test_blocks_are_gathered_once_for_each_pass_and_the_ends_of_the_model_once(accounts):
     """Embedding and output layer for the forward pass only; in a fifth of the messages."""
     num_entries = sum(p.numel() for p in _model().parameters())
     for account in accounts:
@@ -228,7 +226,7 @@ def test_blocks_are_gathered_once_for_each_pass_and_the_ends_of_the_model_once(
 
 
 @pytest.mark.parametrize("kind", ["encoder", "output layer"])
-def test_without_a_forward_pass_before_blocks_are_let_go_too(found: list[Any], kind: str) -> None:
+def test_without_a_forward_pass_before_blocks_are_let_go_too(found, kind):
     """Two stand gathered, beside the ends of the model; embeddings are gathered once."""
     for _, by_kind in found:
         one = by_kind[kind]
@@ -237,7 +235,7 @@ def test_without_a_forward_pass_before_blocks_are_let_go_too(found: list[Any], k
         assert one.most_held <= 2 * one.block + one.ends
 
 
-def test_how_weights_are_gathered_changes_nothing_else(accounts: Accounts) -> None:
+def test_how_weights_are_gathered_changes_nothing_else(accounts):
     for account in accounts:
         single, whole, plain = account[False, True], account[True, True], account[True, False]
         for name, gradient in single.gradients.items():
@@ -253,7 +251,7 @@ def test_how_weights_are_gathered_changes_nothing_else(accounts: Accounts) -> No
 
 
 @pytest.mark.parametrize("kind", [False, True, *UNPRECEDED])
-def test_the_planner_foretells_them(found: list[Any], kind: bool | str) -> None:
+def test_the_planner_foretells_them(found, kind):
     """Of a Llama, recomputed or not; of what no forward pass goes before."""
     accounts, by_kind = found[0]
     make, target_modules = (_model, None) if isinstance(kind, bool) else UNPRECEDED[kind]
@@ -276,7 +274,7 @@ def test_the_planner_foretells_them(found: list[Any], kind: bool | str) -> None:
     assert told.num_gathers == pytest.approx(counted.messages, abs=2)
 
 
-def test_blocks_are_those_that_checkpointing_recomputes() -> None:
+def test_blocks_are_those_that_checkpointing_recomputes():
     model = _model()
     size = sum(p.numel() for p in model.model.layers[0].parameters())
     assert block_sizes(model) == {"LlamaDecoderLayer": size}

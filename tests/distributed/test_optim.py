@@ -18,7 +18,7 @@ HYPERPARAMETERS = st.fixed_dictionaries(
 
 @settings(max_examples=40, deadline=None)
 @given(HYPERPARAMETERS, st.integers(1, 50), st.integers(0, 2**32))
-def test_twenty_steps_are_those_of_torch(hyper: dict, size: int, seed: int) -> None:
+def test_twenty_steps_are_those_of_torch(hyper, size, seed):
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(size, generator=generator)
     ours = start.clone().requires_grad_()
@@ -38,7 +38,7 @@ def test_twenty_steps_are_those_of_torch(hyper: dict, size: int, seed: int) -> N
         assert ((state[key] - expected[key]).abs() <= 2e-6 * expected[key].abs().max()).all()
 
 
-def test_state_is_two_fp32_numbers_for_each_entry_and_a_count_and_can_be_reset() -> None:
+def test_state_is_two_fp32_numbers_for_each_entry_and_a_count_and_can_be_reset():
     """Of parameters that have a gradient; the others stay as they are, without a state."""
     still, weight = torch.ones(2, requires_grad=True), torch.ones(1001, requires_grad=True)
     optimizer = SparseAdamW([still, weight], lr=0.1, weight_decay=0.5)

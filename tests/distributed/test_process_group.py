@@ -3,7 +3,6 @@
 import os
 import threading
 import time
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -32,7 +31,7 @@ def _without_a_launcher() -> list[tuple[int, int, int]]:
     return seen
 
 
-def test_one_process_needs_no_launcher() -> None:
+def test_one_process_needs_no_launcher():
     assert run_ranks(1, _without_a_launcher) == [[(0, 1, 1)] * 2]
 
 
@@ -44,14 +43,12 @@ def _in_a_group_of_the_caller() -> int:
     return int(comm.all_reduce(torch.ones(1), "sum"))
 
 
-def test_a_group_of_the_caller_stays() -> None:
+def test_a_group_of_the_caller_stays():
     assert run_ranks(2, _in_a_group_of_the_caller) == [2, 2]
 
 
 @pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
-def test_several_processes_without_ranks_are_refused(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_several_processes_without_ranks_are_refused(name, monkeypatch):
     """Each would believe that it is alone."""
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv(name, "2")
@@ -60,9 +57,7 @@ def test_several_processes_without_ranks_are_refused(
 
 
 @pytest.mark.parametrize(("visible", "taken"), [(1, 0), (4, 3)])
-def test_a_process_that_sees_one_gpu_takes_that(
-    visible: int, taken: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_process_that_sees_one_gpu_takes_that(visible, taken, monkeypatch):
     """As Slurm shows them with --gpus-per-task 1; DeepSpeed too goes by LOCAL_RANK."""
     seen: list[str] = []
     accelerator = mock.Mock(
@@ -85,9 +80,7 @@ def test_a_process_that_sees_one_gpu_takes_that(
 
 
 @pytest.mark.parametrize("age", [0, 60, 3600])
-def test_a_lock_is_waited_for_until_it_is_too_old_to_be_held(
-    age: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_lock_is_waited_for_until_it_is_too_old_to_be_held(age, tmp_path, monkeypatch, capsys):
     """In silence where the other process is only loading what has been compiled."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     lock = tmp_path / "py3_cpu" / "deepspeed_shm_comm" / "lock"

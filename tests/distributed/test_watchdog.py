@@ -70,13 +70,7 @@ def _until_lost(
     ],
     ids=["stopped", "two stopped", "keeper of the store stopped", "dead", "a disk that hangs"],
 )
-def test_a_lost_rank_is_named_and_ends_the_others(
-    happen: Callable[[Comm, list[int]], None],
-    world_size: int,
-    victims: list[int],
-    sentence: str,
-    tmp_path: Path,
-) -> None:
+def test_a_lost_rank_is_named_and_ends_the_others(happen, world_size, victims, sentence, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     started = time.monotonic()
     with pytest.raises(RankError, match="exit code 1") as error:
@@ -138,7 +132,7 @@ def _many_lives(seconds: float) -> None:
     leave_distributed()
 
 
-def test_nothing_that_lives_is_lost() -> None:
+def test_nothing_that_lives_is_lost():
     """However long its main thread is away, or all ranks, or one that has nothing left to do."""
     run_ranks(2, _many_lives, 2.0)
 
@@ -149,6 +143,6 @@ def _unwatched(seconds: float) -> int:
         return threading.active_count()
 
 
-def test_nobody_is_watched_where_there_is_nobody_or_who_should_not_be() -> None:
+def test_nobody_is_watched_where_there_is_nobody_or_who_should_not_be():
     assert run_ranks(1, _unwatched, 1.0) == [1]
     assert run_ranks(2, _unwatched, 0.0) == [1, 1]

@@ -46,7 +46,7 @@ def _zero(**section: Any) -> dict[str, Any]:
         ("zero3_offload", "bf16"),
     ],
 )
-def test_the_bundled_files_resolve(name: str, dtype: str) -> None:
+def test_the_bundled_files_resolve(name, dtype):
     resolved = resolve_config(read_config(DS_CONFIGS / f"{name}.json"), replace(SHAPE, dtype=dtype))
     assert '"auto"' not in json.dumps(resolved)
     assert zero_stage(resolved) == int(name[4])
@@ -55,38 +55,38 @@ def test_the_bundled_files_resolve(name: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("config", [CASES["auto"], _zero(), CASES["explicit"]])
-def test_auto_is_what_the_flags_and_the_model_say(config: dict[str, Any]) -> None:
+def test_auto_is_what_the_flags_and_the_model_say(config):
     before = copy.deepcopy(config)
     assert resolve_config(config, SHAPE) == CASES["resolved"]
     assert config == before
 
 
-def test_what_only_the_file_knows_is_kept() -> None:
+def test_what_only_the_file_knows_is_kept():
     kept = CASES["kept"]
     resolved = resolve_config(kept, replace(SHAPE, dtype="fp16"))
     assert resolved.items() >= (kept | {"fp16": kept["fp16"] | {"enabled": True}}).items()
 
 
-def test_what_asks_for_nothing_is_not_handed_on() -> None:
+def test_what_asks_for_nothing_is_not_handed_on():
     resolved = resolve_config(CASES["asks_for_nothing"], SHAPE)
     assert resolved == resolve_config({"zero_optimization": {"stage": 2}}, SHAPE)
 
 
-def test_gradients_of_whole_parameters_are_sent_as_deepspeed_does() -> None:
+def test_gradients_of_whole_parameters_are_sent_as_deepspeed_does():
     resolved = resolve_config({}, replace(SHAPE, num_selected=0))
     assert "communication_data_type" not in resolved
     assert resolved["zero_optimization"]["reduce_bucket_size"] == SHAPE.hidden_size**2
 
 
 @pytest.mark.parametrize("stage", [None, 0, 1, 2])
-def test_below_stage_3_no_size_of_stage_3_is_added(stage: int | None) -> None:
+def test_below_stage_3_no_size_of_stage_3_is_added(stage):
     config = {} if stage is None else _zero(stage=stage)
     zero = resolve_config(config, SHAPE)["zero_optimization"]
     assert zero == {"stage": stage or 0, "reduce_bucket_size": 321}
 
 
 @pytest.mark.parametrize(("path", "value", "words"), CASES["refused"])
-def test_what_is_refused_gets_one_sentence(path: str, value: Any, words: str) -> None:
+def test_what_is_refused_gets_one_sentence(path, value, words):
     config = _zero()
     *outer, last = path.split(".")
     inner = config
@@ -100,7 +100,7 @@ def test_what_is_refused_gets_one_sentence(path: str, value: Any, words: str) ->
 
 
 @pytest.mark.parametrize(("key", "least_stage"), [("offload_param", 3), ("offload_optimizer", 1)])
-def test_offload_and_fp16_begin_at_a_stage(key: str, least_stage: int) -> None:
+def test_offload_and_fp16_begin_at_a_stage(key, least_stage):
     for stage in range(4):
         config = _zero(**{key: {"device": "cpu"}, "stage": stage})
         if stage >= least_stage:
@@ -125,7 +125,7 @@ def test_offload_and_fp16_begin_at_a_stage(key: str, least_stage: int) -> None:
         (b'{"bf16": {}, "bf16": {}}', "is not valid JSON: bf16 stands in it twice"),
     ],
 )
-def test_a_file_that_is_no_configuration(tmp_path: Path, content: bytes | None, words: str) -> None:
+def test_a_file_that_is_no_configuration(tmp_path, content, words):
     path = tmp_path / "ds.json"
     if content is not None:
         path.write_bytes(content)
@@ -133,7 +133,7 @@ def test_a_file_that_is_no_configuration(tmp_path: Path, content: bytes | None, 
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
-def test_a_byte_order_mark_harms_nothing(tmp_path: Path, encoding: str) -> None:
+def test_a_byte_order_mark_harms_nothing(tmp_path, encoding):
     path = tmp_path / "ds.json"
     path.write_text('{"_why": "größer", "_why": "", "bf16": {}}', encoding=encoding)
     assert read_config(path).keys() == {"_why", "bf16"}
@@ -143,7 +143,7 @@ def test_a_byte_order_mark_harms_nothing(tmp_path: Path, encoding: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["zero3", "zero3_offload"])
-def test_what_a_forward_pass_needs_of_a_bundled_file(name: str) -> None:
+def test_what_a_forward_pass_needs_of_a_bundled_file(name):
     """The file of a training run serves for evaluation: what speaks of training is left out."""
     config = read_config(DS_CONFIGS / f"{name}.json") | {"optimizer": {"type": "AdamW"}}
     before = copy.deepcopy(config)
@@ -165,7 +165,7 @@ def test_what_a_forward_pass_needs_of_a_bundled_file(name: str) -> None:
     assert "auto" not in json.dumps(zero)
 
 
-def test_sizes_of_the_file_win_over_those_that_follow_from_the_model() -> None:
+def test_sizes_of_the_file_win_over_those_that_follow_from_the_model():
     config = _zero(stage3_param_persistence_threshold=7)
     zero = inference_config(config, dtype="float32", hidden_size=64, blocks={})["zero_optimization"]
     assert zero["stage3_param_persistence_threshold"] == 7
@@ -179,5 +179,5 @@ def test_sizes_of_the_file_win_over_those_that_follow_from_the_model() -> None:
         (_zero(stage3_max_live_parameters="auto"), "stage3_max_live_parameters is"),
     ],
 )
-def test_what_a_forward_pass_cannot_take(config: dict[str, Any], words: str) -> None:
+def test_what_a_forward_pass_cannot_take(config, words):
     assert words in refusal(inference_config, config, dtype="float32", hidden_size=64, blocks={})

@@ -1,7 +1,5 @@
 """Which sizes and leaves a DeepSpeed JSON of stage 3 gets where it leaves them open."""
 
-from typing import Any
-
 import pytest
 
 from gem_ds.distributed.zero_gathers import fill_stage3
@@ -21,9 +19,7 @@ BLOCKS = {"Block": 100, "Large": 1000}
     ],
     ids=["all", "one too large", "all too large", "a size told", "leaves told", "by granularity"],
 )
-def test_blocks_are_leaves_unless_they_are_too_large_or_the_json_decides(
-    given: dict[str, Any], filled: tuple[list[str] | None, int, int | None, int, int | None]
-) -> None:
+def test_blocks_are_leaves_unless_they_are_too_large_or_the_json_decides(given, filled):
     zero = {"stage3_param_persistence_threshold": "auto"} | given
     fill_stage3(zero, 10, BLOCKS)
     found = (

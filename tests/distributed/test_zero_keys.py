@@ -67,7 +67,7 @@ def deepspeed_reads() -> Any:
 
 
 @pytest.mark.parametrize("name", PUBLISHED["taken"])
-def test_a_published_file_is_taken_and_what_decides_nothing_is_told(name, deepspeed_reads) -> None:
+def test_a_published_file_is_taken_and_what_decides_nothing_is_told(name, deepspeed_reads):
     config, passed_over = PUBLISHED["taken"][name]
     before = copy.deepcopy(config)
     resolved = resolve_config(config, SHAPE)
@@ -91,7 +91,7 @@ def test_a_published_file_is_taken_and_what_decides_nothing_is_told(name, deepsp
 
 
 @pytest.mark.parametrize("name", PUBLISHED["refused"])
-def test_a_published_file_is_refused_in_one_true_sentence(name) -> None:
+def test_a_published_file_is_refused_in_one_true_sentence(name):
     config, sentence = PUBLISHED["refused"][name]
     assert refusal(resolve_config, config, SHAPE) == sentence
 
@@ -110,7 +110,7 @@ class Recording(dict[str, Any]):
         return super().__contains__(key)
 
 
-def test_the_table_has_every_key_of_deepspeed(deepspeed_reads) -> None:
+def test_the_table_has_every_key_of_deepspeed(deepspeed_reads):
     """So that a new one of DeepSpeed's is decided on before a user's file is refused for it."""
     runtime = load_deepspeed().runtime
     deepspeed_reads(Recording(train_batch_size=1))
@@ -132,7 +132,7 @@ def test_the_table_has_every_key_of_deepspeed(deepspeed_reads) -> None:
     assert not any(missing.values()), missing
 
 
-def test_what_the_table_takes_deepspeed_takes_and_the_rest_is_one_sentence(deepspeed_reads) -> None:
+def test_what_the_table_takes_deepspeed_takes_and_the_rest_is_one_sentence(deepspeed_reads):
     """Every key with every odd value, at the stages where it matters."""
     sentences, taken = [], 0
     for section, keys in TABLE.items():

@@ -77,7 +77,7 @@ def expected_of(model: Any, kind: Kind) -> list[float]:
 
 
 @pytest.mark.parametrize("kind", ["labels", "choices", "number"])
-def test_an_encoder_takes_its_head_from_the_delta(tiny: Tiny, kind: Kind, capsys: Any) -> None:
+def test_an_encoder_takes_its_head_from_the_delta(tiny, kind, capsys):
     delta, name = save_headed(tiny, kind), f"encoder_{kind}"
     capsys.readouterr()
     results = evaluate(tiny, kind, "bert", name, "--delta", delta)
@@ -109,7 +109,7 @@ def _on_ranks(tiny: Tiny) -> None:
     process_group.leave_distributed()
 
 
-def test_any_number_of_ranks_predicts_the_same(tiny: Tiny) -> None:
+def test_any_number_of_ranks_predicts_the_same(tiny):
     """11 examples in batches of 2: a rank has none left in the last round."""
     delta = save_headed(tiny, "number")
     run_ranks(2, _on_ranks, tiny)
@@ -132,7 +132,7 @@ def save_adapter(model: Any, folder: Path, task_type: Any, targets: list[str]) -
     return adapted.eval()
 
 
-def test_an_adapter_brings_its_layers_and_its_head(tiny: Tiny) -> None:
+def test_an_adapter_brings_its_layers_and_its_head(tiny):
     folder = tiny.folder / "bert_adapter"
     adapted = save_adapter(headed(tiny, "labels"), folder, TaskType.SEQ_CLS, ["query", "value"])
     results = evaluate(tiny, "labels", "bert", "adapted", "--adapter", str(folder))
@@ -140,7 +140,7 @@ def test_an_adapter_brings_its_layers_and_its_head(tiny: Tiny) -> None:
     assert set(results["adapter_sha256"]) == {"adapter_config.json", "adapter_model.safetensors"}
 
 
-def test_an_adapter_generates(tiny: Tiny) -> None:
+def test_an_adapter_generates(tiny):
     folder = tiny.folder / "llama_adapter"
     model = AutoModelForCausalLM.from_pretrained(tiny.model)
     save_adapter(model, folder, TaskType.CAUSAL_LM, ["q_proj", "v_proj", "o_proj", "up_proj"])
@@ -156,7 +156,7 @@ def test_an_adapter_generates(tiny: Tiny) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("method", ["lora", "shira"])
-def test_an_adapter_keeps_the_dtype_of_its_training(tiny: Tiny, method: str, dtype: Any) -> None:
+def test_an_adapter_keeps_the_dtype_of_its_training(tiny, method, dtype):
     """Beside a base in fp32 files, where its training was in 16 bits; an fp32 one stays so."""
     folder = tiny.folder / f"{method}_{dtype}"
     model = AutoModelForCausalLM.from_pretrained(tiny.model, dtype=dtype)
@@ -178,7 +178,7 @@ def ask(tiny: Tiny, task: TaskData, name: str, *more: str) -> dict[str, Any]:
         return squad.main([*command, *more])
 
 
-def test_a_short_answer_is_the_rest_of_the_line_and_judged_by_itself_too(tiny: Tiny) -> None:
+def test_a_short_answer_is_the_rest_of_the_line_and_judged_by_itself_too(tiny):
     assert ask(tiny, make_task("number"), "stsb", "--task", "stsb")["n"] == 5
     assert "no held-out examples" in refusal(ask, tiny, TaskData(train=[], test=[]), "none")
     examples = [
@@ -201,7 +201,7 @@ def test_a_short_answer_is_the_rest_of_the_line_and_judged_by_itself_too(tiny: T
         assert value == pytest.approx(sum(v[name] for v in verdicts) / 3)
 
 
-def test_what_does_not_fit_is_refused_in_a_sentence(tiny: Tiny) -> None:
+def test_what_does_not_fit_is_refused_in_a_sentence(tiny):
     adapters = {}
     for name, changes in (("size", {"hidden_size": 16}), ("names", {"num_hidden_layers": 1})):
         config = AutoConfig.from_pretrained(tiny.model, **changes)
@@ -236,7 +236,7 @@ def test_what_does_not_fit_is_refused_in_a_sentence(tiny: Tiny) -> None:
     evaluate(tiny, "labels", "model", "twice", "--overwrite_output_dir")
 
 
-def test_the_memory_and_the_output_folder_are_named(tiny: Tiny) -> None:
+def test_the_memory_and_the_output_folder_are_named(tiny):
     """The folder is tried before the pass."""
     (tiny.folder / "file").write_text("")
     full = torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")

@@ -35,7 +35,7 @@ ROLES = VERDICTS.pop("roles")
 # Verdicts
 
 
-def test_check_program() -> None:
+def test_check_program():
     verdict = check_program(DOUBLE, ["assert double(4) == 8"])
     assert (verdict.status, verdict.detail, verdict.in_jail) == ("passed", "", False)
     assert verdict.isolation == best_level()
@@ -45,7 +45,7 @@ def test_check_program() -> None:
 
 
 @pytest.mark.parametrize("name", VERDICTS)
-def test_the_verdict_on_a_table(name: str) -> None:
+def test_the_verdict_on_a_table(name):
     case = dict(VERDICTS[name])
     program = case.pop("program", DOUBLE).replace("{long}", "a" * (17 << 20))
     limits = {"setup": case.pop("setup", ""), "timeout": case.pop("timeout", 10.0)}
@@ -54,7 +54,7 @@ def test_the_verdict_on_a_table(name: str) -> None:
     assert {field: getattr(verdict, field) for field in case} == case, verdict
 
 
-def test_no_function_of_the_tests_poses_as_a_method() -> None:
+def test_no_function_of_the_tests_poses_as_a_method():
     """As a method of what should be text, it would be asked what only text can answer."""
     program = (
         "from collections import namedtuple\ndef f(g): return namedtuple('T', 'startswith')(g)"
@@ -64,7 +64,7 @@ def test_no_function_of_the_tests_poses_as_a_method() -> None:
     assert "pose as a method" in verdict.detail
 
 
-def test_entry_point() -> None:
+def test_entry_point():
     """A name of the setup's is the candidate's if the caller says so."""
     setup = "def double(x): raise NotImplementedError"
     tests = ["assert double(4) == 8"]
@@ -72,7 +72,7 @@ def test_entry_point() -> None:
     assert check_program(DOUBLE, tests, setup=setup, entry_point="double").status == "passed"
 
 
-def test_memory_is_bounded_for_all_processes_together() -> None:
+def test_memory_is_bounded_for_all_processes_together():
     """Each, and all direct children together, stay below the limit; a thread starts them."""
     program = """
 import os, threading, time
@@ -97,12 +97,12 @@ def f():
 
 
 @pytest.mark.parametrize(("program", "tests", "setup", "candidate", "modules"), ROLES)
-def test_roles(program, tests, setup, candidate, modules) -> None:
+def test_roles(program, tests, setup, candidate, modules):
     roles = assign_roles(Program(program, tuple(tests), setup))
     assert (list(roles.candidate), list(roles.modules)) == (candidate, modules)
 
 
-def test_a_setup_is_shared_no_further_than_the_program_needs() -> None:
+def test_a_setup_is_shared_no_further_than_the_program_needs():
     setup = "import sys\nsys.setrecursionlimit(5000)\nMOD = 7\nBASE = MOD\nEXPECTED = 3\nprint(MOD)"
     tests = ("assert f(3) == EXPECTED",)
     roles = assign_roles(Program("def f(x): return x", tests, setup))
@@ -116,7 +116,7 @@ def test_a_setup_is_shared_no_further_than_the_program_needs() -> None:
 # Workers
 
 
-def test_verdicts_come_in_order_and_programs_are_read_as_they_are_needed() -> None:
+def test_verdicts_come_in_order_and_programs_are_read_as_they_are_needed():
     read = []
 
     def programs():
@@ -134,7 +134,7 @@ def test_verdicts_come_in_order_and_programs_are_read_as_they_are_needed() -> No
     assert statuses == ["passed" if number % 3 else "failed" for number in range(300)]
 
 
-def test_a_sandbox_goes_on_after_verdicts_were_left_and_after_its_server_died() -> None:
+def test_a_sandbox_goes_on_after_verdicts_were_left_and_after_its_server_died():
     with Sandbox(1) as lonely:
         (before,) = lonely.processes()
         slow = Program("import time; time.sleep(0.2)\n" + DOUBLE, ("assert double(1) == 2",))
@@ -148,7 +148,7 @@ def test_a_sandbox_goes_on_after_verdicts_were_left_and_after_its_server_died() 
         assert lonely.processes() != [before]
 
 
-def test_nothing_outlives_a_caller_that_is_killed() -> None:
+def test_nothing_outlives_a_caller_that_is_killed():
     script = """
 from gem_ds.evaluate.sandbox import Program, Sandbox
 sandbox = Sandbox(1)
@@ -169,7 +169,7 @@ list(sandbox.check_all([Program('import time; time.sleep(60)', (), timeout=60)])
     assert not Path(f"/proc/{server}").exists()
 
 
-def test_no_two_workers_share_a_processor(monkeypatch) -> None:
+def test_no_two_workers_share_a_processor(monkeypatch):
     """Programs on one processor would take each other's time, and time out falsely."""
     worker = mock.Mock()
     monkeypatch.setattr(pool, "_Worker", worker)
@@ -184,14 +184,14 @@ def test_no_two_workers_share_a_processor(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(("arguments", "message"), REFUSED["sandbox"])
-def test_bad_arguments(arguments: dict, message: str) -> None:
+def test_bad_arguments(arguments, message):
     of_program = arguments.keys() & {"timeout", "memory_mb"}
     with pytest.raises(ValueError, match=message):
         check_program(DOUBLE, [], **arguments) if of_program else Sandbox(**arguments)
 
 
 @pytest.mark.parametrize("allow_weak", [False, True])
-def test_where_no_level_works_each_one_says_why(monkeypatch, allow_weak: bool) -> None:
+def test_where_no_level_works_each_one_says_why(monkeypatch, allow_weak):
     monkeypatch.setattr(pool, "problem_of", lambda level, fresh=False: f"no {level} today")
     with pytest.raises(SandboxUnavailableError) as refused:
         Sandbox(allow_weak=allow_weak)
@@ -204,7 +204,7 @@ def test_where_no_level_works_each_one_says_why(monkeypatch, allow_weak: bool) -
     assert text.count(". ") == 0
 
 
-def test_weak_levels_must_be_asked_for(monkeypatch) -> None:
+def test_weak_levels_must_be_asked_for(monkeypatch):
     monkeypatch.setattr(pool, "problem_of", lambda level: None if level in WEAK_LEVELS else "no")
     with pytest.raises(SandboxUnavailableError):
         best_level()
@@ -266,7 +266,7 @@ def f(home, parent):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_the_users_own_threads_are_none_of_a_candidates_processes(level: str) -> None:
+def test_the_users_own_threads_are_none_of_a_candidates_processes(level):
     """An ordinary user's candidates count with all that he runs; he may run a lot."""
     if problem := problem_of(level):
         pytest.skip(f"{level}: {problem}")
@@ -298,7 +298,7 @@ os._exit(0)
     assert printed_by(BECOME_ORDINARY + program).split() == ["passed", "timeout", "passed"]
 
 
-def test_the_users_own_files_and_processes_stay_as_they_are() -> None:
+def test_the_users_own_files_and_processes_stay_as_they_are():
     """At the weakest level an ordinary user's candidates are this user, and see his files."""
     if problem := problem_of("landlock"):
         pytest.skip(problem)
@@ -329,7 +329,7 @@ os.rmdir(home)
     assert found.split() == ["passed", "unchanged"]
 
 
-def test_system_calls_have_the_numbers_of_the_kernel() -> None:
+def test_system_calls_have_the_numbers_of_the_kernel():
     """On this machine's processor, by the headers of its kernel, where they are installed."""
     headers = sorted(Path("/usr/include").glob("*/asm/unistd_64.h"))
     if not headers:
@@ -340,7 +340,7 @@ def test_system_calls_have_the_numbers_of_the_kernel() -> None:
             assert number == int(known.get(name, number)), name
 
 
-def test_no_limit_is_raised_above_the_hard_one() -> None:
+def test_no_limit_is_raised_above_the_hard_one():
     program = """
 resource.setrlimit(resource.RLIMIT_NPROC, (4000, 4000))
 for others in (300, 30_000, 10):
@@ -351,7 +351,7 @@ for others in (300, 30_000, 10):
     assert found == ["428", "428", "428", "428", "138", "138"]
 
 
-def test_descriptors_above_a_lowered_limit_are_closed_too() -> None:
+def test_descriptors_above_a_lowered_limit_are_closed_too():
     program = """
 import os, resource
 from gem_ds.evaluate.sandbox.confine import keep_only
@@ -367,7 +367,7 @@ except OSError:
     assert printed_by(program) == "closed\n"
 
 
-def test_the_package_stays_lean() -> None:
+def test_the_package_stays_lean():
     """Server and candidate import it; what it loads makes each fork and each start dearer."""
     heavy = {"torch", "numpy", "importlib.metadata", "dataclasses", "inspect"}
     modules = {"candidate": heavy | {"typing", "socket", "re", "ctypes"}, "server": heavy}

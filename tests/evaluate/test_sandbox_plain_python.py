@@ -50,7 +50,7 @@ def passing(folder: Path, table: Path, *python: str) -> dict[str, bool]:
     return found
 
 
-def test_the_verdicts_are_those_of_plain_python(sandbox: Sandbox, tmp_path: Path) -> None:
+def test_the_verdicts_are_those_of_plain_python(sandbox, tmp_path):
     expected = passing(tmp_path, TABLE, interpreter(), "-S")
     cases = tomllib.loads(TABLE.read_text())
     assert len(cases) > 130
@@ -69,9 +69,7 @@ def with_packages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bool]:
 
 
 @pytest.mark.parametrize(("level", "fresh"), WAYS)
-def test_packages_that_are_shown_do_what_they_do_in_plain_python(
-    level: str, fresh: bool, with_packages: dict[str, bool]
-) -> None:
+def test_packages_that_are_shown_do_what_they_do_in_plain_python(level, fresh, with_packages):
     """At every level, within 512 MiB; a test that plain data cannot answer for runs beside."""
     if problem := problem_of(level, fresh):
         pytest.skip(f"{level}: {problem}")
@@ -90,9 +88,7 @@ def test_packages_that_are_shown_do_what_they_do_in_plain_python(
 
 
 @pytest.mark.parametrize(("level", "fresh"), WAYS)
-def test_a_package_may_lie_where_programs_have_their_scratch(
-    level: str, fresh: bool, tmp_path: Path
-) -> None:
+def test_a_package_may_lie_where_programs_have_their_scratch(level, fresh, tmp_path):
     """As an environment under /tmp does, which a cell covers; one without a way in is refused."""
     if problem := problem_of(level, fresh):
         pytest.skip(f"{level}: {problem}")
@@ -115,7 +111,7 @@ def test_a_package_may_lie_where_programs_have_their_scratch(
     assert told.startswith("--sandbox_packages lying_here cannot be imported in the sandbox (")
 
 
-def test_a_package_is_absent_where_it_is_not_named_and_must_be_installed() -> None:
+def test_a_package_is_absent_where_it_is_not_named_and_must_be_installed():
     program, tests = "import numpy\ndef f(): return numpy.__name__", ["assert f() == 'numpy'"]
     assert check_program(program, tests, packages=["numpy"]).status == "passed"
     verdict = check_program(program, tests)

@@ -156,7 +156,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     world.close()
 
 
-def test_every_verdict_is_right(run: Run) -> None:
+def test_every_verdict_is_right(run):
     for case, verdict in run.verdicts:
         if run.level not in case.get("not_at", []):  # levels that do not promise it
             assert verdict.status in case["expected"], (case["name"], verdict)
@@ -166,7 +166,7 @@ def test_every_verdict_is_right(run: Run) -> None:
         assert len(verdict.detail) < 400
 
 
-def test_nothing_outside_was_changed_reached_or_left_behind(run: Run) -> None:
+def test_nothing_outside_was_changed_reached_or_left_behind(run):
     world = run.world
     assert world.canary.read_text() == world.marker
     files = sorted(path.name for path in world.folder.iterdir())
@@ -186,7 +186,7 @@ def test_nothing_outside_was_changed_reached_or_left_behind(run: Run) -> None:
     assert run.num_replaced == 0, "a server died, and a job was tried again: no verdict would tell"
 
 
-def test_all_families_run_at_all_levels_and_one_with_namespaces_is_here() -> None:
+def test_all_families_run_at_all_levels_and_one_with_namespaces_is_here():
     """Otherwise the above would be skipped, and nobody would see it."""
     assert {path.stem for path in FOLDER.iterdir()} == set(EXPECTED)
     assert {level for level, _ in WAYS} == set(LEVELS)

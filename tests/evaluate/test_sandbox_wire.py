@@ -56,7 +56,7 @@ values = st.recursive(
 
 
 @pytest.mark.parametrize("value", [bool, len, ValueError])
-def test_what_a_named_tuple_holds_that_can_be_called_is_told(value) -> None:
+def test_what_a_named_tuple_holds_that_can_be_called_is_told(value):
     """It could be called like a method of the tests' own choice; who reads it has to decide."""
     decoder = Decoder()
     assert decoder.decode(Encoder().encode([Point(1, 2), Point(1, value)])) == [(1, 2), (1, value)]
@@ -86,7 +86,7 @@ def same(a, b) -> bool:
 
 @given(values)
 @settings(max_examples=100, deadline=None)
-def test_plain_data_survives_exactly(value) -> None:
+def test_plain_data_survives_exactly(value):
     assert same(value, there_and_back(value))
 
 
@@ -106,17 +106,17 @@ def test_plain_data_survives_exactly(value) -> None:
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_awkward_values_survive(value) -> None:
+def test_awkward_values_survive(value):
     found = there_and_back(value)
     assert type(found) is type(value)
     assert repr(found) == repr(value)
 
 
-def test_integers_too_long_to_print_survive() -> None:
+def test_integers_too_long_to_print_survive():
     assert there_and_back(-(10**50000)) == -(10**50000)
 
 
-def test_subclasses_become_what_they_inherit_from() -> None:
+def test_subclasses_become_what_they_inherit_from():
     class Liar(int):
         def __eq__(self, other):
             return True
@@ -142,7 +142,7 @@ def test_subclasses_become_what_they_inherit_from() -> None:
     assert same(there_and_back([Liar(77), LyingList([5]), Color.RED]), [77, [5], 3])
 
 
-def test_shared_and_cyclic_structure_survives() -> None:
+def test_shared_and_cyclic_structure_survives():
     shared: list = [1]
     value: list = [shared, {"again": shared}]
     value.append(value)
@@ -151,7 +151,7 @@ def test_shared_and_cyclic_structure_survives() -> None:
     assert found[2] is found
 
 
-def test_a_reply_can_speak_of_the_requests_containers() -> None:
+def test_a_reply_can_speak_of_the_requests_containers():
     """Otherwise a test would not see its arguments change, or the same object come back."""
     inner: list = [2]
     argument = {"a": inner, "b": set()}
@@ -174,7 +174,7 @@ def test_a_reply_can_speak_of_the_requests_containers() -> None:
     [object(), lambda: None, math, Exception("x"), iter([]), memoryview(bytearray(1))],
     ids=["object", "function", "module", "exception", "iterator", "what another may write"],
 )
-def test_what_is_not_plain_needs_a_reference(value) -> None:
+def test_what_is_not_plain_needs_a_reference(value):
     with pytest.raises(WireError, match="not plain data"):
         Encoder().encode([value])
     message = Encoder(lambda found: ("thing", 7)).encode([value])
@@ -183,7 +183,7 @@ def test_what_is_not_plain_needs_a_reference(value) -> None:
         Decoder().decode(message)
 
 
-def test_limits() -> None:
+def test_limits():
     nested: list = []
     for _ in range(MAX_DEPTH + 1):
         nested = [nested]
@@ -197,7 +197,7 @@ def test_limits() -> None:
 
 @given(st.binary(max_size=60))
 @settings(max_examples=200, deadline=None)
-def test_any_bytes_are_a_value_or_refused(data: bytes) -> None:
+def test_any_bytes_are_a_value_or_refused(data):
     """A candidate can send any bytes; nothing but `WireError` may come of it."""
     with contextlib.suppress(WireError):
         Decoder().decode(data)
@@ -205,7 +205,7 @@ def test_any_bytes_are_a_value_or_refused(data: bytes) -> None:
 
 @given(values, st.data())
 @settings(max_examples=60, deadline=None)
-def test_a_damaged_message_is_a_value_or_refused(value, data) -> None:
+def test_a_damaged_message_is_a_value_or_refused(value, data):
     message = bytearray(Encoder().encode(value))
     at = data.draw(st.integers(0, len(message) - 1))
     message[at] = data.draw(st.integers(0, 255))
@@ -222,12 +222,12 @@ def test_a_damaged_message_is_a_value_or_refused(value, data) -> None:
         (Encoder().encode(Decimal(1)).replace(b"decimal.Decimal", b"os.system______"), "not plain"),
     ],
 )
-def test_hostile_messages_are_refused(message, told) -> None:
+def test_hostile_messages_are_refused(message, told):
     with pytest.raises(WireError, match=told):
         Decoder().decode(message)
 
 
-def test_channel() -> None:
+def test_channel():
     ours, theirs = socket.socketpair()
     with ours, theirs:
         sender, receiver = Channel(ours.fileno()), Channel(theirs.fileno())

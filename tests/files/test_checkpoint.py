@@ -64,7 +64,7 @@ def assert_equal(found: Checkpoint, expected: Checkpoint) -> None:
     assert replace(found, **rest) == replace(expected, **rest)
 
 
-def test_the_digest_is_of_all_that_a_run_starts_from() -> None:
+def test_the_digest_is_of_all_that_a_run_starts_from():
     """Two nodes may hold checkpoints of the same step that are not of the same run."""
     whole = make_checkpoint(7)
     one_bit = torch.nextafter(whole.vectors["exp_avg"], torch.tensor(9.0))

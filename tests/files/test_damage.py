@@ -70,7 +70,7 @@ def _written(folder: Path) -> dict[str, tuple[Path, Callable[[], Any]]]:
 
 
 @pytest.mark.parametrize("kind", ["mask", "delta", *FILES])
-def test_every_byte_counts(tmp_path: Path, kind: str) -> None:
+def test_every_byte_counts(tmp_path, kind):
     """One byte at a time, and then blocks: zeros, another place's bytes, a cut, a tail."""
     path, read = _written(tmp_path)[kind]
     good, content = path.read_bytes(), read()
@@ -104,7 +104,7 @@ def test_every_byte_counts(tmp_path: Path, kind: str) -> None:
             read()
 
 
-def test_the_files_of_two_checkpoints_make_none(tmp_path: Path) -> None:
+def test_the_files_of_two_checkpoints_make_none(tmp_path):
     """Each file is whole, and they are of the same entries and the same step."""
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -166,7 +166,7 @@ SENSELESS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any] | str]
 
 
 @pytest.mark.parametrize("message", SENSELESS)
-def test_a_checkpoint_without_digests_must_make_sense(tmp_path: Path, message: str) -> None:
+def test_a_checkpoint_without_digests_must_make_sense(tmp_path, message):
     metadata, values, state = SENSELESS[message]
     folder = make_checkpoint(7).save(tmp_path)
 
@@ -209,7 +209,7 @@ def _changes(value: Any) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("kind", ["mask", "delta", "optimizer.safetensors"])
-def test_any_metadata_is_refused_in_a_sentence_or_taken(tmp_path: Path, kind: str) -> None:
+def test_any_metadata_is_refused_in_a_sentence_or_taken(tmp_path, kind):
     path, read = _written(tmp_path)[kind]
     _edit(path, lambda *_: None)
     tensors = load_file(path)

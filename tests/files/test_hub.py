@@ -9,7 +9,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -124,7 +123,7 @@ for read, name, revision in (
 """
 
 
-def test_a_delta_goes_to_the_hub_and_comes_back(server: Hub, tmp_path: Path) -> None:
+def test_a_delta_goes_to_the_hub_and_comes_back(server, tmp_path):
     """In a process of its own, as the Hub's address is read when the library is imported."""
     delta = a_delta("them/base")
     card = ModelCard("---\nlicense: apache-2.0\n---\n# Base")
@@ -163,7 +162,7 @@ def test_a_delta_goes_to_the_hub_and_comes_back(server: Hub, tmp_path: Path) -> 
     assert "metrics.jsonl" not in text
 
 
-def test_a_folder_or_a_file_needs_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_or_a_file_needs_no_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "hf_hub_download", pytest.fail)
     delta = a_delta("base")
     delta.save(tmp_path / "delta.safetensors")
@@ -175,7 +174,7 @@ def test_a_folder_or_a_file_needs_no_hub(tmp_path: Path, monkeypatch: pytest.Mon
     assert Mask.from_pretrained(tmp_path).num_selected == 4
 
 
-def test_what_the_hub_refuses_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_hub_refuses_is_told(monkeypatch):
     """With its API replaced; nothing is asked before the repository is there."""
 
     def refuse(self: HfApi, *_: Any, **options: Any) -> None:
@@ -188,7 +187,7 @@ def test_what_the_hub_refuses_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         a_delta("base").push_to_hub("me/mine", private=True)
 
 
-def test_the_licence_is_that_of_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_licence_is_that_of_the_base(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert hub.license_of(str(tmp_path)) is None
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# Base")

@@ -78,8 +78,8 @@ FOREIGN = [
 
 @pytest.mark.parametrize(("put", "name"), FOREIGN)
 def test_a_folder_with_something_of_others_is_not_replaced_and_loses_its_own_only(
-    tmp_path: Path, put: Callable[[Path], None], name: str
-) -> None:
+    tmp_path, put, name
+):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "model.bin").write_text("mine")
     folder = make(tmp_path / "f", "a.json", "deep/b.json")
@@ -95,7 +95,7 @@ def test_a_folder_with_something_of_others_is_not_replaced_and_loses_its_own_onl
     assert os.path.lexists(folder / name)
 
 
-def test_a_folder_of_ours_is_replaced_and_deleted_as_a_whole(tmp_path: Path) -> None:
+def test_a_folder_of_ours_is_replaced_and_deleted_as_a_whole(tmp_path):
     folder = make(tmp_path / "f", "a.json", "deep/b.json")
     link = tmp_path / "link"
     link.symlink_to(folder)
@@ -129,7 +129,7 @@ def test_a_folder_of_ours_is_replaced_and_deleted_as_a_whole(tmp_path: Path) -> 
         json.dumps({"kind": "gem_manifest", "format_version": 1, "files": ["/etc/mine"]}),
     ],
 )
-def test_a_manifest_that_gem_ds_did_not_write_makes_nothing_ours(tmp_path: Path, text: str) -> None:
+def test_a_manifest_that_gem_ds_did_not_write_makes_nothing_ours(tmp_path, text):
     (tmp_path / "mine").touch()
     folder = tmp_path / "f"
     folder.mkdir()
@@ -141,7 +141,7 @@ def test_a_manifest_that_gem_ds_did_not_write_makes_nothing_ours(tmp_path: Path,
     assert (tmp_path / "mine").exists()
 
 
-def test_a_name_is_ours_once_it_is_claimed_and_not_before(tmp_path: Path) -> None:
+def test_a_name_is_ours_once_it_is_claimed_and_not_before(tmp_path):
     claim(tmp_path, "log").write_text("ours")
     claim(tmp_path, "log").write_text("ours again")
     (tmp_path / "results").write_text("mine")
@@ -191,8 +191,8 @@ def killed_at(number: int, monkeypatch: pytest.MonkeyPatch, folder: Path) -> boo
 
 @pytest.mark.parametrize("can_exchange", [True, False])
 def test_a_kill_at_any_moment_leaves_the_old_or_the_new_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, can_exchange: bool
-) -> None:
+    tmp_path, monkeypatch, *, can_exchange
+):
     if not can_exchange:
         monkeypatch.setattr(manifest, "_exchange", lambda *names: False)
     old, new = {"a.json": "ours"}, {"b.json": "new", "deep/c.json": "new"}
@@ -219,7 +219,7 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_folder(
     assert found[-1] == new
 
 
-def test_what_is_still_written_is_no_leftover(tmp_path: Path) -> None:
+def test_what_is_still_written_is_no_leftover(tmp_path):
     folder = tmp_path / "f"
 
     def write(path: Path) -> None:

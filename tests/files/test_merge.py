@@ -53,7 +53,7 @@ def dense(base: nn.Module, delta: Delta) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("method", ["linear", "ties"])
-def test_it_is_the_dense_formula(dtype: torch.dtype, method: Any) -> None:
+def test_it_is_the_dense_formula(dtype, method):
     base = base_of(dtype)
     deltas = [delta_of(base, seed) for seed in (1, 2, 3)]
     weights = [0.5, -0.25, 1.5]
@@ -73,7 +73,7 @@ def test_it_is_the_dense_formula(dtype: torch.dtype, method: Any) -> None:
         torch.testing.assert_close(merged, expected, rtol=0, atol=limit)
 
 
-def test_ties_keeps_the_largest_of_each_delta() -> None:
+def test_ties_keeps_the_largest_of_each_delta():
     base = base_of()
     deltas = [delta_of(base, seed) for seed in (1, 2)]
     merged = dense(base, merge_deltas(deltas, [1, 1], base, method="ties", density=0.3))
@@ -89,7 +89,7 @@ def test_ties_keeps_the_largest_of_each_delta() -> None:
         )
 
 
-def test_dare_keeps_by_chance_and_rescales() -> None:
+def test_dare_keeps_by_chance_and_rescales():
     base = Matrices({"a": torch.zeros(100, 100)})
     delta = make_delta(base, {"a.weight": range(10_000)}, values=[1.0] * 10_000)
     first, again, other = (
@@ -107,9 +107,7 @@ def test_dare_keeps_by_chance_and_rescales() -> None:
     st.sampled_from(DTYPES),
     st.lists(st.tuples(st.floats(width=16), st.floats(width=16)), min_size=1, max_size=30),
 )
-def test_one_delta_of_weight_one_is_itself(
-    dtype: torch.dtype, pairs: list[tuple[float, float]]
-) -> None:
+def test_one_delta_of_weight_one_is_itself(dtype, pairs):
     weight, values = (
         torch.tensor(part).nan_to_num(0.0, 1.0, -1.0) for part in zip(*pairs, strict=True)
     )
@@ -123,7 +121,7 @@ def test_one_delta_of_weight_one_is_itself(
         assert merged.mask.weights == delta.mask.weights
 
 
-def test_order_is_nothing_and_a_file_is_an_ordinary_delta(tmp_path: Path) -> None:
+def test_order_is_nothing_and_a_file_is_an_ordinary_delta(tmp_path):
     base = base_of(torch.bfloat16)
     first, second = delta_of(base, 1), delta_of(base, 2)
     merged = merge_deltas([first, second], [0.3, 0.6], dict(base.named_parameters()))
@@ -138,7 +136,7 @@ def test_order_is_nothing_and_a_file_is_an_ordinary_delta(tmp_path: Path) -> Non
         pass
 
 
-def test_what_cannot_be_merged() -> None:
+def test_what_cannot_be_merged():
     base, other = base_of(), base_of()
     delta = delta_of(base, 1)
     with torch.no_grad():
@@ -161,7 +159,7 @@ def test_what_cannot_be_merged() -> None:
             merge_deltas(deltas, weights, base, **more)
 
 
-def test_overlaps_are_those_of_sets() -> None:
+def test_overlaps_are_those_of_sets():
     base = base_of()
     first, second = delta_of(base, 1), delta_of(base, 2)
     found = overlaps(first, second, base)
@@ -178,7 +176,7 @@ def test_overlaps_are_those_of_sets() -> None:
     assert overlaps(first, first)["a.weight"].jaccard == 1
 
 
-def test_the_programs_tell_and_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_programs_tell_and_write(tmp_path, capsys):
     demo = str(Path(__file__).resolve().parents[2] / "launch/demo/model")
     model = AutoModelForCausalLM.from_pretrained(demo)
     name = "model.layers.1.self_attn.q_proj.weight"

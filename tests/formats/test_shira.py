@@ -39,7 +39,7 @@ def same_bits(found: Tensor, expected: Tensor) -> bool:
 @settings(deadline=None, max_examples=60)
 @example(torch.bfloat16, 0, 1.0)
 @given(st.sampled_from(DTYPES), st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.5, 1.0]))
-def test_differences_give_any_values_to_the_bit(dtype: torch.dtype, seed: int, near: float) -> None:
+def test_differences_give_any_values_to_the_bit(dtype, seed, near):
     """Any finite bits, some near the base's; added by torch, dense + sparse."""
     generator = torch.Generator().manual_seed(seed)
     word = WORDS[dtype.itemsize]
@@ -97,7 +97,7 @@ def run(program: str, folder: Path, *more: str) -> int:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_peft_merges_it_to_the_bit_and_it_comes_back(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_peft_merges_it_to_the_bit_and_it_comes_back(tmp_path, dtype):
     delta, trained = saved_delta(tmp_path, dtype), model_of(dtype)
     apply_delta(trained, delta)
     assert run("export", tmp_path) == 0
@@ -113,7 +113,7 @@ def test_peft_merges_it_to_the_bit_and_it_comes_back(tmp_path: Path, dtype: torc
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_an_adapter_of_peft_is_a_delta(tmp_path: Path, capfd: Any, dtype: torch.dtype) -> None:
+def test_an_adapter_of_peft_is_a_delta(tmp_path, capfd, dtype):
     model = model_of(dtype)
     model.save_pretrained(tmp_path / "base")
     adapted: Any = get_peft_model(
@@ -162,7 +162,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_no_delta_is_refused_in_a_sentence(tmp_path: Path, capfd: Any, name: str) -> None:
+def test_what_is_no_delta_is_refused_in_a_sentence(tmp_path, capfd, name):
     saved_delta(tmp_path, torch.float32)
     assert run("export", tmp_path) == 0
     spoil, message = REFUSED[name]
@@ -175,7 +175,7 @@ def test_what_is_no_delta_is_refused_in_a_sentence(tmp_path: Path, capfd: Any, n
     assert not (tmp_path / "back.safetensors").exists()
 
 
-def test_an_export_that_does_not_fit_leaves_nothing(tmp_path: Path, capfd: Any) -> None:
+def test_an_export_that_does_not_fit_leaves_nothing(tmp_path, capfd):
     saved_delta(tmp_path, torch.float32)
     change(tmp_path / "base" / "model.safetensors", "norm.weight", lambda weight: weight + 1)
     assert run("export", tmp_path) == 1
@@ -183,7 +183,7 @@ def test_an_export_that_does_not_fit_leaves_nothing(tmp_path: Path, capfd: Any) 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "delta.safetensors"]
 
 
-def test_a_weight_of_more_than_2_to_the_31_entries(tmp_path: Path) -> None:
+def test_a_weight_of_more_than_2_to_the_31_entries(tmp_path):
     """A file of 4.3 GB that is a hole; what is not used is not read."""
     name, rows, columns = "model.layers.0.mlp.up_proj.weight", 65536, 32769
     header = {

@@ -37,14 +37,14 @@ def hidden(flags: set[str], method: str) -> set[str]:
 @pytest.mark.parametrize(
     "path", [path for path in RECIPES if path not in COMPARISONS], ids=lambda path: path.stem
 )
-def test_a_recipe_holds_flags_of_the_training_program(path: Path) -> None:
+def test_a_recipe_holds_flags_of_the_training_program(path):
     arguments = parse_arguments(["--config", str(path), "--output_dir", "runs/any"])
     flags = set(yaml.safe_load(path.read_text(encoding="utf-8")))
     assert hidden(flags, arguments.method.method) == set()
 
 
 @pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
-def test_a_comparison_is_fair_and_the_training_program_understands_it(path: Path) -> None:
+def test_a_comparison_is_fair_and_the_training_program_understands_it(path):
     comparison = read_comparison(path)
     assert comparison.output_dir == Path("runs") / path.stem
     assert len(comparison.seeds) == 3
@@ -58,7 +58,7 @@ def test_a_comparison_is_fair_and_the_training_program_understands_it(path: Path
         assert hidden(flags, method) == set()
 
 
-def test_adapters_of_the_large_comparison_get_flags_that_they_take() -> None:
+def test_adapters_of_the_large_comparison_get_flags_that_they_take():
     # At ZeRO stage 3 shira is refused; ia3 without --target_modules scales what it was made for.
     comparison = read_comparison(RECIPES[0].with_name("compare_llama2_7b.yaml"))
     words = {c.method: training_command(comparison, c) for c in search_cells(comparison)}

@@ -72,7 +72,7 @@ def assert_same(given: Inputs, factor: float, relative: float) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_any_size_cut_anywhere(data: st.DataObject) -> None:
+def test_any_size_cut_anywhere(data):
     """Chunks of one row to more than all; also those that end with the rows."""
     num_rows, num_labels = data.draw(st.integers(0, 12)), data.draw(st.integers(1, 9))
     given = inputs(
@@ -90,14 +90,14 @@ def test_any_size_cut_anywhere(data: st.DataObject) -> None:
         assert_same(given, factor=data.draw(st.floats(-100, 100)), relative=1e-5)
 
 
-def test_half_precision_rounds_logits_as_a_model_does() -> None:
+def test_half_precision_rounds_logits_as_a_model_does():
     """The losses are equal as if in fp32, since both round the logits; gradients to rounding."""
     for dtype in (torch.bfloat16, torch.float16):
         with chunks_of(7):
             assert_same(inputs(40, 31, width=16, dtype=dtype), factor=0.3, relative=2e-2)
 
 
-def test_the_factor_is_not_rounded_to_half_precision() -> None:
+def test_the_factor_is_not_rounded_to_half_precision():
     """In bf16 it would be 180 / 256, and every gradient too large by a part in 359."""
     factor = 179.5 / 256
     hidden, weight, bias, labels = inputs(512, 4, width=16, dtype=torch.bfloat16)
@@ -109,7 +109,7 @@ def test_the_factor_is_not_rounded_to_half_precision() -> None:
     assert slope.item() == pytest.approx(factor, rel=2**-12)
 
 
-def test_weights_of_half_precision_sum_their_gradient_in_fp32() -> None:
+def test_weights_of_half_precision_sum_their_gradient_in_fp32():
     """A bf16 sum of 4096 equal chunks would stop at 256 of them."""
     num_rows = 4096
     hidden = torch.ones(num_rows, 1, dtype=torch.bfloat16)
@@ -120,14 +120,14 @@ def test_weights_of_half_precision_sum_their_gradient_in_fp32() -> None:
     assert gradient.flatten().tolist() == [-num_rows / 2, num_rows / 2]
 
 
-def test_extreme_logits() -> None:
+def test_extreme_logits():
     """Probabilities of 0 and 1 in fp32: the loss is the logit's distance all the same."""
     hidden = torch.tensor([[1.0], [-1.0]], requires_grad=True)
     weight = torch.tensor([[1000.0], [-1000.0]], requires_grad=True)
     assert_same((hidden, weight, None, torch.tensor([0, 0])), factor=1.0, relative=1e-6)
 
 
-def test_without_gradients_none_is_made_and_a_second_backward_is_refused() -> None:
+def test_without_gradients_none_is_made_and_a_second_backward_is_refused():
     """It would cost a product more, or find its gradients scaled already."""
     hidden, weight, bias, labels = inputs(6, 4)
     with torch.no_grad(), mock.patch.object(losses, "add_product") as add_product:
@@ -142,7 +142,7 @@ def test_without_gradients_none_is_made_and_a_second_backward_is_refused() -> No
 
 
 @pytest.mark.parametrize("is_trained", [False, True])
-def test_nothing_is_larger_than_a_chunk_or_the_weight(is_trained: bool) -> None:
+def test_nothing_is_larger_than_a_chunk_or_the_weight(is_trained):
     num_rows, num_labels, width, chunk_rows = 64, 500, 4, 8
     hidden, weight, _, labels = inputs(num_rows, num_labels, width=width, has_bias=False)
     weight.requires_grad_(is_trained)

@@ -17,7 +17,6 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from gem_ds.data.tasks import Kind
 from gem_ds.distributed.comm import Comm
 from gem_ds.models.encoders import ENCODERS, head_names, is_encoder, num_positions, set_head
 from gem_ds.models.load import load_for_training
@@ -68,9 +67,7 @@ def load(folder: Path) -> tuple[Any, list[str]]:
         ("[enforce fail] PytorchStreamReader failed reading file", ValueError),
     ],
 )
-def test_only_what_is_the_files_fault_is_told_as_such(
-    tmp_path: Path, told: str, kind: type[Exception]
-) -> None:
+def test_only_what_is_the_files_fault_is_told_as_such(tmp_path, told, kind):
     make_encoder("bert").config.save_pretrained(tmp_path)
     failing = mock.Mock(from_pretrained=mock.Mock(side_effect=RuntimeError(told)))
     with (
@@ -81,7 +78,7 @@ def test_only_what_is_the_files_fault_is_told_as_such(
     assert ("cannot be loaded" in str(caught.value)) == (kind is ValueError)
 
 
-def test_no_encoder_that_transformers_loads_as_a_causal_model_is_missing() -> None:
+def test_no_encoder_that_transformers_loads_as_a_causal_model_is_missing():
     """One would be trained on answers that it sees."""
     causal, masked = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
     both = {name for name in causal.keys() & masked if not CONFIG_MAPPING[name].is_encoder_decoder}
@@ -91,7 +88,7 @@ def test_no_encoder_that_transformers_loads_as_a_causal_model_is_missing() -> No
 
 
 @pytest.mark.parametrize(("model_type", "flag"), [("bert", "is_decoder"), ("xlm", "causal")])
-def test_an_encoder_that_is_told_to_look_back_only_is_none(model_type: str, flag: str) -> None:
+def test_an_encoder_that_is_told_to_look_back_only_is_none(model_type, flag):
     assert not is_encoder(AutoConfig.for_model(model_type, **{flag: True}))
 
 
@@ -100,7 +97,7 @@ UNREAD = ("bert-generation", "reformer")
 
 
 @pytest.mark.parametrize("model_type", sorted(set(ENCODERS).difference(UNREAD)))
-def test_an_encoder_reads_as_many_tokens_as_it_tells(model_type: str) -> None:
+def test_an_encoder_reads_as_many_tokens_as_it_tells(model_type):
     more = {"default_language": "en_XX"} if model_type == "xmod" else {}
     model = make_encoder(model_type, max_position_embeddings=16, **more)
     limit = num_positions(model.config)
@@ -111,7 +108,7 @@ def test_an_encoder_reads_as_many_tokens_as_it_tells(model_type: str) -> None:
 
 
 @pytest.mark.parametrize("model_type", HEADS)
-def test_the_head_is_the_same_layers_saved_or_not(tmp_path: Path, model_type: str) -> None:
+def test_the_head_is_the_same_layers_saved_or_not(tmp_path, model_type):
     """A saved classifier is trained from where it is."""
     saved = make_encoder(model_type)
     saved.save_pretrained(tmp_path / "whole")
@@ -139,9 +136,7 @@ def test_the_head_is_the_same_layers_saved_or_not(tmp_path: Path, model_type: st
         ("labels", (LABELS[1].upper(), LABELS[0].upper()), "its outputs in another order (not_"),
     ],
 )
-def test_a_saved_head_with_other_outputs_is_refused(
-    tmp_path: Path, kind: Kind, saved: tuple[str, ...], words: str
-) -> None:
+def test_a_saved_head_with_other_outputs_is_refused(tmp_path, kind, saved, words):
     config = make_encoder("bert").config
     config.id2label = dict(enumerate(saved))
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
@@ -151,7 +146,7 @@ def test_a_saved_head_with_other_outputs_is_refused(
         set_head(config, "m", make_task(kind))
 
 
-def test_a_head_that_is_more_than_a_linear_layer_is_refused() -> None:
+def test_a_head_that_is_more_than_a_linear_layer_is_refused():
     class Doubled(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return 2 * super().forward(x)

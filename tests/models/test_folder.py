@@ -8,7 +8,6 @@ tokens 3 to 98, at each eighth place: of that folder, and with the values of `tr
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +70,7 @@ def exported(base: Path, folder: Path, dtype: torch.dtype = torch.bfloat16) -> P
     return folder / "out"
 
 
-def test_a_folder_of_another_version_stays_one_of_it(tmp_path: Path, capsys: Any) -> None:
+def test_a_folder_of_another_version_stays_one_of_it(tmp_path, capsys):
     """The logits are those that version computes; by hand it was seen to load this export."""
     out = exported(LLAMA, tmp_path)
     assert contents(out) == contents(LLAMA)
@@ -148,7 +147,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize("make", [as_one_bin, as_sharded_bin, with_more, in_float32])
-def test_weights_keep_names_files_and_dtypes(tmp_path: Path, make: Callable[[Path], None]) -> None:
+def test_weights_keep_names_files_and_dtypes(tmp_path, make):
     """What is in the files beside the trained entries is there to the bit."""
     base = tmp_path / "base"
     shutil.copytree(LLAMA, base)
@@ -185,7 +184,7 @@ def test_weights_keep_names_files_and_dtypes(tmp_path: Path, make: Callable[[Pat
             assert file.metadata() == {"format": "pt", "by": "hand"}
 
 
-def test_values_that_the_base_cannot_hold_change_its_dtype(tmp_path: Path, capsys: Any) -> None:
+def test_values_that_the_base_cannot_hold_change_its_dtype(tmp_path, capsys):
     base = tmp_path / "base"
     shutil.copytree(LLAMA, base)
     edit_config(base, transformers_version="5.1.0", part_config={"torch_dtype": "bfloat16", "a": 1})
@@ -207,7 +206,7 @@ def tiny(architecture: str) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("architecture", ["mixtral", "qwen2_moe", "gpt2", "phi"])
-def test_a_model_trained_whole_has_the_files_of_its_base(tmp_path: Path, architecture: str) -> None:
+def test_a_model_trained_whole_has_the_files_of_its_base(tmp_path, architecture):
     """Experts that transformers holds in one tensor are one by one again."""
     tiny(architecture).save_pretrained(tmp_path / "base", max_shard_size="5KB")
     (tmp_path / "out").mkdir()
@@ -229,9 +228,7 @@ def test_a_model_trained_whole_has_the_files_of_its_base(tmp_path: Path, archite
 
 @pytest.mark.parametrize("kind", [BertForMaskedLM, BertModel])
 @pytest.mark.parametrize("is_legacy", [False, True])
-def test_an_encoder_gets_the_names_of_its_class_and_its_labels(
-    tmp_path: Path, kind: Any, *, is_legacy: bool
-) -> None:
+def test_an_encoder_gets_the_names_of_its_class_and_its_labels(tmp_path, kind, *, is_legacy):
     sizes = {"hidden_size": 8, "num_hidden_layers": 2, "vocab_size": 24, "num_attention_heads": 2}
     kind(BertConfig(**sizes, intermediate_size=16)).save_pretrained(tmp_path / "base")
     path = tmp_path / "base" / "model.safetensors"
@@ -261,7 +258,7 @@ def test_an_encoder_gets_the_names_of_its_class_and_its_labels(
         assert torch.equal(again.get_parameter(name), parameter), name
 
 
-def test_a_base_without_a_place_for_a_weight_is_refused(tmp_path: Path) -> None:
+def test_a_base_without_a_place_for_a_weight_is_refused(tmp_path):
     tiny("phi").save_pretrained(tmp_path / "base")
     model = tiny("gpt2")
     (tmp_path / "out").mkdir()

@@ -46,7 +46,7 @@ def logits(model: Any) -> torch.Tensor:
         return model(input_ids=torch.arange(5, 25)[None]).logits
 
 
-def test_an_adapter_beside_a_model_is_put_in_once(tiny: Tiny, capsys: Any) -> None:
+def test_an_adapter_beside_a_model_is_put_in_once(tiny, capsys):
     """As if its folder were named, and as transformers alone would; results say which it was."""
     both, adapter = str(tiny.folder / "both"), str(tiny.folder / "adapter")
     expected = logits(AutoModelForCausalLM.from_pretrained(both).eval())
@@ -97,7 +97,7 @@ USES: dict[str, Callable[[Path, str], Any]] = {
 
 
 @pytest.mark.parametrize("use", USES)
-def test_an_adapter_beside_a_model_is_refused_where_it_would_be_lost(tiny: Tiny, use: str) -> None:
+def test_an_adapter_beside_a_model_is_refused_where_it_would_be_lost(tiny, use):
     """And one alone everywhere, with its base and what to pass."""
     if use != "evaluation":
         with pytest.raises(ValueError, match=r"both holds an adapter .* beside the model.*merge"):
@@ -140,9 +140,7 @@ def own_code(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tup
     return folder, mark
 
 
-def test_code_runs_where_the_flag_says_so_and_nowhere_else(
-    tiny: Tiny, tmp_path: Path, own_code: tuple[Path, Path], capsys: Any
-) -> None:
+def test_code_runs_where_the_flag_says_so_and_nowhere_else(tiny, tmp_path, own_code, capsys):
     """Nothing is asked, whatever standard input would answer."""
     folder, mark = own_code
     delta, out = tiny.folder / "delta.safetensors", tmp_path / "out"
@@ -169,9 +167,7 @@ def test_code_runs_where_the_flag_says_so_and_nowhere_else(
     assert (before != after).nonzero().tolist() == [[0, 1], [0, 2]]
 
 
-def test_a_tokenizers_code_does_not_run_either(
-    tiny: Tiny, tmp_path: Path, own_code: tuple[Path, Path]
-) -> None:
+def test_a_tokenizers_code_does_not_run_either(tiny, tmp_path, own_code):
     folder, mark = own_code
     shutil.copy(tiny.model / "config.json", folder / "config.json")
     config = json.loads((folder / "tokenizer_config.json").read_text())
@@ -183,9 +179,7 @@ def test_a_tokenizers_code_does_not_run_either(
     assert not mark.exists()
 
 
-def test_a_model_that_transformers_knows_needs_no_code_of_its_own(
-    tmp_path: Path, own_code: tuple[Path, Path]
-) -> None:
+def test_a_model_that_transformers_knows_needs_no_code_of_its_own(tmp_path, own_code):
     """As many on the Hub have, from before it did."""
     folder, mark = own_code
     config = json.loads((folder / "config.json").read_text()) | {"model_type": "llama"}

@@ -81,7 +81,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def test_a_rank_holds_hardly_more_than_what_stays(folder: str) -> None:
+def test_a_rank_holds_hardly_more_than_what_stays(folder):
     """Which at stage 3 is its half."""
     files = list(Path(folder).glob("*.safetensors"))
     assert len(files) == 4
@@ -94,7 +94,7 @@ def test_a_rank_holds_hardly_more_than_what_stays(folder: str) -> None:
             assert peak <= 1.2 * stays, (stage, name)
 
 
-def test_weights_go_to_the_device_themselves(folder: str) -> None:
+def test_weights_go_to_the_device_themselves(folder):
     """Below stage 3; here to one that holds nothing."""
     comm: Any = SimpleNamespace(device=torch.device("meta"), agreement=nullcontext)
     with _peak() as peak:

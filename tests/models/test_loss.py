@@ -120,7 +120,7 @@ def assert_same(model: nn.Module, batch: dict[str, Tensor], relative: float = 1e
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_what_is_computed_in_chunks_is_what_whole_logits_give(name: str) -> None:
+def test_what_is_computed_in_chunks_is_what_whole_logits_give(name):
     """In bf16 both round the logits; a model that returns them in fp32 changes none of them."""
     for dtype, relative in ((torch.float32, 1e-5), (torch.bfloat16, 0.03)):
         model = make(name).to(dtype)
@@ -133,7 +133,7 @@ def loss_alone(model: nn.Module) -> Tensor:
     return sum(naive_loss(model, e) for e in naive_examples(EXAMPLES, range(len(EXAMPLES))))  # type: ignore[return-value]
 
 
-def test_the_loss_is_that_of_examples_alone() -> None:
+def test_the_loss_is_that_of_examples_alone():
     model = make()
     for loss_of in (summed_answer_loss, chunked_answer_loss):
         for packed in (False, True):
@@ -141,7 +141,7 @@ def test_the_loss_is_that_of_examples_alone() -> None:
             torch.testing.assert_close(found, loss_alone(model), rtol=1e-5, atol=0)
 
 
-def test_parts_that_are_trained_and_blocks_that_are_recomputed() -> None:
+def test_parts_that_are_trained_and_blocks_that_are_recomputed():
     """Through a frozen output layer the gradient goes on to the layers that are selected from."""
     model = make()
     model.lm_head.weight.requires_grad_(False)
@@ -151,7 +151,7 @@ def test_parts_that_are_trained_and_blocks_that_are_recomputed() -> None:
     assert_same(get_peft_model(make(), adapted), batch_of())
 
 
-def test_no_rows_are_a_batch_of_weight_zero() -> None:
+def test_no_rows_are_a_batch_of_weight_zero():
     """A rank without examples runs its backward all the same, and adds nothing."""
     model = make("tied llama")
     loss = chunked_answer_loss(model, EXAMPLES.collate([], PAD_TOKEN_ID))
@@ -178,7 +178,7 @@ class Doubling(LlamaForCausalLM):
 
 
 @pytest.mark.parametrize("kind", [*CHANGING, NotCalling, Doubling])
-def test_models_whose_logits_are_not_their_output_layers_keep_them(kind: Any) -> None:
+def test_models_whose_logits_are_not_their_output_layers_keep_them(kind):
     model = make(kind) if isinstance(kind, str) else make("llama", kind)
     assert answer_loss_of(model, ALONE) is summed_answer_loss
     if kind is not Doubling:
@@ -193,7 +193,7 @@ def lora_on_the_output() -> Any:
     return get_peft_model(make(), LoraConfig(r=2, target_modules=["lm_head"]))
 
 
-def test_output_layers_that_are_more_than_a_product_keep_them_whole() -> None:
+def test_output_layers_that_are_more_than_a_product_keep_them_whole():
     """Adapted by peft in two ways, selected from, and of a class of its own."""
     own = make()
     own.lm_head = type("Linear4bit", (nn.Linear,), {})(16, VOCABULARY, bias=False)
@@ -205,7 +205,7 @@ def test_output_layers_that_are_more_than_a_product_keep_them_whole() -> None:
         assert summed_answer_loss(model, batch_of()) > 0
 
 
-def test_the_output_layer_is_itself_again_after_an_error() -> None:
+def test_the_output_layer_is_itself_again_after_an_error():
     model = make()
     tokens = torch.full((1, 3), VOCABULARY)  # no such token
     with pytest.raises(IndexError):
@@ -217,7 +217,7 @@ def test_the_output_layer_is_itself_again_after_an_error() -> None:
     assert model(input_ids=tokens - 1).logits.shape == (1, 3, VOCABULARY)
 
 
-def test_a_step_makes_nothing_of_the_size_of_the_logits() -> None:
+def test_a_step_makes_nothing_of_the_size_of_the_logits():
     """The largest is a chunk, where inner layers are trained."""
     vocabulary, chunk_rows = 3000, 4
     model = make(vocab_size=vocabulary)
@@ -240,7 +240,7 @@ def test_a_step_makes_nothing_of_the_size_of_the_logits() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "mistral, in windows"])
-def test_padding_costs_no_wait_and_no_mask(name: str) -> None:
+def test_padding_costs_no_wait_and_no_mask(name):
     """But for windows, which need a mask; that results are the same is seen above."""
     model, batch = make(name), batch_of()
     assert not batch["attention_mask"].all()
@@ -259,7 +259,7 @@ def test_padding_costs_no_wait_and_no_mask(name: str) -> None:
     assert run.num_waits == 2 * is_causal, "as transformers does it by itself"
 
 
-def test_masks_that_are_not_causal_keep_the_padding() -> None:
+def test_masks_that_are_not_causal_keep_the_padding():
     """And what makes masks is as before in the end."""
     own = dict(ALL_MASK_ATTENTION_FUNCTIONS)
     model = AutoModel.from_config(AutoConfig.for_model("bert", **SIZES)).eval()
@@ -276,7 +276,7 @@ def test_masks_that_are_not_causal_keep_the_padding() -> None:
 
 
 @pytest.mark.parametrize("name", [*MODELS, *CHANGING, "lora"])
-def test_answer_logits_are_the_models_own(name: str) -> None:
+def test_answer_logits_are_the_models_own(name):
     """Where it changes what its output layer returns, too."""
     model = lora_on_the_output() if name == "lora" else make(name)
     batch = batch_of()
@@ -304,7 +304,7 @@ def _losses_at_stage_3() -> dict[str, tuple[bool, float]]:
     return found
 
 
-def test_partitioned_weights_on_two_ranks() -> None:
+def test_partitioned_weights_on_two_ranks():
     """The swapped layer is the one whose weight ZeRO-3 gathers, and for its call only."""
     for found in run_ranks(2, _losses_at_stage_3):
         for name, (is_chunked, loss) in found.items():

@@ -41,7 +41,7 @@ def llama() -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("model_type", QUERY_VALUE)
-def test_the_default_is_query_and_value_of_every_layer(model_type: str) -> None:
+def test_the_default_is_query_and_value_of_every_layer(model_type):
     model = _model(model_type)
     targets = find_targets(model)
     assert len(targets) == 2 * NUM_LAYERS
@@ -51,7 +51,7 @@ def test_the_default_is_query_and_value_of_every_layer(model_type: str) -> None:
 
 
 @pytest.mark.parametrize("model_type", FUSED)
-def test_fused_projections_are_refused_with_a_name_that_works(model_type: str) -> None:
+def test_fused_projections_are_refused_with_a_name_that_works(model_type):
     model = _model(model_type)
     with pytest.raises(ValueError, match=f"{model_type} computes query, key and value in one") as e:
         find_targets(model)
@@ -59,7 +59,7 @@ def test_fused_projections_are_refused_with_a_name_that_works(model_type: str) -
     assert len(find_targets(model, [FUSED[model_type]])) == NUM_LAYERS
 
 
-def test_an_unknown_architecture_asks_for_names() -> None:
+def test_an_unknown_architecture_asks_for_names():
     with pytest.raises(ValueError, match=r"of mamba are not known.*--target_modules, of dt_proj, "):
         find_targets(_model("mamba"))
     with pytest.raises(ValueError, match=r"projections of Linear are not known"):
@@ -67,14 +67,12 @@ def test_an_unknown_architecture_asks_for_names() -> None:
 
 
 @pytest.mark.parametrize(("names", "expected"), TABLES["chosen"].items())
-def test_layers_by_suffix_or_expression(
-    llama: PreTrainedModel, names: str, expected: list[str]
-) -> None:
+def test_layers_by_suffix_or_expression(llama, names, expected):
     found = find_targets(llama, names.split())
     assert sorted(name.removesuffix(".weight") for name in found) == expected
 
 
-def test_all_linear_leaves_out_the_output_layer(llama: PreTrainedModel) -> None:
+def test_all_linear_leaves_out_the_output_layer(llama):
     targets = find_targets(llama, ["all-linear"])
     linear = {f"{n}.weight" for n, m in llama.named_modules() if isinstance(m, nn.Linear)}
     assert linear - set(targets) == {"lm_head.weight"}
@@ -84,14 +82,14 @@ def test_all_linear_leaves_out_the_output_layer(llama: PreTrainedModel) -> None:
     assert {type(module).__name__ for module in transposed.values()} == {"Conv1D"}
 
 
-def test_targets_come_in_the_order_of_the_parameters(llama: PreTrainedModel) -> None:
+def test_targets_come_in_the_order_of_the_parameters(llama):
     order = [name for name, _ in llama.named_parameters()]
     for names in (None, ["v_proj", "q_proj"], ["all-linear"], [".*proj"]):
         targets = list(find_targets(llama, names))
         assert targets == sorted(targets, key=order.index)
 
 
-def test_layers_by_the_names_of_their_weights(llama: PreTrainedModel) -> None:
+def test_layers_by_the_names_of_their_weights(llama):
     targets = find_targets(llama, ["all-linear"])
     assert targets_of(llama, list(targets)[::-1]) == targets
     assert list(targets_of(llama, list(targets)[::-1])) == list(targets)
@@ -100,15 +98,13 @@ def test_layers_by_the_names_of_their_weights(llama: PreTrainedModel) -> None:
 
 
 @pytest.mark.parametrize(("names", "sentence"), TABLES["refused"].items())
-def test_names_that_are_no_linear_layers_are_refused(
-    llama: PreTrainedModel, names: str, sentence: str
-) -> None:
+def test_names_that_are_no_linear_layers_are_refused(llama, names, sentence):
     with pytest.raises(ValueError, match=sentence):
         find_targets(llama, names.split())
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "qwen2_vl", "llava", "idefics3", "mixtral", "gpt_oss"])
-def test_every_target_is_reached_from_text_and_what_none_reaches_is_told(kind: str) -> None:
+def test_every_target_is_reached_from_text_and_what_none_reaches_is_told(kind):
     """As autograd says; of a model that reads images its tower has layers of the same names."""
     config = tiny_config(kind)
     with torch.random.fork_rng(devices=[]):
@@ -164,7 +160,7 @@ class Tied(nn.Module):
         self.out.weight = self.embedding.weight
 
 
-def test_a_tied_weight_is_refused_by_the_names_that_share_it() -> None:
+def test_a_tied_weight_is_refused_by_the_names_that_share_it():
     for name, other in (("out", "embedding"), ("first", "second"), ("second", "first")):
         sentence = f"{name} shares its weight with {other}.weight: leave it out"
         with pytest.raises(ValueError, match=sentence):

@@ -55,7 +55,7 @@ def foretold(*flags: str, **changed: Any) -> Forecast:
 # Counting
 
 
-def test_bytes_live_from_the_operator_to_the_last_reference() -> None:
+def test_bytes_live_from_the_operator_to_the_last_reference():
     live = LiveBytes()
     with live:
         a = torch.empty(100, device="meta")
@@ -128,9 +128,7 @@ def step(gathers: Gathers, run: Callable[[torch.Tensor], torch.Tensor]) -> MostG
 
 
 @pytest.mark.parametrize("copies", [False, True])
-def test_a_message_of_several_weights_stands_beside_them_until_they_are_copied_out(
-    copies: bool,
-) -> None:
+def test_a_message_of_several_weights_stands_beside_them_until_they_are_copied_out(copies):
     """And on a CPU gloo's own copy of it too: of two weights of 400 bytes."""
     gathers, live = gathers_of(Block(2), copies=copies, leaves=("Block",)), MostGathered()
     x = torch.empty(2, 10, device="meta", requires_grad=True)
@@ -144,9 +142,7 @@ def test_a_message_of_several_weights_stands_beside_them_until_they_are_copied_o
     [(Block(), 0, 1, 6), (Block(tied=True), 0, 2, 4), (nn.Sequential(*Block().layers), 100, 2, 6)],
     ids=["alone", "a shared weight stays", "gathering ahead holds more and moves no more"],
 )
-def test_weights_are_gathered_for_each_pass_and_let_go(
-    model: nn.Module, prefetch_size: int, most: int, times: int
-) -> None:
+def test_weights_are_gathered_for_each_pass_and_let_go(model, prefetch_size, most, times):
     gathers = gathers_of(model, prefetch_size=prefetch_size)
     step(gathers, model)
     assert gathers.knows_order
@@ -158,9 +154,7 @@ def test_weights_are_gathered_for_each_pass_and_let_go(
 
 
 @pytest.mark.parametrize("is_recomputed", [False, True])
-def test_a_leaf_is_one_message_a_pass_which_its_weights_are_copied_out_of(
-    is_recomputed: bool,
-) -> None:
+def test_a_leaf_is_one_message_a_pass_which_its_weights_are_copied_out_of(is_recomputed):
     """Recomputed or not: checkpointing runs the block's forward, not what hangs on its call."""
     blocks = nn.ModuleList(Block() for _ in range(2)).requires_grad_(False)
     for block in blocks if is_recomputed else ():
@@ -173,7 +167,7 @@ def test_a_leaf_is_one_message_a_pass_which_its_weights_are_copied_out_of(
 
 
 @pytest.mark.parametrize(("trains", "most"), [(False, 1), (True, 4)])
-def test_recomputed_blocks_let_their_weights_go(trains: bool, most: int) -> None:
+def test_recomputed_blocks_let_their_weights_go(trains, most):
     """Frozen ones after each use, trained ones when the block's backward has used them."""
     for num_blocks in (2, 5):
         blocks = nn.ModuleList(Block(4) for _ in range(num_blocks)).requires_grad_(trains)
@@ -192,9 +186,7 @@ def test_recomputed_blocks_let_their_weights_go(trains: bool, most: int) -> None
 
 
 @pytest.mark.parametrize(("stage", "dtype"), [(0, "fp32"), (0, "bf16"), (1, "fp32"), (3, "bf16")])
-def test_state_is_twelve_bytes_for_each_selected_entry_and_shared_from_stage_1(
-    stage: int, dtype: str
-) -> None:
+def test_state_is_twelve_bytes_for_each_selected_entry_and_shared_from_stage_1(stage, dtype):
     flags = [] if dtype == "fp32" else ["--bf16"]
     found = foretold("--density", "0.01", *flags, stage=stage, world_size=3)
     k = found.num_trained
@@ -206,7 +198,7 @@ def test_state_is_twelve_bytes_for_each_selected_entry_and_shared_from_stage_1(
     assert found.training["masters and moments"] == 4 * words * own
 
 
-def test_a_rank_holds_its_share_of_the_weights_at_stage_3_only() -> None:
+def test_a_rank_holds_its_share_of_the_weights_at_stage_3_only():
     whole = foretold("--bf16", stage=0).training["weights"]
     assert whole == 2 * foretold().num_parameters
     shares = [foretold("--bf16", world_size=n).training["weights"] for n in (1, 4)]
@@ -218,7 +210,7 @@ def test_a_rank_holds_its_share_of_the_weights_at_stage_3_only() -> None:
     assert "weights" not in found, "nor does any weight stay on the device"
 
 
-def test_full_fine_tuning_needs_sixteen_bytes_a_parameter_and_gem_hardly_more_than_two() -> None:
+def test_full_fine_tuning_needs_sixteen_bytes_a_parameter_and_gem_hardly_more_than_two():
     full = foretold("--method", "full", "--bf16", stage=0)
     n = full.num_parameters
     lasting = full.training["weights"] + full.training["masters and moments"]
@@ -229,7 +221,7 @@ def test_full_fine_tuning_needs_sixteen_bytes_a_parameter_and_gem_hardly_more_th
 
 
 @pytest.mark.parametrize("method", ["gem", "bitfit", "lora"])
-def test_the_head_of_an_encoder_is_trained_and_sent(method: str) -> None:
+def test_the_head_of_an_encoder_is_trained_and_sent(method):
     """Its pooler and a classifier of two outputs; under a method's own entries."""
     head = 64 * 64 + 64 + 2 * 64 + 2
     found = foretold("--method", method, model="bert", stage=0, world_size=1)
@@ -243,7 +235,7 @@ def test_the_head_of_an_encoder_is_trained_and_sent(method: str) -> None:
     assert found.step_messages == 4 * (own + head)
 
 
-def test_statistics_are_shared_and_a_buffer_keeps_whole_gradients() -> None:
+def test_statistics_are_shared_and_a_buffer_keeps_whole_gradients():
     """To which products are added as they are made."""
     targets = 4 * 512 * 512
     plain = foretold(model="wide")
@@ -258,7 +250,7 @@ def test_statistics_are_shared_and_a_buffer_keeps_whole_gradients() -> None:
         assert buffered.calibration_messages == 0
 
 
-def test_strips_of_a_gpus_kernel_take_eight_bytes_an_entry() -> None:
+def test_strips_of_a_gpus_kernel_take_eight_bytes_an_entry():
     """If entries are few; and eight for each tile, of 64 strips or fewer."""
     plain, strips = (
         foretold("--density", "0.01", "--sddmm_kernel", name, model="wide")
@@ -268,7 +260,7 @@ def test_strips_of_a_gpus_kernel_take_eight_bytes_an_entry() -> None:
     assert 8 * plain.num_trained < added < 8.2 * plain.num_trained
 
 
-def test_a_buffer_by_itself_is_half_of_what_a_gpu_has_left() -> None:
+def test_a_buffer_by_itself_is_half_of_what_a_gpu_has_left():
     """Beside what lasts and the statistics: room for two of four layers."""
     setting = setting_of("--calibration_buffer_gb", "auto", "--max_length", "8", model="wide")
     plain, whole = foretold("--max_length", "8", model="wide"), 4 * 512 * 512
@@ -281,7 +273,7 @@ def test_a_buffer_by_itself_is_half_of_what_a_gpu_has_left() -> None:
     assert forecast(replace(setting, usable_bytes=1.0)).buffer_gb == 0
 
 
-def test_a_step_sends_gradients_and_new_values() -> None:
+def test_a_step_sends_gradients_and_new_values():
     """Those of entries in fp32, those of whole parameters in the dtype of the model."""
     for stage, num_bytes in ((0, 4), (1, 6), (3, 6)):
         found = foretold("--bf16", stage=stage)
@@ -290,7 +282,7 @@ def test_a_step_sends_gradients_and_new_values() -> None:
     assert found.step_messages == 2 * found.num_trained
 
 
-def test_recomputing_and_smaller_batches_hold_fewer_activations() -> None:
+def test_recomputing_and_smaller_batches_hold_fewer_activations():
     recomputed, halved = ["--gradient_checkpointing"], ["--per_device_train_batch_size", "1"]
     whole, *less = (
         foretold(*flags, stage=0).training[LiveBytes.OWN] for flags in ([], recomputed, halved)
@@ -300,7 +292,7 @@ def test_recomputing_and_smaller_batches_hold_fewer_activations() -> None:
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-def test_evaluation_is_a_forward_pass_of_its_own_batch(stage: int) -> None:
+def test_evaluation_is_a_forward_pass_of_its_own_batch(stage):
     few, many, alike = (
         foretold("--per_device_eval_batch_size", size, stage=stage) for size in ("64", "128", "2")
     )
@@ -314,7 +306,7 @@ def test_evaluation_is_a_forward_pass_of_its_own_batch(stage: int) -> None:
 
 
 @pytest.mark.parametrize(("model", "method"), CASES["planned"])
-def test_every_method_and_kind_of_model_can_be_planned(model: str, method: str) -> None:
+def test_every_method_and_kind_of_model_can_be_planned(model, method):
     found = foretold("--method", *method.split(), model=model)
     assert 0 < found.num_trained <= 1.05 * found.num_parameters
     assert found.training[LiveBytes.OWN] > 0
@@ -323,7 +315,7 @@ def test_every_method_and_kind_of_model_can_be_planned(model: str, method: str) 
 # Advice
 
 
-def test_the_least_change_fits_and_none_before_it_does() -> None:
+def test_the_least_change_fits_and_none_before_it_does():
     setting = setting_of("--bf16", model="opt", stage=0, world_size=2)
     needs = [(told, forecast(changed)) for told, changed in islice(changes(setting), 6)]
     assert needs[0][0] == ["--gradient_checkpointing"]
@@ -339,7 +331,7 @@ def test_the_least_change_fits_and_none_before_it_does() -> None:
         assert len(change[0]) <= len(told)
 
 
-def test_the_lowest_stage_that_fits_is_told() -> None:
+def test_the_lowest_stage_that_fits_is_told():
     """Below the setting's own, whatever fits besides."""
     full = setting_of("--method", "full", "--bf16", stage=3)
     needs = [
@@ -361,7 +353,7 @@ def test_the_lowest_stage_that_fits_is_told() -> None:
     assert half[0] == "ds_configs/zero1.json", "as stage 0 scales no loss"
 
 
-def test_batch_sizes_that_the_json_spells_out_follow_a_change() -> None:
+def test_batch_sizes_that_the_json_spells_out_follow_a_change():
     setting = setting_of(model="opt", stage=0, world_size=2)
     written = {"train_batch_size": 4, "train_micro_batch_size_per_gpu": 2}
     spelt = replace(
@@ -375,7 +367,7 @@ def test_batch_sizes_that_the_json_spells_out_follow_a_change() -> None:
 
 
 @pytest.mark.parametrize("file", advice.CONFIGS)
-def test_advice_knows_the_repositorys_configurations_without_their_files(file: str) -> None:
+def test_advice_knows_the_repositorys_configurations_without_their_files(file):
     setting = setting_of("--bf16")
     read, known = read_config(REPOSITORY / file), advice.CONFIGS[file]
     assert forecast(replace(setting, deepspeed=known)) == forecast(replace(setting, deepspeed=read))
@@ -384,9 +376,7 @@ def test_advice_knows_the_repositorys_configurations_without_their_files(file: s
 # The command
 
 
-def test_the_command_needs_a_configuration_only(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_needs_a_configuration_only(tmp_path, capsys, monkeypatch):
     MODELS["opt"].save_pretrained(tmp_path)
     flags = ["--model_name_or_path", str(tmp_path)]
     zero3 = ["--deepspeed", str(DS_CONFIGS / "zero3.json"), "--world_size", "8", "--bf16"]
@@ -407,7 +397,7 @@ def test_the_command_needs_a_configuration_only(
 
 
 @pytest.mark.parametrize(("flags", "words"), CASES["refused"])
-def test_bad_input_gets_one_sentence(tmp_path: Path, flags: str, words: str) -> None:
+def test_bad_input_gets_one_sentence(tmp_path, flags, words):
     MODELS["llama"].save_pretrained(tmp_path)
     assert words in refusal(main, ["--model_name_or_path", str(tmp_path), *flags.split()])
     assert "Pass --model_name_or_path" in refusal(main, [])
@@ -417,7 +407,7 @@ def test_bad_input_gets_one_sentence(tmp_path: Path, flags: str, words: str) -> 
 
 
 @pytest.mark.parametrize(("method", "tokens"), [("gem", 256), ("full", 64)])
-def test_a_forecast_agrees_with_a_run(tmp_path: Path, method: str, tokens: int) -> None:
+def test_a_forecast_agrees_with_a_run(tmp_path, method, tokens):
     """Of a model that is large against what libraries take, on one rank."""
     flags = Training(layers=2, tokens=tokens).flags([method], tmp_path)[method]
     ranks = Ranks.start(method, flags, 1, is_weighed=True)
@@ -436,7 +426,7 @@ def test_a_forecast_agrees_with_a_run(tmp_path: Path, method: str, tokens: int) 
         assert calibration == pytest.approx(found["calibration_peak_bytes"], rel=0.15)
 
 
-def test_a_mixture_with_experts_as_targets_is_foretold(tmp_path: Path) -> None:
+def test_a_mixture_with_experts_as_targets_is_foretold(tmp_path):
     """Nothing is run of it; a calibration holds the statistics of its experts, and a step no such.
 
     On one rank they are the whole matrices, fp32.

@@ -78,7 +78,7 @@ def _fit_naively(model: Any, dense: Any, blocks: str) -> list[tuple[float, float
 
 
 @pytest.mark.parametrize("architecture", BLOCKS)
-def test_blocks_are_fitted_as_a_naive_loop_fits_them(architecture: str) -> None:
+def test_blocks_are_fitted_as_a_naive_loop_fits_them(architecture):
     model, dense = _pruned(architecture)
     expected, base = copy.deepcopy(model), copy.deepcopy(model)
     wanted = _fit_naively(expected.eval(), dense.eval(), BLOCKS[architecture])
@@ -110,7 +110,7 @@ def test_blocks_are_fitted_as_a_naive_loop_fits_them(architecture: str) -> None:
         assert torch.equal(bits(base.get_parameter(name).detach()), bits(parameter.detach())), name
 
 
-def test_a_mask_says_what_is_trained_in_bf16() -> None:
+def test_a_mask_says_what_is_trained_in_bf16():
     model, dense = (each.to(torch.bfloat16) for each in _pruned("llama"))
     before = copy.deepcopy(model)
     mask = gem_ds.select_mask(model, rule="magnitude", density="0.05", target_modules="all-linear")
@@ -125,7 +125,7 @@ def test_a_mask_says_what_is_trained_in_bf16() -> None:
             assert changed.any(), name
 
 
-def test_bf16_is_rounded_once() -> None:
+def test_bf16_is_rounded_once():
     """Steps of at most a fifth of half a last place add up, as none would that is rounded."""
     model, dense = (each.to(torch.bfloat16) for each in _pruned("llama"))
     before = copy.deepcopy(model)
@@ -138,9 +138,7 @@ def test_bf16_is_rounded_once() -> None:
     assert torch.cat(is_changed).any()
 
 
-def test_one_block_at_a_time_is_on_the_device_and_has_gradients(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_one_block_at_a_time_is_on_the_device_and_has_gradients(monkeypatch):
     model, dense = _pruned("llama")
     visited: set[nn.Module] = set()
     there: list[nn.Module] = []
@@ -195,7 +193,7 @@ def _with_a_forward_of_its_own(model: Any) -> Any:
         (lambda m, d: (m.to("meta"), d, _batches()), "not whole in this process"),
     ],
 )
-def test_what_cannot_be_fitted_is_refused_unchanged(change: Any, message: str) -> None:
+def test_what_cannot_be_fitted_is_refused_unchanged(change, message):
     model, dense = _pruned("llama")
     before = copy.deepcopy(model)
     first, second, batches = change(model, dense)
@@ -205,7 +203,7 @@ def test_what_cannot_be_fitted_is_refused_unchanged(change: Any, message: str) -
         assert found.is_meta or first is dense or torch.equal(found, wanted)
 
 
-def test_a_rate_that_is_too_large_is_a_sentence() -> None:
+def test_a_rate_that_is_too_large_is_a_sentence():
     model, dense = _pruned("llama")
     with pytest.raises(ValueError, match=r"layers\.0 is not finite: lower the learning rate"):
         gem_ds.fit_blocks(model, dense, _batches(), learning_rate=1e30)

@@ -1,7 +1,5 @@
 """From a dense folder to a pruned one, to its delta by EBFT, to a folder that others load."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -14,9 +12,7 @@ from tests.tiny_model import make_tiny
 WORDS = "There are so many numbers, and each of them is one more than the one before it. "
 
 
-def test_a_folder_is_pruned_and_mended_and_exported(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_is_pruned_and_mended_and_exported(tmp_path, capsys):
     dense = str(make_tiny(tmp_path).model)
     text, pruned, run, mended = (tmp_path / n for n in ("text", "pruned", "run", "mended"))
     text.write_text(WORDS * 20)
@@ -57,13 +53,7 @@ def test_a_folder_is_pruned_and_mended_and_exported(
         ("ebft", ["--dense_model", "none", "--text", "none", "--epochs", "0"], "at least 1"),
     ],
 )
-def test_flags_are_refused_before_anything_is_read(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    program: str,
-    flags: list[str],
-    message: str,
-) -> None:
+def test_flags_are_refused_before_anything_is_read(tmp_path, capsys, program, flags, message):
     folder = ["--model_name_or_path", "none", "--output_dir", str(tmp_path / "out")]
     assert main([program, *folder, *flags]) == 1
     assert message in capsys.readouterr().err
@@ -79,12 +69,8 @@ def test_flags_are_refused_before_anything_is_read(
     ],
 )
 def test_text_that_cannot_be_read_in_rows_is_refused_before_the_weights_load(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    flags: list[str],
-    message: str,
-) -> None:
+    tmp_path, capsys, monkeypatch, flags, message
+):
     monkeypatch.delattr(prune_main, "load_weights")
     (tmp_path / "text").write_text(WORDS)
     paths = ["--output_dir", str(tmp_path / "out"), "--text", str(tmp_path / "text")]

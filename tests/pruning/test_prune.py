@@ -74,8 +74,8 @@ def _inputs(model: Any, module: nn.Module) -> Tensor:
 @pytest.mark.parametrize("is_wanda", [False, True], ids=["magnitude", "wanda"])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "llama without a chain"])
 def test_the_lowest_become_0_and_nothing_else_changes(
-    architecture: str, is_wanda: bool, sparsity: float | str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    architecture, is_wanda, sparsity, monkeypatch
+):
     """Of each block by the inputs that the pruned blocks before it give."""
     if " " in architecture:
         architecture, *_ = architecture.split()
@@ -104,7 +104,7 @@ def test_the_lowest_become_0_and_nothing_else_changes(
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_a_pruned_model_keeps_its_zeros_where_entries_are_selected() -> None:
+def test_a_pruned_model_keeps_its_zeros_where_entries_are_selected():
     model = _model("llama")
     gem_ds.prune(model, "2:4")
     mask = gem_ds.select_mask(model, rule="magnitude", density="0.05")
@@ -113,12 +113,12 @@ def test_a_pruned_model_keeps_its_zeros_where_entries_are_selected() -> None:
         assert bool(model.get_parameter(name).detach().flatten()[index.long()].all())
 
 
-def test_experts_that_are_one_parameter_are_nothing_to_prune() -> None:
+def test_experts_that_are_one_parameter_are_nothing_to_prune():
     with pytest.raises(ValueError, match="--target_modules experts names nothing that can be"):
         gem_ds.prune(make_model("mixtral"), 0.5, target_modules="experts")
 
 
-def test_blocks_that_give_pairs_are_pruned_by_passes_of_the_whole_model() -> None:
+def test_blocks_that_give_pairs_are_pruned_by_passes_of_the_whole_model():
     sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = DebertaV2Config(vocab_size=40, intermediate_size=16, type_vocab_size=0, **sizes)
     model = AutoModelForSequenceClassification.from_config(config)
@@ -143,9 +143,7 @@ def test_blocks_that_give_pairs_are_pruned_by_passes_of_the_whole_model() -> Non
         (0.5, [], "no batches: pass at least one, or None to go by magnitude"),
     ],
 )
-def test_what_is_refused_changes_nothing(
-    sparsity: float | str, batches: list[Any] | None, message: str
-) -> None:
+def test_what_is_refused_changes_nothing(sparsity, batches, message):
     model, before = make_model("llama"), make_model("llama")
     with pytest.raises(ValueError, match=message):
         gem_ds.prune(model, sparsity, batches)

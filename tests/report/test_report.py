@@ -24,7 +24,7 @@ COUNTS = st.lists(st.integers(0, 9), min_size=1, max_size=200).filter(any)
 
 @settings(deadline=None, max_examples=50)
 @given(COUNTS)
-def test_slices_and_shares_are_those_counted_one_by_one(counts: list[int]) -> None:
+def test_slices_and_shares_are_those_counted_one_by_one(counts):
     total, lines = sum(counts), len(counts)
     slices = [
         [c for i, c in enumerate(counts) if i * NUM_SLICES // lines == s] for s in range(NUM_SLICES)
@@ -40,7 +40,7 @@ def test_slices_and_shares_are_those_counted_one_by_one(counts: list[int]) -> No
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
-def test_moves_are_those_of_plain_numbers(seed: int, dtype: torch.dtype) -> None:
+def test_moves_are_those_of_plain_numbers(seed, dtype):
     torch.manual_seed(seed)
     base = (torch.randn(101) * 10.0 ** torch.randint(-2, 2, (101,))).to(dtype)
     base[::10] = 0
@@ -105,7 +105,7 @@ def a_run(folder: Path) -> nn.Module:
     return model
 
 
-def test_a_run_is_one_page_that_fetches_nothing(tmp_path: Path, capsys: Any) -> None:
+def test_a_run_is_one_page_that_fetches_nothing(tmp_path, capsys):
     model = a_run(tmp_path)
     assert cli.run("report", [str(tmp_path)]) == 0
     text = (tmp_path / "report.html").read_text()
@@ -133,7 +133,7 @@ def test_a_run_is_one_page_that_fetches_nothing(tmp_path: Path, capsys: Any) -> 
     assert "made for other base weights" in capsys.readouterr().err
 
 
-def test_a_folder_without_a_run_and_a_page_of_others_are_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_and_a_page_of_others_are_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no run"):
         write_report(tmp_path)
     a_run(tmp_path)
@@ -147,7 +147,7 @@ def test_a_folder_without_a_run_and_a_page_of_others_are_refused(tmp_path: Path)
         write_report(tmp_path)
 
 
-def test_modules_are_in_the_order_of_their_entries(tmp_path: Path) -> None:
+def test_modules_are_in_the_order_of_their_entries(tmp_path):
     model = a_run(tmp_path)
     mask = make_delta(model, {"h.0.down.weight": [1], "h.0.up.weight": [2, 5]}).mask
     found = spreads(mask)
@@ -155,7 +155,7 @@ def test_modules_are_in_the_order_of_their_entries(tmp_path: Path) -> None:
     assert (found["up"].num_entries, found["up"].num_parameters) == (2, 2400)
 
 
-def test_the_rows_of_experts_are_those_of_their_matrices() -> None:
+def test_the_rows_of_experts_are_those_of_their_matrices():
     """Of two experts of 40 x 60, entries in the row 3 of the first and the row 5 of the second."""
     experts = nn.ParameterDict({"experts": torch.randn(2, 40, 60)})
     flat = [3 * 60 + 7, 40 * 60 + 5 * 60 + 7]
@@ -166,7 +166,7 @@ def test_the_rows_of_experts_are_those_of_their_matrices() -> None:
     assert found.num_parameters == 4800
 
 
-def test_the_entries_of_biases_are_rows() -> None:
+def test_the_entries_of_biases_are_rows():
     layer = nn.Linear(4, 6)
     (found,) = spreads(make_delta(layer, {"bias": [0, 1, 5]}).mask).values()
     rows, columns = found.curves

@@ -26,7 +26,7 @@ def problems(draw: st.DrawFn) -> tuple[list[float], list[int], int]:
 
 @settings(max_examples=400, deadline=None)
 @given(problems())
-def test_budgets_are_the_oracles_and_fair(problem: tuple[list[float], list[int], int]) -> None:
+def test_budgets_are_the_oracles_and_fair(problem):
     scores, sizes, total = problem
     found = allocate_budget(scores, sizes, total)
     assert found == oracle.budgets(scores, sizes, total)
@@ -54,9 +54,7 @@ def test_budgets_are_the_oracles_and_fair(problem: tuple[list[float], list[int],
         ([1.0, 2.0], [5, 5], 0, [0, 0]),
     ],
 )
-def test_shares_worked_out_by_hand(
-    scores: list[float], sizes: list[int], total: int, expected: list[int]
-) -> None:
+def test_shares_worked_out_by_hand(scores, sizes, total, expected):
     assert allocate_budget(scores, sizes, total) == expected
 
 
@@ -79,15 +77,13 @@ def test_shares_worked_out_by_hand(
         ),
     ],
 )
-def test_total_is_the_floor_of_the_decimal_product(
-    density: float | str | Decimal, num_parameters: int, expected: int
-) -> None:
+def test_total_is_the_floor_of_the_decimal_product(density, num_parameters, expected):
     assert total_budget(density, num_parameters) == expected
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 10**6), st.integers(1, 10**12))
-def test_total_agrees_with_integer_arithmetic(millionths: int, num_parameters: int) -> None:
+def test_total_agrees_with_integer_arithmetic(millionths, num_parameters):
     density = millionths / 10**6
     expected = millionths * num_parameters // 10**6
     if expected == 0:
@@ -100,6 +96,6 @@ def test_total_agrees_with_integer_arithmetic(millionths: int, num_parameters: i
 @pytest.mark.parametrize(
     "density", [0, 0.0, -0.1, 1.0001, 2, math.nan, math.inf, -math.inf, "many", "", "nan", "0"]
 )
-def test_a_density_outside_0_to_1_is_refused(density: float | str) -> None:
+def test_a_density_outside_0_to_1_is_refused(density):
     with pytest.raises(ValueError, match="above 0 and at most 1"):
         total_budget(density, 1000)

@@ -87,9 +87,7 @@ def _indices(ranks: list[Selection]) -> list[list[int]]:
     ("case", "keep_zeros"), [*((case, False) for case in CASES), ("random", True), ("tied", True)]
 )
 @pytest.mark.parametrize("rule", SPARSE_METHODS)
-def test_the_choice_is_the_naive_one_on_any_number_of_ranks(
-    rule: str, case: str, keep_zeros: bool
-) -> None:
+def test_the_choice_is_the_naive_one_on_any_number_of_ranks(rule, case, keep_zeros):
     gradients, weights = CASES[case]
     kept = {name: weight.clone() for name, weight in weights.items()}
     size = sum(int(weight.count_nonzero()) for weight in weights.values())
@@ -110,7 +108,7 @@ def test_the_choice_is_the_naive_one_on_any_number_of_ranks(
     assert all(torch.equal(weights[name], weight) for name, weight in kept.items())
 
 
-def test_zeros_are_kept_where_a_matrix_was_pruned_or_it_is_asked_for() -> None:
+def test_zeros_are_kept_where_a_matrix_was_pruned_or_it_is_asked_for():
     """More than 5 % of one matrix; zeros of either sign, whose ratios are the largest by far."""
     weights = {"whole": torch.ones(4, 10), "some": torch.ones(4, 10)}
     gradients = {name: torch.ones(4, 10) for name in weights}
@@ -126,7 +124,7 @@ def test_zeros_are_kept_where_a_matrix_was_pruned_or_it_is_asked_for() -> None:
     assert [selected_zeros(keep) for keep in (None, False, True)] == [0, 3, 0]
 
 
-def test_fewer_entries_that_are_not_0_than_the_budget_are_refused() -> None:
+def test_fewer_entries_that_are_not_0_than_the_budget_are_refused():
     gradients, weights = _random()
     left = sum(int(weight.count_nonzero()) for weight in weights.values())
     assert sum(_select("gem", gradients, weights, left, 2, 0, True)[0].budgets) == left
@@ -134,7 +132,7 @@ def test_fewer_entries_that_are_not_0_than_the_budget_are_refused() -> None:
         _select("gem", gradients, weights, left + 1, 2, keep_zeros=True)
 
 
-def test_the_rules_differ_in_what_the_table_says() -> None:
+def test_the_rules_differ_in_what_the_table_says():
     """The idea of each in two layers of three entries."""
     weights = {"a": torch.tensor([[4.0, -1.0, 0.1]]), "b": torch.tensor([[-3.0, 2.0, 0.5]])}
     gradients = {"a": torch.tensor([[-2.0, 1.0, 0.2]]), "b": torch.tensor([[0.3, 0.4, -0.5]])}
@@ -150,7 +148,7 @@ def test_the_rules_differ_in_what_the_table_says() -> None:
     assert chosen("entropy_gradient", 4) == [[0, 1, 2], [2]]
 
 
-def test_budgets_by_shape_and_by_entropy() -> None:
+def test_budgets_by_shape_and_by_entropy():
     """Of a square matrix and a flat one with as many entries: 8 + 8 and 2 + 32 sides; 64 ways."""
     weights = {"square": torch.ones(8, 8), "flat": torch.ones(2, 32)}
     gradients = {"square": torch.ones(8, 8), "flat": torch.zeros(2, 32)}
@@ -167,7 +165,7 @@ def test_budgets_by_shape_and_by_entropy() -> None:
     assert budgets("tempered", 40) == [15, 25]
 
 
-def test_surgical_takes_whole_matrices_by_relative_norm_and_of_the_last_the_largest() -> None:
+def test_surgical_takes_whole_matrices_by_relative_norm_and_of_the_last_the_largest():
     """||g|| / ||w|| are 5 / 1, 10 / 20 and 2 / 1."""
     weights = {"a": torch.ones(1, 4) / 2, "b": torch.full((2, 2), 10.0), "c": torch.eye(1, 3)}
     gradients = {"a": torch.tensor([[3.0, 0, 0, -4]]), "b": torch.full((2, 2), 5.0)}
@@ -180,7 +178,7 @@ def test_surgical_takes_whole_matrices_by_relative_norm_and_of_the_last_the_larg
     assert found.settings == {"rate_factors": {"a": [1.0], "b": [0.1], "c": [0.4]}}
 
 
-def test_lift_takes_the_largest_of_what_the_leading_singular_vectors_span() -> None:
+def test_lift_takes_the_largest_of_what_the_leading_singular_vectors_span():
     """Not the largest weight, which is noise beside a pattern of rank one."""
     weights = {"w": torch.outer(torch.arange(1.0, 9), torch.arange(1.0, 9)) / 16}
     weights["w"][0, 0] += 5.0
@@ -196,7 +194,7 @@ def test_lift_takes_the_largest_of_what_the_leading_singular_vectors_span() -> N
         ("damped", 1),  # its root mean square is no number, though the ratio to it would be 0
     ],
 )
-def test_what_is_not_finite_is_refused_by_name(rule: str, where: int, bad: float) -> None:
+def test_what_is_not_finite_is_refused_by_name(rule, where, bad):
     """In what the rule looks at, gradients or weights. The random ones look at nothing."""
     tensors = _random()
     tensors[where]["v"][-1, -1] = bad
@@ -205,7 +203,7 @@ def test_what_is_not_finite_is_refused_by_name(rule: str, where: int, bad: float
 
 
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "lift"])
-def test_the_number_of_collectives_does_not_grow_with_the_layers(rule: str) -> None:
+def test_the_number_of_collectives_does_not_grow_with_the_layers(rule):
     """Rounds are shared: a model of a hundred matrices waits for the network as often as one.
 
     Only lift gathers a matrix at a time.
@@ -224,7 +222,7 @@ def test_the_number_of_collectives_does_not_grow_with_the_layers(rule: str) -> N
 # Chance
 
 
-def test_splitmix64_gives_the_published_sequence() -> None:
+def test_splitmix64_gives_the_published_sequence():
     """Its first outputs from the seed 1234567, as published with the algorithm (Rosetta Code)."""
     published = [
         6457827717110365317,
@@ -240,7 +238,7 @@ def test_splitmix64_gives_the_published_sequence() -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(key=st.integers(0, 2**64 - 1), first=st.integers(0, 2**40))
-def test_splitmix64_wraps_as_unsigned_words_do(key: int, first: int) -> None:
+def test_splitmix64_wraps_as_unsigned_words_do(key, first):
     index = torch.arange(first, first + 5)
     found = [word % 2**64 for word in _splitmix64(index, key).tolist()]
     assert found == [oracle.splitmix64(key, i) for i in index.tolist()]
@@ -253,7 +251,7 @@ def _shard(start: int, stop: int, name: str = "w", numel: int = 1000) -> TargetS
 
 
 @pytest.mark.parametrize("chunk", [7, 2**17])
-def test_chances_do_not_depend_on_the_cut(chunk: int) -> None:
+def test_chances_do_not_depend_on_the_cut(chunk):
     expected = oracle.chances("w", 3, 1000)
     with mock.patch.object(shards_module, "CHUNK", chunk):
         for bounds in ([0, 1000], [0, 400, 400, 1000], [0, 1, 999, 1000]):
@@ -269,7 +267,7 @@ def _chosen(name: str, seed: int, size: int, count: int) -> set[int]:
     return set(select_shards([shard], count, Solo(), rule="random", seed=seed).indices[0].tolist())
 
 
-def test_chance_differs_by_seed_and_by_name() -> None:
+def test_chance_differs_by_seed_and_by_name():
     """Two choices of 500 of 5000 share about 50; alike ones would share all 500."""
     choices = [_chosen(name, seed, 5000, 500) for name in ("a", "b") for seed in (0, 1, 2)]
     for i, choice in enumerate(choices):
@@ -277,7 +275,7 @@ def test_chance_differs_by_seed_and_by_name() -> None:
             assert 20 <= len(choice & other) <= 85
 
 
-def test_chance_is_fair() -> None:
+def test_chance_is_fair():
     """Chi-square over 20 bins of positions, and how often each entry comes up over many seeds."""
     size, count = 20_000, 4000
     expected = count / 20
@@ -296,7 +294,7 @@ def test_chance_is_fair() -> None:
     assert 80 - 36 < often.min() <= often.max() < 80 + 36, "4.5 standard deviations of 8"
 
 
-def test_entries_are_drawn_in_proportion_to_their_gradients() -> None:
+def test_entries_are_drawn_in_proportion_to_their_gradients():
     """Of 1,000 with |g| of 1, 2 and 4 in turn, 70: 10, 20 and 40 of each kind, and no other."""
     gradient = torch.tensor([1.0, -2.0, 4.0, 0.0]).repeat(250)
     kinds = torch.zeros(4)

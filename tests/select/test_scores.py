@@ -54,7 +54,7 @@ def _statistics(layers: dict[str, Tensor], world_size: int) -> list[list[LayerSt
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("size", [0, 1, 9, 10, 11, 35])
-def test_ratio_is_the_formula_in_fp32_and_in_place(dtype: torch.dtype, size: int) -> None:
+def test_ratio_is_the_formula_in_fp32_and_in_place(dtype, size):
     generator = torch.Generator().manual_seed(size)
     gradient = torch.randn(size, generator=generator)
     weight = torch.randn(size, generator=generator).to(dtype)
@@ -70,7 +70,7 @@ def test_ratio_is_the_formula_in_fp32_and_in_place(dtype: torch.dtype, size: int
     assert torch.equal(weight, kept)
 
 
-def test_statistics_agree_with_exactly_rounded_sums() -> None:
+def test_statistics_agree_with_exactly_rounded_sums():
     layers = _layers()
     found = dict(zip(layers, _statistics(layers, 1)[0], strict=True))
     for name, r in layers.items():
@@ -83,7 +83,7 @@ def test_statistics_agree_with_exactly_rounded_sums() -> None:
 
 
 @pytest.mark.parametrize("numel", [1, 2, 3, 1024, 1025, 70000])
-def test_equal_ratios_have_known_statistics_and_do_not_overflow(numel: int) -> None:
+def test_equal_ratios_have_known_statistics_and_do_not_overflow(numel):
     value = 1.7014118346046923e38  # 2^127: every term is the largest, so the integers are too
     ((found,),) = _statistics({"w": torch.full((numel,), value)}, 1)
     assert found.total == numel * value
@@ -92,7 +92,7 @@ def test_equal_ratios_have_known_statistics_and_do_not_overflow(numel: int) -> N
     assert found.entropy == pytest.approx(max(0.0, expected), rel=1e-12)
 
 
-def test_terms_far_below_the_largest_are_not_lost() -> None:
+def test_terms_far_below_the_largest_are_not_lost():
     """2^18 entries beside one of 1: each, or its square, is below half a unit of 2^-b, b = 35."""
     small = 2**18
     numel = small + 1
@@ -106,14 +106,14 @@ def test_terms_far_below_the_largest_are_not_lost() -> None:
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_statistics_are_the_same_bits_for_any_number_of_ranks(world_size: int) -> None:
+def test_statistics_are_the_same_bits_for_any_number_of_ranks(world_size):
     layers = _layers()
     expected = _statistics(layers, 1)[0]
     assert all(found == expected for found in _statistics(layers, world_size))
 
 
 @pytest.mark.parametrize("chunk", [1000, 4096, 2**17])
-def test_statistics_do_not_depend_on_order_or_chunks(chunk: int) -> None:
+def test_statistics_do_not_depend_on_order_or_chunks(chunk):
     layers = _layers()
     expected = _statistics(layers, 1)[0]
     generator = torch.Generator().manual_seed(chunk)
@@ -124,14 +124,14 @@ def test_statistics_do_not_depend_on_order_or_chunks(chunk: int) -> None:
         assert _statistics(shuffled, 2)[0] == expected
 
 
-def test_large_chunks_sum_to_the_same_bits() -> None:
+def test_large_chunks_sum_to_the_same_bits():
     """As on a GPU: 2^19 integers of 35 bits, whose sum is odd and more than fp64 counts to."""
     integers = 2**35 - 1 - torch.arange(2**19) % 3
     integers[0] -= 1 - int(integers.sum()) % 2
     assert int(_exact_sum(integers.double())) == sum(integers.tolist())
 
 
-def test_plain_sums_would_depend_on_the_order() -> None:
+def test_plain_sums_would_depend_on_the_order():
     """What the fixed point is for: fp64 sums of the same numbers differ."""
     r = _layers()["lognormal, sigma 5"].double()
     assert sum(r.tolist()) != sum(r.flip(0).tolist())
@@ -139,9 +139,7 @@ def test_plain_sums_would_depend_on_the_order() -> None:
 
 @pytest.mark.parametrize("world_size", [1, 3])
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
-def test_ratios_that_are_not_finite_are_refused_by_name_on_every_rank(
-    world_size: int, bad: float
-) -> None:
+def test_ratios_that_are_not_finite_are_refused_by_name_on_every_rank(world_size, bad):
     layers = {name: torch.ones(20) for name in ("q", "k", "v", "o")}
     layers["k"][19] = bad  # on the last rank alone
     layers["o"][0] = bad  # on the first rank alone

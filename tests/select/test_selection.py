@@ -22,7 +22,7 @@ def _assert_the_oracles(gradients: Tensors, weights: Tensors, total: int) -> Non
         assert torch.equal(weights[name], weight)
 
 
-def test_strided_low_precision_and_trained_tensors_are_taken_as_they_are() -> None:
+def test_strided_low_precision_and_trained_tensors_are_taken_as_they_are():
     generator = torch.Generator().manual_seed(7)
     gradients = {
         "t": torch.randn(30, 20, generator=generator).t(),
@@ -37,7 +37,7 @@ def test_strided_low_precision_and_trained_tensors_are_taken_as_they_are() -> No
     _assert_the_oracles(gradients, weights, 99)
 
 
-def test_a_higher_gradient_on_a_smaller_weight_wins() -> None:
+def test_a_higher_gradient_on_a_smaller_weight_wins():
     """The idea of GEM in four entries: what counts is the gradient relative to the weight."""
     gradients = {"w": torch.tensor([[1.0, -1.0], [0.5, 0.1]])}
     weights = {"w": torch.tensor([[10.0, 1.0], [-0.1, 0.1]])}
@@ -62,6 +62,6 @@ ONES = torch.ones(2)
         *(({"a": ONES}, {"a": ONES}, total, "hold 2: change the density") for total in (-1, 0, 3)),
     ],
 )
-def test_what_is_refused(gradients: Tensors, weights: Tensors, total: int, message: str) -> None:
+def test_what_is_refused(gradients, weights, total, message):
     with pytest.raises(ValueError, match=message):
         select_entries(gradients, weights, total)

@@ -1,6 +1,5 @@
 """The exact top k of sharded scores: against a sort, for any number of ranks."""
 
-from fractions import Fraction
 from unittest import mock
 
 import pytest
@@ -59,9 +58,7 @@ def _expected(layers: list[Tensor], budgets: list[int]) -> list[list[int]]:
 
 @settings(max_examples=200, deadline=None)
 @given(problems(), st.sampled_from([1, 2, 3, 4, 7]), st.sampled_from([3, 2**17]))
-def test_the_choice_is_that_of_a_sort(
-    problem: tuple[list[Tensor], list[int]], world_size: int, chunk: int
-) -> None:
+def test_the_choice_is_that_of_a_sort(problem, world_size, chunk):
     layers, budgets = problem
     with mock.patch.object(shards_module, "CHUNK", chunk):
         assert _over_ranks(layers, budgets, world_size) == _expected(layers, budgets)
@@ -69,9 +66,7 @@ def test_the_choice_is_that_of_a_sort(
 
 @settings(max_examples=100, deadline=None)
 @given(problems(), st.fractions(0, 1), st.sampled_from([1, 2, 3, 7]), st.sampled_from([3, 2**17]))
-def test_the_count_among_the_largest_is_that_of_a_sort(
-    problem: tuple[list[Tensor], list[int]], share: Fraction, world_size: int, chunk: int
-) -> None:
+def test_the_count_among_the_largest_is_that_of_a_sort(problem, share, world_size, chunk):
     layers, _ = problem
     pool = sorted((-value, i) for i, layer in enumerate(layers) for value in layer.tolist())
     total = max(1, round(share * len(pool)))
@@ -87,7 +82,7 @@ def test_the_count_among_the_largest_is_that_of_a_sort(
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
-def test_larger_matrices_of_many_kinds(world_size: int) -> None:
+def test_larger_matrices_of_many_kinds(world_size):
     generator = torch.Generator().manual_seed(0)
     n = 5003
     layers = [
@@ -103,7 +98,7 @@ def test_larger_matrices_of_many_kinds(world_size: int) -> None:
         assert _over_ranks(layers, budgets, world_size) == _expected(layers, budgets)
 
 
-def test_values_are_those_of_torch_topk_beyond_one_chunk() -> None:
+def test_values_are_those_of_torch_topk_beyond_one_chunk():
     generator = torch.Generator().manual_seed(1)
     layer = 1 / torch.randn(300_000, generator=generator).abs()
     (found,) = top_k_indices([layer], [0], [3000], Solo())
@@ -112,6 +107,6 @@ def test_values_are_those_of_torch_topk_beyond_one_chunk() -> None:
     assert torch.equal(layer[found].sort(descending=True).values, layer.topk(3000).values)
 
 
-def test_indices_beyond_32_bits() -> None:
+def test_indices_beyond_32_bits():
     (found,) = top_k_indices([torch.tensor([0.0, 5.0, 1.0])], [2**33], [2], Solo())
     assert found.tolist() == [2**33 + 1, 2**33 + 2]

@@ -183,9 +183,7 @@ def _dense(architecture: str, rule: str) -> tuple[Tensors, Tensors]:
 
 
 @pytest.mark.parametrize(("world_size", "case"), ALL_CASES, ids=str)
-def test_statistics_and_mask_are_the_oracles(
-    outcomes: Callable, world_size: int, case: Case
-) -> None:
+def test_statistics_and_mask_are_the_oracles(outcomes, world_size, case):
     """The mask is that of the ranks' statistics, and of dense gradients up to rounding."""
     dense, weights = _dense(case.architecture, case.rule)
     scores = [oracle.layer_score(oracle.ratio(dense[n], w)) for n, w in weights.items()]
@@ -203,7 +201,7 @@ def test_statistics_and_mask_are_the_oracles(
             assert_selected_up_to_rounding(outcome.indices, dense, weights, K)
 
 
-def test_checkpointing_leaves_no_trace_in_the_statistics(outcomes: Callable) -> None:
+def test_checkpointing_leaves_no_trace_in_the_statistics(outcomes):
     plain, again = (
         outcomes(2, Case(architecture="opt", setting=Setting(3), checkpointing=flag))[0].gradients
         for flag in (False, True)
@@ -211,7 +209,7 @@ def test_checkpointing_leaves_no_trace_in_the_statistics(outcomes: Callable) -> 
     assert all(torch.equal(plain[name], again[name]) for name in plain)
 
 
-def test_bf16_costs_what_it_costs_ordinary_autograd(outcomes: Callable) -> None:
+def test_bf16_costs_what_it_costs_ordinary_autograd(outcomes):
     model = make_model("llama", torch.bfloat16)
     ordinary, _ = naive_gradients(model, NUM_EXAMPLES)
     exact, _ = naive_gradients(model.float(), NUM_EXAMPLES)
@@ -330,7 +328,7 @@ def oddities() -> list[dict[str, Any]]:
     return run_ranks(2, _all_oddities)
 
 
-def test_target_without_gradient_is_refused_by_name_on_every_rank(oddities: list) -> None:
+def test_target_without_gradient_is_refused_by_name_on_every_rank(oddities):
     for account in oddities:
         sentence = account["none in many steps"]
         assert "No gradient reaches" in sentence
@@ -343,7 +341,7 @@ def test_target_without_gradient_is_refused_by_name_on_every_rank(oddities: list
         assert account["an expert's first token"] == "no error"
 
 
-def test_an_examples_gradient_that_comes_in_parts_is_refused(oddities: list) -> None:
+def test_an_examples_gradient_that_comes_in_parts_is_refused(oddities):
     """Of |a + b| nothing can be told by |a| and |b|; of a sum of gradients it is no matter."""
     for account in oddities:
         told = {name: text for name, text in account.items() if "of a shared layer" in name}
@@ -356,12 +354,12 @@ def test_an_examples_gradient_that_comes_in_parts_is_refused(oddities: list) -> 
                 assert "leave such layers out of --target_modules" in text
 
 
-def test_gradient_in_the_range_of_one_rank_is_enough(oddities: list) -> None:
+def test_gradient_in_the_range_of_one_rank_is_enough(oddities):
     for account in oddities:
         assert account["gradient in the first rank's range only"] == "no error"
 
 
-def test_loss_that_is_not_finite_on_one_rank_is_refused_on_every_rank(oddities: list) -> None:
+def test_loss_that_is_not_finite_on_one_rank_is_refused_on_every_rank(oddities):
     """And the engine can be used again."""
     for account in oddities:
         assert account["diverged"] == oddities[0]["diverged"]
@@ -370,7 +368,7 @@ def test_loss_that_is_not_finite_on_one_rank_is_refused_on_every_rank(oddities: 
             assert torch.equal(account["after"][name], gradient), name
 
 
-def test_rank_without_an_example_adds_nothing(oddities: list) -> None:
+def test_rank_without_an_example_adds_nothing(oddities):
     expected, _ = naive_gradients(make_model("llama"), 1)
     for account in oddities:
         assert max_error(account["one example"], expected) <= 1e-5

@@ -74,8 +74,8 @@ class Trained:
     ],
 )
 def test_blocks_are_whole_graphs_of_the_same_gradients(
-    architecture: str, backend: str, is_checkpointed: bool, in_few_columns: bool
-) -> None:
+    architecture, backend, is_checkpointed, in_few_columns
+):
     trained = Trained(architecture, in_few_columns=in_few_columns)
     if is_checkpointed:
         enable_checkpointing(trained.model)

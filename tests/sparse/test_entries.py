@@ -211,5 +211,5 @@ def _all_checks() -> None:
 
 
 @pytest.mark.parametrize("world_size", SETTINGS)
-def test_on_ranks(world_size: int) -> None:
+def test_on_ranks(world_size):
     run_ranks(world_size, _all_checks)

@@ -7,7 +7,6 @@ that some experts get none, on some ranks or on all.
 import functools
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -166,7 +165,7 @@ def _index_by_expert(indices: Tensors, model: nn.Module) -> Tensors:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_targets_are_projections_of_experts(kind: str) -> None:
+def test_targets_are_projections_of_experts(kind):
     """By a projection's name, a module's, and among all linear layers; routers are none."""
     model = _model(kind)
     names = _experts(model)
@@ -181,9 +180,7 @@ def test_targets_are_projections_of_experts(kind: str) -> None:
 
 @pytest.mark.parametrize("is_one_launch", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_output_and_gradient_are_those_of_the_eager_model(
-    kind: str, is_one_launch: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_output_and_gradient_are_those_of_the_eager_model(kind, is_one_launch, monkeypatch):
     """Whole and at some entries; of one of a module's projections too. Nothing else is changed.
 
     A group at a time, and by the one launch that a GPU makes of all.
@@ -215,7 +212,7 @@ def test_output_and_gradient_are_those_of_the_eager_model(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_mask_is_the_oracles_for_each_expert(kind: str) -> None:
+def test_a_mask_is_the_oracles_for_each_expert(kind):
     """An expert's matrix is a layer; one that no token reaches gets nothing, and is no error."""
     model, gradients = _model(kind), _by_expert(_gradients(kind))
     unreached = {name for name, gradient in gradients.items() if not gradient.any()}
@@ -238,9 +235,7 @@ def test_a_mask_is_the_oracles_for_each_expert(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("recomputes", [False, True])
-def test_the_routers_loss_is_trained_on_as_transformers_adds_it(
-    kind: str, recomputes: bool
-) -> None:
+def test_the_routers_loss_is_trained_on_as_transformers_adds_it(kind, recomputes):
     """Where the configuration asks for it; the loss and the gradient of every parameter."""
     model = _model(f"{kind} balanced")
     if recomputes:
@@ -269,7 +264,7 @@ def test_the_routers_loss_is_trained_on_as_transformers_adds_it(
         assert loss(model, dataset.collate([], PAD_TOKEN_ID)) == 0, "a rank without an example"
 
 
-def test_all_tokens_may_go_to_one_expert() -> None:
+def test_all_tokens_may_go_to_one_expert():
     """The other experts' matrices have no gradient; the model trains all the same."""
     model = _model("mixtral")
     for module in model.modules():
@@ -283,7 +278,7 @@ def test_all_tokens_may_go_to_one_expert() -> None:
     assert sum(index.numel() > 0 for index in found.values()) <= 4
 
 
-def test_adapters_are_of_linear_layers_alone() -> None:
+def test_adapters_are_of_linear_layers_alone():
     """All-linear means these; experts by name are refused, and rates of a matrix' own."""
     config = tiny_config("mixtral")
     model = ModelArguments(model_name_or_path="m")
@@ -300,7 +295,7 @@ def test_adapters_are_of_linear_layers_alone() -> None:
         get_peft_model(whole, gem_ds.GemConfig(mask=mask))
 
 
-def test_one_pruned_expert_is_a_pruned_matrix() -> None:
+def test_one_pruned_expert_is_a_pruned_matrix():
     """Zeros are kept from where a matrix was pruned, of which a parameter holds several."""
     model = _model("mixtral")
     name = _experts(model)[0]
@@ -311,7 +306,7 @@ def test_one_pruned_expert_is_a_pruned_matrix() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_delta_of_experts_is_applied_and_exported(kind: str, tmp_path: Path) -> None:
+def test_a_delta_of_experts_is_applied_and_exported(kind, tmp_path):
     """To the bit; an export has the files of its base, an expert at a time where that has them."""
     base, output = tmp_path / "base", tmp_path / "exported"
     _model(kind).save_pretrained(base)
@@ -336,7 +331,7 @@ def test_a_delta_of_experts_is_applied_and_exported(kind: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_one_launch_computes_what_a_loop_does(dtype: torch.dtype) -> None:
+def test_one_launch_computes_what_a_loop_does(dtype):
     """Group by group in fp64; a tile of rows at a time; groups without tokens."""
     generator = torch.Generator().manual_seed(0)
     ends = torch.tensor([0, 5, 5, 9, 24, 24], dtype=torch.int32)
@@ -363,7 +358,7 @@ def test_one_launch_computes_what_a_loop_does(dtype: torch.dtype) -> None:
             torch.testing.assert_close(found, y.to(dtype), **tolerance)
 
 
-def test_autocast_holds_for_experts_as_for_linear_layers() -> None:
+def test_autocast_holds_for_experts_as_for_linear_layers():
     """Of fp32 weights the product is one of bf16, and gradients are fp32 again."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(6, 4, generator=generator, requires_grad=True)
@@ -480,7 +475,7 @@ def _assert_statistics(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", SETTINGS)
-def test_ranks_select_and_train_as_a_dense_model(world_size: int) -> None:
+def test_ranks_select_and_train_as_a_dense_model(world_size):
     """At any stage; nothing else moves, to the bit. Some experts get no token on some ranks.
 
     Those of some ranks may be none of another's, and all tokens those of one expert: none hangs.

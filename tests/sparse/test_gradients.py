@@ -14,7 +14,6 @@ from gem_ds.calibration.gradients import (
     buffered_layers,
 )
 from gem_ds.distributed.comm import Comm
-from gem_ds.select.rules import Statistic
 from gem_ds.sparse.layers import TargetLayer
 
 ALONE = Comm(torch.device("cpu"))
@@ -39,7 +38,7 @@ class Later(Comm):
         return wait
 
 
-def test_a_reduction_is_waited_for_when_the_next_begins() -> None:
+def test_a_reduction_is_waited_for_when_the_next_begins():
     """So that the backward of the next layer runs meanwhile."""
     comm = Later()
     reducer, shard = ShardReducer(comm), torch.zeros(2)
@@ -57,7 +56,7 @@ def test_a_reduction_is_waited_for_when_the_next_begins() -> None:
 
 
 @pytest.mark.parametrize("statistic", ["sum", "magnitudes", "squares"])
-def test_both_sinks_weigh_each_micro_batch_by_its_scale(statistic: Statistic) -> None:
+def test_both_sinks_weigh_each_micro_batch_by_its_scale(statistic):
     of_each = {"sum": lambda g: g, "magnitudes": torch.abs, "squares": torch.square}[statistic]
     layer, reducer = TargetLayer("weight", nn.Linear(5, 4)), ShardReducer(ALONE)
     plain = ShardSink(layer, reducer, 20, torch.zeros(20), statistic)
@@ -75,7 +74,7 @@ def test_both_sinks_weigh_each_micro_batch_by_its_scale(statistic: Statistic) ->
         torch.testing.assert_close(sink.take(), expected.flatten().float())
 
 
-def test_on_one_rank_the_buffer_is_the_result() -> None:
+def test_on_one_rank_the_buffer_is_the_result():
     """No copy of a matrix is made."""
     whole = torch.zeros(20)
     sink = BufferedSink(TargetLayer("weight", nn.Linear(5, 4)), ALONE, whole, 20)
@@ -94,12 +93,10 @@ def test_on_one_rank_the_buffer_is_the_result() -> None:
         (2, 960, {0, 1, 2, 3}),
     ],
 )
-def test_as_many_layers_are_buffered_as_fit(
-    world_size: int, num_bytes: int, expected: set[int]
-) -> None:
+def test_as_many_layers_are_buffered_as_fit(world_size, num_bytes, expected):
     assert buffered_layers([100, 20, 100, 20], world_size, (num_bytes + 0.5) / 1e9) == expected
 
 
-def test_a_buffer_by_itself_takes_half_of_what_the_statistics_leave() -> None:
+def test_a_buffer_by_itself_takes_half_of_what_the_statistics_leave():
     assert auto_buffer_gb(5e9 + 480, [100, 20]) == pytest.approx(2.5)
     assert auto_buffer_gb(400, [100, 20]) == 0

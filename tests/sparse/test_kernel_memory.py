@@ -16,9 +16,7 @@ from gem_ds.sddmm.strips import Strips
 @pytest.mark.parametrize("num_entries", [0, 900, 20_000])
 @pytest.mark.parametrize(("tokens", "shape"), [(100, (600, 700)), (1100, (3000, 1000))])
 @pytest.mark.parametrize("kernel", ["dense", "tiled", "gather"])
-def test_a_kernel_holds_what_is_foretold(
-    kernel: str, tokens: int, shape: tuple[int, int], num_entries: int, dtype: torch.dtype
-) -> None:
+def test_a_kernel_holds_what_is_foretold(kernel, tokens, shape, num_entries, dtype):
     rows, columns = shape
     torch.manual_seed(0)
     chosen = torch.randperm(rows * columns)[:num_entries].sort().values.to(torch.int32)
@@ -43,7 +41,7 @@ def test_a_kernel_holds_what_is_foretold(
 
 
 @pytest.mark.parametrize("num_entries", [0, 200, 3000, 100_000])
-def test_strips_keep_no_more_than_is_foretold(num_entries: int) -> None:
+def test_strips_keep_no_more_than_is_foretold(num_entries):
     """Hardly less where few entries share any, or all possible strips have some."""
     shape = 600, 700
     torch.manual_seed(0)

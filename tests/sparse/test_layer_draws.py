@@ -13,7 +13,7 @@ def _draws(n: int, share: float) -> LayerDraws:
 
 
 @pytest.mark.parametrize(("n", "share"), [(5, 0.4), (8, 0.9), (3, 0.1)])
-def test_probabilities_are_the_oracles(n: int, share: float) -> None:
+def test_probabilities_are_the_oracles(n, share):
     draws, bandit = _draws(n, share), oracle.LayerBandit(n, share, layer_draws.RATE)
     noise = torch.Generator().manual_seed(0)
     sizes = torch.linspace(0.5, 4.0, n)
@@ -32,7 +32,7 @@ def test_probabilities_are_the_oracles(n: int, share: float) -> None:
     assert max(draws.probabilities) > 1.2 * min(draws.probabilities), "the premise: it has learnt"
 
 
-def test_a_layer_comes_as_often_as_it_is_likely_and_the_largest_gradient_most_often() -> None:
+def test_a_layer_comes_as_often_as_it_is_likely_and_the_largest_gradient_most_often():
     draws = _draws(6, 0.3)
     norms = [1.0, 1.0, 1.0, 1.0, 1.0, 3.0]
     for step in range(100):
@@ -44,14 +44,14 @@ def test_a_layer_comes_as_often_as_it_is_likely_and_the_largest_gradient_most_of
     assert (counts / 4000).tolist() == pytest.approx(expected.tolist(), abs=0.03)
 
 
-def test_a_draw_hangs_on_seed_step_and_probabilities_alone_and_one_layer_always_comes() -> None:
+def test_a_draw_hangs_on_seed_step_and_probabilities_alone_and_one_layer_always_comes():
     one, other = _draws(4, 0.05), _draws(4, 0.05)
     found = [one.draw(step) for step in range(200)]
     assert all(map(any, found))
     assert [other.draw(step) for step in reversed(range(200))] == found[::-1]
 
 
-def test_norms_that_are_not_finite_teach_nothing() -> None:
+def test_norms_that_are_not_finite_teach_nothing():
     draws = _draws(2, 0.5)
     draws.update([True, True], [float("inf"), 1.0])
     assert draws.probabilities == [0.5, 0.5]

@@ -1,7 +1,7 @@
 """Gradients of selected entries, against autograd on a dense copy of the same model."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -95,7 +95,7 @@ CHECKPOINTED = pytest.mark.parametrize(
 
 @CHECKPOINTED
 @pytest.mark.parametrize("name", MODELS)
-def test_the_gradient_is_that_of_the_dense_model(name: str, is_checkpointed: bool) -> None:
+def test_the_gradient_is_that_of_the_dense_model(name, is_checkpointed):
     """And nothing else has one."""
     twins = _twins(name, is_checkpointed)
     runs: list[None] = []
@@ -110,7 +110,7 @@ def test_the_gradient_is_that_of_the_dense_model(name: str, is_checkpointed: boo
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_sink_is_given_the_factors_of_the_whole_gradient(name: str) -> None:
+def test_a_sink_is_given_the_factors_of_the_whole_gradient(name):
     """And nothing below the first target is differentiated."""
     twins = _twins(name)
     whole: dict[str, Tensor] = {}
@@ -142,7 +142,7 @@ def test_a_sink_is_given_the_factors_of_the_whole_gradient(name: str) -> None:
 
 
 @pytest.mark.parametrize("module", [nn.Linear(7, 5), Conv1D(5, 7)], ids=["linear", "conv1d"])
-def test_under_autocast_the_gradients_are_autograds(module: nn.Module) -> None:
+def test_under_autocast_the_gradients_are_autograds(module):
     torch.manual_seed(0)
     x = torch.randn(3, 4, 7, requires_grad=True)
 
@@ -165,7 +165,7 @@ def test_under_autocast_the_gradients_are_autograds(module: nn.Module) -> None:
 
 
 @CHECKPOINTED
-def test_closed_passes_add_up_until_an_open_one_delivers(is_checkpointed: bool) -> None:
+def test_closed_passes_add_up_until_an_open_one_delivers(is_checkpointed):
     twins = _twins("llama", is_checkpointed)
     for _ in range(2):  # a second global batch starts from zero
         twins.vector.values.grad = None
@@ -194,7 +194,7 @@ class Twice(nn.Module):
 
 
 @pytest.mark.parametrize("names", [("shared", "between"), ("shared", "unused")])
-def test_a_module_that_runs_twice_in_one_forward_or_never(names: Sequence[str]) -> None:
+def test_a_module_that_runs_twice_in_one_forward_or_never(names):
     model = Twice()
     twins = Twins(model, {f"{n}.weight": getattr(model, n) for n in names})
     inputs = []
@@ -212,7 +212,7 @@ def test_a_module_that_runs_twice_in_one_forward_or_never(names: Sequence[str]) 
     torch.testing.assert_close(mine.grad, theirs.grad)
 
 
-def test_a_bf16_model_collects_in_fp32_and_delivers_in_bf16() -> None:
+def test_a_bf16_model_collects_in_fp32_and_delivers_in_bf16():
     """Passes whose gradients are far smaller than what has been collected are not lost."""
     model = Twice()
     layers = TargetLayers(model, {"shared.weight": model.shared}, 6)
@@ -249,7 +249,7 @@ def _saving() -> Iterator[dict[int, Tensor]]:
 
 @pytest.mark.parametrize("num_used", [0, 1, 15, 16])
 @pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
-def test_inputs_that_no_entry_reads_are_not_kept(kind: type[nn.Module], num_used: int) -> None:
+def test_inputs_that_no_entry_reads_are_not_kept(kind, num_used):
     """Where copies for query and value together take less than half of what both read."""
     torch.manual_seed(0)
     sizes = (24, 64) if kind is Conv1D else (64, 24)  # both map 64 features to 24
@@ -284,9 +284,7 @@ def test_inputs_that_no_entry_reads_are_not_kept(kind: type[nn.Module], num_used
 
 
 @pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
-def test_a_layer_whose_gradient_nobody_wants_keeps_nothing_of_its_input(
-    kind: type[nn.Module],
-) -> None:
+def test_a_layer_whose_gradient_nobody_wants_keeps_nothing_of_its_input(kind):
     """What goes on below it is autograd's, and its own gradient is 0 where it is delivered."""
     torch.manual_seed(0)
     layer = kind(7, 7)
@@ -304,7 +302,7 @@ def test_a_layer_whose_gradient_nobody_wants_keeps_nothing_of_its_input(
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_model_computes_what_it_did_and_is_given_back(name: str) -> None:
+def test_the_model_computes_what_it_did_and_is_given_back(name):
     twins = _twins(name)
     ids = _ids(1)
     expected = twins.dense(input_ids=ids).logits
@@ -334,7 +332,7 @@ def test_the_model_computes_what_it_did_and_is_given_back(name: str) -> None:
     again.assert_gradient()
 
 
-def test_sinks_leave_with_their_block() -> None:
+def test_sinks_leave_with_their_block():
     twins = _twins("llama")
     with twins.layers.sinks(twins.sinks()):
         assert all(layer.sink is not None for layer in twins.layers)

@@ -234,9 +234,7 @@ def accounts() -> Accounts:
 
 
 @pytest.mark.parametrize("total", [FEW, MANY])
-def test_calibration_holds_its_ranges_and_two_products_and_training_nothing_dense(
-    accounts: Accounts, total: int
-) -> None:
+def test_calibration_holds_its_ranges_and_two_products_and_training_nothing_dense(accounts, total):
     """Beside the model's own weights."""
     for account in accounts[total]:
         looking = account.calibration
@@ -257,9 +255,7 @@ def test_calibration_holds_its_ranges_and_two_products_and_training_nothing_dens
         assert account.state_bytes == 12 * total / WORLD_SIZE
 
 
-def test_what_crosses_the_network_is_proportional_to_the_selected_entries(
-    accounts: Accounts,
-) -> None:
+def test_what_crosses_the_network_is_proportional_to_the_selected_entries(accounts):
     """Gradients out and values back, 4 bytes each; gathers of weights carry the values along."""
     for few, many in zip(accounts[FEW], accounts[MANY], strict=True):
         assert (many.payload - few.payload) / (MANY - FEW) == pytest.approx(8)

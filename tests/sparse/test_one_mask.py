@@ -186,7 +186,7 @@ def _expected(name: str) -> Tensors:
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_the_mask_is_the_oracles(accounts: Accounts, world_size: int, setting: Setting) -> None:
+def test_the_mask_is_the_oracles(accounts, world_size, setting):
     """Bit for bit on every rank, so it is one mask for all; and all refuse in the same words."""
     for account, name in itertools.product(accounts(world_size), _given(setting)):
         found, expected = account[setting, name], _expected(name)
@@ -199,7 +199,7 @@ def test_the_mask_is_the_oracles(accounts: Accounts, world_size: int, setting: S
         assert [key for key in SHAPES if f"{key}.weight" in sentence] == culprits
 
 
-def test_cases_tie() -> None:
+def test_cases_tie():
     """The premise: at the border of many quantised masks there are more equals than places."""
     num_tied = 0
     for gradients, total, *_ in (GIVEN[f"quantised {seed}"] for seed in range(5)):

@@ -62,14 +62,14 @@ def _saved(method: str, num_layers: int) -> float:
     return sum(storage.nbytes() for storage in storages.values()) / TOKENS / 1024
 
 
-def test_frozen_layers_save_none_of_their_input() -> None:
+def test_frozen_layers_save_none_of_their_input():
     """Per layer 8 KiB of the MLP's input less than LoRA, 28 of its product, 16 of norms."""
     gem, lora = (_saved(method, 3) - _saved(method, 2) for method in ("gem", "lora"))
     assert gem <= 129
     assert lora >= 180
 
 
-def test_a_frozen_norm_computes_what_it_did() -> None:
+def test_a_frozen_norm_computes_what_it_did():
     """To the bit; its gradient is as near to the exact one as autograd's."""
     torch.manual_seed(0)
     norm = LlamaRMSNorm(48).bfloat16()

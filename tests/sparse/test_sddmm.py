@@ -6,7 +6,7 @@ The Triton kernel takes part where it can run: on CUDA, or under Triton's interp
 
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
 
@@ -88,7 +88,7 @@ def problems(draw: st.DrawFn) -> Problem:
 @pytest.mark.parametrize("kernel", KERNELS)
 @settings(max_examples=NUM_EXAMPLES, deadline=None)
 @given(problem=problems(), is_cut=st.booleans())
-def test_random_shapes_and_dtypes(kernel: str, problem: Problem, is_cut: bool) -> None:
+def test_random_shapes_and_dtypes(kernel, problem, is_cut):
     if is_cut:
         with _small_blocks():
             _assert_right(*problem, kernel)
@@ -98,7 +98,7 @@ def test_random_shapes_and_dtypes(kernel: str, problem: Problem, is_cut: bool) -
 
 @settings(max_examples=30, deadline=None)
 @given(problem=problems())
-def test_the_whole_product(problem: Problem) -> None:
+def test_the_whole_product(problem):
     dy, x, _ = (tensor.to(DEVICE) for tensor in problem)
     scale = _dense(dy.abs(), x.abs())
     whole = product(dy, x)
@@ -117,7 +117,7 @@ def test_the_whole_product(problem: Problem) -> None:
     "entries", [[], [0], [29], [0, 5, 24, 29], range(12, 18), range(2, 30, 6), range(30)], ids=str
 )
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_which_entries_are_selected(kernel: str, entries: Sequence[int]) -> None:
+def test_which_entries_are_selected(kernel, entries):
     """Of five rows and six columns: none, one, the corners, a row, a column, all."""
     dy, x = torch.randn(9, 5), torch.randn(9, 6)
     _assert_right(dy, x, torch.tensor(list(entries), dtype=torch.int32), kernel)
@@ -127,7 +127,7 @@ def test_which_entries_are_selected(kernel: str, entries: Sequence[int]) -> None
 class TestNumbers:
     """What is multiplied and summed."""
 
-    def test_the_result_is_added(self, kernel: str) -> None:
+    def test_the_result_is_added(self, kernel):
         """Twice on the slice of a longer vector, of which nothing else is touched."""
         out = torch.ones(9, device=DEVICE)
         dy, x = torch.ones(5, 2, device=DEVICE), torch.ones(5, 3, device=DEVICE)
@@ -137,13 +137,13 @@ class TestNumbers:
         assert out.tolist() == [1.0] * 4 + [11.0] * 3 + [1.0] * 2
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_numbers_of_tokens_around_the_blocks(self, kernel: str, dtype: torch.dtype) -> None:
+    def test_numbers_of_tokens_around_the_blocks(self, kernel, dtype):
         for tokens in (0, 1, 127, 129, 300, 1031):
             dy, x = torch.randn(tokens, 13).to(dtype), torch.randn(tokens, 29).to(dtype)
             _assert_right(dy, x, torch.arange(3, 13 * 29, 5, dtype=torch.int32), kernel)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_inputs_that_are_not_contiguous(self, kernel: str, dtype: torch.dtype) -> None:
+    def test_inputs_that_are_not_contiguous(self, kernel, dtype):
         dy = torch.randn(5, 18, device=DEVICE).to(dtype).t()[::2]
         x = torch.randn(18, 12, device=DEVICE).to(dtype)[::2, ::2]
         assert not dy.is_contiguous()
@@ -153,14 +153,14 @@ class TestNumbers:
         broadcast = torch.randn(1, 5, device=DEVICE).to(dtype).expand(9, 5)
         _assert_right(broadcast, x, torch.arange(0, 30, 3), kernel)
 
-    def test_low_precision_is_summed_in_fp32(self, kernel: str) -> None:
+    def test_low_precision_is_summed_in_fp32(self, kernel):
         """300 ones: bf16 cannot count past 256."""
         ones = torch.ones(300, 1, dtype=torch.bfloat16, device=DEVICE)
         entry = torch.tensor([0], device=DEVICE)
         assert _sampled(ones, ones, entry, kernel).tolist() == [300.0]
         assert product(ones, ones).tolist() == [[300.0]]
 
-    def test_what_is_not_finite_shows_in_its_entry_only(self, kernel: str) -> None:
+    def test_what_is_not_finite_shows_in_its_entry_only(self, kernel):
         dy, x = torch.ones(3, 2, device=DEVICE), torch.ones(3, 2, device=DEVICE)
         dy[1, 1] = float("inf")
         index = torch.tensor([0, 2], device=DEVICE)
@@ -171,7 +171,7 @@ class TestNumbers:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_a_kernel_makes_is_bounded_by_the_blocks(dtype: torch.dtype) -> None:
+def test_what_a_kernel_makes_is_bounded_by_the_blocks(dtype):
     """Or by the selected entries, of 60 tokens, 40 rows and 30 columns."""
     dy = torch.randn(60, 40, device=DEVICE).to(dtype)
     x = torch.randn(60, 30, device=DEVICE).to(dtype)
@@ -186,7 +186,7 @@ def test_what_a_kernel_makes_is_bounded_by_the_blocks(dtype: torch.dtype) -> Non
         assert found[kernel] <= max(bound, 71), kernel
 
 
-def test_a_matrix_that_fits_a_tile_takes_three_launches() -> None:
+def test_a_matrix_that_fits_a_tile_takes_three_launches():
     """Its product, the picking, the adding; with the writing a target layer has four in a step."""
     dy, x = torch.randn(60, 40, device=DEVICE), torch.randn(60, 30, device=DEVICE)
     pattern = Pattern.of(torch.arange(0, 1200, 17, device=DEVICE), (40, 30))
@@ -200,7 +200,7 @@ def test_a_matrix_that_fits_a_tile_takes_three_launches() -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_masks_of_a_trained_model(kernel: str) -> None:
+def test_masks_of_a_trained_model(kernel):
     """Whose entries share rows and columns, of the targets' 1 % and 0.1 %."""
     model = AutoModelForCausalLM.from_pretrained(REPOSITORY / "launch" / "demo" / "model")
     tokens = torch.arange(64).view(2, 32) % 50
@@ -219,7 +219,7 @@ def test_masks_of_a_trained_model(kernel: str) -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(problem=problems(), tile=st.integers(1, 9))
-def test_the_strips_of_a_pattern(problem: Problem, tile: int) -> None:
+def test_the_strips_of_a_pattern(problem, tile):
     """By the loop that the Triton kernel is equivalent to."""
     dy, x, flat_index = problem
     with mock.patch.object(strips, "TILE", tile):
@@ -240,7 +240,7 @@ def test_the_strips_of_a_pattern(problem: Problem, tile: int) -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(problem=problems())
-def test_the_bounds_of_a_pattern_are_those_of_the_rows(problem: Problem) -> None:
+def test_the_bounds_of_a_pattern_are_those_of_the_rows(problem):
     dy, x, flat_index = problem
     rows, columns = dy.shape[1], x.shape[1]
     pattern = Pattern.of(flat_index, (rows, columns))
@@ -252,7 +252,7 @@ def test_the_bounds_of_a_pattern_are_those_of_the_rows(problem: Problem) -> None
     assert pattern.row_bounds.diff().tolist() == [row_of_entry.count(row) for row in range(rows)]
 
 
-def test_a_pattern_of_entries_beyond_int32() -> None:
+def test_a_pattern_of_entries_beyond_int32():
     pattern = Pattern.of(torch.tensor([3, 2**31 + 5, 2**32 - 1]), (2**17, 2**15))
     rows = [0, 1, 2**16, 2**16 + 1, 2**17 - 1, 2**17]
     assert pattern.row_bounds[rows].tolist() == [0, 1, 1, 2, 2, 3]

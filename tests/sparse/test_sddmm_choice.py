@@ -14,7 +14,7 @@ from gem_ds.train.config import SddmmKernel
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def test_the_flag_takes_the_kernels() -> None:
+def test_the_flag_takes_the_kernels():
     assert get_args(SddmmKernel) == ("auto", *KERNELS)
 
 
@@ -30,9 +30,7 @@ def test_the_flag_takes_the_kernels() -> None:
         ((768, 768), 768 * 768, "tiled"),
     ],
 )
-def test_on_a_cpu_where_the_measurements_leave_no_doubt(
-    shape: tuple[int, int], num_entries: int, kernel: str, dtype: torch.dtype
-) -> None:
+def test_on_a_cpu_where_the_measurements_leave_no_doubt(shape, num_entries, kernel, dtype):
     assert choose_kernel("cpu", dtype, shape, num_entries) == kernel
     assert choose_kernel("xpu", dtype, shape, num_entries) == "tiled"  # which runs on any GPU
 
@@ -40,8 +38,8 @@ def test_on_a_cpu_where_the_measurements_leave_no_doubt(
 @pytest.mark.parametrize(("has_triton", "has_compiler"), [(False, True), (True, False), (1, 1)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_on_a_gpu_few_entries_are_for_triton_where_it_runs(
-    has_triton: bool, has_compiler: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    has_triton, has_compiler, dtype, monkeypatch
+):
     """All linear layers at 0.1 %; 5 % by products."""
     monkeypatch.setattr(choice, "_has_triton", lambda: has_triton)
     monkeypatch.setattr(choice, "_has_compiler", lambda: has_compiler)
@@ -54,7 +52,7 @@ def test_on_a_gpu_few_entries_are_for_triton_where_it_runs(
 
 
 @pytest.mark.parametrize("num_entries", [3, 1500, 4000])
-def test_auto_is_the_chosen_kernel(num_entries: int) -> None:
+def test_auto_is_the_chosen_kernel(num_entries):
     shape = (50, 4000) if num_entries == 1500 else (50, 80)
     chosen = choose_kernel("cpu", torch.float32, shape, num_entries)
     dy, x = torch.randn(33, shape[0]), torch.randn(33, shape[1])
@@ -66,7 +64,7 @@ def test_auto_is_the_chosen_kernel(num_entries: int) -> None:
 
 
 @pytest.mark.parametrize("is_installed", [False, True])
-def test_what_cannot_run_is_refused(is_installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_run_is_refused(is_installed, monkeypatch):
     """What torch computes runs anywhere; Triton's kernel where it is installed, on a GPU."""
     monkeypatch.setattr(choice, "_has_triton", lambda: is_installed)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

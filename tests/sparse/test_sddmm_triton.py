@@ -15,7 +15,7 @@ import pytest
 pytestmark = pytest.mark.slow  # starts engines or programs
 
 
-def test_the_kernel_is_right() -> None:
+def test_the_kernel_is_right():
     pytest.importorskip("triton")
     repository = Path(__file__).resolve().parents[2]
     found = subprocess.run(
@@ -42,7 +42,7 @@ def test_the_kernel_is_right() -> None:
 
 @pytest.mark.parametrize("number", ["*bf16", "*fp32"])
 @pytest.mark.parametrize("capability", [80, 90])
-def test_it_compiles_for_gpus(number: str, capability: int) -> None:
+def test_it_compiles_for_gpus(number, capability):
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
 

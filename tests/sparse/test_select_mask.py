@@ -1,8 +1,5 @@
 """A mask from Python: the launcher's for the same examples, and a model that is left as it was."""
 
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -24,7 +21,7 @@ from tests.tiny import (
     naive_loss,
     random_examples,
 )
-from tests.tiny_model import Tiny, one_rank
+from tests.tiny_model import one_rank
 
 DENSITY = "0.02"
 
@@ -35,7 +32,7 @@ def _labelled(tokens: Tensor, prompt_length: int) -> dict[str, Tensor]:
     return {"input_ids": tokens[None], "labels": labels[None]}
 
 
-def test_the_mask_is_the_launchers_and_a_run_takes_it(tiny: Tiny, tmp_path: Path) -> None:
+def test_the_mask_is_the_launchers_and_a_run_takes_it(tiny, tmp_path):
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(tiny.model)
     with one_rank():
         prepared = prepare(parse_arguments(tiny.flags(tmp_path / "none")), world_size=1)
@@ -76,9 +73,7 @@ def _everything(model: nn.Module) -> list[object]:
 
 @pytest.mark.parametrize("architecture", ["llama", "opt", "bert"])
 @pytest.mark.parametrize("is_checkpointed", [False, True], ids=["plain", "checkpointed"])
-def test_gradients_are_dense_autograds_in_eval_mode(
-    architecture: str, is_checkpointed: bool
-) -> None:
+def test_gradients_are_dense_autograds_in_eval_mode(architecture, is_checkpointed):
     model = make_model(architecture)
     if is_checkpointed:
         checkpointed(model)
@@ -113,7 +108,7 @@ def _squares(model: nn.Module, x: Tensor) -> Tensor:
     return model(x).square().sum()
 
 
-def test_any_model_of_torch_will_do() -> None:
+def test_any_model_of_torch_will_do():
     torch.manual_seed(0)
     model, x = Plain().requires_grad_(False), torch.randn(6, 5)
     mask = gem_ds.select_mask(
@@ -133,7 +128,7 @@ def test_any_model_of_torch_will_do() -> None:
     }
 
 
-def test_zeros_of_a_pruned_weight_are_selected_only_where_they_are_asked_for() -> None:
+def test_zeros_of_a_pruned_weight_are_selected_only_where_they_are_asked_for():
     """And what cannot be is refused before a batch is read."""
     model = Plain()
     with torch.no_grad():
@@ -152,7 +147,7 @@ def test_zeros_of_a_pruned_weight_are_selected_only_where_they_are_asked_for() -
         gem_ds.select_mask(model, (), _squares, **options | {"density": "0.25"})
 
 
-def test_a_first_batch_whose_gradient_is_zero_says_nothing_yet() -> None:
+def test_a_first_batch_whose_gradient_is_zero_says_nothing_yet():
     """Several do: then the layer is refused before all the rest of the batches are read."""
     model, x = Plain(), torch.randn(6, 5)
     options = {"density": "0.1", "target_modules": ["inner"]}
@@ -174,7 +169,7 @@ def test_a_first_batch_whose_gradient_is_zero_says_nothing_yet() -> None:
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_the_callers_mode_and_calls_of_the_model_do_not_matter(mode: type) -> None:
+def test_the_callers_mode_and_calls_of_the_model_do_not_matter(mode):
     examples = naive_examples(random_examples(4), range(4))
     expected = gem_ds.select_mask(make_model("llama"), examples, naive_loss, density="0.01")
 
@@ -209,9 +204,7 @@ def test_the_callers_mode_and_calls_of_the_model_do_not_matter(mode: type) -> No
         ),
     ],
 )
-def test_what_is_refused_leaves_the_model_as_it_was(
-    loss: Callable[[nn.Module, Tensor], Tensor] | None, options: dict, message: str
-) -> None:
+def test_what_is_refused_leaves_the_model_as_it_was(loss, options, message):
     model = Plain()
     settings = {"density": "0.1", "target_modules": ["inner"], "batches": [torch.randn(2, 5)]}
     before = _everything(model)
@@ -220,7 +213,7 @@ def test_what_is_refused_leaves_the_model_as_it_was(
     assert _everything(model) == before
 
 
-def test_a_model_that_lies_elsewhere_is_refused() -> None:
+def test_a_model_that_lies_elsewhere_is_refused():
     with pytest.raises(ValueError, match="not whole in this process"):
         gem_ds.select_mask(Plain().to("meta"), target_modules=["inner"], rule="magnitude")
     model = Plain()
@@ -229,6 +222,6 @@ def test_a_model_that_lies_elsewhere_is_refused() -> None:
         gem_ds.select_mask(model, target_modules=["inner"], rule="magnitude", density="0.1")
 
 
-def test_one_name_or_expression_needs_no_list() -> None:
+def test_one_name_or_expression_needs_no_list():
     found = gem_ds.select_mask(Plain(), target_modules="inner", rule="magnitude", density="0.1")
     assert found.indices.keys() == {"inner.weight"}

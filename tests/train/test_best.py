@@ -39,9 +39,7 @@ def _entries(metric: str, values: list[float]) -> list[dict[str, Any]]:
         ({}, [1.0, float("inf")], None),
     ],
 )
-def test_the_best_step_by_hand(
-    flags: dict[str, Any], values: list[float], expected: int | None
-) -> None:
+def test_the_best_step_by_hand(flags, values, expected):
     best = BestModel.of_flags(TrainArguments(load_best_model_at_end=True, **flags))
     assert best is not None
     assert best.step(_entries(best.metric, values)) == expected
@@ -49,7 +47,7 @@ def test_the_best_step_by_hand(
     assert BestModel.of_flags(TrainArguments(**flags)) is None
 
 
-def test_a_best_model_needs_held_out_examples() -> None:
+def test_a_best_model_needs_held_out_examples():
     objective: Any = mock.Mock(predictor=None)
     for flags in (TrainArguments(), TrainArguments(metric_for_best_model="f1")):
         refuse_unmeasured(flags, "rte", objective, 0)
@@ -72,9 +70,7 @@ DENSE = {1: [("lora", 0), ("full", 1)], 2: [("full", 3), ("lora", 2)]}
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("world_size", "stage", "dtype"), [(1, 0, "bf16"), (2, 3, "fp32")])
-def test_the_delta_is_that_of_the_best_step(
-    tiny: Tiny, tmp_path: Path, world_size: int, stage: int, dtype: str
-) -> None:
+def test_the_delta_is_that_of_the_best_step(tiny, tmp_path, world_size, stage, dtype):
     """A run to that step alone leaves the same delta, to the bit, and so does one stopped later.
 
     The losses fall, so the worst is asked for, which comes early.
@@ -149,7 +145,7 @@ def _check_dense(run: Path, at: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_best_by_a_metric_of_the_task(tiny: Tiny, tmp_path: Path) -> None:
+def test_the_best_by_a_metric_of_the_task(tiny, tmp_path):
     """It is measured with each held-out loss, and on the delivered model again in the end."""
     flags = STEPS | {"task": NAMES["labels"], "metric_for_best_model": "accuracy"}
     flags |= {"learning_rate": 0.1, "save_total_limit": 2}
@@ -166,9 +162,7 @@ def test_the_best_by_a_metric_of_the_task(tiny: Tiny, tmp_path: Path) -> None:
 # Signals
 
 
-def test_ctrl_c_once_waits_for_the_step_and_twice_does_not(
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+def test_ctrl_c_once_waits_for_the_step_and_twice_does_not(capfd):
     before = signal.getsignal(signal.SIGINT)
     with stop_signals() as received:
         for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):  # as torchrun passes it on

@@ -119,7 +119,7 @@ def losses(result: RunResult) -> list[float]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_two_ranks_train_as_one_does(trained: Trained, case: Case) -> None:
+def test_two_ranks_train_as_one_does(trained, case):
     """A mean over ranks or micro-batches, or a rank without rows that adds something, would show.
 
     With 9 training and 5 held-out examples in batches of 4 a rank has none in some batches.
@@ -131,16 +131,14 @@ def test_two_ranks_train_as_one_does(trained: Trained, case: Case) -> None:
     assert bool(alone.metrics) == (case.kind != "number" or "bert" in case.model)
 
 
-def test_stages_train_alike(trained: Trained) -> None:
+def test_stages_train_alike(trained):
     """The head's first values are the same whether weights are partitioned or not."""
     whole, partitioned = (losses(trained(2, Case("labels", "bert", stage))) for stage in (0, 3))
     assert partitioned == pytest.approx(whole, rel=2e-4)
 
 
 @pytest.mark.parametrize("kind", ["labels", "choices", "number"])
-def test_an_encoder_starts_with_the_head_of_its_seed(
-    tiny: Tiny, trained: Trained, kind: Kind
-) -> None:
+def test_an_encoder_starts_with_the_head_of_its_seed(tiny, trained, kind):
     task, folder = make_task(kind), tiny.folder / "bert"
     config = AutoConfig.from_pretrained(folder)
     set_head(config, "bert", task)
@@ -154,7 +152,7 @@ def test_an_encoder_starts_with_the_head_of_its_seed(
     assert found == pytest.approx(loss.item(), rel=1e-5)
 
 
-def test_predictions_are_those_of_the_trained_model(tiny: Tiny, trained: Trained) -> None:
+def test_predictions_are_those_of_the_trained_model(tiny, trained):
     """Of base plus delta; right or wrong by example, and their mean is the accuracy."""
     result = trained(2, Case("choices", "model", 3, "candidates"))
     model = AutoModelForCausalLM.from_pretrained(tiny.model, dtype=torch.float32).eval()
@@ -181,7 +179,7 @@ def plan_of(tiny: Tiny, case: Case, *switches: str, **more: object) -> PreparedR
         return prepare(parse_arguments(flags(tiny, case, "new", 1, *switches, **more)), 1)
 
 
-def test_the_head_is_no_target_and_does_not_count(tiny: Tiny) -> None:
+def test_the_head_is_no_target_and_does_not_count(tiny):
     case = Case("labels", "bert", 0)
     plan = plan_of(tiny, case, "--target_modules", "all-linear")
     model = AutoModelForSequenceClassification.from_pretrained(tiny.folder / "bert")
@@ -193,7 +191,7 @@ def test_the_head_is_no_target_and_does_not_count(tiny: Tiny) -> None:
         plan_of(tiny, case, "--target_modules", "classifier")
 
 
-def test_a_development_set_is_the_same_for_every_seed(tiny: Tiny) -> None:
+def test_a_development_set_is_the_same_for_every_seed(tiny):
     case = Case("labels", "bert", 0)
     whole = make_task("labels").train
     plans = [
@@ -222,7 +220,7 @@ REFUSED: list[tuple[Case, dict[str, object], str]] = [
 ]
 
 
-def test_what_does_not_fit_is_refused(tiny: Tiny) -> None:
+def test_what_does_not_fit_is_refused(tiny):
     for case, more, sentence in REFUSED:
         with pytest.raises(ValueError, match=sentence):
             plan_of(tiny, case, **more)

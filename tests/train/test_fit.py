@@ -210,7 +210,7 @@ def facts() -> list[Facts]:
     return run_ranks(2, _facts)
 
 
-def test_a_skipped_step_of_fp16_changes_nothing_but_the_step_count(facts: list[Facts]) -> None:
+def test_a_skipped_step_of_fp16_changes_nothing_but_the_step_count(facts):
     for found in (skipping for rank in facts for skipping in rank.skipping):
         moved = [not torch.equal(*pair) for pair in itertools.pairwise(found.values)]
         assert moved == [step != SKIPPED for step in range(NUM_STEPS)]
@@ -220,16 +220,14 @@ def test_a_skipped_step_of_fp16_changes_nothing_but_the_step_count(facts: list[F
         ), "the schedule waits"
 
 
-def test_a_loss_or_gradient_that_is_not_finite_ends_the_run_on_every_rank(
-    facts: list[Facts],
-) -> None:
+def test_a_loss_or_gradient_that_is_not_finite_ends_the_run_on_every_rank(facts):
     for what, told, followed in zip(("loss", "gradient"), *(f.errors for f in facts), strict=True):
         assert told.startswith(f"{DivergedError.__name__}: The {what} is not finite at step 1")
         assert followed.startswith("PeerError: ")
     assert all(found.is_as_before for found in facts), "masters and moments"
 
 
-def test_losses_are_the_mean_over_the_ranks_examples_without_dropout(facts: list[Facts]) -> None:
+def test_losses_are_the_mean_over_the_ranks_examples_without_dropout(facts):
     model, dataset = make_model("llama"), random_examples(NUM_EXAMPLES)
     examples = naive_examples(dataset, range(NUM_EXAMPLES))
     with torch.no_grad():
@@ -241,7 +239,7 @@ def test_losses_are_the_mean_over_the_ranks_examples_without_dropout(facts: list
         assert found.was_training == [False] * 2 + [True] * 2, "in train mode again"
 
 
-def test_both_passes_of_sam_drop_out_the_same(facts: list[Facts]) -> None:
+def test_both_passes_of_sam_drop_out_the_same(facts):
     """Or the gradient would be that of another loss than the one that the weights climb."""
     for found in facts:
         first, second = found.passes[:2], found.passes[2:]
@@ -249,15 +247,13 @@ def test_both_passes_of_sam_drop_out_the_same(facts: list[Facts]) -> None:
         assert first != second, "the weights moved"
 
 
-def test_the_next_batch_is_made_before_the_device_is_waited_for_and_that_is_once(
-    facts: list[Facts],
-) -> None:
+def test_the_next_batch_is_made_before_the_device_is_waited_for_and_that_is_once(facts):
     """The engine waits when it looks at the gradient; the loss has come to the host by then."""
     step = ["start_reading", "collate_ahead", "step", "read", "write_entries"]
     assert all(found.order == 2 * step for found in facts)
 
 
-def test_noise_is_that_of_the_seed_the_step_and_the_rank() -> None:
+def test_noise_is_that_of_the_seed_the_step_and_the_rank():
     drawn = []
     for key in itertools.product((0, 1), repeat=3):
         for _ in range(2):
@@ -268,7 +264,7 @@ def test_noise_is_that_of_the_seed_the_step_and_the_rank() -> None:
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3])
-def test_packing_is_refused_where_examples_see_each_other(micro_batch_size: int) -> None:
+def test_packing_is_refused_where_examples_see_each_other(micro_batch_size):
     for architecture, leaks in (("opt", True), ("llama", False)):
         model = make_model(architecture)
         args = (model, torch.device("cpu"), model.config.vocab_size, micro_batch_size)

@@ -149,7 +149,7 @@ def _log(folder: Path) -> list[dict[str, Any]]:
 KEPT = {"full": "model", "lora": "adapter", "ia3": "adapter", "shira": "adapter"}
 
 
-def test_every_kind_of_method_trains(tiny: Tiny, results) -> None:
+def test_every_kind_of_method_trains(tiny, results):
     """A sparse one exactly K entries, of its own choice, and the head."""
     chosen = {}
     for name, method, *_ in RUNS:
@@ -172,7 +172,7 @@ def test_every_kind_of_method_trains(tiny: Tiny, results) -> None:
     assert len(set(chosen.values())) == len(chosen)
 
 
-def test_a_checkpoint_is_the_delta_of_its_step(tiny: Tiny, results) -> None:
+def test_a_checkpoint_is_the_delta_of_its_step(tiny, results):
     """To the bit, the head included: the last one is what the run then wrote."""
     for name, method, *_ in RUNS:
         if method in SPARSE:
@@ -184,7 +184,7 @@ def test_a_checkpoint_is_the_delta_of_its_step(tiny: Tiny, results) -> None:
             assert found.mask.settings == delta.mask.settings
 
 
-def test_adapters_of_an_encoder_come_with_its_trained_head(tiny: Tiny, results) -> None:
+def test_adapters_of_an_encoder_come_with_its_trained_head(tiny, results):
     """A head that is frozen, or left out of the file, would make the adapter useless."""
     before = load_file(tiny.folder / BERT / "model.safetensors")["pooler.dense.weight"]
     for name, size in (("ia3_bert", 2 * (24 + 24 + 24 + 32)), ("shira_bert", 2 * 2 * (24 + 24))):
@@ -196,7 +196,7 @@ def test_adapters_of_an_encoder_come_with_its_trained_head(tiny: Tiny, results) 
         assert 0 < (after - before).abs().max() < 1
 
 
-def test_stages_write_the_same(tiny: Tiny, results) -> None:
+def test_stages_write_the_same(tiny, results):
     """An adapter begins with the same values in a model that is partitioned while it loads."""
     file = "adapter/adapter_model.safetensors"
     whole, partitioned = (load_file(tiny.folder / f"lora_bert{n}" / file) for n in (0, 3))
@@ -205,7 +205,7 @@ def test_stages_write_the_same(tiny: Tiny, results) -> None:
         torch.testing.assert_close(partitioned[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_a_model_trained_whole_lies_in_a_folder_as_its_base(tiny: Tiny, results) -> None:
+def test_a_model_trained_whole_lies_in_a_folder_as_its_base(tiny, results):
     """At stage 3, where transformers does not know which names it has read."""
     base, model = tiny.folder / MODEL, tiny.folder / "full3" / "model"
     for path in base.iterdir():
@@ -218,7 +218,7 @@ def test_a_model_trained_whole_lies_in_a_folder_as_its_base(tiny: Tiny, results)
         }
 
 
-def test_a_command_gives_the_same_numbers_again(tiny: Tiny, results) -> None:
+def test_a_command_gives_the_same_numbers_again(tiny, results):
     """To the last digit, dropout included."""
     differs = ("calibration_seconds", "seconds_per_step", "runtime_seconds", "peak_memory_bytes")
     for *names, file in (
@@ -241,14 +241,14 @@ def _assert_same(first: Path, second: Path, **tolerance: float) -> None:
             torch.testing.assert_close(found[name], tensor, **{"rtol": 0, "atol": 0} | tolerance)
 
 
-def test_a_mask_or_a_checkpoint_gives_the_run_that_made_it(tiny: Tiny, results) -> None:
+def test_a_mask_or_a_checkpoint_gives_the_run_that_made_it(tiny, results):
     """To the bit on as many ranks, dropout included; with a head."""
     for name in ("masked", "resumed"):
         _assert_same(tiny.folder / "gem_bert", tiny.folder / name)
     assert results["masked"]["calibration_seconds"] == 0
 
 
-def test_whole_parameters_go_on_from_a_checkpoint_as_if_nothing_had_been(tiny: Tiny, results):
+def test_whole_parameters_go_on_from_a_checkpoint_as_if_nothing_had_been(tiny, results):
     """To the bit, dropout, schedule and moments included; the log too."""
     for name in DENSE_RESUMED:
         first, second = tiny.folder / name, tiny.folder / f"{name}_resumed"
@@ -260,7 +260,7 @@ def test_whole_parameters_go_on_from_a_checkpoint_as_if_nothing_had_been(tiny: T
         assert _log(second) == _log(first), name
 
 
-def test_a_checkpoint_of_whole_parameters_is_whole_or_absent(tiny: Tiny, results) -> None:
+def test_a_checkpoint_of_whole_parameters_is_whole_or_absent(tiny, results):
     """Also where a disk is full on one rank; what goes on from one must be as it was."""
     folder = tiny.folder / "full_disk"
     flags = _flags(tiny, "full_disk", "full", MODEL, 3, max_steps=3)
@@ -279,7 +279,7 @@ def test_a_checkpoint_of_whole_parameters_is_whole_or_absent(tiny: Tiny, results
             train.main(flags)
 
 
-def test_the_delta_holds_the_masters(tiny: Tiny, results) -> None:
+def test_the_delta_holds_the_masters(tiny, results):
     """Of the entries and of the head."""
     delta = _delta(tiny.folder / "gem_bert")
     checkpoint = Checkpoint.load(tiny.folder / "gem_bert" / f"checkpoint-{NUM_STEPS}")
@@ -290,9 +290,7 @@ def test_the_delta_holds_the_masters(tiny: Tiny, results) -> None:
 
 
 @pytest.mark.parametrize(("world_size", "stage"), [(1, 0), (3, 2)])
-def test_a_run_goes_on_on_other_ranks_at_another_stage(
-    tiny: Tiny, results, world_size: int, stage: int
-) -> None:
+def test_a_run_goes_on_on_other_ranks_at_another_stage(tiny, results, world_size, stage):
     """In steps of the examples that the checkpoint had, whatever the flags make of them now."""
     name, sober = f"moved{world_size}_{stage}", tiny.folder / "sober"
     flags = _flags(tiny, name, "gem", SOBER, stage, resume_from_checkpoint=sober / "checkpoint-2")

@@ -27,7 +27,7 @@ def bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", module)
 
 
-def test_eight_bits_need_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eight_bits_need_a_gpu(monkeypatch):
     """Said before anything is read: bitsandbytes would fail at the first step."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     flags = "--method full --optimizer adamw_8bit --model_name_or_path nowhere --task rte"
@@ -37,9 +37,7 @@ def test_eight_bits_need_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("with_head", [False, True])
-def test_eight_bits_get_the_groups_and_what_the_flags_say(
-    monkeypatch: pytest.MonkeyPatch, with_head: bool
-) -> None:
+def test_eight_bits_get_the_groups_and_what_the_flags_say(monkeypatch, with_head):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     body, head = [nn.Parameter(torch.zeros(2))], [nn.Parameter(torch.zeros(3))] * with_head
     adam = {"adam_beta1": 0.4, "adam_beta2": 0.5, "adam_epsilon": 0.6, "weight_decay": 0.3}
@@ -67,13 +65,13 @@ def rates_from(train: TrainArguments, num_updates: int = 0) -> list[list[float]]
 
 
 @pytest.mark.parametrize(("warmup_steps", "expected"), [(0.25, 2), (0.2, 2), (1, 1), (3.0, 3)])
-def test_a_warmup_below_one_is_a_share_of_all_steps(warmup_steps: float, expected: int) -> None:
+def test_a_warmup_below_one_is_a_share_of_all_steps(warmup_steps, expected):
     rates = rates_from(TrainArguments(learning_rate=0.1, warmup_steps=warmup_steps))
     assert rates.index(max(rates)) == expected
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_a_resumed_schedule_goes_on_where_it_stopped(name: str) -> None:
+def test_a_resumed_schedule_goes_on_where_it_stopped(name):
     """After as many updates as were applied, in the warmup and behind it, for every group."""
     train = TrainArguments(
         learning_rate=0.1, head_learning_rate=0.2, warmup_steps=3, lr_scheduler_type=name

@@ -80,7 +80,7 @@ def put_mine(folder: Path) -> dict[Path, str]:
     }
 
 
-def test_overwriting_deletes_the_run_and_nothing_else(tiny: Tiny, run: Path) -> None:
+def test_overwriting_deletes_the_run_and_nothing_else(tiny, run):
     before = names(run)
     pages = {"README.md", "report.html"}
     assert before == {*RUN_FILES, *RUN_FOLDERS, *pages, MANIFEST} - {"predictions.jsonl"} | {
@@ -100,12 +100,12 @@ def test_overwriting_deletes_the_run_and_nothing_else(tiny: Tiny, run: Path) -> 
     assert files == {path for path in mine if path.is_relative_to(run)} | {run / "adapter"}
 
 
-def test_a_run_of_its_own_only_is_gone_without_a_trace(run: Path) -> None:
+def test_a_run_of_its_own_only_is_gone_without_a_trace(run):
     clear_output_dir(run, overwrite=True)
     assert names(run) == set()
 
 
-def test_a_version_without_manifests_is_gone_on_with_and_replaced(tiny: Tiny, run: Path) -> None:
+def test_a_version_without_manifests_is_gone_on_with_and_replaced(tiny, run):
     """Of it what its content shows to be a run's; a folder of a model or of peft does not show."""
     without_manifests(run)
     (run / ".checkpoint-3.old").mkdir()  # as it left one that it was deleting
@@ -121,7 +121,7 @@ def test_a_version_without_manifests_is_gone_on_with_and_replaced(tiny: Tiny, ru
     assert names(run) == {"model", "adapter", "tensorboard"}
 
 
-def test_files_that_version_0_1_wrote_are_known(tmp_path: Path) -> None:
+def test_files_that_version_0_1_wrote_are_known(tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(OLD, folder)
     clear_output_dir(folder, overwrite=True)
@@ -130,9 +130,7 @@ def test_files_that_version_0_1_wrote_are_known(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [*RUN_FILES, "model", "adapter"])
 @pytest.mark.parametrize("switches", [[], ["--overwrite_output_dir"]])
-def test_what_others_call_so_is_named_and_stays(
-    tiny: Tiny, tmp_path: Path, name: str, switches: list[str]
-) -> None:
+def test_what_others_call_so_is_named_and_stays(tiny, tmp_path, name, switches):
     """With what transformers' Trainer writes under these names, and through links."""
     path = tmp_path / name
     if name in RUN_FOLDERS:
@@ -159,9 +157,7 @@ def test_what_others_call_so_is_named_and_stays(
         assert {p: p.is_dir() or p.read_bytes() for p in before} == before
 
 
-def test_a_users_card_stays_and_a_run_beside_it_comes_to_its_end(
-    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_users_card_stays_and_a_run_beside_it_comes_to_its_end(tiny, tmp_path, capsys):
     mine = [tmp_path / "README.md", tmp_path / "report.html"]
     for path in mine:
         path.write_text("mine")
@@ -173,7 +169,7 @@ def test_a_users_card_stays_and_a_run_beside_it_comes_to_its_end(
         assert [path.read_text() for path in mine] == ["mine", "mine"]
 
 
-def test_a_checkpoints_name_that_is_taken_is_refused_before_training(tmp_path: Path) -> None:
+def test_a_checkpoints_name_that_is_taken_is_refused_before_training(tmp_path):
     (tmp_path / "checkpoint-5").mkdir()
     (tmp_path / "checkpoint-5" / "photo.jpg").touch()
     (tmp_path / "checkpoint-final").mkdir()
@@ -184,7 +180,7 @@ def test_a_checkpoints_name_that_is_taken_is_refused_before_training(tmp_path: P
         refuse_taken_checkpoints(tmp_path, range(1, 6))
 
 
-def test_the_limit_holds_after_a_kill(tiny: Tiny, run: Path) -> None:
+def test_the_limit_holds_after_a_kill(tiny, run):
     """Killed after it had written checkpoint-4 and before checkpoint-2 was deleted."""
     limits = {"save_total_limit": 1, "max_steps": 5, "save_strategy": "no"}
     train.main(tiny.flags(run, resume_from_checkpoint="last", **limits))
@@ -205,9 +201,7 @@ SOURCES = [
 
 
 @pytest.mark.parametrize(("flag", "source", "is_own"), SOURCES)
-def test_a_run_does_not_delete_what_it_reads(
-    tiny: Tiny, run: Path, flag: str, source: str, *, is_own: bool
-) -> None:
+def test_a_run_does_not_delete_what_it_reads(tiny, run, flag, source, *, is_own):
     """What lies beside the files of a run it may read."""
     shutil.rmtree(run / "model")
     atomic_folder(run / "model", lambda path: shutil.copytree(tiny.model, path, dirs_exist_ok=True))
@@ -227,7 +221,7 @@ def test_a_run_does_not_delete_what_it_reads(
     assert names(run / "checkpoint-2") == {"weights"}
 
 
-def test_a_folder_belongs_to_one_run_at_a_time(tmp_path: Path) -> None:
+def test_a_folder_belongs_to_one_run_at_a_time(tmp_path):
     folder = tmp_path / "a" / "b"
     with output_dir_of_one_run(folder):
         with pytest.raises(ValueError, match="Another run writes to --output_dir"):
@@ -238,6 +232,6 @@ def test_a_folder_belongs_to_one_run_at_a_time(tmp_path: Path) -> None:
         assert list(folder.iterdir()) == [], "nothing shows it"
 
 
-def test_a_folder_that_cannot_be_written_to_is_refused_at_once() -> None:
+def test_a_folder_that_cannot_be_written_to_is_refused_at_once():
     with pytest.raises(OSError, match=r"cannot be written .*: choose a folder"):
         output_dir_of_one_run(Path("/sys/kernel")).__enter__()

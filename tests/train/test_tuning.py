@@ -472,7 +472,7 @@ def _dense_of(plan: Plan) -> Dense:
 
 
 @_runs(lambda plan: plan.setting.dtype == "fp32")
-def test_same_training(outcomes: Outcomes, world_size: int, plan: Plan) -> None:
+def test_same_training(outcomes, world_size, plan):
     """1e-5 relative in fp32; the norm is that of entries and head together."""
     expected, is_gem = _dense_of(plan), plan.method == "gem"
     found = outcomes(world_size, plan)
@@ -496,9 +496,7 @@ def _assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], *, slac
 
 
 @_runs(lambda plan: plan.method == "gem")
-def test_nothing_else_changes_and_ranks_agree(
-    outcomes: Outcomes, world_size: int, plan: Plan
-) -> None:
+def test_nothing_else_changes_and_ranks_agree(outcomes, world_size, plan):
     """Calibration changes nothing; after each step weights are the base with rounded masters."""
     first, *others = outcomes(world_size, plan)
     assert first.violations == []
@@ -510,7 +508,7 @@ def test_nothing_else_changes_and_ranks_agree(
 
 
 @_runs(lambda plan: plan.setting.dtype == "bf16")
-def test_bf16_trains_alike(outcomes: Outcomes, world_size: int, plan: Plan) -> None:
+def test_bf16_trains_alike(outcomes, world_size, plan):
     """And clips by the norm of all; one of its own for entries and head would move less."""
     dense = _dense_of(plan)
     for outcome in outcomes(world_size, plan):
@@ -520,9 +518,7 @@ def test_bf16_trains_alike(outcomes: Outcomes, world_size: int, plan: Plan) -> N
 
 
 @_runs(lambda plan: plan.method != "gem")
-def test_files_give_the_trained_model(
-    outcomes: Outcomes, folder: Path, world_size: int, plan: Plan
-) -> None:
+def test_files_give_the_trained_model(outcomes, folder, world_size, plan):
     """Read as their users read them; the base model is what it was before the run."""
     first, *others = outcomes(world_size, plan)
     assert all(torch.equal(other.logits, first.logits) for other in others)
@@ -551,7 +547,7 @@ def test_files_give_the_trained_model(
         assert torch.equal(found.to(parameter.dtype), parameter), name
 
 
-def test_clipping_acts_in_nearly_all_steps_and_changes_what_comes_out() -> None:
+def test_clipping_acts_in_nearly_all_steps_and_changes_what_comes_out():
     """The premise."""
     clipped, free = (_dense("gem", "bert", norm, 9) for norm in (0.5, 0.0))
     assert sorted(clipped.norms)[1] > 0.5

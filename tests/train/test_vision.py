@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,9 +18,7 @@ pytestmark = pytest.mark.slow  # starts engines or programs
 
 
 @pytest.mark.parametrize(("kind", "zero"), [("gemma3", 0), ("qwen2_vl", 3), ("llava", 2)])
-def test_text_trains_the_language_model_and_nothing_else(
-    kind: str, zero: int, tiny: Tiny, tmp_path: Path
-) -> None:
+def test_text_trains_the_language_model_and_nothing_else(kind, zero, tiny, tmp_path):
     """Qwen2-VL and LLaVA are no causal models to transformers, though they write."""
     folder = tmp_path / kind
     shutil.copytree(tiny.model, folder, ignore=shutil.ignore_patterns("*.safetensors"))

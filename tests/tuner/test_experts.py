@@ -8,7 +8,6 @@ import copy
 import json
 import pickle
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -80,7 +79,7 @@ def close(found: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("recomputes", [False, True])
-def test_training_is_dense_masked_adamw_and_the_base_stays(kind: str, recomputes: bool) -> None:
+def test_training_is_dense_masked_adamw_and_the_base_stays(kind, recomputes):
     dense, model = mixture(kind), mixture(kind)
     mask, before, base = delta_of(model).mask, bits(model), logits(model)
     params = {name: dense.get_parameter(name) for name in mask.indices}
@@ -120,9 +119,7 @@ def test_training_is_dense_masked_adamw_and_the_base_stays(kind: str, recomputes
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", ["fp32", "fp32 in one launch", "bf16", "autocast"])
-def test_the_gradient_is_that_of_the_substituted_model(
-    kind: str, how: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_gradient_is_that_of_the_substituted_model(kind, how, monkeypatch):
     """And is none where neither the values nor what is below want one."""
     dtype = torch.bfloat16 if how == "bf16" else torch.float32
     monkeypatch.setattr(grouped, "takes_one_launch", lambda *_: "one launch" in how)
@@ -150,7 +147,7 @@ def test_the_gradient_is_that_of_the_substituted_model(
     assert not model(**batch()).loss.requires_grad
 
 
-def test_adapters_come_and_go() -> None:
+def test_adapters_come_and_go():
     model = mixture("gpt_oss")
     first, second, base = delta_of(model, 1), delta_of(model, 2), logits(model)
     second = of_projection(second, "down_proj")
@@ -182,7 +179,7 @@ def test_adapters_come_and_go() -> None:
     assert torch.equal(logits(model.unload()), base)
 
 
-def test_experts_are_named_by_their_projections() -> None:
+def test_experts_are_named_by_their_projections():
     """By these or their module's name, among all linear layers, and left out."""
     mask = delta_of(mixture("deepseek_v3")).mask
 
@@ -207,7 +204,7 @@ def test_experts_are_named_by_their_projections() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_adapter_is_saved_loaded_and_a_delta(kind: str, tmp_path: Path) -> None:
+def test_an_adapter_is_saved_loaded_and_a_delta(kind, tmp_path):
     """By peft and by transformers; to the bit."""
     model = mixture(kind)
     delta, base = delta_of(model), logits(model)
@@ -258,7 +255,7 @@ def test_an_adapter_is_saved_loaded_and_a_delta(kind: str, tmp_path: Path) -> No
     assert {p.device.type for n, p in injected.named_parameters() if "gem_" in n} == {"meta"}
 
 
-def test_a_mask_that_judges_each_expert_is_an_adapters() -> None:
+def test_a_mask_that_judges_each_expert_is_an_adapters():
     """From selection to a text that is written."""
     model = mixture("qwen3_moe")
     mask = gem_ds.select_mask(model, [batch()], target_modules=["experts"], density="0.02")

@@ -426,13 +426,11 @@ CASES: list[Callable[[str, Path], None]] = [
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
-def test_case_of_pefts_tester(
-    case: Callable[[str, Path], None], architecture: str, tmp_path: Path
-) -> None:
+def test_case_of_pefts_tester(case, architecture, tmp_path):
     case(architecture, tmp_path)
 
 
-def test_what_is_left_out_is_refused_where_it_would_be_wrong() -> None:
+def test_what_is_left_out_is_refused_where_it_would_be_wrong():
     model, delta = adapted("llama")
     model.add_adapter("other", config_of(delta))
     with pytest.raises(ValueError, match="cannot be of several adapters"):

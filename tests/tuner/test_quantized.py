@@ -76,9 +76,7 @@ def trained_weights(model: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("double", [False, True])
-def test_a_mask_of_four_bits_from_selection_to_an_exported_model(
-    double: bool, tmp_path: Path
-) -> None:
+def test_a_mask_of_four_bits_from_selection_to_an_exported_model(double, tmp_path):
     base = make_base(tmp_path / "base")
     # Layers that are no targets run by a kernel of bitsandbytes, which rounds otherwise.
     others = ["k_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
@@ -146,7 +144,7 @@ def test_a_mask_of_four_bits_from_selection_to_an_exported_model(
     assert bits(original) == bits(changed)
 
 
-def test_another_quantization_is_refused_and_masks_go_anywhere(tmp_path: Path) -> None:
+def test_another_quantization_is_refused_and_masks_go_anywhere(tmp_path):
     base, adapter = make_base(tmp_path / "base"), str(tmp_path / "adapter")
     mask = select(load(base))
     wrapped(load(base), mask).save_pretrained(adapter)

@@ -264,7 +264,7 @@ def assert_same(steps: Steps, expected: Steps) -> None:
         torch.testing.assert_close(steps[2], expected[2], rtol=1e-6, atol=1e-6)
 
 
-def test_a_loop_takes_the_steps_of_our_engine(folder: Path, by_hand: dict[str, Steps]) -> None:
+def test_a_loop_takes_the_steps_of_our_engine(folder, by_hand):
     (found,) = run_ranks(1, train_in_our_engine, str(folder))
     for architecture, (losses, values) in found.items():
         norms = by_hand[architecture][1]
@@ -285,9 +285,7 @@ PLAIN: list[Run] = [(by_transformers, None), (by_trl, None)]
     ],
     ids=["one rank", "zero0", "zero2", "zero3"],
 )
-def test_a_trainer_takes_the_steps_of_a_loop(
-    folder: Path, by_hand: dict[str, Steps], stage: int, world_size: int, runs: list[Run]
-) -> None:
+def test_a_trainer_takes_the_steps_of_a_loop(folder, by_hand, stage, world_size, runs):
     pytest.importorskip("trl")
     results = run_ranks(
         world_size, train_in_order, str(folder), stage, world_size, runs, timeout=900
@@ -354,9 +352,7 @@ def train_sharded(folder: str) -> dict[str, Steps]:
     return found
 
 
-def test_weights_sharded_by_fsdp2_train_as_whole_ones(
-    folder: Path, by_hand: dict[str, Steps]
-) -> None:
+def test_weights_sharded_by_fsdp2_train_as_whole_ones(folder, by_hand):
     for found in run_ranks(2, train_sharded, str(folder)):
         for name, steps in found.items():
             with told_as(name):
@@ -477,7 +473,7 @@ def select_on_ranks(folder: str) -> dict[str, dict[str, Tensor]]:
     return masks
 
 
-def test_the_mask_of_a_trainer_is_that_of_its_batches(folder: Path) -> None:
+def test_the_mask_of_a_trainer_is_that_of_its_batches(folder):
     """Padded or packed, the loss on completions alone, on one rank or two.
 
     Of a mixture the routers' loss counts as in our engine's calibration.
@@ -542,9 +538,7 @@ def only_entries_moved(adapter: Path, mask: Mask) -> None:
     assert moved > mask.num_selected / 2
 
 
-def test_the_programs_of_examples_run(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_programs_of_examples_run(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     common = {"model": DEMO, "density": "0.01"}
     run_example(
@@ -582,9 +576,7 @@ def test_the_programs_of_examples_run(
     assert any(entry["grad_norm"] > 0 for entry in log)
 
 
-def test_a_base_of_four_bits_is_trained_at_the_entries_alone(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_base_of_four_bits_is_trained_at_the_entries_alone(data, tmp_path, monkeypatch):
     pytest.importorskip("bitsandbytes")
     pytest.importorskip("trl")
     from transformers import BitsAndBytesConfig

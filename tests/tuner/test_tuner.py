@@ -94,7 +94,7 @@ def values_of(model: Any, mask: Mask) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_training_is_dense_masked_adamw_and_the_base_stays(architecture: str) -> None:
+def test_training_is_dense_masked_adamw_and_the_base_stays(architecture):
     dense, model = (make_model(architecture, dropout=0.0) for _ in range(2))
     mask, before, base = mask_of(model), bits(model), logits(model)
     model = wrapped(model, mask)
@@ -134,7 +134,7 @@ def test_training_is_dense_masked_adamw_and_the_base_stays(architecture: str) ->
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing_and_accumulation_change_no_gradient(reentrant: bool) -> None:
+def test_checkpointing_and_accumulation_change_no_gradient(reentrant):
     mask = mask_of(make_model("llama"))
     gradients = []
     for checkpointed in (False, True):
@@ -149,7 +149,7 @@ def test_checkpointing_and_accumulation_change_no_gradient(reentrant: bool) -> N
     torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
 
 
-def test_under_autocast_and_in_bf16_it_is_the_substituted_model() -> None:
+def test_under_autocast_and_in_bf16_it_is_the_substituted_model():
     """With W' made whole, and its gradient picked."""
     for dtype, autocast in ((torch.float32, True), (torch.bfloat16, False)):
         model, dense = make_model("llama", dtype), make_model("llama", dtype)
@@ -174,7 +174,7 @@ def test_under_autocast_and_in_bf16_it_is_the_substituted_model() -> None:
             torch.testing.assert_close(gradient, expected, rtol=0.02, atol=2e-3)
 
 
-def test_adapters_come_and_go() -> None:
+def test_adapters_come_and_go():
     model = make_model("llama")
     first, second, base = delta_of(model, 1), delta_of(model, 2), logits(model)
     expected = []
@@ -208,7 +208,7 @@ def test_adapters_come_and_go() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_saved_adapter_is_loaded_to_the_bit(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_a_saved_adapter_is_loaded_to_the_bit(dtype, tmp_path):
     model = make_model("gpt2", dtype, dropout=0.0)
     mask, base = mask_of(model, share=0.5), logits(model)
     model = wrapped(model, mask, modules_to_save=["ln_f"])
@@ -244,7 +244,7 @@ def refused(model: PreTrainedModel, action: Callable[[PreTrainedModel], object])
     return told
 
 
-def test_masks_of_other_models_and_shared_weights_are_refused() -> None:
+def test_masks_of_other_models_and_shared_weights_are_refused():
     mask = mask_of(make_model("llama"))
     name = next(iter(mask.indices))
     other = make_model("llama")
@@ -289,7 +289,7 @@ def rewrite(file: Path, part: str, change: Callable[[Tensor], Tensor] | None) ->
 
 
 @pytest.mark.parametrize("what", SPOILT)
-def test_a_spoilt_adapter_is_refused_before_the_model_is_touched(what: str, tmp_path: Path) -> None:
+def test_a_spoilt_adapter_is_refused_before_the_model_is_touched(what, tmp_path):
     spoil, told = SPOILT[what]
     model = make_model("llama")
     wrapped(make_model("llama"), mask_of(model)).save_pretrained(str(tmp_path))
@@ -309,7 +309,7 @@ def test_a_spoilt_adapter_is_refused_before_the_model_is_touched(what: str, tmp_
     assert torch.equal(logits(second), expected)
 
 
-def test_another_base_is_refused_by_every_loader(tmp_path: Path) -> None:
+def test_another_base_is_refused_by_every_loader(tmp_path):
     adapter = str(tmp_path)
     wrapped(make_model("llama"), mask_of(make_model("llama"))).save_pretrained(adapter)
     name = next(iter(mask_of(make_model("llama")).indices))
@@ -374,9 +374,7 @@ def as_delta(folder: Path, file: Path) -> Path:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_a_delta_and_an_adapter_are_one(
-    architecture: str, dtype: torch.dtype, tmp_path: Path
-) -> None:
+def test_a_delta_and_an_adapter_are_one(architecture, dtype, tmp_path):
     model = make_model(architecture, dtype, 0.0)
     delta = delta_of(model)
     norm = "model.norm" if architecture == "llama" else "transformer.ln_f"
@@ -399,9 +397,7 @@ def test_a_delta_and_an_adapter_are_one(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_trained_adapter_is_a_delta_to_the_bits_that_its_model_has(
-    dtype: torch.dtype, tmp_path: Path
-) -> None:
+def test_a_trained_adapter_is_a_delta_to_the_bits_that_its_model_has(dtype, tmp_path):
     """And of an fp32 base the adapter comes back whole."""
     model = wrapped(make_model("opt", dtype, 0.0), mask_of(make_model("opt", dtype)))
     train(model)
@@ -420,14 +416,14 @@ def test_a_trained_adapter_is_a_delta_to_the_bits_that_its_model_has(
         assert torch.equal(rounded, files[1][name])
 
 
-def test_adapters_of_others_are_no_delta(tmp_path: Path) -> None:
+def test_adapters_of_others_are_no_delta(tmp_path):
     model = make_model("llama")
     get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(str(tmp_path))
     with pytest.raises(ValueError, match=r"an adapter of the method .*LORA"):
         adapter_to_delta(tmp_path)
 
 
-def test_a_mask_may_be_a_file_and_targets_fewer(tmp_path: Path) -> None:
+def test_a_mask_may_be_a_file_and_targets_fewer(tmp_path):
     base = make_model("llama")
     mask_of(base).save(tmp_path / "mask.safetensors")
     config = gem_ds.GemConfig(mask=str(tmp_path / "mask.safetensors"), target_modules=["v_proj"])
@@ -439,7 +435,7 @@ def test_a_mask_may_be_a_file_and_targets_fewer(tmp_path: Path) -> None:
         get_peft_model(make_model("llama"), GemConfig(target_modules=["input_layernorm"]))
 
 
-def test_blocks_compile_and_the_base_is_back_after_an_error() -> None:
+def test_blocks_compile_and_the_base_is_back_after_an_error():
     model = wrapped(make_model("llama"), mask_of(make_model("llama")))
     model.train()
     expected = model(**batch()).loss
@@ -461,14 +457,14 @@ def test_blocks_compile_and_the_base_is_back_after_an_error() -> None:
     assert bits(model) == kept
 
 
-def test_conv1d_is_a_target() -> None:
+def test_conv1d_is_a_target():
     model = wrapped(make_model("gpt2"), mask_of(make_model("gpt2")))
     layers = [module for module in model.modules() if isinstance(module, GemLayer)]
     assert layers
     assert all(isinstance(layer.base_layer, Conv1D) for layer in layers)
 
 
-def test_transformers_adds_saves_and_loads_it_without_a_peft_model(tmp_path: Path) -> None:
+def test_transformers_adds_saves_and_loads_it_without_a_peft_model(tmp_path):
     model, base = wrapped(make_model("llama"), mask_of(make_model("llama"))), make_model("llama")
     before = logits(base)
     base.add_adapter(GemConfig(mask=mask_of(base)))
