@@ -123,6 +123,14 @@ def mask(r: Tensor, k: int) -> Tensor:
     return flat.reshape(r.shape).to(r.device)
 
 
+def masks_at(weights: Mapping[str, Tensor], indices: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """By name a bool mask of a weight's shape, true at its flat indices."""
+    masks = {name: torch.zeros(weights[name].shape, dtype=torch.bool) for name in indices}
+    for name, index in indices.items():
+        masks[name].view(-1)[index.long()] = True
+    return masks
+
+
 def splitmix64(key: int, i: int) -> int:
     """The i-th number of the generator of Steele, Lea and Flood (2014) from the seed ``key``."""
     z = (key + i * 0x9E3779B97F4A7C15) % 2**64

@@ -442,9 +442,7 @@ def _dense(kind: str, world_size: int, dtype: torch.dtype) -> tuple[list[float],
     model = _model(kind, dtype).float()
     indices = _trained(model)
     params = {name: model.get_parameter(name) for name in indices}
-    masks = {name: torch.zeros(p.shape, dtype=torch.bool) for name, p in params.items()}
-    for name, index in indices.items():
-        masks[name].view(-1)[index] = True
+    masks = oracle.masks_at(params, indices)
     optimizer = oracle.DenseMaskedAdamW(params, masks, max_norm=1.0, **ADAM)
     losses = []
     for step in range(NUM_STEPS):

@@ -72,9 +72,7 @@ def _dense_run(tiny: Tiny, mask: Mask) -> tuple[list[float], dict[str, Tensor]]:
     """Losses of the steps, and the weights of the mask's layers at the end."""
     model = _model(tiny)
     params = {name: model.get_parameter(name) for name in mask.indices}
-    masks = {name: torch.zeros(p.shape, dtype=torch.bool) for name, p in params.items()}
-    for name, index in mask.indices.items():
-        masks[name].view(-1)[index.long()] = True
+    masks = oracle.masks_at(params, mask.indices)
     optimizer = oracle.DenseMaskedAdamW(params, masks, max_norm=CLIPPING, **ADAM)
     losses = []
     for step, batch in zip(range(NUM_STEPS), _batches(tiny.encoded("train.jsonl")), strict=False):

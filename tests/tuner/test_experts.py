@@ -21,11 +21,22 @@ import gem_ds
 from gem_ds.files.apply import apply_delta
 from gem_ds.files.delta import Delta
 from gem_ds.sddmm import grouped
-from gem_ds.tuner import GemConfig, GemLayer, adapter_to_delta, delta_to_adapter
+from gem_ds.tuner import GemConfig, adapter_to_delta, delta_to_adapter
 from tests.deltas import bits
-from tests.oracle import DenseMaskedAdamW
 from tests.tiny import checkpointed, make_model
-from tests.tuner.test_tuner import RATE, WEIGHTS, batch, delta_of, logits, same, train, wrapped
+from tests.tuner.test_tuner import (
+    RATE,
+    WEIGHTS,
+    batch,
+    delta_of,
+    entries_of,
+    fill,
+    logits,
+    same,
+    train,
+    train_densely,
+    wrapped,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted"),
@@ -43,23 +54,6 @@ def mixture(kind: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     for name, parameter in model.named_parameters():
         if "experts" in name or "gate" in name or "router" in name:
             nn.init.normal_(parameter, std=0.3, generator=generator)
-    return model
-
-
-def entries_of(model: Any, adapter: str = "default") -> dict[str, Any]:
-    """By weight."""
-    return {
-        f"{name.removeprefix('base_model.model.')}.{weight}": entries
-        for name, layer in model.named_modules()
-        if isinstance(layer, GemLayer)
-        for weight, entries in layer.entries_of(adapter).items()
-    }
-
-
-def fill(model: Any, delta: Delta, adapter: str = "default") -> Any:
-    """Give an adapter the values of a delta."""
-    for name, entries in entries_of(model, adapter).items():
-        entries.values.data.copy_(delta.values[name])
     return model
 
 
@@ -82,19 +76,7 @@ def close(found: Tensor, expected: Tensor) -> None:
 def test_training_is_dense_masked_adamw_and_the_base_stays(kind, recomputes):
     dense, model = mixture(kind), mixture(kind)
     mask, before, base = delta_of(model).mask, bits(model), logits(model)
-    params = {name: dense.get_parameter(name) for name in mask.indices}
-    masks = {name: torch.zeros(p.shape, dtype=torch.bool) for name, p in params.items()}
-    for name, index in mask.indices.items():
-        masks[name].view(-1)[index.long()] = True
-    oracle = DenseMaskedAdamW(params, masks, max_norm=0.5)
-    expected = []
-    for step in range(20):
-        dense.zero_grad()
-        loss = dense(**batch(step)).loss
-        loss.backward()
-        oracle.step({name: p.grad for name, p in params.items() if p.grad is not None}, RATE / 5)
-        expected.append(loss.item())
-
+    expected = train_densely(dense, mask, 20, RATE / 5)
     model = wrapped(checkpointed(model).train() if recomputes else model, mask)
     assert model.get_nb_trainable_parameters()[0] == mask.num_selected
     close(logits(model), base)
@@ -103,7 +85,7 @@ def test_training_is_dense_masked_adamw_and_the_base_stays(kind, recomputes):
     entries = {name: own.values.detach().clone() for name, own in entries_of(model).items()}
     assert entries.keys() == mask.indices.keys()
     for name, values in entries.items():
-        now = params[name].detach().view(-1)[mask.indices[name].long()]
+        now = dense.get_parameter(name).detach().view(-1)[mask.indices[name].long()]
         torch.testing.assert_close(values, now, rtol=1e-5, atol=1e-5)
 
     model.eval()

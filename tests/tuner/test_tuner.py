@@ -26,7 +26,7 @@ from gem_ds.files.mask import Mask
 from gem_ds.models.targets import find_targets
 from gem_ds.tuner import GemConfig, GemLayer, adapter_to_delta, delta_to_adapter
 from tests.deltas import bits, bytes_of, make_delta
-from tests.oracle import DenseMaskedAdamW
+from tests.oracle import DenseMaskedAdamW, masks_at
 from tests.tiny import make_model
 
 ARCHITECTURES = ("llama", "gpt2", "opt")
@@ -84,13 +84,43 @@ def train(model: Any, num_steps: int = 5, first: int = 0, rate: float = RATE) ->
     return losses
 
 
+def entries_of(model: Any, adapter: str = "default") -> dict[str, Any]:
+    """An adapter's, by weight."""
+    return {
+        f"{name.removeprefix('base_model.model.')}.{weight}": entries
+        for name, layer in model.named_modules()
+        if isinstance(layer, GemLayer)
+        for weight, entries in layer.entries_of(adapter).items()
+    }
+
+
+def fill(model: Any, delta: Delta, adapter: str = "default") -> Any:
+    """Give an adapter the values of a delta; it begins as the base."""
+    for name, entries in entries_of(model, adapter).items():
+        entries.values.data.copy_(delta.values[name])
+    return model
+
+
 def values_of(model: Any, mask: Mask) -> dict[str, Tensor]:
     """The present values by weight, in the mask's order."""
-    modules = {name.removeprefix("base_model.model."): m for name, m in model.named_modules()}
-    return {
-        name: modules[name.removesuffix(".weight")].gem_entries["default"].values.detach()
-        for name in mask.indices
-    }
+    entries = entries_of(model)
+    return {name: entries[name].values.detach() for name in mask.indices}
+
+
+def train_densely(
+    dense: PreTrainedModel, mask: Mask, num_steps: int = 5, rate: float = RATE
+) -> list[float]:
+    """What ``train`` comes to, with all of the weights and dense masked AdamW."""
+    params = {name: dense.get_parameter(name) for name in mask.indices}
+    optimizer = DenseMaskedAdamW(params, masks_at(params, mask.indices), max_norm=0.5)
+    losses = []
+    for step in range(num_steps):
+        dense.zero_grad()
+        loss = dense(**batch(step)).loss
+        loss.backward()
+        optimizer.step({name: p.grad for name, p in params.items() if p.grad is not None}, rate)
+        losses.append(loss.item())
+    return losses
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -101,21 +131,10 @@ def test_training_is_dense_masked_adamw_and_the_base_stays(architecture):
     assert model.get_nb_trainable_parameters()[0] == mask.num_selected
     assert torch.equal(logits(model), base)
 
-    entries = {name: torch.zeros(dense.get_parameter(name).shape) for name in mask.indices}
-    for name, index in mask.indices.items():
-        entries[name].view(-1)[index.long()] = 1
-    params = {name: dense.get_parameter(name) for name in entries}
-    oracle = DenseMaskedAdamW(params, {n: e.bool() for n, e in entries.items()}, max_norm=0.5)
-    expected = []
-    for step in range(5):
-        dense.zero_grad()
-        loss = dense(**batch(step)).loss
-        loss.backward()
-        oracle.step({name: p.grad for name, p in params.items() if p.grad is not None}, RATE)
-        expected.append(loss.item())
+    expected = train_densely(dense, mask)
     torch.testing.assert_close(train(model), expected, rtol=1e-6, atol=1e-6)
     for name, values in values_of(model, mask).items():
-        now = params[name].detach().view(-1)[mask.indices[name].long()]
+        now = dense.get_parameter(name).detach().view(-1)[mask.indices[name].long()]
         torch.testing.assert_close(values, now, rtol=1e-5, atol=1e-6)
 
     trained = logits(model)
@@ -155,23 +174,18 @@ def test_under_autocast_and_in_bf16_it_is_the_substituted_model():
         model, dense = make_model("llama", dtype), make_model("llama", dtype)
         delta = delta_of(model)
         apply_delta(dense, delta)
-        model = wrapped(model, delta.mask)
-        for name, values in values_of(model, delta.mask).items():
-            assert values.dtype == torch.float32
-            values.copy_(delta.values[name])
+        model = fill(wrapped(model, delta.mask), delta)
         for found in (model, dense):
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 loss = found(**batch()).loss
             loss.backward()
         assert torch.equal(logits(model), logits(dense))
-        modules = dict(model.base_model.model.named_modules())
-        for name, index in delta.mask.indices.items():
+        for name, entries in entries_of(model).items():
+            assert entries.values.dtype == torch.float32
             whole = dense.get_parameter(name).grad
             assert whole is not None
-            layer = modules[name.removesuffix(".weight")]
-            gradient = layer.gem_entries["default"].values.grad
-            expected = whole.view(-1)[index.long()].float()
-            torch.testing.assert_close(gradient, expected, rtol=0.02, atol=2e-3)
+            expected = whole.view(-1)[delta.mask.indices[name].long()].float()
+            torch.testing.assert_close(entries.values.grad, expected, rtol=0.02, atol=2e-3)
 
 
 def test_adapters_come_and_go():
@@ -181,12 +195,9 @@ def test_adapters_come_and_go():
     for delta in (first, second):
         with apply_delta(model, delta):
             expected.append(logits(model))
-    model = wrapped(model, first.mask)
+    model = fill(wrapped(model, first.mask), first)
     model.add_adapter("second", GemConfig(mask=second.mask))
-    for name, module in model.base_model.model.named_modules():
-        if isinstance(module, GemLayer):
-            module.gem_entries["default"].values.data.copy_(first.values[f"{name}.weight"])
-            module.gem_entries["second"].values.data.copy_(second.values[f"{name}.weight"])
+    fill(model, second, "second")
     assert torch.equal(logits(model), expected[0])
     model.set_adapter("second")
     assert torch.equal(logits(model), expected[1])
