@@ -35,8 +35,8 @@ from torch.utils.cpp_extension import get_default_build_root
 from gem_ds import cli
 from gem_ds.distributed.comm import free_port
 from gem_ds.files.checkpoint import Checkpoint, list_checkpoints
-from gem_ds.files.delta import Delta
 from tests.ranks import CPU_ONLY, RankError, run_ranks
+from tests.runs import delta_of, rows_of
 from tests.tiny_model import REPOSITORY, Tiny, make_tiny, one_rank
 
 TIMEOUT = 240  # seconds of a run
@@ -176,9 +176,9 @@ def result_of(case: Case, folder: Path) -> dict[str, str]:
     if case.program == "train":
         found = {
             name: hashlib.sha256(values.view(-1).float().numpy().tobytes()).hexdigest()
-            for name, values in Delta.load(folder / "delta.safetensors").values.items()
+            for name, values in delta_of(folder).values.items()
         }
-        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        lines = rows_of(folder / "metrics.jsonl")
         kept = ("step", "loss", "eval_loss", "learning_rate")
         return found | {"losses": str([[line.get(key) for key in kept] for line in lines])}
     if case.program == "export":
@@ -193,8 +193,8 @@ def refuse_half_files(folder: Path) -> None:
     """What bears a name is whole, whenever its writer was killed."""
     for checkpoint in list_checkpoints(folder).values():
         Checkpoint.load(checkpoint)
-    if (delta := folder / "delta.safetensors").exists():
-        Delta.load(delta)
+    if (folder / "delta.safetensors").exists():
+        delta_of(folder)
 
 
 def next_command(case: Case, command: list[str], folder: Path) -> list[str]:

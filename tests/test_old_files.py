@@ -22,7 +22,6 @@ launch/demo/programs/mbpp.jsonl. Of what they wrote a part was kept.
 """
 
 import hashlib
-import json
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -33,10 +32,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from gem_ds import Delta, Mask, apply_delta
+from gem_ds import Mask, apply_delta
 from gem_ds.evaluate import score
 from gem_ds.formats import export
 from gem_ds.train import main as train
+from tests.runs import delta_of, logged, rows_of
 from tests.tiny_model import one_rank
 
 FILES = Path(__file__).parent / "files_0_1"
@@ -77,7 +77,7 @@ def test_a_delta_gives_the_weights_that_were_trained_then(name, base_name, kind)
     stored = load_file(FILES / name / "delta.safetensors")
     model = kind.from_pretrained(INPUTS / base_name)
     base = {name: value.detach().clone() for name, value in model.named_parameters()}
-    delta = Delta.load(FILES / name / "delta.safetensors")
+    delta = delta_of(FILES / name)
     applied = apply_delta(model, delta)
     found = dict(model.named_parameters())
     assert _digest(model, [*delta.values, *delta.head]) == TRAINED[name]
@@ -111,7 +111,7 @@ def test_a_mask_is_taken_up(tmp_path):
     """launch/train.py finds the base values that the mask was made for, and trains its entries."""
     mask = FILES / "llama" / "mask.safetensors"
     train_llama(f"--mask {mask} --max_steps 1 --output_dir {tmp_path}")
-    old, new = Mask.load(mask), Delta.load(tmp_path / "delta.safetensors").mask
+    old, new = Mask.load(mask), delta_of(tmp_path).mask
     assert old.method == "gem"
     assert old.settings["density"] == "0.02"
     assert old.num_selected == 475
@@ -123,13 +123,11 @@ def test_a_checkpoint_is_resumed(tmp_path):
     """And ends where the run that wrote it did, whatever the processor rounds to."""
     shutil.copytree(FILES / "llama" / "checkpoint-3", tmp_path / "checkpoint-3")
     train_llama(f"--max_steps 6 --output_dir {tmp_path} --resume_from_checkpoint last")
-    old = Delta.load(FILES / "llama" / "delta.safetensors")
-    new = Delta.load(tmp_path / "delta.safetensors")
+    old, new = delta_of(FILES / "llama"), delta_of(tmp_path)
     assert new.mask.weights == old.mask.weights
     for name, values in old.values.items():
         torch.testing.assert_close(new.values[name], values, rtol=1e-4, atol=1e-6)
-    log = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3, 4, 5, 6]
+    assert [step for step, _ in logged(tmp_path, "loss")] == [1, 2, 3, 4, 5, 6]
 
 
 def assert_judged_as_then(task: str, name: str, folder: Path, flags: str, field: str) -> None:
@@ -138,10 +136,7 @@ def assert_judged_as_then(task: str, name: str, folder: Path, flags: str, field:
         f"--task {task} {flags} --output_dir {folder} --disable_tqdm {FILES / name}/samples.jsonl"
     )
     score.main(words.split())
-    old, new = (
-        [json.loads(line) for line in (each / "verdicts.jsonl").read_text().splitlines()]
-        for each in (FILES / name, folder)
-    )
+    old, new = (rows_of(each / "verdicts.jsonl") for each in (FILES / name, folder))
     assert new == old
     assert len({row[field] for row in old}) == 2
 

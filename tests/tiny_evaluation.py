@@ -1,6 +1,5 @@
 """What tests of the evaluators share: made samples, a delta, and files read back."""
 
-import json
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,11 +39,6 @@ def make_sample(task_id: str, number: int = 0, completion: str = "", **changes: 
     """A sample that a model might have written."""
     fields = {"prompt": "p", "finish_reason": "stop", "num_tokens": 9, "settings": {"seed": 0}}
     return Sample(task_id=task_id, sample=number, completion=completion, **fields | changes)
-
-
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def save_delta(

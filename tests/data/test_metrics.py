@@ -1,6 +1,5 @@
 """Metrics: by hand, and where a formula has no value; the file of predictions that they judge."""
 
-import json
 import math
 
 import numpy as np
@@ -12,6 +11,7 @@ from gem_ds.data.metrics import METRICS, normalised, read_number, score
 from gem_ds.data.predictions import save_predictions
 from gem_ds.data.tasks import AnswerExample, NumberExample
 from gem_ds.data.tasks.catalog import TASKS
+from tests.runs import rows_of
 from tests.tiny_tasks import choice
 
 
@@ -91,10 +91,6 @@ def test_squad_takes_the_answer_that_fits_best():
     assert result == {"f1": f1, "exact_match": pytest.approx(1 / 3)}
 
 
-def read_lines(folder):
-    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
-
-
 NAMES = (" Darius Henderson", " Lee", " the Henderson", " Henderson Road")
 
 
@@ -110,7 +106,7 @@ def test_predictions_are_judged_as_the_main_metric_averages_them(tmp_path, task,
     predictions = [0, 1, 2, 3, 3]
     asked = [choice("p", NAMES, 0, answers=answers)] * 5
     save_predictions(tmp_path, asked, predictions)
-    lines = read_lines(tmp_path)
+    lines = rows_of(tmp_path / "predictions.jsonl")
     assert [(line["id"], line["prediction"]) for line in lines] == list(enumerate(predictions))
     correct = [line["correct"] for line in lines]
     assert correct == pytest.approx([*expected, expected[3]])
@@ -121,7 +117,7 @@ def test_predictions_are_judged_as_the_main_metric_averages_them(tmp_path, task,
 
 def test_a_number_is_neither_right_nor_wrong(tmp_path):
     save_predictions(tmp_path, numbers([2.0]), [2.0])
-    (written,) = read_lines(tmp_path)
+    (written,) = rows_of(tmp_path / "predictions.jsonl")
     assert written == {"id": 0, "prediction": 2.0, "reference": 2.0, "correct": None}
 
 

@@ -21,7 +21,8 @@ from gem_ds.models.encoders import head_names, initialise_head, set_head
 from gem_ds.models.load import load_weights, open_model
 from gem_ds.models.objective import predict_pairs
 from tests.ranks import run_ranks
-from tests.tiny_evaluation import refusal, rows_of, save_delta
+from tests.runs import rows_of
+from tests.tiny_evaluation import refusal, save_delta
 from tests.tiny_model import REPOSITORY, Tiny
 from tests.tiny_tasks import NAMES, bert_tokenizer, make_bert, make_task
 

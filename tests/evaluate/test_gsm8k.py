@@ -12,7 +12,8 @@ from transformers import LlamaForCausalLM
 
 from gem_ds.evaluate import gsm8k
 from gem_ds.evaluate.samples import read_samples
-from tests.tiny_evaluation import REFUSED, one_layer, refusal, rows_of, save_delta
+from tests.runs import rows_of
+from tests.tiny_evaluation import REFUSED, one_layer, refusal, save_delta
 from tests.tiny_model import write_jsonl
 from tests.tiny_tokenizers import byte_level
 

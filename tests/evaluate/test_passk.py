@@ -14,7 +14,8 @@ from gem_ds.data.tasks.mbpp import load_problems
 from gem_ds.evaluate import passk, score
 from gem_ds.evaluate.sandbox import Program, SandboxUnavailableError, Verdict
 from launch.demo import programs
-from tests.tiny_evaluation import REFUSED, make_sample, refusal, rows_of
+from tests.runs import rows_of
+from tests.tiny_evaluation import REFUSED, make_sample, refusal
 from tests.tiny_model import one_rank
 
 DEMO = Path(programs.__file__).parent

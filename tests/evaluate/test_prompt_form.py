@@ -12,7 +12,8 @@ from gem_ds.data.tasks.mbpp import Problem as MbppProblem
 from gem_ds.evaluate import gsm8k, humaneval, mbpp, passk, score
 from gem_ds.evaluate.prompt_form import DEFAULT_FORM, PromptForm, recorded_form
 from tests.data.test_chat import CHATML, tokenizer_of
-from tests.tiny_evaluation import refusal, rows_of
+from tests.runs import rows_of
+from tests.tiny_evaluation import refusal
 from tests.tiny_model import make_tiny, write_jsonl
 
 SYSTEM = "Be brief."

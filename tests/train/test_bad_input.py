@@ -29,6 +29,7 @@ from gem_ds.files.mask import Mask
 from gem_ds.train import main as train
 from gem_ds.train import run
 from tests.ranks import run_ranks
+from tests.runs import rows_of
 from tests.tiny_model import REPOSITORY, Tiny, joined, write_jsonl
 
 pytestmark = pytest.mark.slow  # starts engines or programs
@@ -80,8 +81,7 @@ class Workshop:
         train.main(tiny.flags(self.run, max_steps=4, save_steps=2))
         shutil.copy(ZERO3[1], self.folder)
         (self.folder / "three.json").write_text('{"train_micro_batch_size_per_gpu": 3}')
-        rows = map(json.loads, (tiny.data / "train.jsonl").read_text().splitlines())
-        for name, content in (DATA | {"fewer": list(rows)[1:]}).items():
+        for name, content in (DATA | {"fewer": rows_of(tiny.data / "train.jsonl")[1:]}).items():
             write_jsonl(self.folder / name / "train.jsonl", content)
             shutil.copy(tiny.data / "test.jsonl", self.folder / name)
         half = shutil.copytree(self.run / "checkpoint-2", self.folder / "half" / "checkpoint-2")

@@ -9,16 +9,15 @@ from typing import Any
 from unittest import mock
 
 import pytest
-import torch
 
 from gem_ds.files.checkpoint import list_checkpoints
-from gem_ds.files.delta import Delta
 from gem_ds.train import main as train
 from gem_ds.train import signals
 from gem_ds.train.best import BestModel, refuse_unmeasured
 from gem_ds.train.config import TrainArguments
 from gem_ds.train.signals import stop_signals
 from tests.ranks import run_ranks
+from tests.runs import assert_same_delta, logged
 from tests.tiny_model import REPOSITORY, Tiny, mains, one_rank
 from tests.tiny_tasks import NAMES, task_of
 
@@ -60,8 +59,8 @@ STEPS = {"learning_rate": 1.0, "lr_scheduler_type": "constant", "max_steps": 6, 
 
 
 def _evaluated(folder: Path, key: str = "eval_loss") -> dict[int, float]:
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return {line["step"]: line[key] for line in lines if key in line and line["step"]}
+    """By step, but what was before training."""
+    return {step: value for step, value in logged(folder, key) if step}
 
 
 #: Methods that train whole parameters, by the ranks: method, ZeRO stage.
@@ -99,13 +98,10 @@ def test_the_delta_is_that_of_the_best_step(tiny, tmp_path, world_size, stage, d
     run_ranks(
         world_size, mains, tiny.flags(tmp_path / "to", *switches, **flags | {"max_steps": step})
     )
-    delta, to = (Delta.load(f / "delta.safetensors") for f in (run, tmp_path / "to"))
-    again = Delta.load(resumed / "delta.safetensors")
-    of_last = Delta.load(last / "delta.safetensors")
-    for name, values in to.values.items():
-        assert torch.equal(delta.values[name], values), name
-        assert torch.equal(again.values[name], values), name
-    assert any(not torch.equal(of_last.values[name], v) for name, v in to.values.items())
+    for folder in (run, resumed):
+        assert_same_delta(folder, tmp_path / "to")
+    with pytest.raises(AssertionError):
+        assert_same_delta(last, tmp_path / "to")
     results = json.loads((run / "all_results.json").read_text())
     assert results["best_global_step"] == step
     assert results["last_eval_loss"] == losses[step], "that of the model that is delivered"

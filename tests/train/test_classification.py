@@ -30,6 +30,7 @@ from gem_ds.train.arguments import parse_arguments
 from gem_ds.train.main import RunResult
 from gem_ds.train.prepare import PreparedRun, prepare
 from tests.ranks import run_ranks
+from tests.runs import rows_of
 from tests.tiny_model import REPOSITORY, Tiny, joined, one_rank
 from tests.tiny_tasks import NAMES, make_bert, make_encoder, make_task, task_of
 
@@ -161,8 +162,7 @@ def test_predictions_are_those_of_the_trained_model(tiny, trained):
     dataset = encode_candidates(examples, AutoTokenizer.from_pretrained(tiny.model), 128)
     with torch.no_grad():
         expected = predict_candidates(model, dataset.collate(range(5), 0)).tolist()
-    predictions = (result.output_dir / "predictions.jsonl").read_text()
-    lines = list(map(json.loads, predictions.splitlines()))
+    lines = rows_of(result.output_dir / "predictions.jsonl")
     assert [line["prediction"] for line in lines] == expected
     assert [line["id"] for line in lines] == [0, 1, 2, 3, 4]
     assert [line["reference"] for line in lines] == [e.answer for e in examples]

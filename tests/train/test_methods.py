@@ -1,7 +1,6 @@
 """Each method from flags to files: at any ZeRO stage, again, or resumed elsewhere."""
 
 import errno
-import json
 import os
 from contextlib import nullcontext, redirect_stdout
 from io import StringIO
@@ -15,9 +14,9 @@ from safetensors.torch import load_file
 
 from gem_ds.errors import PeerError
 from gem_ds.files.checkpoint import Checkpoint, find_checkpoint, load_delta
-from gem_ds.files.delta import Delta
 from gem_ds.train import main as train
 from tests.ranks import run_ranks
+from tests.runs import assert_same_delta, delta_of, rows_of
 from tests.tiny_model import REPOSITORY, Tiny, joined, one_rank
 from tests.tiny_tasks import make_bert, task_of
 
@@ -133,16 +132,11 @@ def results(tiny: Tiny) -> dict[str, dict[str, Any]]:
     return dict(zip(commands, found, strict=True))
 
 
-def _delta(folder: Path) -> Delta:
-    return Delta.load(folder / "delta.safetensors")
-
-
 def _log(folder: Path) -> list[dict[str, Any]]:
     """The log without what the machine's speed makes of it."""
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [
-        {key: value for key, value in line.items() if "second" not in key and key != "time"}
-        for line in lines
+        {key: value for key, value in row.items() if "second" not in key and key != "time"}
+        for row in rows_of(folder / "metrics.jsonl")
     ]
 
 
@@ -162,7 +156,7 @@ def test_every_kind_of_method_trains(tiny, results):
         steps = {f"checkpoint-{step}" for step in {min(2, _num_steps(method)), _num_steps(method)}}
         assert {f for f in files if f.startswith("checkpoint-")} == steps, name
         if method in SPARSE:
-            delta = _delta(tiny.folder / name)
+            delta = delta_of(tiny.folder / name)
             head = sum(values.numel() for values in delta.head.values())
             assert (delta.mask.method, head) == (method, HEAD_SIZE)
             assert delta.mask.num_selected == int(0.01 * found["num_parameters"])
@@ -177,7 +171,7 @@ def test_a_checkpoint_is_the_delta_of_its_step(tiny, results):
     for name, method, *_ in RUNS:
         if method in SPARSE:
             folder = tiny.folder / name
-            delta, found = _delta(folder), load_delta(find_checkpoint(folder, "last"))
+            delta, found = delta_of(folder), load_delta(find_checkpoint(folder, "last"))
             for old, new in ((delta.values, found.values), (delta.head, found.head)):
                 assert list(old) == list(new)
                 assert all(torch.equal(old[key], new[key]) for key in old), name
@@ -232,19 +226,10 @@ def test_a_command_gives_the_same_numbers_again(tiny, results):
         assert kept[0] == kept[1]
 
 
-def _assert_same(first: Path, second: Path, **tolerance: float) -> None:
-    """Values and head of two deltas; to the bit, unless a tolerance is given."""
-    for part in ("values", "head"):
-        expected, found = (getattr(_delta(folder), part) for folder in (first, second))
-        assert found.keys() == expected.keys()
-        for name, tensor in expected.items():
-            torch.testing.assert_close(found[name], tensor, **{"rtol": 0, "atol": 0} | tolerance)
-
-
 def test_a_mask_or_a_checkpoint_gives_the_run_that_made_it(tiny, results):
     """To the bit on as many ranks, dropout included; with a head."""
     for name in ("masked", "resumed"):
-        _assert_same(tiny.folder / "gem_bert", tiny.folder / name)
+        assert_same_delta(tiny.folder / "gem_bert", tiny.folder / name)
     assert results["masked"]["calibration_seconds"] == 0
 
 
@@ -256,7 +241,7 @@ def test_whole_parameters_go_on_from_a_checkpoint_as_if_nothing_had_been(tiny, r
         for path in files:
             assert (second / path.relative_to(first)).read_bytes() == path.read_bytes(), name
         if not files:
-            _assert_same(first, second)
+            assert_same_delta(first, second)
         assert _log(second) == _log(first), name
 
 
@@ -281,7 +266,7 @@ def test_a_checkpoint_of_whole_parameters_is_whole_or_absent(tiny, results):
 
 def test_the_delta_holds_the_masters(tiny, results):
     """Of the entries and of the head."""
-    delta = _delta(tiny.folder / "gem_bert")
+    delta = delta_of(tiny.folder / "gem_bert")
     checkpoint = Checkpoint.load(tiny.folder / "gem_bert" / f"checkpoint-{NUM_STEPS}")
     assert delta.head.keys() == set(HEAD)
     head = torch.cat([delta.head[name].flatten() for name in HEAD])
@@ -296,7 +281,7 @@ def test_a_run_goes_on_on_other_ranks_at_another_stage(tiny, results, world_size
     flags = _flags(tiny, name, "gem", SOBER, stage, resume_from_checkpoint=sober / "checkpoint-2")
     (_, told), *_ = run_ranks(world_size, _mains, [flags])
     assert f"8 examples per step, as before, not the {4 * world_size} of the flags" in told
-    _assert_same(sober, tiny.folder / name, rtol=1e-5, atol=1e-6)
+    assert_same_delta(sober, tiny.folder / name, rtol=1e-5, atol=1e-6)
     for line, before in zip(_log(tiny.folder / name), _log(sober), strict=True):
         assert line["step"] == before["step"]
         assert line.get("loss", 0) == pytest.approx(before.get("loss", 0), rel=1e-5)

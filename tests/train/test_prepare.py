@@ -21,6 +21,7 @@ from gem_ds.models.encoders import auto_class, head_names
 from gem_ds.train import main as train
 from gem_ds.train.arguments import parse_arguments
 from gem_ds.train.prepare import PreparedRun, prepare
+from tests.runs import rows_of
 from tests.tiny_model import Tiny, write_jsonl
 
 
@@ -85,7 +86,7 @@ def test_the_batch_is_over_all_ranks_and_accumulation_steps(tiny):
 
 
 def test_own_fields_are_the_same_examples_and_nothing_is_held_out_without_a_file(tiny):
-    rows = [json.loads(line) for line in (tiny.data / "train.jsonl").read_text().splitlines()]
+    rows = rows_of(tiny.data / "train.jsonl")
     own = [{"p": f"Question: {r['question']}\nAnswer:", "t": f" {r['answer']}"} for r in rows]
     file = write_jsonl(tiny.folder / "own.jsonl", own)
     flags = {"task": "jsonl", "data_dir": None, "prompt_field": "p", "target_field": "t"}
@@ -162,7 +163,7 @@ def test_the_identity_is_that_of_the_data_and_their_order(tiny):
     assert plan_of(tiny, seed=7).identity.seed == 7
     for flags in (["--packing"], ["--max_length", "44"]):
         assert plan_of(tiny, *flags).identity.data != plain.data
-    rows = [json.loads(line) for line in (tiny.data / "train.jsonl").read_text().splitlines()]
+    rows = rows_of(tiny.data / "train.jsonl")
     write_jsonl(tiny.folder / "turned" / "train.jsonl", rows[::-1])
     shutil.copy(tiny.data / "test.jsonl", tiny.folder / "turned")
     assert plan_of(tiny, data_dir=tiny.folder / "turned").identity.data != plain.data

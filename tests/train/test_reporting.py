@@ -1,6 +1,5 @@
 """What a person sees: every number once, on rank 0 only, on the disk at once."""
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ from gem_ds.files.checkpoint import TrainerState
 from gem_ds.train import reporting
 from gem_ds.train.config import Arguments, TrainArguments
 from gem_ds.train.reporting import TENSORBOARD_FOLDER, Progress, Reporter, find_trackers
+from tests.runs import rows_of
 
 ENTRY = {"loss": 1.5, "learning_rate": 0.1, "tokens_per_second": 10.0}
 
@@ -25,8 +25,8 @@ def make_reporter(
     return Reporter(folder, state, args, is_main=is_main)
 
 
-def lines(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return rows_of(folder / "metrics.jsonl")
 
 
 def test_an_entry_is_on_the_disk_at_once_and_in_the_history(tmp_path):
@@ -37,7 +37,12 @@ def test_an_entry_is_on_the_disk_at_once_and_in_the_history(tmp_path):
         reporter.log({**ENTRY, "loss": step / 7})
         assert lines(tmp_path) == state.log_history
         assert len(state.log_history) == step
-    assert lines(tmp_path)[0] == {**ENTRY, "step": 1, "epoch": 0.3333, "loss": 1 / 7}
+    assert lines(tmp_path)[0] == {
+        **ENTRY,
+        "step": 1,
+        "epoch": 0.3333,
+        "loss": 1 / 7,
+    }
     reporter.close()
 
 
@@ -54,7 +59,10 @@ def test_a_resumed_run_takes_back_what_the_checkpoint_did_not_know(tmp_path):
     assert [line["step"] for line in lines(tmp_path)] == [1]
     resumed.global_step = 2
     reporter.log({"loss": 2.5})
-    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(1, 1.0), (2, 2.5)]
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [
+        (1, 1.0),
+        (2, 2.5),
+    ]
 
 
 def test_other_ranks_are_silent_but_know_the_history(tmp_path, capsys):

@@ -3,7 +3,6 @@
 On another number of ranks, and with a head, it is test_methods that resumes.
 """
 
-import json
 import os
 import random
 import signal
@@ -13,14 +12,13 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-import torch
 
 from gem_ds.files.checkpoint import Checkpoint, list_checkpoints
-from gem_ds.files.delta import Delta
 from gem_ds.train import fit
 from gem_ds.train import main as train
 from gem_ds.train.reporting import Reporter
 from tests.ranks import RankError, run_ranks
+from tests.runs import assert_same_delta, logged
 from tests.tiny_model import REPOSITORY, mains, make_tiny, one_rank
 
 pytestmark = pytest.mark.slow  # starts engines or programs
@@ -45,15 +43,6 @@ def _main_until_killed(flags: list[str], step: int, delay: float, victim: int) -
         Reporter, "advance", watch if int(os.environ["RANK"]) == victim else advance
     ):
         train.main(flags)
-
-
-def _values(folder: Path) -> dict[str, torch.Tensor]:
-    return Delta.load(folder / "delta.safetensors").values
-
-
-def _losses(folder: Path) -> list[tuple[int, float]]:
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
 
 
 def _killed(flags: list[str]) -> Path:
@@ -96,13 +85,12 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path):
     run_ranks(2, mains, *commands)
     for name in runs:
         killed, whole = tmp_path / name, tmp_path / f"whole {name}"
-        expected, found = _values(whole), _values(killed)
-        for weight, values in expected.items():
-            assert torch.equal(found[weight], values), weight
-        assert _losses(killed) == _losses(whole), "every step stands there once"
-        assert [step for step, _ in _losses(killed)] == list(range(1, NUM_STEPS + 1))
-    assert _losses(tmp_path / "sober") != _losses(tmp_path / "llama"), "dropout was at work"
-    assert _losses(tmp_path / "without") != _losses(tmp_path / "mixture"), "the routers' loss was"
+        assert_same_delta(killed, whole)
+        assert logged(killed, "loss") == logged(whole, "loss"), "every step stands there once"
+        assert [step for step, _ in logged(killed, "loss")] == list(range(1, NUM_STEPS + 1))
+    for other, name in (("sober", "llama"), ("without", "mixture")):
+        different = logged(tmp_path / other, "loss") != logged(tmp_path / name, "loss")
+        assert different, "dropout was at work, and the routers' loss"
 
 
 def test_an_evaluation_that_a_signal_came_before_is_made_when_the_run_goes_on(tmp_path):
@@ -114,17 +102,13 @@ def test_an_evaluation_that_a_signal_came_before_is_made_when_the_run_goes_on(tm
         if step == 1:
             signal.raise_signal(signal.SIGTERM)
 
-    def losses(name: str) -> list[tuple[int, float]]:
-        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        return [(e["step"], e["eval_loss"]) for e in map(json.loads, lines) if "eval_loss" in e]
-
     flags = {"max_steps": 4, "eval_steps": 2}
     with one_rank():
         train.main(tiny.flags(tmp_path / "whole", **flags))
         with mock.patch.object(fit, "seed_noise", signalled):
             train.main(tiny.flags(tmp_path / "stopped", **flags))
-        stopped = losses("stopped")
+        stopped = logged(tmp_path / "stopped", "eval_loss")
         train.main(tiny.flags(tmp_path / "stopped", resume_from_checkpoint="last", **flags))
-    assert [step for step, _ in losses("whole")] == [0, 2, 4]
-    assert stopped == losses("whole")[:1]
-    assert losses("stopped") == losses("whole")
+    assert [step for step, _ in logged(tmp_path / "whole", "eval_loss")] == [0, 2, 4]
+    assert stopped == logged(tmp_path / "whole", "eval_loss")[:1]
+    assert logged(tmp_path / "stopped", "eval_loss") == logged(tmp_path / "whole", "eval_loss")

@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from gem_ds.data.batches import permutation
 from gem_ds.files.checkpoint import TrainerState
-from gem_ds.files.delta import Delta
 from gem_ds.files.mask import Mask
 from gem_ds.models.targets import find_targets
 from gem_ds.train.config import TrainArguments
@@ -24,6 +23,7 @@ from gem_ds.train.schedule import Schedule
 from gem_ds.train.sparse_tuning import SparseTuning
 from tests import oracle
 from tests.ranks import run_ranks
+from tests.runs import delta_of, logged
 from tests.tiny import Example, assert_selected_up_to_rounding, bits, naive_loss
 from tests.tiny_model import REPOSITORY, Tiny, mains
 
@@ -150,15 +150,13 @@ def test_a_run_is_the_oracles(tiny, tmp_path, world_size, published, size, accum
         gradient_checkpointing="zero3" in published,
     )
     ranks = run_ranks(world_size, _read_entries, flags)
-    delta, base = Delta.load(tmp_path / "delta.safetensors"), _model(tiny)
+    delta, base = delta_of(tmp_path), _model(tiny)
     total = oracle.total_budget("0.02", sum(p.numel() for p in base.parameters()))
     _assert_selected(base, delta.mask.indices, tiny.encoded("train.jsonl"), total)
     losses, weights = _dense_run(tiny, delta.mask)
-    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
-    steps = [line for line in lines if "loss" in line]
-    assert [line["loss"] for line in steps] == pytest.approx(losses, rel=1e-5)
+    assert [loss for _, loss in logged(tmp_path, "loss")] == pytest.approx(losses, rel=1e-5)
     rates = [_rate(step) for step in range(NUM_STEPS)]
-    assert [line["learning_rate"] for line in steps] == pytest.approx(rates)
+    assert [rate for _, rate in logged(tmp_path, "learning_rate")] == pytest.approx(rates)
     num_changed = 0
     for weight, values in delta.values.items():
         index = delta.mask.indices[weight].long()

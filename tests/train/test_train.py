@@ -32,6 +32,7 @@ from gem_ds.train import results, run
 from gem_ds.train.reporting import TENSORBOARD_FOLDER, Reporter
 from tests import oracle
 from tests.ranks import CPU_ONLY, run_ranks
+from tests.runs import assert_same_delta, delta_of, logged, rows_of
 from tests.tiny import bits, naive_loss
 from tests.tiny_model import REPOSITORY, Tiny, joined
 
@@ -47,23 +48,9 @@ def whole(tiny: Tiny) -> Path:
     return tiny.folder / "whole"
 
 
-def delta_of(folder: Path) -> Delta:
-    return Delta.load(folder / "delta.safetensors")
-
-
 def metrics(folder: Path, key: str) -> list[float]:
     """The values of ``key`` in metrics.jsonl, in order."""
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [line[key] for line in lines if key in line]
-
-
-def assert_same_delta(folder: Path, other: Path, **tolerance: float) -> None:
-    """To the bit, unless a tolerance is given."""
-    found, expected = delta_of(folder), delta_of(other)
-    assert found.values.keys() == expected.values.keys()
-    for name, values in expected.values.items():
-        assert torch.equal(found.mask.indices[name], expected.mask.indices[name]), name
-        torch.testing.assert_close(found.values[name], values, **{"rtol": 0, "atol": 0} | tolerance)
+    return [value for _, value in logged(folder, key)]
 
 
 def mean_loss(model: PreTrainedModel, tiny: Tiny, count: int | None = None) -> float:
@@ -86,10 +73,9 @@ def test_a_run_leaves_everything(whole):
     results = json.loads((whole / "all_results.json").read_text())
     state = json.loads((whole / "trainer_state.json").read_text())
     assert (state["global_step"], state["max_steps"], state["epoch"]) == (num_steps, num_steps, 3.0)
-    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
-    assert state["log_history"] == lines
-    assert [line["step"] for line in lines if "loss" in line] == [4, 8, 12, 16, 18]
-    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 6, 12, 18]
+    assert state["log_history"] == rows_of(whole / "metrics.jsonl")
+    assert [step for step, _ in logged(whole, "loss")] == [4, 8, 12, 16, 18]
+    assert [step for step, _ in logged(whole, "eval_loss")] == [0, 6, 12, 18]
     assert results["global_step"] == num_steps
     assert results["num_trainable"] == delta_of(whole).mask.num_selected == 475
     assert results["num_parameters"] == 23_776
@@ -290,8 +276,7 @@ def test_the_held_out_loss_comes_when_it_is_asked_for_and_of_so_many_examples(
     assert "--dataloader_num_workers (examples are read once" in told[0]
     assert told[1].startswith("--tf32 has no effect") == (not torch.cuda.is_available())
     assert "scheduler (--lr_scheduler_type and --warmup_steps decide)" in "".join(told)
-    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
-    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 3, 4]
+    assert [step for step, _ in logged(tmp_path / "run", "eval_loss")] == [0, 3, 4]
     loss = mean_loss(AutoModelForCausalLM.from_pretrained(tiny.model), tiny, 2)
     assert metrics(tmp_path / "run", "eval_loss")[0] == pytest.approx(loss, rel=1e-5)
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from gem_ds.files.apply import apply_delta
-from gem_ds.files.delta import Delta
 from gem_ds.models.encoders import auto_class
 from gem_ds.train import main as train
+from tests.runs import delta_of, logged
 from tests.tiny import CONFIGS, naive_loss, tiny_config
 from tests.tiny_model import REPOSITORY, Tiny
 
@@ -31,10 +31,10 @@ def test_text_trains_the_language_model_and_nothing_else(kind, zero, tiny, tmp_p
     model.save_pretrained(folder)
     flags = {"model_name_or_path": folder, "max_steps": 2, "density": "0.005"}
     flags["deepspeed"] = REPOSITORY / "ds_configs" / f"zero{zero}.json"
-    result = train.main(tiny.flags(tmp_path / "run", **flags))
-    delta = Delta.load(tmp_path / "run" / "delta.safetensors")
+    train.main(tiny.flags(tmp_path / "run", **flags))
+    delta = delta_of(tmp_path / "run")
     assert all(name.startswith("model.language_model.") for name in delta.values)
-    losses = [line["eval_loss"] for line in result.log_history if "eval_loss" in line]
+    losses = [loss for _, loss in logged(tmp_path / "run", "eval_loss")]
     model.eval()
     assert _mean_loss(model, tiny) == pytest.approx(losses[0], rel=1e-5)
     apply_delta(model, delta)
