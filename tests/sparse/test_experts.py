@@ -58,7 +58,7 @@ from tests.tiny import (
 KINDS = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")
 NUM_EXAMPLES = 5
 K = 90
-NUM_STEPS = 10
+NUM_STEPS = 20
 LEARNING_RATE = 0.01
 MICRO_BATCH_SIZE = 2
 
@@ -380,6 +380,9 @@ SETTINGS = {
     1: [*((kind, Setting(i)) for i, kind in enumerate(KINDS)), ("mixtral balanced", Setting(0))],
     2: [
         *((kind, Setting(3, variant="gathered")) for kind in KINDS),
+        ("mixtral", Setting(0)),
+        ("qwen3_moe", Setting(1)),
+        ("gpt_oss", Setting(2)),
         *((f"mixtral {variant}", Setting(3)) for variant in ("balanced", "apart", "alone")),
         ("mixtral balanced", Setting(3, "bf16")),
     ],
