@@ -33,7 +33,7 @@ from calibration_examples import calibrating_run, overlap
 from score_tails import BUDGETS, EPSILON, markdown, mask
 from torch import Tensor
 
-from gem_ds.calibration.gradients import BufferedSink, begin_micro_batch
+from gem_ds.calibration.gradients import GradientSink, ShardReducer, begin_micro_batch
 from gem_ds.select.rules import Statistic
 from gem_ds.train.arguments import parse_arguments
 from gem_ds.train.run import Run
@@ -74,9 +74,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def sums_of(run: Run, tuning: SparseTuning, examples: Sequence[int]) -> Sums:
     """Each statistic of the examples' gradients."""
+    reducer = ShardReducer(run.comm)
     sinks = {
         s: [
-            BufferedSink(layer, run.comm, torch.zeros(layer.numel), layer.numel, s)
+            GradientSink(layer, reducer, layer.numel, torch.zeros(layer.numel), True, s)
             for layer in tuning.layers
         ]
         for s in STATISTICS

@@ -3,13 +3,12 @@
     python -m benchmarks.selection --ranks 1 2 4 --sizes 1024 2048 4096 --matrices 1 4
 
 Each rank has its own micro-batch. *sharded* is the library: each matrix's gradient is formed and
-reduced into the ranks' ranges (:class:`gem_ds.calibration.gradients.ShardSink`; on one rank
-:class:`~gem_ds.calibration.gradients.BufferedSink`), and ``select_shards`` takes 1 % of the
-entries. *gathered* sums the whole gradients on every rank and calls ``torch.topk`` on
-the ratios, with equal budgets and no layer scores, so it does less. Rounds of the two are
-interleaved. *scores + selection* is ``select_shards`` alone and *topk* ``torch.topk`` alone on the
-same scores, whole, on every rank. Bytes are those that a rank hands to collectives, counted at
-:class:`distributed.comm.Comm`. Memory is what the peak of a process grows by over its inputs.
+reduced into the ranks' ranges (:class:`~gem_ds.calibration.gradients.GradientSink`, buffered on one
+rank), and ``select_shards`` takes 1 % of the entries. *gathered* sums the whole gradients on every
+rank and calls ``torch.topk`` on the ratios, with equal budgets and no layer scores, so it does
+less. Rounds of the two are interleaved. *scores + selection* is ``select_shards`` alone and *topk*
+``torch.topk`` alone on the same scores, whole, on every rank. Bytes are those that a rank hands to
+collectives. Memory is what the peak of a process grows by over its inputs.
 
 A cell holds the median and (smallest to largest) of the rounds.
 
@@ -22,13 +21,13 @@ import argparse
 import resource
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from gem_ds.calibration.gradients import BufferedSink, ShardReducer, ShardSink
+from benchmarks.steps.traffic import Collectives
+from gem_ds.calibration.gradients import GradientSink, ShardReducer
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.process_group import init_distributed
 from gem_ds.select.selection import select_shards
@@ -43,30 +42,10 @@ PHASES = ("sharded", "scores + selection", "gathered", "topk")
 Times = dict[str, list[float]]
 
 
-class CountingComm(Comm):
-    """Counts the bytes that this rank hands to collectives."""
-
-    num_bytes = 0
-
-    def all_reduce(self, tensor: Tensor, op: Literal["sum", "max"]) -> Tensor:
-        """Count, and reduce."""
-        self._count(tensor)
-        return super().all_reduce(tensor, op)
-
-    def start_reduce_scatter(self, tensor: Tensor) -> Callable[[], Tensor]:
-        """Count, and begin."""
-        self._count(tensor)
-        return super().start_reduce_scatter(tensor)
-
-    def _count(self, tensor: Tensor) -> None:
-        if self.world_size > 1:
-            self.num_bytes += tensor.numel() * tensor.element_size()
-
-
 class Problem:
     """Matrices of one size, and one micro-batch of this rank for each."""
 
-    def __init__(self, comm: CountingComm, size: int, num_matrices: int) -> None:
+    def __init__(self, comm: Comm, size: int, num_matrices: int) -> None:
         self.comm, self.size, self.numel = comm, size, size * size
         generator = torch.Generator().manual_seed(0)
         self.layers = []
@@ -84,13 +63,13 @@ class Problem:
     def sharded(self) -> float:
         """Gradients into shards, and the selection; returns the seconds of the selection."""
         comm, reducer = self.comm, ShardReducer(self.comm)
-        sinks: list[ShardSink | BufferedSink] = []
-        for layer in self.layers:
-            if comm.world_size == 1:
-                sinks.append(BufferedSink(layer, comm, torch.zeros(self.numel), self.numel))
-            else:
-                shard = torch.zeros(self.stop - self.start)
-                sinks.append(ShardSink(layer, reducer, self.partition, shard))
+        is_buffered = comm.world_size == 1
+        sinks = [
+            GradientSink(
+                layer, reducer, self.partition, torch.zeros(self.stop - self.start), is_buffered
+            )
+            for layer in self.layers
+        ]
         for sink in sinks:
             sink(self.dy, self.x)
         reducer.finish()
@@ -128,28 +107,27 @@ def _peak_bytes() -> int:
 def measure(size: int, num_matrices: int, rounds: int, threads: int) -> tuple[Times, int]:
     """Called on each rank: seconds by phase, and the bytes of one round of *sharded*."""
     torch.set_num_threads(threads)
-    comm = CountingComm(init_distributed().device)
+    comm, collectives = init_distributed(), Collectives()
     problem = Problem(comm, size, num_matrices)
     times: Times = {phase: [] for phase in PHASES}
-    problem.sharded(), problem.gathered()
-    num_bytes = 0
+    with collectives.counted():
+        problem.sharded()
+    problem.gathered()
     for _ in range(rounds):
         for run, whole, part in (
             (problem.sharded, *PHASES[:2]),
             (problem.gathered, *PHASES[2:]),
         ):
             comm.any(False)  # the ranks start together
-            comm.num_bytes = 0
             started = time.perf_counter()
             times[part].append(run())
             times[whole].append(time.perf_counter() - started)
-            num_bytes = comm.num_bytes if whole == "sharded" else num_bytes
-    return times, num_bytes
+    return times, collectives.others
 
 
 def peak(size: int, num_matrices: int, kind: str) -> int:
     """Called on each rank, in a process of its own: what ``kind`` adds to the peak."""
-    problem = Problem(CountingComm(init_distributed().device), size, num_matrices)
+    problem = Problem(init_distributed(), size, num_matrices)
     before = _peak_bytes()
     getattr(problem, kind)()
     return _peak_bytes() - before

@@ -1,13 +1,12 @@
 """What calibration keeps of each target layer: a sum of gradients, fp32, in the ranks' own ranges.
 
 In each backward a layer hands its sink the factors a and b of the dense gradient ``a^T b`` of one
-micro-batch. Where that goes is the sink's kind:
+micro-batch. Where that goes is one of two ways:
 
-* :class:`ShardSink` sums it over the ranks into the ranges, at once, and drops it. The
-  reduction of one layer runs while the backward goes on to the next one.
-* :class:`BufferedSink` adds it to a whole gradient on this rank, which crosses the network once, at
-  the end. That takes memory (:func:`buffered_layers`), except on one rank, where the range is the
-  whole matrix.
+* it is summed over the ranks into the ranges, at once, and dropped. The reduction of one layer runs
+  while the backward goes on to the next one;
+* it is added to a whole gradient on this rank, which crosses the network once, at the end. That
+  takes memory (:func:`buffered_layers`), except on one rank, where the range is the whole matrix.
 
 Either way the sum is the same but for the rounding of fp32, and no parameter has a ``.grad``. What
 is summed is the gradient itself, its magnitude or its square (:class:`~gem_ds.select.rules.Rule`):
@@ -66,13 +65,16 @@ def terms_of(gradient: Tensor, scale: float, statistic: Statistic) -> tuple[Tens
 
 
 @dataclass
-class ShardSink:
-    """Sums one layer's dense gradient into this rank's range of it, micro-batch by micro-batch."""
+class GradientSink:
+    """Sums one layer's dense gradient, micro-batch by micro-batch."""
 
     layer: TargetLayer
     reducer: ShardReducer
-    partition_size: int
-    shard: Tensor  # fp32 [stop - start], up to date when the reducer has finished
+    partition_size: int  # of every rank's range, padding included
+    #: Zeros to begin with, fp32: this rank's own sum [world_size * partition_size] where that is
+    #: buffered, else its range of the sum over the ranks, up to date when the reducer has finished.
+    sums: Tensor
+    is_buffered: bool
     statistic: Statistic = "sum"
     scale: float = 1.0  # what the next micro-batch's gradient is multiplied by
     num_calls: int = 0  # in the present micro-batch
@@ -83,67 +85,35 @@ class ShardSink:
         self.num_calls += 1
         self.is_reached = True
         numel, shape = self.layer.numel, self.layer.shape
-        length = self.partition_size * self.reducer.comm.world_size
-        padded = torch.empty(length, dtype=torch.float32, device=self.shard.device)
-        padded[numel:] = 0
-        product(a, b, padded[:numel].view(shape), ends=ends)
-        self.reducer.add(self.shard, *terms_of(padded, self.scale, self.statistic))
-
-    @property
-    def sums(self) -> Tensor:
-        """What this rank holds so far."""
-        return self.shard
-
-    def take(self) -> Tensor:
-        """This rank's range of the gradient, fp32."""
-        return self.shard
-
-
-@dataclass
-class BufferedSink:
-    """Sums one layer's dense gradient on this rank, to be reduced once."""
-
-    layer: TargetLayer
-    comm: Comm
-    whole: Tensor  # fp32 [world_size * partition], where it is summed; zeros to begin with
-    length: int  # of this rank's range
-    statistic: Statistic = "sum"
-    scale: float = 1.0  # what the next micro-batch's gradient is multiplied by
-    num_calls: int = 0  # in the present micro-batch
-    is_reached: bool = False  # by any backward so far, be the gradient zero or not
-
-    def __call__(self, a: Tensor, b: Tensor, ends: Tensor | None = None) -> None:
-        """Add the gradient of one backward."""
-        self.num_calls += 1
-        self.is_reached = True
-        sums = self.whole[: self.layer.numel].view(self.layer.shape)
+        if not self.is_buffered:
+            padded = self.sums.new_empty(self.partition_size * self.reducer.comm.world_size)
+            padded[numel:] = 0
+            product(a, b, padded[:numel].view(shape), ends=ends)
+            self.reducer.add(self.sums, *terms_of(padded, self.scale, self.statistic))
+            return
+        whole = self.sums[:numel].view(shape)
         if self.statistic == "sum":
-            add_product(sums, a, b, scale=self.scale, ends=ends)
+            add_product(whole, a, b, scale=self.scale, ends=ends)
         else:
-            sums += terms_of(product(a, b, ends=ends), self.scale, self.statistic)[0]
-
-    @property
-    def sums(self) -> Tensor:
-        """What this rank holds so far."""
-        return self.whole
+            whole += terms_of(product(a, b, ends=ends), self.scale, self.statistic)[0]
 
     def take(self) -> Tensor:
-        """Reduce; this rank's range of the gradient, fp32. The buffer is given away."""
-        whole = self.whole
-        del self.whole
-        return self.comm.reduce_scatter(whole)[: self.length]
+        """This rank's range of the gradient, fp32; a buffer is reduced, and given away."""
+        sums, comm = self.sums, self.reducer.comm
+        if not self.is_buffered:
+            return sums
+        del self.sums
+        start = min(comm.rank * self.partition_size, self.layer.numel)
+        return comm.reduce_scatter(sums)[: self.layer.numel - start]
 
 
-Sinks = Sequence[ShardSink | BufferedSink]
-
-
-def begin_micro_batch(sinks: Sinks, scale: float) -> None:
+def begin_micro_batch(sinks: Sequence[GradientSink], scale: float) -> None:
     """Say what the next gradients are multiplied by."""
     for sink in sinks:
         sink.scale, sink.num_calls = scale, 0
 
 
-def refuse_repeated(sinks: Sinks) -> None:
+def refuse_repeated(sinks: Sequence[GradientSink]) -> None:
     """Raise a ValueError where a layer's gradient came in parts, which would be summed as such."""
     repeated = [s.layer.name for s in sinks if s.num_calls > 1 and s.statistic != "sum"]
     if repeated:
@@ -160,20 +130,17 @@ def make_sinks(
     reducer: ShardReducer,
     buffer_gb: float,
     statistic: Statistic = "sum",
-) -> list[ShardSink | BufferedSink]:
+) -> list[GradientSink]:
     """A sink for each layer, buffered where :func:`buffered_layers` says so."""
     comm = weights.comm
     partitions = [weights.partition_size(layer.weight) for layer in layers]
     buffered = buffered_layers(partitions, comm.world_size, buffer_gb)
-    sinks: list[ShardSink | BufferedSink] = []
+    sinks = []
     for i, (layer, partition) in enumerate(zip(layers, partitions, strict=True)):
         start, stop = weights.shard_range(layer.weight)
         size = partition * comm.world_size if i in buffered else stop - start
         zeros = torch.zeros(size, dtype=torch.float32, device=comm.device)
-        if i in buffered:
-            sinks.append(BufferedSink(layer, comm, zeros, stop - start, statistic))
-        else:
-            sinks.append(ShardSink(layer, reducer, partition, zeros, statistic))
+        sinks.append(GradientSink(layer, reducer, partition, zeros, i in buffered, statistic))
     return sinks
 
 

@@ -21,7 +21,12 @@ from gem_ds.calibration.calibrate import (
     checkpointing_in_eval_mode,
     refuse_unreached,
 )
-from gem_ds.calibration.gradients import BufferedSink, begin_micro_batch, refuse_repeated
+from gem_ds.calibration.gradients import (
+    GradientSink,
+    ShardReducer,
+    begin_micro_batch,
+    refuse_repeated,
+)
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.weights import num_parameters, numel
 from gem_ds.files.fingerprint import fingerprints
@@ -196,7 +201,8 @@ def _sum_gradients(
     for layer in layers:
         device = layer.weight.device
         total = torch.zeros(layer.numel, dtype=torch.float32, device=device)
-        sinks.append(BufferedSink(layer, Comm(device), total, layer.numel, statistic))
+        reducer = ShardReducer(Comm(device))
+        sinks.append(GradientSink(layer, reducer, layer.numel, total, True, statistic))
     number = 0
     with layers.sinks(sinks), checkpointing_in_eval_mode(layers.model):
         for number, batch in enumerate(batches, start=1):

@@ -231,7 +231,7 @@ class _Rank:
                 # Of experts a GPU makes it in their dtype and adds that (sddmm.grouped).
                 is_grouped = isinstance(layer, ExpertsLayer) and dy.dtype == torch.bfloat16
                 grouped = dy.element_size() * layer.numel * (is_grouped and not self.on_cpu)
-                if layer.name in names:  # gem_ds.calibration.gradients.BufferedSink
+                if layer.name in names:  # a buffer of gem_ds.calibration.gradients
                     with live.held("products", _FP32 * layer.numel * is_by_example + grouped):
                         return
                 size = _FP32 * self.world_size * self.part(layer.numel)

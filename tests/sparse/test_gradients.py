@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from gem_ds.calibration.gradients import (
-    BufferedSink,
+    GradientSink,
     ShardReducer,
-    ShardSink,
     auto_buffer_gb,
     buffered_layers,
 )
@@ -59,8 +58,10 @@ def test_a_reduction_is_waited_for_when_the_next_begins():
 def test_both_sinks_weigh_each_micro_batch_by_its_scale(statistic):
     of_each = {"sum": lambda g: g, "magnitudes": torch.abs, "squares": torch.square}[statistic]
     layer, reducer = TargetLayer("weight", nn.Linear(5, 4)), ShardReducer(ALONE)
-    plain = ShardSink(layer, reducer, 20, torch.zeros(20), statistic)
-    buffered = BufferedSink(layer, ALONE, torch.zeros(20), 20, statistic)
+    plain, buffered = (
+        GradientSink(layer, reducer, 20, torch.zeros(20), is_buffered, statistic)
+        for is_buffered in (False, True)
+    )
     expected = torch.zeros(4, 5, dtype=torch.float64)
     for scale in (1.0, 0.0, 3 / 1024):
         dy, x = torch.randn(7, 4), torch.randn(7, 5)
@@ -77,7 +78,8 @@ def test_both_sinks_weigh_each_micro_batch_by_its_scale(statistic):
 def test_on_one_rank_the_buffer_is_the_result():
     """No copy of a matrix is made."""
     whole = torch.zeros(20)
-    sink = BufferedSink(TargetLayer("weight", nn.Linear(5, 4)), ALONE, whole, 20)
+    layer = TargetLayer("weight", nn.Linear(5, 4))
+    sink = GradientSink(layer, ShardReducer(ALONE), 20, whole, is_buffered=True)
     assert sink.take().data_ptr() == whole.data_ptr()
 
 
