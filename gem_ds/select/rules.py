@@ -3,7 +3,9 @@
 A rule is an entry of :data:`RULES`, and nothing else has to be edited for a new one:
 
 * ``entry_score``: within a matrix, the entries of the highest score are trained;
-* ``budgets``: how many of each matrix;
+* ``layer_score``: how many of each matrix follows from it; None takes the largest entry scores of
+  all matrices together;
+* ``share``: how K is shared by the layer scores, in proportion to them or in their order;
 * ``statistic``: what calibration sums over the examples, each one's gradient g_e, its |g_e| or its
   g_e^2; None for a rule that looks at no gradient, so that there is no calibration;
 * ``scales_rates``: whether the learning rate of a layer is in proportion to its score;
@@ -16,7 +18,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from functools import partial
 from typing import Literal
 
 from torch import Tensor
@@ -38,13 +39,8 @@ EntryScore = Callable[[Shards, Group, int], list[Tensor]]
 LayerScore = Callable[[Sequence[Tensor], Shards, Group], list[float]]
 """Takes this rank's entry scores, the shards and the ranks; per layer a number."""
 
-Budgets = Callable[
-    [Sequence[Tensor], Shards, Sequence[int], int, Group], tuple[list[int], list[float]]
-]
-"""Takes this rank's entry scores, the shards, how many entries of each layer can be selected, K and
-the ranks; per layer how many entries it trains, K in all, and the number that this follows from.
-Scores are those of the entries that can be selected. Raises ValueError on every rank alike where a
-score is not finite."""
+Share = Callable[[Sequence[float], Sequence[int], int], list[int]]
+"""Takes the layers' scores, their sizes and K; per layer how many entries it trains, K in all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +48,9 @@ class Rule:
     """A way to choose entries; the module's docstring tells of the attributes."""
 
     entry_score: EntryScore
-    budgets: Budgets
+    layer_score: LayerScore | None
     help: str
+    share: Share = allocate_budget
     statistic: Statistic | None = "sum"
     scales_rates: bool = False
 
@@ -61,6 +58,26 @@ class Rule:
     def is_by_example(self) -> bool:
         """Whether the gradients of the examples have to be told from each other."""
         return self.statistic in ("magnitudes", "squares")
+
+    def budgets(
+        self,
+        values: Sequence[Tensor],
+        shards: Shards,
+        sizes: Sequence[int],
+        budget: int,
+        group: Group,
+    ) -> tuple[list[int], list[float]]:
+        """Per layer how many entries it trains, K in all, and the number that this follows from.
+
+        From this rank's entry scores, those of the entries that can be selected, of which there are
+        ``sizes``. A score that is not finite is a ValueError on every rank alike.
+        """
+        if self.layer_score is None:
+            largest_magnitudes(values, shards, group)  # refuses what is not finite
+            counts = count_among_largest(values, budget, group)
+            return counts, [float(count) for count in counts]
+        layer_scores = self.layer_score(values, shards, group)
+        return self.share(layer_scores, sizes, budget), layer_scores
 
 
 # Entry scores
@@ -128,148 +145,118 @@ def _relative_norms(values: Sequence[Tensor], shards: Shards, group: Group) -> l
     return [g / max(w, scores.EPSILON) for g, w in zip(norms, of_weights, strict=True)]
 
 
-# Budgets
-
-
-Share = Callable[[Sequence[float], Sequence[int], int], list[int]]
-"""Takes the layers' scores, their sizes and K; per layer how many entries it trains, K in all."""
-
-
-def _shared(share: Share, layer_score: LayerScore) -> Budgets:
-    """Budgets that follow from the layers' scores."""
-
-    def budgets(
-        values: Sequence[Tensor], shards: Shards, sizes: Sequence[int], budget: int, group: Group
-    ) -> tuple[list[int], list[float]]:
-        layer_scores = layer_score(values, shards, group)
-        return share(layer_scores, sizes, budget), layer_scores
-
-    return budgets
-
-
-in_proportion_to = partial(_shared, allocate_budget)
-whole_in_order_of = partial(_shared, fill_in_order)
-
-
-def one_threshold(
-    values: Sequence[Tensor], shards: Shards, sizes: Sequence[int], budget: int, group: Group
-) -> tuple[list[int], list[float]]:
-    """Of each layer as many as are among the K largest of all layers together."""
-    largest_magnitudes(values, shards, group)  # refuses what is not finite
-    counts = count_among_largest(values, budget, group)
-    return counts, [float(count) for count in counts]
-
-
 RULES = {
     "gem": Rule(
         entry_score=_ratio,
-        budgets=in_proportion_to(_norm_times_entropy),
+        layer_score=_norm_times_entropy,
         help="gradient relative to the weight, |g| / |w|, budgets by its norm times its entropy "
         "(arXiv 2508.16191)",
     ),
     "ratio": Rule(
         entry_score=_ratio,
-        budgets=in_proportion_to(_equal),
+        layer_score=_equal,
         help="as gem with equal budgets",
     ),
     "gradient": Rule(
         entry_score=_gradient,
-        budgets=in_proportion_to(_equal),
+        layer_score=_equal,
         help="|g| with equal budgets",
     ),
     "entropy_gradient": Rule(
         entry_score=_gradient,
-        budgets=in_proportion_to(_norm_times_entropy),
+        layer_score=_norm_times_entropy,
         help="|g|, budgets by its norm times its entropy",
     ),
     "magnitude": Rule(
         entry_score=_weight,
-        budgets=in_proportion_to(_equal),
+        layer_score=_equal,
         statistic=None,
         help="|w| with equal budgets",
     ),
     "random": Rule(
         entry_score=_chance,
-        budgets=in_proportion_to(_equal),
+        layer_score=_equal,
         statistic=None,
         help="by chance with equal budgets",
     ),
     "supertuning": Rule(
         entry_score=_weight,
-        budgets=one_threshold,
+        layer_score=None,
         statistic=None,
         help="the largest |w| of all layers together (arXiv 2607.09287)",
     ),
     "damped": Rule(
         entry_score=_damped_ratio,
-        budgets=in_proportion_to(_norm_times_entropy),
+        layer_score=_norm_times_entropy,
         help=f"as gem with |g| / (|w| + {DAMPING:g} rms(w)), so that weights next to 0 do not "
         "decide the budgets",
     ),
     "ratio_global": Rule(
         entry_score=_ratio,
-        budgets=one_threshold,
+        layer_score=None,
         help="the largest |g| / |w| of all layers together (compare GaLLoP, arXiv 2510.19778)",
     ),
     "tempered": Rule(
         entry_score=_ratio,
-        budgets=in_proportion_to(_tempered),
+        layer_score=_tempered,
         help="as gem with budgets by exp(log1p(s) / T), s the norm times the entropy and T = 2: a "
         "choice of the published code",
     ),
     "effective": Rule(
         entry_score=_ratio,
-        budgets=in_proportion_to(_effective_entries),
+        layer_score=_effective_entries,
         help="as gem with budgets by the effective number of entries, exp(entropy)",
     ),
     "random_shira": Rule(
         entry_score=_chance,
-        budgets=in_proportion_to(_rows_and_columns),
+        layer_score=_rows_and_columns,
         statistic=None,
         help="by chance with budgets by rows plus columns, as shira's and lora's",
     ),
     "lift": Rule(
         entry_score=scores.principal_magnitudes,
-        budgets=in_proportion_to(_rows_and_columns),
+        layer_score=_rows_and_columns,
         statistic=None,
         help=f"the largest entries of the part of w of rank {scores.PRINCIPAL_RANK}, budgets by "
         "rows plus columns, chosen once (arXiv 2506.00772, whose code chooses anew in training)",
     ),
     "gem_abs": Rule(
         entry_score=_ratio,
-        budgets=in_proportion_to(_norm_times_entropy),
+        layer_score=_norm_times_entropy,
         statistic="magnitudes",
         help="as gem with the sum of the examples' |g|, where the gradients of different examples "
         "do not cancel",
     ),
     "gradient_abs": Rule(
         entry_score=_gradient,
-        budgets=in_proportion_to(_equal),
+        layer_score=_equal,
         statistic="magnitudes",
         help="the sum of the examples' |g| with equal budgets",
     ),
     "drawn": Rule(
         entry_score=_drawn,
-        budgets=in_proportion_to(_equal),
+        layer_score=_equal,
         help="drawn by chance in proportion to |g|, with equal budgets: between gradient, which "
         "crowds into few rows and columns, and random",
     ),
     "fish": Rule(
         entry_score=_gradient,
-        budgets=one_threshold,
+        layer_score=None,
         statistic="squares",
         help="the largest sums of the examples' g^2 of all layers together, the empirical Fisher "
         "information (arXiv 2111.09839)",
     ),
     "surgical": Rule(
         entry_score=_gradient,
-        budgets=whole_in_order_of(_relative_norms),
+        layer_score=_relative_norms,
+        share=fill_in_order,
         help="whole matrices, those of the largest ||g|| / ||w|| first, the last in part if the "
         "budget ends there; without --density all that --target_modules names (arXiv 2210.11466)",
     ),
     "auto_rgn": Rule(
         entry_score=_gradient,
-        budgets=whole_in_order_of(_relative_norms),
+        layer_score=_relative_norms,
+        share=fill_in_order,
         scales_rates=True,
         help="all target matrices unless --density says less, each with the learning rate times "
         "its ||g|| / ||w|| over the largest (Auto-RGN, arXiv 2210.11466)",

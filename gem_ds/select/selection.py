@@ -10,7 +10,7 @@ what becomes of the indices, is not decided here.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from gem_ds.select.rules import RULES
 from gem_ds.select.shards import Group, Shards, Solo, TargetShard, matrices
 from gem_ds.select.topk import top_k_indices
-from gem_ds.select.zeros import Candidates, find_candidates, flat_indices, without_zeros
+from gem_ds.select.zeros import find_candidates, flat_indices, without_zeros
 
 Number = TypeVar("Number", int, float)
 
@@ -31,8 +31,8 @@ class Selection:
 
     layer_scores: list[float]  # why each layer got its budget
     budgets: list[int]  # entries to train, over all ranks
-    candidates: Candidates  # from which they were chosen
-    settings: dict[str, Any]  # what a mask says of it
+    num_zeros: list[int]  # entries that are 0, over all ranks
+    settings: dict[str, Any]  # what a mask says of it: keep_zeros where zeros were left out
     indices: list[Tensor]  # chosen in this rank's range, int64, ascending; of the flat whole matrix
 
 
@@ -79,11 +79,7 @@ def select_shards(
     return Selection(
         layer_scores=_joined(layer_scores, parts),
         budgets=_joined(budgets, parts),
-        candidates=replace(
-            candidates,
-            num_zeros=_joined(candidates.num_zeros, parts),
-            sizes=_joined(candidates.sizes, parts),
-        ),
+        num_zeros=_joined(candidates.num_zeros, parts),
         settings=settings,
         indices=[
             torch.cat([next(found) + i * layer.numel for i, layer in enumerate(part)])

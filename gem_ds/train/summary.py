@@ -65,8 +65,8 @@ def _describe_calibration(
     decided = zip(tuning.layers, selection.budgets, selection.layer_scores, strict=True)
     rows = ((layer.name, layer.numel, budget, score) for layer, budget, score in decided)
     say(f"Where the budget went:\n{budget_table(rows)}")
-    if selection.candidates.keep_zeros:
-        say(_kept_zeros(tuning, selection.candidates.num_zeros))
+    if "keep_zeros" in selection.settings:
+        say(_kept_zeros(tuning, selection.num_zeros))
     if is_calibrated and method.fixed_buffer_gb != 0:
         sizes = [tuning.engine.weights.partition_size(layer.weight) for layer in tuning.layers]
         num_buffered = len(buffered_layers(sizes, tuning.comm.world_size, tuning.buffer_gb))
