@@ -94,6 +94,21 @@ def _joined(numbers: Sequence[Number], parts: Sequence[Sequence[TargetShard]]) -
     return [sum(islice(found, len(part)), type(numbers[0])()) for part in parts]
 
 
+def gather_indices(own: Sequence[Tensor], group: Group) -> list[Tensor]:
+    """Put the ranks' parts of a selection together: per layer all flat indices, on every rank.
+
+    ``own`` are this rank's, int64 and ascending as the result; the ranks' ranges ascend.
+    """
+    counts = torch.zeros(len(own), group.world_size, dtype=torch.int64, device=own[0].device)
+    counts[:, group.rank] = torch.tensor([index.numel() for index in own])
+    sizes = group.all_reduce(counts, "sum").flatten().tolist()
+    # Each rank's numbers among zeros: their sum is as long as the selection, whoever holds most.
+    whole = own[0].new_zeros(sum(sizes))
+    for index, piece in zip(own, whole.split(sizes)[group.rank :: group.world_size], strict=True):
+        piece.copy_(index)
+    return list(group.all_reduce(whole, "sum").split(counts.sum(dim=1).tolist()))
+
+
 def select_entries(
     gradients: Mapping[str, Tensor], weights: Mapping[str, Tensor], budget: int
 ) -> dict[str, Tensor]:

@@ -24,7 +24,6 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.engine import Engine
 from gem_ds.distributed.weights import numel, within
 from gem_ds.files.mask import index_dtype
@@ -253,18 +252,3 @@ class HeadEntries(TrainedEntries):
 
 def _bias_name(weight_name: str) -> str:
     return f"{weight_name.removesuffix('weight')}bias"
-
-
-def gather_indices(own: Sequence[Tensor], comm: Comm) -> list[Tensor]:
-    """Put the ranks' parts of a selection together: per layer all flat indices, on every rank.
-
-    ``own`` are this rank's, int64 and ascending as the result; the ranks' ranges ascend.
-    """
-    counts = torch.zeros(len(own), comm.world_size, dtype=torch.int64, device=own[0].device)
-    counts[:, comm.rank] = torch.tensor([index.numel() for index in own])
-    sizes = comm.all_reduce(counts, "sum").flatten().tolist()
-    # Each rank's numbers among zeros: their sum is as long as the selection, whoever holds most.
-    whole = own[0].new_zeros(sum(sizes))
-    for index, piece in zip(own, whole.split(sizes)[comm.rank :: comm.world_size], strict=True):
-        piece.copy_(index)
-    return list(comm.all_reduce(whole, "sum").split(counts.sum(dim=1).tolist()))

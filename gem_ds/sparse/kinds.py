@@ -23,16 +23,7 @@ class Conv1DLayer(TargetLayer):
     """transformers' Conv1D, a linear layer that stores its weight as [in, out]."""
 
     input_dim = 0
-
-    @staticmethod
-    def matrix(weight: Tensor) -> Tensor:
-        """The weight as [out, in]."""
-        return weight.t()
-
-    @staticmethod
-    def factors(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradient is ``x^T dy``."""
-        return x, dy
+    is_transposed = True
 
 
 class ExpertsLayer(TargetLayer):
@@ -53,15 +44,7 @@ class ExpertsLayer(TargetLayer):
 class TransposedExpertsLayer(ExpertsLayer):
     """The same where a matrix is stored as [in, out]: of gpt-oss."""
 
-    @staticmethod
-    def matrix(weight: Tensor) -> Tensor:
-        """The weight as [experts, out, in]."""
-        return weight.transpose(1, 2)
-
-    @staticmethod
-    def factors(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradient of an expert's matrix is ``x^T dy``."""
-        return x, dy
+    is_transposed = True
 
 
 class QuantizedLayer(TargetLayer):

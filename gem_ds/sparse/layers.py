@@ -110,6 +110,7 @@ class TargetLayer:
     """A linear layer (``nn.Linear``) whose weight is a target; ``name`` is the weight's."""
 
     input_dim: int | None = 1  # of the stored weight; None where tokens go to several matrices
+    is_transposed = False  # whether a matrix is stored as [in, out]
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name = name  # of the weight, in ``model.named_parameters()``
@@ -159,12 +160,12 @@ class TargetLayer:
         """The weight's entries, flat, where the weight is whole in this process."""
         return self.weight.detach().reshape(-1)
 
-    @staticmethod
-    def matrix(weight: Tensor) -> Tensor:
-        """The weight as [out, in]."""
-        return weight
+    @classmethod
+    def matrix(cls, weight: Tensor) -> Tensor:
+        """The weight as [out, in], or of experts [experts, out, in]."""
+        return weight.mT if cls.is_transposed else weight
 
-    @staticmethod
-    def factors(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    @classmethod
+    def factors(cls, dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """What a sink takes, of dy and x, [tokens, features] each."""
-        return dy, x
+        return (x, dy) if cls.is_transposed else (dy, x)

@@ -27,8 +27,8 @@ from gem_ds.models.targets import head_layers as layers_of_head
 from gem_ds.models.targets import targets_of
 from gem_ds.progress import Progress
 from gem_ds.select.rules import CALIBRATED_METHODS
-from gem_ds.select.selection import Selection
-from gem_ds.sparse.entries import HeadEntries, SelectedEntries, gather_indices
+from gem_ds.select.selection import Selection, gather_indices
+from gem_ds.sparse.entries import HeadEntries, SelectedEntries
 from gem_ds.sparse.layers import NoGradient
 from gem_ds.sparse.target_layers import TargetLayers
 from gem_ds.train.fit import DivergedError, accumulate, seed_noise

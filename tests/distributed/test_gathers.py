@@ -36,7 +36,8 @@ from gem_ds.models.loss import answer_loss_of, chunked_answer_loss, summed_answe
 from gem_ds.models.objective import summed_pair_loss
 from gem_ds.models.targets import find_targets, head_layers
 from gem_ds.planning.forecast import Setting, forecast
-from gem_ds.sparse.entries import HeadEntries, SelectedEntries, gather_indices
+from gem_ds.select.selection import gather_indices
+from gem_ds.sparse.entries import HeadEntries, SelectedEntries
 from gem_ds.sparse.target_layers import TargetLayers
 from gem_ds.train.arguments import parse_arguments
 from gem_ds.train.fit import fit, mean_loss

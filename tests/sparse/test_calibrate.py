@@ -26,8 +26,7 @@ from gem_ds.errors import PeerError
 from gem_ds.models.loss import summed_answer_loss
 from gem_ds.models.targets import find_targets
 from gem_ds.select.rules import RULES
-from gem_ds.select.selection import Selection
-from gem_ds.sparse.entries import gather_indices
+from gem_ds.select.selection import Selection, gather_indices
 from gem_ds.sparse.target_layers import TargetLayers
 from tests import oracle
 from tests.ranks import run_ranks

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.process_group import init_distributed
 from gem_ds.files.fingerprint import fingerprints
-from gem_ds.sparse.entries import SelectedEntries, gather_indices
+from gem_ds.select.selection import gather_indices
+from gem_ds.sparse.entries import SelectedEntries
 from tests.largest_tensor import LargestTensor
 from tests.operations import Operations
 from tests.ranks import run_ranks, told_as

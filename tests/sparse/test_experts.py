@@ -31,8 +31,8 @@ from gem_ds.models.loss import chunked_answer_loss, summed_answer_loss
 from gem_ds.models.router_loss import refuse_silent_routers, with_router_loss
 from gem_ds.models.targets import find_targets, targets_of
 from gem_ds.sddmm import Pattern, add_sampled_product, grouped, grouped_linear, product
-from gem_ds.select.selection import Selection
-from gem_ds.sparse.entries import SelectedEntries, gather_indices
+from gem_ds.select.selection import Selection, gather_indices
+from gem_ds.sparse.entries import SelectedEntries
 from gem_ds.sparse.experts import project
 from gem_ds.sparse.kinds import ExpertsLayer
 from gem_ds.sparse.target_layers import TargetLayers

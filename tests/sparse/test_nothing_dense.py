@@ -32,7 +32,8 @@ from gem_ds.distributed.engine import Engine
 from gem_ds.distributed.process_group import init_distributed
 from gem_ds.files.checkpoint import TrainerState
 from gem_ds.models.loss import chunked_answer_loss
-from gem_ds.sparse.entries import SelectedEntries, gather_indices
+from gem_ds.select.selection import gather_indices
+from gem_ds.sparse.entries import SelectedEntries
 from gem_ds.sparse.layers import Sink
 from gem_ds.train.fit import fit
 from tests.ranks import run_ranks

@@ -38,7 +38,8 @@ from gem_ds.models.loss import chunked_answer_loss
 from gem_ds.models.router_loss import with_router_loss
 from gem_ds.models.targets import find_targets, targets_of
 from gem_ds.select.budget import total_budget
-from gem_ds.sparse.entries import SelectedEntries, gather_indices
+from gem_ds.select.selection import gather_indices
+from gem_ds.sparse.entries import SelectedEntries
 from gem_ds.sparse.target_layers import TargetLayers
 from gem_ds.tuner import GemConfig
 from tests.deltas import bits
