@@ -19,7 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -93,19 +93,16 @@ class TrainedEntries(ABC):
             for parameter, index in zip(parameters.values(), flat_indices, strict=True)
         ]
         # Where each parameter's slice of the flat vector begins, and K.
-        *self.starts, self.num_entries = accumulate((i.numel() for i in flat_indices), initial=0)
+        bounds = list(accumulate((i.numel() for i in flat_indices), initial=0))
+        *self.starts, self.num_entries = bounds
         assert self.num_entries == self.vector.num_entries, "the vector was made for another K"
         self._entries = [
             engine.weights.entries(parameter, index)
             for parameter, index in zip(parameters.values(), self.flat_indices, strict=True)
         ]
-        # Of each parameter's slice: from where to where a matrix' entries lie, and their rate's
-        # factor.
-        ends = [*self.starts[1:], self.num_entries]
-        self._pieces = {
-            name: [(start, end, 1.0)]
-            for name, start, end in zip(self.names, self.starts, ends, strict=True)
-        }
+        # Of each parameter: from where to where its matrices' entries lie, and their rate's factor.
+        pairs = zip(self.names, pairwise(bounds), strict=True)
+        self._pieces = {name: [(*slice_of, 1.0)] for name, slice_of in pairs}
 
     @abstractmethod
     def sinks(self) -> Sequence[Sink]:
@@ -216,17 +213,14 @@ class SelectedEntries(TrainedEntries):
 
     def kernels(self) -> list[str]:
         """Per layer that has entries, the kernel that computes its sampled gradient."""
-        device, dtype = self.engine.device.type, self.engine.dtype
-
-        def kernel_of(layer: TargetLayer, pattern: Pattern) -> str:
-            if self.kernel != "auto":
-                return self.kernel
-            if isinstance(layer, ExpertsLayer):
-                return "grouped"
-            return choose_kernel(device, dtype, pattern.shape, pattern.num_entries)
-
-        pairs = zip(self.layers, self._patterns, strict=True)
-        return [kernel_of(*pair) for pair in pairs if pair[1].num_entries]
+        kernels, device, dtype = list[str](), self.engine.device.type, self.engine.dtype
+        for layer, pattern in zip(self.layers, self._patterns, strict=True):
+            auto = "grouped"
+            if not isinstance(layer, ExpertsLayer):
+                auto = choose_kernel(device, dtype, pattern.shape, pattern.num_entries)
+            if pattern.num_entries:
+                kernels.append(auto if self.kernel == "auto" else self.kernel)
+        return kernels
 
 
 class HeadEntries(TrainedEntries):
