@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ import transformers
 from steps.shapes import SHAPES, made_weights
 from steps.table import markdown
 from steps.training import Training
-from steps.turns import interval, take_turns
+from steps.turns import interval, seconds, take_turns
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from gem_ds.calibration import calibrate as calibration
@@ -77,11 +76,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     transformers.utils.logging.disable_progress_bar()
     names = ("shape", "layers", "dtype", "batches", "batch_size", "tokens", "makes_weights")
     training = Training(**{name: getattr(args, name) for name in names})
-    seconds = _seconds(training, args.rounds)
-    ratio = interval(seconds["calibration and selection"] / seconds["frozen model"])
+    found = _seconds(training, args.rounds)
+    ratio = interval(found["calibration and selection"] / found["frozen model"])
     rows = [
         {"": name, "seconds": "{:.2f} ({:.2f} to {:.2f})".format(*interval(values))}
-        for name, values in seconds.items()
+        for name, values in found.items()
     ]
     size = f"{args.batches} batches of {args.batch_size} x {args.tokens} tokens"
     print(f"{args.shape}, {args.dtype}, {size}\n\n{markdown(rows)}\n")
@@ -105,13 +104,6 @@ def _seconds(training: Training, rounds: int) -> dict[str, np.ndarray]:
         batches, summed_loss = run.calibration_batches(), run.settled_loss()
         selecting: list[float] = []
 
-        def timed(act: Callable[[], object]) -> float:
-            started = time.perf_counter()
-            act()
-            if comm.device.type == "cuda":
-                torch.cuda.synchronize(comm.device)
-            return time.perf_counter() - started
-
         def calibrate() -> float:
             gradients: list[torch.Tensor] = []
 
@@ -120,9 +112,9 @@ def _seconds(training: Training, rounds: int) -> dict[str, np.ndarray]:
                     calibration.sum_gradients(tuning.engine, tuning.layers, batches, summed_loss)
                 )
 
-            summing = timed(sum_gradients)
+            summing = seconds(sum_gradients)
             selecting.append(
-                timed(
+                seconds(
                     lambda: calibration.select(
                         tuning.engine, tuning.layers, gradients, prepared.targets.budget
                     )
@@ -130,15 +122,17 @@ def _seconds(training: Training, rounds: int) -> dict[str, np.ndarray]:
             )
             return summing + selecting[-1]
 
-        seconds = take_turns(
+        found = take_turns(
             {
-                "frozen model": lambda: timed(lambda: frozen_passes(frozen, batches, summed_loss)),
+                "frozen model": lambda: seconds(
+                    lambda: frozen_passes(frozen, batches, summed_loss)
+                ),
                 "calibration and selection": calibrate,
             },
             rounds,
         )
     leave_distributed()
-    return seconds | {"of it selection": np.array(selecting[1:])}
+    return found | {"of it selection": np.array(selecting[1:])}
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from pathlib import Path
 import matplotlib
 import torch
 from matplotlib import pyplot as plt
+from steps.table import markdown
 from torch import Tensor
 
 from gem_ds.calibration.calibrate import sum_gradients
@@ -120,12 +121,10 @@ def write_table(
     path: Path, rows: list[tuple[int, float, float]], total: int, chance: float
 ) -> None:
     """Markdown."""
-    lines = [
-        f"| examples n | in common with the mask of all {total} | two disjoint sets of n |",
-        "|---|---|---|",
-        *(f"| {n} | {with_all:.1%} | {halves:.1%} |" for n, with_all, halves in rows),
-    ]
-    path.write_text("\n".join(lines) + f"\n\nBy chance: {chance:.1%}.\n")
+    titles = ("examples n", f"in common with the mask of all {total}", "two disjoint sets of n")
+    cells = [(str(n), f"{with_all:.1%}", f"{halves:.1%}") for n, with_all, halves in rows]
+    table = markdown([dict(zip(titles, row, strict=True)) for row in cells])
+    path.write_text(f"{table}\n\nBy chance: {chance:.1%}.\n")
 
 
 def draw(path: Path, rows: list[tuple[int, float, float]], total: int, chance: float) -> None:

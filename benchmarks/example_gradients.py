@@ -21,7 +21,6 @@ Writes ``examples.md``. One process, everything dense.
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,7 +29,8 @@ from typing import get_args
 import numpy as np
 import torch
 from calibration_examples import calibrating_run, overlap
-from score_tails import BUDGETS, EPSILON, markdown, mask
+from score_tails import BUDGETS, EPSILON, mask
+from steps.table import markdown
 from torch import Tensor
 
 from gem_ds.calibration.gradients import GradientSink, ShardReducer, begin_micro_batch
@@ -38,6 +38,7 @@ from gem_ds.select.rules import Statistic
 from gem_ds.train.arguments import parse_arguments
 from gem_ds.train.run import Run
 from gem_ds.train.sparse_tuning import SparseTuning
+from gem_ds.train.summary import effective_layers
 
 STATISTICS: tuple[Statistic, ...] = get_args(Statistic)
 QUANTILES = (0.1, 0.5, 0.9)
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = Path(str(args.train.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
     whole, *half_sums = (magnitudes(sums) for sums in (both, *parts))
-    text = f"{relations(whole)}\n{selections(whole, half_sums, weights, total)}"
+    text = f"{relations(whole)}\n\n{selections(whole, half_sums, weights, total)}\n"
     (folder / "examples.md").write_text(text)
     print(text, end="")
 
@@ -113,20 +114,19 @@ def relations(sums: Sums) -> str:
     flat = {s: torch.cat(own).numpy() for s, own in sums.items()}
     moved = flat["magnitudes"] > 0
     kept = np.quantile((flat["sum"][moved] / flat["magnitudes"][moved])[::7], QUANTILES)
-    lines = [["statistic", "correlation", "kept: " + ", ".join(f"{q:.0%}" for q in QUANTILES)]]
+    rows, title = [], "kept: " + ", ".join(f"{q:.0%}" for q in QUANTILES)
     positive = moved & (flat["sum"] > 0)
     logs = {s: np.log(values[positive]) for s, values in flat.items()}
     for name in STATISTICS:
         correlation = np.corrcoef(logs["sum"], logs[name])[0, 1]
         shown = ", ".join(f"{share:.2f}" for share in kept) if name == "magnitudes" else ""
-        lines.append([name, f"{correlation:.3f}", shown])
-    return markdown(lines)
+        rows.append({"statistic": name, "correlation": f"{correlation:.3f}", title: shown})
+    return markdown(rows)
 
 
 def selections(whole: Sums, halves: Sequence[Sums], weights: Sequence[Tensor], total: int) -> str:
     """The second table."""
-    titles = ["score", "budgets", "statistic", "layers", "budgets agree", "masks agree", "with sum"]
-    lines = [titles]
+    rows = []
     for score_name, score in SCORES.items():
         for name, allocate in BUDGETS.items():
             if name == "without the head":
@@ -140,19 +140,18 @@ def selections(whole: Sums, halves: Sequence[Sums], weights: Sequence[Tensor], t
                 budgets = [allocate(scores, total) for scores in scored]
                 own, *half_masks = (mask(*pair) for pair in zip(scored, budgets, strict=True))
                 masks[statistic] = own
-                shares = np.array([k / total for k in budgets[0] if k])
-                lines.append(
-                    [
-                        score_name,
-                        name,
-                        statistic,
-                        f"{math.exp(-(shares * np.log(shares)).sum()):.1f} of {len(budgets[0])}",
-                        f"{sum(map(min, *budgets[1:])) / total:.2f}",
-                        f"{overlap(*half_masks):.2f}",
-                        f"{overlap(own, masks['sum']):.2f}",
-                    ]
+                rows.append(
+                    {
+                        "score": score_name,
+                        "budgets": name,
+                        "statistic": statistic,
+                        "layers": f"{effective_layers(budgets[0]):.1f} of {len(budgets[0])}",
+                        "budgets agree": f"{sum(map(min, *budgets[1:])) / total:.2f}",
+                        "masks agree": f"{overlap(*half_masks):.2f}",
+                        "with sum": f"{overlap(own, masks['sum']):.2f}",
+                    }
                 )
-    return markdown(lines)
+    return markdown(rows)
 
 
 if __name__ == "__main__":

@@ -16,32 +16,21 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable, Sequence
-from itertools import accumulate
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from steps.operations import count_operations
+from steps.operations import count_operations, peak_allocated
 from steps.shapes import SHAPES, adapter_size, write_model
 from steps.table import markdown
-from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import gem_ds
 from gem_ds.models.targets import find_targets
 
 MIB = 2.0**20
-
-
-def peak_allocated(step: Callable[[], object]) -> int:
-    """The most bytes of the CPU that torch holds at once in a step, above those at its start."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        step()
-    events = record.profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    return max(accumulate(nbytes for _, nbytes in changes), default=0)
 
 
 def adapted(name: str, folder: Path, rank: int, density: float) -> Any:

@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
+import numpy as np
 import torch
+from steps.turns import take_turns
 
 from gem_ds.evaluate.sandbox import Program, Sandbox
 
@@ -63,20 +64,18 @@ def rate(sandbox: Sandbox, number: int) -> float:
     return number / elapsed
 
 
-def measure(rounds: int, programs: int, num_workers: int) -> dict[str, list[float]]:
-    """Rates by name, one for each round."""
+def measure(rounds: int, programs: int, num_workers: int) -> dict[str, np.ndarray]:
+    """Rates by name, [rounds]."""
     with Sandbox(num_workers) as forked, Sandbox(num_workers, fresh=True) as fresh:
         print(f"isolation: {forked.isolation}, {num_workers} workers, torch {torch.__version__}")
-        contestants: dict[str, Callable[[], float]] = {
-            "floor": lambda: floor(4 * programs),
-            "forked": lambda: rate(forked, programs),
-            "fresh": lambda: rate(fresh, programs),
-        }
-        rates: dict[str, list[float]] = {name: [] for name in contestants}
-        for _ in range(rounds + 1):
-            for name, contestant in contestants.items():
-                rates[name].append(contestant())
-    return {name: found[1:] for name, found in rates.items()}  # the first round warms up
+        return take_turns(
+            {
+                "floor": lambda: floor(4 * programs),
+                "forked": lambda: rate(forked, programs),
+                "fresh": lambda: rate(fresh, programs),
+            },
+            rounds,
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -88,11 +87,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     rates = measure(**vars(parser.parse_args(argv)))
     print(f"{'':8}{'median':>8}{'least':>8}{'most':>8}   ratio to the floor: median, least, most")
     for name, found in rates.items():
-        ratios = [value / base for value, base in zip(found, rates["floor"], strict=True)]
-        numbers = (statistics.median(found), min(found), max(found))
+        numbers, ratios = (
+            (np.median(values), values.min(), values.max())
+            for values in (found, found / rates["floor"])
+        )
         text = "".join(f"{number:8.0f}" for number in numbers)
-        spread = (statistics.median(ratios), min(ratios), max(ratios))
-        print(f"{name:8}{text}   " + ", ".join(f"{ratio:.2f}" for ratio in spread))
+        print(f"{name:8}{text}   " + ", ".join(f"{ratio:.2f}" for ratio in ratios))
 
 
 if __name__ == "__main__":

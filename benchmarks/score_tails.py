@@ -35,11 +35,13 @@ import numpy as np
 import torch
 from calibration_examples import calibrating_run, overlap, sums_up_to
 from matplotlib import pyplot as plt
+from steps.table import markdown
 from torch import Tensor
 
 from gem_ds.select.budget import allocate_budget
 from gem_ds.train.arguments import parse_arguments
 from gem_ds.train.config import Arguments
+from gem_ds.train.summary import effective_layers
 
 DAMPINGS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, math.inf)
 HEADS = (1, 10, 100)
@@ -108,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = Path(str(args.train.output_dir))
     problem = read(args)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tails.md").write_text(f"{heads(problem)}\n{budgets(problem)}")
+    (folder / "tails.md").write_text(f"{heads(problem)}\n\n{budgets(problem)}\n")
     draw(folder / "tails.png", problem)
     print((folder / "tails.md").read_text(), end="")
 
@@ -137,23 +139,24 @@ def rms(weight: Tensor) -> float:
 
 def heads(problem: Problem) -> str:
     """The first table."""
-    lines = [["c", *(f"head {head}" for head in HEADS)]]
+    rows = []
     for damping in DAMPINGS:
         scores = problem.scores(problem.gradients, damping)
         squares = [s.square().sort(descending=True).values for s in scores]
-        shares = [[float(s[:head].sum() / s.sum()) for s in squares] for head in HEADS]
-        lines.append([f"{damping:g}", *(f"{np.median(share):.0%}" for share in shares)])
-    return markdown(lines)
+        row = {"c": f"{damping:g}"}
+        for head in HEADS:
+            share = np.median([float(s[:head].sum() / s.sum()) for s in squares])
+            row[f"head {head}"] = f"{share:.0%}"
+        rows.append(row)
+    return markdown(rows)
 
 
 def budgets(problem: Problem) -> str:
     """The second table."""
-    titles = ["budgets", "c", "layers", "log \\|\\|g\\|\\|", "budgets agree", "masks agree"]
-    rows = [row(problem, damping, name) for name in BUDGETS for damping in DAMPINGS]
-    return markdown([[*titles, "\\|w\\| / rms"], *rows])
+    return markdown([row(problem, damping, name) for name in BUDGETS for damping in DAMPINGS])
 
 
-def row(problem: Problem, damping: float, name: str) -> list[str]:
+def row(problem: Problem, damping: float, name: str) -> dict[str, str]:
     """One line of the second table."""
     allocate = BUDGETS[name]
     scores = problem.scores(problem.gradients, damping)
@@ -162,16 +165,16 @@ def row(problem: Problem, damping: float, name: str) -> list[str]:
     half_budgets = [allocate(half, problem.total) for half in halves]
     masks = [mask(*pair) for pair in zip(halves, half_budgets, strict=True)]
     relative = torch.cat([w / rms(w) for w in problem.weights])
-    shares = np.array([k / problem.total for k in shared if k])
-    return [
-        name,
-        f"{damping:g}",
-        f"{math.exp(-(shares * np.log(shares)).sum()):.1f} of {len(shared)}",
-        log_correlation(shared, [float(g.norm()) for g in problem.gradients]),
-        f"{sum(map(min, *half_budgets)) / problem.total:.2f}",
-        f"{overlap(*masks):.2f}",
-        f"{float(relative[mask(scores, shared)].median()):.3f}",
-    ]
+    norms = [float(g.norm()) for g in problem.gradients]
+    return {
+        "budgets": name,
+        "c": f"{damping:g}",
+        "layers": f"{effective_layers(shared):.1f} of {len(shared)}",
+        "log \\|\\|g\\|\\|": log_correlation(shared, norms),
+        "budgets agree": f"{sum(map(min, *half_budgets)) / problem.total:.2f}",
+        "masks agree": f"{overlap(*masks):.2f}",
+        "\\|w\\| / rms": f"{float(relative[mask(scores, shared)].median()):.3f}",
+    }
 
 
 def log_correlation(budgets: Sequence[int], norms: Sequence[float]) -> str:
@@ -188,12 +191,6 @@ def mask(scores: Scores, budgets: Sequence[int]) -> Tensor:
     for one, score, budget in zip(masks, scores, budgets, strict=True):
         one[score.topk(budget).indices] = True
     return torch.cat(masks)
-
-
-def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """A table; the first line has the titles."""
-    titles, *rows = lines
-    return "".join(f"| {' | '.join(line)} |\n" for line in [titles, ["---"] * len(titles), *rows])
 
 
 def draw(path: Path, problem: Problem) -> None:

@@ -15,16 +15,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import statistics
-import tempfile
-import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
+from steps.operations import peak_allocated
+from steps.turns import seconds
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from gem_ds.sddmm import Pattern, add_sampled_product, choose_kernel
 
@@ -39,15 +36,6 @@ def random_pattern(shape: tuple[int, int], density: float, device: torch.device)
     return Pattern.of(flat_index.int(), shape)
 
 
-def seconds(run: Callable[[], None], device: torch.device) -> float:
-    """Of one run, until the device is done."""
-    started = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
 def peak_bytes(run: Callable[[], None], device: torch.device) -> int:
     """The most that torch's allocator held at once beyond what it held before."""
     if device.type == "cuda":
@@ -56,17 +44,7 @@ def peak_bytes(run: Callable[[], None], device: torch.device) -> int:
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        run()
-    with tempfile.TemporaryDirectory() as folder:
-        record.export_chrome_trace(str(path := Path(folder, "trace.json")))
-        events = json.loads(path.read_text())["traceEvents"]
-    changes = [(e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]"]
-    held = peak = 0
-    for _, change in sorted(changes, key=lambda item: item[0]):
-        held += change
-        peak = max(peak, held)
-    return peak
+    return peak_allocated(run)
 
 
 def largest_error(dy: Tensor, x: Tensor, pattern: Pattern, kernel: str) -> float:
@@ -91,7 +69,7 @@ def measure(dy: Tensor, x: Tensor, pattern: Pattern, kernels: Sequence[str], rou
     taken: dict[str, list[float]] = {name: [] for name in kernels}
     for _ in range(rounds):
         for name, run in runs.items():
-            taken[name].append(seconds(run, dy.device))
+            taken[name].append(seconds(run))
     chosen = choose_kernel(dy.device.type, dy.dtype, pattern.shape, pattern.num_entries)
     for name, found in taken.items():
         print(

@@ -24,12 +24,12 @@ import multiprocessing
 import os
 import socket
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 
 import torch
 import torch.distributed as dist  # noqa: TID251 - what a sync replaces
+from steps.turns import seconds
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -85,15 +85,6 @@ def random_delta(model: nn.Module, density: float, seed: int) -> Delta:
     return Delta(mask=mask, values=values)
 
 
-def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Of one run, until the device is done."""
-    started = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
 def told(name: str, found: Sequence[float], per: Sequence[float] | None = None) -> None:
     """Milliseconds, and the ratio round by round."""
     line = f"{name:10} {statistics.median(found) * 1e3:9.2f} ms"
@@ -131,12 +122,12 @@ def swaps(model: nn.Module, deltas: Sequence[Delta], rounds: int) -> None:
 
     times: dict[str, list[float]] = {"read": [], "swap": [], "reload": []}
     for turn in range(rounds):
-        times["read"].append(seconds(read, device))
+        times["read"].append(seconds(read))
         held.use(str(turn % 10))
         then = str((turn + 1) % 10)
-        times["swap"].append(seconds(functools.partial(held.use, then), device))
+        times["swap"].append(seconds(functools.partial(held.use, then)))
         held.use(None)
-        times["reload"].append(seconds(reload, device))
+        times["reload"].append(seconds(reload))
     for name, found in times.items():
         told(name, found, times["read"])
     for turn in range(1000):
@@ -189,7 +180,7 @@ def syncs(args: argparse.Namespace) -> None:
     process = context.Process(target=other_process, args=(sender.address, port, args, theirs))
     process.start()
     join(0, port)
-    once = seconds(lambda: sender.start(1), torch.device("cpu"))
+    once = seconds(lambda: sender.start(1))
     print(f"mask, once: {sender.num_bytes:,} bytes, {once * 1e3:.0f} ms with its checks")
     flat = {name: weight.detach().view(-1) for name, weight in model.named_parameters()}
     index = {name: found.long() for name, found in mask.indices.items()}
@@ -207,10 +198,10 @@ def syncs(args: argparse.Namespace) -> None:
     for _ in range(args.rounds):
         for name, found in index.items():  # the optimizer's step
             flat[name].index_copy_(0, found, torch.randn(len(found)).bfloat16())
-        times["sync"].append(seconds(sync, torch.device("cpu")))
+        times["sync"].append(seconds(sync))
         assert ours.recv() == digest(model), "the other model has other bits"
         dist.barrier()
-        times["broadcast"].append(seconds(broadcast, torch.device("cpu")))
+        times["broadcast"].append(seconds(broadcast))
     size = sum(weight.nbytes for weight in model.parameters())
     print(
         f"a sync: {(sender.num_bytes - before) // args.rounds:,} bytes, a broadcast: {size:,}; the "

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -92,3 +94,12 @@ def count_operations(step: Callable[[], object]) -> dict[str, int]:
         "kept_bytes": sum(nbytes for _, nbytes in kept.values()),
         "host_waits": counted.num_waits,
     }
+
+
+def peak_allocated(step: Callable[[], object]) -> int:
+    """The most bytes of the CPU that torch holds at once in a step, above those at its start."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        step()
+    events = record.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(accumulate(nbytes for _, nbytes in changes), default=0)

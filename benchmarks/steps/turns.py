@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import random
 import sys
+import time
 from collections.abc import Callable, Mapping
 
 import numpy as np
+import torch
+
+
+def seconds(act: Callable[[], object]) -> float:
+    """Of one call, until the device is done."""
+    started = time.perf_counter()
+    act()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
 
 
 def take_turns(actions: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, np.ndarray]:
