@@ -19,7 +19,7 @@ from gem_ds.files.manifest import claim
 from gem_ds.files.mask import Mask
 from gem_ds.flags import name_of
 from gem_ds.models.weight_files import map_model, name_in_files
-from gem_ds.report.page import Report
+from gem_ds.report.page import page
 from gem_ds.report.spread import moves
 
 REPORT = "report.html"
@@ -63,9 +63,9 @@ def write_report(
             base, no_moves = _base_of(delta.mask, base_model)
         found = None if base is None else moves(delta.values, base)
     metrics = results.pop("eval_metrics", {})
-    report = Report(
-        title=_title(folder, mask),
-        facts=_facts(mask, delta, metrics),
+    text = page(
+        _title(folder, mask),
+        _facts(mask, delta, metrics),
         mask=mask,
         moves=found,
         no_moves=no_moves,
@@ -74,7 +74,6 @@ def write_report(
         settings=({} if mask is None else mask.settings) | state.get("settings", {}),
     )
     path = claim(folder, REPORT)
-    text = report.html()
     atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return path
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
@@ -75,27 +74,24 @@ content="default-src 'none';style-src 'unsafe-inline';img-src data:">
 """
 
 
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """What a page tells; whatever is None or empty is left out."""
-
-    title: str
-    facts: Mapping[str, str]
-    mask: Mask | None = None
-    moves: Mapping[str, Moves] | None = None
-    no_moves: str = ""  # why there are none
-    history: Sequence[Mapping[str, Any]] = ()
-    results: Mapping[str, Any] = field(default_factory=dict)
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
-    def html(self) -> str:
-        """The file's text."""
-        parts = [facts_of(self.facts)]
-        if self.mask is not None:
-            found = spreads(self.mask)
-            parts += [budget(self.mask), places(found), concentrated(found)]
-            parts.append(moved(self.moves) if self.moves else section("How far", self.no_moves))
-        parts += [curves(self.history), table_section("Results", self.results)]
-        parts.append(table_section("Settings", self.settings))
-        body = "\n".join(filter(None, parts))
-        return _PAGE.format(title=escape(self.title), style=_STYLE, body=body)
+def page(
+    title: str,
+    facts: Mapping[str, str],
+    *,
+    mask: Mask | None,
+    moves: Mapping[str, Moves] | None,
+    no_moves: str,
+    history: Sequence[Mapping[str, Any]],
+    results: Mapping[str, Any],
+    settings: Mapping[str, Any],
+) -> str:
+    """The file's text; what is None or empty is left out. ``no_moves`` says why there are none."""
+    parts = [facts_of(facts)]
+    if mask is not None:
+        found = spreads(mask)
+        parts += [budget(mask), places(found), concentrated(found)]
+        parts.append(moved(moves) if moves else section("How far", no_moves))
+    parts += [curves(history), table_section("Results", results)]
+    parts.append(table_section("Settings", settings))
+    body = "\n".join(filter(None, parts))
+    return _PAGE.format(title=escape(title), style=_STYLE, body=body)
