@@ -25,8 +25,9 @@ from steps.training import Training
 
 from gem_ds.distributed.zero_config import read_config
 from gem_ds.planning.advice import fits, least_change
-from gem_ds.planning.forecast import Forecast, Setting, forecast
+from gem_ds.planning.forecast import Forecast, forecast
 from gem_ds.planning.main import read_setting
+from gem_ds.planning.subject import Setting
 from gem_ds.train.arguments import parse_arguments
 
 GB = 1e9

@@ -106,7 +106,10 @@ def resolve_config(config: dict[str, Any], shape: RunShape) -> dict[str, Any]:
     stage = zero_stage(config)
     _refuse_effectless_offload(config)
     _settle_optimizer(config, shape)
-    refuse_requests(_without_what_holds_already(config, shape))
+    asked = dict(config)
+    if shape.num_selected and asked.get("data_types") == {"grad_accum_dtype": "fp32"}:
+        del asked["data_types"]  # selected values accumulate their gradients in fp32 anyway
+    refuse_requests(asked)
     config = taken_keys(config)
     accumulation = shape.gradient_accumulation_steps
     global_batch = shape.micro_batch_size * accumulation * shape.world_size
@@ -220,13 +223,6 @@ def _settle_optimizer(config: Mapping[str, Any], shape: RunShape) -> None:
                     'sets it: write "auto" or remove the line.'
                 )
             _settle(dict(params), key, *of_flags[key], prefix=f"{name}.params.")
-
-
-def _without_what_holds_already(config: Mapping[str, Any], shape: RunShape) -> dict[str, Any]:
-    """Selected values accumulate their gradients in fp32, so a file may ask for that."""
-    asked = config.get("data_types")
-    holds = shape.num_selected and asked == {"grad_accum_dtype": "fp32"}
-    return {key: value for key, value in config.items() if not (key == "data_types" and holds)}
 
 
 def _settle(

@@ -8,7 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from gem_ds.distributed.zero_config import zero_stage
-from gem_ds.planning.forecast import Forecast, Setting, forecast, is_offloaded
+from gem_ds.planning.forecast import Forecast, forecast, is_offloaded
+from gem_ds.planning.subject import Setting
 
 #: Share of the memory that the forecast leaves to what it does not count.
 HEADROOM = 0.1

@@ -16,34 +16,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from gem_ds.calibration.gradients import auto_buffer_gb, buffered_layers
 from gem_ds.distributed.zero_config import zero_stage
 from gem_ds.models.load import DTYPES
 from gem_ds.planning.gathers import Gathers
 from gem_ds.planning.live import LiveBytes
-from gem_ds.planning.subject import Subject
+from gem_ds.planning.subject import Setting, Subject
 from gem_ds.select.rules import CALIBRATED_METHODS, RULES
 from gem_ds.sparse.kinds import ExpertsLayer
 from gem_ds.sparse.layers import TargetLayer
-from gem_ds.train.config import Arguments
 from gem_ds.train.deepspeed import resolve_deepspeed
 from gem_ds.train.targets import settle_targets
 
 _FP32, _INT64 = 4, 8  # bytes of a number
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """A training command, and the ranks that are to run it."""
-
-    args: Arguments
-    config: PretrainedConfig
-    deepspeed: Mapping[str, Any]  # the JSON, as read
-    world_size: int
-    on_cpu: bool = False
-    usable_bytes: float = 0.0  # of a GPU, of which --calibration_buffer_gb auto takes a part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +65,7 @@ def forecast(setting: Setting) -> Forecast:
     targets = settle_targets(setting.args, setting.config, None)
     train, written = setting.args.train, dict(setting.deepspeed)
     deepspeed = resolve_deepspeed(written, train, setting.config, targets, setting.world_size)
-    subject = Subject(setting.args, setting.config, targets, on_cpu=setting.on_cpu)
+    subject = Subject(setting, targets)
     rank = _Rank(setting, deepspeed, subject)
     gathers = rank.make_gathers()
     training = rank.run(subject.step, gathers)

@@ -20,7 +20,8 @@ from gem_ds.distributed.zero_config import read_config, zero_stage
 from gem_ds.flags import name_of
 from gem_ds.models.load import trainable_config
 from gem_ds.planning.advice import HEADROOM, fits, least_change, lower_stage
-from gem_ds.planning.forecast import Forecast, Setting, forecast
+from gem_ds.planning.forecast import Forecast, forecast
+from gem_ds.planning.subject import Setting
 from gem_ds.train.arguments import parse_arguments
 from gem_ds.train.config import Arguments
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -36,6 +37,18 @@ AttentionInterface.register(_ATTENTION, flash_attention)
 AttentionMaskInterface.register(_ATTENTION, lambda *_, **__: None)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A training command, and the ranks that are to run it."""
+
+    args: Arguments
+    config: PretrainedConfig
+    deepspeed: Mapping[str, Any]  # the JSON, as read
+    world_size: int
+    on_cpu: bool = False
+    usable_bytes: float = 0.0  # of a GPU, of which --calibration_buffer_gb auto takes a part
+
+
 class Subject:
     """A model with what a method trains of it, ready to run a micro-batch.
 
@@ -43,10 +56,9 @@ class Subject:
     is the most that a micro-batch can need.
     """
 
-    def __init__(
-        self, args: Arguments, config: PretrainedConfig, targets: Targets, *, on_cpu: bool
-    ) -> None:
-        self.args, self.on_cpu = args, on_cpu
+    def __init__(self, setting: Setting, targets: Targets) -> None:
+        args, config = setting.args, setting.config
+        self.args, self.on_cpu = args, setting.on_cpu
         self.num_tokens: int = min(args.data.max_length, num_positions(config) or 10**9)
         options = {"dtype": DTYPES[args.train.dtype]}
         model = model_of(config, trust_remote_code=args.model.trust_remote_code, **options)

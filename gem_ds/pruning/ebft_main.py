@@ -20,7 +20,7 @@ from gem_ds.models.load import load_weights, open_model
 from gem_ds.models.targets import ALL_LINEAR
 from gem_ds.progress import loading_bars
 from gem_ds.pruning.ebft import fit_blocks
-from gem_ds.pruning.text import Calibration
+from gem_ds.pruning.text import add_text_flags, text_batches
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dense_model", required=True, help="the model that was pruned")
     delta_help = "folder for delta.safetensors, a delta of the pruned model"
     parser.add_argument("--output_dir", type=Path, required=True, help=delta_help)
-    Calibration.add_flags(parser, use="what the blocks are fitted on", is_needed=True)
+    add_text_flags(parser, use="what the blocks are fitted on", is_needed=True)
     rate_help = "of a block's first step; it falls linearly to 0"
     parser.add_argument("--learning_rate", type=float, default=2e-4, help=rate_help)
     epochs_help = "passes over the text for each block"
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             open_model(name, trust_remote_code=args.trust_remote_code)
             for name in (args.model_name_or_path, args.dense_model)
         )
-        batches = Calibration.of(args).batches(files.tokenizer, files.config)
+        batches = text_batches(args, files.tokenizer, files.config)
         # In the host's memory: a block at a time goes to the device.
         model, teacher = (load_weights(each, torch.device("cpu")) for each in (files, dense))
     args.output_dir.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from gem_ds.models.load import load_weights, open_model
 from gem_ds.models.targets import ALL_LINEAR
 from gem_ds.progress import loading_bars
 from gem_ds.pruning.prune import parse_sparsity, prune
-from gem_ds.pruning.text import Calibration
+from gem_ds.pruning.text import add_text_flags, text_batches
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sparsity_help = "share of zeros, such as 0.5, or 2:4 and other n:m, for n of m that stay"
     parser.add_argument("--sparsity", required=True, help=sparsity_help)
     use = "its tokens weigh the inputs, by Wanda; without it weights go by their magnitude"
-    Calibration.add_flags(parser, use=use, is_needed=False)
+    add_text_flags(parser, use=use, is_needed=False)
     modules_help = (
         "as in training: suffixes of names, a regular expression, or all-linear; experts that are "
         "kept as one parameter stay as they are"
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         files = open_model(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
         batches = None
         if args.text is not None:
-            batches = Calibration.of(args).batches(files.tokenizer, files.config)
+            batches = text_batches(args, files.tokenizer, files.config)
         model = load_weights(files, torch.device("cpu"))  # of which a block goes to the device
     device = "cuda" if torch.cuda.is_available() else "cpu"
     prune(model, args.sparsity, batches, target_modules=args.target_modules, device=device)

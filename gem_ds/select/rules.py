@@ -26,7 +26,6 @@ from gem_ds.select import scores
 from gem_ds.select.budget import allocate_budget, fill_in_order
 from gem_ds.select.shards import Group, Shards, TargetShard
 from gem_ds.select.sums import largest_magnitudes
-from gem_ds.select.topk import count_among_largest
 
 #: Of the damped ratio: what is added to |w|, in root mean squares of the weight.
 DAMPING = 0.1
@@ -59,26 +58,6 @@ class Rule:
         """Whether the gradients of the examples have to be told from each other."""
         return self.statistic in ("magnitudes", "squares")
 
-    def budgets(
-        self,
-        values: Sequence[Tensor],
-        shards: Shards,
-        sizes: Sequence[int],
-        budget: int,
-        group: Group,
-    ) -> tuple[list[int], list[float]]:
-        """Per layer how many entries it trains, K in all, and the number that this follows from.
-
-        From this rank's entry scores, those of the entries that can be selected, of which there are
-        ``sizes``. A score that is not finite is a ValueError on every rank alike.
-        """
-        if self.layer_score is None:
-            largest_magnitudes(values, shards, group)  # refuses what is not finite
-            counts = count_among_largest(values, budget, group)
-            return counts, [float(count) for count in counts]
-        layer_scores = self.layer_score(values, shards, group)
-        return self.share(layer_scores, sizes, budget), layer_scores
-
 
 # Entry scores
 
@@ -88,6 +67,11 @@ def by_itself(score: Callable[[TargetShard], Tensor]) -> EntryScore:
     return lambda shards, group, seed: [score(shard) for shard in shards]
 
 
+def by_chance(score: Callable[[TargetShard, int], Tensor]) -> EntryScore:
+    """The same of one that draws, by the seed."""
+    return lambda shards, group, seed: [score(shard, seed) for shard in shards]
+
+
 def _damped_ratio(shards: Shards, group: Group, seed: int) -> list[Tensor]:
     return [
         scores.ratio(shard, max(DAMPING * scale, scores.EPSILON))  # finite in a matrix of zeros too
@@ -95,17 +79,11 @@ def _damped_ratio(shards: Shards, group: Group, seed: int) -> list[Tensor]:
     ]
 
 
-def _chance(shards: Shards, group: Group, seed: int) -> list[Tensor]:
-    return [scores.chance(shard, seed) for shard in shards]
-
-
-def _drawn(shards: Shards, group: Group, seed: int) -> list[Tensor]:
-    return [scores.drawn_by_gradient(shard, seed) for shard in shards]
-
-
 _ratio = by_itself(scores.ratio)
 _gradient = by_itself(scores.gradient_magnitude)
 _weight = by_itself(scores.weight_magnitude)
+_chance = by_chance(scores.chance)
+_drawn = by_chance(scores.drawn_by_gradient)
 
 # Layer scores
 

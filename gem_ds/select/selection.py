@@ -17,9 +17,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from gem_ds.select.rules import RULES
+from gem_ds.select.rules import RULES, Rule
 from gem_ds.select.shards import Group, Shards, Solo, TargetShard, matrices
-from gem_ds.select.topk import top_k_indices
+from gem_ds.select.sums import largest_magnitudes
+from gem_ds.select.topk import count_among_largest, top_k_indices
 from gem_ds.select.zeros import find_candidates, flat_indices, without_zeros
 
 Number = TypeVar("Number", int, float)
@@ -64,7 +65,7 @@ def select_shards(
     starts = [layer.start for layer in layers]
     if candidates.keep_zeros:
         scores, starts = without_zeros(scores, layers), [0] * len(layers)
-    budgets, layer_scores = chosen.budgets(scores, layers, candidates.sizes, budget, group)
+    budgets, layer_scores = _budgets(chosen, scores, layers, candidates.sizes, budget, group)
     indices = top_k_indices(scores, starts, budgets, group)
     if candidates.keep_zeros:
         indices = [flat_indices(k, layer) for k, layer in zip(indices, layers, strict=True)]
@@ -86,6 +87,26 @@ def select_shards(
             for part in parts
         ],
     )
+
+
+def _budgets(
+    rule: Rule,
+    scores: Sequence[Tensor],
+    layers: Shards,
+    sizes: Sequence[int],
+    budget: int,
+    group: Group,
+) -> tuple[list[int], list[float]]:
+    """Per layer how many entries it trains, K in all, and the number that this follows from.
+
+    ``scores`` are those of this rank's entries that can be selected; ``sizes`` counts all of these.
+    """
+    if rule.layer_score is None:  # one threshold for all layers
+        largest_magnitudes(scores, layers, group)  # refuses what is not finite
+        counts = count_among_largest(scores, budget, group)
+        return counts, [float(count) for count in counts]
+    layer_scores = rule.layer_score(scores, layers, group)
+    return rule.share(layer_scores, sizes, budget), layer_scores
 
 
 def _joined(numbers: Sequence[Number], parts: Sequence[Sequence[TargetShard]]) -> list[Number]:

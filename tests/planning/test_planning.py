@@ -19,10 +19,11 @@ from benchmarks.steps.training import Training
 from gem_ds.distributed.zero_config import read_config
 from gem_ds.planning import advice
 from gem_ds.planning.advice import HEADROOM, changes, fits, least_change, lower_stage
-from gem_ds.planning.forecast import Forecast, Setting, forecast
+from gem_ds.planning.forecast import Forecast, forecast
 from gem_ds.planning.gathers import Gathers
 from gem_ds.planning.live import LiveBytes
 from gem_ds.planning.main import main, read_setting
+from gem_ds.planning.subject import Setting
 from gem_ds.train.arguments import parse_arguments
 from tests.tiny import DS_CONFIGS, tiny_config
 from tests.tiny_evaluation import refusal
