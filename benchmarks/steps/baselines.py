@@ -23,7 +23,8 @@ from torch.nn import functional as F
 
 from gem_ds.calibration.select_mask import select_mask
 from gem_ds.distributed.comm import Comm
-from gem_ds.distributed.engine import BaseEngine, DenseEngine
+from gem_ds.distributed.dense_engine import DenseEngine
+from gem_ds.distributed.engine import BaseEngine
 from gem_ds.distributed.zero_gathers import fill_stage3
 from gem_ds.models.blocks import block_sizes, model_of
 from gem_ds.models.targets import targets_of

@@ -111,21 +111,16 @@ def select_mask(
     selection = select_shards(
         _shards(layers, gradients), budget, Solo(), rule=rule, seed=seed, keep_zeros=keep_zeros
     )
-    indices = [
-        index.to(layer.weight.device)
-        for layer, index in zip(layers, selection.indices, strict=True)
-    ]
+    indices, weights = dict[str, Tensor](), dict[str, WeightInfo]()
+    for layer, index in zip(layers, selection.indices, strict=True):
+        values = layer.numbers()[index.to(layer.weight.device)]
+        indices[layer.name] = index.to("cpu", index_dtype(layer.numel))
+        weights[layer.name] = WeightInfo.of(layer.shape, values)
     name_or_path = getattr(getattr(model, "config", None), "_name_or_path", "")
     quantization = quantization_of(model)
     return Mask(
-        indices={
-            layer.name: index.to("cpu", index_dtype(layer.numel))
-            for layer, index in zip(layers, indices, strict=True)
-        },
-        weights={
-            layer.name: WeightInfo.of(layer.shape, layer.numbers()[index])
-            for layer, index in zip(layers, indices, strict=True)
-        },
+        indices=indices,
+        weights=weights,
         base_model=base_model or str(name_or_path) or type(model).__name__,
         method=rule,
         settings={"density": str(density), "seed": seed}

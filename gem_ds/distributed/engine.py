@@ -3,8 +3,7 @@
 An :class:`Engine` holds a frozen model and is given flat vectors to train: the selected entries of
 the target layers, [K], and where a task head is trained whole a second one. At every ZeRO stage
 its fp32 *masters* and moments are read and set as a whole; reading and writing the frozen weights
-is the business of its :class:`Weights`. A :class:`DenseEngine` trains parameters of the model
-themselves, for what GEM is compared with.
+is the business of its :class:`Weights`.
 
 A fact of DeepSpeed 0.19, held by ``tests/distributed/test_engine.py``: a stage-0 bf16 engine calls
 ``optimizer.step()`` once while it is made; :meth:`Engine.set_state` afterwards sets masters,
@@ -13,9 +12,7 @@ moments and step count, so nothing of it remains.
 
 from __future__ import annotations
 
-import errno
-from collections.abc import Callable, Collection, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -26,8 +23,6 @@ from torch.optim import Optimizer
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.optim import STATE_KEYS, SparseAdamW
 from gem_ds.distributed.weights import Weights, load_deepspeed, numel
-
-_TAG = "state"  # of DeepSpeed's checkpoints, of which a folder holds one
 
 
 class FlatVector(Protocol):
@@ -246,76 +241,3 @@ class Engine(BaseEngine):
             return masters, place, slice(low.start, low.start + low.numel)
         groups = getattr(optimizer, "fp32_groups", None)  # a bf16 engine's; fp32 has no copy
         return groups[group][0] if groups else values, slice(None), slice(None)
-
-
-class DenseEngine(BaseEngine):
-    """An engine that trains parameters of the model themselves, as DeepSpeed does it."""
-
-    def module(self, *, deliver: bool) -> nn.Module:
-        """As :meth:`Engine.module`; the engine accumulates the gradients."""
-        self._engine.set_gradient_accumulation_boundary(deliver)
-        return self._engine  # type: ignore[no-any-return]
-
-    def backward(self, loss: Tensor) -> None:
-        """As :meth:`Engine.backward`."""
-        self._engine.backward(loss)
-
-    def whole_parameters(self, names: Collection[str]) -> dict[str, Tensor]:
-        """Copies of parameters on the CPU, whole, on rank 0; on other ranks there are none."""
-        named = dict(self.model.named_parameters())
-        found = {}
-        for name in names:
-            whole = self.weights.read_whole(named[name])  # by all ranks together
-            if self.comm.is_main:
-                found[name] = whole.cpu().clone()
-        return found
-
-    @property
-    def num_updates(self) -> int:
-        """Optimizer updates applied so far, those of a loaded checkpoint included."""
-        return int(self._engine.global_steps - self._engine.skipped_steps)
-
-    def save(self, folder: Path) -> list[Path]:
-        """Write DeepSpeed's checkpoint of what is trained; all ranks call it together.
-
-        Returns the files that this rank has written. A rank that cannot write raises its OSError
-        only after the others' collectives.
-        """
-        files = self._engine.checkpoint_engine
-        save, written, errors = files.save, list[Path](), list[Exception]()
-
-        def save_later_fail(state_dict: Any, path: str) -> None:
-            try:
-                save(state_dict, path)
-                written.append(Path(path))
-            except (OSError, RuntimeError) as error:  # torch says RuntimeError of a full disk
-                errors.append(error)
-
-        files.save = save_later_fail
-        try:
-            self._engine.save_checkpoint(
-                str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True
-            )
-        finally:
-            files.save = save
-        for error in errors:
-            if isinstance(error, OSError):
-                raise error
-            raise OSError(errno.EIO, str(error).partition("\n")[0]) from error
-        return written
-
-    def load(self, folder: Path) -> None:
-        """Go to where DeepSpeed's checkpoint stands; all ranks call it together.
-
-        Rates and other numbers of the optimizer stay those that it was made with.
-        """
-        groups = [
-            {key: value for key, value in group.items() if key != "params"}
-            for group in self.optimizer.param_groups
-        ]
-        self._engine.load_checkpoint(
-            str(folder), tag=_TAG, load_module_strict=False, load_lr_scheduler_states=False
-        )
-        for group, kept in zip(self.optimizer.param_groups, groups, strict=True):
-            group.pop("initial_lr", None)  # of the schedule, which begins anew
-            group.update(kept)

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gem_ds.distributed.comm import Comm
-from gem_ds.distributed.engine import DenseEngine
+from gem_ds.distributed.dense_engine import DenseEngine
 from gem_ds.distributed.weights import numel
 from gem_ds.files.checkpoint import TrainerState
 from gem_ds.files.delta import Delta

@@ -30,7 +30,8 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from gem_ds.data.batches import Batches, SummedLoss
-from gem_ds.distributed.engine import DenseEngine, Engine
+from gem_ds.distributed.dense_engine import DenseEngine
+from gem_ds.distributed.engine import Engine
 from gem_ds.files.checkpoint import TrainerState
 from gem_ds.sparse.entries import HeadEntries, SelectedEntries
 from gem_ds.sparse.sam import Sam, perturbed
