@@ -20,6 +20,8 @@ from gem_ds.report.spread import (
     Spread,
 )
 
+_SIDES = ("rows", "columns")
+
 
 def facts_of(facts: Mapping[str, str]) -> str:
     """Numbers in boxes."""
@@ -49,19 +51,11 @@ def places(found: Mapping[str, Spread]) -> str:
     """Along the rows and columns."""
     charts = []
     for module, spread in _largest(found):
-        series = [
-            Line(
-                name,
-                [
-                    ((i + 0.5) / NUM_SLICES, float(y))
-                    for i, y in enumerate(total / spread.num_entries)
-                ],
-                colour,
-            )
-            for colour, (name, total) in enumerate(
-                zip(("rows", "columns"), spread.profiles, strict=True)
-            )
-        ]
+        series = []
+        for colour, (side, totals) in enumerate(zip(_SIDES, spread.profiles, strict=True)):
+            shares = enumerate((totals / spread.num_entries).tolist())
+            points = [((i + 0.5) / NUM_SLICES, share) for i, share in shares]
+            series.append(Line(side, points, colour))
         even = Line("an even spread", [(0, 1), (1, 1)], is_dashed=True)
         chart = lines(
             [*series, even],
@@ -85,23 +79,20 @@ def concentrated(found: Mapping[str, Spread]) -> str:
     """How many entries the fullest rows and columns have."""
     largest = _largest(found)
     charts = []
-    for i, side in enumerate(("rows", "columns")):
-        series = [
-            Line(module, _curve(spread.curves[i] / spread.num_entries), colour)
-            for colour, (module, spread) in enumerate(largest)
-        ]
-        charts.append(
-            (
-                side,
-                lines(
-                    series,
-                    f"share of the entries in the fullest {side}",
-                    f"share of the {side}, the fullest first",
-                    from_zero=True,
-                    y_format="{:.0%}",
-                ),
-            )
+    for i, side in enumerate(_SIDES):
+        series = []
+        for colour, (module, spread) in enumerate(largest):
+            shares = enumerate((spread.curves[i] / spread.num_entries).tolist())
+            points = [(j / NUM_SHARES, share) for j, share in shares]
+            series.append(Line(module, points, colour))
+        chart = lines(
+            series,
+            f"share of the entries in the fullest {side}",
+            f"share of the {side}, the fullest first",
+            from_zero=True,
+            y_format="{:.0%}",
         )
+        charts.append((side, chart))
     keys = legend([(module, f"c{colour}") for colour, (module, _) in enumerate(largest)])
     rows = [
         (
@@ -129,18 +120,15 @@ def _tenth(spread: Spread, side: int) -> str:
     return f"{found / spread.num_entries:.0%} ({chance / spread.num_entries:.0%})"
 
 
-def _curve(shares: Any) -> list[tuple[float, float]]:
-    return [(i / NUM_SHARES, float(y)) for i, y in enumerate(shares)]
-
-
 def moved(found: Mapping[str, Moves]) -> str:
     """How far values moved."""
     total = sum(each.num_entries for each in found.values())
-    histogram = sum(each.histogram for each in found.values())
-    heights: dict[float, float] = {}
+    histogram: Any = sum(each.histogram for each in found.values())
     step = BINS_A_DECADE // 4
-    for i in range(0, len(histogram), step):  # type: ignore[arg-type]
-        heights[FIRST_DECADE + i / BINS_A_DECADE] = int(histogram[i : i + step].sum()) / total  # type: ignore[index]
+    heights = {
+        FIRST_DECADE + i / BINS_A_DECADE: int(histogram[i : i + step].sum()) / total
+        for i in range(0, len(histogram), step)
+    }
     filled = [x for x, y in heights.items() if y]
     shown = {x: y for x, y in heights.items() if filled and filled[0] <= x <= filled[-1]}
     chart = bars(shown, 0.25, "how far values moved", "|change| / |value before|") if shown else ""
@@ -175,12 +163,8 @@ def curves(history: Sequence[Mapping[str, Any]]) -> str:
 
     charts = []
     if losses := [*series("loss", 0, False), *series("eval_loss", 1, True)]:
-        keys = legend(
-            [
-                (line.name.replace("eval_loss", "held-out loss"), f"c{line.colour}")
-                for line in losses
-            ]
-        )
+        names_of = {"loss": "loss", "eval_loss": "held-out loss"}
+        keys = legend([(names_of[line.name], f"c{line.colour}") for line in losses])
         charts.append(("loss", lines(losses, "loss by step", "step") + keys))
     names = dict.fromkeys(key for entry in history for key in entry if key.startswith("eval_"))
     for key in [name for name in names if name != "eval_loss"] + ["learning_rate", "grad_norm"]:
