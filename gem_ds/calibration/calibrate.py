@@ -135,38 +135,34 @@ def sum_gradients(
     not finite is a ValueError, and so is a target that no gradient reaches: after the first step
     where no backward comes by it, after some more where what comes is zero.
     """
-    reducer = ShardReducer(engine.comm)
+    comm, reducer = engine.comm, ShardReducer(engine.comm)
     sinks = make_sinks(engine.weights, layers, reducer, buffer_gb, statistic)
     engine.model.eval()  # no dropout: the gradient at the base weights is not a random quantity
-    with (
-        layers.sinks(sinks),
-        checkpointing_in_eval_mode(engine.model),
-        engine.comm.reducing_apart(),
-    ):
-        for step, counts in enumerate(_largest_num_items(batches, engine.comm)):
+    with layers.sinks(sinks), checkpointing_in_eval_mode(engine.model), comm.reducing_apart():
+        for step, counts in enumerate(_largest_num_items(batches, comm)):
             num_broken = torch.zeros((), device=engine.device)
             for batch, num_items in zip(batches.micro_batches(step), counts, strict=True):
                 begin_micro_batch(sinks, num_items / LOSS_SCALE)
                 loss = summed_loss(engine.module(deliver=False), batch) / num_items
                 engine.backward(loss, loss_scale=LOSS_SCALE)
                 reducer.finish()
-                with engine.comm.in_unison():
+                with comm.in_unison():
                     refuse_repeated(sinks)
                 num_broken += ~loss.detach().isfinite()
-            if engine.comm.all_reduce(num_broken, "max").item():
-                with engine.comm.in_unison():
+            if comm.all_reduce(num_broken, "max").item():
+                with comm.in_unison():
                     raise ValueError(
                         "The loss is not finite during calibration: check the base model and "
                         "the data, or use --bf16 or fp32 instead of --fp16."
                     )
             if step == 0:
                 flags = [torch.tensor(sink.is_reached, device=engine.device) for sink in sinks]
-                _refuse_unreached(layers, flags, engine.comm, is_first=True)
+                _refuse_unreached(layers, flags, comm, is_first=True)
             elif step == NUM_TRIED_STEPS - 1:
-                _refuse_unreached(layers, [sink.sums for sink in sinks], engine.comm, is_first=True)
+                _refuse_unreached(layers, [sink.sums for sink in sinks], comm, is_first=True)
             progress()
     shards = [sink.take() for sink in sinks]
-    _refuse_unreached(layers, shards, engine.comm)
+    _refuse_unreached(layers, shards, comm)
     return shards
 
 
