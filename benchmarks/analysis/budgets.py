@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from steps.table import markdown
 
-from gem_ds.comparison.plots import place_of, short_names
+from gem_ds.comparison.budget_plot import place_of, short_names
 from gem_ds.files.mask import Mask
 from gem_ds.train.summary import effective_layers
 

@@ -16,11 +16,14 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import pandas as pd
+
 from gem_ds.comparison.bootstrap import compare_methods
-from gem_ds.comparison.cells import final_cells, search_cells
+from gem_ds.comparison.budget_plot import budget_figure
+from gem_ds.comparison.cells import final_cells, folder_of, search_cells
 from gem_ds.comparison.grid import Comparison, Task, read_comparison
 from gem_ds.comparison.markdown import markdown
-from gem_ds.comparison.plots import write_plots
+from gem_ds.comparison.plots import rate_figure, score_figure
 from gem_ds.comparison.runner import Runner
 from gem_ds.comparison.table import (
     cells_csv,
@@ -31,6 +34,7 @@ from gem_ds.comparison.table import (
     tabulate_cells,
 )
 from gem_ds.files.atomic import atomic_write
+from gem_ds.files.mask import Mask
 from gem_ds.flags import name_of
 from gem_ds.train.output_dir import output_dir_of_one_run
 
@@ -115,3 +119,26 @@ def compare(comparison: Comparison) -> int:
         atomic_write(comparison.output_dir / name, write)
     write_plots(comparison, table, cells)
     return len(failures)
+
+
+def write_plots(comparison: Comparison, table: pd.DataFrame, cells: pd.DataFrame) -> None:
+    """Write the pictures that there is something to show in.
+
+    score_vs_parameters.png    test score against trained parameters
+    learning_rates.png         development score against learning rate
+    budget_<task>.png          which layers and modules the sparse methods' entries lie in
+    """
+    figures = {}
+    if any(table.num_seeds > 0):
+        figures["score_vs_parameters"] = score_figure(table)
+    if any(cells.score[cells.split == "dev"].notna()):
+        figures["learning_rates"] = rate_figure(comparison, table, cells)
+    for task in comparison.tasks:
+        runs = finished(cells, task, "test").drop_duplicates("method")
+        paths = {c.method: folder_of(comparison, c) / "mask.safetensors" for c in runs.cell}
+        masks = {method: Mask.load(path) for method, path in paths.items() if path.exists()}
+        if masks:
+            figures[f"budget_{task}"] = budget_figure(task, masks)
+    for name, figure in figures.items():
+        write = partial(figure.savefig, format="png", dpi=160)
+        atomic_write(comparison.output_dir / f"{name}.png", write)

@@ -10,14 +10,12 @@ from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from gem_ds.comparison.budget_plot import budget_figure, place_of, short_names
 from gem_ds.comparison.grid import Comparison, Method, Task
 from gem_ds.comparison.plots import (
     STYLES,
-    budget_figure,
-    place_of,
     rate_figure,
     score_figure,
-    short_names,
     side_by_side,
 )
 from gem_ds.comparison.results import COSTS
