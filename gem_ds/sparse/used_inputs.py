@@ -22,7 +22,8 @@ from gem_ds.sparse.layers import TargetLayer
 def keep_copies(layers: Sequence[TargetLayer], num_used: Sequence[int]) -> list[bool]:
     """Whether each layer keeps a copy of its used inputs, by how many these are."""
     total: Counter[tuple[str, int]] = Counter()
-    modules = [(_parent(layer), layer.num_inputs) for layer in layers]
+    parents = [layer.name.rpartition(".")[0].rpartition(".")[0] for layer in layers]
+    modules = [(name, layer.num_inputs) for name, layer in zip(parents, layers, strict=True)]
     for module, number in zip(modules, num_used, strict=True):
         total[module] += number
     return [2 * total[module] < module[1] for module in modules]
@@ -63,7 +64,3 @@ def _input_of(layer: TargetLayer, flat_index: Tensor) -> Tensor:
     columns = layer.shape[-1]
     index = flat_index.long()
     return index % columns if layer.input_dim == 1 else index // columns
-
-
-def _parent(layer: TargetLayer) -> str:
-    return layer.name.rpartition(".")[0].rpartition(".")[0]
