@@ -105,21 +105,14 @@ def _seconds(training: Training, rounds: int) -> dict[str, np.ndarray]:
         selecting: list[float] = []
 
         def calibrate() -> float:
-            gradients: list[torch.Tensor] = []
-
-            def sum_gradients() -> None:
-                gradients.extend(
-                    calibration.sum_gradients(tuning.engine, tuning.layers, batches, summed_loss)
-                )
-
-            summing = seconds(sum_gradients)
-            selecting.append(
-                seconds(
-                    lambda: calibration.select(
-                        tuning.engine, tuning.layers, gradients, prepared.targets.budget
-                    )
+            engine, layers, gradients = tuning.engine, tuning.layers, list[torch.Tensor]()
+            summing = seconds(
+                lambda: gradients.extend(
+                    calibration.sum_gradients(engine, layers, batches, summed_loss)
                 )
             )
+            budget = prepared.targets.budget
+            selecting.append(seconds(lambda: calibration.select(engine, layers, gradients, budget)))
             return summing + selecting[-1]
 
         found = take_turns(

@@ -29,20 +29,13 @@ from gem_ds.files.mask import Mask
 
 
 class Inputs:
-    """Sums over tokens of what some linear layers read.
-
-    Attributes:
-        is_token: bool [batch, tokens], of the batch that the model reads next.
-        num_tokens: read so far.
-        totals: by the name of a weight, [columns].
-        squares: likewise, of the squares.
-    """
+    """Sums over tokens of what some linear layers read."""
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
-        self.is_token = torch.ones(0, dtype=torch.bool)
-        self.num_tokens = 0
-        self.totals: dict[str, Any] = defaultdict(float)
-        self.squares: dict[str, Any] = defaultdict(float)
+        self.is_token = torch.ones(0, dtype=torch.bool)  # [batch, tokens] of the next batch
+        self.num_tokens = 0  # read so far
+        self.totals: dict[str, Any] = defaultdict(float)  # by the name of a weight, [columns]
+        self.squares: dict[str, Any] = defaultdict(float)  # likewise, of the squares
         for name in names:
             module = model.get_submodule(name.removesuffix(".weight"))
             module.register_forward_pre_hook(partial(self._add, name))

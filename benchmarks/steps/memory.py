@@ -26,12 +26,7 @@ def start_peak(device: torch.device) -> None:
 
 
 def peak_bytes(device: torch.device, libraries: int) -> int:
-    """The most memory held since :func:`start_peak`.
-
-    Args:
-        device: that of the model.
-        libraries: of :func:`library_bytes`; not counted on a CPU.
-    """
+    """The most memory held since :func:`start_peak`; on a CPU without :func:`library_bytes`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return _status("VmHWM") - libraries

@@ -18,30 +18,20 @@ _WORKER = Path(__file__).resolve().parents[1] / "step_worker.py"
 
 @dataclass(kw_only=True)
 class Ranks:
-    """The processes of one contender.
+    """The processes of one contender."""
 
-    Attributes:
-        processes: one for each rank.
-        answers: of rank 0, a line each.
-        start_seconds: that calibration took, 0 where there is none; known once they are ready.
-    """
-
-    processes: list[subprocess.Popen[str]]
-    answers: Any
-    start_seconds: float = 0.0
+    processes: list[subprocess.Popen[str]]  # one for each rank
+    answers: Any  # of rank 0, a line each
+    start_seconds: float = 0.0  # that calibration took; known once they are ready
 
     @classmethod
     def start(
         cls, name: str, flags: Sequence[str], world_size: int, *, is_weighed: bool = False
     ) -> Ranks:
-        """Start a contender; :meth:`wait` until it is ready.
+        """Start a contender under the trainer's flags; :meth:`wait` until it is ready.
 
-        Args:
-            name: of the contender.
-            flags: of the trainer.
-            world_size: ranks.
-            is_weighed: whether freed memory is given back at once, so that what is resident is what
-                lives, and tensors of the host are told apart; both take time.
+        If it ``is_weighed``, freed memory is given back at once, so that what is resident is what
+        lives, and tensors of the host are told apart; both take time.
         """
         reading, writing = os.pipe()
         port, cores = free_port(), len(os.sched_getaffinity(0))

@@ -33,10 +33,6 @@ NUM_WORDS = 1000
 _SPECIAL = ("<s>", "</s>")
 
 
-def _opt_125m(num_layers: int | None) -> PretrainedConfig:
-    return OPTConfig(num_hidden_layers=num_layers or 12, dropout=0.0)
-
-
 def _llama(
     hidden_size: int,
     intermediate_size: int,
@@ -76,7 +72,7 @@ def _qwen3_30b_a3b(num_layers: int | None) -> PretrainedConfig:
 #: By name what makes a configuration, given the number of layers (None: all).
 SHAPES: Mapping[str, Callable[[int | None], PretrainedConfig]] = MappingProxyType(
     {
-        "opt-125m": _opt_125m,
+        "opt-125m": lambda num_layers: OPTConfig(num_hidden_layers=num_layers or 12, dropout=0.0),
         "llama-7b": _llama(4096, 11008, 32, 32, 32, 32000),
         "llama-13b": _llama(5120, 13824, 40, 40, 40, 32000),
         "llama-70b": _llama(8192, 28672, 80, 64, 8, 32000),

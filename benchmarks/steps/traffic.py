@@ -17,18 +17,11 @@ _WEIGHT_GATHERS = "partition_parameters.py"  # DeepSpeed's file that gathers wei
 
 @dataclass
 class Collectives:
-    """Payload of every collective of this rank: the bytes of the whole message, once.
+    """Payload of every collective of this rank: the bytes of the whole message, once."""
 
-    Attributes:
-        weights: bytes in ZeRO-3's gathers of weights.
-        num_gathers: how many these were.
-        others: bytes in all else.
-        num_others: how many these were.
-    """
-
-    weights: int = 0
-    num_gathers: int = 0
-    others: int = 0
+    weights: int = 0  # bytes in ZeRO-3's gathers of weights
+    num_gathers: int = 0  # how many these were
+    others: int = 0  # bytes in all else
     num_others: int = 0
 
     @contextmanager

@@ -30,37 +30,21 @@ _CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What all contenders have in common.
+    """What all contenders have in common."""
 
-    Attributes:
-        shape: a name of :data:`steps.shapes.SHAPES`.
-        layers: of the model; None for the shape's own.
-        world_size: ranks.
-        stage: of ZeRO.
-        dtype: fp32 or bf16.
-        batch_size: sequences of a rank.
-        tokens: of a sequence.
-        batches: of data, all of which serve a calibration.
-        density: trained entries, of all of the model's.
-        gradient_checkpointing: whether activations are recomputed.
-        sddmm_kernel: of the sampled gradient.
-        max_live_parameters: that ZeRO 3 gathers ahead; None for DeepSpeed's own limit.
-        makes_weights: whether each process draws its weights instead of loading them.
-    """
-
-    shape: str = "opt-125m"
-    layers: int | None = None
+    shape: str = "opt-125m"  # a name of :data:`steps.shapes.SHAPES`
+    layers: int | None = None  # of the model; None for the shape's own
     world_size: int = 1
-    stage: int = 0
-    dtype: str = "fp32"
-    batch_size: int = 4
-    tokens: int = 256
-    batches: int = 1
-    density: float = 0.001
+    stage: int = 0  # of ZeRO
+    dtype: str = "fp32"  # or bf16
+    batch_size: int = 4  # sequences of a rank
+    tokens: int = 256  # of a sequence
+    batches: int = 1  # of data, all of which serve a calibration
+    density: float = 0.001  # trained entries, of all of the model's
     gradient_checkpointing: bool = False
     sddmm_kernel: str = "auto"
-    max_live_parameters: int | None = None
-    makes_weights: bool = False
+    max_live_parameters: int | None = None  # gathered ahead at ZeRO 3; None: DeepSpeed's own limit
+    makes_weights: bool = False  # each process draws its weights instead of loading them
 
     def flags(self, contenders: Sequence[str], folder: Path) -> dict[str, list[str]]:
         """Write model and data into a folder; returns each contender's flags, but its output."""
