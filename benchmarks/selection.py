@@ -1,6 +1,6 @@
 """Selection over shards against ``torch.topk`` on gathered matrices: time, memory, bytes sent.
 
-    python -m benchmarks.selection --ranks 1 2 4 --sizes 1024 2048 4096 --matrices 1 4
+    PYTHONPATH=. python benchmarks/selection.py --ranks 1 2 4 --sizes 1024 2048 4096 --matrices 1 4
 
 Each rank has its own micro-batch. *sharded* is the library: each matrix's gradient is formed and
 reduced into the ranks' ranges (:class:`~gem_ds.calibration.gradients.GradientSink`, buffered on one
@@ -24,9 +24,9 @@ import time
 from collections.abc import Sequence
 
 import torch
+from steps.traffic import Collectives
 from torch import nn
 
-from benchmarks.steps.traffic import Collectives
 from gem_ds.calibration.gradients import GradientSink, ShardReducer
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.process_group import init_distributed
