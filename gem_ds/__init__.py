@@ -6,41 +6,24 @@ from importlib import import_module
 
 TYPE_CHECKING = False  # not from typing: the sandbox's processes import this too and stay lean
 if TYPE_CHECKING:
-    from gem_ds.calibration.select_mask import select_mask
-    from gem_ds.deltas.merge import merge_deltas
-    from gem_ds.files.apply import AppliedDelta, apply_delta
-    from gem_ds.files.delta import Delta
-    from gem_ds.files.mask import Mask
-    from gem_ds.pruning.ebft import fit_blocks
-    from gem_ds.pruning.prune import prune
-    from gem_ds.select.selection import select_entries
-    from gem_ds.serving.delta_set import DeltaSet
-    from gem_ds.serving.messages import DeltaReceiver
-    from gem_ds.serving.sync import DeltaSender, DeltaTransfer
-    from gem_ds.serving.vllm_engine import VllmDeltas
-    from gem_ds.train.main import RunResult, finetune
-    from gem_ds.tuner import GemConfig, select_mask_with
-
-__all__ = [
-    "AppliedDelta",
-    "Delta",
-    "DeltaReceiver",
-    "DeltaSender",
-    "DeltaSet",
-    "DeltaTransfer",
-    "GemConfig",
-    "Mask",
-    "RunResult",
-    "VllmDeltas",
-    "apply_delta",
-    "finetune",
-    "fit_blocks",
-    "merge_deltas",
-    "prune",
-    "select_entries",
-    "select_mask",
-    "select_mask_with",
-]
+    from gem_ds.calibration.select_mask import select_mask as select_mask
+    from gem_ds.deltas.merge import merge_deltas as merge_deltas
+    from gem_ds.files.apply import AppliedDelta as AppliedDelta
+    from gem_ds.files.apply import apply_delta as apply_delta
+    from gem_ds.files.delta import Delta as Delta
+    from gem_ds.files.mask import Mask as Mask
+    from gem_ds.pruning.ebft import fit_blocks as fit_blocks
+    from gem_ds.pruning.prune import prune as prune
+    from gem_ds.select.selection import select_entries as select_entries
+    from gem_ds.serving.delta_set import DeltaSet as DeltaSet
+    from gem_ds.serving.messages import DeltaReceiver as DeltaReceiver
+    from gem_ds.serving.sync import DeltaSender as DeltaSender
+    from gem_ds.serving.sync import DeltaTransfer as DeltaTransfer
+    from gem_ds.serving.vllm_engine import VllmDeltas as VllmDeltas
+    from gem_ds.train.main import RunResult as RunResult
+    from gem_ds.train.main import finetune as finetune
+    from gem_ds.tuner import GemConfig as GemConfig
+    from gem_ds.tuner import select_mask_with as select_mask_with
 
 _MODULES = {
     "AppliedDelta": "gem_ds.files.apply",
@@ -62,6 +45,8 @@ _MODULES = {
     "select_mask": "gem_ds.calibration.select_mask",
     "select_mask_with": "gem_ds.tuner",
 }
+
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> object:

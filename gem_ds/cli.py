@@ -75,27 +75,24 @@ def run(program: str, argv: Sequence[str] | None = None) -> int:
     from safetensors import SafetensorError
 
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, to each other
-    module = import_module(PROGRAMS[program][0])
+    module, rank = import_module(PROGRAMS[program][0]), int(os.environ.get("RANK", 0))
     try:
         result = module.main(argv)
+        return result if isinstance(result, int) else 0
     except PeerError:
         return 1
     except Interrupted:
         sentence, status = "Stopped; the same command goes on from here.", 130
     except KeyboardInterrupt:
-        if int(os.environ.get("RANK", 0)):
-            return 130
-        sentence, status = "Interrupted.", 130
+        sentence, status = "" if rank else "Interrupted.", 130
     except Exception as error:
         told = sentence_of_limit(error)
         if told is None and not isinstance(error, (ValueError, OSError, SafetensorError)):
             raise
-        rank = int(os.environ.get("RANK", 0))
         sentence = f"Error: {f'On rank {rank}: ' if rank else ''}{told or sentence_of(error)}"
         status = 1
-    else:
-        return result if isinstance(result, int) else 0
-    print(sentence, file=sys.stderr, flush=True)
+    if sentence:
+        print(sentence, file=sys.stderr, flush=True)
     return status
 
 

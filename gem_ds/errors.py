@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 #: What libraries say where the machine has no more of something, and what a user can do.
 _LIMITS = {
@@ -38,3 +40,14 @@ def sentence_of_limit(error: Exception) -> str | None:
         if re.search(words, told):
             return f"A limit of this machine is reached ({told}): {remedy}."
     return None
+
+
+@contextmanager
+def refusing(sentence: str, *errors: type[Exception]) -> Iterator[None]:
+    """Tells such errors of a library as a ValueError: the sentence, with their first line as {}."""
+    try:
+        yield
+    except errors as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        reason = next(filter(None, lines), type(error).__name__)
+        raise ValueError(sentence.replace("{}", reason)) from error

@@ -11,20 +11,20 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
+from operator import add
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gem_ds.files.delta import Delta
-from gem_ds.files.fingerprint import fingerprints
 from gem_ds.flags import name_of
 from gem_ds.models.export import load_base
 from gem_ds.report.places import plot, table_of
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Overlap:
     """What two deltas have in common in a weight; sums over weights are those of their parts."""
 
@@ -33,7 +33,8 @@ class Overlap:
     same_side: int = 0  # of both, entries moved to the same side
     moved: int = 0  # of both, entries that both have moved
     product: float = 0.0  # of the differences, at both
-    squares: tuple[float, float] = (0.0, 0.0)  # of each delta's differences
+    first_square: float = 0.0  # of the first delta's differences
+    second_square: float = 0.0
 
     @property
     def jaccard(self) -> float:
@@ -48,18 +49,11 @@ class Overlap:
     @property
     def cosine(self) -> float:
         """Of the two differences from the base."""
-        norms = (self.squares[0] * self.squares[1]) ** 0.5
+        norms = (self.first_square * self.second_square) ** 0.5
         return self.product / norms if norms else 0.0
 
     def __add__(self, other: Overlap) -> Overlap:
-        return Overlap(
-            both=self.both + other.both,
-            either=self.either + other.either,
-            same_side=self.same_side + other.same_side,
-            moved=self.moved + other.moved,
-            product=self.product + other.product,
-            squares=(self.squares[0] + other.squares[0], self.squares[1] + other.squares[1]),
-        )
+        return Overlap(*map(add, astuple(self), astuple(other)))
 
 
 def overlaps(first: Delta, second: Delta, base: nn.Module | None = None) -> dict[str, Overlap]:
@@ -72,29 +66,26 @@ def overlaps(first: Delta, second: Delta, base: nn.Module | None = None) -> dict
         if base is None:
             continue
         weight = base.get_parameter(name).detach().reshape(-1).cpu()
-        moves: list[Tensor] = []
-        squares: list[float] = []
+        moves = []
         for delta, index in zip((first, second), indices, strict=True):
             there = weight[index]
-            values = delta.values.get(name, there)
-            move = values.double() - there.double()
-            squares.append(float(move.square().sum()))
-            moves.append(move[torch.isin(index, shared)])
-        moved = (moves[0] != 0) & (moves[1] != 0)
-        found[name] += Overlap(
-            both=0,
-            either=0,
-            same_side=int(((moves[0].sign() == moves[1].sign()) & moved).sum()),
+            moves.append(delta.values.get(name, there).double() - there.double())
+        a, b = (move[torch.isin(i, shared)] for move, i in zip(moves, indices, strict=True))
+        moved = (a != 0) & (b != 0)
+        found[name] = replace(
+            found[name],
+            same_side=int(((a.sign() == b.sign()) & moved).sum()),
             moved=int(moved.sum()),
-            product=float(moves[0] @ moves[1]),
-            squares=(squares[0], squares[1]),
+            product=float(a @ b),
+            first_square=float(moves[0].square().sum()),
+            second_square=float(moves[1].square().sum()),
         )
     return found
 
 
 def total(parts: Mapping[str, Overlap]) -> Overlap:
     """Of all weights together."""
-    return sum(parts.values(), Overlap(both=0, either=0))
+    return sum(parts.values(), Overlap(0, 0))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -111,13 +102,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     base = None
     if args.model_name_or_path is not None:
         base = load_base(args.model_name_or_path, "main", deltas[0])
+        parameters = dict(base.named_parameters(remove_duplicate=False))
         for delta in deltas:
-            values = {
-                name: base.get_parameter(name).detach().reshape(-1)[index.long()]
-                for name, index in delta.mask.indices.items()
-            }
-            delta.mask.check_base(values, "delta")
-            delta.mask.check_rest(fingerprints(dict(base.named_parameters())), "delta")
+            delta.mask.check_parameters(parameters, type(base).__name__, "delta")
     parts = overlaps(deltas[0], deltas[1], base)
     whole = total(parts)
     for path, delta in zip((args.first, args.second), deltas, strict=True):

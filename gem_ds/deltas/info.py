@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from math import prod
 from pathlib import Path
 
 from gem_ds.files.delta import Delta
@@ -27,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError:  # then its sentence is the delta's, which is the usual file
         delta = Delta.load(path)
         mask = delta.mask
-    total = sum(prod(info.shape) for info in mask.weights.values())
+    total = mask.num_entries
     print(f"{path}: a {'mask' if delta is None else 'delta'} of {path.stat().st_size:,} bytes")
     print(f"base      {mask.base_model}" + (f" at {mask.revision}" if mask.revision else ""))
     print(f"method    {mask.method} {json.dumps(mask.settings)}")
@@ -39,7 +38,5 @@ def main(argv: Sequence[str] | None = None) -> None:
         size = sum(parameter.numel() for parameter in delta.head.values())
         print(f"head      {', '.join(delta.head)}: {size:,} parameters")
     counts = {name: float(index.numel()) for name, index in mask.indices.items()}
-    print(
-        "\nentries by layer and module\n"
-        + table_of(counts).to_string(float_format="{:,.0f}".format)
-    )
+    table = table_of(counts).to_string(float_format="{:,.0f}".format)
+    print(f"\nentries by layer and module\n{table}")

@@ -31,7 +31,6 @@ import torch
 from torch import Tensor, nn
 
 from gem_ds.files.delta import Delta
-from gem_ds.files.fingerprint import fingerprints
 from gem_ds.files.mask import WeightInfo, index_dtype
 from gem_ds.flags import name_of
 from gem_ds.models.export import load_base
@@ -69,29 +68,26 @@ def merge_deltas(
     _check(deltas, weights, method, density)
     parameters: Mapping[str, Tensor]
     if isinstance(base, nn.Module):
-        parameters = dict(base.named_parameters(remove_duplicate=False))
+        parameters, noun = dict(base.named_parameters(remove_duplicate=False)), type(base).__name__
     else:
-        parameters = base
-    shapes = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
-    noun = type(base).__name__ if isinstance(base, nn.Module) else "base"
+        parameters, noun = base, "base"
     for delta in deltas:
-        delta.mask.check_model(shapes, noun)
-        known = {n: tensor for n, tensor in parameters.items() if n in delta.mask.fingerprints}
-        delta.mask.check_rest(fingerprints(known), "delta")
-    indices: dict[str, Tensor] = {}
-    infos, values = {}, {}
+        delta.mask.check_parameters(parameters, noun, "delta")
+    factors = torch.tensor(weights, dtype=torch.float64)[:, None]
+    indices, infos, values = {}, {}, {}
     for name in dict.fromkeys(name for delta in deltas for name in delta.values):
-        parts = [delta.mask.indices[name] for delta in deltas if name in delta.values]
-        union = torch.unique(torch.cat(parts))
+        own = {i: d.mask.indices[name] for i, d in enumerate(deltas) if name in d.values}
+        union = torch.unique(torch.cat(list(own.values())))
         weight = parameters[name].detach()
         there = weight.reshape(-1)[union.to(weight.device).long()].cpu()
-        trained = torch.stack([_values(delta, name, union, there) for delta in deltas])
-        kept = [
-            _kept(delta, name, union, trained[i] - there, method, density, f"{seed}/{i}/{name}")
-            for i, delta in enumerate(deltas)
-        ]
-        factors = torch.tensor(weights, dtype=torch.float64)[:, None]
-        c = factors * _coefficients(trained - there.double(), torch.stack(kept), method, density)
+        trained = there.double().repeat(len(deltas), 1)  # a delta without entries there is the base
+        kept = torch.zeros(trained.shape, dtype=torch.bool)
+        for i, index in own.items():
+            places = torch.searchsorted(union, index)
+            trained[i, places] = deltas[i].values[name].double()
+            difference = trained[i, places] - there[places]
+            kept[i, places[_kept(difference, method, density, f"{seed}/{i}/{name}")]] = True
+        c = factors * _coefficients(trained - there.double(), kept, method, density)
         merged = (1 - c.sum(dim=0)) * there.double() + (c * trained).sum(dim=0)
         indices[name] = union.to(index_dtype(weight.numel()))
         infos[name] = WeightInfo.of(weight.shape, there)
@@ -127,45 +123,18 @@ def _check(deltas: Sequence[Delta], weights: Sequence[float], method: str, densi
         )
 
 
-def _values(delta: Delta, name: str, union: Tensor, base: Tensor) -> Tensor:
-    """A delta's values at the union, fp64 [U], the base's where it has none.
-
-    A ValueError where it was made for another base.
-    """
-    values = base.double()
-    if name in delta.values:
-        places = torch.searchsorted(union, delta.mask.indices[name])
-        own = {name: delta.mask.indices[name]}
-        part = replace(delta.mask, indices=own, weights={name: delta.mask.weights[name]})
-        part.check_base({name: base[places]}, "delta")
-        values[places] = delta.values[name].double()
-    return values
-
-
-def _kept(
-    delta: Delta,
-    name: str,
-    union: Tensor,
-    difference: Tensor,
-    method: str,
-    density: float,
-    key: str,
-) -> Tensor:
-    """Which of the union's entries a delta has and keeps: bool [U]."""
-    kept = torch.zeros(len(union), dtype=torch.bool)
-    if name not in delta.values:
-        return kept
-    places = torch.searchsorted(union, delta.mask.indices[name])
+def _kept(difference: Tensor, method: str, density: float, key: str) -> Tensor:
+    """Which of its own entries a delta keeps, of its difference [k] there: their places in it."""
+    count = len(difference)
     if method == "ties":
-        order = difference[places].abs().argsort(descending=True, stable=True)
-        places = places[order[: int(density * len(places))]]
-    elif method == "dare_linear":
+        order = difference.abs().argsort(descending=True, stable=True)
+        return order[: int(density * count)]
+    if method == "dare_linear":
         digest = hashlib.sha256(key.encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        chances = torch.rand(len(places), dtype=torch.float64, generator=generator)
-        places = places[chances < density]
-    kept[places] = True
-    return kept
+        chances = torch.rand(count, dtype=torch.float64, generator=generator)
+        return (chances < density).nonzero().flatten()
+    return torch.arange(count)
 
 
 def _coefficients(differences: Tensor, kept: Tensor, method: str, density: float) -> Tensor:

@@ -1,13 +1,12 @@
 """A delta applied to a base model, in place, and taken back.
 
-On a whole model in one process, on any device; the values that are replaced are kept, so that
-`AppliedDelta.revert` gives the base back bit for bit.
+The values that are replaced are kept, so that the base comes back bit for bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,42 +16,50 @@ from gem_ds.files.delta import Delta
 from gem_ds.files.fingerprint import fingerprints, read_whole, sample
 from gem_ds.files.mask import dtype_name
 
-#: A parameter, flat indices (None: all of it), and the base's values there.
-Replaced = tuple[nn.Parameter, Tensor | None, Tensor]
-
 #: Of a parameter what deltas that stand in it have replaced of its sample: where, and the base's
 #: values. So a second delta sees the base, where the first has left its own entries alone.
-_REPLACED: MutableMapping[nn.Parameter, dict[object, tuple[Tensor, Tensor]]]
+_REPLACED: MutableMapping[Tensor, dict[object, tuple[Tensor, Tensor]]]
 _REPLACED = WeakTensorKeyDictionary()
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Swap:
+    """Entries of one weight of a delta where the model has them, on its device."""
+
+    weight: str  # its name in the delta
+    tensor: Tensor  # a parameter, or what else holds the entries
+    indices: Tensor | None  # flat (k,), into the tensor; None is the whole of it, of a head
+    base: Tensor  # bits to put back, as many
+    values: Tensor  # the delta's, as many
+    chosen: Tensor | None = None  # which of the delta's k_l entries these are; None is all
+
+
 class AppliedDelta:
-    """A delta that stands in a model; keeps the base values and can put them back.
+    """A delta that stands in a model; as a context manager it reverts on leaving.
 
-    As a context manager it reverts on leaving:
-
-        with apply_delta(model, delta):
-            ...  # the trained model
-        ...  # the base model again, bit for bit
+    with apply_delta(model, delta):
+        ...  # the trained model
+    ...  # the base model again, bit for bit
     """
 
-    def __init__(self, replaced: list[Replaced]) -> None:
-        self._replaced = replaced
+    def __init__(self, swaps: list[Swap]) -> None:
+        self._swaps = swaps
         self._key = object()  # in _REPLACED, which must not keep the parameters alive
-        for parameter, indices, base in replaced:
-            if indices is not None:
-                at, found = _within(sample(parameter.numel()), indices)
-                _REPLACED.setdefault(parameter, {})[self._key] = at, base[found.to(base.device)]
+        for swap in swaps:
+            if swap.indices is not None:
+                at, found = _within(sample(swap.tensor.numel()), swap.indices)
+                base = swap.base[found.to(swap.base.device)]
+                _REPLACED.setdefault(swap.tensor, {})[self._key] = at, base
 
     def revert(self) -> None:
         """Puts the base values back, bit for bit; a second call does nothing.
 
         The model may have moved to another device since, but must have kept its dtype.
         """
-        while self._replaced:
-            write_entries(*self._replaced[-1])
-            parameter, *_ = self._replaced.pop()
-            _REPLACED.get(parameter, {}).pop(self._key, None)
+        while self._swaps:
+            swap = self._swaps[-1]
+            write_entries(swap.tensor, swap.indices, swap.base)
+            _REPLACED.get(self._swaps.pop().tensor, {}).pop(self._key, None)
 
     def __enter__(self) -> AppliedDelta:
         return self
@@ -78,15 +85,14 @@ def apply_delta(model: nn.Module, delta: Delta) -> AppliedDelta:
         ValueError: The model lacks a weight, has it in another shape or dtype, or holds other base
             values at the entries (another model, or the delta is applied already).
     """
-    replaced = replaced_entries(model, delta)
-    for name, values in (delta.values | delta.head).items():
-        parameter, indices, _ = replaced[name]
-        write_entries(parameter, indices, values)
-    return AppliedDelta(list(replaced.values()))
+    swaps = find_swaps(model, delta)
+    for swap in swaps:
+        write_entries(swap.tensor, swap.indices, swap.values)
+    return AppliedDelta(swaps)
 
 
-def replaced_entries(model: nn.Module, delta: Delta) -> dict[str, Replaced]:
-    """By name what a delta would replace in `model`, unwritten; raises as `apply_delta`."""
+def find_swaps(model: nn.Module, delta: Delta) -> list[Swap]:
+    """What a delta would replace in `model`, unwritten; raises as `apply_delta`."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     delta.mask.check_model(shapes, type(model).__name__)
@@ -94,7 +100,19 @@ def replaced_entries(model: nn.Module, delta: Delta) -> dict[str, Replaced]:
     entries = delta.mask.indices | dict.fromkeys(delta.head)
     base = {name: _read(parameters[name], index) for name, index in entries.items()}
     _check_base(delta, base, parameters)
-    return {name: (parameters[name], index, base[name]) for name, index in entries.items()}
+    swaps, values = [], delta.values | delta.head
+    for name, index in entries.items():
+        parameter = parameters[name]
+        swaps.append(
+            Swap(
+                weight=name,
+                tensor=parameter,
+                indices=None if index is None else index.to(parameter.device),
+                base=base[name],
+                values=values[name].to(parameter.device),
+            )
+        )
+    return swaps
 
 
 def _check_parameters(parameters: Mapping[str, nn.Parameter], delta: Delta) -> None:
@@ -105,8 +123,7 @@ def _check_parameters(parameters: Mapping[str, nn.Parameter], delta: Delta) -> N
                 f"the delta has a task head with {name!r} of shape {tuple(values.shape)}, which "
                 "the model does not have: load it with the class that was trained"
             )
-
-    for name, expected in {**delta.values, **delta.head}.items():
+    for name, expected in (delta.values | delta.head).items():
         if parameters[name].dtype != expected.dtype:
             raise ValueError(
                 f"the delta is {dtype_name(expected.dtype)} and the model has {name!r} in "
@@ -147,22 +164,21 @@ def _within(ascending: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
 
 def _read(parameter: nn.Parameter, flat_indices: Tensor | None) -> Tensor:
     """A copy of the entries of `parameter` at flat indices, or of all where these are None."""
-    return parameter.detach()[_place(parameter, flat_indices)].clone()
+    whole = parameter.detach()
+    if flat_indices is None:
+        return whole.clone()
+    return whole.take(flat_indices.to(whole.device, torch.int64))
 
 
 @torch.no_grad()
 def write_entries(parameter: Tensor, flat_indices: Tensor | None, values: Tensor) -> None:
     """Overwrites the entries of `parameter` at flat indices, in place, or all where it is None."""
     values = values.to(parameter.device)
-    if flat_indices is not None and parameter.is_contiguous():  # several times as fast
-        flat = parameter.view(-1)
-        flat.index_copy_(0, flat_indices.to(parameter.device, torch.int64), values)
-    else:
-        parameter[_place(parameter, flat_indices)] = values
-
-
-def _place(parameter: Tensor, flat_indices: Tensor | None) -> Any:
-    """One index tensor per dimension; unlike a flat view these reach non-contiguous parameters."""
     if flat_indices is None:
-        return ...
-    return torch.unravel_index(flat_indices.to(parameter.device, torch.int64), parameter.shape)
+        parameter.copy_(values)
+        return
+    index = flat_indices.to(parameter.device, torch.int64)
+    if parameter.is_contiguous():  # several times as fast
+        parameter.view(-1).index_copy_(0, index, values)
+    else:
+        parameter[torch.unravel_index(index, parameter.shape)] = values

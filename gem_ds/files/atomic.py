@@ -96,14 +96,17 @@ def make_folder(path: str | Path) -> None:
 
 def save_json(path: str | Path, obj: Any) -> None:
     """Writes `obj` as indented JSON, atomically; raises as `atomic_write`."""
-    payload = (json.dumps(obj, indent=2) + "\n").encode()
-    atomic_write(path, lambda temporary: temporary.write_bytes(payload))
+    save_text(path, json.dumps(obj, indent=2) + "\n")
 
 
 def save_jsonl(path: str | Path, rows: Iterable[Any]) -> None:
     """Writes `rows` as JSON, one on a line, atomically; raises as `atomic_write`."""
-    payload = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    atomic_write(path, lambda temporary: temporary.write_bytes(payload))
+    save_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def save_text(path: str | Path, text: str) -> None:
+    """Writes a text in UTF-8, atomically; raises as `atomic_write`."""
+    atomic_write(path, lambda temporary: temporary.write_bytes(text.encode()))
 
 
 @contextmanager
@@ -116,11 +119,9 @@ def explained(path: Path) -> Iterator[None]:
         number = error.errno if isinstance(error, OSError) else in_text and int(in_text[1])
         if number is None:
             raise
-        raise OSError(
-            number,
-            f"{path} cannot be written ({os.strerror(number)}): "
-            f"{_REMEDIES.get(number, 'check the path and the disk')}; nothing was changed.",
-        ) from error
+        remedy = _REMEDIES.get(number, "check the path and the disk")
+        problem = f"{path} cannot be written ({os.strerror(number)})"
+        raise OSError(number, f"{problem}: {remedy}; nothing was changed.") from error
 
 
 def flush(path: Path) -> None:

@@ -121,12 +121,14 @@ class ModelCard:
 
     def text(self) -> str:
         """Markdown with YAML front matter."""
+        options = {"revision": self.revision, "num_labels": self.num_labels}
+        given = [f"{name}={value!r}" for name, value in options.items() if value]
         facts = vars(self) | {
             "task": _one_line(self.task),
             "base": f"`{_one_line(self.base_model)}`"
             + (f" (revision `{self.revision}`)" if self.revision else ""),
             "base_argument": shlex.quote(self.base_model),
-            "load_arguments": self._load_arguments(),
+            "load_arguments": ", ".join([repr(self.base_model), *given]),
             "method": _GEM if self.method == "gem" else f"`{_one_line(self.method)}`",
             "density": self.num_trainable / self.num_parameters,
             "delta": 'Delta.load("delta.safetensors")'
@@ -146,11 +148,6 @@ class ModelCard:
             use=_USE[self.product].format(**facts),
             settings=_table(("Setting", "Value"), self.settings.items()),
         )
-
-    def _load_arguments(self) -> str:
-        given = {"revision": self.revision, "num_labels": self.num_labels}
-        named = [f"{name}={value!r}" for name, value in given.items() if value]
-        return ", ".join([repr(self.base_model), *named])
 
     def _metadata(self, title: str) -> ModelCardData:
         base_model = self.base_model if _is_hub_name(self.base_model) else None

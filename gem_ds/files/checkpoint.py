@@ -8,9 +8,8 @@
                               of the other two files
       trainer_state.json      step, epoch and log history, with the names of transformers
 
-There is no position in the data, no state of a random generator and none of the learning-rate
-schedule: they are functions of the seed, the step and the number of updates. A folder has its name
-only while it is whole, so a killed run leaves none that is half.
+The position in the data, random generators and the learning rate are functions of the seed, the
+step and the number of updates. A folder has its name only while it is whole.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,6 +28,7 @@ from pydantic import Field
 from torch import Tensor
 
 from gem_ds.distributed.optim import STATE_KEYS
+from gem_ds.errors import refusing
 from gem_ds.files.atomic import beside, save_json
 from gem_ds.files.delta import Delta
 from gem_ds.files.digests import checksum, digest_of_file
@@ -48,7 +48,8 @@ _HEAD = "head."
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 _LEFTOVER = re.compile(r"\.(checkpoint-\d+)\.[0-9a-f]{8}\.(?:tmp|old)")
 OPTIMIZER_FILE = "optimizer.safetensors"
-_MASK, _STATE = "mask.safetensors", "trainer_state.json"
+STATE_FILE = "trainer_state.json"
+_MASK = "mask.safetensors"
 
 Count = Annotated[int, Field(ge=0, lt=2**53)]  # 2^53: what a JSON number surely holds
 
@@ -70,7 +71,7 @@ class TrainerState:
 
     def save(self, folder: Path) -> None:
         """Write ``trainer_state.json`` into a folder, atomically."""
-        save_json(folder / "trainer_state.json", asdict(self))
+        save_json(folder / STATE_FILE, asdict(self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,10 +91,9 @@ class _Numbers:
     num_updates: Count
     loss_scale: Annotated[float, Field(gt=0)]
     identity: RunIdentity
-    head_shapes: dict[str, tuple[Count, ...]] = field(default_factory=dict)  # old ones have none
-    file_digests: dict[str, str] = field(
-        default_factory=dict
-    )  # of the other two; old ones have none
+    # Old ones have neither of these.
+    head_shapes: dict[str, tuple[Count, ...]] = field(default_factory=dict)
+    file_digests: dict[str, str] = field(default_factory=dict)  # of the other two files
     __pydantic_config__ = STRICT
 
 
@@ -107,10 +107,9 @@ class Checkpoint:
     loss_scale: float  # of fp16
     identity: RunIdentity
     state: TrainerState
-    head_vectors: dict[str, Tensor] = field(default_factory=dict)  # of a task head, if there is one
-    head_shapes: dict[str, tuple[int, ...]] = field(
-        default_factory=dict
-    )  # its parameters', in order
+    # Of a task head, if there is one: its vectors, and its parameters' shapes in their order.
+    head_vectors: dict[str, Tensor] = field(default_factory=dict)
+    head_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def head_size(self) -> int:
@@ -128,17 +127,15 @@ class Checkpoint:
         dtype: torch.dtype = getattr(torch, self.mask.dtype)
         sizes = [index.numel() for index in self.mask.indices.values()]
         parts = self.vectors["master"].to(dtype).split(sizes)
-        shapes = self.head_shapes
-        if sum(map(math.prod, shapes.values())) != self.head_size:
+        values = dict(zip(self.mask.indices, parts, strict=True))
+        shapes, head = self.head_shapes, {}
+        sizes = [math.prod(shape) for shape in shapes.values()]
+        if sum(sizes) != self.head_size:
             raise ValueError("it does not name its head's parameters, as those of older versions")
-        head = {}
         if shapes:
-            numbers = self.head_vectors["master"].to(dtype)
-            split = numbers.split([math.prod(shape) for shape in shapes.values()])
+            split = self.head_vectors["master"].to(dtype).split(sizes)
             head = {n: p.view(shapes[n]) for n, p in zip(shapes, split, strict=True)}
-        return Delta(
-            mask=self.mask, values=dict(zip(self.mask.indices, parts, strict=True)), head=head
-        )
+        return Delta(mask=self.mask, values=values, head=head)
 
     def save(self, output_dir: Path) -> Path:
         """Write ``checkpoint-N``; raises OSError as :func:`atomic_folder`."""
@@ -154,7 +151,7 @@ class Checkpoint:
             loss_scale=self.loss_scale,
             identity=self.identity,
             head_shapes=self.head_shapes,
-            file_digests={name: digest_of_file(folder / name) for name in (_MASK, _STATE)},
+            file_digests={name: digest_of_file(folder / name) for name in (_MASK, STATE_FILE)},
         )
         head = {f"{_HEAD}{key}": vector for key, vector in self.head_vectors.items()}
         tensors = self.vectors | head
@@ -167,30 +164,24 @@ class Checkpoint:
             raise ValueError(
                 f"{folder} is not a checkpoint of gem_ds: pass a checkpoint-N folder, or last."
             )
-        with _damaged(folder):
+        with told_as_damaged(folder):
             tensors, metadata = load_tensors(folder / OPTIMIZER_FILE, CHECKPOINT_KIND)
             numbers = from_json(_Numbers, json.dumps(metadata))
-            for name, digest in numbers.file_digests.items():
-                if digest_of_file(folder / name) != digest:
-                    raise ValueError(f"{name} is not the one that was saved with it")
+            check_file_digests(folder, numbers.file_digests)
             mask = Mask.load(folder / _MASK)
             head = {k.removeprefix(_HEAD): v for k, v in tensors.items() if k.startswith(_HEAD)}
             vectors = {key: v for key, v in tensors.items() if not key.startswith(_HEAD)}
             _check_vectors(vectors, mask.num_selected)
             if head:
                 _check_vectors(head, len(next(iter(head.values()))))
-            state = from_json(TrainerState, (folder / _STATE).read_bytes())
-            _check_counts(folder.name, numbers.num_updates, state)
-            return cls(
-                mask=mask,
-                vectors=vectors,
-                head_vectors=head,
-                head_shapes=numbers.head_shapes,
-                num_updates=numbers.num_updates,
-                loss_scale=numbers.loss_scale,
-                identity=numbers.identity,
-                state=state,
-            )
+            state = from_json(TrainerState, (folder / STATE_FILE).read_bytes())
+            step, named = state.global_step, _FOLDER.fullmatch(folder.name)
+            if numbers.num_updates > step:
+                raise ValueError(f"it counts {numbers.num_updates} updates in {step} steps")
+            if named and int(named[1]) != step:
+                raise ValueError(f"its trainer_state.json is of step {step}")
+            own = {key: value for key, value in vars(numbers).items() if key != "file_digests"}
+            return cls(mask=mask, vectors=vectors, head_vectors=head, state=state, **own)
 
 
 def load_delta(path: str | Path) -> Delta:
@@ -199,21 +190,22 @@ def load_delta(path: str | Path) -> Delta:
     if not path.is_dir():
         return Delta.load(path)
     checkpoint = Checkpoint.load(path)
-    try:
+    problem = f"{path} gives no delta ({{}}): pass the delta.safetensors of the finished run."
+    with refusing(problem, ValueError):
         return checkpoint.delta()
-    except ValueError as error:
-        raise ValueError(
-            f"{path} gives no delta ({error}): pass the delta.safetensors of the finished run."
-        ) from error
 
 
-@contextmanager
-def _damaged(folder: Path) -> Iterator[None]:
+def told_as_damaged(folder: Path) -> AbstractContextManager[None]:
     """Tells what is wrong with the files of a checkpoint, and what to do."""
-    try:
-        yield
-    except (ValueError, FileNotFoundError) as error:
-        raise ValueError(f"{folder} is damaged ({error}): resume an earlier one.") from error
+    problem = f"{folder} is damaged ({{}}): resume an earlier one."
+    return refusing(problem, ValueError, FileNotFoundError)
+
+
+def check_file_digests(folder: Path, digests: Mapping[str, str]) -> None:
+    """Refuse files of a checkpoint, by their paths in it, that are not as they were written."""
+    for name, digest in digests.items():
+        if digest_of_file(folder / name) != digest:
+            raise ValueError(f"{name} is not the one that was saved with it")
 
 
 def _check_vectors(vectors: Mapping[str, Tensor], size: int) -> None:
@@ -226,15 +218,6 @@ def _check_vectors(vectors: Mapping[str, Tensor], size: int) -> None:
             raise ValueError(f"its {name} holds NaN or infinity")
     if not (vectors["exp_avg_sq"] >= 0).all():  # it may overflow, which only stops an entry
         raise ValueError("its exp_avg_sq holds NaN or negative numbers")
-
-
-def _check_counts(name: str, num_updates: int, state: TrainerState) -> None:
-    """Refuses counts that contradict each other or the folder's name."""
-    step = state.global_step
-    if num_updates > step:
-        raise ValueError(f"it counts {num_updates} updates in {step} steps")
-    if (named := _FOLDER.fullmatch(name)) and int(named[1]) != step:
-        raise ValueError(f"its trainer_state.json is of step {step}")
 
 
 def list_checkpoints(output_dir: Path) -> dict[int, Path]:
@@ -252,10 +235,10 @@ def remove_leftovers(output_dir: Path) -> None:
 
 
 def delete_old_checkpoints(output_dir: Path, limit: int, best: int | None = None) -> None:
-    """Delete all but the newest ``limit``; each loses its name before its files.
+    """Delete all but the newest ``limit``, of which one may be the ``best``, by its step, instead.
 
-    The ``best``, by its step, is one of those that stay, beside the newest one at least. One that
-    somebody has put a file into loses its own files and keeps its name.
+    The newest stays. Each loses its name before its files, but for one that somebody has put a file
+    into, which keeps it.
     """
     folders = {n: folder for n, folder in list_checkpoints(output_dir).items() if is_ours(folder)}
     kept = list(folders)[-limit:]

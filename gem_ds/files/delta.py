@@ -13,12 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+from huggingface_hub import HfApi
 from torch import Tensor
 
-from gem_ds.files.hub import fetch, push_delta
+from gem_ds.errors import refusing
+from gem_ds.files.card import ModelCard
+from gem_ds.files.hub import CARD, fetch, license_of
 from gem_ds.files.mask import Mask, dtype_name, pack_mask, take_tensors, unpack_mask
 from gem_ds.files.tensors import metadata_field, save_tensors, taking_tensors
 
@@ -50,7 +55,16 @@ class Delta:
                 raise ValueError(f"weight {name!r} has values but no indices")
             raise ValueError(f"weight {name!r} has indices but no values")
         for name, values in self.values.items():
-            _check_values(name, values, self.mask)
+            dtype, count = self.mask.weights[name].dtype, self.mask.indices[name].numel()
+            own = dtype_name(values.dtype)
+            if values.shape != (count,):
+                raise ValueError(
+                    f"the values of {name!r} have shape {tuple(values.shape)} for {count} indices"
+                )
+            if own != dtype:
+                raise ValueError(f"the values of {name!r} are {own} for a {dtype} weight")
+            if not values.isfinite().all():
+                raise ValueError(f"the values of {name!r} hold NaN or infinity")
         for name, parameter in self.head.items():
             if parameter.is_floating_point() and not parameter.isfinite().all():
                 raise ValueError(f"the head's parameter {name!r} holds NaN or infinity")
@@ -65,14 +79,10 @@ class Delta:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of all weights; a ValueError if they have more than one."""
-        dtype: torch.dtype = getattr(torch, self.mask.dtype)
-        return dtype
+        return getattr(torch, self.mask.dtype)  # type: ignore[no-any-return]
 
     def by_weight(self) -> Iterator[Delta]:
-        """The delta in parts of one weight each, so that one weight at a time need be whole.
-
-        Without the fingerprints of the rest, which whoever applies the parts compares.
-        """
+        """Parts of one weight each, without the fingerprints of the rest, which users compare."""
         for i, (name, values) in enumerate(self.values.items()):
             indices, weights = {name: self.mask.indices[name]}, {name: self.mask.weights[name]}
             mask = replace(self.mask, indices=indices, weights=weights, fingerprints={})
@@ -142,27 +152,47 @@ class Delta:
         Raises:
             ValueError: The Hub refuses it.
         """
-        return push_delta(
-            self,
-            repo,
-            scores=scores or {},
-            license=license,
-            private=private,
-            revision=revision,
-            token=token,
-        )
+        api = HfApi(token=token)
+        problem = f"The delta cannot be pushed to {repo}: {{}} (`hf auth login` says who you are)"
+        with TemporaryDirectory() as folder:
+            self.save(Path(folder, "delta.safetensors"))
+            with refusing(problem, OSError, ValueError):
+                api.create_repo(repo, private=private, exist_ok=True)
+                if not api.file_exists(repo, CARD, revision=revision):
+                    license = license or license_of(self.mask.base_model, token)
+                    text = card_of(self, repo, scores or {}, license).text()
+                    Path(folder, CARD).write_text(text, encoding="utf-8")
+                commit = api.upload_folder(
+                    repo_id=repo,
+                    folder_path=folder,
+                    revision=revision,
+                    commit_message=f"Delta of {Path(self.mask.base_model).name}",
+                )
+        return str(commit.commit_url)
 
 
-def _check_values(name: str, values: Tensor, mask: Mask) -> None:
-    """Refuses values that do not fit the mask's weight `name` or are not finite."""
-    info, count = mask.weights[name], mask.indices[name].numel()
-    if values.shape != (count,):
-        raise ValueError(
-            f"the values of {name!r} have shape {tuple(values.shape)} for {count} indices"
-        )
-    if dtype_name(values.dtype) != info.dtype:
-        raise ValueError(
-            f"the values of {name!r} are {dtype_name(values.dtype)} for a {info.dtype} weight"
-        )
-    if not values.isfinite().all():
-        raise ValueError(f"the values of {name!r} hold NaN or infinity")
+def card_of(delta: Delta, repo: str, scores: Mapping[str, float], license: str | None) -> ModelCard:
+    """The card of a delta that is on the Hub without its run."""
+    mask = delta.mask
+    num_parameters = mask.num_entries
+    if mask.fingerprints:  # of all parameters: "<dtype> <shape> <digest>"
+        texts = [text.split()[1].replace("scalar", "1") for text in mask.fingerprints.values()]
+        num_parameters = sum(prod(map(int, text.split("x"))) for text in texts)
+    labels = mask.settings.get("labels")
+    return ModelCard(
+        base_model=mask.base_model,
+        revision=mask.revision,
+        auto_class="AutoModelForSequenceClassification" if labels else "AutoModelForCausalLM",
+        num_labels=len(labels) if labels else None,
+        task=str(mask.settings.get("task", "its task")),
+        method=mask.method,
+        product="delta",
+        has_mask=True,
+        repo=repo,
+        license=license,
+        num_trainable=mask.num_selected + sum(each.numel() for each in delta.head.values()),
+        num_parameters=num_parameters,
+        dtype=mask.dtype,
+        settings={"method": mask.method, **mask.settings},
+        results=scores,
+    )

@@ -14,16 +14,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from gem_ds.files.atomic import save_json
-from gem_ds.files.checkpoint import Count, RunIdentity, TrainerState
+from gem_ds.files.checkpoint import (
+    STATE_FILE,
+    Count,
+    RunIdentity,
+    TrainerState,
+    check_file_digests,
+    told_as_damaged,
+)
 from gem_ds.files.digests import digest_of_file
 from gem_ds.files.schema import STRICT, from_json
 
-DENSE_FILE, STATE_FILE, DEEPSPEED_FOLDER = "dense.json", "trainer_state.json", "deepspeed"
+DENSE_FILE, DEEPSPEED_FOLDER = "dense.json", "deepspeed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +42,12 @@ class DenseNumbers:
     settings: dict[str, Any]  # by flag or name: what decides which numbers DeepSpeed's files hold
     file_digests: dict[str, str]  # of all other files, by their paths in the folder
     __pydantic_config__ = STRICT
+
+    def save(self, folder: Path, state: TrainerState) -> None:
+        """Write the two JSON files beside DeepSpeed's, whose digests are here."""
+        state.save(folder)
+        digests = self.file_digests | {STATE_FILE: digest_of_file(folder / STATE_FILE)}
+        save_json(folder / DENSE_FILE, asdict(replace(self, file_digests=digests)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,23 +80,17 @@ class DenseCheckpoint:
                 f"{folder} is no checkpoint of a method that trains whole parameters: pass the "
                 "--method that wrote it, or another folder."
             )
-        try:
+        with told_as_damaged(folder):
             numbers = from_json(DenseNumbers, (folder / DENSE_FILE).read_bytes())
             state = from_json(TrainerState, (folder / STATE_FILE).read_bytes())
-            _check_file(folder, STATE_FILE, numbers)
-        except (ValueError, FileNotFoundError) as error:
-            raise ValueError(f"{folder} is damaged ({error}): resume an earlier one.") from error
+            check_file_digests(folder, {STATE_FILE: numbers.file_digests.get(STATE_FILE, "")})
         return cls(folder=folder, numbers=numbers, state=state)
 
     def check_files(self, rank: int, world_size: int) -> None:
         """Refuse DeepSpeed's files if one is not as it was written; each rank reads its share."""
-        try:
-            for name in sorted(self.numbers.file_digests)[rank::world_size]:
-                _check_file(self.folder, name, self.numbers)
-        except (ValueError, FileNotFoundError) as error:
-            raise ValueError(
-                f"{self.folder} is damaged ({error}): resume an earlier one."
-            ) from error
+        with told_as_damaged(self.folder):
+            share = sorted(self.numbers.file_digests.items())[rank::world_size]
+            check_file_digests(self.folder, dict(share))
 
     def refuse_other(self, settings: Mapping[str, Any]) -> None:
         """Refuse a run of other settings than the one that wrote the checkpoint."""
@@ -93,31 +100,6 @@ class DenseCheckpoint:
                     f"{self.folder} was written with {name} {_told(before)} and this run has "
                     f"{_told(now)}: go on with the former, or start anew in another folder."
                 )
-
-
-def write_numbers(
-    folder: Path,
-    state: TrainerState,
-    file_digests: Mapping[str, str],
-    *,
-    num_updates: int,
-    identity: RunIdentity,
-    settings: Mapping[str, Any],
-) -> None:
-    """Write the two JSON files beside DeepSpeed's, whose digests are given."""
-    state.save(folder)
-    numbers = DenseNumbers(
-        num_updates=num_updates,
-        identity=identity,
-        settings=dict(settings),
-        file_digests={**file_digests, STATE_FILE: digest_of_file(folder / STATE_FILE)},
-    )
-    save_json(folder / DENSE_FILE, asdict(numbers))
-
-
-def _check_file(folder: Path, name: str, numbers: DenseNumbers) -> None:
-    if digest_of_file(folder / name) != numbers.file_digests.get(name):
-        raise ValueError(f"{name} is not the one that was saved with it")
 
 
 def _told(value: Any) -> str:

@@ -29,7 +29,7 @@ Read = Callable[[Sequence[tuple[Any, Tensor]]], Iterable[Tensor]]
 
 def read_whole(entries: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
     """Reads parameters that are whole in this process, in any layout and on any device."""
-    return [p.detach().reshape(-1)[index.to(p.device)] for p, index in entries]
+    return [p.detach().reshape(-1)[index.to(p.device).long()] for p, index in entries]
 
 
 @lru_cache

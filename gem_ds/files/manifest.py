@@ -2,8 +2,8 @@
 
     .gem_ds.json    {"kind": "gem_manifest", "format_version": 1, "files": ["config.json", ...]}
 
-A name says nothing of whose a file is: others write a `config.json`, a `model/`, a `checkpoint-3/`
-too. So only what a manifest lists is ever deleted or replaced, and never through a link.
+Others write a `config.json` or a `checkpoint-3/` too, so only what a manifest lists is ever deleted
+or replaced, and never through a link.
 
 `atomic_folder` writes a folder that is whole or absent, with its manifest. Under its temporary
 name, ``.<name>.<8 digits>.tmp``, all that is in it is ours (`"files": null`); a killed process
@@ -19,8 +19,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -39,10 +38,7 @@ def is_ours(folder: Path) -> bool:
 
 
 def listed_files(folder: Path) -> list[Path]:
-    """The files in a folder that its manifest lists, as far as they are there; none without one.
-
-    A link is none of them, nor is what lies behind one.
-    """
+    """The files in a folder that its manifest lists, without links and what lies behind them."""
     found = []
     for name in _read(folder) or ():
         parts = PurePosixPath(name).parts
@@ -79,15 +75,11 @@ def refuse_foreign(folder: Path) -> None:
 
 def list_files(folder: Path, names: Iterable[str]) -> None:
     """Adds paths below a folder to its manifest; call it before they are written."""
-    _write(folder, [*dict.fromkeys([*(_read(folder) or ()), *names])])
+    _write(folder, list(dict.fromkeys([*(_read(folder) or ()), *names])))
 
 
 def claim(folder: Path, name: str) -> Path:
-    """The path of a file that is about to be written, listed as ours.
-
-    Raises:
-        ValueError: Somebody else's file has that name.
-    """
+    """The path of a file that is about to be written, listed as ours; refuses somebody else's."""
     path = folder / name
     if path not in listed_files(folder):
         if os.path.lexists(path):
@@ -129,17 +121,19 @@ def atomic_folder(path: str | Path, write: Callable[[Path], object]) -> None:
     path = Path(path)
     temporary = beside(path, "tmp")
     try:
-        with explained(path), _made(temporary):
-            _write(temporary, None)
-            write(temporary)
-            files = (entry for entry in temporary.rglob("*") if not entry.is_dir())
-            names = sorted(entry.relative_to(temporary).as_posix() for entry in files)
-            _write(temporary, [name for name in names if name != MANIFEST])
-            for entry in (*temporary.rglob("*"), temporary):
-                flush(entry)
-            refuse_foreign(path)
-            _replace(temporary, path)
-            flush(path.parent)
+        with explained(path):
+            temporary.mkdir()
+            with locked(temporary):  # against `clear_leftovers` of others
+                _write(temporary, None)
+                write(temporary)
+                files = (entry for entry in temporary.rglob("*") if not entry.is_dir())
+                names = sorted(entry.relative_to(temporary).as_posix() for entry in files)
+                _write(temporary, [name for name in names if name != MANIFEST])
+                for entry in (*temporary.rglob("*"), temporary):
+                    flush(entry)
+                refuse_foreign(path)
+                _replace(temporary, path)
+                flush(path.parent)
     finally:
         _delete_temporary(temporary)
 
@@ -165,14 +159,6 @@ def _delete_temporary(folder: Path) -> None:
         shutil.rmtree(folder)
     elif folder.is_dir():
         delete_folder(folder)
-
-
-@contextmanager
-def _made(folder: Path) -> Iterator[None]:
-    """Makes a folder and holds it against `clear_leftovers` of others while the block lasts."""
-    folder.mkdir()
-    with locked(folder):
-        yield
 
 
 def _replace(source: Path, path: Path) -> None:

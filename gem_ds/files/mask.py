@@ -7,9 +7,8 @@
                                                  fingerprints of the base model's parameters
 
 The checksums of the base model's values at the indices, and the fingerprints of all its parameters,
-decide whether a mask or a delta meets the weights that it was made for; the name of the model is
-for the reader. A `Mask` that exists is
-valid, as it checks itself. How entries are chosen is told in `gem_ds.select`.
+decide whether a mask or a delta meets the weights that it was made for. A `Mask` that exists is
+valid, as it checks itself.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor
 
 from gem_ds.files.digests import checksum
-from gem_ds.files.fingerprint import differing
+from gem_ds.files.fingerprint import differing, fingerprints, read_whole
 from gem_ds.files.hub import fetch
 from gem_ds.files.tensors import metadata_field, save_tensors, taking_tensors
 
@@ -96,17 +95,19 @@ class Mask:
             _check_indices(name, self.indices[name], info.shape)
 
     def __repr__(self) -> str:
-        total = sum(prod(info.shape) for info in self.weights.values())
-        return (
-            f"Mask({self.method}: {self.num_selected:,} of {total:,} entries "
-            f"({self.num_selected / total:.4%}) in {len(self.weights)} weights of "
-            f"{self.base_model})"
-        )
+        count, total = self.num_selected, self.num_entries
+        share = f"{count:,} of {total:,} entries ({count / total:.4%})"
+        return f"Mask({self.method}: {share} in {len(self.weights)} weights of {self.base_model})"
 
     @property
     def num_selected(self) -> int:
         """Selected entries of all weights together (K)."""
         return sum(indices.numel() for indices in self.indices.values())
+
+    @property
+    def num_entries(self) -> int:
+        """Entries of all weights together, selected or not."""
+        return sum(prod(info.shape) for info in self.weights.values())
 
     @property
     def dtype(self) -> str:
@@ -166,10 +167,8 @@ class Mask:
 
     def check_base(self, values: Mapping[str, Tensor], noun: str = "mask") -> None:
         """Refuses other base weights, by values as `differing_weights` takes them."""
-        if weights := self.differing_weights(values):
-            self._refuse_base(
-                f"{len(weights)} of {len(self.weights)} weights differ", weights, noun
-            )
+        if names := self.differing_weights(values):
+            self._refuse_base(f"{len(names)} of {len(self.weights)} weights differ", names, noun)
 
     def check_rest(self, found: Mapping[str, str], noun: str = "mask") -> None:
         """Refuses a base that differs beyond the entries, by its parameters' fingerprints.
@@ -179,6 +178,16 @@ class Mask:
         if names := differing(self.fingerprints, found):
             count = f"{len(names)} of {len(self.fingerprints)} parameters"
             self._refuse_base(f"{count} differ beyond the selected entries", names, noun)
+
+    def check_parameters(
+        self, parameters: Mapping[str, Tensor], model: str, noun: str = "mask"
+    ) -> None:
+        """All three checks, of parameters that are whole in this process and nobody has changed."""
+        self.check_model({name: tuple(p.shape) for name, p in parameters.items()}, model)
+        values = read_whole([(parameters[name], index) for name, index in self.indices.items()])
+        self.check_base(dict(zip(self.indices, values, strict=True)), noun)
+        known = {name: p for name, p in parameters.items() if name in self.fingerprints}
+        self.check_rest(fingerprints(known), noun)
 
     def _refuse_base(self, problem: str, names: list[str], noun: str) -> None:
         revision = f" at revision {self.revision}" if self.revision else ""

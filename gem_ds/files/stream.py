@@ -16,25 +16,8 @@ from math import prod
 from pathlib import Path
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
-
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint64: "U64",
-    torch.uint32: "U32",
-    torch.uint16: "U16",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 @dataclass(frozen=True)
@@ -61,7 +44,7 @@ def stream_tensors(
     for name in order:
         start, end = end, end + tensors[name].num_bytes
         header[name] = {
-            "dtype": _DTYPES[tensors[name].dtype],
+            "dtype": _name_in_files(tensors[name].dtype),
             "shape": list(tensors[name].shape),
             "data_offsets": [start, end],
         }
@@ -75,3 +58,9 @@ def stream_tensors(
             file.write(made.reshape(-1).view(torch.uint8).numpy().data)
             del made  # before the next is made
     return end
+
+
+def _name_in_files(dtype: torch.dtype) -> str:
+    """What the format calls a dtype: the word that safetensors writes for it, F32 of float32."""
+    header = save({"empty": torch.empty(0, dtype=dtype)})[8:]
+    return str(json.loads(header)["empty"]["dtype"])

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
+from gem_ds.errors import refusing
 from gem_ds.files.atomic import atomic_write
 from gem_ds.files.digests import digest_of_json, digest_of_tensor
 
@@ -63,16 +64,20 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
         raise FileNotFoundError(f"There is no {noun} file at {path}: check the path.")
     with path.open("rb"):  # whose errors are true: to safetensors any file is missing that is shut
         pass
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            header = _parse_header(path, noun, kind, file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is not a whole safetensors file ({error}): it was truncated or has another "
-            f"format, so copy it again or pass a {noun} file that gem_ds wrote"
-        ) from error
-    _check_tensors(path, header.pop("digests", None), tensors)
+    problem = (
+        f"{path} is not a whole safetensors file ({{}}): it was truncated or has another format, "
+        f"so copy it again or pass a {noun} file that gem_ds wrote"
+    )
+    with refusing(problem, SafetensorError), safe_open(path, framework="pt", device="cpu") as file:
+        header = _parse_header(path, noun, kind, file.metadata() or {})
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    digests = header.pop("digests", None)
+    for name in sorted(digests.keys() | tensors.keys()) if digests is not None else ():
+        if name not in tensors or digest_of_tensor(tensors[name]) != digests.get(name):
+            raise ValueError(
+                f"{path} is damaged (tensor {name!r} is not what was written, by its digest): copy "
+                "it again"
+            )
     return tensors, header
 
 
@@ -89,30 +94,30 @@ def taking_tensors(
 ) -> Iterator[tuple[dict[str, Tensor], dict[str, Any]]]:
     """Reads as `load_tensors`, for a block that takes every tensor out of the mapping.
 
-    The ValueErrors raised inside are told with `path` before and `remedy` after them.
+    ValueErrors raised inside are told with `path` before and `remedy` after them.
     """
     tensors, metadata = load_tensors(path, kind)
-    try:
+    with refusing(f"{path} cannot be used: {{}}; {remedy}", ValueError):
         yield tensors, metadata
         if tensors:
             name = min(tensors)
             raise ValueError(f"it holds tensor {name!r}, which its metadata does not describe")
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be used: {error}; {remedy}") from error
 
 
 def _parse_header(path: Path, noun: str, kind: str, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The JSON object under the key `gem`, checked for kind and version, without these two."""
+    """The JSON object under the key `gem`, checked, without its digest, kind and version."""
     remedy = f"pass a {noun} file that gem_ds wrote"
     if METADATA_KEY not in metadata:
         raise ValueError(f"{path} is a safetensors file without GEM metadata: {remedy}")
-    try:
+    problem = f"{path} has damaged GEM metadata ({{}}): {remedy}"
+    with refusing(problem, ValueError, RecursionError):
         header: Any = json.loads(metadata[METADATA_KEY])
         if not isinstance(header, dict):
             raise ValueError("not a JSON object")
-        _check_header(header)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} has damaged GEM metadata ({error}): {remedy}") from error
+        digest = header.pop("digest", None)
+        is_whole = digest == digest_of_json(header) and isinstance(header.get("digests"), dict)
+        if not is_whole and (digest is not None or "digests" in header):  # older files have neither
+            raise ValueError("it is not what was written, by its digest")
     found, version = header.pop("kind", None), header.pop("format_version", None)
     if found != kind:
         raise ValueError(f"{path} is of kind {found!r}, not {kind!r}: {remedy}")
@@ -124,24 +129,3 @@ def _parse_header(path: Path, noun: str, kind: str, metadata: Mapping[str, str])
             "upgrade gem_ds"
         )
     return header
-
-
-def _check_header(header: dict[str, Any]) -> None:
-    """Refuses a header that is not as it was written; takes its own digest out of it."""
-    digest = header.pop("digest", None)
-    if digest is None and "digests" not in header:
-        return
-    if digest != digest_of_json(header) or not isinstance(header.get("digests"), dict):
-        raise ValueError("it is not what was written, by its digest")
-
-
-def _check_tensors(path: Path, digests: dict[str, str] | None, tensors: dict[str, Tensor]) -> None:
-    """Refuses tensors that are not those that were written; `digests` are None in old files."""
-    if digests is None:
-        return
-    for name in sorted(digests.keys() | tensors.keys()):
-        if name not in tensors or digest_of_tensor(tensors[name]) != digests.get(name):
-            raise ValueError(
-                f"{path} is damaged (tensor {name!r} is not what was written, by its digest): copy "
-                "it again"
-            )

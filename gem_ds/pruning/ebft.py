@@ -129,9 +129,7 @@ def _trained_entries(
     names = [target_modules] if isinstance(target_modules, str) else target_modules
     rest = {n: p for n, p in model.named_parameters() if n not in head_names(model)}
     if given is not None:
-        given.check_model({n: tuple(p.shape) for n, p in rest.items()}, "the pruned model")
-        given.check_base({n: _at(rest[n], index) for n, index in given.indices.items()})
-        given.check_rest(fingerprints(rest))
+        given.check_parameters(rest, "the pruned model")
     targets = find_targets(model, names) if given is None else given.indices
     blocks = tuple(f"{name}." for name in find_blocks(model))
     weights = {n: rest[n].detach() for n in targets if n.startswith(blocks)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
-from gem_ds.files.atomic import atomic_write
+from gem_ds.files.atomic import save_text
 from gem_ds.files.delta import Delta
 from gem_ds.files.manifest import claim
 from gem_ds.files.mask import Mask
@@ -74,7 +73,7 @@ def write_report(
         settings=({} if mask is None else mask.settings) | state.get("settings", {}),
     )
     path = claim(folder, REPORT)
-    atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    save_text(path, text)
     return path
 
 
@@ -135,7 +134,7 @@ def _title(folder: Path, mask: Mask | None) -> str:
 def _facts(mask: Mask | None, delta: Delta | None, metrics: Mapping[str, float]) -> dict[str, str]:
     facts = {f"held-out {name}": f"{value:.4g}" for name, value in metrics.items()}
     if mask is not None:
-        total = sum(prod(info.shape) for info in mask.weights.values())
+        total = mask.num_entries
         facts |= {
             "selected entries": f"{mask.num_selected:,}",
             f"of {total:,} in {len(mask.weights)} weights": f"{mask.num_selected / total:.3%}",

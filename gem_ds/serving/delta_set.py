@@ -9,9 +9,8 @@
     deltas.use(None)  # the base again, bit for bit
 
 Beside the model are held, of each delta, what its file holds and the base's bits at its entries:
-8 bytes an entry in 16 bits. (One list of base bits for the union of all would need places in it,
-and be larger unless deltas overlap several times.) A swap writes base bits at the entries of the
-one delta and values at those of the other; nothing else of the model is read.
+8 bytes an entry in 16 bits. A swap writes base bits at the entries of the one delta and values at
+those of the other; nothing else of the model is read.
 
 The caches of attention that a prompt left under one delta mean nothing under another: drop them.
 """
@@ -21,39 +20,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import nn
 
-from gem_ds.files.apply import replaced_entries, write_entries
+from gem_ds.files.apply import Swap, find_swaps, write_entries
 from gem_ds.files.delta import Delta
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Swap:
-    """Entries of one weight of a delta where the model has them, on its device."""
-
-    weight: str  # its name in the delta
-    tensor: Tensor  # a parameter, or what else holds the entries
-    indices: Tensor | None  # flat (k,), into the tensor; None is the whole of it, of a head
-    base: Tensor  # bits to put back, as many
-    values: Tensor  # the delta's, as many
-    chosen: Tensor | None = None  # which of the delta's k_l entries these are; None is all
-
-
-def swaps_in_parameters(model: nn.Module, delta: Delta) -> list[Swap]:
-    """Of a model whose parameters are named and shaped as the delta's; raises as `apply_delta`."""
-    values = delta.values | delta.head
-    return [
-        Swap(
-            weight=name,
-            tensor=parameter,
-            indices=None if indices is None else indices.to(parameter.device),
-            base=base,
-            values=values[name].to(parameter.device),
-        )
-        for name, (parameter, indices, base) in replaced_entries(model, delta).items()
-    ]
 
 
 class DeltaSet:
@@ -72,7 +44,7 @@ class DeltaSet:
     def __init__(
         self,
         model: nn.Module,
-        find: Callable[[nn.Module, Delta], list[Swap]] = swaps_in_parameters,
+        find: Callable[[nn.Module, Delta], list[Swap]] = find_swaps,
     ) -> None:
         """``find`` tells where a delta's entries are in the model, and refuses another base."""
         self.model = model
@@ -120,14 +92,12 @@ class DeltaSet:
             ValueError: There is no such delta. That the masks are one is the caller's word.
         """
         with self.lock:
-            values = delta.values | delta.head
-            self._swaps[name] = new = [
-                replace(
-                    swap,
-                    values=_part(values[swap.weight], swap.chosen).to(swap.base.device),
-                )
-                for swap in self._find(name)
-            ]
+            new = []
+            for swap in self._find(name):
+                values, chosen = (delta.values | delta.head)[swap.weight], swap.chosen
+                values = values if chosen is None else values[chosen.to(values.device)]
+                new.append(replace(swap, values=values.to(swap.base.device)))
+            self._swaps[name] = new
             if name == self._standing:
                 self._is_whole = False
                 self._write(new)
@@ -183,7 +153,3 @@ class DeltaSet:
         for swap in swaps:
             write_entries(swap.tensor, swap.indices, swap.values)
         self._is_whole = True
-
-
-def _part(values: Tensor, chosen: Tensor | None) -> Tensor:
-    return values if chosen is None else values[chosen.to(values.device)]

@@ -8,6 +8,10 @@ SHA-256 of all three and the payload. A receiver takes a message wholly or not a
 with None or a sentence: a message that was lost or came twice has another number than the next,
 one that was damaged another digest, and values that are not finite are none. This finds accidents;
 it keeps no stranger out, so listen on a network of your own.
+
+The answer to a mask is what the process has of the base's values at its entries. Under tensor
+parallelism that is some entries of a weight, or a copy of those of another process: whoever gathers
+the parts (:func:`check_parts`) knows then that every entry has a place and the base is the mask's.
 """
 
 from __future__ import annotations
@@ -17,17 +21,18 @@ import socket
 import struct
 import tempfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from enum import IntEnum
 from pathlib import Path
 
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
 
+from gem_ds.files.apply import Swap
 from gem_ds.files.delta import Delta
 from gem_ds.files.mask import Mask
-from gem_ds.serving.base_parts import pack_base
 from gem_ds.serving.delta_set import DeltaSet
 
 Buffer = bytes | bytearray
@@ -86,20 +91,54 @@ def pack_values(mask: Mask, values: Mapping[str, Tensor]) -> bytearray:
 
 
 def unpack_values(mask: Mask, payload: bytearray) -> dict[str, Tensor]:
-    """The inverse of `pack_values`; the tensors share the payload's memory."""
-    expected = sum(
-        mask.indices[name].numel() * getattr(torch, info.dtype).itemsize
-        for name, info in mask.weights.items()
-    )
+    """The inverse of `pack_values`."""
+    values = _zeros(mask)
+    expected = sum(value.nbytes for value in values.values())
     if len(payload) != expected:
         raise ValueError(f"{len(payload)} bytes are not the values of this mask ({expected} bytes)")
-    values, start = {}, 0
-    for name, info in mask.weights.items():
-        dtype, count = getattr(torch, info.dtype), mask.indices[name].numel()
-        part = memoryview(payload)[start : start + count * dtype.itemsize]
-        values[name] = torch.frombuffer(part, dtype=dtype) if count else torch.empty(0, dtype=dtype)
-        start += part.nbytes
+    start = 0
+    for value in values.values():
+        part = payload[start : start + value.nbytes]
+        value.view(torch.uint8).numpy().data[:] = part
+        start += value.nbytes
     return values
+
+
+def _zeros(mask: Mask) -> dict[str, Tensor]:
+    """Values [k_l] of all weights that mean nothing yet, in the weights' dtypes."""
+    return {
+        name: torch.zeros(mask.indices[name].numel(), dtype=getattr(torch, info.dtype))
+        for name, info in mask.weights.items()
+    }
+
+
+def pack_base(swaps: Iterable[Swap]) -> bytes:
+    """What one process has of the base: a safetensors file, its tensors in pairs, numbered."""
+    tensors = {}
+    for number, swap in enumerate(swaps):
+        chosen = torch.arange(swap.base.numel()) if swap.chosen is None else swap.chosen
+        tensors[f"{number}.chosen.{swap.weight}"] = chosen.cpu()
+        tensors[f"{number}.base.{swap.weight}"] = swap.base.cpu().contiguous()
+    return save(tensors)
+
+
+def check_parts(mask: Mask, parts: Sequence[bytes]) -> None:
+    """Refuse parts of which an entry of the mask is missing, or that are another base's."""
+    base = _zeros(mask)
+    found = {name: torch.zeros(len(values), dtype=torch.bool) for name, values in base.items()}
+    for tensors in map(load, parts):
+        for key, chosen in tensors.items():
+            number, kind, name = key.split(".", 2)
+            if kind == "chosen":
+                base[name][chosen] = tensors[f"{number}.base.{name}"]
+                found[name][chosen] = True
+    for name, has in found.items():
+        if missing := int((~has).sum()):
+            raise ValueError(
+                f"the engine has no place for {missing} of {len(has)} entries of {name!r}: it "
+                "cannot serve this delta; export the model instead (gem-ds export)"
+            )
+    mask.check_base(base, "delta")
 
 
 class DeltaReceiver:
@@ -160,11 +199,7 @@ class DeltaReceiver:
             path = Path(folder, "mask.safetensors")
             path.write_bytes(payload)
             mask = Mask.load(path)
-        empty = {
-            name: torch.zeros(mask.indices[name].numel(), dtype=getattr(torch, info.dtype))
-            for name, info in mask.weights.items()
-        }
-        delta = Delta(mask=mask, values=empty)
+        delta = Delta(mask=mask, values=_zeros(mask))
         if self.NAME in self._deltas.names:
             self._deltas.remove(self.NAME)
         self._delta = None

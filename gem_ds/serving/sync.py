@@ -8,10 +8,9 @@ r"""A trainer keeps models that generate at its own values, by the entries of a 
     VLLM_SERVER_DEV_MODE=1 vllm serve M \
         --worker-extension-cls gem_ds.serving.vllm_worker.DeltaWorker
 
-Where TRL's own client streams every weight, it sends the K values of the mask; the indices went
-before the first of them. What a message is, and how a lost one is found, is told in
-`gem_ds.serving.messages`. `DeltaSender` is the same without vLLM: receivers are any process with a
-`DeltaReceiver`.
+Where TRL's own client streams every weight, it sends the K values of the mask, once their indices
+went (`gem_ds.serving.messages`). `DeltaSender` is the same without vLLM: receivers are any process
+with a `DeltaReceiver`.
 """
 
 from __future__ import annotations
@@ -28,8 +27,7 @@ from torch import Tensor
 
 from gem_ds.files.delta import Delta
 from gem_ds.files.mask import Mask
-from gem_ds.serving.base_parts import check_parts
-from gem_ds.serving.messages import Kind, pack_values, receive, send
+from gem_ds.serving.messages import Kind, check_parts, pack_values, receive, send
 from gem_ds.serving.vllm_engine import VllmServer
 
 
@@ -54,8 +52,7 @@ class DeltaSender:
     @property
     def address(self) -> tuple[str, int]:
         """Host and port to connect to."""
-        host, port = self._listener.getsockname()[:2]
-        return host, port
+        return self._listener.getsockname()[:2]  # type: ignore[no-any-return]
 
     def start(self, num_receivers: int = 0) -> None:
         """Wait for so many more receivers, and send the mask to all; numbers start again.

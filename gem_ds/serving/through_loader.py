@@ -3,13 +3,9 @@
 An inference engine merges weights (q, k and v; gate and up), cuts them over ranks, pads and
 transposes them. Its model's ``load_weights`` knows how: it takes names and whole tensors as they
 stand in checkpoints (where each expert has matrices of its own), and ends in copies into the
-weights. Here it is given, weight by weight, a tensor that holds i at the delta's entry i and -1
-elsewhere; a copy of such a tensor into the model's memory is not carried out, but says which
-entries of the delta go where. So no layout is known here, nothing is written while the places are
-found, and every swap afterwards touches the entries alone.
-
-The tensor of marks stands on the CPU, 4 bytes for an entry of the largest weight. Weights that
-the engine has changed after loading (quantized, or in another dtype) are refused.
+weights. Here it is given, weight by weight, a tensor on the CPU that holds i at the delta's entry i
+and -1 elsewhere; a copy of such a tensor into the model's memory is not carried out, but says which
+entries of the delta go where. So no layout is known here, and nothing is written meanwhile.
 """
 
 from __future__ import annotations
@@ -25,25 +21,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from gem_ds.files.apply import Swap
 from gem_ds.files.delta import Delta
 from gem_ds.files.mask import dtype_name
 from gem_ds.models.blocks import model_of
-from gem_ds.serving.delta_set import Swap
 
 
 def swaps_through_loader(model: nn.Module, delta: Delta) -> list[Swap]:
     """Of a model that has ``load_weights``, the entries that are in this process, perhaps none.
 
-    Args:
-        model: Its weights are loaded; nothing is written.
-        delta: Of the whole weights, by their names in checkpoints.
-
-    Returns:
-        For every tensor of the model that holds entries of a weight one.
-
-    Raises:
-        ValueError: The loader does not know a weight, or does more with it than to copy it, or the
-            model holds it in another dtype.
+    One for every tensor of the model that holds entries of a weight of the delta, whose names are
+    those of checkpoints. A ValueError refuses a weight that the loader does not know or does more
+    with than to copy it, or that the model holds in another dtype, or quantized.
     """
     if delta.head:
         raise ValueError("the delta has a task head, which a model that generates has no place for")

@@ -8,9 +8,8 @@
 
 Every worker finds through its model's own loader where a delta's entries are in its part
 (`gem_ds.serving.through_loader`), so tensor and pipeline parallelism and merged weights need no
-knowledge here. vLLM's ``checkpoint_weight_patch`` does it through the same loader, but at each
-swap stages every weight whole, keeps no base values, and leaves entries that a loader passes over
-unnoticed.
+knowledge here. vLLM's ``checkpoint_weight_patch`` stages every weight whole at each swap, keeps no
+base values, and does not notice entries that a loader passes over.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from gem_ds.files.delta import Delta
-from gem_ds.serving.base_parts import check_parts
+from gem_ds.serving.messages import check_parts
 
 
 class VllmLlm:

@@ -2,10 +2,9 @@
 
     vllm serve M --worker-extension-cls gem_ds.serving.vllm_worker.DeltaWorker
 
-The methods are called in all workers at once by ``collective_rpc``, which is to carry orders and
-no data: deltas come in files that every worker can read, and values of training over a socket. A
-method returns None, or a sentence on why nothing was done, as vLLM tells of an exception only
-that there was one.
+``collective_rpc`` calls the methods in all workers at once, and is to carry orders and no data:
+deltas come in files that every worker can read, and values of training over a socket. A method
+returns None, or a sentence on why nothing was done: of an exception vLLM tells only that it was.
 """
 
 from __future__ import annotations
@@ -17,9 +16,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from gem_ds.files.delta import Delta
-from gem_ds.serving.base_parts import pack_base
 from gem_ds.serving.delta_set import DeltaSet
-from gem_ds.serving.messages import DeltaReceiver
+from gem_ds.serving.messages import DeltaReceiver, pack_base
 from gem_ds.serving.through_loader import swaps_through_loader
 
 _TIMEOUT = 1800  # seconds that a worker waits for its trainer

@@ -18,7 +18,7 @@ from gem_ds.distributed.dense_engine import DenseEngine
 from gem_ds.distributed.weights import numel
 from gem_ds.files.checkpoint import TrainerState
 from gem_ds.files.delta import Delta
-from gem_ds.files.dense_checkpoint import DEEPSPEED_FOLDER, DenseCheckpoint, write_numbers
+from gem_ds.files.dense_checkpoint import DEEPSPEED_FOLDER, DenseCheckpoint, DenseNumbers
 from gem_ds.files.digests import digest_of_file
 from gem_ds.files.fingerprint import fingerprints
 from gem_ds.files.manifest import atomic_folder, claim
@@ -95,15 +95,13 @@ class DenseTuning:
         def write(path: Path) -> None:
             nonlocal begun
             begun = True
-            file_digests = self._save_parts(path)
-            write_numbers(
-                path,
-                state,
-                file_digests,
+            numbers = DenseNumbers(
+                file_digests=self._save_parts(path),
                 num_updates=self.engine.num_updates,
                 identity=self.prepared.identity,
                 settings=self.prepared.dense_settings(self.comm.world_size),
             )
+            numbers.save(path, state)
 
         with self.comm.agreement():
             try:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from gem_ds.files.checkpoint import RunIdentity, TrainerState
-from gem_ds.files.dense_checkpoint import DenseCheckpoint, write_numbers
+from gem_ds.files.dense_checkpoint import DenseCheckpoint, DenseNumbers
 from gem_ds.files.digests import digest_of_file
 
 SETTINGS = {"--method": "lora", "--lora_r": 8, "ranks": 2, "ZeRO stage": 3}
@@ -21,14 +21,13 @@ def folder(tmp_path: Path) -> Path:
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
-    write_numbers(
-        folder,
-        TrainerState(global_step=5, max_steps=9),
-        {name: digest_of_file(folder / name) for name in names},
+    numbers = DenseNumbers(
         num_updates=4,
         identity=IDENTITY,
         settings=SETTINGS,
+        file_digests={name: digest_of_file(folder / name) for name in names},
     )
+    numbers.save(folder, TrainerState(global_step=5, max_steps=9))
     return folder
 
 

@@ -17,7 +17,7 @@ from huggingface_hub import HfApi, ModelCard
 from torch import nn
 
 from gem_ds.files import hub
-from gem_ds.files.delta import Delta
+from gem_ds.files.delta import Delta, card_of
 from gem_ds.files.mask import Mask
 from tests.deltas import bytes_of, make_delta
 
@@ -192,6 +192,6 @@ def test_the_licence_is_that_of_the_base(tmp_path, monkeypatch):
     assert hub.license_of(str(tmp_path)) is None
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# Base")
     assert hub.license_of(str(tmp_path)) == "mit"
-    card = hub.card_of(a_delta(str(tmp_path)), "me/mine", {}, "mit").text()
+    card = card_of(a_delta(str(tmp_path)), "me/mine", {}, "mit").text()
     assert ModelCard(card).data.license == "mit"
     assert "Delta.from_pretrained('me/mine')" in card

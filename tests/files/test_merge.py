@@ -191,6 +191,10 @@ def test_the_programs_tell_and_write(tmp_path, capsys):
     assert "both      2 of 5 entries (40.00%)" in told
     assert "self_attn.q_proj" in told
     assert plot.stat().st_size > 1000
+    make_delta(base_of(), {"a.weight": [1]}).save(out)
+    assert run("delta diff", [a, out, "--model_name_or_path", demo]) == 1
+    assert "entries of 'a.weight', which LlamaForCausalLM does not" in capsys.readouterr().err
+    Path(out).unlink()
     merge = [a, b, "--weights", "1", "0.5", "--model_name_or_path", demo, "--output_file", out]
     assert run("delta merge", merge) == 0
     assert Delta.load(out).mask.indices[name].tolist() == [1, 2, 3, 9, 11]

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from gem_ds import VllmDeltas, apply_delta
 from gem_ds.files.delta import Delta
-from gem_ds.serving.base_parts import check_parts
+from gem_ds.serving.messages import check_parts
 from tests.deltas import bits, make_delta
 from tests.ranks import run_ranks
 
