@@ -11,6 +11,7 @@ from pathlib import Path
 
 from peft import PeftConfig, ShiraConfig
 
+from gem_ds.errors import refusing
 from gem_ds.files.delta import Delta
 from gem_ds.flags import name_of
 from gem_ds.formats.shira import shira_to_delta
@@ -41,18 +42,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def import_adapter(
     folder: str, base: str | None = None, *, trust_remote_code: bool = False
 ) -> Delta:
-    """Read an adapter of SHiRA or of gem_ds' tuner, a folder or an id of the Hub, as a delta.
-
-    Raises:
-        ValueError: In one sentence, what does not go into a delta.
-    """
-    try:
+    """An adapter of SHiRA or of gem_ds' tuner, a folder or an id of the Hub, as a delta."""
+    with refusing(f"{folder} is no adapter's folder: {{}}", ValueError, TypeError, KeyError):
         config = PeftConfig.from_pretrained(folder)
-    except (ValueError, TypeError, KeyError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{folder} is no adapter's folder: {reason}") from error
     if isinstance(config, ShiraConfig):
-        return shira_to_delta(folder, base)
+        return shira_to_delta(config, folder, base)
     if getattr(config, "base_quantization", None):
         return on_unquantized_base(folder, base, trust_remote_code=trust_remote_code)[0]
     return adapter_to_delta(folder)

@@ -14,10 +14,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
 
 from gem_ds.files.checkpoint import load_delta
-from gem_ds.files.delta import Delta
 from gem_ds.files.manifest import atomic_folder, clear_leftovers, refuse_foreign
 from gem_ds.flags import name_of
 from gem_ds.formats.adapter import import_adapter
@@ -28,20 +26,9 @@ from gem_ds.progress import loading_bars
 from gem_ds.tuner.convert import prepare_adapter
 from gem_ds.tuner.dequantize import prepare_dequantized
 
-
-class Prepare(Protocol):
-    """Reads and checks all that a format needs; returns what then fills a folder.
-
-    That returns sentences on what a user of the folder should know.
-    """
-
-    def __call__(
-        self, delta: Delta, base: str, *, trust_remote_code: bool
-    ) -> Callable[[Path], list[str]]:
-        """Raise a ValueError where delta, base and format do not go together."""
-
-
-FORMATS: dict[str, Prepare] = {
+#: What reads and checks all that a format needs, of a delta and its base; it returns what then
+#: fills a folder, and that returns sentences on what a user of the folder should know.
+FORMATS: dict[str, Callable[..., Callable[[Path], list[str]]]] = {
     "hf": prepare_folder,
     "peft": prepare_adapter,
     "shira": prepare_shira,
@@ -52,8 +39,7 @@ FORMATS: dict[str, Prepare] = {
 def main(argv: Sequence[str] | None = None) -> None:
     """The program; raises what `export` does."""
     parser = argparse.ArgumentParser(
-        prog=name_of("export"),
-        description="Write a base model and a delta in a format of others.",
+        prog=name_of("export"), description="Write a base model and a delta in a format of others."
     )
     base_help = "base model: a folder or a name on the Hugging Face Hub (default: the delta's)"
     replace_help = "replace an earlier export in output_dir"
@@ -79,47 +65,40 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--trust_remote_code", action="store_true", help=code_help)
     args = parser.parse_args(argv)
     with loading_bars(is_shown=True):
-        export(
-            args.model_name_or_path,
-            args.delta,
-            args.output_dir,
-            format=args.format,
-            dequantize=args.dequantize,
-            overwrite=args.overwrite_output_dir,
-            trust_remote_code=args.trust_remote_code,
-        )
+        export(**vars(args))
 
 
 def export(
-    base: str | None,
-    delta_path: Path,
+    model_name_or_path: str | None,
+    delta: Path,
     output_dir: Path,
     *,
     format: str = "hf",
     dequantize: bool = False,
-    overwrite: bool = False,
+    overwrite_output_dir: bool = False,
     trust_remote_code: bool = False,
 ) -> None:
-    """Writes a delta, with its base model (a folder or Hub name), as a folder of a format."""
-    output_dir = output_dir.resolve()
+    """Writes a delta, with its base model, as a folder of a format; the arguments are the flags."""
+    base, output_dir = model_name_or_path, output_dir.resolve()
     clear_leftovers(output_dir)
-    _check_output_dir(output_dir, [*([Path(base)] if base else []), delta_path], overwrite)
+    sources = [Path(source) for source in (base, delta) if source is not None]
+    _check_output_dir(output_dir, sources, overwrite_output_dir)
     options = {"trust_remote_code": trust_remote_code}
     if dequantize:
         if format != "hf":
             raise ValueError(f"--dequantize writes a model: leave --format {format} out.")
-        delta, write = prepare_dequantized(str(delta_path), base, **options)
+        trained, write = prepare_dequantized(str(delta), base, **options)
     else:
-        if (delta_path / "adapter_config.json").is_file():
-            delta = import_adapter(str(delta_path), base, **options)
+        if (delta / "adapter_config.json").is_file():
+            trained = import_adapter(str(delta), base, **options)
         else:
-            delta = load_delta(delta_path)
-        write = FORMATS[format](delta, base or delta.mask.base_model, **options)
-    base = base or delta.mask.base_model
+            trained = load_delta(delta)
+        write = FORMATS[format](trained, base or trained.mask.base_model, **options)
+    base = base or trained.mask.base_model
     notes: list[str] = []
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     atomic_folder(output_dir, lambda folder: notes.extend(write(folder)))
-    values = f"{delta.mask.num_selected:,} trained values in {len(delta.values)} weights"
+    values = f"{trained.mask.num_selected:,} trained values in {len(trained.values)} weights"
     print("; ".join([f"{output_dir}: {base} with {values}", *notes]))
 
 

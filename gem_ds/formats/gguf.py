@@ -23,11 +23,7 @@ _CONVERTERS = ("convert_hf_to_gguf.py", "convert-hf-to-gguf")
 def prepare_gguf(
     delta: Delta, base: str, *, trust_remote_code: bool
 ) -> Callable[[Path], list[str]]:
-    """What fills a folder with ``model.gguf``.
-
-    Raises:
-        ValueError: There is no converter on the PATH, or it refuses the model.
-    """
+    """What fills a folder with ``model.gguf``; refuses where no converter is on the PATH."""
     converter = next(filter(None, map(shutil.which, _CONVERTERS)), None)
     if converter is None:
         raise ValueError(

@@ -19,13 +19,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, ShiraConfig
+from peft import ShiraConfig
 from peft.utils import load_peft_weights
 from safetensors.torch import save_file
 from torch import Tensor
 
 from gem_ds.files.delta import Delta
-from gem_ds.files.fingerprint import fingerprints
+from gem_ds.files.fingerprint import fingerprints, read_whole
 from gem_ds.files.mask import Mask, WeightInfo, index_dtype
 from gem_ds.models.export import base_weights
 from gem_ds.models.weight_files import map_model, name_in_files
@@ -41,16 +41,12 @@ _TOO_MANY = (
 def prepare_shira(
     delta: Delta, base: str, *, trust_remote_code: bool = False
 ) -> Callable[[Path], list[str]]:
-    """What fills a folder that peft loads as a SHiRA adapter.
-
-    Raises:
-        ValueError: The delta has a head, or entries where SHiRA has none; or it is of another base.
-    """
+    """What fills a folder that peft loads as a SHiRA adapter; refuses what SHiRA cannot hold."""
+    shapes = {name: info.shape for name, info in delta.mask.weights.items()}
     if delta.head:
         raise ValueError(
             "The delta has a task head, which SHiRA's entries cannot hold: export the whole model."
         )
-    shapes = {name: info.shape for name, info in delta.mask.weights.items()}
     if delta.dtype == torch.float64:
         raise ValueError("SHiRA has differences in fp32, which cannot hold those of float64.")
     for name, shape in shapes.items():
@@ -83,10 +79,8 @@ def prepare_shira(
             first = flat[:1] if len(flat) else flat.new_zeros(1)
             flat, d = torch.cat([flat, first.expand(missing)]), torch.cat([d, d.new_zeros(missing)])
             prefix = f"{_PREFIX}{name.removesuffix('.weight')}"
-            tensors[f"{prefix}.shira_indices"] = torch.stack(
-                [flat // columns, flat % columns]
-            ).int()
-            tensors[f"{prefix}.shira_weight"] = d
+            at = torch.stack([flat // columns, flat % columns])
+            tensors |= {f"{prefix}.shira_indices": at.int(), f"{prefix}.shira_weight": d}
         config.save_pretrained(str(folder))
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         return [f"r = {r}"]
@@ -97,7 +91,7 @@ def prepare_shira(
 def _differences(values: Tensor, weight: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     """Flat indices, int64, and differences, fp32, that added to `weight` give `values`."""
     flat = indices.long()
-    base = weight.detach().reshape(-1)[flat.to(weight.device)].cpu().to(values.dtype)
+    base = read_whole([(weight, flat)])[0].cpu().to(values.dtype)
     d = (values.double() - base.double()).float()
     is_other = _bits(_added(base, d)) != _bits(values)
     again, to_zero = flat[is_other], -base[is_other].float()
@@ -120,24 +114,15 @@ def _bits(values: Tensor) -> Tensor:
     return values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
 
 
-def shira_to_delta(folder: str | Path, base: str | None = None) -> Delta:
-    """Read a SHiRA adapter's folder, or one of the Hub by its id, as a delta.
+def shira_to_delta(config: ShiraConfig, folder: str, base: str | None = None) -> Delta:
+    """Read a SHiRA adapter of this configuration, a folder or an id of the Hub, as a delta.
 
-    Args:
-        folder: The adapter.
-        base: Its base model, a folder or Hub name; default: the one it names.
-
-    Raises:
-        ValueError: It is another method's, damaged or incomplete, has whole modules beside its
-            entries, or entries that the base does not have.
+    ``base`` is its base model, a folder or Hub name; default: the one it names. A ValueError where
+    the adapter is damaged, has whole modules beside its entries, or entries that the base has not.
     """
-    config = PeftConfig.from_pretrained(str(folder))
-    if not isinstance(config, ShiraConfig):
-        raise ValueError(f"{folder} is an adapter of the method {config.peft_type}, not of SHiRA.")
-    tensors = load_peft_weights(str(folder), device="cpu")
-    modules = [
-        key.removesuffix(".shira_weight") for key in tensors if key.endswith(".shira_weight")
-    ]
+    tensors = load_peft_weights(folder, device="cpu")
+    end = ".shira_weight"
+    modules = [key.removesuffix(end) for key in tensors if key.endswith(end)]
     own = {f"{module}.shira_{part}" for module in modules for part in ("weight", "indices")}
     if others := sorted(tensors.keys() ^ own):
         raise ValueError(
@@ -146,11 +131,11 @@ def shira_to_delta(folder: str | Path, base: str | None = None) -> Delta:
         )
     if (base := base or config.base_model_name_or_path) is None:
         raise ValueError(f"{folder} does not name its base: pass --model_name_or_path.")
-    names = {module: f"{module.removeprefix(_PREFIX)}.weight" for module in modules}
     revision = config.revision if base == config.base_model_name_or_path else None
     found = map_model(base, revision)
     indices, values, weights = {}, {}, {}
-    for module, name in names.items():
+    for module in modules:
+        name = f"{module.removeprefix(_PREFIX)}.weight"
         if (in_files := name_in_files(name, found)) is None:
             raise ValueError(f"{folder} has entries of {name}, which {base} does not have.")
         weight = found[in_files]

@@ -10,6 +10,7 @@ import json
 import logging
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,19 +48,20 @@ def add_adapter(
     import peft
 
     torch.manual_seed(seed)
-    config_class: Any
     options: dict[str, Any] = {"target_modules": [name.removesuffix(".weight") for name in targets]}
     if method == "lora":
-        config_class = peft.LoraConfig
         options |= {"r": rank, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
     elif method == "shira":
-        config_class = peft.ShiraConfig
         options["r"] = rank
     else:
-        config_class = peft.IA3Config
         options = options | {"feedforward_modules": []} if targets else {}
     head_modules = sorted({name.rpartition(".")[0] for name in head})
-    config = config_class(modules_to_save=head_modules or None, **options)
+    kinds: dict[str, Any] = {
+        "lora": peft.LoraConfig,
+        "shira": peft.ShiraConfig,
+        "ia3": peft.IA3Config,
+    }
+    config = kinds[method](modules_to_save=head_modules or None, **options)
     try:
         # In the model's dtype: the optimizer keeps fp32 masters of what DeepSpeed trains, and its
         # stage 3 takes no two dtypes.
@@ -83,23 +85,14 @@ def is_of_head(name: str, head: Sequence[str]) -> bool:
     return name in head or ".modules_to_save." in name
 
 
-def check_adapter(folder: str) -> None:
-    """Refuse what can be seen to be no adapter, and to be without peft."""
-    if not Path(folder, _CONFIG).is_file():
-        raise ValueError(f"--adapter {folder} holds no {_CONFIG}: pass the folder of an adapter.")
-    _import_peft()
-
-
 def own_adapter(name: str, revision: str | None = None) -> str | None:
     """The base of the adapter that lies with a model, which transformers would load by itself.
 
-    Raises:
-        ValueError: There is no model, only an adapter.
+    A ValueError where there is no model, only an adapter.
     """
-    try:
+    path = None
+    with suppress(OSError, ValueError):  # of the name of nothing, which the configuration's tells
         path = find_adapter_config_file(name, revision=revision or "main")
-    except (OSError, ValueError):  # the name of nothing: reading the model's configuration says so
-        return None
     if path is None:
         return None
     try:
@@ -124,6 +117,18 @@ def refuse_own_adapter(name: str, revision: str | None = None) -> None:
         )
 
 
+def settle_adapter(name: str, revision: str, adapter: str | None, *, has_delta: bool) -> str | None:
+    """The adapter to put into a model; one beside the model only where nothing else is."""
+    if own_adapter(name, revision) is not None:
+        is_named = adapter is not None and Path(adapter).resolve() != Path(name).resolve()
+        if is_named or has_delta or not Path(name).is_dir():
+            refuse_own_adapter(name, revision)
+        return name
+    if adapter is not None and not Path(adapter, _CONFIG).is_file():
+        raise ValueError(f"--adapter {adapter} holds no {_CONFIG}: pass the folder of an adapter.")
+    return adapter
+
+
 def adapted_names(folder: str) -> set[str]:
     """Names of the model's own parameters that the adapter replaces: a head, mostly."""
     return {name.removeprefix("base_model.model.") for name in _weights(folder)}
@@ -141,7 +146,8 @@ def half_precision(folder: str) -> str | None:
 
 def put_adapter(model: PreTrainedModel, folder: str) -> None:
     """Put a trained adapter into a model, in place; a learnt prompt, no part of it, is refused."""
-    peft = _import_peft()
+    import peft
+
     is_raised = half_precision(folder) is None  # to fp32, as in training
     try:
         with warnings.catch_warnings():
@@ -161,19 +167,12 @@ def put_adapter(model: PreTrainedModel, folder: str) -> None:
 
 
 def _weights(folder: str) -> dict[str, Tensor]:
+    import peft
+
     try:
-        weights: dict[str, Tensor] = _import_peft().load_peft_weights(folder, device="cpu")
+        return peft.load_peft_weights(folder, device="cpu")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _unusable(folder, error) from error
-    return weights
-
-
-def _import_peft() -> Any:
-    try:
-        import peft
-    except ImportError as error:
-        raise ValueError("--adapter needs peft: install it (pip install peft).") from error
-    return peft
 
 
 def _unusable(folder: str, error: Exception) -> ValueError:

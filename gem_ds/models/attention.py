@@ -1,11 +1,10 @@
 """Causal attention over rows that are padded on the right, without a mask for the padding.
 
 No token sees what comes after it, so the padding changes nothing that a token reads, and a mask of
-it is needless. transformers (5.23) looks at the numbers of the mask that it is given, in each
-forward pass, to find out whether some are 0: the host waits for the device, once for a micro-batch
-that nothing is padded in, twice for others. For these it makes a mask of [B, 1, T, T], which keeps
-attention from the kernels for causal masks: on a GPU the flash kernel, and heads that share keys
-are then copied. With flash attention of its own every layer waits, to take the padding out.
+it is needless. transformers (5.23) looks in each forward pass whether some numbers of the mask are
+0: the host waits for the device, once or twice for a micro-batch. With padding it makes a mask of
+[B, 1, T, T], which keeps attention from the flash kernel and copies heads that share keys; with
+flash attention of its own every layer waits, to take the padding out.
 
 To call the model without its mask is no way out: position ids are then searched for packed
 sequences, with a wait, and models that count positions by the mask, or leave padding out of their
@@ -26,8 +25,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 def padded_on_the_right() -> Iterator[None]:
     """While the block lasts, models of transformers make causal masks as if nothing were padded.
 
-    For rows that are padded on the right, if at all. Masks of another kind (of encoders, of images,
-    of packed rows) are made as ever. It holds for all threads of the process.
+    Masks of another kind (of encoders, of images, of packed rows) are made as ever. It holds for
+    all threads of the process.
     """
     masks: Any = ALL_MASK_ATTENTION_FUNCTIONS  # by the names of attention's implementations
     local = dict(masks._local_mapping)  # before those that are registered for all

@@ -13,11 +13,8 @@ from gem_ds.models.encoders import auto_class
 
 
 def block_sizes(model: nn.Module) -> dict[str, int]:
-    """Entries of the largest block of each class, by the class's name; empty if there is none.
-
-    Where a version of transformers recomputes a block by calling it anew, with all that hooks do,
-    instead of its ``forward``, there are none to gather together.
-    """
+    """Entries of the largest block of each class, by the class's name; empty if there is none."""
+    # Versions that recompute a block by calling it anew, with all that hooks do, have none.
     if "__call__" in vars(GradientCheckpointingLayer):
         return {}
     sizes: dict[str, int] = {}
@@ -28,10 +25,7 @@ def block_sizes(model: nn.Module) -> dict[str, int]:
 
 
 def find_blocks(model: nn.Module, name: str = "") -> dict[str, nn.Module]:
-    """The blocks of a model by their names: transformers' ``GradientCheckpointingLayer``s.
-
-    The outermost where one holds others.
-    """
+    """The outermost ``GradientCheckpointingLayer``s of a model of transformers, by their names."""
     if isinstance(model, GradientCheckpointingLayer):
         return {name: model}
     found: dict[str, nn.Module] = {}
@@ -59,7 +53,7 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
 def stop_input_gradients(model: Any) -> None:
     """Let no gradient run to the embedding's output, as transformers and peft ask for.
 
-    Reentrant blocks would need one. Without it nothing below the lowest trained layer runs a
+    Without it (reentrant blocks would need one) nothing below the lowest trained layer runs a
     backward pass, and ZeRO-3 gathers the embedding for the forward pass only.
     """
     if getattr(model, "_require_grads_hook", None) is not None:

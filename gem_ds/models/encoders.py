@@ -1,12 +1,10 @@
 """Encoders: models whose tokens see each other both ways, so that they classify and do not write.
 
 Their classification head is every linear layer outside the base model, and of its pooler. It is
-trained densely, beside the mask, and is no target. First values of what the files lack depend on
-the seed and on each parameter's name alone. N counts the base model, its pooler included.
-
-The head is trained whether or not the files hold it: BERT's pooler was trained for another purpose,
-and while it is frozen little can be learnt through it. ModernBERT's head has a norm besides, which
-comes pretrained and stays as it is; files without it are refused.
+trained densely, beside the mask, and is no target, whether or not the files hold it: BERT's pooler
+was trained for another purpose. First values of what the files lack depend on the seed and on each
+parameter's name alone. N counts the base model, its pooler included. ModernBERT's head has a norm
+besides, which comes pretrained and stays as it is; files without it are refused.
 """
 
 from __future__ import annotations
@@ -123,8 +121,7 @@ def head_names(model: Any) -> set[str]:
 
 def without_head(model: Any) -> nn.Module:
     """The part of a model whose parameters N counts: all of a decoder, an encoder's base model."""
-    base: nn.Module = model.base_model if is_encoder(model.config) else model
-    return base
+    return model.base_model if is_encoder(model.config) else model  # type: ignore[no-any-return]
 
 
 @torch.no_grad()

@@ -11,10 +11,7 @@ from torch import nn
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Within the block the model is in eval mode and caches nothing; then all is as before.
-
-    So is, at the end, which of its parameters require gradients.
-    """
+    """Within the block the model evaluates and caches nothing; then its flags are as before."""
     training = {module: module.training for module in model.modules()}
     requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
     config: Any = getattr(model, "config", None)

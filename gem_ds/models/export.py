@@ -1,10 +1,9 @@
 """The base of a delta, and the two as an ordinary Hugging Face folder.
 
-What is written is the base's folder with the delta's weights (`gem_ds.models.folder`). Where the
-base's files hold its parameters under their names, which they mostly do, the delta is laid over
-them one weight at a time, and no model is made. Else (a task head; experts that transformers holds
-together; files of fewer bits than the delta) the model is loaded in the delta's dtype, and must fit
-into this machine's memory.
+Where the base's files hold its parameters under their names, which they mostly do, the delta is
+laid over them one weight at a time, and no model is made. Else (a task head; experts that
+transformers holds together; files of fewer bits than the delta) the model is loaded in the delta's
+dtype, and must fit into this machine's memory.
 """
 
 from __future__ import annotations
@@ -17,11 +16,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 
 from gem_ds.files.apply import apply_delta
 from gem_ds.files.delta import Delta
@@ -29,20 +24,14 @@ from gem_ds.files.fingerprint import differing, fingerprints, read_whole
 from gem_ds.models.adapters import refuse_own_adapter
 from gem_ds.models.encoders import auto_class, is_encoder, set_labels
 from gem_ds.models.folder import base_folder, write_changed, write_folder
-from gem_ds.models.load import model_config
+from gem_ds.models.load import complete_model, model_config
 from gem_ds.models.weight_files import holds, map_model, name_in_files
 
 
 def prepare_folder(
     delta: Delta, base: str, *, trust_remote_code: bool = False
 ) -> Callable[[Path], list[str]]:
-    """What fills a folder with the base, a folder or Hub name, and the delta applied.
-
-    It returns what `write_folder` does.
-
-    Raises:
-        ValueError: The delta is of another base, or the base is incomplete.
-    """
+    """What fills a folder with the base, a folder or Hub name, and the delta on it."""
     revision = delta.mask.revision_of(base)
     refuse_own_adapter(base, revision)
     found, files = entries_in_files(delta, base, revision), base_folder(base, revision)
@@ -61,15 +50,10 @@ def entries_in_files(
 ) -> dict[str, tuple[str, Tensor]] | None:
     """The delta's weights in the base's files, by their names in the model; checked to be its base.
 
-    None where the files alone do not tell: they have no parameters of those names and numbers (so
-    of another base, or where transformers converts what it loads), or none are known; a task head;
-    or a dtype that does not hold the delta's.
-
-    Returns:
-        The name in the files and the mapped tensor, in the files' dtype.
-
-    Raises:
-        ValueError: The files are damaged.
+    To the name in the files and the mapped tensor, in the files' dtype. None where the files alone
+    do not tell: they have no parameters of those names and numbers (so of another base, or where
+    transformers converts what it loads), or none are known; a task head; or a dtype that does not
+    hold the delta's. A ValueError where the files are damaged.
     """
     mask = delta.mask
     tensors = map_model(base, revision)
@@ -79,11 +63,10 @@ def entries_in_files(
     if delta.head or not is_whole or not found.keys() >= mask.weights.keys():
         return None
     weights = {name: found[name] for name in mask.weights}
-    if not all(holds(tensor.dtype, delta.dtype) for _, tensor in weights.values()):
-        return None
-    if any(tensor.shape != mask.weights[name].shape for name, (_, tensor) in weights.items()):
-        return None
-    at = [(tensor, mask.indices[name].long()) for name, (_, tensor) in weights.items()]
+    for name, (_, tensor) in weights.items():
+        if not holds(tensor.dtype, delta.dtype) or tensor.shape != mask.weights[name].shape:
+            return None
+    at = [(tensor, mask.indices[name]) for name, (_, tensor) in weights.items()]
     values = dict(zip(weights, (v.to(delta.dtype) for v in read_whole(at)), strict=True))
     rest = {name: found[name][1] for name in mask.fingerprints}
     dtypes = [getattr(torch, text.partition(" ")[0]) for text in mask.fingerprints.values()]
@@ -96,10 +79,7 @@ def entries_in_files(
 def base_weights(delta: Delta, base: str, *, trust_remote_code: bool = False) -> dict[str, Tensor]:
     """The base's weights that the delta has entries of; mapped from its files where they tell.
 
-    In the files' dtype, which holds the delta's, or in the delta's.
-
-    Raises:
-        ValueError: The delta is of another base, or the base is incomplete.
+    In the files' dtype, which holds the delta's, or in the delta's. Refuses another base.
     """
     revision = delta.mask.revision_of(base)
     refuse_own_adapter(base, revision)
@@ -120,10 +100,7 @@ def _laid_over(delta: Delta, name: str, base: Tensor) -> Tensor:
 def load_base(
     base: str, revision: str, delta: Delta, *, trust_remote_code: bool = False, **options: Any
 ) -> PreTrainedModel:
-    """The base model in the delta's dtype, with every weight read from its files.
-
-    ``options`` are others of ``from_pretrained``.
-    """
+    """The base model in the delta's dtype, complete; ``options`` are of ``from_pretrained``."""
     refuse_own_adapter(base, revision)
     config = model_config(base, revision, trust_remote_code=trust_remote_code)
     if delta.head:
@@ -134,23 +111,16 @@ def load_base(
                 "launch/train.py"
             )
         set_labels(config, labels)
-    model_class = _class_of(config, base, has_head=bool(delta.head))
-    loaded: tuple[PreTrainedModel, dict[str, Any]] = model_class.from_pretrained(
+    return complete_model(
         base,
-        config=config,
+        config,
+        delta.head,
+        model_class=_class_of(config, base, has_head=bool(delta.head)),
         revision=revision,
         dtype=delta.dtype,
         trust_remote_code=trust_remote_code,
-        output_loading_info=True,
         **options,
     )
-    model, report = loaded
-    if missing := set(report["missing_keys"]) - delta.head.keys():
-        raise ValueError(
-            f"{base} lacks {len(missing)} weights of {type(model).__name__}, for example "
-            f"{min(missing)!r}: pass a complete model"
-        )
-    return model
 
 
 def _class_of(config: PretrainedConfig, base: str, *, has_head: bool) -> Any:
@@ -160,9 +130,9 @@ def _class_of(config: PretrainedConfig, base: str, *, has_head: bool) -> Any:
     if has_head or is_causal or has_code:
         return auto_class(config)
     names = config.architectures or [""]
-    if (model_class := getattr(transformers, names[0], None)) is None:
+    if not hasattr(transformers, names[0]):
         raise ValueError(
             f"the config.json of {base} names no class of transformers under 'architectures' "
             f"(found {names}): name there the class that the model was trained as"
         )
-    return model_class
+    return getattr(transformers, names[0])

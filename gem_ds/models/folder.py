@@ -4,9 +4,8 @@
                                     configuration, templates, processors, code, licence
     each file of weights            the same name, names of tensors and dtypes, as safetensors
 
-The library that loads a model is no faithful copyist: version 5 of transformers moves `rope_theta`
-to where version 4 does not look and names a tokenizer class that it does not know, so that the same
-weights are another model there.
+transformers is no faithful copyist: version 5 moves `rope_theta` to where version 4 does not look
+and names a tokenizer class that it does not know, so the same weights are another model there.
 
 What differs from the base: a dtype that cannot hold the trained values exactly becomes theirs, and
 config.json says so; an encoder that got a task head has the names of its new class, and config.json
@@ -29,9 +28,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, utils
 from transformers.core_model_loading import revert_weight_conversion
 
+from gem_ds.errors import refusing
 from gem_ds.files.mask import dtype_name
 from gem_ds.files.stream import LazyTensor, stream_tensors
-from gem_ds.models.weight_files import holds, map_tensors, weight_files
+from gem_ds.models.weight_files import holds, map_model, map_tensors, weight_files
 
 #: Ends of the names of what holds weights, or an optimizer's state, in any format.
 _OF_WEIGHTS = (
@@ -50,11 +50,8 @@ def base_folder(name: str, revision: str | None = None) -> Path:
     if Path(name).is_dir():
         return Path(name)
     weights = [f"*{end}" for end in _OF_WEIGHTS]  # those that were loaded are there already
-    try:
+    with refusing(f"The files of {name} cannot be fetched: {{}}", OSError, ValueError):
         return Path(snapshot_download(name, revision=revision, ignore_patterns=weights))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"The files of {name} cannot be fetched: {reason}") from error
 
 
 def write_folder(
@@ -64,10 +61,10 @@ def write_folder(
     trained: Mapping[str, Tensor],
     head: Collection[str] = (),
 ) -> list[str]:
-    """Fills `folder` with the base's files and the weights `trained`.
+    """Fills `folder`, which exists, with the base's files and the weights `trained`.
 
     Args:
-        folder: Where to write; exists.
+        folder: Where to write.
         base: The folder that the model was loaded from.
         model: Says what its parameters are called in files; may be partitioned.
         trained: Every parameter, whole, by its name in the model; tied ones once.
@@ -79,8 +76,7 @@ def write_folder(
     Raises:
         ValueError: The base's files have no place for a parameter.
     """
-    names = [name for path in weight_files(str(base))[1] for name in map_tensors(path)[0]]
-    new = _as_in_files(model, trained, names)
+    new = _as_in_files(model, trained, map_model(str(base)))
     prefix = f"{model.base_model_prefix}."
     dtypes = _write_weights(folder, base, new, lambda name, old: new[name], prefix, head)
     return _write_others(folder, base, dtypes, model if head else None)
@@ -91,16 +87,11 @@ def write_changed(
 ) -> list[str]:
     """As `write_folder` where the names of the weights that change are those in the base's files.
 
-    One weight at a time is in memory.
-
-    Args:
-        folder: Where to write; exists.
-        base: The base's folder, weights included.
-        changed: By name in the files, what makes of the base's weight the trained one, in `dtype`.
-        dtype: That of the training; the base's has every value of it.
+    ``changed`` has by name what makes of the base's weight the trained one, in the `dtype` of the
+    training, whose values the base's dtype has. One weight at a time is in memory.
     """
-    shapes = {n: t.shape for p in weight_files(str(base))[1] for n, t in map_tensors(p)[0].items()}
-    new = {name: torch.empty(shapes[name], dtype=dtype, device="meta") for name in changed}
+    old = map_model(str(base))
+    new = {name: torch.empty_like(old[name], dtype=dtype, device="meta") for name in changed}
     dtypes = _write_weights(folder, base, new, lambda name, old: changed[name](old))
     return _write_others(folder, base, dtypes, None)
 
@@ -175,8 +166,7 @@ def _write_weights(
 ) -> set[tuple[torch.dtype, torch.dtype]]:
     """Writes file by file; returns the base's dtypes with those of the training, where they differ.
 
-    (One holds the other, or the weight is in the training's.) What `trained` makes of a name in
-    `new` and the base's weight is `new`'s, where that may be without numbers.
+    What `trained` makes of a name in `new` and the base's weight is `new`'s, which may be on meta.
     """
     index, sources = weight_files(str(base))
     missing = {name: new[name] for name in head if name in new}
@@ -192,8 +182,9 @@ def _write_weights(
             if found is not None and new[found].shape == old.shape:
                 missing.pop(found, None)
                 placed.add(new[found].data_ptr())
-                dtypes |= {(old.dtype, new[found].dtype)}
-                dtype = old.dtype if holds(old.dtype, new[found].dtype) else new[found].dtype
+                dtype = new[found].dtype
+                dtypes |= {(old.dtype, dtype)}
+                dtype = old.dtype if holds(old.dtype, dtype) else dtype
                 make = partial(_merged, old, partial(trained, found, old))
                 written[found if head else name] = LazyTensor(dtype, tuple(old.shape), make)
             elif not head:
@@ -201,8 +192,7 @@ def _write_weights(
         if source == sources[-1]:
             written |= {name: _lazy(tensor) for name, tensor in missing.items()}
             placed |= {tensor.data_ptr() for tensor in missing.values()}
-        target = source.name.replace("pytorch_model", "model").removesuffix(".bin")
-        target = target.removesuffix(".safetensors") + ".safetensors"
+        target = source.with_suffix(".safetensors").name.replace("pytorch_model", "model")
         num_bytes += stream_tensors(folder / target, written, metadata)
         weight_map |= dict.fromkeys(written, target)
     if homeless := [name for name, tensor in new.items() if tensor.data_ptr() not in placed]:
@@ -227,13 +217,12 @@ def _as_in_files(
 ) -> Mapping[str, Tensor]:
     """The tensors by the names that files have, or nearly so, and cut as there (experts)."""
     prefix = f"{model.base_model_prefix}."
-    own = {id(parameter): name for name, parameter in model.named_parameters()}
+    own = {parameter: name for name, parameter in model.named_parameters()}
     aliases = model.named_parameters(remove_duplicate=False)  # files may repeat a tied weight
-    plain = {alias: trained[own[id(parameter)]] for alias, parameter in aliases}
-    found = getattr(model, "_weight_conversions", None)
-    if found is not None:  # at ZeRO stage 3 all that transformers knows, used or not
-        used: Any = [each for each in found if each.was_used()]
-        model._weight_conversions = used
+    plain = {alias: trained[own[parameter]] for alias, parameter in aliases}
+    converting: Any = model
+    if found := getattr(model, "_weight_conversions", None):  # at ZeRO stage 3 all, used or not
+        converting._weight_conversions = [each for each in found if each.was_used()]
     converted: dict[str, Tensor] = revert_weight_conversion(model, dict(plain))
     return max(
         (plain, converted), key=lambda each: sum(bool(_found(name, each, prefix)) for name in names)

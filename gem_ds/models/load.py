@@ -9,7 +9,7 @@ DeepSpeed is imported where a model is partitioned: it takes longer than a small
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from gem_ds.data.tasks import TaskData
 from gem_ds.distributed.comm import Comm
@@ -34,11 +29,10 @@ from gem_ds.files.fingerprint import fingerprints
 from gem_ds.files.mask import dtype_name
 from gem_ds.models.adapters import (
     adapted_names,
-    check_adapter,
     half_precision,
-    own_adapter,
     put_adapter,
     refuse_own_adapter,
+    settle_adapter,
 )
 from gem_ds.models.encoders import auto_class, head_names, initialise_head, is_encoder, set_head
 from gem_ds.models.tokenizer import load_tokenizer
@@ -51,6 +45,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _OF_THE_FILES = (
     *("loading state_dict", "weight conversion", "conversion of the weights"),
     *("PytorchStreamReader", "corrupt"),
+)
+
+_DEQUANTIZE = (
+    "load it once with quantization_config=Mxfp4Config(dequantize=True) and dtype=torch.bfloat16, "
+    "save_pretrained it, and pass that folder"
 )
 
 #: Neither encoders nor causal: they write, but transformers gives their whole input both ways.
@@ -73,12 +72,8 @@ def trainable_config(
             "learn: pass another causal language model."
         )
     if quantization := getattr(config, "quantization_config", None):
-        remedy = "pass the original"
-        if dict(quantization).get("quant_method") == "mxfp4":  # gpt-oss, of which there is no other
-            remedy = (
-                "load it once with quantization_config=Mxfp4Config(dequantize=True) and "
-                "dtype=torch.bfloat16, save_pretrained it, and pass that folder"
-            )
+        is_only = dict(quantization).get("quant_method") == "mxfp4"  # gpt-oss, of which is no other
+        remedy = _DEQUANTIZE if is_only else "pass the original"
         raise ValueError(
             f"{name} is quantized, so its weights cannot hold an update exactly: {remedy}."
         )
@@ -100,14 +95,13 @@ def load_for_training(
     Weights go from the files to this rank's device one by one, at ZeRO stage 3 straight into
     partitions; the host holds none of them whole besides. All ranks call this together. Parameters
     of an encoder's head that the files lack get their first values here. `options` are those of
-    `from_pretrained`; None leaves one out.
+    `from_pretrained`.
     """
     from gem_ds.distributed.weights import partitioned_loading, whole_weights
 
     together: AbstractContextManager[Any] = nullcontext()
-    if zero_stage(deepspeed) < 3:
+    if zero_stage(deepspeed) < 3:  # else loading is collective, and rank 0 alone sees a wrong shape
         options["device_map"] = {"": comm.device}
-        # At stage 3 loading is collective itself, and rank 0 alone sees a wrong shape, after it.
         together = comm.agreement()
     with together, partitioned_loading(deepspeed):
         model, missing, wrong = _from_pretrained(name, config, dtype=dtype, **options)
@@ -152,17 +146,16 @@ def open_model(
     """
     delta = None if delta_path is None else load_delta(delta_path)
     revision = "main" if delta is None else delta.mask.revision_of(name)
-    adapter = _settle_adapter(name, revision, adapter, delta)
-    if adapter is not None:
-        check_adapter(adapter)
-        dtype = (half_precision(adapter) or dtype) if dtype == "auto" else dtype
+    adapter = settle_adapter(name, revision, adapter, has_delta=delta is not None)
+    if adapter is not None and dtype == "auto":
+        dtype = half_precision(adapter) or dtype
     if delta is not None:
-        if dtype not in ("auto", dtype_name(delta.dtype)):
+        own = dtype_name(delta.dtype)
+        if dtype not in ("auto", own):
             raise ValueError(
-                f"--dtype {dtype} cannot hold the delta, whose values are "
-                f"{dtype_name(delta.dtype)}: leave --dtype out."
+                f"--dtype {dtype} cannot hold the delta, whose values are {own}: leave --dtype out."
             )
-        dtype = dtype_name(delta.dtype)
+        dtype = own
     config = model_config(name, revision, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(name, revision, trust_remote_code=trust_remote_code)
     refuse_damaged_files(name)
@@ -188,18 +181,6 @@ def open_model(
     )
 
 
-def _settle_adapter(
-    name: str, revision: str, adapter: str | None, delta: Delta | None
-) -> str | None:
-    """The adapter to put into a model; one beside the model only where nothing else is."""
-    if own_adapter(name, revision) is None:
-        return adapter
-    is_named = adapter is not None and Path(adapter).resolve() != Path(name).resolve()
-    if is_named or delta is not None or not Path(name).is_dir():
-        refuse_own_adapter(name, revision)
-    return name
-
-
 def load_weights(files: ModelFiles, device: torch.device) -> PreTrainedModel:
     """The whole model on one device, delta or adapter applied, in eval mode."""
     model = _load_base(files, device_map={"": device})
@@ -223,30 +204,36 @@ def load_partitioned(
     if files.delta is not None:
         found = fingerprints(dict(model.named_parameters()), Weights(comm, stage=3).read_entries)
         files.delta.mask.check_rest(found, "delta")
-    for part in files.delta.by_weight() if files.delta is not None else ():
-        with whole_weights(model, [*part.values, *part.head]):
-            apply_delta(model, part)
+        for part in files.delta.by_weight():
+            with whole_weights(model, [*part.values, *part.head]):
+                apply_delta(model, part)
     prepare_inference(model, dict(deepspeed))
     return model
 
 
 def _load_base(files: ModelFiles, **options: Any) -> PreTrainedModel:
     """The base model; what it lacks, the delta or the adapter must bring."""
-    # An adapter is ours to put in; transformers would do that with one in the model's folder.
-    elsewhere = {"subfolder": "no_adapter"} if files.adapter is not None else None
-    model, missing, wrong = _from_pretrained(
+    brought = set() if files.delta is None else set(files.delta.head)
+    if files.adapter is not None:  # is ours to put in; transformers would do that with one beside
+        options["adapter_kwargs"] = {"subfolder": "no_adapter"}
+        brought |= adapted_names(files.adapter)
+    return complete_model(
         files.name,
         files.config,
+        brought,
         dtype=files.dtype,
         revision=files.revision,
         trust_remote_code=files.trust_remote_code,
-        adapter_kwargs=elsewhere,
         **options,
     )
-    if missing and files.adapter is not None:
-        missing -= adapted_names(files.adapter)
-    brought = files.delta.head.keys() if files.delta is not None else ()
-    _refuse_incomplete(files.name, [*missing.difference(brought), *wrong])
+
+
+def complete_model(
+    name: str, config: PretrainedConfig, brought: Collection[str], **options: Any
+) -> PreTrainedModel:
+    """As `_from_pretrained`; refuses a model whose files lack more than is brought to it."""
+    model, missing, wrong = _from_pretrained(name, config, **options)
+    _refuse_incomplete(name, [*missing.difference(brought), *wrong])
     assert model is not None, "an incomplete one is refused"
     return model
 
@@ -265,14 +252,14 @@ def model_config(
 
 
 def _from_pretrained(
-    name: str, config: PretrainedConfig, **options: Any
+    name: str, config: PretrainedConfig, *, model_class: Any = None, **options: Any
 ) -> tuple[PreTrainedModel | None, set[str], list[str]]:
     """The model, which weights its files lack, and which have another shape (perhaps without it).
 
-    What they lack holds random numbers.
+    What they lack is random. Options of ``from_pretrained`` that are None are left out.
     """
     try:
-        model, report = auto_class(config).from_pretrained(
+        model, report = (model_class or auto_class(config)).from_pretrained(
             name,
             config=config,
             ignore_mismatched_sizes=True,  # their names are returned

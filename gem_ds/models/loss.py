@@ -4,13 +4,9 @@ Everything in GEM uses the *sum*; whoever needs a mean divides by the number of 
 global batch (here its answer tokens), so that no result depends on how a batch is cut into ranks
 and micro-batches.
 
-The same loss in two ways: :func:`summed_answer_loss` reads the logits of the answer tokens from any
-model; :func:`chunked_answer_loss` lets the model's output layer compute the loss itself, in chunks,
-so that not even those stand whole. Most models end in a plain linear layer and take the second;
-:func:`answer_loss_of` tries.
-
-What the chunks are equivalent to, for hidden states ``h`` [n, H], weight ``W`` [V, H] and bias
-``b`` [V]:
+:func:`summed_answer_loss` reads the logits of the answer tokens from any model;
+:func:`chunked_answer_loss` lets the model's output layer compute the same loss itself, in chunks,
+for hidden states ``h`` [n, H], weight ``W`` [V, H] and bias ``b`` [V]:
 
     logits = h @ W.T + b                                            [n, V]
     loss   = F.cross_entropy(logits.float(), labels, reduction="sum")
@@ -19,9 +15,7 @@ With V in the hundreds of thousands the logits, their logarithms and their gradi
 tensors of a training step. Here a few rows at a time have them: the gradient with respect to the
 logits is ``softmax(logits) - onehot(label)``, which the forward pass knows, so it multiplies it out
 at once, keeps the gradients of h, and of W and b where they are trained, and drops the chunk. The
-backward pass multiplies them by the number that it is given.
-
-The products with W are those of the equivalent code: one forward, one or two backward.
+products with W are those of the code above: one forward, one or two backward.
 """
 
 from __future__ import annotations
@@ -41,9 +35,8 @@ from gem_ds.sddmm import add_product
 
 #: Entries of a chunk's logits: 64 MiB in fp32. Two to three tensors of this size exist at a time.
 CHUNK_SIZE = 2**24
-#: With fewer rows a chunk's products would be bound by reading the weight, so above 65,536 labels a
-#: chunk is larger: a GPU does some 300 operations of 16 bits in the time of a byte, and twice reads
-#: a weight of 2 bytes for 4 operations a row.
+#: With fewer rows a chunk's products would be bound by reading the weight: a GPU does some 300
+#: operations of 16 bits in the time of a byte, and twice reads 2 bytes for 4 operations a row.
 MIN_ROWS, GPU_MIN_ROWS = 256, 1024
 
 _OF_THE_LOSS = ("labels", "answer_positions")  # of a batch, what the model does not read
@@ -52,8 +45,8 @@ _OF_THE_LOSS = ("labels", "answer_positions")  # of a batch, what the model does
 def summed_answer_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Sum of next-token losses at a batch's labelled positions: fp32 scalar.
 
-    The model is a causal one of transformers, or an engine around one; the batch is laid out as
-    :func:`gem_ds.data.dataset.Dataset.collate` does it.
+    The model is a causal one of transformers, or an engine around one; the batch is one of
+    :func:`gem_ds.data.dataset.Dataset.collate`.
     """
     logits = answer_logits(model, batch).float()
     return F.cross_entropy(logits, answer_labels(batch), reduction="sum")
@@ -65,17 +58,16 @@ def chunked_answer_loss(
     """:func:`summed_answer_loss` without logits, of models that :func:`answer_loss_of` accepts.
 
     While the model runs, its output layer returns the loss in the place of the logits. It is still
-    the layer that is called, so what ZeRO-3 hangs on it gathers its weight as ever; a frozen one
-    for the forward pass only, which leaves nothing to be read of it afterwards. ``device_type`` is
-    the kind of device that the chunks suit, if not the model's.
+    the layer that is called, so ZeRO-3 gathers its weight as ever; a frozen one for the forward
+    pass only. ``device_type`` is the kind of device that the chunks suit, if not the model's.
     """
     layer = plain_output_layer(model)
     assert layer is not None, "answer_loss_of chose this loss"
     labels = answer_labels(batch)
 
     def loss_of(hidden: Tensor) -> Tensor:
-        answers = _at_answers(hidden, batch)
-        loss = summed_cross_entropy(answers, layer.weight, layer.bias, labels, device_type)
+        rows = _at_answers(hidden, batch)
+        loss = summed_cross_entropy(rows, layer.weight, layer.bias, labels, device_type)
         return loss.view(1, 1, 1)
 
     loss, own = _logits_through(loss_of, layer, model, batch)
@@ -118,12 +110,10 @@ def answer_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 def answer_loss_of(model: nn.Module, comm: Comm) -> SummedLoss:
     """The way to compute the answer loss of a model: in chunks where that gives the same.
 
-    Models that change their logits after the output layer (a softcap, a scale, a narrower
-    vocabulary) need the logits of all answer tokens at once. Output layers that are more than one
-    product (those of adapters, quantized ones, one whose own weights are selected from) and those
-    that the model does not call need the logits of all tokens. A forward pass of a few tokens
-    compares the model's logits with what the layer returned; it leaves the model in eval mode. All
-    ranks call this together and find the same.
+    Not of models that change their logits after the output layer (a softcap, a scale), whose output
+    layer is more than one product (of adapters, quantized, with targets), or that do not call it.
+    A forward pass of a few tokens compares the model's logits with what the layer returned; it
+    leaves the model in eval mode. All ranks call this together and find the same.
     """
     layer = plain_output_layer(model)
     if layer is None:
@@ -136,9 +126,7 @@ def answer_loss_of(model: nn.Module, comm: Comm) -> SummedLoss:
         logits = _logits(model, {"input_ids": input_ids})
     finally:
         hook.remove()
-    is_changed = [output.shape for output in outputs] != [logits.shape] or bool(
-        (outputs[0] != logits).any()
-    )
+    is_changed = len(outputs) != 1 or not torch.equal(outputs[0], logits)
     return summed_answer_loss if comm.any(is_changed) else chunked_answer_loss
 
 
@@ -146,16 +134,11 @@ def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """What the model returns for logits: [B, T, V]."""
     inputs = {key: value for key, value in batch.items() if key not in _OF_THE_LOSS}
     with padded_on_the_right():
-        logits: Tensor = model(**inputs, use_cache=False).logits
-    return logits
+        return model(**inputs, use_cache=False).logits  # type: ignore[no-any-return]
 
 
 def plain_output_layer(model: nn.Module) -> nn.Linear | None:
-    """The output layer, if it is a linear layer with nothing about it.
-
-    Subclasses may compute something else of the weight, so may a forward or a kind of weight of its
-    own; peft wraps a layer in a module of another class.
-    """
+    """The output layer, if it is just a linear layer, with no forward or weight of its own kind."""
     layer: Any = getattr(model, "get_output_embeddings", lambda: None)()
     is_plain = (
         type(layer) is nn.Linear
@@ -256,9 +239,8 @@ def summed_cross_entropy(
     """Sum of the cross-entropies of ``hidden @ weight.T + bias`` against the labels: fp32 scalar.
 
     For `hidden` [n, H] (n may be 0), `weight` [V, H] and `bias` [V], of one dtype, and `labels`
-    int64 [n]. Logits are rounded to that dtype and then taken to fp32, as where a model returns its
-    logits and the loss is computed in fp32. Gradients are summed over chunks in fp32; a backward
-    pass goes through once.
+    int64 [n]. Logits are rounded to that dtype and then taken to fp32, as those that a model
+    returns. Gradients are summed over chunks in fp32; a backward pass goes through once.
     """
     if not torch.is_grad_enabled():  # a trained weight asks for its gradient all the same
         hidden, weight = hidden.detach(), weight.detach()

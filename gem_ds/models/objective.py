@@ -6,7 +6,7 @@
     choices   the same                                     cross-entropy over the candidates' pairs
     number    write the number                             squared error of a pair's number
 
-What is written (text; numbers of causal models) is predicted by generation, which is `evaluate`'s.
+What is written (text; numbers of causal models) is predicted by generation (`gem_ds.evaluate`).
 A causal model predicts a label or a choice by the likeliest candidate, however it was trained:
 
     score(c) = 1/|c| * sum_t log p(c_t | prompt, c_<t)       c_t: the |c| tokens of a candidate
@@ -21,8 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,16 +43,14 @@ Encode = Callable[..., Dataset]
 """Examples, tokenizer and max_length to a dataset; of texts also `truncate_left`."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Predictor:
+class Predictor(NamedTuple):
     """How answers are predicted without writing them."""
 
     encode: Encode
     predict: Predict
 
 
-@dataclass(frozen=True, kw_only=True)
-class Objective:
+class Objective(NamedTuple):
     """What is learnt, and how answers are predicted (None: by generation)."""
 
     encode: Encode
@@ -66,21 +63,18 @@ def objective_of(
 ) -> Objective:
     """The objective of a task of some kind; refuses a loss of candidates where there are none."""
     has_candidates = kind in ("labels", "choices") and not is_encoder
-    ranking = Predictor(encode=encode_candidates, predict=predict_candidates)
-    if classification_loss == "candidates":
-        if not has_candidates:
-            raise ValueError(
-                "--classification_loss candidates is for causal models on tasks with candidates: "
-                "leave it out."
-            )
-        loss = summed_candidate_loss
-        return Objective(encode=encode_candidates, summed_loss=loss, predictor=ranking)
+    if classification_loss == "candidates" and not has_candidates:
+        raise ValueError(
+            "--classification_loss candidates is for causal models on tasks with candidates: "
+            "leave it out."
+        )
     if is_encoder:
         assert kind != "text", "gem_ds.models.encoders.set_head refuses it"
-        head = Predictor(encode=encode_pairs, predict=predict_pairs)
-        return Objective(encode=encode_pairs, summed_loss=summed_pair_loss, predictor=head)
-    predictor = ranking if has_candidates else None
-    return Objective(encode=encode_texts, summed_loss=summed_answer_loss, predictor=predictor)
+        return Objective(encode_pairs, summed_pair_loss, Predictor(encode_pairs, predict_pairs))
+    ranking = Predictor(encode_candidates, predict_candidates)
+    if classification_loss == "candidates":
+        return Objective(encode_candidates, summed_candidate_loss, ranking)
+    return Objective(encode_texts, summed_answer_loss, ranking if has_candidates else None)
 
 
 @torch.no_grad()

@@ -5,10 +5,10 @@ A model of transformers with ``output_router_logits`` returns it beside the logi
 
     loss = summed loss of the items + items * router_aux_loss_coef * aux_loss
 
-Divided by the items of the global batch that is transformers' loss of a batch of one micro-batch;
-of several it is their mean, weighted by items. How evenly tokens are routed is no sum over tokens,
-so this part, unlike all else, is that of a micro-batch, as it is wherever such models are trained.
-Padding counts for nothing in it but with ``--packing``, where rows have no attention mask.
+Divided by the items of the global batch that is transformers' loss of one micro-batch, and the mean
+of several, weighted by items: how evenly tokens are routed is no sum over tokens, so this part is a
+micro-batch's, as wherever such models are trained. Padding counts for nothing in it but with
+``--packing``, where rows have no attention mask.
 """
 
 from __future__ import annotations
@@ -24,11 +24,7 @@ _COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")  # JetMoe's is the sec
 
 
 def with_router_loss(summed_loss: SummedLoss, model: nn.Module) -> SummedLoss:
-    """``summed_loss`` with that of the routers; itself where the model has none to add.
-
-    ``model`` is of transformers, perhaps in an engine or with adapters. The loss raises a
-    ValueError if the model's forward pass does not return what its configuration asks for.
-    """
+    """``summed_loss`` with that of the routers of ``model``; itself where it has none to add."""
     config: Any = getattr(model, "config", None)
     text: Any = config.get_text_config() if config is not None else None
     if not getattr(text, "output_router_logits", False):
@@ -56,10 +52,7 @@ def with_router_loss(summed_loss: SummedLoss, model: nn.Module) -> SummedLoss:
 
 @torch.no_grad()
 def refuse_silent_routers(model: nn.Module, device: torch.device) -> None:
-    """Raise a ValueError if a forward pass of two tokens does not return the routers' loss.
-
-    It leaves the model in eval mode. All ranks call this together and find the same.
-    """
+    """Refuse a model that returns no routers' loss; on all ranks, it is left in eval mode."""
     model.eval()
     input_ids = torch.zeros(1, 2, dtype=torch.long, device=device)
     _auxiliary_loss(model, model(input_ids=input_ids, use_cache=False))

@@ -1,19 +1,23 @@
 """Which layers GEM selects from: the query and value projections, or what the user names.
 
 A target is a *parameter*: the weight matrix of a linear layer, or those of a projection of all
-experts of a block. One that is also used elsewhere (tied) is refused, and ``all-linear`` leaves out
-the output layer. Of a model that reads images or
-sound too, targets are layers of its language model: nothing else is reached from text.
+experts of a block. One that is also used elsewhere (tied) is refused. Of a model that reads images
+or sound too, targets are layers of its language model: nothing else is reached from text.
+
+GEM's budget is a share of all parameters: how far the targets are from these, a run tells before
+(:func:`describe_reach`), so that nobody takes ``all-linear`` for all of a model.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from torch import nn
 
+from gem_ds.distributed.weights import numel
 from gem_ds.sparse.experts import projections_of
 from gem_ds.sparse.kinds import kind_of
 
@@ -30,6 +34,8 @@ FUSED_NAMES = ("c_attn", "query_key_value", "qkv_proj", "Wqkv")
 
 ALL_LINEAR = "all-linear"
 
+_TARGET, _LINEAR = "targets", "linear layers"
+
 
 def find_targets(
     model: nn.Module, target_modules: Sequence[str] | None = None
@@ -39,11 +45,9 @@ def find_targets(
     ``target_modules`` is None for the query and value projections of the architecture; module-name
     suffixes such as ``["q_proj", "v_proj"]``; one regular expression that a whole module name must
     match; or ``["all-linear"]``, every linear layer but the output layer. A projection of experts
-    counts as a module, ``["experts.down_proj"]``, though it is a parameter; ``["experts"]`` are
-    all.
+    counts as a module, ``["experts.down_proj"]``; ``["experts"]`` are all.
     """
-    everywhere = _modules(model)
-    part = language_model(model)
+    everywhere, part = _modules(model), language_model(model)
     modules = {n: m for n, m in everywhere.items() if n.startswith(f"{part}.")} or everywhere
     patterns = list(target_modules) if target_modules else _default_targets(model, modules)
     if patterns == [ALL_LINEAR]:
@@ -53,11 +57,9 @@ def find_targets(
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules by name; a projection of experts is there too, as the module that it is of."""
-    modules: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        if name:
-            projections = [f"{name}.{projection}" for projection in projections_of(module)]
-            modules |= dict.fromkeys([name, *projections], module)
+    modules = {name: module for name, module in model.named_modules() if name}
+    for name, module in list(modules.items()):
+        modules |= {f"{name}.{projection}": module for projection in projections_of(module)}
     return modules
 
 
@@ -74,9 +76,8 @@ def language_model(model: nn.Module) -> str:
     config: Any = getattr(model, "config", None)
     if config is None or config.get_text_config() is config:
         return ""
-    decoder: Any = cast(Any, model).get_decoder()
-    names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
-    return names[decoder]
+    decoder = cast(Any, model).get_decoder()
+    return next(name for name, module in model.named_modules() if module is decoder)
 
 
 def linear_layers(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -108,8 +109,7 @@ def _checked(
                     "tied weights cannot be targets."
                 )
             targets[weight] = module
-    order = {name: i for i, (name, _) in enumerate(model.named_parameters())}
-    return dict(sorted(targets.items(), key=lambda item: order[item[0]]))
+    return {name: targets[name] for name, _ in model.named_parameters() if name in targets}
 
 
 def _matching(
@@ -118,21 +118,25 @@ def _matching(
     """The modules that the patterns name; ``everywhere`` are those of the whole model."""
     chosen: dict[str, nn.Module] = {}
     for pattern in patterns:
-        is_expression = len(patterns) == 1
-        matching = _matches(modules, pattern, is_expression=is_expression)
-        if not matching and (others := _matches(everywhere, pattern, is_expression=is_expression)):
+        found = _matches(everywhere, pattern, is_expression=len(patterns) == 1)
+        matching = {name: module for name, module in found.items() if name in modules}
+        if found and not matching:
             raise ValueError(
-                f"--target_modules {pattern} matches {next(iter(others))}, which no text reaches: "
+                f"--target_modules {pattern} matches {next(iter(found))}, which no text reaches: "
                 "name layers of the language model."
             )
         if not matching:
-            linear = {n.rpartition(".")[2] for n, m in modules.items() if kind_of(m)}
             raise ValueError(
                 f"--target_modules {pattern} matches no module of this model; its linear layers "
-                f"are named {', '.join(sorted(linear))}."
+                f"are named {', '.join(_linear_names(modules))}."
             )
         chosen |= matching
     return chosen
+
+
+def _linear_names(modules: Mapping[str, nn.Module]) -> list[str]:
+    """The last parts of the names of what can be a target."""
+    return sorted({name.rpartition(".")[2] for name, module in modules.items() if kind_of(module)})
 
 
 def _matches(
@@ -154,9 +158,9 @@ def _matches(
 def _default_targets(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
     config: Any = getattr(model, "config", None)
     model_type = getattr(config, "model_type", type(model).__name__)
-    linear = {name.rpartition(".")[2] for name, module in modules.items() if kind_of(module)}
+    linear = _linear_names(modules)
     for pair in QUERY_VALUE_NAMES:
-        if linear.issuperset(pair):
+        if set(pair).issubset(linear):
             return list(pair)
     for name in FUSED_NAMES:
         if name in linear:
@@ -166,7 +170,7 @@ def _default_targets(model: nn.Module, modules: dict[str, nn.Module]) -> list[st
             )
     raise ValueError(
         f"The query and value projections of {model_type} are not known: name the layers to select "
-        f"from with --target_modules, of {', '.join(sorted(linear))}, or pass all-linear."
+        f"from with --target_modules, of {', '.join(linear)}, or pass all-linear."
     )
 
 
@@ -196,3 +200,52 @@ def targets_of(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
     if missing := [name for name in chosen if name not in modules]:
         raise ValueError(f"This model has no module {missing[0]}: pass the model of the mask.")
     return _checked(model, {name: modules[name] for name in chosen}, chosen)
+
+
+def describe_reach(
+    model: nn.Module, targets: Collection[str], head: Collection[str] = frozenset()
+) -> str:
+    """One sentence: the shares of the parameters in the targets, in reach, and out of reach.
+
+    ``targets`` are names of weights, and so is ``head``, which does not count. A parameter that is
+    used in several places counts once.
+    """
+    held, kinds = Counter[str](), _kinds(model, targets)
+    for name, parameter in model.named_parameters():
+        if name not in head:
+            held[kinds[name]] += numel(parameter)
+
+    def share(*of: str) -> str:
+        return f"{sum(held[kind] for kind in of) / held.total():.1%}"
+
+    text = f"The {len(targets)} target layers hold {share(_TARGET)} of the parameters"
+    if held[_LINEAR]:
+        text += f", those of --target_modules all-linear {share(_TARGET, _LINEAR)}"
+    others = [kind for kind, _ in held.most_common() if kind not in (_TARGET, _LINEAR)]
+    told = ", ".join(f"{kind} {share(kind)}" for kind in others)
+    return f"{text}; no target reaches {share(*others)} ({told}), which --method full trains"
+
+
+def _kinds(model: nn.Module, targets: Collection[str]) -> dict[str, str]:
+    """What each parameter is, by its name."""
+    part = language_model(model)
+    layers = linear_layers(model, dict(model.named_modules()))
+    linear = {weight for n, module in layers.items() for weight in weight_names(n, module)}
+    output: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    of_output = set(map(id, output.parameters())) if isinstance(output, nn.Module) else set()
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    kinds = {}
+    for name, parameter in model.named_parameters():
+        if name in targets:
+            kinds[name] = _TARGET
+        elif part and not name.startswith(f"{part}.") and id(parameter) not in of_output:
+            kinds[name] = "outside of the language model"
+        elif id(parameter) in tables | of_output:
+            kinds[name] = "embeddings and output layer"
+        elif name in linear:
+            kinds[name] = _LINEAR
+        elif "expert" in name or parameter.dim() > 2:
+            kinds[name] = "experts and convolutions"
+        else:
+            kinds[name] = "norms and biases"
+    return kinds

@@ -6,19 +6,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.hub import has_file
 
 _TOKENIZER_FILES = (
-    "tokenizer_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "vocab.json",
-    "vocab.txt",
+    *("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "spiece.model"),
+    *("sentencepiece.bpe.model", "vocab.json", "vocab.txt"),
 )
-
-
-def has_tokenizer(model: str, revision: str | None = None) -> bool:
-    """Whether a tokenizer lies with a model, given its folder or Hub name."""
-    return any(has_file(model, name, revision=revision or "main") for name in _TOKENIZER_FILES)
 
 
 def load_tokenizer(
@@ -26,7 +16,8 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, given its folder or Hub name, which must hold one."""
     try:
-        if has_tokenizer(model, revision):  # else transformers would build an empty one
+        # Without a file of one transformers would build an empty one.
+        if any(has_file(model, file, revision=revision or "main") for file in _TOKENIZER_FILES):
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 model, revision=revision or "main", trust_remote_code=trust_remote_code
             )

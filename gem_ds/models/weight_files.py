@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Container, Iterator
+from collections.abc import Container
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from huggingface_hub.errors import EntryNotFoundError, RemoteEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import utils
+
+from gem_ds.errors import refusing
 
 #: What weights are loaded from: the first that is there.
 _NAMES = (
@@ -31,8 +34,7 @@ def weight_files(
 ) -> tuple[dict[str, Any] | None, list[Path]]:
     """The index of a model in several files, and the files; those of the Hub are fetched.
 
-    Raises:
-        ValueError: A folder or repository without weights.
+    A ValueError where there are no weights.
     """
     path = next(filter(None, (_file_of(name, file, revision) for file in _NAMES)), None)
     if path is None:
@@ -49,29 +51,27 @@ def weight_files(
 def _file_of(name: str, file: str, revision: str | None) -> Path | None:
     if Path(name).is_dir():
         return path if (path := Path(name, file)).is_file() else None
-    try:
+    problem = f"The weights of {name} cannot be fetched: {{}}"
+    with (
+        refusing(problem, OSError, ValueError, EntryNotFoundError),
+        suppress(RemoteEntryNotFoundError),
+    ):
         return Path(hf_hub_download(name, file, revision=revision))
-    except RemoteEntryNotFoundError:
-        return None
-    except (OSError, ValueError, EntryNotFoundError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"The weights of {name} cannot be fetched: {reason}") from error
+    return None
 
 
 def map_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a file, and its metadata.
+    """The tensors of a file, mapped into memory, and its metadata.
 
-    They are mapped into memory: a number is read from the disk when it is used, and one that is
-    overwritten is so in this process alone.
+    A number is read from the disk when it is used; one that is overwritten is so in this process.
     """
-    try:
+    problem = f"The weights of {path.parent} are damaged ({path.name}: {{}}): copy them again."
+    with refusing(problem, SafetensorError, ValueError):
         if path.suffix == ".bin":
             return _unpickled(path), {"format": "pt"}
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return tensors, file.metadata() or {"format": "pt"}
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}): copy it again.") from error
 
 
 def map_model(name: str, revision: str | None = None) -> dict[str, Tensor]:
@@ -104,33 +104,22 @@ def refuse_damaged_files(name: str) -> None:
             f"--model_name_or_path {name} holds no weights ({' or '.join(_NAMES)}): pass a "
             "complete model."
         )
-    for _ in _dtypes(name):
-        pass
+    _dtypes(name)
 
 
 def refuse_float8(name: str) -> None:
     """Refuse weights of eight bits where the dtype of the files is that of the computation."""
-    if any("F8" in dtype or "float8" in dtype for dtype in _dtypes(name)):
+    if any(dtype.is_floating_point and dtype.itemsize == 1 for dtype in _dtypes(name)):
         raise ValueError(
             f"The weights of {name} are float8, in which no model computes: pass --dtype bfloat16."
         )
 
 
-def _dtypes(name: str) -> Iterator[str]:
-    """Of every tensor in the files of a local folder, as its file calls it."""
+def _dtypes(name: str) -> set[torch.dtype]:
+    """Of the tensors in the files of a local folder."""
     folder = Path(name)
     paths = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    for path in paths:
-        try:
-            if path.suffix == ".bin":
-                yield from (str(tensor.dtype) for tensor in _unpickled(path).values())
-                continue
-            with safe_open(path, framework="pt") as file:
-                yield from (file.get_slice(key).get_dtype() for key in file.keys())  # noqa: SIM118
-        except (SafetensorError, ValueError) as error:
-            raise ValueError(
-                f"The weights of {name} are damaged ({path.name}: {error}): copy them again."
-            ) from error
+    return {tensor.dtype for path in paths for tensor in map_tensors(path)[0].values()}
 
 
 def _unpickled(path: Path) -> dict[str, torch.Tensor]:

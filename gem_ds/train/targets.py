@@ -13,8 +13,7 @@ from gem_ds.distributed.weights import num_parameters
 from gem_ds.files.mask import Mask
 from gem_ds.models.blocks import block_sizes, model_of
 from gem_ds.models.encoders import head_names, is_encoder, without_head
-from gem_ds.models.reach import describe_reach
-from gem_ds.models.targets import ALL_LINEAR, find_targets, targets_of
+from gem_ds.models.targets import ALL_LINEAR, describe_reach, find_targets, targets_of
 from gem_ds.select.budget import total_budget
 from gem_ds.select.rules import SPARSE_METHODS
 from gem_ds.train.config import DEFAULT_DENSITY, Arguments

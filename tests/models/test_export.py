@@ -313,7 +313,7 @@ def base_with_code(folder: Path) -> None:
         (other_base, "made for other base weights"),
         (lambda folder: os.truncate(folder / "delta.safetensors", 99), "truncated"),
         (lambda folder: (folder / "delta.safetensors").unlink(), "no delta file at"),
-        (incomplete_base, "lacks 1 weights of LlamaForCausalLM, for example 'model.norm.weight'"),
+        (incomplete_base, "in another shape, for example model.norm.weight: pass a complete"),
         (nameless_base, "names no class of transformers"),
         (base_with_code, "pass --trust_remote_code to allow it"),
     ],

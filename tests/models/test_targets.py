@@ -11,8 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from gem_ds.models.encoders import auto_class
-from gem_ds.models.reach import describe_reach
-from gem_ds.models.targets import find_targets, targets_of
+from gem_ds.models.targets import describe_reach, find_targets, targets_of
 from gem_ds.sparse.kinds import kind_of
 from tests.tiny import tiny_config
 
