@@ -1,10 +1,8 @@
 """Which weights of a model an adapter takes, by the names in its configuration.
 
 peft matches names of modules. A projection of experts is a parameter, and is named as if it were a
-module, as elsewhere here (:mod:`gem_ds.models.targets`). peft's own way to parameters,
-``target_parameters``, is none for it: ``BaseTuner._inject_parameters`` wraps each of a module's in
-a layer of its own around the last one's, for LoRA's class alone, where one forward pass here
-computes with all.
+module, as elsewhere here (:mod:`gem_ds.models.targets`): peft's ``target_parameters`` wraps each in
+a layer of its own, for LoRA alone, where one forward pass here computes with all.
 """
 
 from __future__ import annotations

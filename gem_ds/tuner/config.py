@@ -10,7 +10,8 @@ from peft.utils import PeftType, load_peft_weights
 from safetensors import SafetensorError
 from torch import Tensor
 
-from gem_ds.files.mask import Mask, unpack_mask
+from gem_ds.errors import refusing
+from gem_ds.files.mask import Mask, take_tensors, unpack_mask
 
 #: The method's name among peft's. Their enum is closed, and register_peft_method asks for a member.
 GEM = "GEM"
@@ -18,17 +19,11 @@ GEM = "GEM"
 WRAPPED = "base_model.model."  #: what a PeftModel puts before the names of modules
 
 
-def _add_peft_type(name: str) -> PeftType:
-    if name not in PeftType.__members__:
-        member = str.__new__(PeftType, name)
-        member._name_, member._value_ = name, name
-        PeftType._member_map_[name] = member
-        PeftType._value2member_map_[name] = member
-        PeftType._member_names_.append(name)
-    return PeftType[name]
-
-
-_add_peft_type(GEM)
+if GEM not in PeftType.__members__:
+    _member = str.__new__(PeftType, GEM)
+    _member._name_, _member._value_ = GEM, GEM
+    PeftType._member_map_[GEM] = PeftType._value2member_map_[GEM] = _member
+    PeftType._member_names_.append(GEM)
 
 
 @dataclass
@@ -133,42 +128,28 @@ def key_of(weight: str, adapter_name: str = "") -> str:
 def read_entries(
     config: GemConfig, name: str, **options: Any
 ) -> tuple[Mask, dict[str, Tensor], dict[str, Tensor]]:
-    """What the weights of a saved adapter hold, by the names of the model's own weights.
+    """What the weights of a saved adapter, a folder or Hub id, hold by the model's own names.
 
-    Args:
-        config: The adapter's.
-        name: Its folder or Hub id.
-        options: Of `hf_hub_download`, and ``subfolder``.
-
-    Returns:
-        Its mask; the values, fp32, by weight; the other tensors, those of `modules_to_save`.
-
-    Raises:
-        ValueError: In one sentence, what is missing or damaged.
+    Its mask; the values, fp32, by weight; the other tensors, those of `modules_to_save`. A
+    ValueError says what is missing or damaged. ``options`` are those of `hf_hub_download`.
     """
-    try:
+    problem = f"The adapter {name} is incomplete or damaged ({{}}): save or copy it again."
+    with refusing(problem, OSError, ValueError, RuntimeError, SafetensorError):
         found = load_peft_weights(name, device="cpu", **options)
         rest = {key.removeprefix(WRAPPED): tensor for key, tensor in found.items()}
-        parts: dict[str, dict[str, Tensor]] = {}
-        weights = {_weight_of(name, about): about for name, about in config.base_weights.items()}
-        for part in ("indices", "values"):
-            keys = {weight: f"{key_of(weight)}.{part}" for weight in weights}
-            if missing := [weight for weight, key in keys.items() if key not in rest]:
-                raise ValueError(f"{missing[0]} has no {part}")
-            parts[part] = {weight: rest.pop(key) for weight, key in keys.items()}
-        indices = {f"{weight}.indices": index for weight, index in parts["indices"].items()}
+        weights = {_weight_of(target, w): w for target, w in config.base_weights.items()}
+        for weight in weights:  # by the names that they have in a delta's file
+            for part in ("indices", "values"):
+                if (key := f"{key_of(weight)}.{part}") in rest:
+                    rest[f"{weight}.{part}"] = rest.pop(key)
         about = {
-            name: getattr(config, name)
-            for name in ("revision", "method", "settings", "fingerprints")
+            field: getattr(config, field)
+            for field in ("revision", "method", "settings", "fingerprints")
         }
         base_model = str(config.base_model_name_or_path)
-        mask = unpack_mask(indices, {**about, "weights": weights, "base_model": base_model})
-        for weight, values in parts["values"].items():
-            if values.shape != mask.indices[weight].shape or not values.isfinite().all():
+        mask = unpack_mask(rest, {**about, "weights": weights, "base_model": base_model})
+        values = take_tensors(rest, mask.weights, "values")
+        for weight, own in values.items():
+            if own.shape != mask.indices[weight].shape or not own.isfinite().all():
                 raise ValueError(f"the values of {weight} are not one finite number for each entry")
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"The adapter {name} is incomplete or damaged ({reason}): save or copy it again."
-        ) from error
-    return mask, parts["values"], rest
+    return mask, values, rest

@@ -46,9 +46,8 @@ def delta_to_adapter(delta: Delta, folder: str | Path, task_type: str | None = N
         tensors[f"{key}.indices"] = mask.indices[name].contiguous()
         tensors[f"{key}.values"] = delta.values[name].float().contiguous()
         weights[target_of(name)] = asdict(info)
-    tensors |= {
-        f"{WRAPPED}{name}": parameter.contiguous() for name, parameter in delta.head.items()
-    }
+    for name, parameter in delta.head.items():
+        tensors[f"{WRAPPED}{name}"] = parameter.contiguous()
     config = GemConfig(
         target_modules=sorted(weights),
         modules_to_save=sorted({name.rpartition(".")[0] for name in delta.head}) or None,
@@ -69,11 +68,7 @@ def delta_to_adapter(delta: Delta, folder: str | Path, task_type: str | None = N
 def prepare_adapter(
     delta: Delta, base: str, *, trust_remote_code: bool = False
 ) -> Callable[[Path], list[str]]:
-    """What fills a folder that peft loads as an adapter of the tuner; of the base nothing is read.
-
-    Raises:
-        ValueError: As `delta_to_adapter`.
-    """
+    """What fills a folder that peft loads as an adapter; of the base nothing is read."""
 
     def write(folder: Path) -> list[str]:
         delta_to_adapter(delta, folder)

@@ -38,15 +38,9 @@ def on_unquantized_base(
 ) -> tuple[Delta, PreTrainedModel]:
     """An adapter of a quantized base as a delta of an unquantized one, and that base.
 
-    Args:
-        folder: The adapter's, or its id on the Hub.
-        base: The model that was quantized, a folder or Hub name (default: the one it names). It is
-            quantized anew, to know ``q``.
-        dequantize: Whether the delta is to be of the dequantized model.
-        trust_remote_code: Whether code that comes with the model may run.
-
-    Raises:
-        ValueError: In one sentence, why that cannot be, or why the adapter is none of this base.
+    The model that was quantized, ``base`` (default: the one it names), is quantized anew, to know
+    ``q``. With ``dequantize`` the delta is one of the dequantized model. A ValueError says why that
+    cannot be, or why the adapter is none of this base.
     """
     config = adapter_config(folder)
     if not config.base_quantization:
@@ -64,11 +58,7 @@ def on_unquantized_base(
 def prepare_dequantized(
     folder: str, base: str | None = None, *, trust_remote_code: bool = False
 ) -> tuple[Delta, Callable[[Path], list[str]]]:
-    """What fills a folder with the dequantized model and an adapter's values in it.
-
-    Raises:
-        ValueError: As `on_unquantized_base`.
-    """
+    """What fills a folder with the dequantized model and an adapter's values in it."""
     delta, model = on_unquantized_base(
         folder, base, dequantize=True, trust_remote_code=trust_remote_code
     )

@@ -1,8 +1,7 @@
 """A layer of which an adapter's entries are trained: their values are leaves of their own.
 
-A linear layer, or a module of experts with a weight for each of their projections. The values
-(:mod:`gem_ds.tuner.entries`) stand in the weight itself while a product runs
-(:mod:`gem_ds.tuner.weight`).
+A linear layer, or a module of experts with a weight for each of their projections. The values stand
+in the weight itself while a product runs (:mod:`gem_ds.tuner.entries`).
 """
 
 from __future__ import annotations
@@ -17,8 +16,7 @@ from torch import Tensor, nn
 
 from gem_ds.sparse.experts import ExpertsForward, projections_of
 from gem_ds.sparse.quantized import computed_in
-from gem_ds.tuner.entries import GemEntries
-from gem_ds.tuner.weight import BaseWeight
+from gem_ds.tuner.entries import BaseWeight, GemEntries
 
 
 class GemLayer(nn.Module, BaseTunerLayer):

@@ -27,9 +27,8 @@ from gem_ds.models.encoders import head_names
 from gem_ds.sparse.quantized import quantization_of
 from gem_ds.tuner.choice import all_linear, has_chosen, is_chosen, shapes_of
 from gem_ds.tuner.config import GEM, WRAPPED, GemConfig, key_of, target_of
-from gem_ds.tuner.entries import GemEntries
+from gem_ds.tuner.entries import GemEntries, whole
 from gem_ds.tuner.layer import GemLayer
-from gem_ds.tuner.weight import BaseWeight, whole
 
 
 class GemModel(BaseTuner):
@@ -92,12 +91,9 @@ class GemModel(BaseTuner):
                 "The mask gives each matrix a learning rate of its own (auto_rgn), and an adapter "
                 "has one: train it by launch/train.py, or select by another rule."
             )
-        modules = dict(model.named_modules())
-        shapes = {
-            f"{name}.{parameter}": shape
-            for name, module in modules.items()
-            for parameter, shape in shapes_of(module).items()
-        }
+        modules, shapes = dict(model.named_modules()), {}
+        for name, module in modules.items():
+            shapes |= {f"{name}.{weight}": shape for weight, shape in shapes_of(module).items()}
         mask.check_model(shapes, type(model).__name__)
         owners: dict[int, str] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -109,8 +105,8 @@ class GemModel(BaseTuner):
                         "the mask's --target_modules."
                     )
         for name, info in mask.weights.items() if reads_weights else ():
-            module, _, own_name = name.rpartition(".")
-            weight = self._layer(modules[module]).weights[own_name]
+            owner, _, own_name = name.rpartition(".")
+            weight = self._layer(modules[owner]).weights[own_name]
             weight.check(mask.indices[name], info, mask.base_model)
 
     @staticmethod
@@ -135,7 +131,7 @@ class GemModel(BaseTuner):
                 continue
             if mask is None:
                 info = WeightInfo(**peft_config.base_weights[target_of(name)])
-            own = GemEntries(weight, count, self._dtype_of_values(weight), info)
+            own = GemEntries(weight, count, info)
             if mask is not None:
                 own.select(mask.indices[name])
                 peft_config.num_entries[target_of(name)] = count
@@ -179,12 +175,6 @@ class GemModel(BaseTuner):
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
-    @staticmethod
-    def _dtype_of_values(weight: BaseWeight) -> torch.dtype:
-        """fp32; under ZeRO-3, which takes one dtype, that of the weights."""
-        parameter = weight.parameter
-        return parameter.dtype if hasattr(parameter, "ds_id") else torch.float32
-
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         """As peft's, which looks for the name right before the last part."""
@@ -225,10 +215,7 @@ def _entries_of(model: nn.Module, adapter_name: str) -> list[tuple[str, GemEntri
 
 
 def _fingerprints(model: nn.Module, modules_to_save: Iterable[str]) -> dict[str, str]:
-    """Those of the base's own parameters, but a head's and what is trained whole beside.
-
-    Quantized ones have none, which lie otherwise on another device.
-    """
+    """Those of the base's own parameters but quantized ones, a head's and `modules_to_save`."""
     head = head_names(model) if isinstance(model, PreTrainedModel) else set()
     parameters = {}
     for name, parameter in model.named_parameters():
