@@ -80,7 +80,7 @@ def prepare_shira(
             flat, d = torch.cat([flat, first.expand(missing)]), torch.cat([d, d.new_zeros(missing)])
             prefix = f"{_PREFIX}{name.removesuffix('.weight')}"
             at = torch.stack([flat // columns, flat % columns])
-            tensors |= {f"{prefix}.shira_indices": at.int(), f"{prefix}.shira_weight": d}
+            tensors[f"{prefix}.shira_indices"], tensors[f"{prefix}.shira_weight"] = at.int(), d
         config.save_pretrained(str(folder))
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         return [f"r = {r}"]

@@ -77,7 +77,7 @@ def language_model(model: nn.Module) -> str:
     if config is None or config.get_text_config() is config:
         return ""
     decoder = cast(Any, model).get_decoder()
-    return next(name for name, module in model.named_modules() if module is decoder)
+    return next(str(name) for name, module in model.named_modules() if module is decoder)
 
 
 def linear_layers(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

@@ -91,7 +91,8 @@ class GemModel(BaseTuner):
                 "The mask gives each matrix a learning rate of its own (auto_rgn), and an adapter "
                 "has one: train it by launch/train.py, or select by another rule."
             )
-        modules, shapes = dict(model.named_modules()), {}
+        modules = dict(model.named_modules())
+        shapes: dict[str, tuple[int, ...]] = {}
         for name, module in modules.items():
             shapes |= {f"{name}.{weight}": shape for weight, shape in shapes_of(module).items()}
         mask.check_model(shapes, type(model).__name__)
