@@ -1,8 +1,10 @@
 """What is read and learnt of conversations, beside what a template renders of them as a whole.
 
-The templates are small ones of the kinds that models have: ChatML with reasoning and tools, that of
-Llama 2, one that writes calls as DeepSeek's, one that asks with a thought begun, one with marks.
+The templates are those of chat.toml.
 """
+
+import tomllib
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,52 +16,12 @@ from gem_ds.data.packing import pack
 from gem_ds.data.tasks import ChatExample, Example
 from tests.tiny_tokenizers import byte_level
 
-CALLS = (
-    "{% for call in message.tool_calls or [] %}<call>{{ call.function.name }} "
-    "{{ call.function.arguments | tojson }}</call>{% endfor %}"
-)
-TOOLS = "{% if tools %}{{ '<|im_start|>tools\n' + tools | tojson + '<|im_end|>\n' }}{% endif %}"
-ASKS = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-TURN = "<|im_start|>{{ message.role }}\n"
-CHATML = (
-    f"{TOOLS}{{% for message in messages %}}{TURN}{{{{ message.content }}}}{CALLS}<|im_end|>\n"
-    f"{{% endfor %}}{ASKS}"
-)
-#: As Qwen 3 does it: reasoning is written behind the last question only.
-THINKING = (
-    "{% set last = namespace(user=0) %}{% for message in messages %}"
-    "{% if message.role == 'user' %}{% set last.user = loop.index0 %}{% endif %}{% endfor %}"
-    f"{{% for message in messages %}}{TURN}"
-    "{% if message.role == 'assistant' and loop.index0 > last.user %}"
-    "<think>{{ message.reasoning_content or '' }}</think>{% endif %}"
-    f"{{{{ message.content }}}}<|im_end|>\n{{% endfor %}}{ASKS}"
-)
-#: As Llama 2's: an eos behind each answer, no words that ask for one.
-LLAMA = (
-    "{% for message in messages %}{% if message.role == 'user' %}"
-    "{{ bos_token + '[INST] ' + message.content + ' [/INST]' }}"
-    "{% else %}{{ ' ' + message.content + ' ' + eos_token }}{% endif %}{% endfor %}"
-)
-#: As DeepSeek's: calls where there is no content, their arguments as text.
-DEEPSEEK = (
-    "{% for message in messages %}{% if message.content is none %}{% for call in message.tool_calls"
-    " %}{{ '<call>' + call.function.name + ' ' + call.function.arguments + '</call>' }}{% endfor %}"
-    "</s>{% elif message.role == 'assistant' %}{{ message.content + '</s>' }}"
-    "{% else %}{{ '<' + message.role + '>' + message.content }}{% endif %}{% endfor %}"
-)
+#: By the family that writes so; what each of them does is told there.
+CHATML, THINKING, LLAMA, DEEPSEEK, MARKED, BARE = tomllib.loads(
+    Path(__file__).with_name("chat.toml").read_text(encoding="utf-8")
+).values()
 #: As QwQ's and the distilled R1's: it asks with a thought begun and drops thoughts.
 OPENED = CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
-MARKED = (
-    f"{{% for message in messages %}}{TURN}{{% if message.role == 'assistant' %}}"
-    "{% generation %}{{ message.content }}<|im_end|>{% endgeneration %}"
-    "{% else %}{{ message.content }}<|im_end|>{% endif %}{{ '\\n' }}{% endfor %}"
-    f"{ASKS}"
-)
-#: It ends no turn: an eos must.
-BARE = (
-    "{% for message in messages %}<s>{{ message.role }}: {{ message.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant:{% endif %}"
-)
 
 
 def user(content):

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,20 +11,16 @@ import pytest
 import yaml
 
 from gem_ds.distributed.weights import load_deepspeed
-from gem_ds.distributed.zero_config import RunShape, resolve_config
+from gem_ds.distributed.zero_config import resolve_config
 from gem_ds.distributed.zero_keys import told_ignored
 from gem_ds.distributed.zero_table import TABLE, Taken
+from tests.distributed import test_zero_config
 from tests.tiny_evaluation import refusal
 
 PUBLISHED = yaml.safe_load(Path(__file__).with_name("published_configs.yaml").read_text())
-SHAPE = RunShape(
+SHAPE = replace(
+    test_zero_config.SHAPE,
     world_size=1,
-    micro_batch_size=8,
-    gradient_accumulation_steps=3,
-    max_grad_norm=1.0,
-    dtype="bf16",
-    hidden_size=64,
-    num_selected=321,
     optimizer={
         "lr": (0.001, "--learning_rate"),
         "betas": ([0.9, 0.999], "--adam_beta1 and --adam_beta2"),

@@ -27,7 +27,7 @@ from tests.tiny_evaluation import REFUSED
 
 REPOSITORY = Path(__file__).parents[2]
 DOUBLE = "def double(x): return 2 * x"
-ATTEMPT = tomllib.loads(Path(__file__).with_name("stand_ins.toml").read_text())["attempt"]
+STAND_INS = tomllib.loads(Path(__file__).with_name("stand_ins.toml").read_text())
 VERDICTS = tomllib.loads(Path(__file__).with_name("sandbox_verdicts.toml").read_text())
 ROLES = VERDICTS.pop("roles")
 
@@ -74,21 +74,7 @@ def test_entry_point():
 
 def test_memory_is_bounded_for_all_processes_together():
     """Each, and all direct children together, stay below the limit; a thread starts them."""
-    program = """
-import os, threading, time
-def hold():
-    for _ in range(2):
-        if os.fork() == 0:
-            os.fork()
-            data = b'x' * (80 << 20)
-            time.sleep(5)
-    time.sleep(5)
-def f():
-    thread = threading.Thread(target=hold)
-    thread.start()
-    thread.join()
-"""
-    verdict = check_program(program, ["f()"], timeout=10.0, memory_mb=200)
+    verdict = check_program(STAND_INS["hoard"], ["f()"], timeout=10.0, memory_mb=200)
     assert verdict.status == "crashed"
     assert "200 MiB" in verdict.detail
 
@@ -234,37 +220,6 @@ if os.geteuid() == 0:
 """
 
 
-#: Tries to change what belongs to the user who runs it; says what it could.
-MEDDLER = """
-import ctypes, fcntl, os, socket, struct
-def f(home, parent):
-    key, libc = home + '/key', ctypes.CDLL(None, use_errno=True)
-    flags = struct.pack('l', 0x40)
-    def check(result):
-        if result < 0: raise OSError(ctypes.get_errno(), '')
-    def library(): return os.open(os.__file__, os.O_RDONLY)
-    return [name for name, call in dict(
-        chmod=lambda: os.chmod(key, 0o666),
-        home=lambda: os.chmod(home, 0o777),
-        at=lambda: os.chmod('key', 0o666, dir_fd=os.open(home, os.O_PATH)),
-        fchmodat2=lambda: check(libc.syscall(452, -100, key.encode(), 0o666, 0)),
-        utime=lambda: os.utime(key, (0, 0)),
-        utimes=lambda: check(libc.utimes(home.encode(), None)),
-        owner=lambda: os.chown(key, -1, os.getgid()),
-        attribute=lambda: os.setxattr(key, 'user.a', b'b'),
-        flags=lambda: fcntl.ioctl(library(), 0x40086602, flags),
-        lease=lambda: fcntl.fcntl(library(), fcntl.F_SETLEASE, fcntl.F_UNLCK),
-        nice=lambda: os.setpriority(os.PRIO_PROCESS, parent, 19),
-        all_nice=lambda: os.setpriority(os.PRIO_USER, os.getuid(), 19),
-        idle=lambda: os.sched_setscheduler(parent, os.SCHED_IDLE, os.sched_param(0)),
-        core=lambda: os.sched_setaffinity(parent, [0]),
-        disk=lambda: check(libc.syscall(251, 1, parent, 3 << 13)),
-        datagram=lambda: socket.socketpair(type=socket.SOCK_DGRAM)[0].sendto(b'x', home + '/log'),
-        message=lambda: socket.socketpair()[0].sendmsg([b'x'], [], 0, home + '/log'),
-    ).items() if attempt(call) != 'held']
-"""
-
-
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_users_own_threads_are_none_of_a_candidates_processes(level):
     """An ordinary user's candidates count with all that he runs; he may run a lot."""
@@ -325,7 +280,9 @@ print(verdict.status, verdict.detail, "unchanged" if before == state() else stat
 for name in ("key", "log"): os.remove(f"{home}/{name}")
 os.rmdir(home)
 """
-    found = printed_by(f"{BECOME_ORDINARY}\nCANDIDATE = {ATTEMPT + MEDDLER!r}\n{script}")
+    found = printed_by(
+        f"{BECOME_ORDINARY}\nCANDIDATE = {STAND_INS['attempt'] + STAND_INS['meddler']!r}\n{script}"
+    )
     assert found.split() == ["passed", "unchanged"]
 
 
