@@ -158,6 +158,7 @@ def test_another_quantization_is_refused_and_masks_go_anywhere(tmp_path):
         assert "trained on a base quantized by" in told
         told = refused(other, lambda m: m.load_adapter(adapter))
         assert "trained on a base quantized by" in told
+    assert "this one is by nothing" in told
     told = refused(
         load(make_base(tmp_path / "other", 1.5)), lambda m: PeftModel.from_pretrained(m, adapter)
     )
