@@ -57,15 +57,22 @@ def tiny_config(name: str, **more: Any) -> PretrainedConfig:
     return AutoConfig.for_model(**values)
 
 
+def model_of(config: PretrainedConfig, make: Any = AutoModelForCausalLM.from_config) -> Any:
+    """A model of random weights, always the same."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return make(config)
+
+
 def make_model(
     architecture: str, dtype: torch.dtype = torch.float32, dropout: float = 0.3, **more: Any
 ) -> PreTrainedModel:
-    """A model of random weights, always the same; all but Llama drop out in train mode."""
+    """One of tiny_models.yaml; all but Llama drop out in train mode."""
     rates = dict.fromkeys(DROPOUTS.get(architecture, ()), dropout)
     auto_class = AutoModelForMaskedLM if architecture == "bert" else AutoModelForCausalLM
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return auto_class.from_config(tiny_config(architecture, **rates, **more)).to(dtype)
+    config = tiny_config(architecture, **rates, **more)
+    model: PreTrainedModel = model_of(config, auto_class.from_config)
+    return model.to(dtype)
 
 
 class Matrices(nn.Module):

@@ -20,11 +20,11 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import AutoTokenizer
 
 from gem_ds.distributed.process_group import leave_distributed
 from gem_ds.train import main as train
-from tests.tiny import tiny_config
+from tests.tiny import model_of, tiny_config
 from tests.tiny_tokenizers import byte_level
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -81,7 +81,7 @@ class Tiny:
         tokens = ("vocab_size", "bos_token_id", "eos_token_id")
         known = json.loads((copy / "config.json").read_text())
         own = {name: known[name] for name in tokens} | {"output_router_logits": True} | config
-        _save_random(tiny_config("qwen3_moe", max_position_embeddings=128, **own), copy)
+        model_of(tiny_config("qwen3_moe", max_position_embeddings=128, **own)).save_pretrained(copy)
         return copy
 
     def speaking(self, name: str, template: str) -> Path:
@@ -97,17 +97,12 @@ def make_tiny(folder: Path) -> Tiny:
     tokenizer = byte_level(chat_template=CHAT_TEMPLATE)
     tokenizer.save_pretrained(tiny.model)
     tokens = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    _save_random(tiny_config("trained", vocab_size=len(tokenizer), **tokens), tiny.model)
+    config = tiny_config("trained", vocab_size=len(tokenizer), **tokens)
+    model_of(config).save_pretrained(tiny.model)
     rng = random.Random(0)
     write_jsonl(tiny.data / "train.jsonl", [_sum(rng) for _ in range(22)])
     write_jsonl(tiny.data / "test.jsonl", [_sum(rng) for _ in range(5)])
     return tiny
-
-
-def _save_random(config: PretrainedConfig, folder: Path) -> None:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
 def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:

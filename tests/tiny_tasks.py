@@ -20,7 +20,7 @@ from transformers import (
 
 from gem_ds.data.dataset import Dataset
 from gem_ds.data.tasks import ChoiceExample, Example, Kind, NumberExample, TaskData
-from tests.tiny import CONFIGS, DROPOUTS, tiny_config
+from tests.tiny import CONFIGS, DROPOUTS, model_of, tiny_config
 
 WORDS = ["red", "green", "blue", "warm", "cold", "##er", "##ish", "is", "not", "very"]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -47,10 +47,7 @@ def make_encoder(folder: Path, model_type: str, auto_class: Any, dropout: float 
         tokenizer.model_input_names = ["input_ids", "attention_mask"]
     more = dict.fromkeys(DROPOUTS["bert"], dropout) | CONFIGS["published"].get(model_type, {})
     config = tiny_config("encoder", model_type=model_type, vocab_size=len(tokenizer), **more)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = auto_class.from_config(config)
-    model.save_pretrained(folder)
+    model_of(config, auto_class.from_config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -84,9 +81,8 @@ def choice(
 
 def make_classifier(dtype: torch.dtype = torch.float32) -> BertForSequenceClassification:
     """A head for three labels; always the same weights, no dropout."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return BertForSequenceClassification(tiny_config("classifier")).to(dtype)
+    model = model_of(tiny_config("classifier"), BertForSequenceClassification)
+    return model.to(dtype)  # type: ignore[no-any-return]
 
 
 def random_pairs() -> Dataset:

@@ -34,6 +34,7 @@ from tests.tiny import (
     Setting,
     checkpointed,
     make_engine,
+    model_of,
     naive_examples,
     naive_loss,
     random_examples,
@@ -76,9 +77,7 @@ def make(
 ) -> Any:
     model_type, own = (MODELS | CHANGING)[name]
     config = AutoConfig.for_model(model_type, **SIZES | own | more)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return make_model(config).eval()
+    return model_of(config, make_model).eval()
 
 
 def batch_of(*, packed: bool = False) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from gem_ds.models.encoders import auto_class
 from gem_ds.models.targets import describe_reach, find_targets, targets_of
 from gem_ds.sparse.kinds import kind_of
-from tests.tiny import tiny_config
+from tests.tiny import model_of, tiny_config
 
 TABLES = tomllib.loads(Path(__file__).with_name("targets.toml").read_text())
 QUERY_VALUE, FUSED = (
@@ -106,9 +106,7 @@ def test_names_that_are_no_linear_layers_are_refused(llama, names, sentence):
 def test_every_target_is_reached_from_text_and_what_none_reaches_is_told(kind):
     """As autograd says; of a model that reads images its tower has layers of the same names."""
     config = tiny_config(kind)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = auto_class(config).from_config(config)
+    model = model_of(config, auto_class(config).from_config)
     model(input_ids=torch.arange(3, 15).view(2, 6)).logits.square().sum().backward()
     reached = {n: p for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     layers = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Linear)}

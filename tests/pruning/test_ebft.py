@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import gem_ds
 from gem_ds.models.targets import find_targets
 from gem_ds.pruning.block_by_block import BlockByBlock
-from tests.tiny import bits, make_model, tiny_config
+from tests.tiny import bits, make_model, model_of, tiny_config
 
 BLOCKS = {"llama": "model.layers", "gpt2": "transformer.h", "falcon": "transformer.h"}
 RATE, EPOCHS = 0.01, 3
@@ -21,10 +21,7 @@ RATE, EPOCHS = 0.01, 3
 def _dense(architecture: str) -> Any:
     if architecture == "falcon":  # whose blocks give tuples
         sizes = {"num_kv_heads": 1, "alibi": False, "ffn_hidden_size": 10}
-        config = tiny_config("gpt2", model_type="falcon", hidden_size=12, **sizes)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return AutoModelForCausalLM.from_config(config)
+        return model_of(tiny_config("gpt2", model_type="falcon", hidden_size=12, **sizes))
     return make_model(architecture, dropout=0.0)
 
 

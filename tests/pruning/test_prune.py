@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     DebertaV2Config,
 )
@@ -17,7 +16,7 @@ import gem_ds
 from gem_ds.models.targets import find_targets
 from gem_ds.pruning import prune
 from gem_ds.pruning.block_by_block import NoChainError
-from tests.tiny import bits, make_model, tiny_config
+from tests.tiny import bits, make_model, model_of, tiny_config
 
 #: Where the rows of all matrices can be cut into fours.
 SIZES = {
@@ -27,10 +26,7 @@ SIZES = {
 
 
 def _model(architecture: str) -> Any:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        config = tiny_config(architecture, **SIZES[architecture])
-        return AutoModelForCausalLM.from_config(config).eval()
+    return model_of(tiny_config(architecture, **SIZES[architecture])).eval()
 
 
 def _batches() -> list[dict[str, Tensor]]:

@@ -63,6 +63,7 @@ from tests.tiny import (
     Setting,
     bits,
     make_model,
+    model_of,
     naive_examples,
     naive_loss,
     random_examples,
@@ -174,12 +175,10 @@ def _model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         return make_classifier(dtype)
     if name == "opt":
         return make_model(name, dtype, dropout=0.0)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        sizes = {"vocab_size": 40, "hidden_size": 12, "intermediate_size": 9}
-        sizes |= {"num_hidden_layers": 2, "num_attention_heads": 3, "num_key_value_heads": 1}
-        config = LlamaConfig(**sizes, initializer_range=0.2, tie_word_embeddings=True)
-        return LlamaForCausalLM(config).to(dtype)
+    sizes = {"vocab_size": 40, "hidden_size": 12, "intermediate_size": 9}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 3, "num_key_value_heads": 1}
+    config = LlamaConfig(**sizes, initializer_range=0.2, tie_word_embeddings=True)
+    return model_of(config, LlamaForCausalLM).to(dtype)
 
 
 def _indices(model: nn.Module) -> dict[str, Tensor]:

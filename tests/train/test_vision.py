@@ -11,7 +11,7 @@ from gem_ds.files.apply import apply_delta
 from gem_ds.models.encoders import auto_class
 from gem_ds.train import main as train
 from tests.runs import delta_of, logged
-from tests.tiny import CONFIGS, naive_loss, tiny_config
+from tests.tiny import CONFIGS, model_of, naive_loss, tiny_config
 from tests.tiny_model import REPOSITORY, Tiny
 
 pytestmark = pytest.mark.slow  # starts engines or programs
@@ -25,9 +25,7 @@ def test_text_trains_the_language_model_and_nothing_else(kind, zero, tiny, tmp_p
     vocab_size = json.loads((tiny.model / "config.json").read_text())["vocab_size"]
     text_config = CONFIGS[kind]["text_config"] | {"vocab_size": vocab_size}
     config = tiny_config(kind, text_config=text_config)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = auto_class(config).from_config(config)
+    model = model_of(config, auto_class(config).from_config)
     model.save_pretrained(folder)
     flags = {"model_name_or_path": folder, "max_steps": 2, "density": "0.005"}
     flags["deepspeed"] = REPOSITORY / "ds_configs" / f"zero{zero}.json"

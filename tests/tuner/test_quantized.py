@@ -15,7 +15,7 @@ from gem_ds.files.delta import Delta
 from gem_ds.files.mask import Mask
 from gem_ds.tuner import adapter_to_delta
 from tests.deltas import bits
-from tests.tiny import tiny_config
+from tests.tiny import make_model
 from tests.tuner.test_tuner import GemLayer, batch, logits, refused, train, values_of, wrapped
 
 pytest.importorskip("bitsandbytes")
@@ -39,10 +39,7 @@ def load(folder: Path, double: bool = True, **more: Any) -> Any:
 def make_base(folder: Path, scale: float = 1.0) -> Path:
     """A model wide enough for bitsandbytes' kernel on CPUs, in bf16; one weight may be scaled."""
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "head_dim": 32}
-    config = tiny_config("llama", **sizes)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config).to(BF16)
+    model = make_model("llama", BF16, **sizes)
     model.model.layers[0].self_attn.q_proj.weight.data.mul_(scale)
     model.save_pretrained(folder)
     return folder
