@@ -139,12 +139,24 @@ def by_transformers(base: str, options: dict[str, Any]) -> Trainer:
     return sequential(Trainer)(model=model, args=args, train_dataset=examples())
 
 
-def by_trl(base: str, options: dict[str, Any]) -> Trainer:
-    """As a user sets it up with ``SFTTrainer``, examples tokenized before."""
+def sft(model: Any, rows: list[Any], options: dict[str, Any], **more: Any) -> Trainer:
+    """An ``SFTTrainer``, its examples tokenized before."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    args = SFTConfig(**options, bf16=False, max_length=None, completion_only_loss=True)
+    made: Any = sequential(SFTTrainer)
+    options = {"bf16": False, "max_length": None, "completion_only_loss": True} | options
+    return made(  # type: ignore[no-any-return]
+        model,
+        SFTConfig(**options),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(DEMO),
+        **more,
+    )
+
+
+def by_trl(base: str, options: dict[str, Any]) -> Trainer:
+    """As a user sets it up with ``SFTTrainer``."""
     rows = [
         {
             "input_ids": row["input_ids"].tolist(),
@@ -152,14 +164,9 @@ def by_trl(base: str, options: dict[str, Any]) -> Trainer:
         }
         for row in examples()
     ]
-    made: Any = sequential(SFTTrainer)
-    return made(  # type: ignore[no-any-return]
-        AutoModelForCausalLM.from_pretrained(f"{base}/model"),
-        args,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(DEMO),
-        peft_config=GemConfig(mask=f"{base}/mask.safetensors"),
-    )
+    config = GemConfig(mask=f"{base}/mask.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(f"{base}/model")
+    return sft(model, rows, options, peft_config=config)
 
 
 Run = tuple[Callable[[str, dict[str, Any]], Trainer], bool | None]
@@ -361,16 +368,12 @@ def collated(rows: list[dict[str, int]]) -> dict[str, Tensor]:
 
 def trainers_of_mixtures(options: dict[str, Any]) -> dict[str, Any]:
     """Their steps would be of two micro-batches, each with a routers' loss."""
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
-
     options = options | {"gradient_accumulation_steps": 2, "remove_unused_columns": False}
     rows = in_order_of_ranks(int(os.environ["WORLD_SIZE"]))
     examples = [
         {"input_ids": ids.tolist(), "completion_mask": [int(i >= n) for i in range(len(ids))]}
         for ids, n in naive_examples(random_examples(8), rows)
     ]
-    made: Any = sequential(SFTTrainer)
     return {
         "a mixture": sequential(Trainer)(
             model=mixture(),
@@ -378,12 +381,7 @@ def trainers_of_mixtures(options: dict[str, Any]) -> dict[str, Any]:
             train_dataset=[{"row": row} for row in rows],
             data_collator=collated,
         ),
-        "a mixture by TRL": made(
-            mixture(),
-            SFTConfig(**options, bf16=False, max_length=None, completion_only_loss=True),
-            train_dataset=Dataset.from_list(examples),
-            processing_class=AutoTokenizer.from_pretrained(DEMO),
-        ),
+        "a mixture by TRL": sft(mixture(), examples, options),
     }
 
 
@@ -400,9 +398,6 @@ def calibrate_mixture() -> dict[str, Tensor]:
 
 def select_on_ranks(folder: str) -> dict[str, dict[str, Tensor]]:
     """The masks that trainers' own batches give."""
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
-
     options: dict[str, Any] = {
         "output_dir": f"{folder}/select",
         "per_device_train_batch_size": 2,
@@ -412,16 +407,9 @@ def select_on_ranks(folder: str) -> dict[str, dict[str, Tensor]]:
     model = AutoModelForCausalLM.from_pretrained(f"{folder}/llama/model")
     args = TrainingArguments(**options)
     trainers = {"": sequential(Trainer)(model=model, args=args, train_dataset=examples())}
-    made: Any = SFTTrainer
     for packing in (False, True):
-        trainers["packed" if packing else "padded"] = made(
-            model,
-            SFTConfig(
-                **options, bf16=False, max_length=12, packing=packing, completion_only_loss=True
-            ),
-            train_dataset=Dataset.from_list(answers()),
-            processing_class=AutoTokenizer.from_pretrained(DEMO),
-        )
+        own = options | {"max_length": 12, "packing": packing}
+        trainers["packed" if packing else "padded"] = sft(model, answers(), own)
     masks = {
         name: gem_ds.select_mask_with(trainer, density="0.02").indices
         for name, trainer in trainers.items()
@@ -461,11 +449,14 @@ def _no_state_of_accelerate_is_left() -> Iterator[None]:
     GradientState._reset_state()
 
 
-def run_example(name: str, monkeypatch: pytest.MonkeyPatch, **flags: Any) -> dict[str, Any]:
-    """Run a program of examples/; its names."""
+def run_example(
+    name: str, data: Path, monkeypatch: pytest.MonkeyPatch, **flags: Any
+) -> dict[str, Any]:
+    """Run a program of examples/ on the demo's model, into the folder of its name; its names."""
+    flags = {"model": DEMO, "data": data, "output_dir": name} | flags
     words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
     monkeypatch.setattr(sys, "argv", [name, *words])
-    return runpy.run_path(str(ROOT / "examples" / name))
+    return runpy.run_path(str(ROOT / "examples" / f"{name}.py"))
 
 
 @pytest.fixture(scope="module")
@@ -500,37 +491,21 @@ def only_entries_moved(adapter: Path, mask: Mask) -> None:
 
 def test_the_programs_of_examples_run(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    common = {"model": DEMO, "density": "0.01"}
-    run_example(
-        "own_loop.py",
-        monkeypatch,
-        data=data / "sft.jsonl",
-        output_dir="loop",
-        num_steps=3,
-        **common,
-    )
+    run_example("own_loop", data / "sft.jsonl", monkeypatch, num_steps=3, density="0.01")
     pytest.importorskip("trl")
-    steps = {"max_steps": 2, **common}
-    names = run_example("sft.py", monkeypatch, data=data / "sft.jsonl", output_dir="sft", **steps)
+    steps = {"max_steps": 2, "density": "0.01"}
+    names = run_example("sft", data / "sft.jsonl", monkeypatch, **steps)
     only_entries_moved(Path("sft"), names["mask"])
     names["mask"].save("mask.safetensors")
 
-    names = run_example("dpo.py", monkeypatch, data=data / "dpo.jsonl", output_dir="dpo", **steps)
+    names = run_example("dpo", data / "dpo.jsonl", monkeypatch, **steps)
     log = [entry for entry in names["trainer"].state.log_history if "loss" in entry]
     assert log[0]["rewards/margins"] == 0  # the reference is the disabled adapter
     assert log[1]["rewards/margins"] > 0
     only_entries_moved(Path("dpo"), names["mask"])
 
-    names = run_example(
-        "grpo.py",
-        monkeypatch,
-        model=DEMO,
-        mask="mask.safetensors",
-        max_steps=2,
-        data=data / "grpo.jsonl",
-        output_dir="grpo",
-        max_completion_length=30,
-    )
+    steps = {"max_steps": 2, "mask": "mask.safetensors", "max_completion_length": 30}
+    names = run_example("grpo", data / "grpo.jsonl", monkeypatch, **steps)
     log = [entry for entry in names["trainer"].state.log_history if "loss" in entry]
     assert log[0]["kl"] == 0
     assert any(entry["grad_norm"] > 0 for entry in log)
@@ -547,15 +522,8 @@ def test_a_base_of_four_bits_is_trained_at_the_entries_alone(data, tmp_path, mon
     batch = {"input_ids": tokens, "labels": tokens}
     mask = gem_ds.select_mask(model, [batch], density="0.01")
     mask.save("mask.safetensors")
-    names = run_example(
-        "nf4.py",
-        monkeypatch,
-        model=DEMO,
-        mask="mask.safetensors",
-        data=data / "sft.jsonl",
-        output_dir="nf4",
-        max_steps=2,
-    )
+    steps = {"max_steps": 2, "mask": "mask.safetensors"}
+    names = run_example("nf4", data / "sft.jsonl", monkeypatch, **steps)
 
     quantization = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     config = BitsAndBytesConfig(load_in_4bit=True, **quantization)
