@@ -1,5 +1,6 @@
 """Deltas of a model in memory, and a mask of none."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -64,3 +65,13 @@ def bytes_of(tensor: Tensor) -> bytes:
 def bits(model: nn.Module) -> dict[str, bytes]:
     """The bytes of every parameter; tied ones stand there under each of their names."""
     return {name: bytes_of(p) for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def overwritten(model: nn.Module, delta: Delta | None) -> dict[str, bytes]:
+    """The bits of a copy of the model that is overwritten entry by entry."""
+    model = copy.deepcopy(model)
+    for name, values in delta.values.items() if delta is not None else ():
+        weight = model.get_parameter(name).data
+        for index, value in zip(delta.mask.indices[name].tolist(), values, strict=True):
+            weight[torch.unravel_index(torch.tensor(index), weight.shape)] = value
+    return bits(model)

@@ -2,6 +2,7 @@
 
 import tomllib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,7 @@ from gem_ds.evaluate.model import SamplingArguments
 from gem_ds.evaluate.samples import Sample
 from gem_ds.evaluate.sampling import sample_all
 from gem_ds.files.delta import Delta
-from gem_ds.files.fingerprint import fingerprints
-from gem_ds.files.mask import Mask, WeightInfo
+from tests.deltas import make_delta
 
 #: By what refuses: what is passed, and words of the sentence.
 REFUSED = tomllib.loads((Path(__file__).parent / "evaluate" / "refused.toml").read_text())
@@ -48,21 +48,13 @@ def save_delta(
     head: Mapping[str, Tensor] | None = None,
 ) -> Delta:
     """A delta of `model`, named base: by weight the flat indices, and what is added there."""
-    indices, infos, values = {}, {}, {}
+    head, values = dict(head or {}), {}
+    mask = make_delta(model, {name: index.tolist() for name, (index, _) in changes.items()}).mask
     for name, (index, added) in changes.items():
-        weight = model.get_parameter(name).detach()
-        before = weight.reshape(-1)[index.long()]
-        indices[name], values[name] = index.int(), before + added.to(weight.dtype)
-        infos[name] = WeightInfo.of(weight.shape, before)
-    rest = {n: p for n, p in model.named_parameters() if n not in (head or {})}
-    mask = Mask(
-        indices=indices,
-        weights=infos,
-        base_model="base",
-        settings={},
-        fingerprints=fingerprints(rest),
-    )
-    delta = Delta(mask=mask, values=values, head=dict(head or {}))
+        before = model.get_parameter(name).detach().reshape(-1)[index.long()]
+        values[name] = before + added.to(before.dtype)
+    known = {name: text for name, text in mask.fingerprints.items() if name not in head}
+    delta = Delta(mask=replace(mask, fingerprints=known), values=values, head=head)
     delta.save(path)
     return delta
 

@@ -1,6 +1,5 @@
 """Base + delta is the trained model, revert the base, bit for bit; a misfit touches nothing."""
 
-import copy
 import gc
 import weakref
 from dataclasses import replace
@@ -17,21 +16,9 @@ from gem_ds.files.apply import apply_delta
 from gem_ds.files.delta import DELTA_KIND, Delta
 from gem_ds.files.mask import Mask
 from gem_ds.files.tensors import load_tensors, save_tensors
-from tests.deltas import bits, bytes_of, make_delta
+from tests.deltas import bits, bytes_of, make_delta, overwritten
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def naive_overwrite(model: nn.Module, delta: Delta) -> dict[str, bytes]:
-    """The bytes of every parameter after a dense, entry by entry overwrite of a copy."""
-    model = copy.deepcopy(model)
-    with torch.no_grad():
-        for name, values in delta.values.items():
-            weight = model.get_parameter(name)
-            width = weight.shape[1]
-            for flat_index, value in zip(delta.mask.indices[name].tolist(), values, strict=True):
-                weight[flat_index // width, flat_index % width] = value
-    return bits(model)
 
 
 SIZES = {"vocab_size": 24, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -130,7 +117,7 @@ def test_apply_changes_the_entries_and_nothing_else_and_revert_restores_all(make
     name = next(name for name, _ in model.named_parameters() if name.endswith("q_proj.weight"))
     embedding = next(iter(dict(model.named_parameters())))  # tied to the output layer
     delta = make_delta(model, {name: [1, 8, 62], embedding: [0, 17]})
-    base, trained = bits(model), naive_overwrite(model, delta)
+    base, trained = bits(model), overwritten(model, delta)
     assert trained != base
     parameters = dict(model.named_parameters())
     applied = apply_delta(model, delta)
@@ -180,7 +167,7 @@ def test_any_bits_survive_in_any_layout(dtype, shape, seed, is_transposed, is_st
     model = Matrix(weight)
     chosen = (torch.rand(size, generator=generator) < 0.5).nonzero().flatten().tolist()
     delta = make_delta(model, {"weight": chosen})
-    base, trained = bits(model), naive_overwrite(model, delta)
+    base, trained = bits(model), overwritten(model, delta)
     with apply_delta(model, delta):
         assert bits(model) == trained
     assert bits(model) == base

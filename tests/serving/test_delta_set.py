@@ -24,7 +24,7 @@ from transformers import (
 from gem_ds import DeltaSet
 from gem_ds.files.delta import Delta
 from gem_ds.serving import delta_set
-from tests.deltas import bits, make_delta
+from tests.deltas import bits, make_delta, overwritten
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = {"vocab_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 8}
@@ -66,16 +66,6 @@ def random_delta(model: nn.Module, seed: int, share: float = 0.1) -> Delta:
     return replace(delta, values=values)
 
 
-def expected_bits(model: nn.Module, delta: Delta | None) -> dict[str, bytes]:
-    """Of a copy of the base, overwritten entry by entry."""
-    model = copy.deepcopy(model)
-    for name, values in delta.values.items() if delta is not None else ():
-        weight = model.get_parameter(name).data
-        for index, value in zip(delta.mask.indices[name].tolist(), values, strict=True):
-            weight[torch.unravel_index(torch.tensor(index), weight.shape)] = value
-    return bits(model)
-
-
 def two_deltas(model):
     """A set of deltas "0" and "1"."""
     deltas = DeltaSet(model)
@@ -99,7 +89,7 @@ def test_whatever_was_in_use_a_delta_is_exact_and_so_is_the_base(
     model = make_model(dtype)
     found: dict[str | None, Delta | None] = {None: None}
     found |= {str(i): random_delta(model, seed + i, share) for i in range(3)}
-    expected = {name: expected_bits(model, delta) for name, delta in found.items()}
+    expected = {name: overwritten(model, delta) for name, delta in found.items()}
     deltas = DeltaSet(model)
     for name in ("0", "1", "2"):
         deltas.add(name, found[name])

@@ -26,9 +26,9 @@ from gem_ds.files.mask import MASK_KIND, pack_mask
 from gem_ds.files.tensors import save_tensors
 from gem_ds.serving import messages
 from gem_ds.serving.messages import Kind
-from tests.deltas import bits
+from tests.deltas import bits, overwritten
 from tests.serving.engine import LLM
-from tests.serving.test_delta_set import DTYPES, expected_bits, gpt2, llama, random_delta
+from tests.serving.test_delta_set import DTYPES, gpt2, llama, random_delta
 from tests.serving.test_vllm_deltas import all_bits, as_if_loaded, checkpoint
 
 
@@ -85,7 +85,7 @@ def test_receivers_have_the_trainers_bits_after_every_step(make_model, dtype, se
     with connected(steps[0].mask, *models) as (sender, _):
         for delta in steps:
             sender.send(delta.values)
-            expected = expected_bits(base, delta)
+            expected = overwritten(base, delta)
             assert [bits(model) for model in models] == [expected, expected]
         sent = sum(v.nbytes for delta in steps for v in delta.values.values())
         once = sum(4 * index.numel() for index in mask.indices.values())
@@ -189,11 +189,7 @@ def test_a_message_that_does_not_fit_is_told_in_a_sentence_and_changes_nothing(m
         assert bits(model) == after
         sender.start()  # which puts everything right
         sender.send(others)
-        assert bits(model) == expected_bits_of_other(model, delta, others)
-
-
-def expected_bits_of_other(model, delta, values):
-    return expected_bits(model, replace(delta, values=values))
+        assert bits(model) == overwritten(model, replace(delta, values=others))
 
 
 def test_values_that_do_not_fit_are_refused_before_anything_is_sent():
