@@ -1,7 +1,5 @@
 """How the flags of a training are read and checked: of a command line, on top of a recipe."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -12,7 +10,7 @@ from typing import Any, NoReturn, get_args, get_type_hints
 
 from transformers import HfArgumentParser
 
-from gem_ds.flags import HelpFormatter, name_of
+from gem_ds.flags import parser_of
 from gem_ds.select.rules import SPARSE_METHODS
 from gem_ds.train.config import (
     DEFAULT_LEARNING_RATE,
@@ -28,6 +26,7 @@ from gem_ds.train.methods import DENSE_METHODS
 from gem_ds.train.other_trainers import MEANINGS, RENAMED, told, translate
 from gem_ds.train.recipe import converted, read_recipe
 
+_PARTS = (ModelArguments, DataArguments, MethodArguments, TrainArguments)
 _NEEDED = ("model_name_or_path", "task", "output_dir")
 
 
@@ -37,13 +36,8 @@ def parse_arguments(argv: Sequence[str], needed: Sequence[str] = _NEEDED) -> Arg
     Flags of other trainers are read as :mod:`gem_ds.train.other_trainers` understands them. What is
     wrong is a ValueError, ``--help`` a SystemExit.
     """
-    parser = _Parser(
-        (ModelArguments, DataArguments, MethodArguments, TrainArguments),  # type: ignore[arg-type]
-        prog=name_of("train"),
-        description="Fine-tune a language model with GEM on DeepSpeed.",
-        allow_abbrev=False,
-        formatter_class=HelpFormatter,
-    )
+    parser = parser_of("train", "Fine-tune a language model with GEM on DeepSpeed.", *_PARTS)
+    parser.error = _raise  # type: ignore[method-assign]
     parser.add_argument("--config", metavar="RECIPE.yaml", help="YAML file of flags; flags win.")
     flags, left_out = translate(_said(argv))
     _refuse_unknown(flags, parser)
@@ -54,7 +48,8 @@ def parse_arguments(argv: Sequence[str], needed: Sequence[str] = _NEEDED) -> Arg
         left_out += left_out_there
         _refuse_unknown(recipe, parser, f"--config {path}: ")
         actions = {action.dest: action for action in parser._actions}
-        parser.set_defaults(**converted(recipe, actions, f"--config {path}: "))
+        for name, value in recipe.items():
+            parser.set_defaults(**{name: converted(actions[name], value, f"--config {path}: ")})
     model, data, method, train, _, strays = parser.parse_args_into_dataclasses(
         words, return_remaining_strings=True, look_for_args_file=False
     )
@@ -98,7 +93,7 @@ def _as_words(name: str, value: str | list[str]) -> list[str]:
     return [f"--{name}", *words] if name else words
 
 
-def _refuse_unknown(names: Iterable[str], parser: _Parser, where: str = "") -> None:
+def _refuse_unknown(names: Iterable[str], parser: HfArgumentParser, where: str = "") -> None:
     """Refuse flags that there are not, all of them at once, with the nearest that there are."""
     own = {option[2:] for option in parser._option_string_actions if option[:2] == "--"}
     own = own - {"config", "help"} if where else own | {""}
@@ -140,7 +135,7 @@ def check_arguments(args: Arguments) -> None:
 
 def _limits() -> Iterator[tuple[str, Limit]]:
     """The limits in the types of the flags, optional ones too, by the flags' names."""
-    for part in (ModelArguments, DataArguments, MethodArguments, TrainArguments):
+    for part in _PARTS:
         for name, hint in get_type_hints(part, include_extras=True).items():
             for kind in (hint, *get_args(hint)):
                 yield from ((name, limit) for limit in get_args(kind) if isinstance(limit, Limit))
@@ -188,8 +183,6 @@ def _contradictions(args: Arguments) -> Iterator[str]:
         yield f"--max_steps 0 writes a mask, and --method {name} has none."
 
 
-class _Parser(HfArgumentParser):
+def _raise(message: str) -> NoReturn:
     """Raises what argparse would print before it leaves the program."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message[:1].upper()}{message[1:]}: see --help.")
+    raise ValueError(f"{message[:1].upper()}{message[1:]}: see --help.")

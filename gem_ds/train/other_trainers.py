@@ -6,8 +6,6 @@ is left out with a word; a value that means something else is refused. What stan
 for :mod:`gem_ds.train.arguments` to know.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -30,31 +28,30 @@ RENAMED = {
     "sample_packing": "packing",
 }
 
-_IN_MEMORY = "examples are read once, before training"
-_LAUNCHER = "DeepSpeed and its launcher decide"
-_LOGGED = "metrics.jsonl has every entry"
-_CHECKPOINTS = "a run can go on from each of its checkpoints"
-
 #: Flags that decide nothing here, and why.
 WITHOUT_EFFECT = {
-    **dict.fromkeys(("do_train", "do_eval"), "a run trains, and evaluates where it has examples"),
-    **dict.fromkeys(("dataloader_num_workers", "dataloader_pin_memory"), _IN_MEMORY),
-    **dict.fromkeys(("dataloader_persistent_workers", "dataloader_prefetch_factor"), _IN_MEMORY),
-    **dict.fromkeys(("preprocessing_num_workers", "preprocessing_batch_size"), _IN_MEMORY),
-    **dict.fromkeys(("dataset_num_proc", "overwrite_cache", "lazy_preprocess"), _IN_MEMORY),
-    **dict.fromkeys(("remove_unused_columns", "use_cache"), _IN_MEMORY),
-    **dict.fromkeys(("ddp_timeout", "ddp_backend", "ddp_find_unused_parameters"), _LAUNCHER),
-    **dict.fromkeys(("ddp_bucket_cap_mb", "low_cpu_mem_usage"), _LAUNCHER),
-    **dict.fromkeys(("logging_strategy", "logging_first_step", "logging_dir"), _LOGGED),
-    **dict.fromkeys(("plot_loss", "include_num_input_tokens_seen", "log_level"), _LOGGED),
-    "run_name": "a run is called by its --output_dir",
-    **dict.fromkeys(("save_only_model", "save_safetensors", "save_on_each_node"), _CHECKPOINTS),
-    **dict.fromkeys(
-        ("use_fast_tokenizer", "use_fast"), "the tokenizer is that of the model's files"
-    ),
-    "gradient_checkpointing_kwargs": "the trainer chooses how activations are recomputed",
-    "use_liger_kernel": "the loss is computed without whole logits anyway",
-    "eval_accumulation_steps": "no logits are kept",
+    name: why
+    for why, names in {
+        "a run trains, and evaluates where it has examples": "do_train do_eval",
+        "examples are read once, before training": """
+            dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
+            dataloader_prefetch_factor preprocessing_num_workers preprocessing_batch_size
+            dataset_num_proc overwrite_cache lazy_preprocess remove_unused_columns use_cache""",
+        "DeepSpeed and its launcher decide": """
+            ddp_timeout ddp_backend ddp_find_unused_parameters ddp_bucket_cap_mb
+            low_cpu_mem_usage""",
+        "metrics.jsonl has every entry": """
+            logging_strategy logging_first_step logging_dir plot_loss
+            include_num_input_tokens_seen log_level""",
+        "a run is called by its --output_dir": "run_name",
+        "a run can go on from each of its checkpoints": """
+            save_only_model save_safetensors save_on_each_node""",
+        "the tokenizer is that of the model's files": "use_fast_tokenizer use_fast",
+        "the trainer chooses how activations are recomputed": "gradient_checkpointing_kwargs",
+        "the loss is computed without whole logits anyway": "use_liger_kernel",
+        "no logits are kept": "eval_accumulation_steps",
+    }.items()
+    for name in names.split()
 }
 
 

@@ -1,11 +1,8 @@
 """A recipe, ``--config recipe.yaml``: flags and their values, as the command line reads them."""
 
-from __future__ import annotations
-
 import argparse
 import datetime
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from reprlib import Repr
 from typing import Any
@@ -45,19 +42,12 @@ def read_recipe(path: str) -> dict[str, Any]:
     return {str(name): value for name, value in recipe.items()}
 
 
-def converted(
-    recipe: Mapping[str, Any], actions: Mapping[str, argparse.Action], where: str
-) -> dict[str, object]:
-    """The recipe's values, each converted and checked as its flag's action would do it.
+def converted(action: argparse.Action, value: object, where: str) -> object:
+    """A recipe's value as its flag would give it; YAML reads 1e-3 as text, for instance.
 
     Raises:
-        ValueError: a value is none of its flag; the sentence begins with ``where``.
+        ValueError: the value is none of the flag; the sentence begins with ``where``.
     """
-    return {name: _convert(actions[name], value, where) for name, value in recipe.items()}
-
-
-def _convert(action: argparse.Action, value: object, where: str) -> object:
-    """One value as its flag would give it; YAML reads 1e-3 as text, for instance."""
     is_list = action.nargs == "+"
     words = value if isinstance(value, list) and is_list else [value]
     convert = action.type if callable(action.type) else str
@@ -66,14 +56,14 @@ def _convert(action: argparse.Action, value: object, where: str) -> object:
             raise ValueError
         if is_list:
             return [str(word) for word in words]
-        converted = convert(str(value))
-        if action.choices is not None and converted not in action.choices:
+        found = convert(str(value))
+        if action.choices is not None and found not in action.choices:
             raise ValueError
-        return converted
+        return found
     except (ValueError, TypeError, argparse.ArgumentTypeError):
         choices = f": pass one of {', '.join(action.choices)}" if action.choices else ""
-        found = _shown.repr(value)
-        raise ValueError(f"{where}{action.dest} cannot be {found}{choices}.") from None
+        shown = _shown.repr(value)
+        raise ValueError(f"{where}{action.dest} cannot be {shown}{choices}.") from None
 
 
 #: Of a value that holds others, no more than the outermost: aliases make them endless.
