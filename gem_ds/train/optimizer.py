@@ -1,8 +1,5 @@
 """The optimizer and the learning-rate schedule that the flags ask for."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,42 +13,37 @@ from gem_ds.distributed.optim import SparseAdamW
 from gem_ds.train.config import TrainArguments
 
 
-def make_sparse_optimizer(train: TrainArguments) -> Callable[[list[nn.Parameter]], SparseAdamW]:
-    """What makes the optimizer of the selected values and, second if there is one, the head."""
-    assert train.learning_rate is not None, "parse_arguments sets it"
-    rates = (train.learning_rate, train.head_learning_rate)
-
-    def make(parameters: list[nn.Parameter]) -> SparseAdamW:
-        groups: list[Any] = [
-            {"params": [parameter], "lr": lr}
-            for parameter, lr in zip(parameters, rates, strict=False)
-        ]
-        return SparseAdamW(groups, lr=rates[0], **_adam(train))
-
-    return make
+def make_sparse_optimizer(train: TrainArguments, vectors: list[nn.Parameter]) -> SparseAdamW:
+    """The optimizer of the selected values and, second if there is one, the head."""
+    optimizer: SparseAdamW = _make(SparseAdamW, train, vectors[:1], vectors[1:])
+    return optimizer
 
 
 def make_dense_optimizer(
     train: TrainArguments, parameters: list[nn.Parameter], head: list[nn.Parameter]
 ) -> Optimizer:
     """AdamW of whole parameters, in eight bits if ``--optimizer`` says so."""
-    groups: list[dict[str, Any]] = [{"params": parameters, "lr": train.learning_rate}]
-    if head:
-        groups.append({"params": head, "lr": train.head_learning_rate})
     # One pass over the parameters instead of a dozen: the baselines are as fast as torch can do it.
     adam: Any = partial(AdamW, fused=True)
     if train.optimizer == "adamw_8bit":
         adam = adam_of_bitsandbytes()
-    optimizer: Optimizer = adam(groups, lr=train.learning_rate, **_adam(train))
+    optimizer: Optimizer = _make(adam, train, parameters, head)
     return optimizer
 
 
-def _adam(train: TrainArguments) -> dict[str, Any]:
-    return {
-        "betas": (train.adam_beta1, train.adam_beta2),
-        "eps": train.adam_epsilon,
-        "weight_decay": train.weight_decay,
-    }
+def _make(
+    adam: Any, train: TrainArguments, parameters: list[nn.Parameter], head: list[nn.Parameter]
+) -> Any:
+    groups: list[dict[str, Any]] = [{"params": parameters, "lr": train.learning_rate}]
+    if head:
+        groups.append({"params": head, "lr": train.head_learning_rate})
+    return adam(
+        groups,
+        lr=train.learning_rate,
+        betas=(train.adam_beta1, train.adam_beta2),
+        eps=train.adam_epsilon,
+        weight_decay=train.weight_decay,
+    )
 
 
 def adam_of_bitsandbytes() -> Any:
