@@ -6,8 +6,6 @@ Nothing here holds a position in the data. Step s reads the global batch s, what
 so a run resumes exactly on any number of ranks.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -82,11 +80,6 @@ class Batches:
     def num_items_by_micro_batch(self, step: int) -> list[int]:
         """The same of each of this rank's micro-batches alone; 0 where no row is left."""
         return [self.dataset.num_items(rows) for rows in self.schedule.micro_batches(step)]
-
-    @property
-    def num_items_of_epoch(self) -> int:
-        """The same over an epoch."""
-        return self.dataset.num_items(range(len(self.dataset)))
 
     def num_tokens(self, step: int) -> int:
         """Tokens read at ``step`` over all ranks and micro-batches, padding left out."""

@@ -20,15 +20,13 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from gem_ds.data.tasks import ChatExample, Example, Message
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Pieces = list[str]
 """A text in pieces that are in turn read and learnt: the first is read, the last is learnt."""

@@ -15,20 +15,16 @@ Chat messages pass through the chat template (`gem_ds.data.chat`), which then is
 special tokens; an eos follows only where neither the template nor the data ends an answer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from gem_ds.data import chat
 from gem_ds.data.dataset import Dataset, flat, offsets_of
 from gem_ds.data.tasks import ChoiceExample, Example, PlainText, Prompt
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _CHUNK_SIZE = 1000  # examples per tokenizer call: enough to keep a fast tokenizer's threads busy
 

@@ -9,8 +9,6 @@ normalised as in SQuAD's official script, which ReCoRD's and SuperGLUE's do too.
 matched validation set and `mnli_mismatched` the other; each is a task of its own.
 """
 
-from __future__ import annotations
-
 import re
 import string
 import warnings

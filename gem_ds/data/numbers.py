@@ -13,8 +13,6 @@ Every pattern here runs in time linear in the text: its parts are of bounded len
 divided in more than one way.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 `Dataset.collate` tells the model by position ids where an example begins.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left, insort
 from dataclasses import replace
 

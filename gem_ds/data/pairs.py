@@ -4,18 +4,14 @@ Pairs are encoded as the tokenizer does it by itself; one that is too long loses
 of the longer text.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from gem_ds.data.dataset import Dataset, flat, offsets_of
 from gem_ds.data.tasks import ChoiceExample, Example, NumberExample, Pair
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _TYPES = "token_type_ids"
 _CHUNK_SIZE = 1000  # pairs per tokenizer call: enough to keep a fast tokenizer's threads busy

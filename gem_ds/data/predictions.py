@@ -7,28 +7,17 @@ wrong (`correct` is null). An example that accepts several texts (record) has on
 as reference, and as `correct` the F1 of the words, whose mean is the task's main metric.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from gem_ds.data.metrics import text_f1
 from gem_ds.data.tasks import ChoiceExample, Example, NumberExample
-from gem_ds.files.atomic import save_jsonl
 
 PREDICTIONS_FILE = "predictions.jsonl"
 
 
-def save_predictions(
-    folder: Path, examples: Sequence[Example], predictions: Sequence[float]
-) -> None:
-    """Write predictions.jsonl, a line for each example in their order."""
-    save_jsonl(folder / PREDICTIONS_FILE, judged(examples, predictions))
-
-
 def judged(examples: Sequence[Example], predictions: Sequence[float]) -> list[dict[str, Any]]:
-    """The lines of predictions.jsonl."""
+    """The lines of predictions.jsonl, one for each example in their order."""
     lines = []
     for i, (example, prediction) in enumerate(zip(examples, predictions, strict=True)):
         reference, correct = _judged(example, prediction)

@@ -26,7 +26,7 @@ from gem_ds.planning.subject import Setting, Subject
 from gem_ds.select.rules import CALIBRATED_METHODS, RULES
 from gem_ds.sparse.kinds import ExpertsLayer
 from gem_ds.sparse.layers import TargetLayer
-from gem_ds.train.deepspeed import resolve_deepspeed
+from gem_ds.train.prepare import resolve_deepspeed
 from gem_ds.train.targets import settle_targets
 
 _FP32, _INT64 = 4, 8  # bytes of a number

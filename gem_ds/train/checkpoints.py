@@ -1,7 +1,5 @@
 """The checkpoints of a run: when one is the best, which stay, which one the run goes back to."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

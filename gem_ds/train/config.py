@@ -4,8 +4,6 @@ The ``help`` of a field is its documentation, its type says what is allowed. Nam
 transformers' ``TrainingArguments`` wherever it has one, but for ``optimizer`` (``optim`` there).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal

@@ -3,8 +3,6 @@
 What GEM is compared with. DeepSpeed trains them as it always does.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -99,7 +97,7 @@ class DenseTuning:
                 file_digests=self._save_parts(path),
                 num_updates=self.engine.num_updates,
                 identity=self.prepared.identity,
-                settings=self.prepared.dense_settings(self.comm.world_size),
+                settings=self.prepared.dense_settings,
             )
             numbers.save(path, state)
 
@@ -148,23 +146,18 @@ class DenseTuning:
             if product == "delta":
                 self._delta(trained).save(claim(folder, "delta.safetensors"))
             elif product == "model":
-                self._save_model(folder / "model", trained)
+                notes: list[str] = []
+                written = self.files, self.network, trained, self.head
+                atomic_folder(
+                    folder / "model", lambda path: notes.extend(write_folder(path, *written))
+                )
+                if notes:
+                    print(f"Of {folder / 'model'}: {'; '.join(notes)}", flush=True)
             else:
                 atomic_folder(
                     folder / "adapter",
                     lambda path: self.network.save_pretrained(path, state_dict=trained),
                 )
-
-    def _save_model(self, folder: Path, trained: dict[str, Tensor]) -> None:
-        """Write the base's folder with the trained weights."""
-        notes: list[str] = []
-
-        def write(path: Path) -> None:
-            notes.extend(write_folder(path, self.files, self.network, trained, self.head))
-
-        atomic_folder(folder, write)
-        if notes:
-            print(f"Of {folder}: {'; '.join(notes)}", flush=True)
 
     def _delta(self, trained: dict[str, Tensor]) -> Delta:
         """Every bias, whole, and the head."""

@@ -1,10 +1,8 @@
 """A run's examples: which are trained on and which are held out, read and encoded."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -17,6 +15,7 @@ from gem_ds.data.tasks import (
     ChoiceExample,
     Example,
     NumberExample,
+    Source,
     TaskData,
     load_task,
 )
@@ -45,17 +44,8 @@ class RunData:
 
 def load_examples(data: DataArguments) -> TaskData:
     """The examples that the flags name; ``test`` is what the run is measured on."""
-    task = load_task(
-        str(data.task),
-        data_dir=data.data_dir,
-        train_file=data.train_file,
-        test_file=data.test_file,
-        dataset_name=data.dataset_name,
-        dataset_config_name=data.dataset_config_name,
-        prompt_field=data.prompt_field,
-        target_field=data.target_field,
-        train_on=data.train_on,
-    )
+    said = {field.name: getattr(data, field.name) for field in fields(Source)}
+    task = load_task(str(data.task), **said)
     if data.evaluate_on == "test" and not task.test:
         raise ValueError(
             f"--evaluate_on test: {data.data_dir or data.train_file or data.dataset_name} holds no "

@@ -16,20 +16,20 @@ the mean loss over the global batch however it is cut. What is logged, evaluated
 steps is the caller's business.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from gem_ds.data.batches import Batches, SummedLoss
+from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.dense_engine import DenseEngine
 from gem_ds.distributed.engine import Engine
 from gem_ds.files.checkpoint import TrainerState
@@ -82,20 +82,10 @@ def fit(
     entries, and draws layers of the first part. A SIGTERM or Ctrl-C ends it early; a loss or
     gradient that is not finite is a :class:`DivergedError`, and masters are as before that step.
     """
-    with ExitStack() as stack:
-        received = stack.enter_context(stop_signals())
+    with stop_signals() as received:
         while state.global_step < state.max_steps:
-            result = _step(
-                engine,
-                parts,
-                train,
-                summed_loss,
-                scheduler,
-                state.global_step,
-                seed,
-                sam,
-                received,
-            )
+            step = state.global_step
+            result = _step(engine, parts, train, summed_loss, scheduler, step, seed, sam, received)
             state.global_step += 1
             state.epoch = state.global_step / train.steps_per_epoch
             yield result
@@ -141,8 +131,7 @@ def _step(
     is_applied = engine.step()  # waits for the device, once: it looks at the gradient first
     loss, num_stopping = read()
     if not math.isfinite(loss):
-        with comm.in_unison():
-            raise DivergedError(_diverged("loss", step))
+        _raise_diverged("loss", step, comm)
     if is_applied:
         for part in parts:
             part.write_back()
@@ -150,8 +139,7 @@ def _step(
             draws.update(drawn, read_norms())
         scheduler.step()
     elif not may_skip:
-        with comm.in_unison():
-            raise DivergedError(_diverged("gradient", step))
+        _raise_diverged("gradient", step, comm)
     return StepResult(
         loss=loss,
         learning_rate=learning_rate,
@@ -200,11 +188,12 @@ def mean_loss(
                 total += summed_loss(engine.model, batch)
             progress()
     engine.comm.all_reduce(total, "sum")
-    return total.item() / batches.num_items_of_epoch
+    return total.item() / batches.dataset.num_items(range(len(batches.dataset)))
 
 
-def _diverged(what: str, step: int) -> str:
-    return (
-        f"The {what} is not finite at step {step + 1}: lower --learning_rate, or use --bf16 "
-        f"instead of --fp16; checkpoints before checkpoint-{step} are good."
-    )
+def _raise_diverged(what: str, step: int, comm: Comm) -> NoReturn:
+    with comm.in_unison():
+        raise DivergedError(
+            f"The {what} is not finite at step {step + 1}: lower --learning_rate, or use --bf16 "
+            f"instead of --fp16; checkpoints before checkpoint-{step} are good."
+        )

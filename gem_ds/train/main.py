@@ -6,8 +6,6 @@ Under plain `python` it runs in one process. What can be refused is refused befo
 loaded, on all ranks together.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack

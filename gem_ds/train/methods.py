@@ -4,8 +4,6 @@ The sparse ones are the rules of :mod:`gem_ds.select.rules`. The others, which t
 with, train whole parameters: of the model itself, or ones that the library peft adds to it.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 from gem_ds.select.rules import RULES, SPARSE_METHODS

@@ -3,8 +3,6 @@
 A folder of peft's or TensorBoard's, or a model's, does not tell: those stay.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -4,8 +4,6 @@ What is a run's is what manifests list (`gem_ds.files.manifest`): that of the fo
 in it, one in each folder below. Everything else is somebody else's and stays.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -4,8 +4,6 @@ Each rank prepares for itself, from the same files, and meets the others only af
 here communicates.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig
 
-from gem_ds.data.tasks import TaskData
-from gem_ds.distributed.zero_config import read_config, zero_stage
+from gem_ds.distributed.zero_config import RunShape, read_config, resolve_config, zero_stage
 from gem_ds.distributed.zero_keys import told_ignored
 from gem_ds.files.checkpoint import Checkpoint, RunIdentity
 from gem_ds.files.dense_checkpoint import DenseCheckpoint
@@ -29,7 +26,6 @@ from gem_ds.models.weight_files import refuse_damaged_files
 from gem_ds.sddmm import check_kernel
 from gem_ds.train.best import refuse_unmeasured
 from gem_ds.train.config import Arguments, TrainArguments
-from gem_ds.train.deepspeed import resolve_deepspeed
 from gem_ds.train.examples import RunData, encode_examples, fingerprint, load_examples
 from gem_ds.train.optimizer import adam_of_bitsandbytes
 from gem_ds.train.reporting import find_trackers
@@ -44,21 +40,16 @@ class PreparedRun:
     args: Arguments
     output_dir: Path  # exists or will
     config: PretrainedConfig
-    tokenizer: PreTrainedTokenizerBase
     pad_token_id: int
-    task: TaskData  # the examples as text
-    data: RunData  # the same as the model reads them
+    data: RunData
     objective: Objective
     targets: Targets
     deepspeed: dict[str, Any]  # resolved
     mask: Mask | None  # the entries, where they are not to be calibrated
     checkpoint: Checkpoint | DenseCheckpoint | None  # what to go on from
     identity: RunIdentity  # the checkpoint's; what a later resume must agree with
+    dense_settings: dict[str, str | int | float]  # likewise, where whole parameters are trained
     notes: list[str]  # how what the user gave was read, a line each
-
-    def dense_settings(self, world_size: int) -> dict[str, str | int | float]:
-        """What a checkpoint of whole parameters can only be resumed with."""
-        return dense_settings(self.args, self.targets, zero_stage(self.deepspeed), world_size)
 
     def digest(self) -> str:
         """A fingerprint of what all ranks must agree on before they meet in a collective."""
@@ -102,9 +93,9 @@ def prepare(args: Arguments, world_size: int) -> PreparedRun:
     targets = settle_targets(args, config, mask)
     written = read_config(args.train.deepspeed) if args.train.deepspeed else {}
     deepspeed = resolve_deepspeed(written, args.train, config, targets, world_size)
+    settings = dense_settings(args, targets, zero_stage(deepspeed), world_size)
     if isinstance(checkpoint, DenseCheckpoint):
-        stage = zero_stage(deepspeed)
-        checkpoint.refuse_other(dense_settings(args, targets, stage, world_size))
+        checkpoint.refuse_other(settings)
     if args.method.method == "shira" and zero_stage(deepspeed) == 3:
         raise ValueError(
             "--method shira adds to whole weights, and ZeRO stage 3 cuts them: use "
@@ -117,9 +108,7 @@ def prepare(args: Arguments, world_size: int) -> PreparedRun:
         args=args,
         output_dir=output_dir,
         config=config,
-        tokenizer=tokenizer,
         pad_token_id=pad_token_id(tokenizer, config.get_text_config().vocab_size),
-        task=task,
         data=data,
         objective=objective,
         targets=targets,
@@ -127,8 +116,42 @@ def prepare(args: Arguments, world_size: int) -> PreparedRun:
         mask=mask,
         checkpoint=checkpoint,
         identity=identity_of(args, fingerprint(args.data, data.train), checkpoint, world_size),
+        dense_settings=settings,
         notes=[*args.notes, *_notes(args.train, written)],
     )
+
+
+def resolve_deepspeed(
+    written: dict[str, Any],
+    train: TrainArguments,
+    config: PretrainedConfig,
+    targets: Targets,
+    world_size: int,
+) -> dict[str, Any]:
+    """The engine's configuration: the DeepSpeed JSON ``written`` with what the flags say."""
+    shape = RunShape(
+        world_size=world_size,
+        micro_batch_size=train.per_device_train_batch_size,
+        gradient_accumulation_steps=train.gradient_accumulation_steps,
+        max_grad_norm=train.max_grad_norm,
+        dtype=train.dtype,
+        hidden_size=config.get_text_config().hidden_size,
+        num_selected=targets.budget,
+        blocks=targets.blocks,
+        optimizer={
+            "lr": (train.learning_rate, "--learning_rate"),
+            "betas": ([train.adam_beta1, train.adam_beta2], "--adam_beta1 and --adam_beta2"),
+            "eps": (train.adam_epsilon, "--adam_epsilon"),
+            "weight_decay": (train.weight_decay, "--weight_decay"),
+        },
+        scheduler={
+            "warmup_min_lr": (0, "a warmup"),
+            "warmup_max_lr": (train.learning_rate, "--learning_rate"),
+            "warmup_num_steps": (train.warmup_steps, "--warmup_steps"),
+            "total_num_steps": (train.max_steps, "--max_steps"),
+        },
+    )
+    return resolve_config(written, shape)
 
 
 def _notes(train: TrainArguments, deepspeed: dict[str, Any]) -> Iterator[str]:

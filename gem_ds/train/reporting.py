@@ -1,7 +1,5 @@
 """What a person sees of a run: progress, metrics.jsonl, trackers. Rank 0 only."""
 
-from __future__ import annotations
-
 import json
 import os
 import resource

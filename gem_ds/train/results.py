@@ -1,7 +1,5 @@
 """What a run leaves for others in its output folder: the mask, and when it is done the results."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,11 +7,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from gem_ds.data.metrics import score
-from gem_ds.data.predictions import PREDICTIONS_FILE, save_predictions
+from gem_ds.data.predictions import PREDICTIONS_FILE, judged
 from gem_ds.data.tasks import hub_dataset
 from gem_ds.distributed.comm import Comm
 from gem_ds.errors import sentence_of
-from gem_ds.files.atomic import atomic_write, save_json
+from gem_ds.files.atomic import atomic_write, save_json, save_jsonl
 from gem_ds.files.card import TRAINING_LOSS, ModelCard
 from gem_ds.files.checkpoint import TrainerState
 from gem_ds.files.manifest import claim, listed_files
@@ -103,8 +101,8 @@ def measure(
     )
     with comm.agreement():
         if comm.is_main and is_final:
-            claim(prepared.output_dir, PREDICTIONS_FILE)
-            save_predictions(prepared.output_dir, data.references, predictions)
+            path = claim(prepared.output_dir, PREDICTIONS_FILE)
+            save_jsonl(path, judged(data.references, predictions))
         return score(str(args.data.task), data.references, predictions)
 
 

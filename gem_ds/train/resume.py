@@ -1,7 +1,5 @@
 """What a run goes on from, and whether it may: the output folder, the flags, the data agree."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

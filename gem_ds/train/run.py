@@ -1,7 +1,5 @@
 """One training run, from its preparation to its results: what is made for it, in which order."""
 
-from __future__ import annotations
-
 import math
 import statistics
 import time
@@ -192,8 +190,8 @@ class Run:
     def train(self, reporter: Reporter) -> dict[str, Any]:
         """Step, log, evaluate, save; then write what a finished run leaves."""
         train, state = self.args.train, self.state
-        schedule = Schedule.of_flags(
-            train,
+        schedule = Schedule(
+            train=train,
             max_steps=state.max_steps,
             steps_per_epoch=self.train_batches.steps_per_epoch,
             is_sparse=self.sparse is not None,

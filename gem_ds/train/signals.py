@@ -1,7 +1,5 @@
 """Signals that end a run after its present step: a scheduler's notice, and Ctrl-C."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

@@ -1,11 +1,10 @@
 """Fine-tuning selected entries: calibrate or take up a mask, keep checkpoints, write the delta."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -68,9 +67,11 @@ class SparseTuning:
         self.args, self.prepared, self.comm = prepared.args, prepared, comm
         self.layers, head_layers = sparse_layers(model, prepared.targets, head)
         vectors = [part.vector for part in (self.layers, head_layers) if part is not None]
-        optimizer = make_sparse_optimizer(prepared.args.train)
+        optimizer = partial(make_sparse_optimizer, prepared.args.train)
         self.engine = Engine(model, vectors, optimizer, prepared.deepspeed, comm)
         self.head = None if head_layers is None else HeadEntries(self.engine, head_layers)
+        parameters = {} if self.head is None else self.head.parameters
+        self.head_shapes = {name: shape_of(p) for name, p in parameters.items()}
 
     @property
     def parts(self) -> list[SelectedEntries | HeadEntries]:
@@ -148,7 +149,10 @@ class SparseTuning:
         with ExitStack() as stack:
             if is_calibrated:
                 stack.enter_context(self.calibrating(batches, summed_loss))
-                self.buffer_gb = self.settled_buffer_gb()
+                if (buffer_gb := method.fixed_buffer_gb) is None:  # the same on every rank
+                    sizes = [self.engine.weights.partition_size(x.weight) for x in self.layers]
+                    buffer_gb = auto_buffer_gb(free_bytes(self.comm), sizes)
+                self.buffer_gb = buffer_gb
             progress = Progress("Calibrating", batches.steps_per_epoch, "batch", is_shown=is_shown)
             stack.callback(progress.close)
             return calibrate(
@@ -163,13 +167,6 @@ class SparseTuning:
                 keep_zeros=method.keep_zeros,
                 buffer_gb=self.buffer_gb,
             )
-
-    def settled_buffer_gb(self) -> float:
-        """``--calibration_buffer_gb`` as a number, the same on every rank."""
-        if (given := self.args.method.fixed_buffer_gb) is not None:
-            return given
-        sizes = [self.engine.weights.partition_size(layer.weight) for layer in self.layers]
-        return auto_buffer_gb(free_bytes(self.comm), sizes)
 
     @contextmanager
     def calibrating(self, batches: Batches, summed_loss: SummedLoss) -> Iterator[None]:
@@ -239,15 +236,13 @@ class SparseTuning:
         """Write a checkpoint of the present state; called on all ranks."""
         vectors = self.engine.get_state()
         head = {} if self.head is None else self.engine.get_state(self.head.vector)
-        parameters = {} if self.head is None else self.head.parameters
-        shapes = {name: shape_of(parameter) for name, parameter in parameters.items()}
         with self.comm.agreement():
             if self.comm.is_main:
                 Checkpoint(
                     mask=self.mask,
                     vectors=vectors,
                     head_vectors=head,
-                    head_shapes=shapes,
+                    head_shapes=self.head_shapes,
                     num_updates=self.engine.num_updates,
                     loss_scale=self.engine.loss_scale,
                     identity=self.prepared.identity,
@@ -276,16 +271,11 @@ class SparseTuning:
 
     def save_weights(self) -> None:
         """Write the delta; called on all ranks."""
-        values = self.entries.values()
-        of_head = None if self.head is None else self.head.values()
+        vectors = [part.values() for part in self.parts]
         with self.comm.agreement():
             if self.comm.is_main:
-                head = {}
-                if self.head is not None and of_head is not None:
-                    head = {
-                        name: part.view(shape_of(self.head.parameters[name]))
-                        for name, part in self.head.split(of_head.cpu()).items()
-                    }
-                values_of = self.entries.split(values.cpu())
-                delta = Delta(mask=self.mask, values=values_of, head=head)
+                pairs = zip(self.parts, vectors, strict=True)
+                values, *of_head = [part.split(vector.cpu()) for part, vector in pairs]
+                head = {n: of_head[0][n].view(shape) for n, shape in self.head_shapes.items()}
+                delta = Delta(mask=self.mask, values=values, head=head)
                 delta.save(claim(self.prepared.output_dir, "delta.safetensors"))

@@ -1,7 +1,5 @@
 """What a selection looks like, for people: where the budget went, and what is trained."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -66,7 +64,13 @@ def _describe_calibration(
     rows = ((layer.name, layer.numel, budget, score) for layer, budget, score in decided)
     say(f"Where the budget went:\n{budget_table(rows)}")
     if "keep_zeros" in selection.settings:
-        say(_kept_zeros(tuning, selection.num_zeros))
+        numels, num_zeros = [layer.numel for layer in tuning.layers], selection.num_zeros
+        shares = [zeros / numel for zeros, numel in zip(num_zeros, numels, strict=True)]
+        say(
+            f"{sum(num_zeros):,} target weights ({sum(num_zeros) / sum(numels):.2%}; of a matrix "
+            f"{min(shares):.2%} to {max(shares):.2%}) are exactly 0 and stay so; --keep_zeros "
+            "false would train them too"
+        )
     if is_calibrated and method.fixed_buffer_gb != 0:
         sizes = [tuning.engine.weights.partition_size(layer.weight) for layer in tuning.layers]
         num_buffered = len(buffered_layers(sizes, tuning.comm.world_size, tuning.buffer_gb))
@@ -77,35 +81,22 @@ def _describe_calibration(
         )
 
 
-def _kept_zeros(tuning: SparseTuning, num_zeros: list[int]) -> str:
-    numels = [layer.numel for layer in tuning.layers]
-    shares = [zeros / numel for zeros, numel in zip(num_zeros, numels, strict=True)]
-    return (
-        f"{sum(num_zeros):,} target weights ({sum(num_zeros) / sum(numels):.2%}; of a matrix "
-        f"{min(shares):.2%} to {max(shares):.2%}) are exactly 0 and stay so; --keep_zeros false "
-        "would train them too"
-    )
-
-
 def budget_table(rows: Iterable[tuple[str, int, int, float]]) -> str:
     """Where the budget went, a line per layer."""
-    rows = list(rows)
-    total = sum(budget for _, _, budget, _ in rows)
-    width = max(len(name) for name, *_ in rows)
-    lines = [
-        f"{'weight':<{width}}  {'entries':>12}  {'selected':>10}  {'density':>8}"
-        f"  {'of budget':>9}  score"
-    ]
-    for name, numel, budget, score in rows:
-        lines.append(
-            f"{name:<{width}}  {numel:>12,}  {budget:>10,}  {budget / numel:>8.3%}"
-            f"  {budget / total:>9.2%}  {score:.3e}"
-        )
-    numels = sum(numel for _, numel, _, _ in rows)
-    lines.append(
-        f"{'all targets':<{width}}  {numels:>12,}  {total:>10,}  {total / numels:>8.3%}  {1:>9.2%}"
+    names, numels, budgets, scores = zip(*rows, strict=True)
+    total, width = sum(budgets), max(map(len, names))
+
+    def line(name: str, numel: int, budget: int, score: str) -> str:
+        shares = f"{budget / numel:>8.3%}  {budget / total:>9.2%}"
+        return f"{name:<{width}}  {numel:>12,}  {budget:>10,}  {shares}{score}"
+
+    return "\n".join(
+        [
+            f"{'weight':<{width}}       entries    selected   density  of budget  score",
+            *map(line, names, numels, budgets, (f"  {score:.3e}" for score in scores)),
+            line("all targets", sum(numels), total, ""),
+        ]
     )
-    return "\n".join(lines)
 
 
 def effective_layers(budgets: Iterable[int]) -> float:

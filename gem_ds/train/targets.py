@@ -1,7 +1,5 @@
 """Which layers a run changes, how many entries of them, and whether that can be."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -68,12 +66,13 @@ def _settle(args: Arguments, model: Any, mask: Mask | None) -> Targets:
             f"--lora_r {args.method.lora_r} is more than the rank of the smallest target layer, "
             f"{smallest}: lower it."
         )
+    found = Targets(names=list(targets), num_parameters=num_entries)
     if method in ("lora", "ia3"):
-        return Targets(names=list(targets), num_parameters=num_entries)
+        return found
     available = sum(model.get_parameter(name).numel() for name in targets)
     takes_all = method == "auto_rgn" or (method == "surgical" and args.method.target_modules)
     if args.method.density is None and takes_all:
-        return Targets(names=list(targets), num_parameters=num_entries, budget=available)
+        return replace(found, budget=available)
     density = DEFAULT_DENSITY if args.method.density is None else args.method.density
     budget = total_budget(density, num_entries)
     if budget > available:
@@ -83,13 +82,7 @@ def _settle(args: Arguments, model: Any, mask: Mask | None) -> Targets:
             "--target_modules."
         )
     rank = _shira_rank(model, targets, budget) if method == "shira" else 0
-    return Targets(
-        names=list(targets),
-        num_parameters=num_entries,
-        budget=budget,
-        density=density,
-        shira_rank=rank,
-    )
+    return replace(found, budget=budget, density=density, shira_rank=rank)
 
 
 def _targets_of_mask(mask: Mask, args: Arguments, model: Any, num_entries: int) -> Targets:

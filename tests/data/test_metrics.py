@@ -8,10 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gem_ds.data.metrics import METRICS, normalised, read_number, score
-from gem_ds.data.predictions import save_predictions
+from gem_ds.data.predictions import judged
 from gem_ds.data.tasks import AnswerExample, NumberExample
 from gem_ds.data.tasks.catalog import TASKS
-from tests.runs import rows_of
 from tests.tiny_tasks import choice
 
 
@@ -101,12 +100,11 @@ NAMES = (" Darius Henderson", " Lee", " the Henderson", " Henderson Road")
         ("record", ("Darius Henderson", "Henderson"), [1, 0, 1, 2 / 3]),
     ],
 )
-def test_predictions_are_judged_as_the_main_metric_averages_them(tmp_path, task, answers, expected):
+def test_predictions_are_judged_as_the_main_metric_averages_them(task, answers, expected):
     """The comparison's intervals are those of this mean and stand beside the metric."""
     predictions = [0, 1, 2, 3, 3]
     asked = [choice("p", NAMES, 0, answers=answers)] * 5
-    save_predictions(tmp_path, asked, predictions)
-    lines = rows_of(tmp_path / "predictions.jsonl")
+    lines = judged(asked, predictions)
     assert [(line["id"], line["prediction"]) for line in lines] == list(enumerate(predictions))
     correct = [line["correct"] for line in lines]
     assert correct == pytest.approx([*expected, expected[3]])
@@ -115,9 +113,8 @@ def test_predictions_are_judged_as_the_main_metric_averages_them(tmp_path, task,
     assert metrics.get("exact_match", 2 / 5) == 2 / 5
 
 
-def test_a_number_is_neither_right_nor_wrong(tmp_path):
-    save_predictions(tmp_path, numbers([2.0]), [2.0])
-    (written,) = rows_of(tmp_path / "predictions.jsonl")
+def test_a_number_is_neither_right_nor_wrong():
+    (written,) = judged(numbers([2.0]), [2.0])
     assert written == {"id": 0, "prediction": 2.0, "reference": 2.0, "correct": None}
 
 

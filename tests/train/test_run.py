@@ -200,9 +200,8 @@ def test_layers_of_different_numbers_of_updates_are_not_updated_as_one():
 def test_checkpoints_are_due_when_the_flags_say(flags, expected, of_whole_parameters):
     """Of seven steps, three an epoch; the last one is always due, but where none is wanted."""
     for is_sparse, steps in ((True, expected), (False, of_whole_parameters)):
-        schedule = Schedule.of_flags(
-            TrainArguments(**flags), max_steps=7, steps_per_epoch=3, is_sparse=is_sparse
-        )
+        train = TrainArguments(**flags)
+        schedule = Schedule(train=train, max_steps=7, steps_per_epoch=3, is_sparse=is_sparse)
         assert [step for step in range(1, 8) if schedule.saves_after(step)] == steps
 
 

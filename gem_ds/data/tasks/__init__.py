@@ -12,8 +12,6 @@ Tokens are `gem_ds.data.encode`, batches `gem_ds.data.batches`; scoring of answe
     number    NumberExample     a number
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial

@@ -15,8 +15,6 @@ that start with the one separating space. Judging what a model writes is `gem_ds
   has the official examples with some spans corrected.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial

@@ -7,8 +7,6 @@ holds goes to the chat template. An answer that nothing precedes is read and not
 follows the last answer is left out.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from typing import Any

@@ -8,8 +8,6 @@ names when a template sees it; a source that differs says how in its `Files`. Th
 Texts lose the white space around them, which some data sets have by accident.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -120,8 +118,15 @@ def _numbered(row: Line, written: Sequence[object]) -> Line:
 def _example(task: ClassificationTask, row: Line) -> Example:
     if task.derive:
         row = replace(row, fields={**row.fields, **task.derive(row)})
+    prompt = _fill(task.prompt, row)
     if task.kind == "number":
-        return _number_example(task, row)
+        return NumberExample(
+            prompt=prompt,
+            target=f" {(value := _number(row)):.1f}",
+            pairs=(_fill_pair(task.pair, row),),
+            value=value,
+            place=row.place,
+        )
     if task.kind == "choices":
         options = [
             replace(row, fields={**row.fields, **o.fields}) for o in row.nested_list("options")
@@ -132,7 +137,7 @@ def _example(task: ClassificationTask, row: Line) -> Example:
         candidates, pairs = task.answers, (_fill_pair(task.pair, row),)
     answer = row.whole_number("label")
     return ChoiceExample(
-        prompt=_fill(task.prompt, row),
+        prompt=prompt,
         target=candidates[answer],
         candidates=candidates,
         answer=answer,
@@ -143,7 +148,7 @@ def _example(task: ClassificationTask, row: Line) -> Example:
     )
 
 
-def _number_example(task: ClassificationTask, row: Line) -> NumberExample:
+def _number(row: Line) -> float:
     label = row.fields.get("label")
     try:
         value = float(label) if isinstance(label, (str, float)) else None
@@ -152,13 +157,7 @@ def _number_example(task: ClassificationTask, row: Line) -> NumberExample:
     low, high = SCALE
     if value is None or not low <= value <= high:
         raise row.error(f"the label is {label!r}; it must be a number from {low} to {high}.")
-    return NumberExample(
-        prompt=_fill(task.prompt, row),
-        target=f" {value:.1f}",
-        pairs=(_fill_pair(task.pair, row),),
-        value=value,
-        place=row.place,
-    )
+    return value
 
 
 def _fill(template: str, row: Line) -> str:

@@ -4,8 +4,6 @@ Arrow gives every object all the fields that any of them has, as null where ther
 are left out again but for a row's own columns. A class label becomes its name.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Iterable, Mapping

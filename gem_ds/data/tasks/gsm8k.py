@@ -5,8 +5,6 @@ r"""GSM8K: grade-school word problems with worked answers (Cobbe et al., arXiv 2
 The answer keeps its calculator marks `<<48/2=24>>` and ends in `#### <number>`.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from gem_ds.data.tasks import Example, Source, TaskData

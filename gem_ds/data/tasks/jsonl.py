@@ -8,8 +8,6 @@ Of a folder `train.jsonl` is read, else all files whose names say train, else al
 out; held out is `test.jsonl`, else what is named test, validation, valid, val, dev or eval.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -22,8 +20,7 @@ from gem_ds.data.tasks.columns import HELD_OUT, dataset_splits, parquet_rows, ta
 from gem_ds.data.tasks.labelled import labelled_task
 from gem_ds.data.tasks.lines import PARQUET, Line, json_rows, unpacked
 
-_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
-_PACKED = (".gz", ".bz2", ".xz")
+_DATA_FILE = re.compile(r"(?s)[^.].*\.(?:jsonl|json|parquet|csv|tsv)(?:\.(?:gz|bz2|xz))?")
 
 #: That of Stanford's Alpaca, with a line's end behind it; some rows have no input.
 _ALPACA = (
@@ -156,7 +153,7 @@ def _of_folder(folder: Path) -> tuple[list[Path], list[Path]]:
     files = [
         path
         for path in (sorted(folder.iterdir()) if folder.is_dir() else ())
-        if path.is_file() and _bare(path.name).endswith(_SUFFIXES) and path.name[0] != "."
+        if path.is_file() and _DATA_FILE.fullmatch(path.name)
     ]
     words = {path: set(re.split(r"[^a-z]+", path.name.lower())) for path in files}
     groups = [[path for path in files if name in words[path]] for name in HELD_OUT]
@@ -165,10 +162,6 @@ def _of_folder(folder: Path) -> tuple[list[Path], list[Path]]:
     train = [path for path in files if words[path] & {"train", "training"}] or others
     plain = [[p for p in files if p.name == f"{name}.jsonl"] for name in ("train", "test")]
     return plain[0] or train, plain[1] or held_out
-
-
-def _bare(name: str) -> str:
-    return next((name.removesuffix(end) for end in _PACKED if name.endswith(end)), name)
 
 
 def _form_of(line: Line, source: Source) -> Form:

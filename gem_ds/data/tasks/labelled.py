@@ -5,8 +5,6 @@
 The labels are those of the training data, in the order of numbers or else of the alphabet.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from gem_ds.data.tasks import ChoiceExample, Example, TaskData
@@ -19,13 +17,11 @@ def labelled_task(train: Sequence[Line], test: Sequence[Line]) -> TaskData:
     labels = tuple(sorted(set(names), key=lambda name: (not _is_number(name), _order(name))))
     if len(labels) < 2:
         raise train[0].error(f"all labels are {labels[0]!r}, so there is nothing to tell apart.")
-    parts: list[list[Example]] = [
-        [_example(line, labels) for line in lines] for lines in (train, test)
-    ]
-    return TaskData(train=parts[0], test=parts[1], kind="labels", labels=labels)
+    first, second = ([_example(line, labels) for line in lines] for lines in (train, test))
+    return TaskData(train=first, test=second, kind="labels", labels=labels)
 
 
-def _example(line: Line, labels: tuple[str, ...]) -> ChoiceExample:
+def _example(line: Line, labels: tuple[str, ...]) -> Example:
     if (name := _name(line)) not in labels:
         raise line.error(f"the label {name!r} is none of the training data's: {', '.join(labels)}.")
     text, second = line.text("text"), line.fields.get("text_pair")

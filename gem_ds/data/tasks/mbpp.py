@@ -13,8 +13,6 @@ set has 427 of them, checked by hand and partly rewritten; it names two fields d
 The full set's `challenge_test_list` is not read: no published protocol runs it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

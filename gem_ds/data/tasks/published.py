@@ -4,8 +4,6 @@ In a table a tab ends a cell, always: quotation marks are ordinary characters, a
 escaped.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

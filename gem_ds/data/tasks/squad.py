@@ -6,8 +6,6 @@ r"""SQuAD 1.1: questions on Wikipedia passages, answered in the passage's words 
 Every question has an answer (arXiv 1606.05250); SQuAD 2, where some have none, is not read.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 

@@ -5,8 +5,6 @@ answer of multirc and per query of record; no nesting in wsc). `derive_*` adds w
 `gem_ds.data.tasks.catalog` name, to a row of that shape.
 """
 
-from __future__ import annotations
-
 import re
 import string
 
