@@ -38,9 +38,8 @@ _MNLI = ClassificationTask(
         ),
     ),
     test_split="validation_matched",
-    labels=("entailment", "neutral", "contradiction"),
     prompt="{premise}\nQuestion: {hypothesis} True, False or Neither?\nAnswer:",
-    answers=(" True", " Neither", " False"),
+    answers={"entailment": " True", "neutral": " Neither", "contradiction": " False"},
     pair=("{premise}", "{hypothesis}"),
 )
 
@@ -49,17 +48,15 @@ TASKS: Mapping[str, ClassificationTask] = {
     "cola": ClassificationTask(
         hub=(GLUE, "cola"),
         files=(_tsv(header=("source", "label", "mark", "sentence"), labels=_ZERO_ONE),),
-        labels=("unacceptable", "acceptable"),
         prompt="{sentence}\nQuestion: Is this sentence grammatically acceptable?\nAnswer:",
-        answers=(" no", " yes"),
+        answers={"unacceptable": " no", "acceptable": " yes"},
         pair=("{sentence}", None),
     ),
     "sst2": ClassificationTask(
         hub=(GLUE, "sst2"),
         files=(_tsv(labels=_ZERO_ONE),),
-        labels=("negative", "positive"),
         prompt="{sentence}\nQuestion: Is this review negative or positive?\nAnswer:",
-        answers=(" negative", " positive"),
+        answers={"negative": " negative", "positive": " positive"},
         pair=("{sentence}", None),
     ),
     "mrpc": ClassificationTask(
@@ -70,12 +67,11 @@ TASKS: Mapping[str, ClassificationTask] = {
                 labels=_ZERO_ONE,
             ),
         ),
-        labels=("not_equivalent", "equivalent"),
         prompt=(
             "Sentence 1: {sentence1}\nSentence 2: {sentence2}\n"
             "Question: Do both sentences mean the same thing?\nAnswer:"
         ),
-        answers=(" no", " yes"),
+        answers={"not_equivalent": " no", "equivalent": " yes"},
         pair=("{sentence1}", "{sentence2}"),
     ),
     "stsb": ClassificationTask(
@@ -92,12 +88,11 @@ TASKS: Mapping[str, ClassificationTask] = {
     "qqp": ClassificationTask(
         hub=(GLUE, "qqp"),
         files=(_tsv(names={"label": "is_duplicate"}, labels=_ZERO_ONE, skip_short=True),),
-        labels=("not_duplicate", "duplicate"),
         prompt=(
             "Question 1: {question1}\nQuestion 2: {question2}\n"
             "Question: Do both questions ask the same thing?\nAnswer:"
         ),
-        answers=(" no", " yes"),
+        answers={"not_duplicate": " no", "duplicate": " yes"},
         pair=("{question1}", "{question2}"),
     ),
     "mnli": _MNLI,
@@ -109,60 +104,54 @@ TASKS: Mapping[str, ClassificationTask] = {
     "qnli": ClassificationTask(
         hub=(GLUE, "qnli"),
         files=(_tsv(),),
-        labels=("entailment", "not_entailment"),
         prompt="{question}\n{sentence}\nQuestion: Does this sentence answer the question?\nAnswer:",
-        answers=(" yes", " no"),
+        answers={"entailment": " yes", "not_entailment": " no"},
         pair=("{question}", "{sentence}"),
     ),
     "rte": ClassificationTask(
         hub=(GLUE, "rte"),
         files=(_tsv(), _jsonl(names={"sentence1": "premise", "sentence2": "hypothesis"})),
-        labels=("entailment", "not_entailment"),
         prompt="{sentence1}\nQuestion: {sentence2} True or False?\nAnswer:",
-        answers=(" True", " False"),
+        answers={"entailment": " True", "not_entailment": " False"},
         pair=("{sentence1}", "{sentence2}"),
     ),
     "wnli": ClassificationTask(
         hub=(GLUE, "wnli"),
         files=(_tsv(labels=_ZERO_ONE),),
-        labels=("not_entailment", "entailment"),
         prompt="{sentence1}\nQuestion: {sentence2} True or False?\nAnswer:",
-        answers=(" False", " True"),
+        answers={"not_entailment": " False", "entailment": " True"},
         pair=("{sentence1}", "{sentence2}"),
     ),
     "boolq": ClassificationTask(
         hub=(SUPERGLUE, "boolq"),
         files=(_jsonl(labels=(False, True)),),
-        labels=("False", "True"),
         prompt="{passage}\nQuestion: {question}?\nAnswer:",
-        answers=(" no", " yes"),
+        answers={"False": " no", "True": " yes"},
         pair=("{question}", "{passage}"),
     ),
     "cb": ClassificationTask(
         hub=(SUPERGLUE, "cb"),
         files=(_jsonl(),),
-        labels=("entailment", "contradiction", "neutral"),
         prompt="{premise}\nQuestion: {hypothesis}. True, False or Neither?\nAnswer:",
-        answers=(" True", " False", " Neither"),
+        answers={"entailment": " True", "contradiction": " False", "neutral": " Neither"},
         pair=("{premise}", "{hypothesis}"),
     ),
     "copa": ClassificationTask(
         hub=(SUPERGLUE, "copa"),
         files=(_jsonl(labels=(0, 1)),),
         kind="choices",
-        labels=("choice1", "choice2"),
+        num_choices=2,
         derive=superglue.derive_copa,
         prompt="{beginning}",
-        answers=(" {choice}",),
+        choice=" {choice}",
         pair=("{beginning}", "{choice}"),
     ),
     "multirc": ClassificationTask(
         hub=(SUPERGLUE, "multirc"),
         files=(_jsonl(labels=(0, 1), unfold=superglue.unfold_multirc),),
-        labels=("False", "True"),
         group=("paragraph", "question"),
         prompt="{paragraph}\nQuestion: {question}\nAnswer: {answer}\nIs this answer correct?",
-        answers=(" no", " yes"),
+        answers={"False": " no", "True": " yes"},
         pair=("{paragraph}", "{question} {answer}"),
     ),
     "record": ClassificationTask(
@@ -172,30 +161,28 @@ TASKS: Mapping[str, ClassificationTask] = {
         group=("passage", "query"),
         derive=superglue.derive_record,
         prompt="{passage}\n\n{blank}\nQuestion: Which name fills the blank?\nAnswer:",
-        answers=(" {entity}",),
+        choice=" {entity}",
         pair=("{passage}", "{filled}"),
     ),
     "wic": ClassificationTask(
         hub=(SUPERGLUE, "wic"),
         files=(_jsonl(labels=(False, True)),),
-        labels=("False", "True"),
         prompt=(
             "Sentence 1: {sentence1}\nSentence 2: {sentence2}\n"
             'Question: Does the word "{word}" have the same meaning in both sentences?\nAnswer:'
         ),
-        answers=(" no", " yes"),
+        answers={"False": " no", "True": " yes"},
         pair=("{word}: {sentence1}", "{sentence2}"),
     ),
     "wsc": ClassificationTask(
         hub=(SUPERGLUE, "wsc.fixed"),
         files=(_jsonl(labels=(False, True), unfold=superglue.unfold_wsc),),
-        labels=("False", "True"),
         derive=superglue.derive_wsc,
         prompt=(
             'Passage: {marked}\nQuestion: Does the pronoun "*{span2_text}*" refer to '
             '"*{span1_text}*"?\nAnswer:'
         ),
-        answers=(" no", " yes"),
+        answers={"False": " no", "True": " yes"},
         pair=("{marked}", "{span2_text} refers to {span1_text}."),
     ),
 }

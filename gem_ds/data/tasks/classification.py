@@ -59,20 +59,21 @@ class ClassificationTask:
 
     Attributes:
         files: The forms in which a folder may hold it.
-        labels: Names of the labels in the Hub's order (of choices: just how many there are; none
-            where `derive` gives the label).
         prompt: Template of what a causal model reads.
-        answers: Template of what it writes, for each label; of choices one for all, which may name
-            the fields of each of the row's `options`. A number needs none.
+        answers: What it writes for each label, by the labels' names in the Hub's order.
+        choice: Of choices, the template of what it writes for each of the row's `options`, whose
+            fields it may name.
+        num_choices: Of choices, how many there are, unless `derive` gives the label.
         pair: Templates of what an encoder reads; of choices likewise, once for each.
     """
 
     hub: tuple[str, str]  # address and configuration
     files: tuple[Files, ...]
     kind: Kind = "labels"
-    labels: tuple[str, ...] = ()
     prompt: str
-    answers: tuple[str, ...] = ()
+    answers: Mapping[str, str] = field(default_factory=dict)
+    choice: str = ""
+    num_choices: int = 0
     pair: Pair
     test_split: str = "validation"  # the Hub's name of the validation set
     group: tuple[str, ...] = ()  # the parts of a row's `idx` that say what is judged together
@@ -84,9 +85,10 @@ def load(task: ClassificationTask, source: Source) -> TaskData:
 
     `data_dir` holds the benchmark's own files, perhaps without the validation file.
     """
+    labels = tuple(task.answers)
     parts: list[Iterable[Line]]
     if source.data_dir is None:
-        written = range(len(task.labels))
+        written = range(len(task.answers) or task.num_choices)
         parts = [
             [_numbered(row, written) for row in read_hub(task.hub, split)]
             for split in ("train", task.test_split)
@@ -98,9 +100,8 @@ def load(task: ClassificationTask, source: Source) -> TaskData:
             wanted = " or ".join(str(folder / form.train) for form in task.files)
             raise ValueError(f"There is no file {wanted}: check the path.")
         paths = (folder / files.train, folder / files.test)
-        parts = [files.read(path, task.labels) if path.is_file() else [] for path in paths]
+        parts = [files.read(path, labels) if path.is_file() else [] for path in paths]
     train, test = ([_example(task, row) for row in rows] for rows in parts)
-    labels = task.labels if task.kind == "labels" else ()
     return TaskData(train=train, test=test, kind=task.kind, labels=labels, has_passages=True)
 
 
@@ -131,10 +132,10 @@ def _example(task: ClassificationTask, row: Line) -> Example:
         options = [
             replace(row, fields={**row.fields, **o.fields}) for o in row.nested_list("options")
         ]
-        candidates = tuple(_fill(task.answers[0], option) for option in options)
+        candidates = tuple(_fill(task.choice, option) for option in options)
         pairs = tuple(_fill_pair(task.pair, option) for option in options)
     else:
-        candidates, pairs = task.answers, (_fill_pair(task.pair, row),)
+        candidates, pairs = tuple(task.answers.values()), (_fill_pair(task.pair, row),)
     answer = row.whole_number("label")
     return ChoiceExample(
         prompt=prompt,
