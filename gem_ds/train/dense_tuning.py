@@ -20,7 +20,7 @@ from gem_ds.files.dense_checkpoint import DEEPSPEED_FOLDER, DenseCheckpoint, Den
 from gem_ds.files.digests import digest_of_file
 from gem_ds.files.fingerprint import fingerprints
 from gem_ds.files.manifest import atomic_folder, claim
-from gem_ds.files.mask import index_dtype
+from gem_ds.files.mask import WeightInfo, index_dtype
 from gem_ds.models.adapters import add_adapter, is_of_head
 from gem_ds.models.folder import base_folder, write_folder
 from gem_ds.train.config import Arguments
@@ -166,9 +166,9 @@ class DenseTuning:
             name: torch.arange(value.numel(), dtype=index_dtype(value.numel()))
             for name, value in biases.items()
         }
-        shapes = {name: tuple(value.shape) for name, value in biases.items()}
+        weights = {n: WeightInfo.of(tuple(v.shape), self.base[n]) for n, v in biases.items()}
         return Delta(
-            mask=make_mask(self.prepared, indices, shapes, self.base, self.fingerprints),
+            mask=make_mask(self.prepared, indices, weights, self.fingerprints),
             values={name: value.flatten() for name, value in biases.items()},
             head={name: trained[name] for name in self.head},
         )

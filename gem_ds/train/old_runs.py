@@ -45,20 +45,18 @@ def old_files(output_dir: Path) -> list[str]:
     """Names of the files in a folder that a run wrote."""
     if is_ours(output_dir):
         return []
-    found = [n for n in ("mask.safetensors", "delta.safetensors") if _is_ours(output_dir, n)]
-    if _has(output_dir / "trainer_state.json", _STATE):
-        found.append("trainer_state.json")
-    log = output_dir / "metrics.jsonl"
-    if _is_log(log):
-        found.append(log.name)
-    if _has(output_dir / "all_results.json", _RESULTS):
-        found.append("all_results.json")
-        predictions = output_dir / "predictions.jsonl"
-        if _has(output_dir / "all_results.json", {"eval_metrics"}) and predictions.is_file():
-            found.append(predictions.name)
-        if _CARD in _text(output_dir / "README.md"):
-            found.append("README.md")
-    return found
+    results = _object(_text(output_dir / "all_results.json")).keys()
+    is_finished, predictions = results >= _RESULTS, output_dir / "predictions.jsonl"
+    found = {
+        "mask.safetensors": _is_ours(output_dir, "mask.safetensors"),
+        "delta.safetensors": _is_ours(output_dir, "delta.safetensors"),
+        "trainer_state.json": _is_state(output_dir / "trainer_state.json"),
+        "metrics.jsonl": _is_log(output_dir / "metrics.jsonl"),
+        "all_results.json": is_finished,
+        "predictions.jsonl": is_finished and "eval_metrics" in results and predictions.is_file(),
+        "README.md": is_finished and _CARD in _text(output_dir / "README.md"),
+    }
+    return [name for name, is_own in found.items() if is_own]
 
 
 def is_old_checkpoint(folder: Path) -> bool:
@@ -67,7 +65,7 @@ def is_old_checkpoint(folder: Path) -> bool:
         return False
     names = {path.name for path in folder.iterdir()}
     state = "trainer_state.json"
-    is_state = state not in names or _has(folder / state, _STATE)
+    is_state = state not in names or _is_state(folder / state)
     return bool(names) and is_state and all(_is_ours(folder, name) for name in names - {state})
 
 
@@ -91,8 +89,8 @@ def _is_ours(folder: Path, name: str) -> bool:
         return False
 
 
-def _has(path: Path, keys: set[str]) -> bool:
-    return keys <= _object(_text(path)).keys()
+def _is_state(path: Path) -> bool:
+    return _object(_text(path)).keys() >= _STATE
 
 
 def _object(text: str) -> dict[str, Any]:

@@ -121,18 +121,8 @@ OTHER_WORDS = {
 }
 
 
-def meant(name: str, value: Any) -> dict[str, Any] | None:
-    """What a flag says in this trainer's flags; None for one that decides nothing.
-
-    Args:
-        name: without dashes before it.
-        value: what it was given; a list of several words.
-
-    Raises:
-        ValueError: it means something that there is not here.
-    """
-    if name in WITHOUT_EFFECT:
-        return None
+def _meant(name: str, value: Any) -> dict[str, Any]:
+    """What a flag says in this trainer's flags; of several words the value is a list."""
     if name not in MEANINGS:
         own = RENAMED.get(name, name)
         word = value[0] if isinstance(value, list) and len(value) == 1 else value
@@ -150,16 +140,17 @@ def translate(said: Iterable[tuple[str, Any]]) -> tuple[dict[str, Any], list[str
     """Flags and their values in this trainer's words, and the names of those left out.
 
     Raises:
-        ValueError: two names of one flag say different things, or as :func:`meant`.
+        ValueError: two names of one flag say different things, or one of them what there is not
+            here.
     """
     flags: dict[str, Any] = {}
     sources: dict[str, str] = {}
     left_out = []
     for name, value in said:
-        meaning = meant(name, value)
-        if meaning is None:
+        if name in WITHOUT_EFFECT:
             left_out.append(name)
-        for own, own_value in (meaning or {}).items():
+            continue
+        for own, own_value in _meant(name, value).items():
             source = sources.setdefault(own, name)
             if source != name and _words(flags[own]) != _words(own_value):
                 raise ValueError(f"--{source} and --{name} both say {own}: pass one of them.")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from gem_ds.data.tasks import TaskData
 from gem_ds.distributed.zero_config import RunShape, read_config, resolve_config, zero_stage
 from gem_ds.distributed.zero_keys import told_ignored
 from gem_ds.files.checkpoint import Checkpoint, RunIdentity
@@ -41,7 +42,8 @@ class PreparedRun:
     output_dir: Path  # exists or will
     config: PretrainedConfig
     pad_token_id: int
-    data: RunData
+    task: TaskData  # the examples as text
+    data: RunData  # the same as the model reads them
     objective: Objective
     targets: Targets
     deepspeed: dict[str, Any]  # resolved
@@ -109,6 +111,7 @@ def prepare(args: Arguments, world_size: int) -> PreparedRun:
         output_dir=output_dir,
         config=config,
         pad_token_id=pad_token_id(tokenizer, config.get_text_config().vocab_size),
+        task=task,
         data=data,
         objective=objective,
         targets=targets,

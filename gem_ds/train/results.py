@@ -65,17 +65,13 @@ def _method_of(prepared: PreparedRun) -> str:
 def make_mask(
     prepared: PreparedRun,
     indices: dict[str, Tensor],
-    shapes: Mapping[str, tuple[int, ...]],
-    base: Mapping[str, Tensor],
+    weights: dict[str, WeightInfo],
     fingerprints: dict[str, str],
 ) -> Mask:
-    """The mask of a run: by weight the flat indices, the whole shape, the base values at them.
-
-    ``fingerprints`` are those of the base model's parameters.
-    """
+    """The mask of a run; ``fingerprints`` are those of the base model's parameters."""
     return Mask(
         indices=indices,
-        weights={name: WeightInfo.of(shape, base[name]) for name, shape in shapes.items()},
+        weights=weights,
         base_model=str(prepared.args.model.model_name_or_path),
         revision=prepared.args.model.revision,
         method=_method_of(prepared),

@@ -21,7 +21,7 @@ from gem_ds.files.checkpoint import Checkpoint, TrainerState
 from gem_ds.files.delta import Delta
 from gem_ds.files.fingerprint import fingerprints
 from gem_ds.files.manifest import claim
-from gem_ds.files.mask import Mask
+from gem_ds.files.mask import Mask, WeightInfo
 from gem_ds.models.targets import head_layers as layers_of_head
 from gem_ds.models.targets import targets_of
 from gem_ds.progress import Progress
@@ -132,10 +132,12 @@ class SparseTuning:
             self.entries.scale_rates(factors)
         with self.comm.agreement():
             if self.comm.is_main:
-                indices = [index.cpu() for index in self.entries.flat_indices]
-                shapes = {layer.name: layer.shape for layer in self.layers}
+                indices_of = zip(base, self.entries.flat_indices, strict=True)
                 self.mask = make_mask(
-                    prepared, dict(zip(base, indices, strict=True)), shapes, base, found
+                    prepared,
+                    {name: index.cpu() for name, index in indices_of},
+                    {x.name: WeightInfo.of(x.shape, base[x.name]) for x in self.layers},
+                    found,
                 )
                 if self.selection is not None:
                     self.mask.settings.update(self.selection.settings)
