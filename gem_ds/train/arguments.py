@@ -88,7 +88,7 @@ def _said(argv: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
 def _as_words(name: str, value: str | list[str]) -> list[str]:
     """A flag and its value as a command line writes them."""
     words = value if isinstance(value, list) else [value]
-    if len(words) == 1 and words[0].startswith("-"):
+    if name and len(words) == 1 and words[0].startswith("-"):
         return [f"--{name}={words[0]}"]
     return [f"--{name}", *words] if name else words
 

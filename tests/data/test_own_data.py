@@ -205,6 +205,8 @@ LINES = "\n".join(map(json.dumps, TEXTS))
         ("x.txt", lzma.compress(LINES.encode("utf-16")), "JSON Lines, UTF-16, xz"),
         ("x.csv", '\ufefftext,id\na,"1,5"\nb,2', "a table"),
         ("x.tsv", "id\ttext\n1\ta\n2\tb\n", "a table"),
+        ("x.tsv.bz2", bz2.compress(b"text\tid\na\t1\nb\t2"), "a table, bzip2"),
+        ("x.csv.xz", lzma.compress(b"text,id\na,1\nb,2"), "a table, xz"),
     ],
 )
 def test_texts_are_read_from_every_container(tmp_path, name, content, form):

@@ -235,9 +235,10 @@ def test_the_learning_rate_of_a_run_that_gives_none_is_the_methods(tmp_path, met
     assert parse_arguments([*flags, "--learning_rate", "0"]).train.learning_rate == 0
 
 
-def test_help_names_every_flag_and_tells_a_default_once_and_none_at_all(capsys):
+@pytest.mark.parametrize("asked", ["--help", "-h"])
+def test_help_names_every_flag_and_tells_a_default_once_and_none_at_all(capsys, asked):
     with pytest.raises(SystemExit) as caught:
-        parse_arguments(["--help"])
+        parse_arguments([asked])
     assert caught.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert all(f"--{name} " in text for name in [*OTHER, "config"])

@@ -20,7 +20,9 @@ from gem_ds.data.tasks.columns import HELD_OUT, dataset_splits, parquet_rows, ta
 from gem_ds.data.tasks.labelled import labelled_task
 from gem_ds.data.tasks.lines import PARQUET, Line, json_rows, unpacked
 
-_DATA_FILE = re.compile(r"(?s)[^.].*\.(?:jsonl|json|parquet|csv|tsv)(?:\.(?:gz|bz2|xz))?")
+_PACKED = r"(?:\.(?:gz|bz2|xz))?"
+_DATA_FILE = re.compile(rf"(?s)[^.].*\.(?:jsonl|json|parquet|csv|tsv){_PACKED}")
+_TABLE = re.compile(rf"(?s).*\.[ct]sv{_PACKED}")
 
 #: That of Stanford's Alpaca, with a line's end behind it; some rows have no input.
 _ALPACA = (
@@ -102,7 +104,7 @@ def _read(path: Path) -> _Part:
     content, how = unpacked(path)
     if content.startswith(PARQUET):
         rows, form = parquet_rows(path, content), "Parquet"
-    elif path.name.removesuffix(".gz").endswith((".csv", ".tsv")):
+    elif _TABLE.fullmatch(path.name):
         rows, form = table_rows(path, content), "a table"
     else:
         rows, form = json_rows(path, content)
