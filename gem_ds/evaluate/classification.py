@@ -22,7 +22,7 @@ from gem_ds.data.dataset import Dataset
 from gem_ds.data.metrics import score
 from gem_ds.data.predictions import PREDICTIONS_FILE, judged
 from gem_ds.data.tasks import TaskData, load_task
-from gem_ds.evaluate.evaluator import Report, evaluate, held_out, metrics_line, sha256_of_examples
+from gem_ds.evaluate.evaluator import Report, evaluate, held_out, metrics_report
 from gem_ds.evaluate.generation import sparing_memory
 from gem_ds.evaluate.model import (
     SamplingArguments,
@@ -89,10 +89,10 @@ def _judge(arguments: SamplingArguments, own: ClassificationArguments) -> Report
             )
     if not comm.is_main:
         return None
-    metrics = score(own.task, examples, predictions)
-    return Report(
-        task=own.task,
-        results={"n": len(examples), "metrics": metrics},
+    return metrics_report(
+        own.task,
+        examples,
+        score(own.task, examples, predictions),
         protocol=HEAD if is_encoder(files.config) else RANKING,
         subject={
             **model_facts(arguments, files),
@@ -100,8 +100,6 @@ def _judge(arguments: SamplingArguments, own: ClassificationArguments) -> Report
             "max_length": max_length,
             "num_truncated": questions.num_truncated,
         },
-        data_sha256=sha256_of_examples(own.task, examples),
-        summary=metrics_line(metrics),
         verdicts=judged(examples, predictions),
         verdicts_file=PREDICTIONS_FILE,
     )

@@ -25,6 +25,7 @@ import torch
 from gem_ds.data.tasks import Example
 from gem_ds.evaluate.generation import Prompt
 from gem_ds.evaluate.model import SamplingArguments, check_arguments
+from gem_ds.evaluate.prompt_form import PromptForm, recorded_form
 from gem_ds.evaluate.samples import Sample
 from gem_ds.evaluate.sampling import RESULTS_FILE, VERDICTS_FILE
 from gem_ds.files.atomic import locked, make_folder, save_json, save_jsonl
@@ -137,12 +138,6 @@ def sha256_of_texts(texts: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def sha256_of_examples(task: str, examples: Iterable[Example]) -> dict[str, str]:
-    """SHA-256 of the examples of a task that are asked, by its name; not of where they stand."""
-    fields = ({k: v for k, v in asdict(e).items() if k != "place"} for e in examples)
-    return {f"{task} test": sha256_of_texts(json.dumps(values) for values in fields)}
-
-
 def held_out(task: str, examples: Sequence[Example], limit: int | None) -> Sequence[Example]:
     """The first `limit` of a task's held-out examples, of which there must be some."""
     if not examples:
@@ -150,10 +145,18 @@ def held_out(task: str, examples: Sequence[Example], limit: int | None) -> Seque
     return examples[:limit]
 
 
-def refuse_other_prompts(
-    samples: Sequence[Sample], prompts: Mapping[str, Prompt], num_fewshot: int
-) -> None:
-    """Raise ValueError if a sample answers another prompt than that of its problem."""
+def num_fewshot_of(
+    samples: Sequence[Sample],
+    num_shown: Callable[[str], int],
+    prompts_of: Callable[[int, PromptForm], Mapping[str, Prompt]],
+) -> int:
+    """How many worked problems the samples' prompts show, by their settings or else by the first.
+
+    Raises ValueError if a sample answers another prompt than that of its problem.
+    """
+    form, num_told = recorded_form(samples[0].settings)
+    num_fewshot = num_shown(str(samples[0].prompt)) if num_told is None else num_told
+    prompts = prompts_of(num_fewshot, form)
     for sample in samples:
         if sample.prompt != prompts.get(sample.task_id):
             raise ValueError(
@@ -161,8 +164,18 @@ def refuse_other_prompts(
                 "problems give: pass the data that the samples were drawn for, and the flags that "
                 "changed its form."
             )
+    return num_fewshot
 
 
-def metrics_line(metrics: Mapping[str, float]) -> str:
-    """Metrics as they are printed."""
-    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+def metrics_report(
+    task: str, examples: Sequence[Example], metrics: Mapping[str, float], **more: Any
+) -> Report:
+    """The report on a task's metrics; its data are the examples, but not where they stand."""
+    fields = ({k: v for k, v in asdict(e).items() if k != "place"} for e in examples)
+    return Report(
+        task=task,
+        results={"n": len(examples), "metrics": metrics},
+        data_sha256={f"{task} test": sha256_of_texts(json.dumps(values) for values in fields)},
+        summary=", ".join(f"{name} {value:.4f}" for name, value in metrics.items()),
+        **more,
+    )

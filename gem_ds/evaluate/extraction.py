@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from gem_ds.data.tasks.mbpp import prompt_of
 from gem_ds.evaluate import syntax
 from gem_ds.evaluate.fences import fenced
-from gem_ds.evaluate.syntax import Fault
+from gem_ds.evaluate.syntax import DEFINITION, Fault, Names
 
 #: Characters that are parsed for each one of a completion, and for a short one: what stands in a
 #: fence amid words is read some ten times, a text that repeats itself could be without end.
@@ -31,7 +31,6 @@ _CODE_LINE = re.compile(r"(?:def|class|import|from|async)\b|@|[A-Za-z_]\w*[ \t]*
 #: A line at the margin that goes on with the statement above it.
 _CONTINUATION = re.compile(r"[\s#)\]}]|$|(?:else|elif|except|finally)\b")
 _BUILTINS = frozenset(dir(builtins))
-_DEFINITIONS = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
 def extract_program(completion: str, entry_point: str | None = None) -> str:
@@ -130,13 +129,13 @@ def _last_block(blocks: list[str], entry_point: str | None, parser: _Parser) -> 
             givers.setdefault(name, []).append(i)
     needed, unread = {last}, [last]
     while unread:
-        tree = trees[unread.pop()]
-        lacking = _used(tree) - _bound(tree) - _BUILTINS
+        names = Names(trees[unread.pop()])
+        lacking = names.read - names.bound - _BUILTINS
         found = {i for name in lacking for i in givers.pop(name, [])} - needed
         needed |= found
         unread += found
     given = _globals(trees[last])
-    after = {i for i in needed if i > last and not given.isdisjoint(_used(trees[i]))}
+    after = {i for i in needed if i > last and not given.isdisjoint(Names(trees[i]).read)}
     order = (*sorted(needed - after - {last}), last, *sorted(after))
     yield "\n".join(blocks[i] for i in order)
 
@@ -194,7 +193,7 @@ def _without_last_word(text: str, tree: ast.Module) -> str:
     if len(tree.body) < 2 or not isinstance(last := tree.body[-1], ast.Expr):
         return text
     words = last.value.elts if isinstance(last.value, ast.List) else [last.value]
-    known = _bound(tree) | _BUILTINS
+    known = Names(tree).bound | _BUILTINS
     if "*" in known or not words:  # a star import may have bound any name
         return text
     if not all(isinstance(word, ast.Name) and word.id not in known for word in words):
@@ -204,7 +203,7 @@ def _without_last_word(text: str, tree: ast.Module) -> str:
 
 def _defines(tree: ast.Module, entry_point: str | None) -> bool:
     if entry_point is None:
-        return any(isinstance(node, _DEFINITIONS) for node in ast.walk(tree))
+        return any(isinstance(node, DEFINITION) for node in ast.walk(tree))
     return entry_point in _globals(tree, with_foreign=False)
 
 
@@ -214,16 +213,17 @@ def _globals(tree: ast.Module, *, with_foreign: bool = True) -> set[str]:
     Foreign ones come from outside the standard library, where no program has its answer: a use of
     one imports it from a file like `solution`.
     """
-    names = set()
+    names = Names()
     nodes: list[ast.AST] = list(tree.body)
     while nodes:
         node = nodes.pop()
         if not with_foreign and _is_foreign(node):
             continue
-        names |= _names_given_by(node)
-        if not isinstance(node, _DEFINITIONS | ast.Lambda):
+        if not isinstance(node, ast.ExceptHandler):  # which takes its name back
+            names.add(node)
+        if not isinstance(node, DEFINITION | ast.Lambda):
             nodes += ast.iter_child_nodes(node)
-    return names
+    return names.bound
 
 
 def _is_foreign(node: ast.AST) -> bool:
@@ -232,22 +232,3 @@ def _is_foreign(node: ast.AST) -> bool:
     else:
         modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
     return any(name.partition(".")[0] not in sys.stdlib_module_names for name in modules)
-
-
-def _bound(tree: ast.Module) -> set[str]:
-    """All names to which a program gives a value anywhere, arguments of functions too."""
-    return {name for node in ast.walk(tree) for name in _names_given_by(node)}
-
-
-def _names_given_by(node: ast.AST) -> set[str]:
-    if isinstance(node, _DEFINITIONS):
-        return {node.name}
-    if isinstance(node, ast.alias):
-        return {node.asname or node.name.partition(".")[0]}
-    if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
-        return {node.id}
-    return {node.arg} if isinstance(node, ast.arg) else set()
-
-
-def _used(tree: ast.Module) -> set[str]:
-    return {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}

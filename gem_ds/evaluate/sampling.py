@@ -15,7 +15,7 @@ forward pass: one that has no batch left repeats another's, and its answers are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict
 from itertools import chain
@@ -114,34 +114,26 @@ def _sample_pending(
     *,
     show_bar: bool,
 ) -> None:
-    """Run what is not done, round by round, and append it to the file."""
-    progress = Progress("Sampling", len(requests), "sample", initial=len(done), is_shown=show_bar)
-    with closing(progress):
-        for batches in _rounds(backend.batches(requests), done, comm.world_size):
-            finished = _answer(batches, backend, comm)
-            with comm.agreement():
-                if comm.is_main:
-                    log.append(finished)
-            progress.advance(sum(request.key not in done for request, _ in finished))
-
-
-def _rounds(
-    groups: list[list[list[Request]]], done: set[Key], world_size: int
-) -> Iterator[list[list[Request]]]:
-    """Batches that are run at the same time, one per rank; the last of a group may be fewer.
+    """Run what is not done, round by round, and append it to the file.
 
     A batch that is done in part is run whole again: its samples might round otherwise alone.
     """
-    for group in groups:
-        pending = [batch for batch in group if any(r.key not in done for r in batch)]
-        for first in range(0, len(pending), world_size):
-            yield pending[first : first + world_size]
+    progress = Progress("Sampling", len(requests), "sample", initial=len(done), is_shown=show_bar)
+    with closing(progress):
+        for group in backend.batches(requests):
+            pending = [batch for batch in group if any(r.key not in done for r in batch)]
+            for first in range(0, len(pending), comm.world_size):
+                finished = _answer(pending[first : first + comm.world_size], backend, comm)
+                with comm.agreement():
+                    if comm.is_main:
+                        log.append(finished)
+                progress.advance(sum(request.key not in done for request, _ in finished))
 
 
 def _answer(
     batches: list[list[Request]], backend: Backend, comm: Comm
 ) -> list[tuple[Request, Completion]]:
-    """One round; every rank receives what all have made."""
+    """One round, a batch for each rank or fewer; every rank receives what all have made."""
     completions: list[Completion] = []
     if backend.synced_ranks:  # a failing rank cannot be waited for: the others are in its passes
         completions = backend.complete(batches[comm.rank % len(batches)])

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from gem_ds.data.metrics import read_number, score
 from gem_ds.data.tasks import load_task
-from gem_ds.evaluate.evaluator import Report, evaluate, held_out, metrics_line, sha256_of_examples
+from gem_ds.evaluate.evaluator import Report, evaluate, held_out, metrics_report
 from gem_ds.evaluate.generation import GenerationSettings
 from gem_ds.evaluate.model import SamplingArguments
 from gem_ds.evaluate.sampling import sample_all
@@ -53,13 +53,11 @@ def _judge(arguments: SamplingArguments, own: ShortAnswerArguments) -> Report | 
             {"task_id": sample.task_id, **score(own.task, [example], [answer])}
             for sample, example, answer in zip(samples, examples, answers, strict=True)
         ]
-    metrics = score(own.task, examples, answers)
-    return Report(
-        task=own.task,
-        results={"n": len(examples), "metrics": metrics},
+    return metrics_report(
+        own.task,
+        examples,
+        score(own.task, examples, answers),
         protocol="zero-shot, greedy, the rest of the line after the prompt",
         subject={"sampling": samples[0].settings},
-        data_sha256=sha256_of_examples(own.task, examples),
-        summary=metrics_line(metrics),
         verdicts=verdicts,
     )

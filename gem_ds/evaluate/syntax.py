@@ -18,6 +18,10 @@ _ENDLESS_NAME = re.compile(r"(?:\.[\s\\]*+\w++[\s\\]*+){64}")
 _UNFINISHED = ("was never closed", "unterminated triple-quoted")  # of CPython's messages
 
 
+DEFINITION = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+IMPORT = ast.Import | ast.ImportFrom
+
+
 @dataclass(frozen=True)
 class Fault:
     """Where a text stops being Python, and whether more text could mend it."""
@@ -47,3 +51,33 @@ def tree_of(text: str, max_length: int = MAX_LENGTH) -> ast.Module | None:
     """The syntax tree of a text, None if it is no Python."""
     parsed = parse(text, max_length)
     return None if isinstance(parsed, Fault) else parsed
+
+
+class Names:
+    """The names in some trees, in whatever scope; `imported` are those bound by an import.
+
+    Each node is visited once: a program may nest them at will.
+    """
+
+    def __init__(self, *trees: ast.AST) -> None:
+        self.read: set[str] = set()
+        self.bound: set[str] = set()
+        self.imported: set[str] = set()
+        for tree in trees:
+            for node in ast.walk(tree):
+                self.add(node)
+
+    def add(self, node: ast.AST) -> None:
+        """Add the names of a node, but not those of its children."""
+        if isinstance(node, ast.Name):
+            (self.read if isinstance(node.ctx, ast.Load) else self.bound).add(node.id)
+        elif isinstance(node, ast.arg):
+            self.bound.add(node.arg)
+        elif isinstance(node, DEFINITION):
+            self.bound.add(node.name)
+        elif isinstance(node, ast.ExceptHandler):
+            self.bound.update([node.name] if node.name else [])
+        elif isinstance(node, IMPORT):
+            names = {alias.asname or alias.name.partition(".")[0] for alias in node.names}
+            self.bound |= names
+            self.imported |= names

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gem_ds.evaluate.sandbox.channel import Channel
+from gem_ds.evaluate.sandbox.link import Channel
 from gem_ds.evaluate.sandbox.values import MAX_BYTES, WireError, contents, refill
 from gem_ds.evaluate.sandbox.wire import MAX_DEPTH, Decoder, Encoder
 

@@ -10,8 +10,8 @@ as plain data (`judge`). The files, from the caller to the kernel:
     usage                    whether the tests can run away from the program
     server, judge            processes of ours: one for each worker, one for each program
     conversation, remote     what the judge asks, and what stands for the candidate's objects
-    errors, link             exceptions and containers that both sides know
-    wire, values, channel    plain data as bytes
+    errors, link             exceptions and containers that both sides know, and the channel
+    wire, values             plain data as bytes
     candidate                the program's process
     packages, finder         what it may import beside the standard library
     jails, room, confine     what it is kept in, what it sees there, what it has given up

@@ -18,17 +18,13 @@ import _operator as operator  # in C; see gem_ds.evaluate.sandbox.values
 import builtins
 import os
 import sys
+from _collections_abc import Callable, Sequence
 
-from gem_ds.evaluate.sandbox.channel import Channel
 from gem_ds.evaluate.sandbox.errors import Errors
 from gem_ds.evaluate.sandbox.finder import NAMES, show
-from gem_ds.evaluate.sandbox.link import Link
-from gem_ds.evaluate.sandbox.values import MUTABLE_KINDS, TYPE_CHECKING, contents, refill
+from gem_ds.evaluate.sandbox.link import Channel, Link
+from gem_ds.evaluate.sandbox.values import MUTABLE, Any, contents, refill
 from gem_ds.evaluate.sandbox.wire import Decoder
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from typing import Any
 
 #: heirs of these behave as what they inherit, whatever package they are of
 _HEIRS = (float, str, bytes)
@@ -87,8 +83,6 @@ class _Service:
         self._namespace = namespace
         self._link = Link(channel, self._refer, self._resolve)
         self._errors = Errors(lambda args: True)
-        self._lent: list[Any] = []
-        self._numbers: dict[int, int] = {}  # of what is lent, by id
         self._borrowed: dict[int, Any] = {}
         self._missing: str | None = None  # a name in the request that the program does not define
         self._operations: dict[str, Callable[..., Any]] = {
@@ -108,7 +102,7 @@ class _Service:
         while True:
             self._missing = None
             try:
-                kind, *content = self._link.receive()
+                (kind, *content), _ = self._link.receive()
             except EOFError:
                 os._exit(1)  # there is no judge any more
             except BaseException as error:  # an object of the program's that cannot be in a set
@@ -149,9 +143,7 @@ class _Service:
     def _refer(self, value: Any) -> tuple[str, Any]:
         if type(value) is _Borrowed:
             return "function", value._number
-        if (number := self._numbers.get(id(value))) is None:
-            number = self._numbers[id(value)] = len(self._lent)
-            self._lent.append(value)
+        number = self._link.number_of(value)
         if type(value).__module__.partition(".")[0] in NAMES and not isinstance(value, _HEIRS):
             return "package", ()
         is_iterator = hasattr(type(value), "__next__") and not hasattr(type(value), "__len__")
@@ -159,11 +151,11 @@ class _Service:
 
     def _resolve(self, kind: str, name: Any) -> Any:
         if kind == "object":
-            return self._lent[name]
+            return self._link.lent[name]
         if kind == "heir":
             _, number, inherited = name
-            value = self._lent[number]
-            if isinstance(value, (*MUTABLE_KINDS.values(),)):
+            value = self._link.lent[number]
+            if isinstance(value, MUTABLE):
                 refill(value, contents(inherited))
             return value
         if kind in ("function", "iterator"):

@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from types import CodeType, FunctionType
 from typing import Any
 
-from gem_ds.evaluate.sandbox.channel import Channel
 from gem_ds.evaluate.sandbox.errors import Errors, is_plain
 from gem_ds.evaluate.sandbox.finder import NAMES
-from gem_ds.evaluate.sandbox.link import Link
+from gem_ds.evaluate.sandbox.link import Channel, Link
 from gem_ds.evaluate.sandbox.remote import NeedsJailError, Remote, RemoteIterator, heir, remote_of
-from gem_ds.evaluate.sandbox.values import (
-    MUTABLE_KINDS,
-    WireError,
-    contents,
-    is_method_name,
-    refill,
-)
+from gem_ds.evaluate.sandbox.values import MUTABLE, WireError, contents, is_method_name, refill
 from gem_ds.evaluate.sandbox.wire import Encoder
 
 _KINDS = {"object": Remote, "iterator": RemoteIterator}
@@ -41,11 +33,8 @@ class Conversation:
         self.had_a_say = had_a_say
         self.raised: BaseException | None = None  # the last exception of the candidate's
         self.raised_text = ""
-        self._channel = channel
         self._link = Link(channel, self._refer, self._resolve)
         self._errors = Errors(is_plain)
-        self._functions: list[Callable[..., Any]] = []
-        self._numbers: dict[int, int] = {}  # of functions, by id
         self._objects: dict[int, Any] = {}  # of the candidate's, by number
         self._num_calls = 0  # of the tests' functions, that are running
         self._is_reading = False
@@ -55,7 +44,7 @@ class Conversation:
         try:
             self._link.send("finish")
             while True:
-                self._channel.receive()
+                self._link.channel.receive()
         except (EOFError, OSError, WireError):
             pass
 
@@ -101,7 +90,7 @@ class Conversation:
     def _receive(self) -> tuple[Any, ...]:
         self._is_reading = True
         try:
-            message, methods = self._link.read(self._channel.receive())
+            message, methods = self._link.receive()
         except EOFError as error:
             raise CandidateLostError from error
         except WireError as error:
@@ -122,25 +111,19 @@ class Conversation:
         if (remote := remote_of(value)) is not None:
             return remote._reference
         if self._num_calls and hasattr(value, "__next__"):
-            return "iterator", (self._number_of(value.__next__),)
+            return "iterator", (self._link.number_of(value.__next__),)
         code = getattr(value, "__code__", None)
         is_lazy = isinstance(code, CodeType) and code.co_flags & _LAZY and not self._num_calls
         if not callable(value) or isinstance(value, type) or is_lazy:
             raise NeedsJailError
         name = getattr(value, "__name__", "")
         described = [_parameters(value.__code__)] if isinstance(value, FunctionType) else []
-        return "function", (self._number_of(value), name, *described)
-
-    def _number_of(self, function: Callable[..., Any]) -> int:
-        if (number := self._numbers.get(id(function))) is None:
-            number = self._numbers[id(function)] = len(self._functions)
-            self._functions.append(function)
-        return number
+        return "function", (self._link.number_of(value), name, *described)
 
     def _resolve(self, kind: str, name: Any) -> Any:
         if kind == "function" and type(name) is int:
             self.had_a_say = True  # it chose which function of the tests it gives back
-            return self._functions[name]
+            return self._link.lent[name]
         if kind == "package" and NAMES:
             raise NeedsJailError  # how it compares with plain data, its own code must say
         inherited: Any = None
@@ -153,7 +136,7 @@ class Conversation:
         if known is None or is_heir == isinstance(known, Remote):
             remote = _KINDS[kind](self, ("object", number), hash_)
             known = self._objects[number] = heir(remote, inherited) if is_heir else remote
-        elif is_heir and isinstance(known, (*MUTABLE_KINDS.values(),)):
+        elif is_heir and isinstance(known, MUTABLE):
             refill(known, contents(inherited))
         return known
 
@@ -167,14 +150,14 @@ class Conversation:
 
     def _call(self, content: Any) -> None:
         """Calls a function of the tests that was passed as an argument."""
-        if [*map(type, content)] != [int, tuple, dict] or content[0] not in range(
-            len(self._functions)
-        ):
+        functions = self._link.lent
+        kinds = [*map(type, content)]
+        if kinds != [int, tuple, dict] or content[0] not in range(len(functions)):
             raise CandidateLiedError("the program's question is no question")
         number, args, kwargs = content
         self._num_calls += 1
         try:
-            reply = ("value", self._functions[number](*args, **kwargs))
+            reply = ("value", functions[number](*args, **kwargs))
         except (Exception, NeedsJailError) as error:
             reply = ("raised", self._errors.described(error))
         try:

@@ -12,13 +12,10 @@ from __future__ import annotations
 
 import builtins
 import sys
+from _collections_abc import Callable
 
-from gem_ds.evaluate.sandbox.values import TYPE_CHECKING, WireError
+from gem_ds.evaluate.sandbox.values import Any, WireError
 from gem_ds.evaluate.sandbox.wire import Encoder
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import Any
 
 _MAX_TEXT = 1000  # characters
 _NOT_TOLD = ("unittest",)  # whose exceptions tell a runner of tests what to do

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from importlib.machinery import ModuleSpec
+from _collections_abc import Sequence
+from _frozen_importlib import ModuleSpec
 
 #: what a program imports them by
 NAMES: set[str] = set()

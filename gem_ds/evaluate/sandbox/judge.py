@@ -17,8 +17,8 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
-from gem_ds.evaluate.sandbox.channel import Channel
 from gem_ds.evaluate.sandbox.conversation import CandidateLostError, Conversation
+from gem_ds.evaluate.sandbox.link import Channel
 from gem_ds.evaluate.sandbox.remote import NeedsJailError, Remote
 
 _MAX_DETAIL = 300  # characters

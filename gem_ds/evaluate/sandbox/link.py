@@ -15,24 +15,65 @@ before that is a copy from then on.
 from __future__ import annotations
 
 import _operator as operator
+import os
+from _collections_abc import Callable
 
-from gem_ds.evaluate.sandbox.values import TYPE_CHECKING, WireError, contents, refill
-from gem_ds.evaluate.sandbox.wire import Decoder, Encoder
-
-if TYPE_CHECKING:
-    from typing import Any
-
-    from gem_ds.evaluate.sandbox.channel import Channel
-    from gem_ds.evaluate.sandbox.wire import Refer, Resolve
+from gem_ds.evaluate.sandbox.values import MAX_BYTES, Any, WireError, contents, refill
+from gem_ds.evaluate.sandbox.wire import Decoder, Encoder, Refer, Resolve
 
 _MAX_SHARED = 500  # items in all containers that are remembered from one request to the next
+
+
+class Channel:
+    """Messages over an open stream socket, each after its length.
+
+    Where the socket has timeouts, `while_waiting` is called at each.
+    """
+
+    def __init__(self, descriptor: int, while_waiting: Callable[[], None] = lambda: None) -> None:
+        self._descriptor = descriptor
+        self._while_waiting = while_waiting
+
+    def send(self, message: bytes) -> None:
+        """Sends one message; raises `OSError` where nobody receives."""
+        data = memoryview(len(message).to_bytes(4, "little") + message)
+        while data:
+            try:
+                data = data[os.write(self._descriptor, data) :]
+            except BlockingIOError:
+                self._while_waiting()
+
+    def receive(self) -> bytes:
+        """The next message; raises `EOFError` where none is to come, `WireError` for a huge one."""
+        size = int.from_bytes(self._receive(4), "little")
+        if size > MAX_BYTES + (1 << 20):
+            raise WireError(f"a message takes more than {MAX_BYTES >> 20} MiB")
+        return self._receive(size)
+
+    def _receive(self, size: int) -> bytes:
+        parts = []
+        while size:
+            try:
+                part = os.read(self._descriptor, min(size, 1 << 20))
+            except BlockingIOError:
+                self._while_waiting()
+                continue
+            except ConnectionError:
+                part = b""
+            if not part:
+                raise EOFError("the other side has closed")
+            parts.append(part)
+            size -= len(part)
+        return b"".join(parts)
 
 
 class Link:
     """One end. `refer` and `resolve` as in `wire`."""
 
     def __init__(self, channel: Channel, refer: Refer, resolve: Resolve) -> None:
-        self._channel = channel
+        self.channel = channel
+        self.lent: list[Any] = []  # to the other side, which knows it by its place here
+        self._numbers: dict[int, int] = {}  # of what is lent, by id
         self._refer = refer
         self._resolve = resolve
         self._shared: list[Any] = []
@@ -46,14 +87,14 @@ class Link:
         encoder = Encoder(self._refer, known, tells_heirs=True)
         data = encoder.encode((*message, tuple(changes)))
         self._remember(encoder.objects)
-        self._channel.send(len(known).to_bytes(4, "little") + data)
+        self.channel.send(len(known).to_bytes(4, "little") + data)
 
-    def receive(self) -> tuple[Any, ...]:
-        """The next message; raises `WireError` if it is none, `EOFError` where none is to come."""
-        return self.read(self._channel.receive())[0]
+    def receive(self) -> tuple[tuple[Any, ...], list[tuple[str, Any]]]:
+        """The next message, and what in it could pose as a method (`wire.Decoder`).
 
-    def read(self, data: bytes) -> tuple[tuple[Any, ...], list[tuple[str, Any]]]:
-        """A message that was received, and what in it could pose as a method (`wire.Decoder`)."""
+        Raises `WireError` if it is none, and as the channel.
+        """
+        data = self.channel.receive()
         known = int.from_bytes(data[:4], "little")
         if known > len(self._shared):
             raise WireError("the message speaks of what was never sent")
@@ -67,6 +108,13 @@ class Link:
             raise WireError(f"the bytes are not a message: {error}") from error
         self._remember(decoder.objects)
         return tuple(content), decoder.methods
+
+    def number_of(self, value: Any) -> int:
+        """The number by which the other side speaks of a value, which is held from now on."""
+        if id(value) not in self._numbers:
+            self._numbers[id(value)] = len(self.lent)
+            self.lent.append(value)
+        return self._numbers[id(value)]
 
     def forget_many(self) -> None:
         """Forgets the shared containers where they hold much."""

@@ -11,19 +11,17 @@ import ast
 import builtins
 import math
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from gem_ds.evaluate.sandbox.usage import runs_beside
+from gem_ds.evaluate.sandbox.usage import Usage
 from gem_ds.evaluate.sandbox.wire import Decoder, Encoder
-from gem_ds.evaluate.syntax import tree_of
+from gem_ds.evaluate.syntax import IMPORT, Names, tree_of
 
 Status = Literal["passed", "failed", "timeout", "crashed"]
 
 MIN_MEMORY_MB = 64
 _MAX_SOURCE = 3 << 20  # characters of a job: fewer bytes than a message may have
-_IMPORT = (ast.Import, ast.ImportFrom)
 _MAX_PARSED = 1 << 20  # characters of a program; no task needs more, and a tree takes much memory
 
 
@@ -133,8 +131,8 @@ def assign_roles(job: Program) -> Roles:
     """Reads the sources; nothing is run. A source that does not parse defines and uses nothing."""
     setup = _parse(job.setup)
     tests = [*map(_parse, job.tests)]
-    used, given = _names([setup, *tests]), _names([setup])
-    own = _names([_parse(job.program, _MAX_PARSED)])
+    used, given = Names(setup, *tests), Names(setup)
+    own = Names(_parse(job.program, _MAX_PARSED))
     foreign = used.read - used.bound
     candidate = {name for name in foreign if not hasattr(builtins, name)}
     modules = (candidate & own.imported & sys.stdlib_module_names) - {job.entry_point}
@@ -144,71 +142,36 @@ def assign_roles(job: Program) -> Roles:
     elif not candidate:  # a task may want a function of a builtin's name
         candidate = foreign & own.bound
     shared = _shared(setup, given, own.read - own.bound)
+    judged = ast.Module([node for node in setup.body if not _is_call(node, given)], [])
+    usage = Usage([judged, *tests], candidate, job.entry_point, used.bound, modules)
     return Roles(
         candidate=tuple(sorted(candidate)),
         modules=tuple(sorted(modules)),
         program_setup="\n".join(map(ast.unparse, shared)),
-        shares_setup=any(_names([node]).bound and not isinstance(node, _IMPORT) for node in shared),
+        shares_setup=any(Names(node).bound and not isinstance(node, IMPORT) for node in shared),
         setup_is_last=bool(given.read & candidate),
-        in_jail=runs_beside(
-            [ast.Module([n for n in setup.body if not _is_call(n, given)], []), *tests],
-            *(candidate, job.entry_point, used.bound, modules),
-        ),
+        in_jail=usage.runs_beside(),
     )
 
 
-def _shared(setup: ast.Module, given: _Names, lacking: set[str]) -> list[ast.stmt]:
+def _shared(setup: ast.Module, given: Names, lacking: set[str]) -> list[ast.stmt]:
     """The setup's statements that the program needs, where `lacking` are names it has not."""
     lacking = lacking - given.imported
     shared = []
     for node in reversed(setup.body):
-        names = _names([node])
+        names = Names(node)
         if names.bound & lacking:
             lacking |= names.read
-        elif not isinstance(node, _IMPORT) and not _is_call(node, given):
+        elif not isinstance(node, IMPORT) and not _is_call(node, given):
             continue
         shared.append(node)
     return shared[::-1]
 
 
-def _is_call(node: ast.stmt, given: _Names) -> bool:
+def _is_call(node: ast.stmt, given: Names) -> bool:
     """Whether it calls what was imported, with nothing else in it, for the sake of an effect."""
-    read = _names([node]).read
+    read = Names(node).read
     return isinstance(node, ast.Expr) and bool(read) and read <= given.imported
-
-
-@dataclass
-class _Names:
-    """The names in some sources, in whatever scope."""
-
-    read: set[str] = field(default_factory=set)
-    bound: set[str] = field(default_factory=set)
-    #: bound by an import
-    imported: set[str] = field(default_factory=set)
-
-    def add(self, node: ast.AST) -> None:
-        """Adds the names of a node, but not those of its children."""
-        if isinstance(node, ast.Name):
-            (self.read if isinstance(node.ctx, ast.Load) else self.bound).add(node.id)
-        elif isinstance(node, ast.arg):
-            self.bound.add(node.arg)
-        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            self.bound.add(node.name)
-        elif isinstance(node, ast.ExceptHandler):
-            self.bound.update([node.name] if node.name else [])
-        elif isinstance(node, _IMPORT):
-            names = {alias.asname or alias.name.partition(".")[0] for alias in node.names}
-            self.bound |= names
-            self.imported |= names
-
-
-def _names(trees: Iterable[ast.AST]) -> _Names:
-    """All names in some trees. Each node is visited once: a program may nest them at will."""
-    names = _Names()
-    for tree in trees:
-        for node in ast.walk(tree):
-            names.add(node)
-    return names
 
 
 def _parse(source: str, max_length: int = sys.maxsize) -> ast.Module:

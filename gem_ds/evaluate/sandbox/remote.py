@@ -14,9 +14,9 @@ Whatever is asked of an object but the next item of an iteration counts as a say
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict, deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 from gem_ds.evaluate.sandbox.candidate import (
     ARITHMETIC,
@@ -26,32 +26,25 @@ from gem_ds.evaluate.sandbox.candidate import (
     ITEMS,
     UNARY,
 )
-from gem_ds.evaluate.sandbox.values import MUTABLE_KINDS, contents, refill
+from gem_ds.evaluate.sandbox.values import MUTABLE, contents, refill
 
 
 class NeedsJailError(BaseException):
     """A value of the tests cannot be sent, so the tests have to run beside the program."""
 
 
-class Jail(Protocol):
-    """Whom a `Remote` asks."""
-
-    def ask(self, operation: str, *args: Any, **kwargs: Any) -> Any:
-        """The result of an operation in the jail; raises what it raises there."""
-
-    def may_compare(self, other: object) -> bool:
-        """Whether the candidate may be asked to compare; raises `NeedsJailError`."""
-
-
 class Remote:
-    """A name or an object of the candidate's, by its reference; objects know their hash."""
+    """A name or an object of the candidate's, by its reference; objects know their hash.
+
+    `jail` is the `conversation.Conversation` that is asked.
+    """
 
     __slots__ = ("_hash", "_jail", "_reference")
-    _jail: Jail
+    _jail: Any
     _reference: tuple[str, Any]
     _hash: int | None
 
-    def __init__(self, jail: Jail, reference: tuple[str, Any], hash_: int | None = None) -> None:
+    def __init__(self, jail: Any, reference: tuple[str, Any], hash_: int | None = None) -> None:
         for name, value in (("_jail", jail), ("_reference", reference), ("_hash", hash_)):
             object.__setattr__(self, name, value)
 
@@ -146,11 +139,13 @@ def heir(remote: Remote, inherited: Any) -> Any:
         value = made(inherited.default_factory)
     elif isinstance(inherited, deque):
         value = made((), inherited.maxlen)
-    elif isinstance(inherited, (*MUTABLE_KINDS.values(), OrderedDict)):
+    elif isinstance(inherited, MUTABLE):
         value = made()
+    elif isinstance(inherited, tuple):
+        value = tuple.__new__(made, inherited)
     else:
-        value = tuple.__new__(made, inherited) if isinstance(inherited, tuple) else made(inherited)
-    if isinstance(value, (*MUTABLE_KINDS.values(),)):
+        value = made(inherited)
+    if isinstance(inherited, MUTABLE):
         refill(value, contents(inherited))
     value._remote = remote
     return value

@@ -25,11 +25,11 @@ import time
 from collections.abc import Callable, Sequence
 
 from gem_ds.evaluate.sandbox import candidate, confine
-from gem_ds.evaluate.sandbox.channel import Channel
 from gem_ds.evaluate.sandbox.finder import show
 from gem_ds.evaluate.sandbox.jails import JAILS, Jail
 from gem_ds.evaluate.sandbox.judge import judge
 from gem_ds.evaluate.sandbox.kernel import fork
+from gem_ds.evaluate.sandbox.link import Channel
 from gem_ds.evaluate.sandbox.wire import Decoder, Encoder
 
 _NUM_FILES = 2  # of a job: what the candidate reads, what the judge reads

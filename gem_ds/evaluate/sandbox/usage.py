@@ -18,16 +18,8 @@ _DUNDER = re.compile(r"__\w+__")
 _CLASS_NAME = re.compile(r"_*[A-Z][^_]*")
 #: builtins that look at an object, or at what surrounds the program
 _LOOKING = {
-    *(
-        "BaseExceptionGroup",
-        "ExceptionGroup",
-        "__import__",
-        "callable",
-        "compile",
-        "delattr",
-        "dir",
-    ),
-    *("eval", "exec", "hasattr", "input", "issubclass", "open", "vars"),
+    *("BaseExceptionGroup", "ExceptionGroup", "__import__", "callable", "compile", "delattr"),
+    *("dir", "eval", "exec", "hasattr", "input", "issubclass", "open", "vars"),
 }
 #: builtins that call a function which they are given
 _CALLING = {"filter", "map", "max", "min", "sorted"}
@@ -56,24 +48,12 @@ _PARTS = {
 }
 
 
-def runs_beside(
-    trees: Iterable[ast.Module],
-    candidate: Collection[str],
-    entry_point: str | None,
-    bound: Collection[str],
-    modules: Collection[str] = (),
-) -> bool:
-    """Whether tests have to run beside the program.
+class Usage:
+    """What the trees of some tests do, node by node.
 
     Of the names in `trees`, `candidate` are the program's, `modules` are modules that the program
     imports, and `bound` are given values there.
     """
-    usage = _Usage(trees, candidate, entry_point, bound, modules)
-    return any(map(usage.is_beyond_data, usage.nodes))
-
-
-class _Usage:
-    """The nodes of some trees with what surrounds them."""
 
     def __init__(
         self,
@@ -83,24 +63,28 @@ class _Usage:
         bound: Collection[str],
         modules: Collection[str],
     ) -> None:
-        self.nodes: list[ast.AST] = list(trees)
+        self._nodes: list[ast.AST] = list(trees)
         self._candidate = candidate
         self._entry_point = entry_point
         self._builtins = vars(builtins).keys() - set(bound)
         self._imports = {name: name for name in modules}
         self._parents: dict[ast.AST, ast.AST] = {}
         self._reads: dict[str, list[ast.Name]] = {}
-        for node in self.nodes:  # which grows meanwhile
+        for node in self._nodes:  # which grows meanwhile
             self._imports |= _imports(node)
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
                 self._reads.setdefault(node.id, []).append(node)
             for child in ast.iter_child_nodes(node):
                 self._parents[child] = node
-                self.nodes.append(child)
-        called = (node.func for node in self.nodes if isinstance(node, ast.Call))
+                self._nodes.append(child)
+        called = (node.func for node in self._nodes if isinstance(node, ast.Call))
         self._called = {function.id for function in called if isinstance(function, ast.Name)}
 
-    def is_beyond_data(self, node: ast.AST) -> bool:
+    def runs_beside(self) -> bool:
+        """Whether the tests have to run beside the program."""
+        return any(map(self._is_beyond_data, self._nodes))
+
+    def _is_beyond_data(self, node: ast.AST) -> bool:
         """Whether it does what stand-ins cannot bear."""
         match node:
             case ast.Attribute(attr=name):

@@ -13,14 +13,16 @@ from __future__ import annotations
 import builtins
 import sys
 
-# In C, and so there already: a fresh interpreter imports this file for each program, and to load
+# In C, or loaded with `os`: a fresh interpreter imports this file for each program, and to load
 # `collections`, `operator` or `typing` as files would take longer than all the rest.
 from _collections import OrderedDict, defaultdict, deque
+from _collections_abc import Callable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from typing import Any
+else:
+    Any = object
 
 MAX_BYTES = 16 << 20  # of one message
 
@@ -62,6 +64,7 @@ MUTABLE_KINDS: dict[bytes, type] = {  # the most special first
     b"Q": deque,
     b"A": bytearray,
 }
+MUTABLE = tuple(MUTABLE_KINDS.values())
 COUNTER = b"C"  # the one that is not in C, and is loaded if there is one
 #: what every class that `namedtuple` makes has, beside its fields
 _OF_NAMED_TUPLES = {
@@ -85,7 +88,7 @@ def contents(container: Any) -> tuple[Any, ...] | bytes:
 
 def refill(container: Any, items: Any) -> None:
     """Makes `container`, of a type in this module's list, hold what `contents` returned."""
-    kind: Any = next(kind for kind in MUTABLE_KINDS.values() if isinstance(container, kind))
+    kind: Any = next(kind for kind in MUTABLE if isinstance(container, kind))
     kind.clear(container)
     if issubclass(kind, dict):
         for key, value in zip(items[::2], items[1::2], strict=True):
@@ -127,6 +130,4 @@ def is_named_tuple(kind: type) -> bool:
 
 def is_method_name(name: str) -> bool:
     """Whether plain data, or what is made of it, has an attribute of that name."""
-    return any(
-        hasattr(kind, name) for kind in (*BUILTINS.values(), *VIEWS, *MUTABLE_KINDS.values())
-    )
+    return any(hasattr(kind, name) for kind in (*BUILTINS.values(), *VIEWS, *MUTABLE))

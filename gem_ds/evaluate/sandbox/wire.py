@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import sys
 from _collections import defaultdict, deque
+from _collections_abc import Callable, Iterable
 
 from gem_ds.evaluate.sandbox.values import (
     BUILTIN_NAMES,
@@ -24,10 +25,11 @@ from gem_ds.evaluate.sandbox.values import (
     CONSTRUCTED,
     COUNTER,
     MAX_BYTES,
+    MUTABLE,
     MUTABLE_KINDS,
     SINGLES,
-    TYPE_CHECKING,
     VIEWS,
+    Any,
     WireError,
     class_of,
     constructed_name,
@@ -36,12 +38,8 @@ from gem_ds.evaluate.sandbox.values import (
     refill,
 )
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-    from typing import Any
-
-    Refer = Callable[[Any], tuple[str, Any]]  # gives a value's kind, and its name or number
-    Resolve = Callable[[str, Any], Any]
+Refer = Callable[[Any], tuple[str, Any]]  # gives a value's kind, and its name or number
+Resolve = Callable[[str, Any], Any]
 
 MAX_DEPTH = 400  # of nesting; comparing deeper values would exhaust the stack anyway
 _FRAMES = 8 * MAX_DEPTH  # that reading or writing it takes
@@ -172,7 +170,7 @@ _WRITERS: dict[type, Callable[[Encoder, Any, int], None]] = {
     bytes: lambda to, value, depth: to._write_bytes(b"b", bytes.__getitem__(value, _ALL)),
     tuple: lambda to, value, depth: to._write_items(b"(", tuple.__iter__(value), depth),
     frozenset: lambda to, value, depth: to._write_items(b"Z", frozenset.__iter__(value), depth),
-    **dict.fromkeys(MUTABLE_KINDS.values(), Encoder._write_mutable),
+    **dict.fromkeys(MUTABLE, Encoder._write_mutable),
 }
 
 
