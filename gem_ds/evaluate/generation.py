@@ -24,7 +24,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import groupby
-from typing import Protocol
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -87,19 +86,6 @@ class Completion:
     text: str  # continues the prompt's exactly, a leading space too; no stop, no special tokens
     num_tokens: int
     finish_reason: str  # "eos", "stop" (a stop string) or "length"
-
-
-class Backend(Protocol):
-    """What answers requests."""
-
-    #: Whether all ranks must answer a batch at the same time, since each holds a part of the model.
-    synced_ranks: bool
-
-    def batches(self, requests: Sequence[Request]) -> list[list[list[Request]]]:
-        """Groups of batches; ranks may answer batches of one group at the same time."""
-
-    def complete(self, requests: Sequence[Request]) -> list[Completion]:
-        """Answer the requests of one batch, in their order."""
 
 
 def make_requests(

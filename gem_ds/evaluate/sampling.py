@@ -25,7 +25,6 @@ from typing import Any
 from gem_ds.distributed.comm import Comm
 from gem_ds.evaluate.decoding import Transformers
 from gem_ds.evaluate.generation import (
-    Backend,
     Completion,
     GenerationSettings,
     Key,
@@ -43,7 +42,11 @@ from gem_ds.evaluate.model import (
     open_files,
 )
 from gem_ds.evaluate.samples import SAMPLES_FILE, Sample, SampleLog
+from gem_ds.evaluate.vllm_backend import Vllm
 from gem_ds.progress import Progress
+
+#: What answers requests: one batch after another, ranks those of one group at the same time.
+Backend = Transformers | Vllm
 
 RESULTS_FILE = "results.json"
 VERDICTS_FILE = "verdicts.jsonl"
@@ -85,10 +88,9 @@ def sample_all(
                 folder.mkdir(parents=True, exist_ok=True)
         done = comm.broadcast_object(set(log.samples))
         if len(done) < len(requests):
+            backend: Backend
             if arguments.backend == "vllm":
-                from gem_ds.evaluate.vllm_backend import Vllm
-
-                backend: Backend = Vllm(files, settings)
+                backend = Vllm(files, settings)
             else:
                 backend = Transformers(
                     load_model(files, deepspeed, comm),

@@ -146,7 +146,7 @@ def open_to_all(paths: list[str]) -> None:
     hidden = [path for path in paths if _closed_folder(path)]
     if not hidden:
         return
-    kernel.unshare(kernel.CLONE_NEWNS)
+    kernel.call("unshare", kernel.CLONE_NEWNS)
     kernel.mount("", "/", flags=kernel.MS_REC | kernel.MS_PRIVATE)
     trees = [(path, os.path.isdir(path), kernel.open_tree(path)) for path in hidden]
     for path, is_folder, tree in trees:

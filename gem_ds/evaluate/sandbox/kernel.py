@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import glob
 import os
 import resource
 import signal
@@ -33,26 +34,25 @@ _NO_CAPABILITIES = bytes(2 * 12)
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
+def call(function: str, *arguments: object, what: str = "") -> int:
+    """A function of libc's by its name; `what` is what an error says instead of that."""
+    result = int(getattr(_libc, function)(*arguments))
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what or function}: {os.strerror(number)}")
+    return result
+
+
 def syscall(number: int, *arguments: object) -> int:
     """A system call by number."""
-    return _checked(_libc.syscall(number, *arguments), f"system call {number}")
-
-
-def unshare(flags: int) -> None:
-    """Gives the calling process new namespaces."""
-    _checked(_libc.unshare(flags), "unshare")
-
-
-def setns(descriptor: int, kind: int) -> None:
-    """Joins the namespace that an open file stands for."""
-    _checked(_libc.setns(descriptor, kind), "setns")
+    return call("syscall", number, *arguments, what=f"system call {number}")
 
 
 def mount(source: str, target: str, kind: str = "", flags: int = 0, options: str = "") -> None:
     """Mounts."""
-    arguments = [os.fsencode(text) or None for text in (source, target, kind)]
-    result = _libc.mount(*arguments, ctypes.c_ulong(flags), options.encode() or None)
-    _checked(result, f"mount {target}")
+    names = [os.fsencode(text) or None for text in (source, target, kind)]
+    rest = (ctypes.c_ulong(flags), options.encode() or None)
+    call("mount", *names, *rest, what=f"mount {target}")
 
 
 def restrict_mount(target: str, attributes: int, *, recursive: bool) -> None:
@@ -76,15 +76,15 @@ def pivot_root(new_root: str) -> None:
     """Makes the mount `new_root` the root, and drops the old one."""
     os.chdir(new_root)
     syscall(_PIVOT_ROOT[MACHINE], b".", b".")
-    _checked(_libc.umount2(b".", _MNT_DETACH), "umount the old root")
+    call("umount2", b".", _MNT_DETACH, what="umount the old root")
     os.chdir("/")
 
 
 def prctl(option: int, argument: int = 0, pointer: object = None) -> None:
     """Sets an attribute of the calling process."""
     zero = ctypes.c_ulong(0)
-    result = _libc.prctl(option, ctypes.c_ulong(argument), pointer or zero, zero, zero)
-    _checked(result, f"prctl {option}")
+    arguments = (ctypes.c_ulong(argument), pointer or zero, zero, zero)
+    call("prctl", option, *arguments, what=f"prctl {option}")
 
 
 def drop_bounding_set() -> None:
@@ -101,14 +101,7 @@ def drop_bounding_set() -> None:
 
 def drop_capabilities() -> None:
     """Gives up every capability."""
-    _checked(_libc.capset(_CAP_HEADER, _NO_CAPABILITIES), "capset")
-
-
-def _checked(result: int, what: str) -> int:
-    if result < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"{what}: {os.strerror(number)}")
-    return result
+    call("capset", _CAP_HEADER, _NO_CAPABILITIES)
 
 
 # Processes
@@ -175,15 +168,8 @@ class ProcessTable:
         return found
 
     def _children(self, pid: object) -> list[int]:
-        threads: list[str] = []
-        with contextlib.suppress(OSError):  # it has ended
-            tasks = self._open(f"{pid}/task", os.O_RDONLY)
-            try:
-                threads = os.listdir(tasks)
-            finally:
-                os.close(tasks)
-        lists = [self._read(f"{pid}/task/{thread}/children") for thread in threads]
-        return [int(child) for children in lists for child in children.split()]
+        lists = glob.glob(f"{pid}/task/*/children", dir_fd=self._folder)
+        return [int(child) for path in lists for child in self._read(path).split()]
 
     def _status(self, pid: object) -> dict[str, list[str]]:
         """What is told of a process, by name; nothing where it has ended."""
