@@ -6,10 +6,15 @@ r"""Exact match on GSM8K, greedy, under three rules of judgement.
     prompt      Question: {question}\nAnswer:
     answer      one space, then the completion, of at most 256 tokens
     stops       `Question:`, `</s>`, `<|im_end|>`
-    judged      by the three rules of `gem_ds.evaluate.exact_match`
 
-Prompt, stops and the worked problems of `--num_fewshot` are those of the community harness
-(lm-evaluation-harness, task gsm8k), to the byte: for each test problem in turn a
+    strict-match        the first `#### (\-?[0-9\.\,]+)` of the output
+    flexible-extract    the last `(-?[$0-9.,]{2,})|(-?[0-9]+)` of the output
+                        each compared as a string with the reference, after both have lost commas,
+                        dollar signs, everything through `#### ` and one trailing full stop
+    numeric             the value of the final answer, exactly (`evaluate.final_answer`): 29.00 = 29
+
+Prompt, stops, the first two rules and the worked problems of `--num_fewshot` are those of the
+community harness (lm-evaluation-harness, task gsm8k), to the byte: for each test problem in turn a
 `random.Random(1234).sample` of the train split, with a blank line after each. The default is none,
 since a model that was fine-tuned on the train split knows the form; the harness's default is 5.
 """
@@ -17,18 +22,19 @@ since a model that was fine-tuned on the train split knows the form; the harness
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gem_ds.data.tasks import Example, Prompt, load_task
 from gem_ds.evaluate.evaluator import Report, evaluate, num_fewshot_of, sha256_of_texts
-from gem_ds.evaluate.exact_match import compare, is_reference, summary, tally
+from gem_ds.evaluate.final_answer import final_answer
 from gem_ds.evaluate.generation import GenerationSettings
 from gem_ds.evaluate.model import SamplingArguments
-from gem_ds.evaluate.pass_at_k import CONFIDENCE
+from gem_ds.evaluate.pass_at_k import CONFIDENCE, bootstrap_interval
 from gem_ds.evaluate.prompt_form import DEFAULT_FORM, PromptForm
 from gem_ds.evaluate.samples import Sample
 from gem_ds.evaluate.sampling import sample_all
@@ -37,6 +43,9 @@ from gem_ds.flags import option
 
 STOP_STRINGS = ("Question:", "</s>", "<|im_end|>")
 SHOT_SEED = 1234
+_STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
+_FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
+_NOT_FOUND = "[invalid]"  # the harness's word
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,3 +151,65 @@ def report(problems: Problems, samples: Sequence[Sample]) -> Report:
         summary=summary(exact_match),
         verdicts=[{"task_id": task_id, **asdict(match)} for task_id, match in matches.items()],
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Match:
+    """Whether an output is right under each of the three rules, and what found its number."""
+
+    strict_match: bool
+    flexible_extract: bool
+    numeric: bool
+    rule: str | None = field(default=None, compare=False)
+
+
+#: The rules by the names under which they are reported, and their fields of `Match`.
+RULES = {name.replace("_", "-"): name for name in ("strict_match", "flexible_extract", "numeric")}
+
+
+def compare(output: str, answer: str) -> Match:
+    """Judge what a model wrote; `answer` is the dataset's, or the number at its end alone."""
+    reference = _normalised(answer)
+    strict = _STRICT.search(output)
+    flexible = [match[0] for match in _FLEXIBLE.finditer(output)]
+    found, wanted = final_answer(output), final_answer(answer)
+    return Match(
+        strict_match=_normalised(strict[1] if strict else _NOT_FOUND) == reference,
+        flexible_extract=_normalised(flexible[-1] if flexible else _NOT_FOUND) == reference,
+        numeric=found is not None and wanted is not None and found.value == wanted.value,
+        rule=None if found is None else found.rule,
+    )
+
+
+def is_reference(answer: str) -> bool:
+    """Whether an answer ends as the dataset's do, so that an output can match it."""
+    return _STRICT.search(answer) is not None
+
+
+def tally(matches: Sequence[Match], total: int) -> dict[str, dict[str, Any]]:
+    """By rule, how many of `total` problems are right, their share and its interval."""
+    table: dict[str, dict[str, Any]] = {}
+    for rule, name in RULES.items():
+        values = [float(getattr(match, name)) for match in matches] + [0.0] * (total - len(matches))
+        table[rule] = {
+            "correct": int(sum(values)),
+            "total": total,
+            "accuracy": sum(values) / total,
+            "confidence_interval": list(bootstrap_interval(values)),
+        }
+    return table
+
+
+def summary(exact_match: Mapping[str, Mapping[str, Any]]) -> str:
+    """The result line, from `tally`."""
+    parts = [
+        f"{rule} {counts['correct']}/{counts['total']} = {100 * counts['accuracy']:.1f} %"
+        for rule, counts in exact_match.items()
+    ]
+    return "exact match: " + ", ".join(parts)
+
+
+def _normalised(text: str) -> str:
+    """What the harness does to prediction and reference before it compares them."""
+    text = text.replace(",", "").replace("$", "").rpartition("#### ")[2]
+    return re.sub(r"\.$", "", text).lower()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gem_ds.evaluate.exact_match import Match, compare, summary, tally
+from gem_ds.evaluate.gsm8k import Match, compare, summary, tally
 from gem_ds.evaluate.pass_at_k import bootstrap_interval
 from tests.evaluate.test_final_answer import TABLE as TRICKY
 

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from gem_ds.data.metrics import read_number, score
 from gem_ds.data.tasks import AnswerExample
 from gem_ds.evaluate import humaneval
-from gem_ds.evaluate.exact_match import compare
 from gem_ds.evaluate.extraction import extract_program
+from gem_ds.evaluate.gsm8k import compare
 from gem_ds.evaluate.samples import SampleLog, read_samples
 from gem_ds.evaluate.sandbox.program import Program, assign_roles
 from gem_ds.evaluate.syntax import tree_of

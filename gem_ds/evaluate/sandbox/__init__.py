@@ -9,7 +9,7 @@ as plain data (`judge`). The files, from the caller to the kernel:
     program, pool            what is asked, by whom it is run, in what order, and the verdict
     usage                    whether the tests can run away from the program
     server, judge            processes of ours: one for each worker, one for each program
-    conversation, remote     what the judge asks, and what stands for the candidate's objects
+    remote                   what stands for the candidate's objects, and asks for results
     errors, link             exceptions and containers that both sides know, and the channel
     wire, values             plain data as bytes
     candidate                the program's process

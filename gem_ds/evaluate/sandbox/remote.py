@@ -36,7 +36,7 @@ class NeedsJailError(BaseException):
 class Remote:
     """A name or an object of the candidate's, by its reference; objects know their hash.
 
-    `jail` is the `conversation.Conversation` that is asked.
+    `jail` is the `judge.Conversation` that is asked.
     """
 
     __slots__ = ("_hash", "_jail", "_reference")

@@ -19,24 +19,8 @@ import sys
 from _collections import defaultdict, deque
 from _collections_abc import Callable, Iterable
 
-from gem_ds.evaluate.sandbox.values import (
-    BUILTIN_NAMES,
-    BUILTINS,
-    CONSTRUCTED,
-    COUNTER,
-    MAX_BYTES,
-    MUTABLE,
-    MUTABLE_KINDS,
-    SINGLES,
-    VIEWS,
-    Any,
-    WireError,
-    class_of,
-    constructed_name,
-    contents,
-    is_named_tuple,
-    refill,
-)
+from gem_ds.evaluate.sandbox import values
+from gem_ds.evaluate.sandbox.values import MAX_BYTES, MUTABLE_KINDS, Any, WireError
 
 Refer = Callable[[Any], tuple[str, Any]]  # gives a value's kind, and its name or number
 Resolve = Callable[[str, Any], Any]
@@ -44,7 +28,7 @@ Resolve = Callable[[str, Any], Any]
 MAX_DEPTH = 400  # of nesting; comparing deeper values would exhaust the stack anyway
 _FRAMES = 8 * MAX_DEPTH  # that reading or writing it takes
 _MAX_LIMIT = (1 << 31) - 1  # of recursion, which programs like to set to the most there is
-_SINGLE_TAGS = {id(value): tag for tag, value in SINGLES.items()}
+_SINGLE_TAGS = {id(value): tag for tag, value in values.SINGLES.items()}
 _TEXT = ("utf-8", "surrogatepass")
 
 
@@ -90,16 +74,16 @@ class Encoder:
 
     def _write_rare(self, value: Any, depth: int) -> None:
         kind = type(value)
-        if (name := constructed_name(value)) is not None:
+        if (name := values.constructed_name(value)) is not None:
             self._write_bytes(b"X", name.encode())
-            self._write(CONSTRUCTED[name](value), depth + 1)
-        elif kind in VIEWS:
-            self._write_items(VIEWS[kind], iter(value), depth)
-        elif id(value) in BUILTIN_NAMES:
-            self._write_bytes(b"t", BUILTIN_NAMES[id(value)].encode())
+            self._write(values.CONSTRUCTED[name](value), depth + 1)
+        elif kind in values.VIEWS:
+            self._write_items(values.VIEWS[kind], iter(value), depth)
+        elif id(value) in values.BUILTIN_NAMES:
+            self._write_bytes(b"t", values.BUILTIN_NAMES[id(value)].encode())
         elif kind is _counter():
             self._write_mutable(value, depth)
-        elif is_named_tuple(kind):
+        elif values.is_named_tuple(kind):
             self._write_named_tuple(value, depth)
         elif base := next((base for base in _WRITERS if issubclass(kind, base)), None):
             self._write_heir(value, base, depth)
@@ -141,13 +125,13 @@ class Encoder:
             return
         self._numbers[id(value)] = len(self.objects)
         self.objects.append(value)
-        kinds = {COUNTER: _counter(), **MUTABLE_KINDS}
+        kinds = {values.COUNTER: _counter(), **MUTABLE_KINDS}
         self._out += next(tag for tag, kind in kinds.items() if isinstance(value, kind))
         if isinstance(value, deque):
             self._write(value.maxlen, depth + 1)
         elif isinstance(value, defaultdict):
             self._write(value.default_factory, depth + 1)
-        self._write(contents(value), depth)
+        self._write(values.contents(value), depth)
 
 
 def _counter() -> Any:
@@ -170,7 +154,7 @@ _WRITERS: dict[type, Callable[[Encoder, Any, int], None]] = {
     bytes: lambda to, value, depth: to._write_bytes(b"b", bytes.__getitem__(value, _ALL)),
     tuple: lambda to, value, depth: to._write_items(b"(", tuple.__iter__(value), depth),
     frozenset: lambda to, value, depth: to._write_items(b"Z", frozenset.__iter__(value), depth),
-    **dict.fromkeys(MUTABLE, Encoder._write_mutable),
+    **dict.fromkeys(values.MUTABLE, Encoder._write_mutable),
 }
 
 
@@ -217,8 +201,8 @@ class Decoder:
         if depth > MAX_DEPTH + 1:
             raise WireError(f"a value is nested more than {MAX_DEPTH} deep")
         tag = self._take(1)
-        if tag in SINGLES:
-            return SINGLES[tag]
+        if tag in values.SINGLES:
+            return values.SINGLES[tag]
         if tag in MUTABLE_KINDS:
             return self._read_mutable(MUTABLE_KINDS[tag], depth)
         if tag not in _READERS:
@@ -235,7 +219,7 @@ class Decoder:
         parameters = [self._read(depth + 1)] if kind in (deque, defaultdict) else []
         container = kind([], *parameters) if kind is deque else kind(*parameters)
         self.objects.append(container)
-        refill(container, self._read(depth))
+        values.refill(container, self._read(depth))
         return container
 
     def _read_heir(self, depth: int) -> Any:
@@ -255,7 +239,7 @@ class Decoder:
 
     def _read_constructed(self, depth: int) -> Any:
         name = self._take_sized().decode()
-        if name not in CONSTRUCTED:
+        if name not in values.CONSTRUCTED:
             raise WireError(f"{name!r} is not plain data")
         module = name.partition(".")[0]
         arguments = self._read(depth + 1)
@@ -264,7 +248,7 @@ class Decoder:
         if name == "collections.ChainMap" and not all(isinstance(a, dict) for a in arguments):
             raise WireError("a chain is made of dicts")
         __import__(module)
-        return class_of(name)(*arguments)
+        return values.class_of(name)(*arguments)
 
 
 _READERS: dict[bytes, Callable[[Decoder, int], Any]] = {
@@ -277,11 +261,11 @@ _READERS: dict[bytes, Callable[[Decoder, int], Any]] = {
     b"k": lambda of, depth: dict.fromkeys(of._read_items(depth)).keys(),
     b"v": lambda of, depth: dict(enumerate(of._read_items(depth))).values(),
     b"m": lambda of, depth: dict(of._read_items(depth)).items(),
-    b"t": lambda of, depth: BUILTINS[of._take_sized().decode()],
+    b"t": lambda of, depth: values.BUILTINS[of._take_sized().decode()],
     b"r": lambda of, depth: of.objects[of._take_length()],
     b"R": lambda of, depth: of._resolve(*of._read(depth + 1)),
     b"H": Decoder._read_heir,
     b"U": Decoder._read_named_tuple,
     b"X": Decoder._read_constructed,
-    COUNTER: lambda of, depth: of._read_mutable(__import__("collections").Counter, depth),
+    values.COUNTER: lambda of, depth: of._read_mutable(__import__("collections").Counter, depth),
 }
