@@ -19,6 +19,13 @@ def option(default: Any, text: str, **metadata: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
+def refuse_below_one(**counts: int | None) -> None:
+    """Raise ValueError for counts, by the names of their flags, that are given and below 1."""
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ValueError(f"--{name} must be at least 1, not {count}.")
+
+
 def name_of(program: str) -> str:
     """How the user started a program of :mod:`gem_ds.cli`, for its usage line.
 

@@ -32,7 +32,7 @@ from gem_ds.evaluate.model import (
     open_files,
 )
 from gem_ds.files.atomic import make_folder
-from gem_ds.flags import option
+from gem_ds.flags import option, refuse_below_one
 from gem_ds.models.encoders import is_encoder, num_positions
 from gem_ds.models.load import ModelFiles
 from gem_ds.models.objective import Predictor, objective_of, predict_all
@@ -108,8 +108,7 @@ def _judge(arguments: SamplingArguments, own: ClassificationArguments) -> Report
 def _check(arguments: SamplingArguments, own: ClassificationArguments) -> None:
     if arguments.backend != "transformers":
         raise ValueError("--backend vllm is for what is generated: leave it out.")
-    if own.max_length < 1:
-        raise ValueError(f"--max_length must be at least 1, not {own.max_length}.")
+    refuse_below_one(max_length=own.max_length)
     there = Path(arguments.output_dir, PREDICTIONS_FILE)
     if there.exists() and not arguments.overwrite_output_dir:
         raise ValueError(

@@ -122,10 +122,8 @@ def versions() -> dict[str, str]:
     """Of Python and the packages that are installed, and the device that torch uses."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return found
 

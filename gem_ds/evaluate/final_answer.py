@@ -128,7 +128,9 @@ class _Reading:
         for announcement in reversed(list(_ANNOUNCEMENT.finditer(self.text))):
             kind = str(announcement.lastgroup)
             if (number := self._announced(announcement, kind)) is not None:
-                corrected = self._corrected(number)
+                thought = _SECOND_THOUGHT.search(self.text, number.end)
+                later = self._between(thought.end(), len(self.text)) if thought else []
+                corrected = self._conclusion(later)
                 return (number, _KINDS[kind]) if corrected is None else (corrected, "correction")
         return self._conclusion(self.numbers), "conclusion"
 
@@ -155,12 +157,6 @@ class _Reading:
         result = _UP_TO_RESULT.match(self.text, stated[0].end, end)
         later = [n for n in stated if result is not None and n.start >= result.end()]
         return later[0] if later else stated[0]
-
-    def _corrected(self, number: Number) -> Number | None:
-        """What second thoughts about an announced answer lead to."""
-        thought = _SECOND_THOUGHT.search(self.text, number.end)
-        later = [] if thought is None else self._between(thought.end(), len(self.text))
-        return self._conclusion(later)
 
     def _conclusion(self, numbers: Sequence[Number]) -> Number | None:
         """The last free number of the last sentence that has one; bold ones first, asides last."""

@@ -31,6 +31,7 @@ from transformers import PreTrainedTokenizerBase
 from gem_ds.data.chat import end_of_turn
 from gem_ds.data.encode import encode_prompt
 from gem_ds.data.tasks import Example, Prompt
+from gem_ds.flags import refuse_below_one
 from gem_ds.models.encoders import num_positions
 from gem_ds.models.load import ModelFiles
 from gem_ds.models.tokenizer import refuse_foreign_tokens
@@ -55,8 +56,7 @@ class GenerationSettings:
 
     def __post_init__(self) -> None:
         assert all(self.stop_strings), "an empty stop string would end everything at once"
-        if self.max_new_tokens < 1:
-            raise ValueError(f"--max_new_tokens must be at least 1, not {self.max_new_tokens}.")
+        refuse_below_one(max_new_tokens=self.max_new_tokens)
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
             raise ValueError(
                 f"--temperature must be a finite number of at least 0, not {self.temperature}."

@@ -20,7 +20,7 @@ from gem_ds.distributed.watchdog import DEFAULT_SECONDS, watching
 from gem_ds.distributed.zero_config import inference_config, read_config
 from gem_ds.files.checkpoint import OPTIMIZER_FILE
 from gem_ds.files.digests import digest_of_file
-from gem_ds.flags import option
+from gem_ds.flags import option, refuse_below_one
 from gem_ds.models.adapters import refuse_own_adapter
 from gem_ds.models.blocks import block_sizes, model_of
 from gem_ds.models.load import ModelFiles, load_partitioned, load_weights, open_model
@@ -69,10 +69,7 @@ class SamplingArguments:
 
 def check_arguments(arguments: SamplingArguments) -> None:
     """Refuse flags that can be seen to be wrong before ranks have met or a model is opened."""
-    for flag in ("limit", "batch_size"):
-        count = getattr(arguments, flag)
-        if count is not None and count < 1:
-            raise ValueError(f"--{flag} must be at least 1, not {count}.")
+    refuse_below_one(limit=arguments.limit, batch_size=arguments.batch_size)
     if not arguments.watchdog_seconds >= 0:
         seconds = arguments.watchdog_seconds
         raise ValueError(f"--watchdog_seconds must be at least 0, not {seconds:g}.")

@@ -32,7 +32,7 @@ from gem_ds.evaluate.sampling import sample_all
 from gem_ds.evaluate.sandbox import Program, Sandbox
 from gem_ds.evaluate.sandbox.packages import find_packages
 from gem_ds.evaluate.sandbox.pool import best_level, num_processors
-from gem_ds.flags import option
+from gem_ds.flags import option, refuse_below_one
 from gem_ds.progress import Progress
 
 #: How the problems of a benchmark are asked, and what a completion stands for.
@@ -63,8 +63,7 @@ class PassKArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.num_samples < 1:
-            raise ValueError(f"--num_samples must be at least 1, not {self.num_samples}.")
+        refuse_below_one(num_samples=self.num_samples)
         if self.temperature == 0 and self.num_samples > 1:
             raise ValueError(
                 f"--temperature 0 is greedy, and {self.num_samples} samples would be the same one: "
@@ -94,11 +93,7 @@ class JudgingArguments:
     )
 
     def __post_init__(self) -> None:
-        for k in self.k or ():
-            if k < 1:
-                raise ValueError(f"--k must be at least 1, not {k}.")
-        if self.num_workers < 1:
-            raise ValueError(f"--num_workers must be at least 1, not {self.num_workers}.")
+        refuse_below_one(k=min(self.k or [1]), num_workers=self.num_workers)
         Program("", (), **self.limits)  # refuses what nothing can keep to
         find_packages(self.sandbox_packages or ())  # refuses what is not installed
 

@@ -66,8 +66,15 @@ def read_samples(
                 f"{path} holds samples of {sample.task_id!r}, which is no problem of this task: "
                 "pass the samples of this task and split."
             )
-    if not allow_missing:
-        _refuse_missing(path, samples, list(place))
+    num_samples = 1 + max(sample.sample for sample in samples)
+    total, there = len(place) * num_samples, {sample.key for sample in samples}
+    wanted = ((task_id, i) for task_id in place for i in range(num_samples))
+    if not allow_missing and (key := next((k for k in wanted if k not in there), None)):
+        raise ValueError(
+            f"{path} lacks {total - len(there)} of {total} samples, for example sample {key[1]} of "
+            f"{key[0]!r}: sample again with the same flags to complete it, or pass --limit for the "
+            "first problems alone or --allow_missing."
+        )
     samples.sort(key=lambda sample: (place[sample.task_id], sample.sample))
     for sample in samples:
         if sample.settings != samples[0].settings:
@@ -192,19 +199,6 @@ def _unique(read: list[tuple[Line, Sample]]) -> list[Sample]:
             )
         first[sample.key] = line.number
     return [sample for _, sample in read]
-
-
-def _refuse_missing(path: Path, samples: list[Sample], ids: list[str]) -> None:
-    num_samples = 1 + max(sample.sample for sample in samples)
-    there = {sample.key for sample in samples}
-    wanted = ((task_id, i) for task_id in ids for i in range(num_samples))
-    first = next((key for key in wanted if key not in there), None)
-    if first is not None:
-        raise ValueError(
-            f"{path} lacks {len(ids) * num_samples - len(there)} of {len(ids) * num_samples} "
-            f"samples, for example sample {first[1]} of {first[0]!r}: sample again with the same "
-            "flags to complete it, or pass --limit for the first problems alone or --allow_missing."
-        )
 
 
 def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

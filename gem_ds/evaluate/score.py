@@ -20,7 +20,7 @@ from typing import Any
 from gem_ds.evaluate import gsm8k, passk
 from gem_ds.evaluate.evaluator import folder_of_one_evaluation, save_report
 from gem_ds.evaluate.samples import read_samples
-from gem_ds.flags import option, parser_of
+from gem_ds.flags import option, parser_of, refuse_below_one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +41,7 @@ class ScoreArguments:
     disable_tqdm: bool = option(False, "No progress bar.")
 
     def __post_init__(self) -> None:
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"--limit must be at least 1, not {self.limit}.")
+        refuse_below_one(limit=self.limit)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

@@ -86,14 +86,13 @@ class _Service:
         self._borrowed: dict[int, Any] = {}
         self._missing: str | None = None  # a name in the request that the program does not define
         self._operations: dict[str, Callable[..., Any]] = {
-            "call": lambda function, /, *args, **kwargs: function(*args, **kwargs),
             "copy": lambda value: __import__("copy").copy(value),
             "deepcopy": lambda value: __import__("copy").deepcopy(value),
             **{f.__name__: f for f in (getattr, iter, next)},
             **{name: getattr(builtins, name) for name in BUILTIN},
             **{
                 name: getattr(operator, name)
-                for name in (*COMPARED, *ARITHMETIC, *IN_PLACE, *UNARY, *ITEMS)
+                for name in ("call", *COMPARED, *ARITHMETIC, *IN_PLACE, *UNARY, *ITEMS)
             },
         }
 

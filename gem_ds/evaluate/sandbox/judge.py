@@ -81,7 +81,7 @@ def judge(
 def _describe(where: str, error: BaseException, jail: Conversation) -> str:
     """One line of printable characters, made of text of unknown origin."""
     if error is jail.raised:  # whose arguments may be the candidate's: they are not asked
-        text = f"the program raised {jail.raised_text}"
+        text = f"the program raised {jail.errors.text}"
     elif isinstance(error, AssertionError) and not error.args:
         text = "the assertion is false"
     else:
@@ -99,10 +99,9 @@ class Conversation:
 
     def __init__(self, channel: Channel, *, had_a_say: bool) -> None:
         self.had_a_say = had_a_say
+        self.errors = Errors(is_plain)
         self.raised: BaseException | None = None  # the last exception of the candidate's
-        self.raised_text = ""
         self._link = Link(channel, self._refer, self._resolve)
-        self._errors = Errors(is_plain)
         self._objects: dict[int, Any] = {}  # of the candidate's, by number
         self._num_calls = 0  # of the tests' functions, that are running
         self._is_reading = False
@@ -147,7 +146,11 @@ class Conversation:
                 raise CandidateLiedError("the program's answer is no answer")
             if kind == "value":
                 return content[0]
-            self._raise(content[0])
+            try:
+                self.raised = self.errors.rebuilt(content[0])
+            except WireError as error:
+                raise CandidateLiedError(str(error)) from error
+            raise self.raised
 
     def _send(self, *message: Any) -> None:
         try:
@@ -208,14 +211,6 @@ class Conversation:
             refill(known, contents(inherited))
         return known
 
-    def _raise(self, description: Any) -> None:
-        try:
-            self.raised = self._errors.rebuilt(description)
-        except WireError as error:
-            raise CandidateLiedError(str(error)) from error
-        self.raised_text = self._errors.text
-        raise self.raised
-
     def _call(self, content: Any) -> None:
         """Calls a function of the tests that was passed as an argument."""
         functions = self._link.lent
@@ -227,12 +222,12 @@ class Conversation:
         try:
             reply = ("value", functions[number](*args, **kwargs))
         except (Exception, NeedsJailError) as error:
-            reply = ("raised", self._errors.described(error))
+            reply = ("raised", self.errors.described(error))
         try:
             self._send(*reply)
         except NeedsJailError:  # the candidate chose the arguments, and shall not choose the judge
             problem = TypeError("the result is not plain data")
-            self._send("raised", self._errors.described(problem))
+            self._send("raised", self.errors.described(problem))
         finally:
             self._num_calls -= 1
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from importlib.metadata import Distribution
 
 from packaging.requirements import Requirement
 
 from gem_ds.evaluate.sandbox.finder import location_of
+
+_owners = functools.cache(metadata.packages_distributions)  # by imported names; takes a second
 
 
 def find_packages(names: Iterable[str]) -> dict[str, str]:
@@ -44,12 +46,6 @@ def _distribution(name: str) -> Distribution:
         f"--sandbox_packages {name}: no package is installed here that programs import by this "
         "name (one linked to its sources does not count): install it, or leave it out."
     )
-
-
-@functools.cache
-def _owners() -> Mapping[str, list[str]]:
-    """What is installed under each name that is imported; to find out takes a second."""
-    return metadata.packages_distributions()
 
 
 def _entries(distribution: Distribution) -> Iterator[str]:

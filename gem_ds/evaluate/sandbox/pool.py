@@ -151,19 +151,17 @@ class Sandbox(contextlib.AbstractContextManager["Sandbox"]):
                 if open_jobs[-1].verdict is None:
                     self._idlest().submit(open_jobs[-1])
             while open_jobs:
+                is_full = len(self._idlest().jobs) >= _AHEAD
                 if (verdict := open_jobs[0].verdict) is not None:
                     open_jobs.popleft()
                     yield verdict
-                elif program is None or len(open_jobs) == _MAX_OPEN or self._is_full():
+                elif program is None or is_full or len(open_jobs) == _MAX_OPEN:
                     self._collect()
                 else:
                     break
 
     def _idlest(self) -> _Worker:
         return min(self._workers, key=lambda worker: len(worker.jobs))
-
-    def _is_full(self) -> bool:
-        return len(self._idlest().jobs) >= _AHEAD
 
     def _collect(self) -> None:
         """Waits until a server answers, and settles what it answered."""

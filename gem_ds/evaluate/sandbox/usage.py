@@ -109,7 +109,9 @@ class Usage:
 
     def _is_read_as_object(self, node: ast.Name) -> bool:
         if (name := self._full_name(node)) is not None:
-            return not _sees_data(name)
+            module, *parts = name.split(".")
+            start = ".".join([module, *parts[:1]])
+            return start not in _PARTS and (module not in _OF_DATA or start in _EXCEPTIONS)
         if node.id in self._candidate:
             is_class = _CLASS_NAME.fullmatch(node.id) and node.id != self._entry_point
             return not (self._is_by_methods(node) if is_class else self._is_function(node))
@@ -170,9 +172,3 @@ def _imports(node: ast.AST) -> Mapping[str, str]:
         case ast.ImportFrom(module=module, names=names):
             return {alias.asname or alias.name: f"{module}.{alias.name}" for alias in names}
     return {}
-
-
-def _sees_data(name: str) -> bool:
-    parts = name.split(".")
-    start = ".".join(parts[:2])
-    return start in _PARTS or (parts[0] in _OF_DATA and start not in _EXCEPTIONS)
