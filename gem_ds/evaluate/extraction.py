@@ -14,14 +14,8 @@ from bisect import bisect_left
 from collections.abc import Iterator
 
 from gem_ds.data.tasks.mbpp import prompt_of
-from gem_ds.evaluate import syntax
-from gem_ds.evaluate.fences import fenced
-from gem_ds.evaluate.syntax import DEFINITION, Fault, Names
+from gem_ds.evaluate.syntax import DEFINITION, Fault, Names, Parser
 
-#: Characters that are parsed for each one of a completion, and for a short one: what stands in a
-#: fence amid words is read some ten times, a text that repeats itself could be without end.
-_PASSES = 64
-_SHORT = 1_000
 _EXACT_CUTS = 8  # then more than one line at a time is taken away from what is no Python
 
 #: How every prompt begins; a model that goes on writing begins another one.
@@ -30,6 +24,9 @@ _LANGUAGE = re.compile(r"\A(?:[\w+.-]*[ \t]*\r?\n|(?:python3?|py)\b[ \t]*)", re.
 _CODE_LINE = re.compile(r"(?:def|class|import|from|async)\b|@|[A-Za-z_]\w*[ \t]*=[^=]")
 #: A line at the margin that goes on with the statement above it.
 _CONTINUATION = re.compile(r"[\s#)\]}]|$|(?:else|elif|except|finally)\b")
+_FENCE = re.compile(r"^[ \t]*```", re.MULTILINE)
+_TRIPLE = ('"""', "'''")
+_QUOTE = re.compile(r"\\.|\"{3}|'{3}|[\"'#\n]", re.DOTALL)
 _BUILTINS = frozenset(dir(builtins))
 
 
@@ -52,38 +49,13 @@ def extract_program(completion: str, entry_point: str | None = None) -> str:
 
 def find_program(completion: str, entry_point: str | None = None) -> str | None:
     """As `extract_program`, but None where nothing defines the entry point."""
-    parser = _Parser(len(completion))
+    parser = Parser(len(completion))
     for text in _between_marks(completion):
         for candidate in _candidates(text, entry_point, parser):
             tree = parser.tree_of(candidate)
             if tree is not None and _defines(tree, entry_point):
                 return _without_last_word(candidate, tree)
     return None
-
-
-class _Parser:
-    """Parses parts of one completion; when so much has been read, nothing is Python any more."""
-
-    def __init__(self, num_characters: int) -> None:
-        self._left = _PASSES * (num_characters + _SHORT)
-        self._reserve = self._left // 2
-
-    def parse(self, text: str) -> ast.Module | Fault:
-        """As `syntax.parse`."""
-        if len(text) > self._left:
-            return Fault(1)
-        self._left -= len(text)
-        return syntax.parse(text)
-
-    def tree_of(self, text: str) -> ast.Module | None:
-        """As `syntax.tree_of`."""
-        parsed = self.parse(text)
-        return None if isinstance(parsed, Fault) else parsed
-
-    @property
-    def is_patient(self) -> bool:
-        """Whether there is enough left to try what may be in vain."""
-        return self._left > self._reserve
 
 
 def _between_marks(text: str) -> list[str]:
@@ -100,10 +72,10 @@ def _between_marks(text: str) -> list[str]:
     return [text.removesuffix("\n") if done else text, *texts[1:]]
 
 
-def _candidates(text: str, entry_point: str | None, parser: _Parser) -> Iterator[str]:
+def _candidates(text: str, entry_point: str | None, parser: Parser) -> Iterator[str]:
     """Texts that may be the program, the likeliest first."""
     yield text
-    at_margin, anywhere = fenced(text), text.split("```")
+    at_margin, anywhere = _fenced(text), text.split("```")
     for pieces in [at_margin] if at_margin == anywhere else [at_margin, anywhere]:
         blocks = [_dedented(_LANGUAGE.sub("", block, count=1), parser) for block in pieces[1::2]]
         yield from _last_block(blocks, entry_point, parser)
@@ -112,7 +84,31 @@ def _candidates(text: str, entry_point: str | None, parser: _Parser) -> Iterator
         yield from _python_lines(piece, parser)
 
 
-def _last_block(blocks: list[str], entry_point: str | None, parser: _Parser) -> Iterator[str]:
+def _fenced(text: str) -> list[str]:
+    """What stands outside and inside of fences in turn, where a fence in a docstring is text."""
+    pieces: list[str] = []
+    start, read, quote = 0, 0, ""
+    for fence in _FENCE.finditer(text):
+        quote = _open_quote(text[read : fence.start()], quote) if len(pieces) % 2 else ""
+        read = fence.start()
+        if quote not in _TRIPLE:
+            pieces.append(text[start : fence.start()])
+            start = read = fence.end()
+    return [*pieces, text[start:]]
+
+
+def _open_quote(code: str, quote: str) -> str:
+    """What string or comment a piece of Python leaves open that began in `quote`."""
+    for match in _QUOTE.finditer(code):
+        mark = match[0]
+        if not quote:
+            quote = "" if mark[0] == "\\" else mark.strip()
+        elif mark == quote or (mark == "\n" and quote not in _TRIPLE):
+            quote = ""
+    return quote
+
+
+def _last_block(blocks: list[str], entry_point: str | None, parser: Parser) -> Iterator[str]:
     """The last block that defines the entry point, with all blocks whose names it needs.
 
     A helper from below goes before it, unless it uses what the block defines.
@@ -140,7 +136,7 @@ def _last_block(blocks: list[str], entry_point: str | None, parser: _Parser) -> 
     yield "\n".join(blocks[i] for i in order)
 
 
-def _python_lines(text: str, parser: _Parser) -> Iterator[str]:
+def _python_lines(text: str, parser: Parser) -> Iterator[str]:
     """Runs of lines that begin like code and are Python, each as long as can be.
 
     A part goes from a line at the margin to the next, and is parsed by itself.
@@ -162,7 +158,7 @@ def _python_lines(text: str, parser: _Parser) -> Iterator[str]:
             yield "\n".join(lines[begun:end])
 
 
-def _statement_end(lines: list[str], borders: list[int], i: int, parser: _Parser) -> int:
+def _statement_end(lines: list[str], borders: list[int], i: int, parser: Parser) -> int:
     """Up to which line the i-th part is Python; with the next ones, where it has no end itself."""
     start, num_parts = borders[i], 1
     while True:
@@ -182,7 +178,7 @@ def _statement_end(lines: list[str], borders: list[int], i: int, parser: _Parser
     return stop
 
 
-def _dedented(text: str, parser: _Parser) -> str:
+def _dedented(text: str, parser: Parser) -> str:
     """The text without the margin that it has as a whole or on its first line, if it is Python."""
     variants = (text, textwrap.dedent(text), text.lstrip())
     return next((v for v in variants if parser.tree_of(v) is not None), text)

@@ -14,6 +14,10 @@ import warnings
 from dataclasses import dataclass
 
 MAX_LENGTH = 1 << 17  # characters; a tree takes a thousand times the memory
+#: Characters that are parsed for each one of a completion, and for a short one: what stands in a
+#: fence amid words is read some ten times, a text that repeats itself could be without end.
+_PASSES = 64
+_SHORT = 1_000
 _ENDLESS_NAME = re.compile(r"(?:\.[\s\\]*+\w++[\s\\]*+){64}")
 _UNFINISHED = ("was never closed", "unterminated triple-quoted")  # of CPython's messages
 
@@ -51,6 +55,31 @@ def tree_of(text: str, max_length: int = MAX_LENGTH) -> ast.Module | None:
     """The syntax tree of a text, None if it is no Python."""
     parsed = parse(text, max_length)
     return None if isinstance(parsed, Fault) else parsed
+
+
+class Parser:
+    """Parses parts of one completion; when so much has been read, nothing is Python any more."""
+
+    def __init__(self, num_characters: int) -> None:
+        self._left = _PASSES * (num_characters + _SHORT)
+        self._reserve = self._left // 2
+
+    def parse(self, text: str) -> ast.Module | Fault:
+        """As `syntax.parse`."""
+        if len(text) > self._left:
+            return Fault(1)
+        self._left -= len(text)
+        return parse(text)
+
+    def tree_of(self, text: str) -> ast.Module | None:
+        """As `syntax.tree_of`."""
+        parsed = self.parse(text)
+        return None if isinstance(parsed, Fault) else parsed
+
+    @property
+    def is_patient(self) -> bool:
+        """Whether there is enough left to try what may be in vain."""
+        return self._left > self._reserve
 
 
 class Names:
