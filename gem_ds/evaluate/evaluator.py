@@ -25,7 +25,6 @@ import torch
 from gem_ds.data.tasks import Example
 from gem_ds.evaluate.generation import Prompt
 from gem_ds.evaluate.model import SamplingArguments, check_arguments
-from gem_ds.evaluate.prompt_form import PromptForm, recorded_form
 from gem_ds.evaluate.samples import Sample
 from gem_ds.evaluate.sampling import RESULTS_FILE, VERDICTS_FILE
 from gem_ds.files.atomic import locked, make_folder, save_json, save_jsonl
@@ -143,18 +142,10 @@ def held_out(task: str, examples: Sequence[Example], limit: int | None) -> Seque
     return examples[:limit]
 
 
-def num_fewshot_of(
-    samples: Sequence[Sample],
-    num_shown: Callable[[str], int],
-    prompts_of: Callable[[int, PromptForm], Mapping[str, Prompt]],
-) -> int:
-    """How many worked problems the samples' prompts show, by their settings or else by the first.
-
-    Raises ValueError if a sample answers another prompt than that of its problem.
-    """
-    form, num_told = recorded_form(samples[0].settings)
-    num_fewshot = num_shown(str(samples[0].prompt)) if num_told is None else num_told
-    prompts = prompts_of(num_fewshot, form)
+def refuse_other_prompts(
+    samples: Sequence[Sample], prompts: Mapping[str, Prompt], num_fewshot: int
+) -> None:
+    """Raise ValueError if a sample answers another prompt than that of its problem."""
     for sample in samples:
         if sample.prompt != prompts.get(sample.task_id):
             raise ValueError(
@@ -162,7 +153,6 @@ def num_fewshot_of(
                 "problems give: pass the data that the samples were drawn for, and the flags that "
                 "changed its form."
             )
-    return num_fewshot
 
 
 def metrics_report(

@@ -30,12 +30,12 @@ from pathlib import Path
 from typing import Any
 
 from gem_ds.data.tasks import Example, Prompt, load_task
-from gem_ds.evaluate.evaluator import Report, evaluate, num_fewshot_of, sha256_of_texts
+from gem_ds.evaluate.evaluator import Report, evaluate, refuse_other_prompts, sha256_of_texts
 from gem_ds.evaluate.final_answer import final_answer
 from gem_ds.evaluate.generation import GenerationSettings
 from gem_ds.evaluate.model import SamplingArguments
 from gem_ds.evaluate.pass_at_k import CONFIDENCE, bootstrap_interval
-from gem_ds.evaluate.prompt_form import DEFAULT_FORM, PromptForm
+from gem_ds.evaluate.prompt_form import DEFAULT_FORM, PromptForm, recorded_form
 from gem_ds.evaluate.samples import Sample
 from gem_ds.evaluate.sampling import sample_all
 from gem_ds.files.digests import digest_of_file
@@ -128,12 +128,11 @@ def report(problems: Problems, samples: Sequence[Sample]) -> Report:
                 f"GSM8K is scored on one sample of each problem, and {task_id} has {count}: keep "
                 "one of them."
             )
-
-    def prompts(num_fewshot: int, form: PromptForm) -> dict[str, Prompt]:
-        is_possible = 0 <= num_fewshot <= len(problems.train)
-        return prompts_of(problems, num_fewshot, form) if is_possible else {}
-
-    num_fewshot = num_fewshot_of(samples, lambda shown: shown.count("\n\nQuestion: "), prompts)
+    num_seen = str(samples[0].prompt).count("\n\nQuestion: ")
+    form, num_fewshot = recorded_form(samples[0].settings, num_seen)
+    is_possible = 0 <= num_fewshot <= len(problems.train)
+    prompts = prompts_of(problems, num_fewshot, form) if is_possible else {}
+    refuse_other_prompts(samples, prompts, num_fewshot)
     matches = {s.task_id: compare(s.completion, problems.test[s.task_id].target) for s in samples}
     exact_match = tally(list(matches.values()), len(problems.test))
     return Report(

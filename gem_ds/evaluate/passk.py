@@ -22,11 +22,11 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from gem_ds.evaluate import humaneval, mbpp
-from gem_ds.evaluate.evaluator import Report, evaluate, num_fewshot_of
+from gem_ds.evaluate.evaluator import Report, evaluate, refuse_other_prompts
 from gem_ds.evaluate.generation import GenerationSettings
 from gem_ds.evaluate.model import SamplingArguments
 from gem_ds.evaluate.pass_at_k import results_of, summary
-from gem_ds.evaluate.prompt_form import PromptForm
+from gem_ds.evaluate.prompt_form import PromptForm, recorded_form
 from gem_ds.evaluate.samples import Sample
 from gem_ds.evaluate.sampling import sample_all
 from gem_ds.evaluate.sandbox import Program, Sandbox
@@ -194,7 +194,9 @@ def report(
     show_bar: bool,
 ) -> Report:
     """Run the programs and count; problems without samples count as zero and are named."""
-    num_fewshot = num_fewshot_of(samples, benchmark.num_shown, benchmark.prompts)
+    num_seen = benchmark.num_shown(str(samples[0].prompt))
+    form, num_fewshot = recorded_form(samples[0].settings, num_seen)
+    refuse_other_prompts(samples, benchmark.prompts(num_fewshot, form), num_fewshot)
     counts = Counter(sample.task_id for sample in samples)
     rarest = min(counts, key=lambda task_id: counts[task_id])
     ks = judging.ks(counts[rarest], f"{rarest} has")

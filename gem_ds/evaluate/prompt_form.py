@@ -69,10 +69,10 @@ class PromptForm:
 DEFAULT_FORM = PromptForm()
 
 
-def recorded_form(settings: Mapping[str, Any]) -> tuple[PromptForm, int | None]:
-    """The form that samples of these settings had, and how many worked problems, if it is told."""
+def recorded_form(settings: Mapping[str, Any], num_seen: int) -> tuple[PromptForm, int]:
+    """The form that samples of these settings had, and how many worked problems, else as seen."""
     if (record := settings.get(_RECORD)) is None:
-        return DEFAULT_FORM, None
+        return DEFAULT_FORM, num_seen
     try:
         flags = dict(record)
         num_fewshot = int(flags.pop("num_fewshot"))

@@ -111,12 +111,12 @@ def test_prompts_are_those_that_the_harness_rendered(task, tmp_path):
 
 def test_a_form_is_recorded_where_it_is_no_default():
     assert DEFAULT_FORM.recorded(3) == {}
-    assert recorded_form({}) == (DEFAULT_FORM, None)
+    assert recorded_form({}, 5) == (DEFAULT_FORM, 5)
     form = PromptForm(apply_chat_template=True, system_instruction=SYSTEM)
     settings = json.loads(json.dumps(form.recorded(3)))
-    assert recorded_form(settings) == (form, 3)
+    assert recorded_form(settings, 5) == (form, 3)
     for changed in (3, {}, {"num_fewshot": "x"}, {"num_fewshot": 1, "odd": 1}):
-        assert "no evaluation writes" in refusal(recorded_form, {"prompt_form": changed})
+        assert "no evaluation writes" in refusal(recorded_form, {"prompt_form": changed}, 5)
     assert "--apply_chat_template too" in refusal(PromptForm, fewshot_as_multiturn=True)
 
 
