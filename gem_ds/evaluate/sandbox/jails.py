@@ -12,9 +12,8 @@ import itertools
 import os
 from collections.abc import Callable, Sequence
 
-from gem_ds.evaluate.sandbox import candidate, confine, kernel, room
+from gem_ds.evaluate.sandbox import candidate, confine, kernel, room, system_calls
 from gem_ds.evaluate.sandbox.kernel import ProcessTable, fork
-from gem_ds.evaluate.sandbox.system_calls import SystemCallFilter
 
 _FIRST_LENT = 1_000_000_000  # identity: far from what systems and containers give out
 
@@ -23,7 +22,7 @@ class _RoomlessJail:
     """What the levels without a room of ours share; methods as those of `NamespaceJail`."""
 
     def __init__(self, packages: Sequence[str], *, hides_files: bool) -> None:
-        self._filter = SystemCallFilter(hides_files=hides_files)
+        self._rules = system_calls.filter_rules(hides_files=hides_files)
         self.packages = packages
         self._readable = list(room.sources(packages))
         self._identity: int | None = None
@@ -46,7 +45,7 @@ class _RoomlessJail:
         kernel.prctl(kernel.PR_SET_CHILD_SUBREAPER, 1)
         pid = fork(lambda: self._become_candidate(job, channel, memory_mb))
         confine.drop_privileges(self._judge_identity)
-        self._filter.install()
+        system_calls.install(self._rules)
         return pid
 
     def clear(self) -> None:
@@ -76,7 +75,8 @@ class BubblewrapJail(_RoomlessJail):
         confine.keep_only([job, channel])
         confine.limit_memory(memory_mb)
         confine.drop_privileges(self._identity)
-        rules = self._filter.as_file()
+        rules = os.memfd_create("seccomp")
+        os.pwrite(rules, self._rules, 0)
         os.set_inheritable(rules, True)
         # No environment: its first process keeps it in sight.
         shown = room.places_of(self.packages)
@@ -136,7 +136,7 @@ class LandlockJail(_RoomlessJail):
         confine.keep_only([job, channel])
         confine.limit_memory(memory_mb)
         confine.drop_privileges(self._identity)
-        self._filter.install()
+        system_calls.install(self._rules)
         os.environ.update(HOME=self._scratch, TMPDIR=self._scratch)
         candidate.main(job, channel)
 

@@ -24,9 +24,8 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
-from gem_ds.evaluate.sandbox import candidate, confine, kernel
+from gem_ds.evaluate.sandbox import candidate, confine, kernel, system_calls
 from gem_ds.evaluate.sandbox.kernel import ProcessTable, fork
-from gem_ds.evaluate.sandbox.system_calls import SystemCallFilter
 
 SCRATCH = ("/tmp", "/dev/shm")  # all that a candidate may write to
 SCRATCH_MB = 64  # in each of them
@@ -70,7 +69,7 @@ class NamespaceJail:
         """
         self._fresh = fresh
         self.packages = places_of(packages)
-        self._filter = SystemCallFilter()
+        self._rules = system_calls.filter_rules(hides_files=True)
         uid, gid = os.geteuid(), os.getegid()
         self._identity = 1 if uid == 0 else None
         if uid == 0:
@@ -110,7 +109,7 @@ class NamespaceJail:
         """
         os.setpgid(0, 0)  # signals to one's own group would leave the pid namespace
         confine.drop_privileges(self._identity)
-        self._filter.install()
+        system_calls.install(self._rules)
         return fork(lambda: self._become_candidate(job, channel, memory_mb))
 
     def clear(self) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import os
 import struct
 from collections.abc import Sequence
 
@@ -135,27 +134,14 @@ _CONDITIONS: dict[str, tuple[tuple[int, int, Sequence[int]], ...]] = {
 }
 
 
-class SystemCallFilter:
-    """A seccomp filter, made once and then applied in any number of forks."""
-
-    def __init__(self, *, hides_files: bool = True) -> None:
-        """`hides_files` is whether no file of the user's is in sight of whom it is applied to."""
-        self._rules = _rules(hides_files)
-        self._program = _Program(len(self._rules) // 8, self._rules)
-
-    def install(self) -> None:
-        """Applies it, for good, to a process that has given up new privileges and all it starts."""
-        kernel.prctl(kernel.PR_SET_SECCOMP, _FILTER_MODE, ctypes.byref(self._program))
-
-    def as_file(self) -> int:
-        """A new open file in memory that holds the rules."""
-        file = os.memfd_create("seccomp")
-        os.pwrite(file, self._rules, 0)
-        return file
-
-
 class _Program(ctypes.Structure):
     _fields_ = [("length", ctypes.c_ushort), ("rules", ctypes.c_char_p)]
+
+
+def install(rules: bytes) -> None:
+    """Applies `filter_rules`, for good, to a process that has given up new privileges."""
+    program = _Program(len(rules) // 8, rules)
+    kernel.prctl(kernel.PR_SET_SECCOMP, _FILTER_MODE, ctypes.byref(program))
 
 
 def numbers(table: str) -> dict[str, int]:
@@ -167,8 +153,11 @@ def numbers(table: str) -> dict[str, int]:
     return {name: int(number) for name, number in found if number != "-"}
 
 
-def _rules(hides_files: bool) -> bytes:
-    """The filter as an array of struct sock_filter."""
+def filter_rules(*, hides_files: bool) -> bytes:
+    """The filter as an array of struct sock_filter, for any number of forks.
+
+    `hides_files` is whether no file of the user's is in sight of whom it is applied to.
+    """
     allowed = numbers(_ALLOWED + (_ON_FILES if hides_files else "")).values()
     answers = {number: [_ALLOW] for number in allowed}
     for name, number in numbers(_CONDITIONAL).items():
