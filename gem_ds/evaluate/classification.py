@@ -31,7 +31,6 @@ from gem_ds.evaluate.model import (
     model_facts,
     open_files,
 )
-from gem_ds.files.atomic import make_folder
 from gem_ds.flags import option, refuse_below_one
 from gem_ds.models.encoders import is_encoder, num_positions
 from gem_ds.models.load import ModelFiles
@@ -75,9 +74,6 @@ def _judge(arguments: SamplingArguments, own: ClassificationArguments) -> Report
             vocab_size = files.config.get_text_config().vocab_size
             predictor, questions = _questions(own.task, task, files, max_length, vocab_size)
         model = load_model(files, deepspeed, comm)
-        with comm.agreement():
-            if comm.is_main:
-                make_folder(arguments.output_dir)
         with sparing_memory(f"{arguments.batch_size} examples and all their candidates"):
             predictions = predict_all(
                 model,

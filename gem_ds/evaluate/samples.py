@@ -50,14 +50,13 @@ class Sample:
 
 
 def read_samples(
-    path: str | Path, task_ids: Collection[str], *, allow_missing: bool = False
+    path: Path, task_ids: Collection[str], *, allow_missing: bool = False
 ) -> list[Sample]:
     """The samples of a file, in the order of `task_ids`, its problems, and of their numbers.
 
     `allow_missing` accepts a problem without samples, or with fewer than another one. Samples of
     several runs, whose score would be of no model, are refused.
     """
-    path = Path(path)
     samples = _unique([(line, _sample(line)) for line in read_jsonl(path)])
     place = {task_id: i for i, task_id in enumerate(task_ids)}
     for sample in samples:
