@@ -86,7 +86,7 @@ def load(data_dir: str | None, limit: int | None = None) -> Problems:
     """
     task = load_task("gsm8k", data_dir=data_dir)
     for number, example in enumerate(task.test, start=1):
-        if not is_reference(example.target):
+        if _STRICT.search(example.target) is None:
             raise ValueError(
                 f"Example {number} of the test split has no '#### <number>' in its answer, so "
                 "nothing can be scored against it: add it."
@@ -178,11 +178,6 @@ def compare(output: str, answer: str) -> Match:
         numeric=found is not None and wanted is not None and found.value == wanted.value,
         rule=None if found is None else found.rule,
     )
-
-
-def is_reference(answer: str) -> bool:
-    """Whether an answer ends as the dataset's do, so that an output can match it."""
-    return _STRICT.search(answer) is not None
 
 
 def tally(matches: Sequence[Match], total: int) -> dict[str, dict[str, Any]]:

@@ -70,7 +70,7 @@ def run(sources: Sequence[str], channel: Channel) -> None:
     except BaseException as error:
         service.send_error(error)
         return
-    service.send_value(None)
+    service.link.send("value", None)
     service.serve()
     if "threading" in sys.modules:
         sys.modules["threading"]._shutdown()  # a program ends when its threads have ended
@@ -81,15 +81,14 @@ class _Service:
 
     def __init__(self, namespace: dict[str, Any], channel: Channel) -> None:
         self._namespace = namespace
-        self._link = Link(channel, self._refer, self._resolve)
+        self.link = Link(channel, self._refer, self._resolve)
         self._errors = Errors(lambda args: True)
         self._borrowed: dict[int, Any] = {}
         self._missing: str | None = None  # a name in the request that the program does not define
         self._operations: dict[str, Callable[..., Any]] = {
             "copy": lambda value: __import__("copy").copy(value),
             "deepcopy": lambda value: __import__("copy").deepcopy(value),
-            **{f.__name__: f for f in (getattr, iter, next)},
-            **{name: getattr(builtins, name) for name in BUILTIN},
+            **{name: getattr(builtins, name) for name in ("getattr", "iter", "next", *BUILTIN)},
             **{
                 name: getattr(operator, name)
                 for name in ("call", *COMPARED, *ARITHMETIC, *IN_PLACE, *UNARY, *ITEMS)
@@ -101,7 +100,7 @@ class _Service:
         while True:
             self._missing = None
             try:
-                (kind, *content), _ = self._link.receive()
+                (kind, *content), _ = self.link.receive()
             except EOFError:
                 os._exit(1)  # there is no judge any more
             except BaseException as error:  # an object of the program's that cannot be in a set
@@ -110,30 +109,24 @@ class _Service:
             if kind != "ask":
                 return kind, *content
             try:
-                self.send_value(self._answer(*content))
+                if self._missing is not None:
+                    raise NameError(f"name {self._missing!r} is not defined")
+                operation, args, kwargs = content
+                self.link.send("value", self._operations[operation](*args, **kwargs))
             except BaseException as error:
                 self.send_error(error)
-
-    def _answer(self, operation: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._missing is not None:
-            raise NameError(f"name {self._missing!r} is not defined")
-        return self._operations[operation](*args, **kwargs)
-
-    def send_value(self, value: Any) -> None:
-        """Answers with a value."""
-        self._link.send("value", value)
 
     def send_error(self, error: BaseException) -> None:
         """Answers with an exception."""
         try:
-            self._link.send("raised", self._errors.described(error))
+            self.link.send("raised", self._errors.described(error))
         except Exception:  # its arguments cannot be had
             bare = Exception(type(error).__name__)
-            self._link.send("raised", self._errors.described(bare))
+            self.link.send("raised", self._errors.described(bare))
 
     def call_judge(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Calls the judge's function of that number, which may ask something meanwhile."""
-        self._link.send("call", number, args, kwargs)
+        self.link.send("call", number, args, kwargs)
         kind, content = self.serve()
         if kind == "value":
             return content
@@ -142,7 +135,7 @@ class _Service:
     def _refer(self, value: Any) -> tuple[str, Any]:
         if type(value) is _Borrowed:
             return "function", value._number
-        number = self._link.number_of(value)
+        number = self.link.number_of(value)
         if type(value).__module__.partition(".")[0] in NAMES and not isinstance(value, _HEIRS):
             return "package", ()
         is_iterator = hasattr(type(value), "__next__") and not hasattr(type(value), "__len__")
@@ -150,10 +143,10 @@ class _Service:
 
     def _resolve(self, kind: str, name: Any) -> Any:
         if kind == "object":
-            return self._link.lent[name]
+            return self.link.lent[name]
         if kind == "heir":
             _, number, inherited = name
-            value = self._link.lent[number]
+            value = self.link.lent[number]
             if isinstance(value, MUTABLE):
                 refill(value, contents(inherited))
             return value

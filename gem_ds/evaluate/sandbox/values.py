@@ -77,12 +77,11 @@ _OF_NAMED_TUPLES = {
 
 def contents(container: Any) -> tuple[Any, ...] | bytes:
     """What a mutable container holds: its items, keys and values in turn, or bytes."""
-    if isinstance(container, dict):
-        kind: Any = OrderedDict if isinstance(container, OrderedDict) else dict
+    kind: Any = next(kind for kind in MUTABLE if isinstance(container, kind))
+    if issubclass(kind, dict):
         return tuple(part for item in kind.items(container) for part in item)
-    if isinstance(container, bytearray):
+    if kind is bytearray:
         return bytes(bytearray.__getitem__(container, slice(None)))
-    kind = next(kind for kind in (list, set, deque) if isinstance(container, kind))
     return tuple(kind.__iter__(container))
 
 
