@@ -209,7 +209,7 @@ class _Borrowed:
             )
             self.__defaults__ = self.__kwdefaults__ = None  # they are not told
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         return self._service.call_judge(self._number, args, kwargs)
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:

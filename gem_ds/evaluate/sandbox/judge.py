@@ -108,14 +108,12 @@ class Conversation:
 
     def finish(self) -> None:
         """Lets the program end, and waits for that."""
-        try:
+        with contextlib.suppress(EOFError, OSError, WireError):
             self._link.send("finish")
             while True:
                 self._link.channel.receive()
-        except (EOFError, OSError, WireError):
-            pass
 
-    def ask(self, operation: str, *args: Any, **kwargs: Any) -> Any:
+    def ask(self, operation: str, /, *args: Any, **kwargs: Any) -> Any:
         """The result of an operation in the jail; raises what it raises there.
 
         Whatever but the entry point is asked may be shown, or know, what is expected.

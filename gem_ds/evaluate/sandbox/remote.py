@@ -48,10 +48,6 @@ class Remote:
         for name, value in (("_jail", jail), ("_reference", reference), ("_hash", hash_)):
             object.__setattr__(self, name, value)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls it in the jail; raises what it raises there."""
-        return self._jail.ask("call", self, *args, **kwargs)
-
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
@@ -61,9 +57,6 @@ class Remote:
         iterator = self._jail.ask("iter", self)
         return iterator if isinstance(iterator, Remote) else iter(iterator)
 
-    def __next__(self) -> Any:
-        return self._jail.ask("next", self)
-
     def __hash__(self) -> int:
         if self._hash is None and self._reference[0] == "object":
             raise TypeError("unhashable type")
@@ -71,9 +64,6 @@ class Remote:
 
     def __reduce_ex__(self, protocol: object) -> Any:
         raise TypeError("an object of the program cannot be pickled here")
-
-    def __copy__(self) -> Any:
-        return self._jail.ask("copy", self)
 
     def __deepcopy__(self, memo: object) -> Any:
         return self._jail.ask("deepcopy", self)
@@ -90,7 +80,7 @@ class RemoteIterator(Remote):
 
 
 def _asking(operation: str) -> Callable[..., Any]:
-    return lambda self, *args: self._jail.ask(operation, self, *args)
+    return lambda self, /, *args, **kwargs: self._jail.ask(operation, self, *args, **kwargs)
 
 
 def _asking_reflected(operation: str) -> Callable[..., Any]:
@@ -106,8 +96,9 @@ def _comparing(operation: str) -> Callable[[Remote, object], Any]:
     return method
 
 
-for _name in (*UNARY, *(name for name in BUILTIN if name != "hash"), *ITEMS, *IN_PLACE):
-    setattr(Remote, f"__{_name}__", _asking(_name))
+for _name in ("call", "next", "copy", *UNARY, *BUILTIN, *ITEMS, *IN_PLACE):
+    if _name != "hash":
+        setattr(Remote, f"__{_name}__", _asking(_name))
 for _name in ARITHMETIC:
     setattr(Remote, f"__{_name.rstrip('_')}__", _asking(_name))
     setattr(Remote, f"__r{_name.rstrip('_')}__", _asking_reflected(_name))
