@@ -3,7 +3,7 @@
 Nothing here is trusted: the program shares this process and may change all of it. What it sends is
 data, and is read as such by `gem_ds.evaluate.sandbox.judge`. The messages, over a `Link`:
 
-    ("ask", operation, args, kwargs)     of the judge
+    ("ask", operation, args, named)      of the judge; `named` are names and values in turn
     ("call", number, args, kwargs)       of the candidate: calls a function that was an argument
     ("value", result)                    the answer to the last of these that has none yet, or
     ("raised", exception)                the exception that there was instead (`errors`)
@@ -111,7 +111,9 @@ class _Service:
             try:
                 if self._missing is not None:
                     raise NameError(f"name {self._missing!r} is not defined")
-                operation, args, kwargs = content
+                operation, args, named = content
+                kwargs: dict[str, Any] = {}
+                refill(kwargs, named)
                 self.link.send("value", self._operations[operation](*args, **kwargs))
             except BaseException as error:
                 self.send_error(error)

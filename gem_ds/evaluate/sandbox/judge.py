@@ -122,7 +122,7 @@ class Conversation:
         self.had_a_say |= not (is_own_call or operation in _ITERATING)
         if not self._num_calls:
             self._link.forget_many()
-        self._send("ask", operation, args, kwargs)
+        self._send("ask", operation, args, contents(kwargs))  # no dict, which would be shared
         return self.wait()
 
     def may_compare(self, other: object) -> bool:

@@ -77,11 +77,12 @@ _OF_NAMED_TUPLES = {
 
 def contents(container: Any) -> tuple[Any, ...] | bytes:
     """What a mutable container holds: its items, keys and values in turn, or bytes."""
-    kind: Any = next(kind for kind in MUTABLE if isinstance(container, kind))
-    if issubclass(kind, dict):
+    if isinstance(container, dict):
+        kind: Any = OrderedDict if isinstance(container, OrderedDict) else dict
         return tuple(part for item in kind.items(container) for part in item)
-    if kind is bytearray:
+    if isinstance(container, bytearray):
         return bytes(bytearray.__getitem__(container, slice(None)))
+    kind = next(kind for kind in (list, set, deque) if isinstance(container, kind))
     return tuple(kind.__iter__(container))
 
 
