@@ -15,7 +15,6 @@ The last three are of the final runs. The base model is that of the masks, unles
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from analysis.overlap import overlap_figure, overlap_table
 from analysis.rates import rate_figure, rate_table
 from analysis.runs import FinishedRun, by_method, by_task, finished_runs
 from matplotlib.figure import Figure
+from steps import flags_of
 
 from gem_ds.files.atomic import atomic_write, make_folder
 from gem_ds.files.mask import Mask
@@ -33,11 +33,7 @@ from gem_ds.files.mask import Mask
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the tables and the pictures."""
-    parser = argparse.ArgumentParser(
-        prog="benchmarks/analyse.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = flags_of("analyse", __doc__)
     parser.add_argument("root", type=Path, help="output folder of a comparison")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to write")
     parser.add_argument("--model_name_or_path", help="the base model (default: that of the masks)")

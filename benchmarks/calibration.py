@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from steps import flags_of
 from steps.shapes import SHAPES, made_weights
 from steps.table import markdown
 from steps.training import Training
@@ -53,11 +54,7 @@ def frozen_copy(folder: Path, config: PretrainedConfig, like: Any) -> Any:
 
 def parser() -> argparse.ArgumentParser:
     """The flags."""
-    parser = argparse.ArgumentParser(
-        prog="benchmarks/calibration.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = flags_of("calibration", __doc__)
     parser.add_argument("--shape", choices=SHAPES, default="opt-125m")
     parser.add_argument("--layers", type=int, help="of the model (default: the shape's own)")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")

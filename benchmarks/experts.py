@@ -29,6 +29,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from steps import flags_of
 from steps.table import markdown
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -77,11 +78,7 @@ RATES = (1e-2, 3e-2, 9e-2, 2.7e-1)
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Pretrain, search rates, score, and print the tables."""
-    parser = argparse.ArgumentParser(
-        prog="benchmarks/experts.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = flags_of("experts", __doc__)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=1600, help="of pretraining")
     parser.add_argument("--rows", type=int, default=12, help="of 256 tokens a step")

@@ -13,7 +13,6 @@ that of a GPU, by tiles.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -23,6 +22,7 @@ from unittest import mock
 import torch
 from deepspeed.runtime.zero.linear import zero3_linear_wrap  # noqa: TID251 - to run under it
 from peft import LoraConfig, get_peft_model
+from steps import flags_of
 from steps.operations import count_operations
 from steps.shapes import SHAPES, adapter_size
 from steps.table import markdown
@@ -109,11 +109,7 @@ def block_of(name: str, tokens: int, *, checkpointing: bool, stage: int) -> tupl
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(
-        prog="benchmarks/launches.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = flags_of("launches", __doc__)
     parser.add_argument("--tokens", type=int, default=64, help="of a sequence")
     tokens = parser.parse_args(argv).tokens
     rows = []

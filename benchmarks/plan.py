@@ -9,7 +9,6 @@ Of two numbers the first is foretold, the second measured.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from steps import flags_of
 from steps.ranks import needs_of
 from steps.shapes import SHAPES
 from steps.table import markdown
@@ -145,11 +145,7 @@ def _large_row(name: str, setting: Setting) -> dict[str, str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print a table, and write it where --output says."""
-    parser = argparse.ArgumentParser(
-        prog="benchmarks/plan.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = flags_of("plan", __doc__)
     names = [*LARGE, *MIXTURES]
     parser.add_argument("--large", nargs="*", metavar="NAME", help=f"some of {', '.join(names)}")
     parser.add_argument("--output", type=Path)

@@ -13,7 +13,6 @@ An encoder with a head, a task of one pair for each example. For each mask, of a
 
 from __future__ import annotations
 
-import argparse
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from steps import flags_of
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -55,11 +55,7 @@ class Inputs:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print a line for each mask."""
-    parser = argparse.ArgumentParser(
-        prog="benchmarks/selected_columns.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = flags_of("selected_columns", __doc__)
     parser.add_argument("--model_name_or_path", required=True)
     parser.add_argument("--task", required=True)
     parser.add_argument("--data_dir")

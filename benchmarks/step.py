@@ -44,6 +44,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from steps import flags_of
 from steps.ranks import Ranks, needs_now, needs_of
 from steps.shapes import SHAPES
 from steps.table import markdown
@@ -136,11 +137,7 @@ def measure(
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags."""
-    parser = argparse.ArgumentParser(
-        prog="benchmarks/step.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = flags_of("step", __doc__)
     parser.add_argument("--shape", choices=SHAPES, default="opt-125m")
     parser.add_argument("--layers", type=int, help="of the model (default: the shape's own)")
     parser.add_argument(

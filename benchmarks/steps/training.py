@@ -14,12 +14,8 @@ from .shapes import SHAPES, adapter_size, write_data, write_model
 
 #: By name the method that the trainer is told.
 CONTENDERS = {
-    "floor": "gem",
-    "gem": "gem",
-    "tuner": "gem",
-    "lora": "lora",
-    "lora_default": "lora",
-    "lora_leaves": "lora",
+    **dict.fromkeys(("floor", "gem", "tuner"), "gem"),
+    **dict.fromkeys(("lora", "lora_default", "lora_leaves"), "lora"),
     "shira": "shira",
     "dense_masked": "gem",
     "full": "full",

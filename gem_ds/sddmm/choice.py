@@ -88,7 +88,9 @@ def choose_kernel(
 ) -> str:
     """Name the kernel that ``auto`` takes; ``dtype`` is that of dy and x."""
     costs = COSTS.get((device_type, dtype == torch.float32), {"tiled": Costs()})
-    kernels = [kernel for kernel in costs if kernel != "triton" or _runs_triton()]
+    kernels = [
+        kernel for kernel in costs if kernel != "triton" or (_has_triton() and _has_compiler())
+    ]
     return min(kernels, key=lambda kernel: costs[kernel].of(shape, num_entries))
 
 
@@ -101,10 +103,6 @@ def _has_triton() -> bool:
 def _has_compiler() -> bool:
     """Whether there is a C compiler, which Triton needs for what starts its kernels."""
     return any(map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang")))
-
-
-def _runs_triton() -> bool:
-    return _has_triton() and _has_compiler()
 
 
 def check_kernel(kernel: str, device_type: str) -> None:
