@@ -15,9 +15,10 @@ The last three are of the final runs. The base model is that of the masks, unles
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from analysis.budgets import budget_figure, budget_table
 from analysis.movement import movement_figure, movement_of, movement_table, parameters_of
@@ -45,17 +46,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     tables, figures = analyse(runs, args.model_name_or_path)
     atomic_write(args.output_dir / "analysis.md", lambda path: path.write_text(tables))
     for name, figure in figures.items():
-        if figure is not None:
-            write = partial(figure.savefig, format="png", dpi=110)
-            atomic_write(args.output_dir / f"{name}.png", write)
+        write = partial(figure.savefig, format="png", dpi=110)
+        atomic_write(args.output_dir / f"{name}.png", write)
     print(tables, end="")
 
 
-def analyse(
-    runs: dict[str, list[FinishedRun]], model: str | None
-) -> tuple[str, dict[str, Figure | None]]:
+def analyse(runs: dict[str, list[FinishedRun]], model: str | None) -> tuple[str, dict[str, Figure]]:
     """The text of analysis.md and the pictures by name."""
-    final = {task: [run for run in own if run.split == "test"] for task, own in runs.items()}
+    tried, final = (
+        {task: [run for run in own if run.split == split] for task, own in runs.items()}
+        for split in ("dev", "test")
+    )
     masks = {task: _masks(own) for task, own in final.items()}
     lists = {task: {m: list(s.values()) for m, s in own.items()} for task, own in masks.items()}
     every = [mask for own in lists.values() for seeds in own.values() for mask in seeds]
@@ -70,7 +71,7 @@ def analyse(
     for title, by in (
         (
             "Development loss (and score) by learning rate",
-            {t: rate_table(r) for t, r in runs.items()},
+            {t: rate_table(r) for t, r in tried.items()},
         ),
         ("Where the budget went", {t: budget_table(m) for t, m in lists.items()}),
         ("How far entries moved", {t: movement_table(m) for t, m in movements.items()}),
@@ -79,12 +80,16 @@ def analyse(
             parts += [f"## {title}: {task}", table] if table else []
     if table := overlap_table(masks):
         parts += ["## How far masks agree", table]
-    figures = {
-        "rates": rate_figure(runs),
-        "budgets": budget_figure(lists),
-        "overlap": overlap_figure(masks),
-        "movement": movement_figure(movements),
+    pictures: dict[str, tuple[Callable[[Any], Figure], Mapping[str, Any]]] = {
+        "rates": (rate_figure, tried),
+        "budgets": (budget_figure, lists),
+        "overlap": (overlap_figure, masks),
+        "movement": (movement_figure, movements),
     }
+    figures = {}
+    for name, (draw, tasks) in pictures.items():
+        if shown := {task: content for task, content in tasks.items() if content}:
+            figures[name] = draw(shown)
     return "\n\n".join(parts) + "\n", figures
 
 

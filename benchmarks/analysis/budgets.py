@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 
-import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from steps.table import markdown
@@ -30,7 +30,9 @@ def budget_table(masks: Masks) -> str:
         thirds = [0.0, 0.0, 0.0]
         for (layer, _), share in shares.items():
             thirds[max(0, 3 * layer // (last + 1))] += share
-        row = {"method": method, "matrices": f"{_mean_spread(own):.1f} of {len(shares)}"}
+        counts = ([index.numel() for index in mask.indices.values()] for mask in own)
+        spread = fmean(map(effective_layers, counts))
+        row = {"method": method, "matrices": f"{spread:.1f} of {len(shares)}"}
         row["largest share"] = f"{max(shares.values()):.1%}"
         for module, name in zip(modules, short_names(modules), strict=True):
             share = sum(value for place, value in shares.items() if place[1] == module)
@@ -40,11 +42,8 @@ def budget_table(masks: Masks) -> str:
     return markdown(rows) if rows else ""
 
 
-def budget_figure(tasks: Mapping[str, Masks]) -> Figure | None:
+def budget_figure(tasks: Mapping[str, Masks]) -> Figure:
     """Shares by layer, a row per module and a column per task."""
-    tasks = {task: masks for task, masks in tasks.items() if masks}
-    if not tasks:
-        return None
     shares = {
         (task, method): shares_of(own)
         for task, masks in tasks.items()
@@ -71,9 +70,3 @@ def shares_of(masks: Sequence[Mask]) -> dict[tuple[int, str], float]:
         for name, index in mask.indices.items():
             shares[place_of(name)] += index.numel() / mask.num_selected / len(masks)
     return dict(shares)
-
-
-def _mean_spread(masks: Sequence[Mask]) -> float:
-    return float(
-        np.mean([effective_layers(i.numel() for i in mask.indices.values()) for mask in masks])
-    )

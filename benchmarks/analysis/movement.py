@@ -128,11 +128,8 @@ def movement_table(movements: Mapping[str, Movement]) -> str:
     return markdown(rows) if rows else ""
 
 
-def movement_figure(tasks: Mapping[str, Mapping[str, Movement]]) -> Figure | None:
+def movement_figure(tasks: Mapping[str, Mapping[str, Movement]]) -> Figure:
     """Quantile curves: relative to the weight itself above, to its matrix below."""
-    tasks = {task: movements for task, movements in tasks.items() if movements}
-    if not tasks:
-        return None
     kinds = ("change / |w|", "change / rms(w)")
     figure, axes = panels(kinds, list(tasks), [m for moved in tasks.values() for m in moved])
     shares = np.linspace(0.01, 0.99, 99)

@@ -87,11 +87,8 @@ def chance(mask: Mask) -> float:
     )
 
 
-def overlap_figure(tasks: Mapping[str, MasksBySeed]) -> Figure | None:
+def overlap_figure(tasks: Mapping[str, MasksBySeed]) -> Figure:
     """A panel per task: overlap of the methods' masks, on the diagonal that of two seeds'."""
-    tasks = {task: masks for task, masks in tasks.items() if masks}
-    if not tasks:
-        return None
     size = max(len(masks) for masks in tasks.values())
     side = 0.55 * size + 1.6
     figure = Figure(figsize=(side * len(tasks) + 0.8, side), layout="constrained")

@@ -15,8 +15,8 @@ from .runs import FinishedRun, by_method
 
 
 def rate_table(runs: Sequence[FinishedRun]) -> str:
-    """Of one task: a line per method, the least loss in bold; the score behind it."""
-    tried = by_method([run for run in runs if run.split == "dev"])
+    """Of a task's development runs: a line per method, the least loss in bold, then the score."""
+    tried = by_method(runs)
     rates = sorted({run.learning_rate for own in tried.values() for run in own})
     rows = []
     for method, own in tried.items():
@@ -31,12 +31,8 @@ def rate_table(runs: Sequence[FinishedRun]) -> str:
     return markdown(rows) if rows else ""
 
 
-def rate_figure(tasks: Mapping[str, Sequence[FinishedRun]]) -> Figure | None:
-    """Loss above, score below where there is one, a column per task."""
-    tried = {task: [run for run in runs if run.split == "dev"] for task, runs in tasks.items()}
-    tried = {task: runs for task, runs in tried.items() if runs}
-    if not tried:
-        return None
+def rate_figure(tried: Mapping[str, Sequence[FinishedRun]]) -> Figure:
+    """Of runs on the development split: loss above, score below where there is one, by task."""
     every = [run for runs in tried.values() for run in runs]
     kinds = ["loss", "score"] if any(_has_score(run) for run in every) else ["loss"]
     figure, axes = panels(kinds, list(tried), [run.method for run in every])
