@@ -378,18 +378,14 @@ class Dense:
     trained: dict[str, Tensor]  # of gem the selected entries and the head's, flat
 
 
+def _dense_of(plan: Plan, alone: int = 0) -> Dense:
+    """Of whatever engine; with ``alone`` the head alone, its rate falling to 0 in so many steps."""
+    return _dense(replace(plan, setting=Setting(0), micro_batch_size=1), alone)
+
+
 @functools.cache
-def _dense(
-    method: str,
-    name: str,
-    max_grad_norm: float,
-    num_steps: int,
-    alone: int = 0,
-    sam_rho: float = 0.0,
-    factors: tuple[float, ...] = (),
-    draws_layers: bool = False,
-) -> Dense:
-    """With ``alone`` the head alone, its rate falling to zero in so many steps."""
+def _dense(plan: Plan, alone: int) -> Dense:
+    method, name = plan.method, plan.model
     network: Any = _model(name).eval()
     head = sorted(head_names(network))
     indices = _indices(network) if method == "gem" and not alone else {}
@@ -406,30 +402,30 @@ def _dense(
             or (method == "bitfit" and key.endswith("bias"))
         }
     base = {key: p.detach().clone() for key, p in params.items()}
-    masks = {key: torch.full(p.shape, key not in indices) for key, p in params.items()}
-    for key, index in indices.items():
-        masks[key].view(-1)[index] = True
+    masks = {key: torch.full(p.shape, True) for key, p in params.items()}
+    masks |= oracle.masks_at(params, indices)
     of_head = {key for key in params if "classifier" in key or "pooler" in key}
     assert bool(of_head) == (name == "bert")
     rates = {key: 0.03 if key in of_head else 0.01 for key in params}
-    rates |= {key: 0.01 * factor for key, factor in zip(indices, factors, strict=False)}
-    optimizer = oracle.DenseMaskedAdamW(params, masks, max_norm=max_grad_norm or None, **ADAM)
+    if plan.scales_rates:
+        rates |= {key: 0.01 * factor for key, factor in zip(indices, FACTORS, strict=True)}
+    optimizer = oracle.DenseMaskedAdamW(params, masks, max_norm=plan.max_grad_norm or None, **ADAM)
     losses, norms = [], []
     bandit = oracle.LayerBandit(len(FACTORS), SHARE, layer_draws.RATE)
-    for step in range(num_steps):
+    for step in range(alone or plan.num_steps):
         examples, num_items, loss_fn = _global_batch(name, step)
         with torch.no_grad():
             losses.append(sum(float(loss_fn(network, e)) for e in examples) / num_items)
         found = functools.partial(oracle.summed_gradients, network, examples, loss_fn, list(params))
         drawn, own = set(params), masks
-        if draws_layers:
+        if plan.draws_layers:
             drawn = _drawn(bandit, step, list(indices)) | of_head
             own = {key: mask & (key in drawn) for key, mask in masks.items()}
             layers = [i for i, key in enumerate(indices) if key in drawn]
             here = {key: g * masks[key] / num_items for key, g in found().items()}
             of_drawn = [here[key].norm() for key in indices if key in drawn]
             bandit.learn(torch.tensor(layers), torch.stack(of_drawn))
-        sums = oracle.sam_gradients(found, params, own, sam_rho) if sam_rho else found()
+        sums = oracle.sam_gradients(found, params, own, plan.sam_rho) if plan.sam_rho else found()
         factor = 1 - step / alone if alone else _rate_factor(step)
         means = {key: gradient / num_items for key, gradient in sums.items()}
         now = {key: rate * factor for key, rate in rates.items()}
@@ -461,12 +457,6 @@ def _global_batch(name: str, step: int) -> tuple[list[Any], int, Callable[..., T
     return examples, sum(len(tokens) - start for tokens, start in examples), naive_loss
 
 
-def _dense_of(plan: Plan) -> Dense:
-    given = plan.method, plan.model, plan.max_grad_norm, plan.num_steps
-    factors = FACTORS if plan.scales_rates else ()
-    return _dense(*given, 0, plan.sam_rho, factors, plan.draws_layers)
-
-
 # The tests
 
 
@@ -483,7 +473,8 @@ def test_same_training(outcomes, world_size, plan):
         # Of a key's bias the exact gradient is zero: absolutely it moves by rounding alone.
         _assert_close(outcome.trained, expected.trained, slack=0 if is_gem else 1e-6)
         if is_gem:
-            alone = _dense("gem", "bert", plan.max_grad_norm, NUM_HEAD_STEPS, alone=NUM_HEAD_STEPS)
+            of_head = Plan("gem", "bert", plan.setting, max_grad_norm=plan.max_grad_norm)
+            alone = _dense_of(of_head, NUM_HEAD_STEPS)
             _assert_close(outcome.alone, alone.trained, slack=0)
 
 
@@ -548,6 +539,7 @@ def test_files_give_the_trained_model(outcomes, folder, world_size, plan):
 
 def test_clipping_acts_in_nearly_all_steps_and_changes_what_comes_out():
     """The premise."""
-    clipped, free = (_dense("gem", "bert", norm, 9) for norm in (0.5, 0.0))
+    plans = [Plan("gem", "bert", Setting(0), max_grad_norm=norm) for norm in (0.5, 0.0)]
+    clipped, free = map(_dense_of, plans)
     assert sorted(clipped.norms)[1] > 0.5
     assert max(abs(a - b) for a, b in zip(clipped.losses, free.losses, strict=True)) > 0.01
