@@ -1,4 +1,4 @@
-"""Each method from flags to files: at any ZeRO stage, again, or resumed elsewhere."""
+"""Each kind of method from flags to files: at any ZeRO stage, again, or resumed elsewhere."""
 
 import errno
 import os

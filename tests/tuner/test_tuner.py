@@ -16,7 +16,6 @@ from peft.utils import load_peft_weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 import gem_ds
 from gem_ds import cli
@@ -466,13 +465,6 @@ def test_blocks_compile_and_the_base_is_back_after_an_error():
     with pytest.raises(RuntimeError):  # a product of other sizes, while the values stand there
         model.base_model.model.model.layers[0].self_attn.q_proj(torch.ones(2, 3))
     assert bits(model) == kept
-
-
-def test_conv1d_is_a_target():
-    model = wrapped(make_model("gpt2"), mask_of(make_model("gpt2")))
-    layers = [module for module in model.modules() if isinstance(module, GemLayer)]
-    assert layers
-    assert all(isinstance(layer.base_layer, Conv1D) for layer in layers)
 
 
 def test_transformers_adds_saves_and_loads_it_without_a_peft_model(tmp_path):
