@@ -27,6 +27,8 @@ import torch
 from gem_ds.distributed.comm import free_port
 
 CPU_ONLY = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+#: What a launcher tells of the ranks.
+VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PRELOADED = ["deepspeed", "gem_ds.train.main", "peft", "transformers.models.llama.modeling_llama"]
 GRACE = 2.0  # seconds that the other ranks get to report too, once one has failed
 

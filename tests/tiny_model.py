@@ -24,6 +24,7 @@ from transformers import AutoTokenizer
 
 from gem_ds.distributed.process_group import leave_distributed
 from gem_ds.train import main as train
+from tests.ranks import VARIABLES
 from tests.tiny import model_of, tiny_config
 from tests.tiny_tokenizers import byte_level
 
@@ -136,7 +137,7 @@ def one_rank() -> Iterator[None]:
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with mock.patch.dict(os.environ):
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        for name in VARIABLES:
             os.environ.pop(name, None)
         try:
             with joined():

@@ -11,9 +11,7 @@ import torch
 from gem_ds.distributed import process_group
 from gem_ds.distributed.comm import is_joined
 from gem_ds.distributed.process_group import init_distributed, leave_distributed
-from tests.ranks import run_ranks
-
-VARIABLES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+from tests.ranks import VARIABLES, run_ranks
 
 
 def _without_a_launcher() -> list[tuple[int, int, int]]:
@@ -25,7 +23,9 @@ def _without_a_launcher() -> list[tuple[int, int, int]]:
         total = comm.all_reduce(torch.ones(1), "sum")
         seen.append((comm.rank, comm.world_size, int(total)))
         leave_distributed()
-        assert not VARIABLES & os.environ.keys(), "a later program would think it was launched"
+        assert os.environ.keys().isdisjoint(VARIABLES), (
+            "a later program would think it was launched"
+        )
         assert not is_joined()
     leave_distributed()  # nothing to leave
     return seen
@@ -39,7 +39,7 @@ def _in_a_group_of_the_caller() -> int:
     torch.distributed.init_process_group("gloo")  # noqa: TID251
     comm = init_distributed()
     leave_distributed()
-    assert os.environ.keys() >= VARIABLES
+    assert os.environ.keys() >= set(VARIABLES)
     return int(comm.all_reduce(torch.ones(1), "sum"))
 
 

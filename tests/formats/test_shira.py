@@ -23,17 +23,13 @@ from gem_ds.files.mask import Mask, WeightInfo
 from gem_ds.formats.shira import _differences, _merged
 from tests.deltas import bits, make_delta
 from tests.largest_tensor import LargestTensor
+from tests.tiny import bits as bits_of
 from tests.tiny import make_model
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WORDS = {2: torch.int16, 4: torch.int32}
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")
-
-
-def same_bits(found: Tensor, expected: Tensor) -> bool:
-    word = WORDS[found.element_size()]
-    return torch.equal(found.view(word), expected.view(word))
 
 
 @settings(deadline=None, max_examples=60)
@@ -58,14 +54,14 @@ def test_differences_give_any_values_to_the_bit(dtype, seed, near):
     merged += torch.sparse_coo_tensor(torch.stack([flat // 16, flat % 16]).int(), d, (8, 16))
     expected = base.clone()
     expected.view(-1)[indices.long()] = values
-    assert same_bits(merged, expected)
+    assert torch.equal(bits_of(merged), bits_of(expected))
     order = torch.randperm(len(flat), generator=generator)  # a file need not be sorted
     if len(flat.unique()) == len(flat):
         flat, d = flat[order], d[order]
     index, before, found = _merged(flat, d, base)
     assert torch.equal(index, indices)
-    assert same_bits(before, base.view(-1)[indices.long()])
-    assert same_bits(found, values)
+    assert torch.equal(bits_of(before), bits_of(base.view(-1)[indices.long()]))
+    assert torch.equal(bits_of(found), bits_of(values))
 
 
 def model_of(dtype: torch.dtype) -> PreTrainedModel:
@@ -108,7 +104,7 @@ def test_peft_merges_it_to_the_bit_and_it_comes_back(tmp_path, dtype):
     assert back.mask.weights == delta.mask.weights
     for name, values in delta.values.items():
         assert torch.equal(back.mask.indices[name], delta.mask.indices[name])
-        assert same_bits(back.values[name], values)
+        assert torch.equal(bits_of(back.values[name]), bits_of(values))
     apply_delta(model_of(dtype), back)
 
 
@@ -216,4 +212,4 @@ def test_a_weight_of_more_than_2_to_the_31_entries(tmp_path):
     assert indices[:, :3].T.tolist() == [list(place) for place in places]
     back = Delta.load(tmp_path / "back.safetensors")
     assert back.mask.indices[name].tolist() == flat
-    assert same_bits(back.values[name], values)
+    assert torch.equal(bits_of(back.values[name]), bits_of(values))

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 import gem_ds
 from gem_ds.models.targets import find_targets
 from gem_ds.pruning.block_by_block import BlockByBlock
+from tests.pruning.test_prune import batches
 from tests.tiny import bits, make_model, model_of, tiny_config
 
 BLOCKS = {"llama": "model.layers", "gpt2": "transformer.h", "falcon": "transformer.h"}
@@ -33,12 +34,6 @@ def _pruned(architecture: str) -> tuple[Any, Any]:
     return model, dense
 
 
-def _batches() -> list[dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    shapes = ((2, 7), (1, 5))
-    return [{"input_ids": torch.randint(1, 40, s, generator=generator)} for s in shapes]
-
-
 def _states_after(model: Any, block: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """What a block gives while the whole model reads a batch."""
     seen: list[Tensor] = []
@@ -58,8 +53,8 @@ def _fit_naively(model: Any, dense: Any, blocks: str) -> list[tuple[float, float
         zeros = [weight.detach() == 0 for weight in weights]
         optimizer = torch.optim.Adam(weights)
         losses = []
-        num_steps = EPOCHS * len(_batches())
-        for step, batch in enumerate(_batches() * EPOCHS):
+        num_steps = EPOCHS * len(batches())
+        for step, batch in enumerate(batches() * EPOCHS):
             with torch.no_grad():
                 wanted = _states_after(dense, dense.get_submodule(blocks)[number], batch)
             loss = F.mse_loss(_states_after(model, block, batch), wanted)
@@ -83,7 +78,7 @@ def test_blocks_are_fitted_as_a_naive_loop_fits_them(architecture):
     delta = gem_ds.fit_blocks(
         model,
         dense.train(),
-        _batches(),
+        batches(),
         learning_rate=RATE,
         epochs=EPOCHS,
         report=lambda name, *errors: found.append(errors),
@@ -111,7 +106,7 @@ def test_a_mask_says_what_is_trained_in_bf16():
     model, dense = (each.to(torch.bfloat16) for each in _pruned("llama"))
     before = copy.deepcopy(model)
     mask = gem_ds.select_mask(model, rule="magnitude", density="0.05", target_modules="all-linear")
-    delta = gem_ds.fit_blocks(model, dense, _batches(), mask=mask, learning_rate=RATE)
+    delta = gem_ds.fit_blocks(model, dense, batches(), mask=mask, learning_rate=RATE)
     assert 0 < delta.mask.num_selected == mask.num_selected
     for name, parameter in model.named_parameters():
         assert parameter.dtype == torch.bfloat16
@@ -126,7 +121,7 @@ def test_bf16_is_rounded_once():
     """Steps of at most a fifth of half a last place add up, as none would that is rounded."""
     model, dense = (each.to(torch.bfloat16) for each in _pruned("llama"))
     before = copy.deepcopy(model)
-    delta = gem_ds.fit_blocks(model, dense, _batches(), learning_rate=2e-4, epochs=20)
+    delta = gem_ds.fit_blocks(model, dense, batches(), learning_rate=2e-4, epochs=20)
     is_changed = [
         model.get_parameter(name).detach()[large] != weight.detach()[large]
         for name, weight in before.named_parameters()
@@ -157,7 +152,7 @@ def test_one_block_at_a_time_is_on_the_device_and_has_gradients(monkeypatch):
 
     monkeypatch.setattr(nn.Module, "to", watched_move)
     monkeypatch.setattr(BlockByBlock, "output", watched_output)
-    gem_ds.fit_blocks(model, dense, _batches(), epochs=1)
+    gem_ds.fit_blocks(model, dense, batches(), epochs=1)
     assert not there
     assert visited == {*model.model.layers, *dense.model.layers}
 
@@ -179,23 +174,23 @@ def _with_a_forward_of_its_own(model: Any) -> Any:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m, d: (m, _wider(), _batches()), "gate_proj.weight in shape .10, 20. and the pru"),
-        (lambda m, d: (d, d, _batches()), "more than 5% zeros: pass the pruned model first"),
+        (lambda m, d: (m, _wider(), batches()), "gate_proj.weight in shape .10, 20. and the pru"),
+        (lambda m, d: (d, d, batches()), "more than 5% zeros: pass the pruned model first"),
         (lambda m, d: (m, d, []), "nothing to fit to: pass at least one batch"),
-        (lambda m, d: (_adding_between(m), d, _batches()), "are no chain in which each reads"),
+        (lambda m, d: (_adding_between(m), d, batches()), "are no chain in which each reads"),
         (
-            lambda m, d: (_with_a_forward_of_its_own(m), d, _batches()),
+            lambda m, d: (_with_a_forward_of_its_own(m), d, batches()),
             "without device_map",
         ),
-        (lambda m, d: (m.to("meta"), d, _batches()), "not whole in this process"),
+        (lambda m, d: (m.to("meta"), d, batches()), "not whole in this process"),
     ],
 )
 def test_what_cannot_be_fitted_is_refused_unchanged(change, message):
     model, dense = _pruned("llama")
     before = copy.deepcopy(model)
-    first, second, batches = change(model, dense)
+    first, second, given = change(model, dense)
     with pytest.raises(ValueError, match=message):
-        gem_ds.fit_blocks(first, second, batches)
+        gem_ds.fit_blocks(first, second, given)
     for found, wanted in zip(first.parameters(), before.parameters(), strict=False):
         assert found.is_meta or first is dense or torch.equal(found, wanted)
 
@@ -203,4 +198,4 @@ def test_what_cannot_be_fitted_is_refused_unchanged(change, message):
 def test_a_rate_that_is_too_large_is_a_sentence():
     model, dense = _pruned("llama")
     with pytest.raises(ValueError, match=r"layers\.0 is not finite: lower the learning rate"):
-        gem_ds.fit_blocks(model, dense, _batches(), learning_rate=1e30)
+        gem_ds.fit_blocks(model, dense, batches(), learning_rate=1e30)

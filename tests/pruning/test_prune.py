@@ -29,7 +29,7 @@ def _model(architecture: str) -> Any:
     return model_of(tiny_config(architecture, **SIZES[architecture])).eval()
 
 
-def _batches() -> list[dict[str, Tensor]]:
+def batches() -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(1)
     shapes = ((2, 7), (1, 5))
     return [{"input_ids": torch.randint(1, 40, s, generator=generator)} for s in shapes]
@@ -60,7 +60,7 @@ def _inputs(model: Any, module: nn.Module) -> Tensor:
     seen: list[Tensor] = []
     handle = module.register_forward_hook(lambda m, args, out: seen.append(args[0].flatten(0, -2)))
     with torch.no_grad():
-        for batch in _batches():
+        for batch in batches():
             model(**batch)
     handle.remove()
     return torch.cat(seen)
@@ -90,7 +90,7 @@ def test_the_lowest_become_0_and_nothing_else_changes(
             zeros = torch.tensor(_pruned_rows(scores.tolist(), sparsity)).view(rows.shape)
             rows[zeros] = 0.0
     model = _model(architecture).train()
-    gem_ds.prune(model, sparsity, _batches() if is_wanda else None)
+    gem_ds.prune(model, sparsity, batches() if is_wanda else None)
     assert model.training
     shares = []
     for (name, found), wanted in zip(model.named_parameters(), expected.parameters(), strict=True):
@@ -110,12 +110,12 @@ def test_blocks_that_give_pairs_are_pruned_by_passes_of_the_whole_model():
     config = DebertaV2Config(vocab_size=40, intermediate_size=16, type_vocab_size=0, **sizes)
     model = AutoModelForSequenceClassification.from_config(config)
     dense = copy.deepcopy(model)
-    gem_ds.prune(model, 0.5, _batches())
+    gem_ds.prune(model, 0.5, batches())
     for name in find_targets(model, ["all-linear"]):
         if ".layer." in name:
             assert (model.get_parameter(name) == 0).double().mean() == 0.5, name
     with pytest.raises(NoChainError, match="are no chain"):
-        gem_ds.fit_blocks(model, dense, _batches())
+        gem_ds.fit_blocks(model, dense, batches())
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from gem_ds.train import main as train
 from gem_ds.train import results, run
 from gem_ds.train.reporting import TENSORBOARD_FOLDER, Reporter
 from tests import oracle
-from tests.ranks import CPU_ONLY, run_ranks
+from tests.ranks import CPU_ONLY, VARIABLES, run_ranks
 from tests.runs import assert_same_delta, delta_of, logged, rows_of
 from tests.tiny import bits, naive_loss
 from tests.tiny_model import REPOSITORY, Tiny, joined
@@ -207,7 +207,7 @@ def test_surgical_trains_what_is_named_whole(tiny, tmp_path):
 
 def _finetune(calls: list[dict[str, Any]]) -> list[gem_ds.RunResult]:
     """One call after another, each joining and leaving by itself, as in a notebook."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for name in VARIABLES:
         os.environ.pop(name)
     verbosity = logging.get_verbosity()
     results = [gem_ds.finetune(**call) for call in calls]
@@ -389,13 +389,10 @@ def test_two_ranks_under_the_launcher_stop_and_one_without_goes_on(tiny, tmp_pat
     launch = [launcher, "--quiet", "--num_accelerators=2", f"--master_port={free_port()}"]
     values = {"max_steps": 400, "save_steps": 1000, "lr_scheduler_type": "constant"}
     values |= {"logging_steps": 1, "per_device_train_batch_size": 2, "deepspeed": ZERO3}
-    environment = os.environ | CPU_ONLY
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)
     process = subprocess.Popen(
         [*launch, "launch/train.py", *tiny.flags(tmp_path, **values)],
         cwd=REPOSITORY,
-        env=environment,
+        env={k: v for k, v in os.environ.items() if k not in VARIABLES} | CPU_ONLY,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
