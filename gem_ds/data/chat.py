@@ -13,14 +13,12 @@ Templates differ in what they read of a tool call (arguments as an object or as 
 content as "" or null): the first form is taken in which the template writes the call.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
-from typing import Any, cast
+from typing import Any, Self, cast
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -146,7 +144,7 @@ class _Chat:
     @classmethod
     def of(
         cls, messages: list[Message], tools: Any, tokenizer: PreTrainedTokenizerBase, place: str
-    ) -> _Chat:
+    ) -> Self:
         """The first of the forms in which the template writes all tool calls."""
         if tokenizer.chat_template is None:
             raise ValueError(
@@ -170,7 +168,7 @@ class _Chat:
         )
 
     @classmethod
-    def of_example(cls, example: Example, tokenizer: PreTrainedTokenizerBase, place: str) -> _Chat:
+    def of_example(cls, example: Example, tokenizer: PreTrainedTokenizerBase, place: str) -> Self:
         """A whole conversation."""
         assert not isinstance(example.prompt, str)
         if isinstance(example, ChatExample):

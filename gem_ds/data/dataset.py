@@ -11,12 +11,11 @@ Labels stand on the answer tokens only and are not shifted: the loss compares `l
 `labels[:, 1:]`. Where a conversation has several answers, what lies between them is `unlearnt`.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -78,7 +77,7 @@ class Dataset:
             return int(num_answer.sum())
         return int(num_answer.sum() - self.unlearnt[positions(self.offsets, sequences)].sum())
 
-    def select(self, indices: Sequence[int]) -> Dataset:
+    def select(self, indices: Sequence[int]) -> Self:
         """The dataset of these rows, in their order."""
         index = _index(indices)
         sequences = positions(self.groups, index)

@@ -5,12 +5,10 @@ best step of all its sessions. A checkpoint is written at each new best one, wha
 checkpoints, and stays.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from gem_ds.data.metrics import METRICS
 from gem_ds.models.objective import Objective
@@ -27,7 +25,7 @@ class BestModel:
     greater_is_better: bool
 
     @classmethod
-    def of_flags(cls, train: TrainArguments) -> BestModel | None:
+    def of_flags(cls, train: TrainArguments) -> Self | None:
         """What the flags say; None where the last model is wanted."""
         if not train.load_best_model_at_end:
             return None

@@ -4,8 +4,6 @@ A line of a file ends in `\n` or `\r\n` only: U+2028 and its like may stand insi
 byte-order mark at the start is accepted.
 """
 
-from __future__ import annotations
-
 import bz2
 import codecs
 import gzip
@@ -17,7 +15,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 Fields = dict[str, object]
 
@@ -83,11 +81,11 @@ class Line:
             for number, value in enumerate(values, start=1)
         )
 
-    def nested(self, field: str) -> Line:
+    def nested(self, field: str) -> Self:
         """The object in `field`, as a line of the same place."""
         return replace(self, fields=self._container(field, dict, "an object"))
 
-    def nested_list(self, field: str) -> list[Line]:
+    def nested_list(self, field: str) -> list[Self]:
         """The objects of the list in `field`, likewise."""
         values = self.fields.get(field)
         if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
