@@ -33,10 +33,7 @@ PROGRAMS = {
     "delta diff": ("gem_ds.deltas.diff", "what two deltas of one base have in common"),
     "delta merge": ("gem_ds.deltas.merge", "several tasks' deltas as one"),
     "prune": ("gem_ds.pruning.prune_main", "a model's least weights set to 0, as a folder"),
-    "ebft": (
-        "gem_ds.pruning.ebft_main",
-        "a pruned model's blocks fitted to the dense ones",
-    ),
+    "ebft": ("gem_ds.pruning.ebft_main", "a pruned model's blocks fitted to the dense ones"),
     "report": ("gem_ds.report.main", "a run as a page: where its entries lie, its curves"),
     "compare": (
         "gem_ds.comparison.main",

@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     deltas = [Delta.load(path) for path in (args.first, args.second)]
     base = None
     if args.model_name_or_path is not None:
-        base = load_base(args.model_name_or_path, "main", deltas[0])
+        base = load_base(args.model_name_or_path, deltas[0])
         parameters = dict(base.named_parameters(remove_duplicate=False))
         for delta in deltas:
             delta.mask.check_parameters(parameters, type(base).__name__, "delta")

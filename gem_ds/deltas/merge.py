@@ -165,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.output_file.exists():
         raise ValueError(f"--output_file {args.output_file} exists: name another.")
     deltas = [Delta.load(path) for path in args.deltas]
-    base = load_base(args.model_name_or_path, "main", deltas[0])
+    base = load_base(args.model_name_or_path, deltas[0])
     merged = merge_deltas(
         deltas,
         args.weights or [1.0] * len(deltas),

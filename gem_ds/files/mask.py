@@ -91,7 +91,12 @@ class Mask:
                 raise ValueError(f"weight {name!r} is described but has no indices")
             raise ValueError(f"weight {name!r} has indices but is not described")
         for name, info in self.weights.items():
-            _check_weight(name, info)
+            if not info.shape or not all(type(size) is int and size > 0 for size in info.shape):
+                raise ValueError(f"weight {name!r} has the impossible shape {info.shape}")
+            if info.dtype not in _DTYPES:
+                raise ValueError(
+                    f"weight {name!r} has the dtype {info.dtype!r}, which no weight can have"
+                )
             _check_indices(name, self.indices[name], info.shape)
 
     def __repr__(self) -> str:
@@ -244,13 +249,6 @@ def take_tensors(
         if f"{name}.{part}" not in tensors:
             raise ValueError(f"weight {name!r} has no {part}")
     return {name: tensors.pop(f"{name}.{part}") for name in weights}
-
-
-def _check_weight(name: str, info: WeightInfo) -> None:
-    if not info.shape or not all(type(size) is int and size > 0 for size in info.shape):
-        raise ValueError(f"weight {name!r} has the impossible shape {info.shape}")
-    if info.dtype not in _DTYPES:
-        raise ValueError(f"weight {name!r} has the dtype {info.dtype!r}, which no weight can have")
 
 
 def _check_indices(name: str, indices: Tensor, shape: tuple[int, ...]) -> None:

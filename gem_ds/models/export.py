@@ -33,21 +33,18 @@ def prepare_folder(
 ) -> Callable[[Path], list[str]]:
     """What fills a folder with the base, a folder or Hub name, and the delta on it."""
     revision = delta.mask.revision_of(base)
-    refuse_own_adapter(base, revision)
-    found, files = entries_in_files(delta, base, revision), base_folder(base, revision)
+    found, files = entries_in_files(delta, base), base_folder(base, revision)
     if found is not None and (files / "config.json").is_file():
         laid = {name: partial(_laid_over, delta, each) for each, (name, _) in found.items()}
         return lambda folder: write_changed(folder, files, laid, delta.dtype)
-    model = load_base(base, revision, delta, trust_remote_code=trust_remote_code)
+    model = load_base(base, delta, trust_remote_code=trust_remote_code)
     apply_delta(model, delta)
     files = base_folder(base, getattr(model.config, "_commit_hash", None) or revision)
     trained = dict(model.named_parameters())
     return lambda folder: write_folder(folder, files, model, trained, delta.head)
 
 
-def entries_in_files(
-    delta: Delta, base: str, revision: str
-) -> dict[str, tuple[str, Tensor]] | None:
+def entries_in_files(delta: Delta, base: str) -> dict[str, tuple[str, Tensor]] | None:
     """The delta's weights in the base's files, by their names in the model; checked to be its base.
 
     To the name in the files and the mapped tensor, in the files' dtype. None where the files alone
@@ -56,6 +53,8 @@ def entries_in_files(
     hold the delta's. A ValueError where the files are damaged.
     """
     mask = delta.mask
+    revision = mask.revision_of(base)
+    refuse_own_adapter(base, revision)
     tensors = map_model(base, revision)
     names = {each: name_in_files(each, tensors) for each in [*mask.fingerprints, *mask.weights]}
     found = {each: (name, tensors[name]) for each, name in names.items() if name is not None}
@@ -81,11 +80,9 @@ def base_weights(delta: Delta, base: str, *, trust_remote_code: bool = False) ->
 
     In the files' dtype, which holds the delta's, or in the delta's. Refuses another base.
     """
-    revision = delta.mask.revision_of(base)
-    refuse_own_adapter(base, revision)
-    if (found := entries_in_files(delta, base, revision)) is not None:
+    if (found := entries_in_files(delta, base)) is not None:
         return {name: tensor for name, (_, tensor) in found.items()}
-    model = load_base(base, revision, delta, trust_remote_code=trust_remote_code)
+    model = load_base(base, delta, trust_remote_code=trust_remote_code)
     apply_delta(model, delta).revert()  # it checks
     return {name: model.get_parameter(name).detach() for name in delta.values}
 
@@ -98,9 +95,10 @@ def _laid_over(delta: Delta, name: str, base: Tensor) -> Tensor:
 
 
 def load_base(
-    base: str, revision: str, delta: Delta, *, trust_remote_code: bool = False, **options: Any
+    base: str, delta: Delta, *, trust_remote_code: bool = False, **options: Any
 ) -> PreTrainedModel:
     """The base model in the delta's dtype, complete; ``options`` are of ``from_pretrained``."""
+    revision = delta.mask.revision_of(base)
     refuse_own_adapter(base, revision)
     config = model_config(base, revision, trust_remote_code=trust_remote_code)
     if delta.head:

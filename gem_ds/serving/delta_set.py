@@ -42,9 +42,7 @@ class DeltaSet:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        find: Callable[[nn.Module, Delta], list[Swap]] = find_swaps,
+        self, model: nn.Module, find: Callable[[nn.Module, Delta], list[Swap]] = find_swaps
     ) -> None:
         """``find`` tells where a delta's entries are in the model, and refuses another base."""
         self.model = model

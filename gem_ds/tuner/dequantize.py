@@ -47,8 +47,7 @@ def on_unquantized_base(
         raise ValueError(f"The base of {folder} was not quantized: export it without --dequantize.")
     delta = entries_of(config, folder)
     base = base or delta.mask.base_model
-    revision = delta.mask.revision_of(base)
-    load = partial(load_base, base, revision, delta, trust_remote_code=trust_remote_code)
+    load = partial(load_base, base, delta, trust_remote_code=trust_remote_code)
     quantized = load(quantization_config=_quantized_by(config.base_quantization))
     changes = _trained_changes(quantized, folder)
     other = quantized.dequantize() if dequantize else load()

@@ -1,6 +1,7 @@
 """Merged deltas beside peft's dense formulas, and what the programs tell of deltas."""
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -209,3 +210,20 @@ def test_the_programs_tell_and_write(tmp_path, capsys):
     mask.save(tmp_path / "mask.safetensors")
     assert run("delta info", [str(tmp_path / "mask.safetensors")]) == 0
     assert "a mask of" in capsys.readouterr().out
+
+
+def test_the_programs_take_the_base_at_the_revision_of_the_delta(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its main branch may have moved since."""
+
+    def refuse(name: str, revision: str) -> None:
+        raise ValueError(f"{name} at {revision}")
+
+    monkeypatch.setattr("gem_ds.models.export.refuse_own_adapter", refuse)
+    delta = make_delta(base_of(), {"a.weight": [1]}, "owner/base")
+    path = str(tmp_path / "a.safetensors")
+    replace(delta, mask=replace(delta.mask, revision="v1")).save(path)
+    for program, flags in {"delta diff": [], "delta merge": ["--output_file", "merged"]}.items():
+        assert run(program, [path, path, "--model_name_or_path", "owner/base", *flags]) == 1
+        assert "owner/base at v1" in capsys.readouterr().err
