@@ -51,12 +51,9 @@ def listed_files(folder: Path) -> list[Path]:
 def foreign_files(folder: Path) -> list[str]:
     """What is in a folder, at any depth, and not listed: paths below it, empty folders included."""
     own = {*_marks(folder), *listed_files(folder)}
-    found = []
-    for root, folders, files in os.walk(folder):
-        here = [Path(root, name) for name in (*files, *folders)]
-        ends = (path for path in here if path.is_symlink() or not path.is_dir() or _is_empty(path))
-        found += [path for path in ends if path not in own]
-    return sorted(str(path.relative_to(folder)) for path in found)
+    found = (path for path in folder.rglob("*") if path not in own)  # which follows no links
+    ends = (path for path in found if path.is_symlink() or not path.is_dir() or _is_empty(path))
+    return sorted(str(path.relative_to(folder)) for path in ends)
 
 
 def refuse_foreign(folder: Path) -> None:
