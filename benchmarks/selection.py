@@ -53,7 +53,7 @@ class Problem:
             module = nn.Linear(size, size, bias=False)
             with torch.no_grad():
                 module.weight.normal_(std=0.02, generator=generator)
-            self.layers.append(TargetLayer(f"layers.{i}", module))
+            self.layers.append(TargetLayer(f"layers.{i}.weight", module))
         generator.manual_seed(comm.rank + 1)
         self.dy, self.x = (torch.randn(TOKENS, size, generator=generator) for _ in range(2))
         self.partition = -(-self.numel // comm.world_size)

@@ -10,8 +10,10 @@ import torch
 from benchmarks.steps.host_tensors import HostTensors
 from benchmarks.steps.operations import count_operations
 from benchmarks.steps.shapes import SHAPES, adapter_size
+from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.zero_config import read_config
-from gem_ds.planning.forecast import Setting, forecast
+from gem_ds.planning.forecast import forecast
+from gem_ds.planning.subject import Setting
 from gem_ds.train.arguments import parse_arguments
 from tests.tiny import DS_CONFIGS
 from tests.tiny_model import REPOSITORY
@@ -92,6 +94,13 @@ def test_reads_of_the_hosts_own_tensors_are_no_waits():
             assert found["host_waits"] == num_waits
         assert count_operations(lambda: made + placed)["launches"] == 1
         assert count_operations(lambda: made + made)["launches"] == 0
+
+
+def test_selection_is_timed_over_shards_and_over_gathered_matrices(monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+    problem = import_module("selection").Problem(Comm(torch.device("cpu")), 16, 2)
+    assert problem.sharded() > 0
+    assert problem.gathered() > 0
 
 
 def test_a_block_of_gem_launches_hardly_more_than_a_frozen_one_and_lora_does(monkeypatch):
