@@ -72,7 +72,7 @@ def run(program: str, argv: Sequence[str] | None = None) -> int:
     from safetensors import SafetensorError
 
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, to each other
-    module, rank = import_module(PROGRAMS[program][0]), int(os.environ.get("RANK", 0))
+    module, rank = import_module(PROGRAMS[program][0]), int(os.environ.get("RANK") or 0)
     try:
         result = module.main(argv)
         return result if isinstance(result, int) else 0

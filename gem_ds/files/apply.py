@@ -24,7 +24,7 @@ _REPLACED = WeakTensorKeyDictionary()
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Swap:
-    """Entries of one weight of a delta where the model has them, on its device."""
+    """Entries of one weight of a delta where the model has them."""
 
     weight: str  # its name in the delta
     tensor: Tensor  # a parameter, or what else holds the entries
@@ -43,7 +43,7 @@ class AppliedDelta:
     """
 
     def __init__(self, swaps: list[Swap]) -> None:
-        self._swaps = swaps
+        self._replaced = [(swap.tensor, swap.indices, swap.base) for swap in swaps]
         self._key = object()  # in _REPLACED, which must not keep the parameters alive
         for swap in swaps:
             if swap.indices is not None:
@@ -56,10 +56,11 @@ class AppliedDelta:
 
         The model may have moved to another device since, but must have kept its dtype.
         """
-        while self._swaps:
-            swap = self._swaps[-1]
-            write_entries(swap.tensor, swap.indices, swap.base)
-            _REPLACED.get(self._swaps.pop().tensor, {}).pop(self._key, None)
+        while self._replaced:
+            tensor, indices, base = self._replaced[-1]
+            write_entries(tensor, indices, base)
+            self._replaced.pop()
+            _REPLACED.get(tensor, {}).pop(self._key, None)
 
     def __enter__(self) -> AppliedDelta:
         return self
@@ -100,19 +101,11 @@ def find_swaps(model: nn.Module, delta: Delta) -> list[Swap]:
     entries = delta.mask.indices | dict.fromkeys(delta.head)
     base = {name: _read(parameters[name], index) for name, index in entries.items()}
     _check_base(delta, base, parameters)
-    swaps, values = [], delta.values | delta.head
-    for name, index in entries.items():
-        parameter = parameters[name]
-        swaps.append(
-            Swap(
-                weight=name,
-                tensor=parameter,
-                indices=None if index is None else index.to(parameter.device),
-                base=base[name],
-                values=values[name].to(parameter.device),
-            )
-        )
-    return swaps
+    values = delta.values | delta.head
+    return [
+        Swap(weight=n, tensor=parameters[n], indices=index, base=base[n], values=values[n])
+        for n, index in entries.items()
+    ]
 
 
 def _check_parameters(parameters: Mapping[str, nn.Parameter], delta: Delta) -> None:

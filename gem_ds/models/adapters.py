@@ -56,12 +56,8 @@ def add_adapter(
     else:
         options = options | {"feedforward_modules": []} if targets else {}
     head_modules = sorted({name.rpartition(".")[0] for name in head})
-    kinds: dict[str, Any] = {
-        "lora": peft.LoraConfig,
-        "shira": peft.ShiraConfig,
-        "ia3": peft.IA3Config,
-    }
-    config = kinds[method](modules_to_save=head_modules or None, **options)
+    kind = {"lora": "LoraConfig", "shira": "ShiraConfig", "ia3": "IA3Config"}[method]
+    config = getattr(peft, kind)(modules_to_save=head_modules or None, **options)
     try:
         # In the model's dtype: the optimizer keeps fp32 masters of what DeepSpeed trains, and its
         # stage 3 takes no two dtypes.

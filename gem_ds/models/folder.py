@@ -76,7 +76,7 @@ def write_folder(
     Raises:
         ValueError: The base's files have no place for a parameter.
     """
-    new = _as_in_files(model, trained, map_model(str(base)))
+    new = _as_in_files(model, trained, set(map_model(str(base))))
     prefix = f"{model.base_model_prefix}."
     dtypes = _write_weights(folder, base, new, lambda name, old: new[name], prefix, head)
     return _write_others(folder, base, dtypes, model if head else None)
@@ -90,8 +90,8 @@ def write_changed(
     ``changed`` has by name what makes of the base's weight the trained one, in the `dtype` of the
     training, whose values the base's dtype has. One weight at a time is in memory.
     """
-    old = map_model(str(base))
-    new = {name: torch.empty_like(old[name], dtype=dtype, device="meta") for name in changed}
+    shapes = {name: old.shape for name, old in map_model(str(base)).items() if name in changed}
+    new = {n: torch.empty(shape, dtype=dtype, device="meta") for n, shape in shapes.items()}
     dtypes = _write_weights(folder, base, new, lambda name, old: changed[name](old))
     return _write_others(folder, base, dtypes, None)
 

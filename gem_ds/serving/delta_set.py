@@ -72,7 +72,7 @@ class DeltaSet:
         if name in self._swaps:
             raise ValueError(f"there is a delta {name!r} already: remove it, or name this another")
         with self.using(None):  # so that the base is what is compared and kept
-            self._swaps[name] = self._find_swaps(self.model, delta)
+            self._swaps[name] = [_placed(s) for s in self._find_swaps(self.model, delta)]
             return self._swaps[name]
 
     def remove(self, name: str) -> None:
@@ -151,3 +151,10 @@ class DeltaSet:
         for swap in swaps:
             write_entries(swap.tensor, swap.indices, swap.values)
         self._is_whole = True
+
+
+def _placed(swap: Swap) -> Swap:
+    """The swap with all that is written on the model's device, so that nothing is copied there."""
+    device = swap.tensor.device
+    indices = None if swap.indices is None else swap.indices.to(device)
+    return replace(swap, indices=indices, values=swap.values.to(device))

@@ -92,14 +92,13 @@ def pack_values(mask: Mask, values: Mapping[str, Tensor]) -> bytearray:
 
 def unpack_values(mask: Mask, payload: bytearray) -> dict[str, Tensor]:
     """The inverse of `pack_values`."""
-    values = _zeros(mask)
+    values, read = _zeros(mask), memoryview(payload)
     expected = sum(value.nbytes for value in values.values())
     if len(payload) != expected:
         raise ValueError(f"{len(payload)} bytes are not the values of this mask ({expected} bytes)")
     start = 0
     for value in values.values():
-        part = payload[start : start + value.nbytes]
-        value.view(torch.uint8).numpy().data[:] = part
+        value.view(torch.uint8).numpy().data[:] = read[start : start + value.nbytes]
         start += value.nbytes
     return values
 

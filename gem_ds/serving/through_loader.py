@@ -68,7 +68,7 @@ def swaps_through_loader(model: nn.Module, delta: Delta) -> list[Swap]:
                     tensor=flat,
                     indices=indices,
                     base=flat[indices],
-                    values=values[chosen].to(flat.device),
+                    values=values[chosen],
                     chosen=chosen,
                 )
             )

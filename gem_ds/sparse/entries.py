@@ -213,14 +213,17 @@ class SelectedEntries(TrainedEntries):
 
     def kernels(self) -> list[str]:
         """Per layer that has entries, the kernel that computes its sampled gradient."""
-        kernels, device, dtype = list[str](), self.engine.device.type, self.engine.dtype
-        for layer, pattern in zip(self.layers, self._patterns, strict=True):
-            auto = "grouped"
-            if not isinstance(layer, ExpertsLayer):
-                auto = choose_kernel(device, dtype, pattern.shape, pattern.num_entries)
-            if pattern.num_entries:
-                kernels.append(auto if self.kernel == "auto" else self.kernel)
-        return kernels
+        device, dtype = self.engine.device.type, self.engine.dtype
+
+        def kernel_of(layer: TargetLayer, pattern: Pattern) -> str:
+            if self.kernel != "auto":
+                return self.kernel
+            if isinstance(layer, ExpertsLayer):
+                return "grouped"
+            return choose_kernel(device, dtype, pattern.shape, pattern.num_entries)
+
+        pairs = zip(self.layers, self._patterns, strict=True)
+        return [kernel_of(*pair) for pair in pairs if pair[1].num_entries]
 
 
 class HeadEntries(TrainedEntries):
