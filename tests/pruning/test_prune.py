@@ -100,6 +100,15 @@ def test_the_lowest_become_0_and_nothing_else_changes(
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def test_a_pruned_model_keeps_its_zeros_where_entries_are_selected():
+    model = _model("llama")
+    gem_ds.prune(model, "2:4")
+    mask = gem_ds.select_mask(model, rule="magnitude", density="0.05")
+    assert mask.settings["keep_zeros"]
+    for name, index in mask.indices.items():
+        assert bool(model.get_parameter(name).detach().flatten()[index.long()].all())
+
+
 def test_experts_that_are_one_parameter_are_nothing_to_prune():
     with pytest.raises(ValueError, match="--target_modules experts names nothing that can be"):
         gem_ds.prune(make_model("mixtral"), 0.5, target_modules="experts")

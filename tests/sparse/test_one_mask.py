@@ -93,9 +93,16 @@ GIVEN = {
 }
 
 
+#: Rules that look at weights, whose dtype is another in the last setting.
+OF_WEIGHTS = ("quantised by magnitude", "quantised by lift")
+
+
 def _given(setting: Setting) -> list[str]:
-    """The names of a setting's cases: one setting sees every rule, the others GEM."""
-    return [name for name in GIVEN if setting == SETTINGS[1] or " by " not in name]
+    """The names of a setting's cases: one sees every rule, the others GEM and two in bf16."""
+    if setting == SETTINGS[1]:
+        return list(GIVEN)
+    more = OF_WEIGHTS if setting.dtype == "bf16" else ()
+    return [name for name in GIVEN if " by " not in name or name in more]
 
 
 #: Statistics, and the matrices to be named; the culprits lie on one rank only.

@@ -14,8 +14,10 @@ from safetensors.torch import load_file
 
 from gem_ds.errors import PeerError
 from gem_ds.files.checkpoint import Checkpoint, find_checkpoint, load_delta
+from gem_ds.files.mask import Mask
+from gem_ds.select.rules import SPARSE_METHODS
 from gem_ds.train import main as train
-from tests.ranks import run_ranks
+from tests.ranks import run_ranks, told_as
 from tests.runs import assert_same_delta, delta_of, rows_of
 from tests.tiny_model import REPOSITORY, Tiny, joined, one_rank
 from tests.tiny_tasks import make_bert, task_of
@@ -164,6 +166,21 @@ def test_every_kind_of_method_trains(tiny, results):
             chosen[method] = str([index.tolist() for index in delta.mask.indices.values()])
     del chosen["auto_rgn"]  # surgical at other rates
     assert len(set(chosen.values())) == len(chosen)
+
+
+def test_every_other_rule_selects_by_its_name(tiny, tmp_path):
+    """A mask of K entries on one rank, each rule another."""
+    chosen = {}
+    with one_rank():
+        for method in sorted(set(SPARSE_METHODS) - set(SPARSE)):
+            with told_as(method):
+                train.main(tiny.flags(tmp_path / method, method=method, max_steps=0))
+                mask = Mask.load(tmp_path / method / "mask.safetensors")
+                assert mask.method == method
+            chosen[method] = mask
+    assert len({mask.num_selected for mask in chosen.values()}) == 1
+    indices = {str([i.tolist() for i in mask.indices.values()]) for mask in chosen.values()}
+    assert len(indices) == len(chosen)
 
 
 def test_a_checkpoint_is_the_delta_of_its_step(tiny, results):

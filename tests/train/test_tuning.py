@@ -131,7 +131,7 @@ class Plan:
 
 
 #: By world size. Every stage, dtype and variant of an engine is test_engine.py's: here each method
-#: is once where weights are whole and once where they are cut.
+#: is once where weights are whole and once where they are cut, which SHiRA refuses.
 PLANS = {
     1: [
         Plan("full", "llama", Setting(3, variant="offload"), 3),
@@ -150,11 +150,12 @@ PLANS = {
         Plan("bitfit", "bert", Setting(3)),
         Plan("lora", "llama", Setting(0)),
         Plan("lora", "bert", Setting(3), 3),
-        Plan("ia3", "llama", Setting(3)),
+        *(Plan("ia3", "llama", Setting(stage)) for stage in (0, 3)),
         Plan("shira", "llama", Setting(2)),
         *(Plan("gem", "bert", Setting(stage), scales_rates=True) for stage in (1, 3)),
         Plan("gem", "bert", Setting(0), sam_rho=0.3),
         Plan("gem", "bert", Setting(3), 1, sam_rho=0.3, draws_layers=True),
+        Plan("gem", "bert", Setting(0, "bf16")),
         *(Plan("full", "llama", Setting(stage, "bf16")) for stage in (0, 3)),
         Plan("lora", "bert", Setting(3, "bf16")),
         Plan("gem", "bert", Setting(3, "bf16"), sam_rho=0.3),

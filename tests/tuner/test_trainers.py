@@ -139,12 +139,14 @@ def by_transformers(base: str, options: dict[str, Any]) -> Trainer:
     return sequential(Trainer)(model=model, args=args, train_dataset=examples())
 
 
-def sft(model: Any, rows: list[Any], options: dict[str, Any], **more: Any) -> Trainer:
-    """An ``SFTTrainer``, its examples tokenized before."""
+def sft(
+    model: Any, rows: list[Any], options: dict[str, Any], *, in_order: bool = True, **more: Any
+) -> Trainer:
+    """An ``SFTTrainer``, its examples tokenized before; shuffled by itself if not in order."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    made: Any = sequential(SFTTrainer)
+    made: Any = sequential(SFTTrainer) if in_order else SFTTrainer
     options = {"bf16": False, "max_length": None, "completion_only_loss": True} | options
     return made(  # type: ignore[no-any-return]
         model,
@@ -409,7 +411,7 @@ def select_on_ranks(folder: str) -> dict[str, dict[str, Tensor]]:
     trainers = {"": sequential(Trainer)(model=model, args=args, train_dataset=examples())}
     for packing in (False, True):
         own = options | {"max_length": 12, "packing": packing}
-        trainers["packed" if packing else "padded"] = sft(model, answers(), own)
+        trainers["packed" if packing else "padded"] = sft(model, answers(), own, in_order=False)
     masks = {
         name: gem_ds.select_mask_with(trainer, density="0.02").indices
         for name, trainer in trainers.items()
