@@ -135,6 +135,7 @@ class Plan:
 PLANS = {
     1: [
         Plan("full", "llama", Setting(3, variant="offload"), 3),
+        Plan("ia3", "llama", Setting(0)),
         Plan("gem", "bert", Setting(0), 3, scales_rates=True),
         Plan("gem", "bert", Setting(0), sam_rho=0.3),
         Plan("gem", "bert", Setting(0), sam_rho=0.3, draws_layers=True),
@@ -150,7 +151,7 @@ PLANS = {
         Plan("bitfit", "bert", Setting(3)),
         Plan("lora", "llama", Setting(0)),
         Plan("lora", "bert", Setting(3), 3),
-        *(Plan("ia3", "llama", Setting(stage)) for stage in (0, 3)),
+        Plan("ia3", "llama", Setting(3)),
         Plan("shira", "llama", Setting(2)),
         *(Plan("gem", "bert", Setting(stage), scales_rates=True) for stage in (1, 3)),
         Plan("gem", "bert", Setting(0), sam_rho=0.3),
