@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 from gem_ds.evaluate.sandbox import candidate, confine, kernel, room, system_calls
@@ -18,7 +19,7 @@ from gem_ds.evaluate.sandbox.kernel import ProcessTable, fork
 _FIRST_LENT = 1_000_000_000  # identity: far from what systems and containers give out
 
 
-class _RoomlessJail:
+class _RoomlessJail(ABC):
     """What the levels without a room of ours share; methods as those of `NamespaceJail`."""
 
     def __init__(self, packages: Sequence[str], *, hides_files: bool) -> None:
@@ -52,8 +53,9 @@ class _RoomlessJail:
         """Kills all that descends from the server."""
         self.processes.end_descendants(self._identity)
 
+    @abstractmethod
     def _become_candidate(self, job: int, channel: int, memory_mb: int) -> None:
-        raise NotImplementedError
+        """Confines the calling process and runs the candidate in it."""
 
 
 class BubblewrapJail(_RoomlessJail):
