@@ -91,7 +91,8 @@ class Entries:
     parameter: nn.Parameter
     flat_index: Tensor  # int [k], ascending
     own: slice  # of the k, those that this rank writes
-    shard_index: Tensor  # int64, where these are in its part of the weight, on that part's device
+    #: Where these are in its part of the weight: int64, on that part's device; None: all of it.
+    shard_index: Tensor | None
 
 
 class Weights:
@@ -155,6 +156,8 @@ class Weights:
         """Entries of a weight at ascending flat indices [k], to be written again and again."""
         bounds = self.shard_range(parameter) if self.stage == 3 else (0, numel(parameter))
         own = within(flat_index, bounds)
+        if own.stop - own.start == bounds[1] - bounds[0]:
+            return Entries(parameter, flat_index, own, None)
         shard_index = flat_index[own].long() - bounds[0]
         return Entries(parameter, flat_index, own, shard_index.to(self._writable(parameter).device))
 
@@ -166,11 +169,15 @@ class Weights:
         """
         parts = values.split([part.flat_index.numel() for part in entries])
         own = [part[place.own] for place, part in zip(entries, parts, strict=True)]
-        device = entries[0].shard_index.device
+        device = self._writable(entries[0].parameter).device
         if device != values.device:
             own = list(torch.cat(own).to(device).split([part.numel() for part in own]))
         for place, mine, whole in zip(entries, own, parts, strict=True):
-            self._writable(place.parameter).index_copy_(0, place.shard_index, mine)
+            written = self._writable(place.parameter)
+            if place.shard_index is None:
+                written[: mine.numel()] = mine
+            else:
+                written.index_copy_(0, place.shard_index, mine)
             if self.stage == 3 and _is_gathered(place.parameter):
                 place.parameter.data.view(-1)[place.flat_index] = whole
         if self.stage == 3:

@@ -123,7 +123,9 @@ class _Rank:
         if self.is_sparse:
             held["selected values"] = self.itemsize * (total if self.stage < 3 else own)
             copied = zip(self.subject.counts, self.subject.num_used, strict=True)
-            held["indices"] = _FP32 * total + _INT64 * (total if self.stage < 3 else own)
+            by_index = self.subject.num_written_by_index
+            by_index = by_index if self.stage < 3 else self.part(by_index)
+            held["indices"] = _FP32 * total + _INT64 * by_index
             held["indices"] += _FP32 * sum(count for count, used in copied if used is not None)
             held["indices"] += self.subject.strips_bytes
             if self.on_cpu:  # what a GPU's host keeps: the values before

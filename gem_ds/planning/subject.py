@@ -21,7 +21,7 @@ from gem_ds.models.loss import chunked_answer_loss, plain_output_layer, summed_a
 from gem_ds.planning.live import LiveBytes, flash_attention
 from gem_ds.sddmm import choose_kernel
 from gem_ds.sddmm.memory import picking_bytes, strips_bytes, temporary_bytes
-from gem_ds.select.rules import SPARSE_METHODS
+from gem_ds.select.rules import RULES, SPARSE_METHODS
 from gem_ds.sparse.entries import WholeSink
 from gem_ds.sparse.kinds import ExpertsLayer
 from gem_ds.sparse.layers import NoGradient, Sink, TargetLayer
@@ -96,10 +96,17 @@ class Subject:
 
     @cached_property
     def counts(self) -> list[int]:
-        """Selected entries of each layer: budgets are not known, it gets a share by its size."""
-        layers = self.layers or ()
-        available = sum(layer.numel for layer in layers)
-        return [self.num_selected * layer.numel // available for layer in layers]
+        """Selected entries of each layer: as its rule shares them if scores go by the sizes."""
+        if self.layers is None:
+            return []
+        sizes = [layer.numel for layer in self.layers]
+        return RULES[self.args.method.method].share(sizes, sizes, self.num_selected)
+
+    @property
+    def num_written_by_index(self) -> int:
+        """Selected entries of the layers that are not selected as a whole."""
+        pairs = zip(self.layers or (), self.counts, strict=True)
+        return sum(count for layer, count in pairs if count < layer.numel)
 
     @cached_property
     def num_used(self) -> list[int | None]:

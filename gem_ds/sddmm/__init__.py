@@ -11,6 +11,7 @@ one micro-batch's product of experts, in one launch on a GPU, is rounded to bf16
 Several kernels compute the same (:mod:`gem_ds.sddmm.kernels`); which one is used when stands
 in :mod:`gem_ds.sddmm.choice`, with the measurements behind it.
 
+    whole     the product added as it is, where all entries are selected
     dense     the whole product, picked and dropped
     tiled     the same by tiles of rows; nothing larger than a tile is made
     gather    factors gathered entry by entry, in blocks of entries and tokens

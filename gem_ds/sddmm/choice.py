@@ -15,7 +15,8 @@ evenly), which gives at 4096 x 4096 in fp32, in microseconds per token:
     1 %           23                  101      108
     5 %           63                  107      108
 
-``dense`` is never chosen: it is as fast as ``tiled`` and makes more.
+``dense`` is never chosen: it is as fast as ``tiled`` and makes more. Where all entries are selected
+there is nothing to pick, and the product is added as it is.
 
 No GPU was measured; for one the same formula holds bytes and operations, over what an H100 does:
 
@@ -44,6 +45,7 @@ from typing import NamedTuple
 import torch
 
 KERNELS = ("dense", "tiled", "gather", "library", "triton")
+WHOLE = "whole"  # what auto takes where all entries are selected
 
 
 class Costs(NamedTuple):
@@ -87,6 +89,8 @@ def choose_kernel(
     device_type: str, dtype: torch.dtype, shape: tuple[int, int], num_entries: int
 ) -> str:
     """Name the kernel that ``auto`` takes; ``dtype`` is that of dy and x."""
+    if num_entries == shape[0] * shape[1]:
+        return WHOLE
     costs = COSTS.get((device_type, dtype == torch.float32), {"tiled": Costs()})
     kernels = [
         kernel for kernel in costs if kernel != "triton" or (_has_triton() and _has_compiler())

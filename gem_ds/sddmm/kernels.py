@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gem_ds.sddmm.choice import choose_kernel
+from gem_ds.sddmm.choice import WHOLE, choose_kernel
 from gem_ds.sddmm.strips import Strips
 
 #: What a tile of the dense product may take. On a CPU about a cache, with enough rows for an
@@ -129,6 +129,11 @@ def _adds_to_fp32() -> bool:
 # The kernels
 
 
+def add_whole(out: Tensor, dy: Tensor, x: Tensor, pattern: Pattern) -> None:
+    """Makes nothing: adds the product itself, where all entries are selected."""
+    add_product(out.view(pattern.shape), dy, x)
+
+
 def add_dense(out: Tensor, dy: Tensor, x: Tensor, pattern: Pattern) -> None:
     """Makes the whole product: 4 bytes for each entry of the matrix."""
     out += product(dy, x).view(-1).index_select(0, pattern.flat_index)
@@ -210,6 +215,7 @@ def _add_triton(out: Tensor, dy: Tensor, x: Tensor, pattern: Pattern) -> None:
 
 
 _KERNELS = {
+    WHOLE: add_whole,
     "dense": add_dense,
     "tiled": add_tiled,
     "gather": add_gathered,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gem_ds.sddmm import grouped, kernels, strips
+from gem_ds.sddmm.choice import WHOLE
 
 _FP32 = 4  # bytes
 
@@ -22,6 +23,8 @@ def temporary_bytes(
     rows, columns = shape
     # On a CPU a product of low precision copies its factors, some tokens at a time.
     copied = min(tokens, kernels.DENSE_TOKENS) * _FP32 if on_cpu and itemsize < _FP32 else 0
+    if kernel == WHOLE:
+        return copied * (rows + columns)
     if kernel == "dense":
         picked = _FP32 * num_entries
         return _FP32 * rows * columns + max(copied * (rows + columns), picked)

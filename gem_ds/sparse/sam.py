@@ -44,10 +44,14 @@ def perturbed(parts: Sequence[TrainedEntries], rho: float) -> Iterator[Tensor]:
     values = [part.values() for part in parts]
     comm = parts[0].engine.comm
     gradients = [comm.all_reduce(part.vector.take_gradient(), "sum") for part in parts]
-    norms = [_norm(gradient) for gradient in parts[0].split(gradients[0]).values()]
-    of_layers = torch.stack(norms) / parts[0].engine.loss_scale
-    for part, there in zip(parts, _perturbed_values(values, gradients, rho), strict=True):
-        part.write(there)
+    norms = [
+        torch.stack([_norm(slice_) for slice_ in part.split(gradient).values()])
+        for part, gradient in zip(parts, gradients, strict=True)
+    ]
+    of_layers = norms[0] / parts[0].engine.loss_scale
+    norm = _norm(torch.cat(norms))
+    for part, before, gradient in zip(parts, values, gradients, strict=True):
+        part.write(_perturbed_values(before, gradient, rho, norm))
     try:
         yield of_layers
     finally:
@@ -61,12 +65,7 @@ def _norm(gradient: Tensor) -> Tensor:
     return norm
 
 
-def _perturbed_values(
-    values: Sequence[Tensor], gradients: Sequence[Tensor], rho: float
-) -> Iterator[Tensor]:
-    """Per part w + e, [K], of its values w; the gradients are consumed."""
-    norm = _norm(torch.stack([_norm(gradient) for gradient in gradients]))
-    is_usable = norm.isfinite() & (norm > 0)
-    for before, gradient in zip(values, gradients, strict=True):
-        there = gradient.mul_((rho / norm).float()).add_(before)
-        yield torch.where(is_usable, there.to(before.dtype), before)
+def _perturbed_values(before: Tensor, gradient: Tensor, rho: float, norm: Tensor) -> Tensor:
+    """The values w + e, [K]; the gradient is consumed."""
+    there = gradient.mul_((rho / norm).float()).add_(before)
+    return torch.where(norm.isfinite() & (norm > 0), there.to(before.dtype), before)

@@ -40,6 +40,28 @@ def test_a_kernel_holds_what_is_foretold(kernel, tokens, shape, num_entries, dty
     assert foretold == pytest.approx(live.peak, rel=0.02)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("tokens", [100, 1100])
+def test_a_whole_matrix_makes_copies_of_its_factors_at_most(tokens, dtype):
+    shape = 600, 700
+    pattern = Pattern.of(torch.arange(600 * 700, dtype=torch.int32), shape)
+    dy, x = torch.randn(tokens, 600).to(dtype), torch.randn(tokens, 700).to(dtype)
+    out = torch.zeros(600 * 700)
+    live = LiveBytes()
+    live.know(torch.nn.ParameterList(torch.nn.Parameter(t, False) for t in (dy, x, out)))
+    with live:
+        add_sampled_product(out, dy, x, pattern)
+    foretold = temporary_bytes(
+        "whole",
+        tokens=tokens,
+        shape=shape,
+        num_entries=600 * 700,
+        itemsize=dy.element_size(),
+        on_cpu=True,
+    )
+    assert foretold == pytest.approx(live.peak, rel=0.02)
+
+
 @pytest.mark.parametrize("num_entries", [0, 200, 3000, 100_000])
 def test_strips_keep_no_more_than_is_foretold(num_entries):
     """Hardly less where few entries share any, or all possible strips have some."""

@@ -27,7 +27,7 @@ def test_the_flag_takes_the_kernels():
         ((4096, 11008), 4096 * 11008 // 100, "library"),
         ((4096, 4096), 4096 * 4096 // 3, "tiled"),
         ((768, 768), 768 * 768 // 10, "tiled"),
-        ((768, 768), 768 * 768, "tiled"),
+        ((768, 768), 768 * 768 - 1, "tiled"),
     ],
 )
 def test_on_a_cpu_where_the_measurements_leave_no_doubt(shape, num_entries, kernel, dtype):
@@ -49,6 +49,11 @@ def test_on_a_gpu_few_entries_are_for_triton_where_it_runs(
             "triton" if has_triton and has_compiler else "tiled"
         )
         assert choose_kernel("cuda", dtype, shape, many) == "tiled"
+
+
+def test_of_a_whole_matrix_nothing_is_picked():
+    for device_type, dtype in itertools.product(("cpu", "cuda", "xpu"), DTYPES):
+        assert choose_kernel(device_type, dtype, (50, 80), 4000) == "whole"
 
 
 @pytest.mark.parametrize("num_entries", [3, 1500, 4000])
