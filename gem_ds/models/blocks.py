@@ -45,7 +45,7 @@ def model_of(config: PretrainedConfig, *, trust_remote_code: bool = False, **opt
 def enable_checkpointing(model: PreTrainedModel) -> None:
     """Let the blocks of a model recompute their activations in the backward pass."""
     enable = getattr(model, "activation_checkpointing_enable", None)
-    # A reentrant block would run a backward of its own (see `gem_ds.sparse.layers`).
+    # A reentrant block would run a backward of its own (see `gem_ds.sparse.flat_values`).
     (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     stop_input_gradients(model)
 

@@ -9,7 +9,8 @@ and names a tokenizer class that it does not know, so the same weights are anoth
 
 What differs from the base: a dtype that cannot hold the trained values exactly becomes theirs, and
 config.json says so; an encoder that got a task head has the names of its new class, and config.json
-its labels. Hidden files, subfolders and weights of other formats (`.gguf`, `.h5`, ...) stay behind.
+its labels. Hidden files, subfolders (but `additional_chat_templates`) and weights of other formats
+(`.gguf`, `.h5`, ...) stay behind.
 """
 
 from __future__ import annotations

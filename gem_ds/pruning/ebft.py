@@ -7,7 +7,8 @@ Block after block, over batches of calibration text, with all that is pruned lef
     minimize  mean((f_l(w, s_l) - d_{l+1})^2)          over the entries of w that are not 0, by Adam
     s_{l+1} = f_l(w, s_l)                              w fitted
 
-f_l is block l of the pruned model, w the matrices of its linear layers, s its hidden states, and d
+f_l is block l of the pruned model, w those matrices of its linear layers that were pruned (more
+than 5 % zeros, unless a mask names others), s its hidden states, and d
 those of the dense model. One block of each model at a time is on the device, and Adam's moments
 and fp32 masters are those of one block. What differs from the authors' code: there the target is
 what the dense block makes of s_l, so that an error of the blocks before stays; and norms and biases
@@ -61,7 +62,8 @@ def fit_blocks(
         batches: what the models are called with, each a step of Adam in every epoch; without
             padding, which would count.
         target_modules: as in training (default: all linear layers but the output layer). Their
-            weights' entries that are not 0 are trained, those outside the blocks excepted.
+            weights' entries that are not 0 are trained, where more than 5 % are 0 and the weight
+            lies in a block.
         mask: entries of the pruned model to train instead, those that are 0 excepted.
         learning_rate: of the first step of each block; it falls linearly to 0.
         epochs: passes over the batches for each block.

@@ -6,7 +6,7 @@ have each value of the digit, the counts are summed, and the digit of the k-th s
 off. Three digits of 11, 10 and 10 bits settle it, for all layers at once. The scores are read
 twice: to count their first digits, and to copy out the few entries whose first digit is that of the
 k-th or higher, the *candidates*, which all else is about. What crosses the network is three
-histograms and one small table of ties, whatever the size of the model and the number of layers.
+histograms and one small table of ties: four messages, 32 KiB for each layer whatever its size.
 
 Equal scores go to the lowest flat index of the whole matrix, so that the choice is the same for
 any number of ranks.

@@ -289,7 +289,7 @@ class TrainArguments:
     save_total_limit: Count | None = option(None, "Keep only the newest checkpoints.")
     load_best_model_at_end: bool = option(
         False,
-        "Sparse methods: deliver the best of the models that were measured on held-out examples "
+        "Deliver the best of the models that were measured on held-out examples "
         "after a step, not the last; each new best one gets a checkpoint, which stays.",
     )
     metric_for_best_model: str | None = option(
