@@ -1,7 +1,7 @@
 """Which layers a step trains: drawn by a bandit that goes by the norms of their gradients.
 
 Of n layers one is drawn with its probability p, by itself; sum(p) = share n, and p = share at
-first. After a step, for the drawn layers D and the norms g of their gradients:
+first. (Layers without a trained entry have p = 0 and do not count.) After a step, for the drawn layers D and the norms g of their gradients:
 
     loss_l = max((g_j / p_j)^2 over D) - (g_l / p_l)^2                         importance weighted
     v_l    = p_l exp(-rate loss_l / p_l) for l in D, p_l for the others        EXP3's update
@@ -52,10 +52,12 @@ class LayerDraws:
         if not all(map(math.isfinite, gains.values())):
             return
         largest = max(gains.values())
+        total = self.share * sum(p > 0 for p in self.probabilities)
         weights = list(self.probabilities)
         for i, gain in gains.items():
             weights[i] *= math.exp(-RATE * (largest - gain) / weights[i])
-        self.probabilities[:] = [max(p, LEAST) for p in capped(weights, self.share * len(weights))]
+        shares = zip(self.probabilities, capped(weights, total), strict=True)
+        self.probabilities[:] = [max(p, LEAST) if before else 0.0 for before, p in shares]
 
 
 def capped(weights: Sequence[float], total: float) -> list[float]:

@@ -45,13 +45,14 @@ def perturbed(parts: Sequence[TrainedEntries], rho: float) -> Iterator[Tensor]:
     comm = parts[0].engine.comm
     gradients = [comm.all_reduce(part.vector.take_gradient(), "sum") for part in parts]
     norms = [
-        torch.stack([_norm(slice_) for slice_ in part.split(gradient).values()])
-        for part, gradient in zip(parts, gradients, strict=True)
+        torch.stack([_norm(slice_) for slice_ in part.split(summed).values()])
+        for part, summed in zip(parts, gradients, strict=True)
     ]
-    of_layers = norms[0] / parts[0].engine.loss_scale
+    # A rank's loss is multiplied by the number of ranks, since engines take means over them.
+    of_layers = norms[0] / (parts[0].engine.loss_scale * comm.world_size)
     norm = _norm(torch.cat(norms))
-    for part, before, gradient in zip(parts, values, gradients, strict=True):
-        part.write(_perturbed_values(before, gradient, rho, norm))
+    for part, before in zip(parts, values, strict=True):
+        part.write(_perturbed_values(before, gradients.pop(0), rho, norm))
     try:
         yield of_layers
     finally:

@@ -243,9 +243,11 @@ class Run:
             return None
         if not train.sam_layers or self.sparse is None:
             return Sam(train.sam_rho)
-        num_layers = len(self.sparse.layers)
-        state.layer_probabilities = state.layer_probabilities or [train.sam_layers] * num_layers
-        state.layer_updates = state.layer_updates or [self.engine.num_updates] * num_layers
+        counts = [index.numel() for index in self.sparse.entries.flat_indices]
+        state.layer_probabilities = state.layer_probabilities or [
+            train.sam_layers if count else 0.0 for count in counts
+        ]
+        state.layer_updates = state.layer_updates or [self.engine.num_updates] * len(counts)
         draws = LayerDraws(
             state.layer_probabilities, state.layer_updates, train.sam_layers, train.seed
         )

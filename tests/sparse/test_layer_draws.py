@@ -56,3 +56,17 @@ def test_norms_that_are_not_finite_teach_nothing():
     draws.update([True, True], [float("inf"), 1.0])
     assert draws.probabilities == [0.5, 0.5]
     assert draws.num_updates == [1, 1]
+
+
+def test_layers_without_entries_are_never_drawn_and_do_not_count():
+    """The others are drawn as if there were no more."""
+    some, all_ = _draws(3, 0.4), LayerDraws([0.0, 0.4, 0.4, 0.0, 0.4], [0] * 5, 0.4, seed=3)
+    noise = torch.Generator().manual_seed(0)
+    for step in range(60):
+        norms = torch.rand(3, generator=noise).tolist()
+        first, second, third = some.draw(step)
+        some.update([first, second, third], norms)
+        all_.update([False, first, second, False, third], [0.0, norms[0], norms[1], 0.0, norms[2]])
+        assert all_.probabilities[1:3] + all_.probabilities[4:] == pytest.approx(some.probabilities)
+        assert all_.probabilities[0] == all_.probabilities[3] == 0.0
+        assert any(all_.draw(step)[i] for i in (1, 2, 4))

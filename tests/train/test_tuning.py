@@ -226,6 +226,7 @@ class Outcome:
     logits: Tensor
     trained: dict[str, Tensor]  # of other methods than gem on rank 0
     alone: dict[str, Tensor] = field(default_factory=dict)  # the head that a calibration sees
+    probabilities: list[float] = field(default_factory=list)  # of layers, where they are drawn
     violations: list[str] = field(default_factory=list)  # what is not as it should be to the bit
 
 
@@ -294,6 +295,7 @@ def _train(comm: Comm, plan: Plan, folder: Path) -> Outcome:
         assert summed_loss is chunked_answer_loss
     state, results = TrainerState(max_steps=plan.num_steps), []
     options: Any = {"seed": 0, "sam": Sam(plan.sam_rho) if plan.sam_rho else None}
+    draws = None
     if plan.draws_layers:
         draws = LayerDraws([SHARE] * len(FACTORS), [0] * len(FACTORS), SHARE, SEED)
         options["sam"] = Sam(plan.sam_rho, draws)
@@ -314,6 +316,7 @@ def _train(comm: Comm, plan: Plan, folder: Path) -> Outcome:
         logits=_logits(tuning.engine.model),
         trained=trained,
         alone=alone,
+        probabilities=draws.probabilities if draws else [],
         violations=[] if inspector is None else inspector.violations,
     )
 
@@ -378,6 +381,7 @@ class Dense:
     losses: list[float]
     norms: list[float]
     trained: dict[str, Tensor]  # of gem the selected entries and the head's, flat
+    probabilities: list[float]  # of layers, where they are drawn
 
 
 def _dense_of(plan: Plan, alone: int = 0) -> Dense:
@@ -436,7 +440,7 @@ def _dense(plan: Plan, alone: int) -> Dense:
         assert not torch.equal(parameter, base[key]), f"the premise: {key} moves"
     trained = {key: p.detach() for key, p in params.items()}
     trained |= {key: trained[key].flatten()[index] for key, index in indices.items()}
-    return Dense(losses, norms, trained)
+    return Dense(losses, norms, trained, bandit.p.tolist() if plan.draws_layers else [])
 
 
 def _drawn(bandit: oracle.LayerBandit, step: int, names: list[str]) -> set[str]:
@@ -471,6 +475,8 @@ def test_same_training(outcomes, world_size, plan):
         assert outcome.losses == pytest.approx(expected.losses, rel=1e-5)
         if plan.setting.stage > 0:  # an fp32 engine of stage 0 does not tell
             assert outcome.norms == pytest.approx(expected.norms, rel=1e-5)
+        moved = [p - SHARE for p in outcome.probabilities]
+        assert moved == pytest.approx([p - SHARE for p in expected.probabilities], rel=1e-3)
     for outcome in found if is_gem else found[:1]:
         # Of a key's bias the exact gradient is zero: absolutely it moves by rounding alone.
         _assert_close(outcome.trained, expected.trained, slack=0 if is_gem else 1e-6)
