@@ -249,7 +249,7 @@ def whole_state(engine: Engine, vector: FlatVector | None = None) -> Tensors:
         size = numel((vector or engine.vectors[0]).values)
         assert made.total_entries < 3 * size + 64, "its own parts, not those of others"
     told: Tensors = engine.comm.broadcast_object(state)
-    return told
+    return {key: values.clone() for key, values in told.items()}  # perhaps the engine's own
 
 
 def bits(tensor: Tensor) -> Tensor:

@@ -169,6 +169,7 @@ class Engine(BaseEngine):
         """Masters and moments by ``optim.STATE_KEYS``: fp32 [K] on the CPU, on rank 0.
 
         One of them at a time is whole on its device. On other ranks there are none; all call it.
+        What lies on the CPU whole is no copy: use it before the next step.
         """
         masters, place, _ = self._masters(vector or self.vectors[0])
         moments = self.optimizer.state[masters] or self.optimizer.reset_state(masters)
@@ -179,7 +180,7 @@ class Engine(BaseEngine):
             # At stage 0 each rank holds all of it.
             found = [own] if self.stage == 0 else self.comm.gather(own.to(self.device))
             if self.comm.is_main:
-                state[key] = torch.cat(found).cpu()
+                state[key] = (found[0] if len(found) == 1 else torch.cat(found)).cpu()
         return state
 
     @property

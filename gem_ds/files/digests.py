@@ -20,13 +20,13 @@ def checksum(values: Tensor) -> str:
 
     Bytes are compared, not numbers: 0.0 and -0.0 differ, and a NaN equals itself.
     """
-    return hashlib.sha256(_bytes_of(values)).hexdigest()
+    return hashlib.sha256(bytes_of(values)).hexdigest()
 
 
 def digest_of_tensor(tensor: Tensor) -> str:
     """Of a tensor's dtype, shape and bytes, in hex."""
     digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
-    digest.update(_bytes_of(tensor))
+    digest.update(bytes_of(tensor))
     return digest.hexdigest()
 
 
@@ -41,7 +41,9 @@ def digest_of_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
-    # A clone, as a single element of any stride already counts as contiguous but has no byte view.
-    packed = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Its numbers, row-major: the tensor's own memory where they lie there so."""
+    packed = tensor.detach().cpu().contiguous()
+    if packed.numel() == 1:  # of any stride it counts as contiguous, and may have no byte view
+        packed = packed.clone(memory_format=torch.contiguous_format)
     return packed.view(-1).view(torch.uint8).numpy().data

@@ -4,7 +4,7 @@
     header      JSON: per tensor its dtype, shape and place, and the metadata; padded to 8 bytes
     tensors     row-major, those of long numbers first, as safetensors' own writer has them
 
-safetensors' writer wants all tensors at once. The format: https://github.com/huggingface/safetensors
+safetensors' writer wants all tensors at once and copies them twice. The format: https://github.com/huggingface/safetensors
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from gem_ds.files.digests import bytes_of
+
 
 @dataclass(frozen=True)
 class LazyTensor:
@@ -27,6 +29,11 @@ class LazyTensor:
     dtype: torch.dtype
     shape: tuple[int, ...]
     make: Callable[[], Tensor]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> LazyTensor:
+        """One that is made."""
+        return cls(tensor.dtype, tuple(tensor.shape), lambda: tensor)
 
     @property
     def num_bytes(self) -> int:
@@ -53,9 +60,9 @@ def stream_tensors(
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            made = tensors[name].make().detach().cpu().contiguous()
+            made = tensors[name].make()
             assert (made.dtype, tuple(made.shape)) == (tensors[name].dtype, tensors[name].shape)
-            file.write(made.reshape(-1).view(torch.uint8).numpy().data)
+            file.write(bytes_of(made))
             del made  # before the next is made
     return end
 

@@ -17,14 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialize
 from torch import Tensor
 
 from gem_ds.errors import refusing
 from gem_ds.files.atomic import atomic_write
 from gem_ds.files.digests import digest_of_json, digest_of_tensor
+from gem_ds.files.stream import LazyTensor, stream_tensors
 
 FORMAT_VERSION = 1
 METADATA_KEY = "gem"
@@ -38,20 +37,16 @@ def save_tensors(
 ) -> None:
     """Writes a GEM safetensors file, atomically; raises as `atomic_write`.
 
-    The bytes are made in memory first (two transient copies of the tensors, which hold selected
-    entries only): safetensors' own file writer hides the number of an `OSError` and creates files
-    that only their owner can read.
+    No tensor is copied that lies on the CPU. (safetensors' own file writer hides the number of an
+    `OSError` besides, and creates files that only their owner can read.)
     """
     assert metadata.keys().isdisjoint(_RESERVED), "reserved fields"
-    packed = {
-        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        for name, tensor in tensors.items()
-    }
     header = {"kind": kind, "format_version": FORMAT_VERSION, **metadata}
-    header["digests"] = {name: digest_of_tensor(tensor) for name, tensor in packed.items()}
+    header["digests"] = {name: digest_of_tensor(tensor) for name, tensor in tensors.items()}
     header["digest"] = digest_of_json(header)
-    payload = serialize(packed, metadata={METADATA_KEY: json.dumps(header)})
-    atomic_write(path, lambda temporary: temporary.write_bytes(payload))
+    written = {name: LazyTensor.of(tensor) for name, tensor in tensors.items()}
+    text = {METADATA_KEY: json.dumps(header)}
+    atomic_write(path, lambda temporary: stream_tensors(temporary, written, text))
 
 
 def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -189,9 +189,9 @@ def _write_weights(
                 make = partial(_merged, old, partial(trained, found, old))
                 written[found if head else name] = LazyTensor(dtype, tuple(old.shape), make)
             elif not head:
-                written[name] = _lazy(old)
+                written[name] = LazyTensor.of(old)
         if source == sources[-1]:
-            written |= {name: _lazy(tensor) for name, tensor in missing.items()}
+            written |= {name: LazyTensor.of(tensor) for name, tensor in missing.items()}
             placed |= {tensor.data_ptr() for tensor in missing.values()}
         target = source.with_suffix(".safetensors").name.replace("pytorch_model", "model")
         num_bytes += stream_tensors(folder / target, written, metadata)
@@ -207,10 +207,6 @@ def _write_weights(
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (folder / utils.SAFE_WEIGHTS_INDEX_NAME).write_text(text, encoding="utf-8")
     return {(old, new) for old, new in dtypes if old != new}
-
-
-def _lazy(tensor: Tensor) -> LazyTensor:
-    return LazyTensor(tensor.dtype, tuple(tensor.shape), lambda: tensor)
 
 
 def _as_in_files(

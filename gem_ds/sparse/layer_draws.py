@@ -1,7 +1,8 @@
 """Which layers a step trains: drawn by a bandit that goes by the norms of their gradients.
 
-Of n layers one is drawn with its probability p, by itself; sum(p) = share n, and p = share at
-first. (Layers without a trained entry have p = 0 and do not count.) After a step, for the drawn layers D and the norms g of their gradients:
+Of n layers that have trained entries one is drawn with its probability p, by itself; sum(p) =
+share n, and p = share at first; of others p = 0. After a step, for the drawn layers D and the norms
+g of their gradients:
 
     loss_l = max((g_j / p_j)^2 over D) - (g_l / p_l)^2                         importance weighted
     v_l    = p_l exp(-rate loss_l / p_l) for l in D, p_l for the others        EXP3's update
