@@ -83,7 +83,9 @@ def select_shards(
         num_zeros=_joined(candidates.num_zeros, parts),
         settings=settings,
         indices=[
-            torch.cat([next(found) + i * layer.numel for i, layer in enumerate(part)])
+            next(found)
+            if len(part) == 1
+            else torch.cat([next(found) + i * layer.numel for i, layer in enumerate(part)])
             for part in parts
         ],
     )

@@ -43,14 +43,19 @@ def top_k_indices(
     left = torch.tensor(budgets, dtype=torch.int64, device=scores[0].device)
     shift, width = _DIGITS[0]
     histograms = _histograms([shard.view(torch.int32) for shard in scores], shift, width, group)
-    digit, left = _digit_of_kth(histograms, left)
+    is_whole = histograms.sum(dim=1) == left  # all entries are chosen: there are no candidates
+    digit, left = _digit_of_kth(histograms, left.where(~is_whole, 0))
     lowest = (digit << shift).int().view(torch.float32)
     candidates = [_reaching(shard, bound) for shard, bound in zip(scores, lowest, strict=True)]
     thresholds, ties = _kth_largest(candidates, digit, left, group)
-    return [
-        found.at_least(threshold, tie).add_(start)
-        for found, threshold, tie, start in zip(candidates, thresholds, ties, starts, strict=True)
-    ]
+    chosen = []
+    places = zip(scores, starts, is_whole.tolist(), strict=True)
+    for i, (shard, start, takes_all) in enumerate(places):
+        if takes_all:
+            chosen.append(torch.arange(start, start + shard.numel(), device=shard.device))
+        else:
+            chosen.append(candidates[i].at_least(thresholds[i], ties[i]).add_(start))
+    return chosen
 
 
 def count_among_largest(scores: Sequence[Tensor], budget: int, group: Group) -> list[int]:

@@ -179,7 +179,7 @@ class TrainedEntries(ABC):
 
     def start_from(self, values: Tensor) -> None:
         """Set the masters to ``values`` [K], with fresh moments; the weights are as they were."""
-        zeros = torch.zeros(self.num_entries, dtype=torch.float32, device=values.device)
+        zeros = values.new_zeros(1, dtype=torch.float32).expand(self.num_entries)
         state = {"master": values.float(), "exp_avg": zeros, "exp_avg_sq": zeros}
         self.engine.set_state(state, num_updates=0, vector=self.vector)
 

@@ -108,12 +108,14 @@ class SparseTuning:
             selection = self.select(batches, summed_loss)
             indices = gather_indices(selection.indices, self.comm)
             self.selection = replace(selection, indices=[])
+            del selection
             self.calibration_seconds = time.perf_counter() - started
         else:
             indices = [prepared.mask.indices[layer.name] for layer in self.layers]
         self.entries = SelectedEntries(
             self.engine, self.layers, indices, self.args.method.sddmm_kernel
         )
+        del indices  # which the entries have in 4 bytes
         values = self.entries.start_from_weights()
         own = slice(*self.engine.weights.shard_range(self.entries.vector.values))
         self.base = values[own].to("cpu", copy=True)
