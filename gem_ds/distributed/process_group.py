@@ -49,6 +49,14 @@ def init_distributed() -> Comm:
     if accelerator.device_name() == "cpu":
         _wait_for_locks(is_telling=os.environ.get("LOCAL_RANK", "0") == "0")
     else:
+        if "LOCAL_RANK" not in os.environ:  # as where each machine, or pod, has one process
+            if accelerator.device_count() > 1:
+                raise ValueError(
+                    "RANK is set, LOCAL_RANK is not, and there are several GPUs: set LOCAL_RANK to "
+                    "the number of the process on its machine."
+                )
+            os.environ["LOCAL_RANK"] = "0"
+            _leaving.callback(_unset, {"LOCAL_RANK": "0"})
         if accelerator.device_count() == 1 and os.environ["LOCAL_RANK"] != "0":
             # A scheduler shows each process its own GPU alone. DeepSpeed compares both.
             for name in {"LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"} & os.environ.keys():

@@ -246,7 +246,7 @@ def model_config(
         config: PretrainedConfig = AutoConfig.from_pretrained(
             name, revision=revision or "main", trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise _unloadable(name, error) from error
     return config
 
@@ -266,7 +266,7 @@ def _from_pretrained(
             output_loading_info=True,
             **{option: value for option, value in options.items() if value is not None},
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         if wrong := re.findall(r"size mismatch for (\S+):", str(error)):
             return None, set(), wrong
         if isinstance(error, RuntimeError) and not any(w in str(error) for w in _OF_THE_FILES):

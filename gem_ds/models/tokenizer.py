@@ -22,7 +22,7 @@ def load_tokenizer(
                 model, revision=revision or "main", trust_remote_code=trust_remote_code
             )
             return tokenizer
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         reason = " ".join(str(error).split())
         if "trust_remote_code" in reason:
             reason = "it is code that would have to run: pass --trust_remote_code to allow it."

@@ -56,22 +56,41 @@ def test_several_processes_without_ranks_are_refused(name, monkeypatch):
         process_group.init_distributed()
 
 
-@pytest.mark.parametrize(("visible", "taken"), [(1, 0), (4, 3)])
-def test_a_process_that_sees_one_gpu_takes_that(visible, taken, monkeypatch):
-    """As Slurm shows them with --gpus-per-task 1; DeepSpeed too goes by LOCAL_RANK."""
-    seen: list[str] = []
+def _gpus(number: int, monkeypatch: pytest.MonkeyPatch) -> tuple[mock.Mock, mock.Mock]:
+    """What DeepSpeed would be to rank 3 on a machine that shows it so many GPUs."""
     accelerator = mock.Mock(
         **{
             "device_name.return_value": "cuda",
-            "device_count.return_value": visible,
+            "device_count.return_value": number,
             "current_device_name.return_value": "meta",
         }
     )
     deepspeed = mock.Mock(**{"accelerator.get_accelerator.return_value": accelerator})
-    deepspeed.init_distributed = lambda *_, **__: seen.append(os.environ["LOCAL_RANK"])
     monkeypatch.setattr(process_group, "load_deepspeed", lambda: deepspeed)
-    for name in ("RANK", "LOCAL_RANK"):
-        monkeypatch.setenv(name, "3")
+    monkeypatch.setenv("RANK", "3")
+    return accelerator, deepspeed
+
+
+def test_the_only_process_of_a_machine_need_not_be_told_so(monkeypatch):
+    """A pod of Kubernetes; of several GPUs nobody knows which is meant."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    accelerator, _ = _gpus(1, monkeypatch)
+    init_distributed()
+    leave_distributed()
+    accelerator.set_device.assert_called_once_with(0)
+    assert "LOCAL_RANK" not in os.environ
+    _gpus(8, monkeypatch)
+    with pytest.raises(ValueError, match="set LOCAL_RANK to the number of the process on its ma"):
+        init_distributed()
+
+
+@pytest.mark.parametrize(("visible", "taken"), [(1, 0), (4, 3)])
+def test_a_process_that_sees_one_gpu_takes_that(visible, taken, monkeypatch):
+    """As Slurm shows them with --gpus-per-task 1; DeepSpeed too goes by LOCAL_RANK."""
+    seen: list[str] = []
+    accelerator, deepspeed = _gpus(visible, monkeypatch)
+    deepspeed.init_distributed = lambda *_, **__: seen.append(os.environ["LOCAL_RANK"])
+    monkeypatch.setenv("LOCAL_RANK", "3")
     init_distributed()
     leave_distributed()
     accelerator.set_device.assert_called_once_with(taken)
