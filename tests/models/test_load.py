@@ -11,12 +11,12 @@ import torch
 import transformers
 from peft import LoraConfig, TaskType, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from gem_ds.evaluate.model import SamplingArguments, model_facts, open_files
 from gem_ds.formats import export
 from gem_ds.models.adapters import put_adapter
-from gem_ds.models.load import load_weights, open_model, trainable_config
+from gem_ds.models.load import _from_pretrained, load_weights, open_model, trainable_config
 from gem_ds.planning.main import read_setting
 from gem_ds.train.arguments import parse_arguments
 from tests.deltas import as_older, make_delta
@@ -187,3 +187,15 @@ def test_a_model_that_transformers_knows_needs_no_code_of_its_own(tmp_path, own_
     files, _ = evaluated(tmp_path, "own")
     assert isinstance(load_weights(files, CPU), LlamaForCausalLM)
     assert not mark.exists()
+
+
+def test_a_package_that_a_model_needs_and_that_is_missing_is_told():
+    """As that of --attn_implementation flash_attention_2, or of code that comes with a model."""
+
+    class Model:
+        @staticmethod
+        def from_pretrained(*_: object, **__: object) -> None:
+            raise ImportError("the package flash_attn is not installed")
+
+    with pytest.raises(ValueError, match=r"M cannot be loaded: the package flash_attn is not inst"):
+        _from_pretrained("M", LlamaConfig(), model_class=Model)
