@@ -4,7 +4,8 @@
     header      JSON: per tensor its dtype, shape and place, and the metadata; padded to 8 bytes
     tensors     row-major, those of long numbers first, as safetensors' own writer has them
 
-safetensors' writer wants all tensors at once and copies them twice. The format: https://github.com/huggingface/safetensors
+safetensors' writer wants all tensors at once and copies them twice.
+The format: https://github.com/huggingface/safetensors
 """
 
 from __future__ import annotations

@@ -8,11 +8,11 @@ Block after block, over batches of calibration text, with all that is pruned lef
     s_{l+1} = f_l(w, s_l)                              w fitted
 
 f_l is block l of the pruned model, w those matrices of its linear layers that were pruned (more
-than 5 % zeros, unless a mask names others), s its hidden states, and d
-those of the dense model. One block of each model at a time is on the device, and Adam's moments
-and fp32 masters are those of one block. What differs from the authors' code: there the target is
-what the dense block makes of s_l, so that an error of the blocks before stays; and norms and biases
-are trained too, with weight decay and clipping.
+than 5 % zeros, unless a mask names others), s its hidden states, and d those of the dense model.
+One block of each model at a time is on the device, and Adam's moments and fp32 masters are those of
+one block. What differs from the authors' code: there the target is what the dense block makes of
+s_l, so that an error of the blocks before stays; and norms and biases are trained too, with weight
+decay and clipping.
 """
 
 from __future__ import annotations

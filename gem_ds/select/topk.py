@@ -48,14 +48,14 @@ def top_k_indices(
     lowest = (digit << shift).int().view(torch.float32)
     candidates = [_reaching(shard, bound) for shard, bound in zip(scores, lowest, strict=True)]
     thresholds, ties = _kth_largest(candidates, digit, left, group)
-    chosen = []
-    places = zip(scores, starts, is_whole.tolist(), strict=True)
-    for i, (shard, start, takes_all) in enumerate(places):
-        if takes_all:
-            chosen.append(torch.arange(start, start + shard.numel(), device=shard.device))
-        else:
-            chosen.append(candidates[i].at_least(thresholds[i], ties[i]).add_(start))
-    return chosen
+    return [
+        torch.arange(start, start + shard.numel(), device=shard.device)
+        if takes_all
+        else found.at_least(threshold, tie).add_(start)
+        for shard, start, takes_all, found, threshold, tie in zip(
+            scores, starts, is_whole.tolist(), candidates, thresholds, ties, strict=True
+        )
+    ]
 
 
 def count_among_largest(scores: Sequence[Tensor], budget: int, group: Group) -> list[int]:

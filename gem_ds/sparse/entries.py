@@ -9,9 +9,9 @@ The selected entries of the target layers are one such vector; a task head, whic
 is another.
 
 Every rank holds all K indices (4 bytes each), since each computes the gradient of all of them over
-its own tokens; it writes those that lie in its own part of the weights (8 bytes more for each,
-but none where that part is trained as a whole).
-Layers that keep a part of their input only have another 4 for each of theirs.
+its own tokens; it writes those that lie in its own part of the weights (8 bytes more for each, but
+none where that part is trained as a whole). Layers that keep a part of their input only have
+another 4 for each of theirs.
 """
 
 from __future__ import annotations

@@ -4,12 +4,14 @@ import json
 import os
 import stat
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from gem_ds.files import digests
 from gem_ds.files.tensors import FORMAT_VERSION, load_tensors, save_tensors
 from tests.deltas import bytes_of
 
@@ -41,6 +43,19 @@ def test_any_tensors_and_metadata_come_back_bit_for_bit(tmp_path_factory, conten
     loaded, found = load_tensors(path, KIND)
     assert found == metadata
     assert {n: (t.dtype, bytes_of(t)) for n, t in loaded.items()} == content
+
+
+def test_a_file_is_written_from_the_tensors_own_memory():
+    numbers = np.arange(6, dtype=np.float32).reshape(2, 3)
+    own = digests.bytes_of(torch.from_numpy(numbers))
+    assert np.frombuffer(own, np.uint8).ctypes.data == numbers.ctypes.data
+
+
+@pytest.mark.parametrize("place", [np.s_[1:2, 1:2], np.s_[:, 1], np.s_[1, 2:], np.s_[:0]])
+def test_the_bytes_of_a_part_are_those_of_its_numbers(place):
+    """Of one element too, with the strides of what it lies in, and of none."""
+    numbers = np.arange(6, dtype=np.float32).reshape(2, 3)
+    assert bytes(digests.bytes_of(torch.from_numpy(numbers)[place])) == numbers[place].tobytes()
 
 
 def test_the_file_is_ordinary_safetensors_that_others_can_read(tmp_path):

@@ -261,6 +261,21 @@ def test_strips_of_a_gpus_kernel_take_eight_bytes_an_entry():
     assert 8 * plain.num_trained < added < 8.2 * plain.num_trained
 
 
+def test_matrices_that_are_trained_whole_need_no_place_to_be_written_at():
+    """Four bytes an entry that says which it is, and eight more where it is not all of them."""
+    flags = ("--target_modules", "all-linear", "--sddmm_kernel", "tiled")
+    for world_size, stage in ((1, 0), (4, 3)):
+        at = {"stage": stage, "world_size": world_size}
+        whole = foretold("--method", "auto_rgn", *flags, **at)
+        assert whole.training["indices"] == 4 * whole.num_trained
+        some = foretold("--density", "0.01", *flags, **at)
+        own = -(-some.num_trained // world_size)
+        assert some.training["indices"] == 4 * some.num_trained + 8 * own
+    part = foretold("--method", "surgical", "--density", "0.3", *flags, stage=0, world_size=1)
+    last = part.training["indices"] - 4 * part.num_trained
+    assert 0 < last < 8 * 0.1 * part.num_trained, "of the matrix at which the budget ends"
+
+
 def test_a_buffer_by_itself_is_half_of_what_a_gpu_has_left():
     """Beside what lasts and the statistics: room for two of four layers."""
     setting = setting_of("--calibration_buffer_gb", "auto", "--max_length", "8", model="wide")
