@@ -2,10 +2,12 @@
 
     8 bytes     length of the header, little-endian
     header      JSON: per tensor its dtype, shape and place, and the metadata; padded to 8 bytes
-    tensors     row-major, those of long numbers first, as safetensors' own writer has them
+    tensors     row-major, in the order of the header
 
-safetensors' writer wants all tensors at once and copies them twice.
-The format: https://github.com/huggingface/safetensors
+It is to the byte what safetensors' own writer makes of the same tensors, which wants all of them at
+once and copies them twice; here it is asked for the header of empty ones. (It writes metadata of
+several keys in any order, here they keep theirs.) The format:
+https://github.com/huggingface/safetensors
 """
 
 from __future__ import annotations
@@ -46,16 +48,15 @@ def stream_tensors(
     path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]
 ) -> int:
     """Write a file; returns the bytes of its tensors."""
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    empty = {name: torch.empty(0, dtype=tensor.dtype) for name, tensor in tensors.items()}
+    header = json.loads(save(empty)[8:])
+    order = list(header)
     end = 0
     for name in order:
         start, end = end, end + tensors[name].num_bytes
-        header[name] = {
-            "dtype": _name_in_files(tensors[name].dtype),
-            "shape": list(tensors[name].shape),
-            "data_offsets": [start, end],
-        }
+        header[name] |= {"shape": list(tensors[name].shape), "data_offsets": [start, end]}
+    if metadata:
+        header = {"__metadata__": dict(metadata)} | header
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
@@ -66,9 +67,3 @@ def stream_tensors(
             file.write(bytes_of(made))
             del made  # before the next is made
     return end
-
-
-def _name_in_files(dtype: torch.dtype) -> str:
-    """What the format calls a dtype: the word that safetensors writes for it, F32 of float32."""
-    header = save({"empty": torch.empty(0, dtype=dtype)})[8:]
-    return str(json.loads(header)["empty"]["dtype"])

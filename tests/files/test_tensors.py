@@ -9,7 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save, save_file
 
 from gem_ds.files import digests
 from gem_ds.files.tensors import FORMAT_VERSION, load_tensors, save_tensors
@@ -34,6 +35,7 @@ FIELDS = st.text().filter(lambda name: name not in ("kind", "format_version"))
     metadata=st.dictionaries(FIELDS, SCALARS | st.lists(SCALARS), max_size=3),
 )
 def test_any_tensors_and_metadata_come_back_bit_for_bit(tmp_path_factory, content, metadata):
+    """From the file that safetensors itself would write."""
     tensors = {
         name: torch.tensor(list(raw), dtype=torch.uint8).view(dtype)
         for name, (dtype, raw) in content.items()
@@ -43,6 +45,8 @@ def test_any_tensors_and_metadata_come_back_bit_for_bit(tmp_path_factory, conten
     loaded, found = load_tensors(path, KIND)
     assert found == metadata
     assert {n: (t.dtype, bytes_of(t)) for n, t in loaded.items()} == content
+    with safe_open(path, framework="pt") as file:
+        assert path.read_bytes() == save(tensors, metadata=file.metadata())
 
 
 def test_a_file_is_written_from_the_tensors_own_memory():
