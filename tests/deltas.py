@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from gem_ds.files.delta import Delta
 from gem_ds.files.fingerprint import fingerprints
-from gem_ds.files.mask import Mask, WeightInfo, index_dtype
+from gem_ds.files.mask import Mask, WeightInfo
+from gem_ds.select.shards import index_dtype
 
 
 def make_delta(

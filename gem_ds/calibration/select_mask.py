@@ -30,14 +30,14 @@ from gem_ds.calibration.gradients import (
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.weights import num_parameters, numel
 from gem_ds.files.fingerprint import fingerprints
-from gem_ds.files.mask import Mask, WeightInfo, index_dtype
+from gem_ds.files.mask import Mask, WeightInfo
 from gem_ds.models.encoders import head_names, without_head
 from gem_ds.models.evaluation_mode import evaluation_mode
 from gem_ds.models.targets import find_targets
 from gem_ds.select.budget import total_budget
 from gem_ds.select.rules import RULES, Statistic
 from gem_ds.select.selection import select_shards
-from gem_ds.select.shards import Solo, TargetShard
+from gem_ds.select.shards import Solo, TargetShard, index_dtype
 from gem_ds.select.zeros import find_candidates
 from gem_ds.sparse.quantized import quantization_of
 from gem_ds.sparse.target_layers import TargetLayers

@@ -31,9 +31,10 @@ import torch
 from torch import Tensor, nn
 
 from gem_ds.files.delta import Delta
-from gem_ds.files.mask import WeightInfo, index_dtype
+from gem_ds.files.mask import WeightInfo
 from gem_ds.flags import name_of
 from gem_ds.models.export import load_base
+from gem_ds.select.shards import index_dtype
 
 Method = Literal["linear", "ties", "dare_linear"]
 

@@ -192,7 +192,7 @@ class Engine(BaseEngine):
     def set_state(
         self, state: Mapping[str, Tensor], num_updates: int, vector: FlatVector | None = None
     ) -> None:
-        """Set masters and moments from whole fp32 vectors [K], and ``values`` from the masters."""
+        """Set masters and moments from whole vectors [K], and ``values`` from the masters."""
         vector = vector or self.vectors[0]
         masters, place, own = self._masters(vector)
         moments = self.optimizer.reset_state(masters)

@@ -52,7 +52,10 @@ class SparseAdamW(torch.optim.Optimizer):
         state: dict[str, Any] = self.state[param]
         state["step"] = 0
         for key in STATE_KEYS[1:]:
-            state[key] = torch.zeros_like(param, requires_grad=False)
+            if key in state:
+                state[key].zero_()
+            else:
+                state[key] = torch.zeros_like(param, requires_grad=False)
         return state
 
     @torch.no_grad()

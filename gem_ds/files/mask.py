@@ -27,6 +27,7 @@ from gem_ds.files.digests import checksum
 from gem_ds.files.fingerprint import differing, fingerprints, read_whole
 from gem_ds.files.hub import fetch
 from gem_ds.files.tensors import metadata_field, save_tensors, taking_tensors
+from gem_ds.select.shards import index_dtype
 
 MASK_KIND = "gem_mask"
 
@@ -200,11 +201,6 @@ class Mask:
             f"this {noun} was made for other base weights ({problem}, the first is {names[0]!r}): "
             f"use {self.base_model}{revision}"
         )
-
-
-def index_dtype(numel: int) -> torch.dtype:
-    """The dtype of flat indices into a weight of `numel` entries: int32, from 2^31 on int64."""
-    return torch.int32 if numel < 2**31 else torch.int64
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -26,9 +26,10 @@ from torch import Tensor
 
 from gem_ds.files.delta import Delta
 from gem_ds.files.fingerprint import fingerprints, read_whole
-from gem_ds.files.mask import Mask, WeightInfo, index_dtype
+from gem_ds.files.mask import Mask, WeightInfo
 from gem_ds.models.export import base_weights
 from gem_ds.models.weight_files import map_model, name_in_files
+from gem_ds.select.shards import index_dtype
 
 _PREFIX = "base_model.model."
 #: Of a shape that r(m + n) does not reach: peft refuses it.

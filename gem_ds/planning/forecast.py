@@ -68,7 +68,7 @@ def forecast(setting: Setting) -> Forecast:
     subject = Subject(setting, targets)
     rank = _Rank(setting, deepspeed, subject)
     gathers = rank.make_gathers()
-    training = rank.run(subject.step, gathers)
+    training = rank.run(rank.step, gathers)
     sent = (0, 0) if gathers is None else (gathers.num_bytes, gathers.num_messages)
     calibration, calibration_messages = rank.calibration(gathers)
     return Forecast(
@@ -94,6 +94,7 @@ class _Rank:
         self.method, self.subject = setting.args.method, subject
         self.world_size, self.on_cpu = setting.world_size, setting.on_cpu
         self.usable_bytes = setting.usable_bytes
+        self.looks_ahead = bool(setting.args.train.sam_rho)
         self.zero = deepspeed["zero_optimization"]
         self.stage = zero_stage(deepspeed)
         self.itemsize: int = subject.weights[0].element_size()
@@ -161,6 +162,12 @@ class _Rank:
             if steps:
                 self.take_step(live)
         return live.at_peak
+
+    def step(self, live: LiveBytes) -> None:
+        """Run the last micro-batch of a step; SAM's is at weights that it has moved."""
+        if self.looks_ahead and self.stage == 3:  # below, the values before stand anyway
+            live.add("selected values", self.itemsize * self.subject.num_trained)
+        self.subject.step(live)
 
     def make_gathers(self) -> Gathers | None:
         """Weights are gathered at stage 3, from several ranks or from where they are offloaded."""

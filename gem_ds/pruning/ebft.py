@@ -29,12 +29,13 @@ from transformers import PreTrainedModel
 
 from gem_ds.files.delta import Delta
 from gem_ds.files.fingerprint import fingerprints
-from gem_ds.files.mask import Mask, WeightInfo, index_dtype
+from gem_ds.files.mask import Mask, WeightInfo
 from gem_ds.models.blocks import find_blocks
 from gem_ds.models.encoders import head_names
 from gem_ds.models.evaluation_mode import evaluation_mode
 from gem_ds.models.targets import ALL_LINEAR, find_targets
 from gem_ds.pruning.block_by_block import BlockByBlock
+from gem_ds.select.shards import index_dtype
 from gem_ds.select.zeros import PRUNED_SHARE
 from gem_ds.sparse.quantized import quantization_of
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gem_ds.select.rules import RULES, Rule
-from gem_ds.select.shards import Group, Shards, Solo, TargetShard, matrices
+from gem_ds.select.shards import Group, Shards, Solo, TargetShard, index_dtype, matrices
 from gem_ds.select.sums import largest_magnitudes
 from gem_ds.select.topk import count_among_largest, top_k_indices
 from gem_ds.select.zeros import find_candidates, flat_indices, without_zeros
@@ -34,7 +34,8 @@ class Selection:
     budgets: list[int]  # entries to train, over all ranks
     num_zeros: list[int]  # entries that are 0, over all ranks
     settings: dict[str, Any]  # what a mask says of it: keep_zeros where zeros were left out
-    indices: list[Tensor]  # chosen in this rank's range, int64, ascending; of the flat whole matrix
+    #: Chosen in this rank's range, ascending; of the flat whole matrix, in ``index_dtype`` of it.
+    indices: list[Tensor]
 
 
 @torch.no_grad()
@@ -83,10 +84,8 @@ def select_shards(
         num_zeros=_joined(candidates.num_zeros, parts),
         settings=settings,
         indices=[
-            next(found)
-            if len(part) == 1
-            else torch.cat([next(found) + i * layer.numel for i, layer in enumerate(part)])
-            for part in parts
+            _joined_indices([next(found) for _ in part], shard)
+            for shard, part in zip(shards, parts, strict=True)
         ],
     )
 
@@ -117,16 +116,27 @@ def _joined(numbers: Sequence[Number], parts: Sequence[Sequence[TargetShard]]) -
     return [sum(islice(found, len(part)), type(numbers[0])()) for part in parts]
 
 
+def _joined_indices(indices: Sequence[Tensor], shard: TargetShard) -> Tensor:
+    """Those into a parameter's matrices as flat indices into the parameter."""
+    dtype, size = index_dtype(shard.numel), shard.numel // len(indices)
+    own = [index.to(dtype) + i * size if i else index.to(dtype) for i, index in enumerate(indices)]
+    return own[0] if len(own) == 1 else torch.cat(own)
+
+
 def gather_indices(own: Sequence[Tensor], group: Group) -> list[Tensor]:
     """Put the ranks' parts of a selection together: per layer all flat indices, on every rank.
 
-    ``own`` are this rank's, int64 and ascending as the result; the ranks' ranges ascend.
+    ``own`` are this rank's, ascending as the result, in the same dtypes on each rank; the ranks'
+    ranges ascend. Together they have one dtype, the widest of these.
     """
+    if group.world_size == 1:
+        return list(own)
     counts = torch.zeros(len(own), group.world_size, dtype=torch.int64, device=own[0].device)
     counts[:, group.rank] = torch.tensor([index.numel() for index in own])
     sizes = group.all_reduce(counts, "sum").flatten().tolist()
     # Each rank's numbers among zeros: their sum is as long as the selection, whoever holds most.
-    whole = own[0].new_zeros(sum(sizes))
+    dtype = max((index.dtype for index in own), key=lambda dtype: dtype.itemsize)
+    whole = own[0].new_zeros(sum(sizes), dtype=dtype)
     for index, piece in zip(own, whole.split(sizes)[group.rank :: group.world_size], strict=True):
         piece.copy_(index)
     return list(group.all_reduce(whole, "sum").split(counts.sum(dim=1).tolist()))
@@ -166,7 +176,7 @@ def select_entries(
     ]
     selection = select_shards(shards, budget, Solo())
     return {
-        name: index.to(gradients[name].device)
+        name: index.to(gradients[name].device, torch.int64)
         for name, index in zip(weights, selection.indices, strict=True)
     }
 

@@ -86,6 +86,11 @@ class Solo:
         return tensor
 
 
+def index_dtype(numel: int) -> torch.dtype:
+    """The dtype of flat indices into a weight of `numel` entries: int32, from 2^31 on int64."""
+    return torch.int32 if numel < 2**31 else torch.int64
+
+
 def chunk_length(device: torch.device) -> int:
     """How many entries are worked on at a time on a device."""
     return CHUNK if device.type == "cpu" else GPU_CHUNK

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gem_ds.select.shards import Group, chunks
+from gem_ds.select.shards import Group, chunks, index_dtype
 
 #: The digits of a 31-bit score, highest first: (how far to shift it down, bits in the digit).
 _DIGITS = ((20, 11), (10, 10), (0, 10))
@@ -36,24 +36,26 @@ def top_k_indices(
 
     ``scores`` are this rank's ranges, fp32 [m] from the flat index ``starts``, non-negative and
     finite, on the device on which ``group`` reduces. Returns per layer the flat indices chosen in
-    this rank's range, int64 [.], ascending; over the ranks they are k_l. On one rank this is
-    ``sorted(range(n), key=lambda i: (-scores[i], i))[:k]``, sorted again.
+    this rank's range, int32 [.] (int64 where the range ends beyond it), ascending; over the ranks
+    they are k_l. On one rank this is ``sorted(range(n), key=lambda i: (-scores[i], i))[:k]``,
+    sorted again.
     """
     assert all(shard.dtype == torch.float32 for shard in scores), "the digits are those of fp32"
+    stops = [start + shard.numel() for start, shard in zip(starts, scores, strict=True)]
     left = torch.tensor(budgets, dtype=torch.int64, device=scores[0].device)
     shift, width = _DIGITS[0]
     histograms = _histograms([shard.view(torch.int32) for shard in scores], shift, width, group)
     is_whole = histograms.sum(dim=1) == left  # all entries are chosen: there are no candidates
     digit, left = _digit_of_kth(histograms, left.where(~is_whole, 0))
     lowest = (digit << shift).int().view(torch.float32)
-    candidates = [_reaching(shard, bound) for shard, bound in zip(scores, lowest, strict=True)]
+    candidates = [_reaching(*layer) for layer in zip(scores, starts, lowest, strict=True)]
     thresholds, ties = _kth_largest(candidates, digit, left, group)
     return [
-        torch.arange(start, start + shard.numel(), device=shard.device)
+        torch.arange(start, stop, dtype=index_dtype(stop), device=shard.device)
         if takes_all
-        else found.at_least(threshold, tie).add_(start)
-        for shard, start, takes_all, found, threshold, tie in zip(
-            scores, starts, is_whole.tolist(), candidates, thresholds, ties, strict=True
+        else found.at_least(threshold, tie)
+        for shard, start, stop, takes_all, found, threshold, tie in zip(
+            scores, starts, stops, is_whole.tolist(), candidates, thresholds, ties, strict=True
         )
     ]
 
@@ -81,7 +83,7 @@ def count_among_largest(scores: Sequence[Tensor], budget: int, group: Group) -> 
 class _Candidates:
     """Entries of one layer's shard."""
 
-    positions: Tensor  # int64 [c], ascending, in the shard
+    positions: Tensor  # [c], ascending; of the flat whole matrix
     bits: Tensor  # int32 [c], of their scores, without the sign
 
     def at_least(self, threshold: int, ties: int) -> Tensor:
@@ -90,15 +92,15 @@ class _Candidates:
         return self.positions[(self.bits > threshold) | tied & (tied.cumsum(0) <= ties)]
 
 
-def _reaching(scores: Tensor, bound: Tensor) -> _Candidates:
+def _reaching(scores: Tensor, start: int, bound: Tensor) -> _Candidates:
     """The entries of ``scores`` that are at least ``bound`` (fp32 []; none where that is a NaN)."""
+    dtype = index_dtype(start + scores.numel())
     positions, bits = [], []
-    offset = 0
     for chunk in chunks(scores):
         found = (chunk >= bound).nonzero().squeeze(1)
         bits.append(chunk[found].view(torch.int32) & _MAGNITUDE)
-        positions.append(found.add_(offset))
-        offset += chunk.numel()
+        positions.append(found.add_(start).to(dtype))
+        start += chunk.numel()
     return _Candidates(torch.cat(positions), torch.cat(bits))
 
 

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from gem_ds.distributed.engine import Engine
 from gem_ds.distributed.weights import numel, within
-from gem_ds.files.mask import index_dtype
 from gem_ds.sddmm import Pattern, add_product, add_sampled_product, choose_kernel
+from gem_ds.select.shards import index_dtype
 from gem_ds.sparse.flat_values import FlatValues
 from gem_ds.sparse.kinds import ExpertsLayer
 from gem_ds.sparse.layers import NoGradient, Sink, TargetLayer
@@ -179,8 +179,8 @@ class TrainedEntries(ABC):
 
     def start_from(self, values: Tensor) -> None:
         """Set the masters to ``values`` [K], with fresh moments; the weights are as they were."""
-        zeros = values.new_zeros(1, dtype=torch.float32).expand(self.num_entries)
-        state = {"master": values.float(), "exp_avg": zeros, "exp_avg_sq": zeros}
+        zeros = values.new_zeros(1).expand(self.num_entries)
+        state = {"master": values, "exp_avg": zeros, "exp_avg_sq": zeros}
         self.engine.set_state(state, num_updates=0, vector=self.vector)
 
 

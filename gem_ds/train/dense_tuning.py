@@ -20,9 +20,10 @@ from gem_ds.files.dense_checkpoint import DEEPSPEED_FOLDER, DenseCheckpoint, Den
 from gem_ds.files.digests import digest_of_file
 from gem_ds.files.fingerprint import fingerprints
 from gem_ds.files.manifest import atomic_folder, claim
-from gem_ds.files.mask import WeightInfo, index_dtype
+from gem_ds.files.mask import WeightInfo
 from gem_ds.models.adapters import add_adapter, is_of_head
 from gem_ds.models.folder import base_folder, write_folder
+from gem_ds.select.shards import index_dtype
 from gem_ds.train.config import Arguments
 from gem_ds.train.methods import ADAPTER_METHODS, product_of
 from gem_ds.train.optimizer import make_dense_optimizer

@@ -4,6 +4,8 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 
+import torch
+
 from gem_ds.calibration.gradients import buffered_layers
 from gem_ds.files.mask import dtype_name
 from gem_ds.select.rules import CALIBRATED_METHODS
@@ -13,6 +15,8 @@ from gem_ds.train.sparse_tuning import SparseTuning
 
 #: A selected weight below this is reported as nearly zero (a pretrained weight is about 0.02).
 NEARLY_ZERO = 1e-4
+
+_CHUNK = 2**22  # entries looked at at a time
 
 
 def describe(tuning: SparseTuning | DenseTuning, say: Callable[[str], None]) -> dict[str, float]:
@@ -39,7 +43,8 @@ def describe(tuning: SparseTuning | DenseTuning, say: Callable[[str], None]) -> 
     )
     say(f"Kernels of the sampled gradient: {kernel_counts(tuning.entries.kernels())}")
     num_layers = effective_layers(i.numel() for i in tuning.entries.flat_indices)
-    near_zero = (tuning.base.float().abs() < NEARLY_ZERO).sum().to(tuning.engine.device)
+    near_zero = sum((part.float().abs() < NEARLY_ZERO).sum() for part in tuning.base.split(_CHUNK))
+    near_zero = torch.as_tensor(near_zero, device=tuning.engine.device)
     num_near_zero = int(tuning.comm.all_reduce(near_zero, "sum"))
     say(
         f"The budget is as concentrated as if {num_layers:.1f} of the {len(tuning.layers)} layers "

@@ -30,8 +30,9 @@ from torch.nn import functional as F
 
 from gem_ds.distributed.weights import load_deepspeed, shape_of
 from gem_ds.files.digests import checksum
-from gem_ds.files.mask import WeightInfo, index_dtype
+from gem_ds.files.mask import WeightInfo
 from gem_ds.sddmm import Pattern, add_sampled_product, grouped_linear
+from gem_ds.select.shards import index_dtype
 from gem_ds.sparse.kinds import kind_of
 from gem_ds.sparse.layers import TargetLayer
 from gem_ds.sparse.quantized import dequantized

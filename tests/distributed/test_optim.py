@@ -54,6 +54,8 @@ def test_state_is_two_fp32_numbers_for_each_entry_and_a_count_and_can_be_reset()
     assert set(vars(optimizer)) == set(vars(torch.optim.SGD([weight]))), "none hangs on the object"
     state = optimizer.reset_state(weight)
     assert state is optimizer.state[weight]
+    assert state["exp_avg"] is tensors[0], "no room is made for others"
+    assert state["exp_avg_sq"] is tensors[1]
     assert state["step"] == 0
     assert not state["exp_avg"].any()
     assert not state["exp_avg_sq"].any()

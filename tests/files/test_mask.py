@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gem_ds.files.digests import checksum
-from gem_ds.files.mask import MASK_KIND, Mask, WeightInfo, index_dtype, pack_mask
+from gem_ds.files.mask import MASK_KIND, Mask, WeightInfo, pack_mask
 from gem_ds.files.tensors import save_tensors
+from gem_ds.select.shards import index_dtype
 
 SETTINGS = {"density": 0.001, "seed": 3, "targets": ["q", "v"], "calibration_examples": None}
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gem_ds.select.selection import select_entries
+from gem_ds.select.selection import select_entries, select_shards
+from gem_ds.select.shards import Solo, TargetShard
 from tests import oracle
 
 Tensors = dict[str, Tensor]
@@ -65,3 +66,17 @@ ONES = torch.ones(2)
 def test_what_is_refused(gradients, weights, total, message):
     with pytest.raises(ValueError, match=message):
         select_entries(gradients, weights, total)
+
+
+def test_indices_into_a_parameter_of_experts_beyond_32_bits():
+    """Those into each matrix fit."""
+    shard = TargetShard(
+        name="experts",
+        shape=(3, 2**15, 2**15),
+        start=2**31 - 2,  # the last of the second matrix and the first of the third
+        weight=torch.ones(4),
+        gradient=torch.tensor([0.0, 3.0, 1.0, 2.0]),
+        device=torch.device("cpu"),
+    )
+    (found,) = select_shards([shard], 2, Solo(), rule="ratio_global").indices
+    assert found.tolist() == [2**31 - 1, 2**31 + 1]

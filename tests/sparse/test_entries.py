@@ -191,14 +191,15 @@ def _gather(comm: Comm) -> None:
         whole = [torch.randperm(100, generator=generator)[:n].sort().values for n in counts]
         borders = torch.randint(0, 101, (comm.world_size - 1,), generator=generator).sort().values
         low, high = [0, *borders.tolist(), 100][comm.rank : comm.rank + 2]
-        gathered = gather_indices([i[(i >= low) & (i < high)] for i in whole], comm)
+        own = [i[(i >= low) & (i < high)].int() for i in whole]
+        gathered = gather_indices(own, comm)
         assert all(torch.equal(a, b) for a, b in zip(gathered, whole, strict=True))
-        assert all(index.dtype == torch.int64 for index in gathered)
+        assert all(index.dtype == torch.int32 for index in gathered), "no room is made for more"
     everything = torch.cat([torch.arange(999), torch.tensor([2**31 + 5])])
     for holder in range(comm.world_size):  # one rank holds everything, beyond int32
         index = everything if comm.rank == holder else torch.empty(0).long()
         with LargestTensor() as made:
-            (together,) = gather_indices([index], comm)
+            _, together = gather_indices([torch.empty(0).int(), index], comm)
         assert torch.equal(together, everything)
         assert made.total_entries <= 1.1 * len(everything), "no rank makes room for others' parts"
     nothing = gather_indices([torch.empty(0).long()] * 2, comm)

@@ -19,9 +19,10 @@ from gem_ds.calibration.calibrate import select
 from gem_ds.distributed.comm import Comm
 from gem_ds.distributed.process_group import init_distributed
 from gem_ds.errors import PeerError
-from gem_ds.files.mask import Mask, WeightInfo, index_dtype
+from gem_ds.files.mask import Mask, WeightInfo
 from gem_ds.select.rules import SPARSE_METHODS
 from gem_ds.select.selection import gather_indices
+from gem_ds.select.shards import index_dtype
 from tests import oracle
 from tests.ranks import run_ranks
 from tests.tiny import Matrices, Setting, Tensors, make_engine
