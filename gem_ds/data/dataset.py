@@ -15,6 +15,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Self
 
 import torch
@@ -115,11 +116,14 @@ class Dataset:
 
         Returns:
             CPU tensors, int64 [B, T]: `input_ids`, and `position_ids` if packed, else
-            `attention_mask`. Where text is learnt or compared, `labels` (-100 outside the answers)
-            and their `answer_positions`; where a model reads it, `token_type_ids`. Where an answer
-            is one of n, `candidates` (`rows_of_groups`) and `answers` [n].
+            `attention_mask`. Where text is learnt, `labels` (-100 outside the answers) and their
+            `answer_positions`; where a model reads it, `token_type_ids`. Where an answer is one of
+            n, `candidates` (`rows_of_groups`) and `answers` [n]; where candidates are compared,
+            what `_collate_candidates` makes of them.
         """
         rows = self.select(indices)
+        if rows.answers is not None and rows.prompt_lengths is not None:
+            return rows._collate_candidates(pad_token_id)
         lengths = rows.offsets.diff()
         widths = rows.lengths if self.is_packed else lengths
         widths = widths if len(widths) else torch.zeros(1, dtype=torch.int64)
@@ -145,6 +149,58 @@ class Dataset:
             batch["candidates"] = rows_of_groups(rows.groups.diff())
             batch["answers"] = rows.answers
         return batch
+
+    def _collate_candidates(self, pad_token_id: int) -> dict[str, Tensor]:
+        """All rows as a batch in which candidates share a sequence where one begins another.
+
+        A causal model need not read the last token of a candidate, and reads what is before the
+        same whatever follows: those of one token after the same prompt are one sequence.
+
+        Returns:
+            CPU tensors, int64: `input_ids` and `attention_mask` [B, T] of what is read; of the
+            candidates' tokens, one candidate after another, `answer_tokens` [a] and the
+            `answer_positions` [a], flat, that they are predicted at; `candidate_tokens` [S, L],
+            which of them each candidate has, `candidates` [n, C], which of these each row
+            (`rows_of_groups`), and `answers` [n].
+        """
+        assert self.prompt_lengths is not None
+        assert self.answers is not None
+        lengths, prompts = self.offsets.diff(), self.prompt_lengths.long()
+        texts = [piece[:-1].tolist() for piece in self.tokens.split(lengths.tolist())]
+        readers = [i for group in pairwise(self.groups.tolist()) for i in _readers(texts, *group)]
+        kept = sorted(set(readers))
+        widths = torch.tensor([len(texts[i]) for i in kept] or [0])
+        columns = torch.arange(max(2, int(widths.max())))
+        is_token = columns < widths[:, None]
+        tokens = flat([texts[i] for i in kept]).long()
+        counts = lengths - prompts  # of each candidate's tokens, which begin at its prompt's end
+        within = torch.arange(int(counts.sum())) - offsets_of(counts)[:-1].repeat_interleave(counts)
+        firsts = (self.offsets[:-1] + prompts).repeat_interleave(counts)
+        rows = torch.tensor([kept.index(i) for i in readers], dtype=torch.int64)
+        places = (rows * len(columns) + prompts - 1).repeat_interleave(counts)
+        return {
+            "input_ids": _filled(pad_token_id, is_token, tokens),
+            "attention_mask": (is_token if kept else ~is_token).long(),
+            "answer_tokens": self.tokens[firsts + within].long(),
+            "answer_positions": places + within,
+            "candidate_tokens": rows_of_groups(counts),
+            "candidates": rows_of_groups(self.groups.diff()),
+            "answers": self.answers,
+        }
+
+
+def _readers(texts: Sequence[list[int]], start: int, stop: int) -> list[int]:
+    """For each text from ``start`` to ``stop`` the one of them that is read for it: it begins so.
+
+    As few different ones as can be. Sorted, a text stands right before those that begin with it.
+    """
+    group = range(start, stop)
+    readers, kept = dict[int, int](), start
+    for i in sorted(group, key=texts.__getitem__, reverse=True):
+        if texts[kept][: len(texts[i])] != texts[i]:
+            kept = i
+        readers[i] = kept
+    return [readers[i] for i in group]
 
 
 def answer_positions(labels: Tensor) -> Tensor:

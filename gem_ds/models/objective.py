@@ -13,8 +13,9 @@ A causal model predicts a label or a choice by the likeliest candidate, however 
     prediction = argmax over c of score(c), ties to the first
     loss       = -log softmax(score)[right candidate]        (--classification_loss candidates)
 
-Losses are summed over examples. All candidates of an example stand in the same micro-batch, each in
-a sequence of its own, so B examples are a forward pass of B times the number of candidates.
+Losses are summed over examples. All candidates of an example stand in the same micro-batch. Two of
+which one begins the other, their last tokens left out, share a sequence: where candidates have one
+token, B examples are a forward pass of B sequences, and never of more than B for each candidate.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gem_ds.data.batches import SummedLoss
-from gem_ds.data.dataset import IGNORED_LABEL, Dataset
+from gem_ds.data.dataset import Dataset
 from gem_ds.data.encode import encode_candidates, encode_texts
 from gem_ds.data.pairs import encode_pairs
 from gem_ds.data.tasks import Kind
 from gem_ds.distributed.comm import Comm
-from gem_ds.models.loss import answer_labels, answer_logits, summed_answer_loss
+from gem_ds.models.loss import answer_logits, summed_answer_loss
 
 Predict = Callable[[nn.Module, dict[str, Tensor]], Tensor]
 """Takes a model and a batch of n examples; index of the answer int64 [n] (-1 if a score is NaN), or
@@ -89,19 +90,22 @@ def predict_all(
 ) -> list[int] | list[float]:
     """The prediction for each row, in order; the same on every rank. All ranks call this together.
 
-    Batches are cut as they are on one rank and dealt out in turn, so predictions are the same on
-    any number of ranks. All run the same number of forward passes, as ZeRO-3 demands: one that has
-    no batch left runs one without rows. The model is put into eval mode.
+    Rows of about one length share a batch, the longest first, so that what does not fit is known at
+    once. Batches are cut as they are on one rank and dealt out in turn, so predictions are the same
+    on any number of ranks. All run the same number of forward passes, as ZeRO-3 demands: one that
+    has no batch left runs one without rows. The model is put into eval mode.
     """
     model.eval()
+    order = dataset.lengths.argsort(descending=True, stable=True)
     own: list[list[int] | list[float]] = []
     for start in range(0, len(dataset), batch_size * comm.world_size):
         first = start + batch_size * comm.rank
-        batch = dataset.collate(range(first, min(first + batch_size, len(dataset))), pad_token_id)
+        batch = dataset.collate(order[first : first + batch_size].tolist(), pad_token_id)
         own.append(predict(model, {k: v.to(comm.device) for k, v in batch.items()}).tolist())
     turns = zip(*comm.gather_objects(own), strict=True)
-    predictions = [prediction for turn in turns for part in turn for prediction in part]
-    assert len(predictions) == len(dataset)
+    found = [prediction for turn in turns for part in turn for prediction in part]
+    by_row = dict(zip(order.tolist(), found, strict=True))
+    predictions = [by_row[row] for row in range(len(dataset))]
     with comm.in_unison():
         if not all(p >= 0 if isinstance(p, int) else math.isfinite(p) for p in predictions):
             raise ValueError(
@@ -145,17 +149,16 @@ def best_choice(scores: Tensor) -> Tensor:
 
 
 def mean_log_likelihoods(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Mean log-likelihood of each sequence's labelled tokens: fp32 [S]; 0 where there are none."""
-    positions, labels = batch["answer_positions"], batch["labels"]
+    """Of the tokens of each candidate of a batch of `encode_candidates`: fp32 [S]."""
     texts = {key: batch[key] for key in ("input_ids", "attention_mask", "answer_positions")}
     logits = answer_logits(model, texts).float()
-    losses = F.cross_entropy(logits, answer_labels(batch), reduction="none")
-    by_token = losses.new_zeros(labels.numel()).index_copy(0, positions, losses).view(labels.shape)
-    return -by_token.sum(dim=1) / (labels != IGNORED_LABEL).sum(dim=1).clamp(min=1)
+    losses = F.cross_entropy(logits, batch["answer_tokens"], reduction="none")
+    tokens = batch["candidate_tokens"]
+    return -_in_groups(losses, tokens, 0.0).sum(dim=1) / (tokens >= 0).sum(dim=1)
 
 
 def _candidate_scores(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    return _in_groups(mean_log_likelihoods(model, batch), batch["candidates"])
+    return _in_groups(mean_log_likelihoods(model, batch), batch["candidates"], -torch.inf)
 
 
 def _head_outputs(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -165,9 +168,9 @@ def _head_outputs(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     candidates = batch["candidates"]
     if logits.shape[1] > 1:  # the head scores labels, of one pair each
         return logits[candidates[:, 0]]
-    return _in_groups(logits[:, 0], candidates)
+    return _in_groups(logits[:, 0], candidates, -torch.inf)
 
 
-def _in_groups(scores: Tensor, candidates: Tensor) -> Tensor:
-    """Scores [S] of rows as [n, C] of groups (`rows_of_groups`), -inf where there is no row."""
-    return scores[candidates.clamp(min=0)].masked_fill(candidates < 0, -torch.inf)
+def _in_groups(numbers: Tensor, rows: Tensor, filling: float) -> Tensor:
+    """Numbers [S] of rows as [n, C] of groups (`rows_of_groups`), the filling where is no row."""
+    return numbers[rows.clamp(min=0)].masked_fill(rows < 0, filling)

@@ -73,15 +73,18 @@ def test_packed_rows_by_hand():
 
 def test_candidates_and_pairs_by_hand():
     rows = {"candidates": [[0, -1], [1, 2]], "answers": [0, 1]}
+    assert lists_of(CHOICES.collate([1, 0], pad_token_id=9)) == {
+        "input_ids": [[31, 9, 9], [11, 12, 9], [21, 22, 23]],  # the last token need not be read
+        "attention_mask": [[1, 0, 0], [1, 1, 0], [1, 1, 1]],
+        "answer_tokens": [32, 12, 13, 24],
+        "answer_positions": [0, 3, 4, 8],
+        "candidate_tokens": [[0, -1], [1, 2], [3, -1]],
+        **rows,
+    }
     texts = {
         "input_ids": [[31, 32, 9, 9], [11, 12, 13, 9], [21, 22, 23, 24]],
         "attention_mask": [[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]],
     }
-    labels = {
-        "labels": [[-100, 32, -100, -100], [-100, 12, 13, -100], [-100, -100, -100, 24]],
-        "answer_positions": [0, 4, 5, 10],
-    }
-    assert lists_of(CHOICES.collate([1, 0], pad_token_id=9)) == {**texts, **labels, **rows}
     types = {"token_type_ids": [[1, 0, 0, 0], [0, 1, 0, 0], [1, 0, 1, 0]]}
     assert lists_of(PAIRS.collate([1, 0], pad_token_id=9)) == {**texts, **types, **rows}
     for dataset in (CHOICES, PAIRS):
@@ -89,6 +92,60 @@ def test_candidates_and_pairs_by_hand():
         assert (dataset.longest, dataset.num_items([0]), len(dataset)) == (4, 1, 2)
     assert rows_of_groups(torch.tensor([2, 3, 1])).tolist() == [[0, 1, -1], [2, 3, 4], [5, -1, -1]]
     assert rows_of_groups(torch.tensor([], dtype=torch.int64)).shape == (0, 1)
+
+
+def candidates_of(examples):
+    """A dataset of examples that are each a prompt and its candidates, in tokens."""
+    sequences = [prompt + candidate for prompt, own in examples for candidate in own]
+    shape = [(len(prompt), len(candidate)) for prompt, own in examples for candidate in own]
+    return replace(
+        make_dataset(torch.tensor([token for ids in sequences for token in ids]), shape),
+        groups=offsets_of([len(own) for _, own in examples]),
+        answers=torch.zeros(len(examples), dtype=torch.int64),
+    )
+
+
+def test_candidates_share_what_they_begin_with():
+    """Those of one token one sequence, and a longer one what a shorter one is read from."""
+    examples = [([1, 2], [[3], [4], [5]]), ([1, 2], [[6], [7, 6], [7, 8, 9], [8, 6]])]
+    assert lists_of(candidates_of(examples).collate([0, 1], pad_token_id=0)) == {
+        "input_ids": [[1, 2, 0, 0], [1, 2, 7, 8], [1, 2, 8, 0]],
+        "attention_mask": [[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 0]],
+        "answer_tokens": [3, 4, 5, 6, 7, 6, 7, 8, 9, 8, 6],
+        "answer_positions": [1, 1, 1, 5, 5, 6, 5, 6, 7, 9, 10],
+        "candidate_tokens": [[i, -1, -1] for i in range(4)] + [[4, 5, -1], [6, 7, 8], [9, 10, -1]],
+        "candidates": [[0, 1, 2, -1], [3, 4, 5, 6]],
+        "answers": [0, 0],
+    }
+
+
+TOKENS = st.lists(st.integers(1, 2), min_size=1, max_size=4)
+EXAMPLES = st.lists(st.tuples(TOKENS, st.lists(TOKENS, min_size=1, max_size=5)), max_size=4)
+
+
+@settings(max_examples=200, deadline=None)
+@given(EXAMPLES)
+def test_each_token_of_a_candidate_is_predicted_after_all_that_precedes_it(examples):
+    batch = lists_of(candidates_of(examples).collate(range(len(examples)), pad_token_id=0))
+    width, read = len(batch["input_ids"][0]), set()
+    for (prompt, own), rows in zip(examples, batch["candidates"], strict=True):
+        readers = []
+        for candidate, i in zip(own, rows, strict=False):
+            places = [place for place in batch["candidate_tokens"][i] if place >= 0]
+            assert [batch["answer_tokens"][place] for place in places] == candidate
+            for number, place in enumerate(places):
+                row, column = divmod(batch["answer_positions"][place], width)
+                before = batch["input_ids"][row][: column + 1]
+                assert before == (prompt + candidate)[: len(prompt) + number]
+                assert all(batch["attention_mask"][row][: column + 1])
+                readers.append(row)
+        assert not read & set(readers), "of other examples"
+        read |= set(readers)
+        texts = [
+            [token for token in batch["input_ids"][row] if token] for row in sorted(set(readers))
+        ]
+        assert not any(b[: len(a)] == a for a in texts for b in texts if a is not b), "read twice"
+    assert len(read) == len(batch["input_ids"]) * bool(examples), "none is read for nothing"
 
 
 @pytest.fixture(scope="module", params=["eager", "sdpa"])

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
@@ -18,10 +18,12 @@ from gem_ds.data.dataset import Dataset
 from gem_ds.data.encode import encode_candidates
 from gem_ds.data.pairs import encode_pairs
 from gem_ds.data.tasks import ChoiceExample, TaskData
+from gem_ds.distributed.comm import Comm
 from gem_ds.models.encoders import head_names, initialise_head, set_head
 from gem_ds.models.objective import (
     best_choice,
     mean_log_likelihoods,
+    predict_all,
     predict_candidates,
     predict_pairs,
     summed_candidate_loss,
@@ -182,3 +184,21 @@ def test_a_head_depends_on_the_seed_and_its_names(folder):
     assert not torch.equal(one.weight, other.weight)
     assert one.weight.std().item() == pytest.approx(0.5, rel=0.3)
     assert one.bias.detach().abs().max() == 0
+
+
+def test_rows_of_about_one_length_share_a_batch_and_answers_come_in_order(tiny):
+    _, tokenizer = tiny
+    texts = ["red so" * length for length in (1, 9, 2, 8, 3)]
+    examples = [choice(text, (" blue",) * (i + 1), 0) for i, text in enumerate(texts)]
+    widths = []
+
+    def count_candidates(_: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        widths.append(batch["input_ids"].shape[1])
+        return (batch["candidates"] >= 0).sum(dim=1)
+
+    dataset, comm = encode_candidates(examples, tokenizer, 128), Comm(torch.device("cpu"))
+    settings = {"batch_size": 2, "pad_token_id": 0}
+    found = predict_all(nn.Identity(), dataset, count_candidates, comm, **settings)
+    assert found == [1, 2, 3, 4, 5]
+    alone = [len(tokenizer(f"{text} blue")["input_ids"]) - 1 for text in texts]
+    assert widths == [alone[1], alone[4], alone[0]], "no text is padded to the longest of all"
