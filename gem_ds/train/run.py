@@ -125,7 +125,8 @@ class Run:
     ) -> Batches:
         """A dataset as this rank's batches, in the sizes of training or of evaluation.
 
-        Or with one example in each micro-batch.
+        Or with one example in each micro-batch. Whatever order is trained in, held-out examples of
+        about one length share a batch.
         """
         train, data = self.args.train, self.args.data
         num_rows = self.prepared.identity.global_batch_size
@@ -140,7 +141,7 @@ class Run:
             micro_batch_size=1 if one_by_one else size,
             seed=train.seed,
             pad_token_id=self.prepared.pad_token_id,
-            group_by_length=data.train_sampling_strategy == "group_by_length",
+            group_by_length=held_out or data.train_sampling_strategy == "group_by_length",
         )
 
     def calibration_batches(self) -> Batches:

@@ -4,6 +4,8 @@ import errno
 import json
 import math
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -13,9 +15,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from gem_ds.data.batches import permutation
+from gem_ds.distributed.comm import Comm
 from gem_ds.files.checkpoint import TrainerState
 from gem_ds.files.mask import Mask
 from gem_ds.models.targets import find_targets
+from gem_ds.train.arguments import parse_arguments
 from gem_ds.train.config import TrainArguments
 from gem_ds.train.resume import initial_state
 from gem_ds.train.run import Run
@@ -24,7 +28,13 @@ from gem_ds.train.sparse_tuning import SparseTuning
 from tests import oracle
 from tests.ranks import run_ranks
 from tests.runs import delta_of, logged
-from tests.tiny import Example, assert_selected_up_to_rounding, bits, naive_loss
+from tests.tiny import (
+    Example,
+    assert_selected_up_to_rounding,
+    bits,
+    naive_loss,
+    random_examples,
+)
 from tests.tiny_model import REPOSITORY, Tiny, mains
 
 pytestmark = pytest.mark.slow  # starts engines or programs
@@ -230,3 +240,18 @@ def test_calibration_takes_the_first_examples_of_the_shuffled_order(tiny, tmp_pa
     _assert_selected(model, indices, chosen, total)
     with pytest.raises(AssertionError):
         _assert_selected(model, indices, examples[:2], total)
+
+
+def test_held_out_texts_of_about_one_length_share_a_batch():
+    dataset = random_examples(64)
+    prepared = SimpleNamespace(identity=SimpleNamespace(global_batch_size=8), pad_token_id=0)
+    args, comm = parse_arguments([], needed=[]), Comm(torch.device("cpu"))
+    run: Any = SimpleNamespace(args=args, prepared=prepared, comm=comm)
+    batches = Run.batches(run, dataset, held_out=True)
+    sizes = [
+        batch["input_ids"].numel()
+        for step in range(batches.steps_per_epoch)
+        for batch in batches.micro_batches(step)
+    ]
+    assert len(sizes) == 8
+    assert sum(sizes) < 1.2 * dataset.lengths.sum(), "padding included"
