@@ -9,6 +9,7 @@ imported before it is called for.
 from __future__ import annotations
 
 import os
+import select
 import sys
 import warnings
 from collections.abc import Sequence
@@ -42,6 +43,8 @@ PROGRAMS = {
     "plan": ("gem_ds.planning.main", "what a run needs, from config.json alone"),
 }
 
+_STDOUT = 1
+
 USAGE = f"""\
 usage: gem-ds PROGRAM [flags]
 
@@ -67,7 +70,8 @@ def run(program: str, argv: Sequence[str] | None = None) -> int:
     """Run one of :data:`PROGRAMS`, by default with this process's flags; returns the exit status.
 
     That is 0, or 1 after an error, which is told in one sentence on standard error, or 130 after an
-    interruption. Once ranks have met, rank 0 alone tells.
+    interruption. Once ranks have met, rank 0 alone tells. Where nobody reads on (``| head``), the
+    status is 1 and nothing is told.
     """
     from safetensors import SafetensorError
 
@@ -75,6 +79,7 @@ def run(program: str, argv: Sequence[str] | None = None) -> int:
     module, rank = import_module(PROGRAMS[program][0]), int(os.environ.get("RANK") or 0)
     try:
         result = module.main(argv)
+        sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except PeerError:
         return 1
@@ -83,6 +88,8 @@ def run(program: str, argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sentence, status = "" if rank else "Interrupted.", 130
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and not _is_read():
+            return 1
         told = sentence_of_limit(error)
         if told is None and not isinstance(error, (ValueError, OSError, SafetensorError)):
             raise
@@ -91,6 +98,16 @@ def run(program: str, argv: Sequence[str] | None = None) -> int:
     if sentence:
         print(sentence, file=sys.stderr, flush=True)
     return status
+
+
+def _is_read() -> bool:
+    """Whether standard output is still read; if not, what is left of it goes nowhere."""
+    poll = select.poll()
+    poll.register(_STDOUT, 0)  # an error is told in any case
+    if not poll.poll(0):
+        return True
+    os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)
+    return False
 
 
 if __name__ == "__main__":

@@ -154,3 +154,19 @@ def test_help_and_usage_import_nothing_heavy():
     """A shell waits for `gem-ds --help`; torch takes seconds."""
     program = "import sys; from gem_ds import cli; cli.main([]); assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == 0
+
+
+def test_a_program_whose_output_nobody_reads_on_says_nothing():
+    """As behind `| head`: no traceback, and none from Python at its end."""
+    command = [sys.executable, "-m", "gem_ds.cli", "delta", "info", str(OLD_MASK)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as program:
+        assert program.stdout is not None
+        program.stdout.close()
+        assert program.stderr is not None
+        assert program.stderr.read() == b""
+    assert program.returncode == 1
+
+
+def test_a_pipe_of_its_own_that_breaks_is_told(monkeypatch, capsys):
+    assert end(monkeypatch, BrokenPipeError(errno.EPIPE, "The sandbox is gone.")) == 1
+    assert capsys.readouterr().err == "Error: The sandbox is gone.\n"
