@@ -222,6 +222,8 @@ class Subject:
         rows, columns = dy.shape[1], x.shape[1]
         if groups > 1 and not self.on_cpu:
             num_bytes = picking_bytes(groups * rows * columns, num_entries, dy.element_size())
+            if num_entries == groups * rows * columns and self.args.method.sddmm_kernel == "auto":
+                num_bytes = dy.element_size() * num_entries  # the product, which is added
             torch.empty(num_bytes, dtype=torch.uint8, device=dy.device)
             return
         num_entries //= groups  # of experts one at a time

@@ -86,6 +86,8 @@ def add_sampled_product(
         kernels.add_sampled_product(out, dy, x, pattern, kernel)
     elif pattern.num_entries == 0:
         return
+    elif pattern.is_whole and kernel == "auto":
+        add_product(out.view(len(ends), dy.shape[1], x.shape[1]), dy, x, ends=ends)
     elif takes_one_launch(dy, x):
         add_picked(out, dy, x, pattern, ends)
     else:

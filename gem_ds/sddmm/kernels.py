@@ -67,6 +67,11 @@ class Pattern:
         """The number k."""
         return self.flat_index.numel()
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether these are all entries of the matrix."""
+        return self.num_entries == math.prod(self.shape)
+
     @functools.cached_property
     def strips(self) -> Strips:
         """Where the entries lie among blocks of rows, found when the first kernel asks for it."""

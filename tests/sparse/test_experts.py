@@ -40,6 +40,7 @@ from gem_ds.train.config import Arguments, MethodArguments, ModelArguments
 from gem_ds.train.fit import fit
 from gem_ds.train.targets import settle_targets
 from tests import oracle
+from tests.largest_tensor import LargestTensor
 from tests.ranks import run_ranks, told_as
 from tests.tiny import (
     PAD_TOKEN_ID,
@@ -341,18 +342,21 @@ def test_one_launch_computes_what_a_loop_does(dtype):
     spans = [slice(a, b) for a, b in zip([0, *ends.tolist()], ends.tolist(), strict=False)]
     y = torch.cat([x[s].double() @ w.double() for s, w in zip(spans, weight, strict=True)])
     whole = torch.stack([dy[s].double().t() @ x[s].double() for s in spans])
-    index = torch.randperm(whole.numel(), generator=generator)[:300].sort().values.int()
-    pattern = Pattern.of(index, whole.shape)
+    order = torch.randperm(whole.numel(), generator=generator)
     for is_one_launch in (False, True):
         with (
             mock.patch.object(grouped, "takes_one_launch", return_value=is_one_launch),
             mock.patch.object(grouped, "TILE_BYTES", 6 * 16 * 8 * dy.element_size()),
         ):
             tolerance = {"rtol": 2e-2, "atol": 5e-2} if dtype == torch.bfloat16 else {}
-            out = torch.ones(300)
-            add_sampled_product(out, dy, x, pattern, ends=ends)
-            expected = 1 + whole.flatten()[index.long()]
-            torch.testing.assert_close(out, expected.float(), **tolerance)
+            for num_entries in (300, whole.numel()):
+                index = order[:num_entries].sort().values.int()
+                pattern, out = Pattern.of(index, whole.shape), torch.ones(num_entries)
+                with LargestTensor() as made:
+                    add_sampled_product(out, dy, x, pattern, ends=ends)
+                expected = 1 + whole.flatten()[index.long()]
+                torch.testing.assert_close(out, expected.float(), **tolerance)
+            assert made.total_entries <= 1.5 * whole.numel(), "no places of all of them"
             torch.testing.assert_close(product(dy, x, ends=ends), whole.float(), **tolerance)
             found = grouped_linear(x, weight, ends)
             torch.testing.assert_close(found, y.to(dtype), **tolerance)
