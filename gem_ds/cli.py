@@ -13,6 +13,7 @@ import select
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 
 from gem_ds.errors import Interrupted, PeerError, sentence_of, sentence_of_limit
@@ -59,19 +60,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     for length in (2, 1):
         if (name := " ".join(words[:length])) in PROGRAMS:
             return run(name, words[length:])
-    if words[:1] in (["-h"], ["--help"]):
-        print(USAGE)
-        return 0
-    print(USAGE, file=sys.stderr)
-    return 2
+    is_asked = words[:1] in (["-h"], ["--help"])
+    with suppress(BrokenPipeError):
+        print(USAGE, file=sys.stdout if is_asked else sys.stderr)
+    _end_output()
+    return 0 if is_asked else 2
 
 
 def run(program: str, argv: Sequence[str] | None = None) -> int:
     """Run one of :data:`PROGRAMS`, by default with this process's flags; returns the exit status.
 
     That is 0, or 1 after an error, which is told in one sentence on standard error, or 130 after an
-    interruption. Once ranks have met, rank 0 alone tells. Where nobody reads on (``| head``), the
-    status is 1 and nothing is told.
+    interruption. Once ranks have met, rank 0 alone tells. Where nobody reads on what is printed, as
+    behind ``| head``, nothing is told of that.
     """
     from safetensors import SafetensorError
 
@@ -79,7 +80,6 @@ def run(program: str, argv: Sequence[str] | None = None) -> int:
     module, rank = import_module(PROGRAMS[program][0]), int(os.environ.get("RANK") or 0)
     try:
         result = module.main(argv)
-        sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except PeerError:
         return 1
@@ -95,19 +95,29 @@ def run(program: str, argv: Sequence[str] | None = None) -> int:
             raise
         sentence = f"Error: {f'On rank {rank}: ' if rank else ''}{told or sentence_of(error)}"
         status = 1
+    finally:
+        _end_output()
     if sentence:
         print(sentence, file=sys.stderr, flush=True)
     return status
 
 
 def _is_read() -> bool:
-    """Whether standard output is still read; if not, what is left of it goes nowhere."""
+    """Whether somebody still reads standard output."""
     poll = select.poll()
     poll.register(_STDOUT, 0)  # an error is told in any case
-    if not poll.poll(0):
-        return True
-    os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)
-    return False
+    return not poll.poll(0)
+
+
+def _end_output() -> None:
+    """Print what is left to be; where nobody reads on, it goes nowhere and nothing is told."""
+    if sys.stdout is None:  # it was closed from the start
+        return
+    with suppress(BrokenPipeError):
+        sys.stdout.flush()
+    if not _is_read():
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), _STDOUT)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from gem_ds.models.targets import find_targets
 from gem_ds.select.budget import total_budget
 from gem_ds.select.rules import RULES, Statistic
 from gem_ds.select.selection import select_shards
-from gem_ds.select.shards import Solo, TargetShard, index_dtype
+from gem_ds.select.shards import Solo, TargetShard
 from gem_ds.select.zeros import find_candidates
 from gem_ds.sparse.quantized import quantization_of
 from gem_ds.sparse.target_layers import TargetLayers
@@ -114,7 +114,7 @@ def select_mask(
     indices, weights = dict[str, Tensor](), dict[str, WeightInfo]()
     for layer, index in zip(layers, selection.indices, strict=True):
         values = layer.numbers()[index.to(layer.weight.device)]
-        indices[layer.name] = index.to("cpu", index_dtype(layer.numel))
+        indices[layer.name] = index.to("cpu")
         weights[layer.name] = WeightInfo.of(layer.shape, values)
     name_or_path = getattr(getattr(model, "config", None), "_name_or_path", "")
     quantization = quantization_of(model)

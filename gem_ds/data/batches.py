@@ -82,7 +82,7 @@ class Batches:
         return [self.dataset.num_items(rows) for rows in self.schedule.micro_batches(step)]
 
     def num_tokens(self, step: int) -> int:
-        """Tokens read at ``step`` over all ranks and micro-batches, padding left out."""
+        """Tokens at ``step`` over all ranks and micro-batches, counted as `Dataset.lengths` does."""
         return int(self.dataset.lengths[self.schedule.global_batch(step)].sum())
 
 

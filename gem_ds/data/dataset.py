@@ -64,8 +64,18 @@ class Dataset:
 
     @cached_property
     def lengths(self) -> Tensor:
-        """Tokens of each row, padding left out, a prompt counted with each candidate: int64 [n]."""
+        """Tokens of each row, padding left out, a prompt counted with each candidate: int64 [n].
+
+        It is so counted wherever candidates share what they begin with, too.
+        """
         return self.offsets[self.groups].diff()
+
+    @property
+    def widths(self) -> Tensor:
+        """Tokens of each row's longest sequence, to which its batch is padded: int64 [n]."""
+        longest = self.groups.new_zeros(len(self))
+        rows = torch.arange(len(self)).repeat_interleave(self.groups.diff())
+        return longest.scatter_reduce_(0, rows, self.offsets.diff(), "amax")
 
     def num_items(self, indices: Sequence[int]) -> int:
         """What the loss summed over these rows is divided by: answer tokens, or examples."""
@@ -157,14 +167,15 @@ class Dataset:
         same whatever follows: those of one token after the same prompt are one sequence.
 
         Returns:
-            CPU tensors, int64: `input_ids` and `attention_mask` [B, T] of what is read; of the
-            candidates' tokens, one candidate after another, `answer_tokens` [a] and the
-            `answer_positions` [a], flat, that they are predicted at; `candidate_tokens` [S, L],
-            which of them each candidate has, `candidates` [n, C], which of these each row
-            (`rows_of_groups`), and `answers` [n].
+            CPU tensors, int64: `input_ids` and `attention_mask` [B, T] of what is read;
+            `answer_positions`, flat and ascending, that tokens of candidates are predicted at; of
+            these tokens, one candidate after another, `answer_tokens` [a] and at which of the
+            positions, `answer_rows` [a]; `candidate_tokens` [S, L], which of them each candidate
+            has, `candidates` [n, C], which of these each row (`rows_of_groups`), and `answers` [n].
         """
         assert self.prompt_lengths is not None
         assert self.answers is not None
+        assert self.unlearnt is None, "all tokens of a candidate are compared"
         lengths, prompts = self.offsets.diff(), self.prompt_lengths.long()
         texts = [piece[:-1].tolist() for piece in self.tokens.split(lengths.tolist())]
         readers = [i for group in pairwise(self.groups.tolist()) for i in _readers(texts, *group)]
@@ -176,13 +187,16 @@ class Dataset:
         counts = lengths - prompts  # of each candidate's tokens, which begin at its prompt's end
         within = torch.arange(int(counts.sum())) - offsets_of(counts)[:-1].repeat_interleave(counts)
         firsts = (self.offsets[:-1] + prompts).repeat_interleave(counts)
-        rows = torch.tensor([kept.index(i) for i in readers], dtype=torch.int64)
-        places = (rows * len(columns) + prompts - 1).repeat_interleave(counts)
+        row_of = {i: row for row, i in enumerate(kept)}
+        rows = torch.tensor([row_of[i] for i in readers], dtype=torch.int64)
+        places = (rows * len(columns) + prompts - 1).repeat_interleave(counts) + within
+        answer_positions, answer_rows = places.unique(return_inverse=True)
         return {
             "input_ids": _filled(pad_token_id, is_token, tokens),
             "attention_mask": (is_token if kept else ~is_token).long(),
             "answer_tokens": self.tokens[firsts + within].long(),
-            "answer_positions": places + within,
+            "answer_positions": answer_positions,
+            "answer_rows": answer_rows,
             "candidate_tokens": rows_of_groups(counts),
             "candidates": rows_of_groups(self.groups.diff()),
             "answers": self.answers,

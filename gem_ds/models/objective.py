@@ -96,7 +96,7 @@ def predict_all(
     has no batch left runs one without rows. The model is put into eval mode.
     """
     model.eval()
-    order = dataset.lengths.argsort(descending=True, stable=True)
+    order = dataset.widths.argsort(descending=True, stable=True)
     own: list[list[int] | list[float]] = []
     for start in range(0, len(dataset), batch_size * comm.world_size):
         first = start + batch_size * comm.rank
@@ -151,10 +151,10 @@ def best_choice(scores: Tensor) -> Tensor:
 def mean_log_likelihoods(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Of the tokens of each candidate of a batch of `encode_candidates`: fp32 [S]."""
     texts = {key: batch[key] for key in ("input_ids", "attention_mask", "answer_positions")}
-    logits = answer_logits(model, texts).float()
-    losses = F.cross_entropy(logits, batch["answer_tokens"], reduction="none")
+    log_probabilities = answer_logits(model, texts).float().log_softmax(dim=1)
+    likelihoods = log_probabilities[batch["answer_rows"], batch["answer_tokens"]]
     tokens = batch["candidate_tokens"]
-    return -_in_groups(losses, tokens, 0.0).sum(dim=1) / (tokens >= 0).sum(dim=1)
+    return _in_groups(likelihoods, tokens, 0.0).sum(dim=1) / (tokens >= 0).sum(dim=1)
 
 
 def _candidate_scores(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

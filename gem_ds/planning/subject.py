@@ -223,7 +223,8 @@ class Subject:
         if groups > 1 and not self.on_cpu:
             num_bytes = picking_bytes(groups * rows * columns, num_entries, dy.element_size())
             if num_entries == groups * rows * columns and self.args.method.sddmm_kernel == "auto":
-                num_bytes = dy.element_size() * num_entries  # the product, which is added
+                is_made = dy.dtype == torch.bfloat16  # fp32 is added while it is computed
+                num_bytes = dy.element_size() * num_entries * is_made  # the product, which is added
             torch.empty(num_bytes, dtype=torch.uint8, device=dy.device)
             return
         num_entries //= groups  # of experts one at a time

@@ -81,6 +81,7 @@ def add_sampled_product(
     """Add :func:`product` at the k entries of ``pattern`` to ``out``, fp32 [k], contiguous.
 
     Of groups the pattern's rows are those of the first group's matrix, then the second's, and on.
+    All entries of them are added as the product itself, if no kernel is named.
     """
     if ends is None:
         kernels.add_sampled_product(out, dy, x, pattern, kernel)

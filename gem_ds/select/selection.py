@@ -127,7 +127,7 @@ def gather_indices(own: Sequence[Tensor], group: Group) -> list[Tensor]:
     """Put the ranks' parts of a selection together: per layer all flat indices, on every rank.
 
     ``own`` are this rank's, ascending as the result, in the same dtypes on each rank; the ranks'
-    ranges ascend. Together they have one dtype, the widest of these.
+    ranges ascend. What several ranks have together has one dtype, the widest of these.
     """
     if group.world_size == 1:
         return list(own)

@@ -115,7 +115,7 @@ class SparseTuning:
         self.entries = SelectedEntries(
             self.engine, self.layers, indices, self.args.method.sddmm_kernel
         )
-        del indices  # which the entries have in 4 bytes
+        del indices  # which the entries have
         values = self.entries.start_from_weights()
         own = slice(*self.engine.weights.shard_range(self.entries.vector.values))
         self.base = values[own].to("cpu", copy=True)

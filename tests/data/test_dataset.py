@@ -78,6 +78,7 @@ def test_candidates_and_pairs_by_hand():
         "attention_mask": [[1, 0, 0], [1, 1, 0], [1, 1, 1]],
         "answer_tokens": [32, 12, 13, 24],
         "answer_positions": [0, 3, 4, 8],
+        "answer_rows": [0, 1, 2, 3],
         "candidate_tokens": [[0, -1], [1, 2], [3, -1]],
         **rows,
     }
@@ -112,7 +113,8 @@ def test_candidates_share_what_they_begin_with():
         "input_ids": [[1, 2, 0, 0], [1, 2, 7, 8], [1, 2, 8, 0]],
         "attention_mask": [[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 0]],
         "answer_tokens": [3, 4, 5, 6, 7, 6, 7, 8, 9, 8, 6],
-        "answer_positions": [1, 1, 1, 5, 5, 6, 5, 6, 7, 9, 10],
+        "answer_positions": [1, 5, 6, 7, 9, 10],
+        "answer_rows": [0, 0, 0, 1, 1, 2, 1, 2, 3, 4, 5],
         "candidate_tokens": [[i, -1, -1] for i in range(4)] + [[4, 5, -1], [6, 7, 8], [9, 10, -1]],
         "candidates": [[0, 1, 2, -1], [3, 4, 5, 6]],
         "answers": [0, 0],
@@ -134,7 +136,8 @@ def test_each_token_of_a_candidate_is_predicted_after_all_that_precedes_it(examp
             places = [place for place in batch["candidate_tokens"][i] if place >= 0]
             assert [batch["answer_tokens"][place] for place in places] == candidate
             for number, place in enumerate(places):
-                row, column = divmod(batch["answer_positions"][place], width)
+                position = batch["answer_positions"][batch["answer_rows"][place]]
+                row, column = divmod(position, width)
                 before = batch["input_ids"][row][: column + 1]
                 assert before == (prompt + candidate)[: len(prompt) + number]
                 assert all(batch["attention_mask"][row][: column + 1])

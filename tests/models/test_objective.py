@@ -189,7 +189,9 @@ def test_a_head_depends_on_the_seed_and_its_names(folder):
 def test_rows_of_about_one_length_share_a_batch_and_answers_come_in_order(tiny):
     _, tokenizer = tiny
     texts = ["red so" * length for length in (1, 9, 2, 8, 3)]
-    examples = [choice(text, (" blue",) * (i + 1), 0) for i, text in enumerate(texts)]
+    counts = [40, 2, 3, 4, 5]  # of candidates, for whose number no text is longer
+    pairs = zip(texts, counts, strict=True)
+    examples = [choice(text, (" blue",) * count, 0) for text, count in pairs]
     widths = []
 
     def count_candidates(_: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -199,6 +201,6 @@ def test_rows_of_about_one_length_share_a_batch_and_answers_come_in_order(tiny):
     dataset, comm = encode_candidates(examples, tokenizer, 128), Comm(torch.device("cpu"))
     settings = {"batch_size": 2, "pad_token_id": 0}
     found = predict_all(nn.Identity(), dataset, count_candidates, comm, **settings)
-    assert found == [1, 2, 3, 4, 5]
+    assert found == counts
     alone = [len(tokenizer(f"{text} blue")["input_ids"]) - 1 for text in texts]
     assert widths == [alone[1], alone[4], alone[0]], "no text is padded to the longest of all"
