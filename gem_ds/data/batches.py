@@ -82,7 +82,7 @@ class Batches:
         return [self.dataset.num_items(rows) for rows in self.schedule.micro_batches(step)]
 
     def num_tokens(self, step: int) -> int:
-        """Tokens at ``step`` over all ranks and micro-batches, counted as `Dataset.lengths` does."""
+        """Tokens at ``step`` over all ranks and micro-batches, counted as `Dataset.lengths`."""
         return int(self.dataset.lengths[self.schedule.global_batch(step)].sum())
 
 
