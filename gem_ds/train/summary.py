@@ -10,13 +10,12 @@ from gem_ds.calibration.gradients import buffered_layers
 from gem_ds.files.mask import dtype_name
 from gem_ds.select.rules import CALIBRATED_METHODS
 from gem_ds.select.selection import Selection
+from gem_ds.select.shards import chunks
 from gem_ds.train.dense_tuning import DenseTuning
 from gem_ds.train.sparse_tuning import SparseTuning
 
 #: A selected weight below this is reported as nearly zero (a pretrained weight is about 0.02).
 NEARLY_ZERO = 1e-4
-
-_CHUNK = 2**22  # entries looked at at a time
 
 
 def describe(tuning: SparseTuning | DenseTuning, say: Callable[[str], None]) -> dict[str, float]:
@@ -43,7 +42,7 @@ def describe(tuning: SparseTuning | DenseTuning, say: Callable[[str], None]) -> 
     )
     say(f"Kernels of the sampled gradient: {kernel_counts(tuning.entries.kernels())}")
     num_layers = effective_layers(i.numel() for i in tuning.entries.flat_indices)
-    near_zero = sum((part.float().abs() < NEARLY_ZERO).sum() for part in tuning.base.split(_CHUNK))
+    near_zero = sum((part.float().abs() < NEARLY_ZERO).sum() for part in chunks(tuning.base))
     near_zero = torch.as_tensor(near_zero, device=tuning.engine.device)
     num_near_zero = int(tuning.comm.all_reduce(near_zero, "sum"))
     say(
