@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from gem_ds.distributed.weights import numel, shape_of
 from gem_ds.sparse.flat_values import FlatValues
+from gem_ds.sparse.norms import Recompute, origin_of
 
 Sink = Callable[..., None]
 """Takes a, [tokens, rows], and b, [tokens, columns], whose ``a^T b`` is the weight's gradient.
@@ -85,19 +86,21 @@ class AnchoredLinear(torch.autograd.Function):
         layer: TargetLayer,
     ) -> Tensor:
         """The product."""
-        ctx.save_for_backward(layer.kept(x), weight)
-        ctx.layer = layer
+        ctx.recompute, kept = layer.keep(x)
+        ctx.save_for_backward(weight, *kept)
+        ctx.layer, ctx.dtype = layer, x.dtype
         return F.linear(x, layer.matrix(weight), bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, None]:
         """The input's gradient alone."""
-        x, weight = ctx.saved_tensors
+        weight, *kept = ctx.saved_tensors
         layer: TargetLayer = ctx.layer
         # Under autocast the product was one in dy's dtype.
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = (dy @ layer.matrix(weight).to(dy.dtype)).to(x.dtype)
+            dx = (dy @ layer.matrix(weight).to(dy.dtype)).to(ctx.dtype)
+        x = kept[0] if ctx.recompute is None else ctx.recompute(*kept)
         tokens = x.reshape(x.shape[:-1].numel(), x.shape[-1]).to(dy.dtype)  # perhaps of no features
         factors = layer.factors(dy.reshape(-1, dy.shape[-1]), tokens)
         if torch.compiler.is_compiling():
@@ -134,6 +137,14 @@ class TargetLayer:
         if inputs is None:
             return x
         return x.index_select(-1, inputs) if len(inputs) else x.new_empty(*x.shape[:-1], 0)
+
+    def keep(self, x: Tensor) -> tuple[Recompute | None, tuple[Tensor | None, ...]]:
+        """What the backward has the input from, and how; None: it is the input."""
+        origin = origin_of(x)
+        if origin is None or getattr(self.sink, "inputs", None) is not None:
+            return None, (self.kept(x),)
+        origin.recompute.num_readers += 1
+        return origin.recompute, origin.kept
 
     def give(self, *factors: Tensor) -> None:
         """Tell the sink the factors of one backward."""

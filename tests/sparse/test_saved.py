@@ -3,21 +3,18 @@
 With DeepSpeed's own linear function in the place of torch's, as ZeRO-3 puts it there.
 """
 
-import copy
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import gem_ds.planning.subject  # noqa: F401 - its attention keeps what a fused one would
 from gem_ds.models.targets import find_targets
-from gem_ds.sparse.frozen import give_back, keep_less
 from gem_ds.sparse.target_layers import TargetLayers
 
 pytestmark = pytest.mark.slow  # imports DeepSpeed
@@ -63,33 +60,7 @@ def _saved(method: str, num_layers: int) -> float:
 
 
 def test_frozen_layers_save_none_of_their_input():
-    """Per layer 8 KiB of the MLP's input less than LoRA, 28 of its product, 16 of norms."""
+    """Per layer 16 KiB of norms' outputs less than LoRA, 16 of their inputs, 28 of a product."""
     gem, lora = (_saved(method, 3) - _saved(method, 2) for method in ("gem", "lora"))
-    assert gem <= 129
+    assert gem <= 121
     assert lora >= 180
-
-
-def test_a_frozen_norm_computes_what_it_did():
-    """To the bit; its gradient is as near to the exact one as autograd's."""
-    torch.manual_seed(0)
-    norm = LlamaRMSNorm(48).bfloat16()
-    norm.weight.data.uniform_(0.5, 2.0)
-    x, dy = torch.randn(2, 3, 5, 48).bfloat16()
-    exact = copy.deepcopy(norm).double()
-    results = []
-    for module in (norm, exact):
-        inputs = x.to(module.weight.dtype).requires_grad_()
-        results.append(
-            (module(inputs), *torch.autograd.grad(module(inputs), inputs, dy.to(inputs)))
-        )
-    model = nn.Sequential(norm, nn.Linear(48, 1).bfloat16())
-    (swapped, _) = keep_less(model)
-    assert swapped is norm
-    inputs = x.clone().requires_grad_()
-    y = norm(inputs)
-    assert torch.equal(y, results[0][0])
-    (dx,) = torch.autograd.grad(y, inputs, dy)
-    errors = [(gradient - results[1][1]).abs().max() for gradient in (dx, results[0][1])]
-    assert errors[0] <= 1.1 * errors[1]
-    give_back([norm])
-    assert "forward" not in vars(norm)
