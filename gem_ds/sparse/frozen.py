@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from gem_ds.sparse.kinds import kind_of
 from gem_ds.sparse.layers import TargetLayer
-from gem_ds.sparse.norms import norm_forward_of
+from gem_ds.sparse.norms import BLOCK, norm_forward_of
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -48,6 +48,8 @@ def keep_less(model: nn.Module) -> list[nn.Module]:
     forward than its class's already.
     """
     output = getattr(model, "get_output_embeddings", lambda: None)()
+    can_run_again = (m for m in model.modules() if hasattr(m, "gradient_checkpointing"))
+    blocks = {inner: block for block in can_run_again for inner in block.modules()}  # innermost
     swapped: list[Any] = []
     for module in model.modules():
         is_linear = kind_of(module) is TargetLayer and module is not output
@@ -55,6 +57,7 @@ def keep_less(model: nn.Module) -> list[nn.Module]:
         if forward is not None and "forward" not in vars(module):
             swapped.append(module)
             swapped[-1].forward = MethodType(forward, module)  # compilers know such of any module
+            vars(module)[BLOCK] = blocks.get(module)
     return swapped
 
 
@@ -62,3 +65,4 @@ def give_back(modules: Collection[nn.Module]) -> None:
     """Undo :func:`keep_less`."""
     for module in modules:
         vars(module).pop("forward", None)
+        vars(module).pop(BLOCK, None)

@@ -86,21 +86,21 @@ class AnchoredLinear(torch.autograd.Function):
         layer: TargetLayer,
     ) -> Tensor:
         """The product."""
-        ctx.recompute, kept = layer.keep(x)
-        ctx.save_for_backward(weight, *kept)
+        ctx.recompute, saved = layer.saved_for(x)
+        ctx.save_for_backward(weight, *saved)
         ctx.layer, ctx.dtype = layer, x.dtype
         return F.linear(x, layer.matrix(weight), bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, None]:
         """The input's gradient alone."""
-        weight, *kept = ctx.saved_tensors
+        weight, *saved = ctx.saved_tensors
         layer: TargetLayer = ctx.layer
         # Under autocast the product was one in dy's dtype.
         dx = None
         if ctx.needs_input_grad[0]:
             dx = (dy @ layer.matrix(weight).to(dy.dtype)).to(ctx.dtype)
-        x = kept[0] if ctx.recompute is None else ctx.recompute(*kept)
+        x = saved[0] if ctx.recompute is None else ctx.recompute(*saved)
         tokens = x.reshape(x.shape[:-1].numel(), x.shape[-1]).to(dy.dtype)  # perhaps of no features
         factors = layer.factors(dy.reshape(-1, dy.shape[-1]), tokens)
         if torch.compiler.is_compiling():
@@ -138,12 +138,11 @@ class TargetLayer:
             return x
         return x.index_select(-1, inputs) if len(inputs) else x.new_empty(*x.shape[:-1], 0)
 
-    def keep(self, x: Tensor) -> tuple[Recompute | None, tuple[Tensor | None, ...]]:
-        """What the backward has the input from, and how; None: it is the input."""
+    def saved_for(self, x: Tensor) -> tuple[Recompute | None, tuple[Tensor | None, ...]]:
+        """What the backward has the input x from, and how; None: it is what the sink takes of x."""
         origin = origin_of(x)
         if origin is None or getattr(self.sink, "inputs", None) is not None:
             return None, (self.kept(x),)
-        origin.recompute.num_readers += 1
         return origin.recompute, origin.kept
 
     def give(self, *factors: Tensor) -> None:

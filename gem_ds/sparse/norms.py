@@ -20,21 +20,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+#: A norm's attribute: the block it is in, one of those that transformers can run again.
+BLOCK = "gem_ds_block"
+
 
 class Recompute:
-    """Computes a norm's output from what it has kept, once for all layers that read it."""
+    """Computes a norm's output from what the norm has kept, once for all layers that read it."""
 
     def __init__(self, compute: Callable[..., Tensor]) -> None:
         self._compute = compute
         self._output: Tensor | None = None
-        self.num_readers = 0  # whose backward is to come
 
     def __call__(self, *kept: Any) -> Tensor:
-        """The output, for the backward of one reader; it lives until the last one's."""
-        output = self._compute(*kept) if self._output is None else self._output
-        self.num_readers -= 1
-        self._output = output if self.num_readers > 0 else None
-        return output
+        """The output, for the backward of a layer that has read it."""
+        if self._output is None:
+            self._output = self._compute(*kept)
+        return self._output
+
+    def forget(self, *_: Any) -> None:
+        """Drop the output: the norm's own backward comes, and with it all readers' have been."""
+        self._output = None
 
 
 class Origin(NamedTuple):
@@ -60,31 +65,43 @@ def norm_forward_of(module: nn.Module) -> Callable[..., Tensor] | None:
     return _llama_norm if _is_llama_norm_of_16_bits(module) else None
 
 
-def _with_origin(y: Tensor, compute: Callable[..., Tensor], *kept: Tensor | None) -> Tensor:
-    """The output with its origin, if the norm, whose input comes first, has a backward to come."""
-    x = kept[0]
-    assert x is not None
-    if x.requires_grad and y.requires_grad and not torch.compiler.is_compiling():
-        y.gem_ds_origin = Origin(Recompute(compute), kept, y._version)  # type: ignore[attr-defined]
-    return y
-
-
 def _layer_norm(module: Any, input: Tensor) -> Tensor:
     """What torch's norm computes; of its input it keeps no copy either."""
+    shape, eps = module.normalized_shape, module.eps
 
     def compute(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         return F.layer_norm(x, shape, weight, bias, eps)
 
-    shape, eps = module.normalized_shape, module.eps
-    parameters = module.weight, module.bias
-    return _with_origin(compute(input, *parameters), compute, input, *parameters)
+    y = compute(input, module.weight, module.bias)
+    return _with_origin(y, module, compute, input, module.weight, module.bias)
 
 
 def _llama_norm(module: Any, hidden_states: Tensor) -> Tensor:
     """What Llama's norm computes."""
-    weight = module.weight
-    y, scale = _LlamaNorm.apply(hidden_states, weight, module.variance_epsilon)
-    return _with_origin(y, _scaled, hidden_states, weight, scale)
+    with torch.no_grad():
+        variance = hidden_states.float().pow(2).mean(-1, keepdim=True)
+        scale = torch.rsqrt(variance + module.variance_epsilon)
+    y = _LlamaNorm.apply(hidden_states, module.weight, scale)
+    return _with_origin(y, module, _scaled, hidden_states, module.weight, scale)
+
+
+def _with_origin(
+    y: Tensor, module: nn.Module, compute: Callable[..., Tensor], x: Tensor, *more: Tensor | None
+) -> Tensor:
+    """The output y of the input x, with its origin if the norm keeps x for a backward to come.
+
+    Not in a block that is run again in the backward pass, which keeps nothing until then. Where the
+    two differ in dtype, autocast had a hand in it, which the backward pass is without.
+    """
+    if torch.compiler.is_compiling() or not (x.requires_grad and y.requires_grad):
+        return y
+    block = vars(module).get(BLOCK)
+    is_run_again = block is not None and block.gradient_checkpointing and block.training
+    if not is_run_again and x.dtype == y.dtype:
+        recompute = Recompute(compute)
+        y.grad_fn.register_prehook(recompute.forget)  # type: ignore[union-attr]
+        y.gem_ds_origin = Origin(recompute, (x, *more), y._version)  # type: ignore[attr-defined]
+    return y
 
 
 def _scaled(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
@@ -93,19 +110,15 @@ def _scaled(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
 
 class _LlamaNorm(torch.autograd.Function):
-    """Llama's norm, which saves its input in 16 bits; returns the scale s too."""
+    """Llama's norm of the scale s, which saves its input in 16 bits."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        whole = x.float()
-        scale = torch.rsqrt(whole.pow(2).mean(-1, keepdim=True) + eps)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, scale)
-        ctx.mark_non_differentiable(scale)
-        ctx.set_materialize_grads(False)  # of the scale's there is none
-        return weight * (whole * scale).to(x.dtype), scale
+        return weight * (x * scale).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         x, weight, scale = ctx.saved_tensors
         g, whole = (dy * weight).float(), x.float()
         mean = (g * whole).mean(-1, keepdim=True)

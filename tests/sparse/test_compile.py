@@ -27,8 +27,15 @@ NUM_BLOCKS = 6
 class Trained:
     """A model in train mode, some entries of whose targets collect their gradient."""
 
-    def __init__(self, architecture: str, *, in_few_columns: bool = False) -> None:
-        self.model = make_model(architecture, dropout=0.0, num_hidden_layers=NUM_BLOCKS).train()
+    def __init__(
+        self,
+        architecture: str,
+        dtype: torch.dtype = torch.float32,
+        *,
+        in_few_columns: bool = False,
+    ) -> None:
+        shape = {"dropout": 0.0, "num_hidden_layers": NUM_BLOCKS}
+        self.model = make_model(architecture, dtype, **shape).train()
         fused = ["c_attn"] if architecture == "gpt2" else None
         targets = find_targets(self.model, fused)
         random = torch.Generator().manual_seed(0)
@@ -65,18 +72,19 @@ class Trained:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "backend", "is_checkpointed", "in_few_columns"),
+    ("architecture", "dtype", "backend", "is_checkpointed", "in_few_columns"),
     [
-        ("llama", "aot_eager", False, False),
-        ("llama", "aot_eager", True, True),
-        ("llama", "inductor", False, True),
-        ("gpt2", "aot_eager", False, False),
+        ("llama", torch.float32, "aot_eager", False, False),
+        ("llama", torch.bfloat16, "aot_eager", False, False),
+        ("llama", torch.float32, "aot_eager", True, True),
+        ("llama", torch.float32, "inductor", False, True),
+        ("gpt2", torch.float32, "aot_eager", False, False),
     ],
 )
 def test_blocks_are_whole_graphs_of_the_same_gradients(
-    architecture, backend, is_checkpointed, in_few_columns
+    architecture, dtype, backend, is_checkpointed, in_few_columns
 ):
-    trained = Trained(architecture, in_few_columns=in_few_columns)
+    trained = Trained(architecture, dtype, in_few_columns=in_few_columns)
     if is_checkpointed:
         enable_checkpointing(trained.model)
     expected = trained.gradient()
@@ -85,7 +93,8 @@ def test_blocks_are_whole_graphs_of_the_same_gradients(
     for block in trained.blocks():
         block.compile(backend=backend)
     for delivers in (False, True):
-        torch.testing.assert_close(trained.gradient(delivers=delivers), expected)
+        found = trained.gradient(delivers=delivers)  # delivered in the model's dtype
+        torch.testing.assert_close(found, expected.to(found.dtype))
     assert not counters["graph_break"], dict(counters["graph_break"])
     # The first block's input needs no gradient, all others' do; and micro-batches may deliver.
     assert 1 <= counters["stats"]["unique_graphs"] <= 4, "blocks share what is compiled"

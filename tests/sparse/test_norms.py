@@ -3,10 +3,12 @@
 import copy
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from gem_ds.models.targets import find_targets
@@ -110,8 +112,8 @@ def test_gradients_are_those_with_the_outputs_kept(
     if is_checkpointed:
         checkpointed(trained.model)
     found = trained.gradient()
-    assert computed
     number = len(computed)
+    assert bool(number) != is_checkpointed, "a block that runs again keeps nothing until then"
     monkeypatch.setattr(layers_module, "origin_of", lambda x: None)
     assert torch.equal(trained.gradient(), found)
     assert len(computed) == number, "the outputs were kept"
@@ -171,3 +173,24 @@ def test_an_output_that_was_changed_in_place_is_kept_as_it_is():
         model(x).backward(dy)
     found = layers.vector.take_gradient().view(4, 6)
     torch.testing.assert_close(found, dense.linear.weight.grad)
+
+
+def test_a_norm_that_autocast_computes_in_another_dtype_has_its_output_kept():
+    """As a GPU's does with torch's norm of 16 bits; the backward pass is without autocast."""
+    norm = nn.LayerNorm(6).bfloat16().requires_grad_(False)
+    keep_less(norm)
+    x = torch.randn(5, 6, dtype=torch.bfloat16, requires_grad=True)
+    assert norms.origin_of(norm(x)) is not None
+    real = F.layer_norm
+    with mock.patch.object(F, "layer_norm", lambda *args: real(*args).float()):
+        assert norms.origin_of(norm(x)) is None
+
+
+def test_the_gradient_of_a_graph_that_is_retained_is_the_same_again():
+    trained = Trained("opt", torch.float32)
+    with trained.layers.sinks(trained.sinks):
+        loss = trained.loss()
+        loss.backward(retain_graph=True)
+        once = trained.layers.vector.take_gradient()
+        loss.backward()
+    assert torch.equal(trained.layers.vector.take_gradient(), once)
