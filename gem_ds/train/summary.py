@@ -1,6 +1,7 @@
 """What a selection looks like, for people: where the budget went, and what is trained."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 
@@ -16,6 +17,9 @@ from gem_ds.train.sparse_tuning import SparseTuning
 
 #: A selected weight below this is reported as nearly zero (a pretrained weight is about 0.02).
 NEARLY_ZERO = 1e-4
+
+#: More layers than these are told together with their likes: 210 lines tell nobody anything.
+MOST_ROWS = 40
 
 
 def describe(tuning: SparseTuning | DenseTuning, say: Callable[[str], None]) -> dict[str, float]:
@@ -66,7 +70,9 @@ def _describe_calibration(
         )
     decided = zip(tuning.layers, selection.budgets, selection.layer_scores, strict=True)
     rows = ((layer.name, layer.numel, budget, score) for layer, budget, score in decided)
-    say(f"Where the budget went:\n{budget_table(rows)}")
+    each = f" (each layer's part: gem-ds report {tuning.args.train.output_dir})"
+    is_long = len(tuning.layers) > MOST_ROWS
+    say(f"Where the budget went{each if is_long else ''}:\n{budget_table(rows)}")
     if "keep_zeros" in selection.settings:
         numels, num_zeros = [layer.numel for layer in tuning.layers], selection.num_zeros
         shares = [zeros / numel for zeros, numel in zip(num_zeros, numels, strict=True)]
@@ -86,8 +92,10 @@ def _describe_calibration(
 
 
 def budget_table(rows: Iterable[tuple[str, int, int, float]]) -> str:
-    """Where the budget went, a line per layer."""
-    names, numels, budgets, scores = zip(*rows, strict=True)
+    """Where the budget went, a line per layer; of many one per kind, with sums over its layers."""
+    rows = list(rows)
+    shown = rows if len(rows) <= MOST_ROWS else _by_kind(rows)
+    names, numels, budgets, scores = zip(*shown, strict=True)
     total, width = sum(budgets), max(map(len, names))
 
     def line(name: str, numel: int, budget: int, score: str) -> str:
@@ -101,6 +109,16 @@ def budget_table(rows: Iterable[tuple[str, int, int, float]]) -> str:
             line("all targets", sum(numels), total, ""),
         ]
     )
+
+
+def _by_kind(rows: Iterable[tuple[str, int, int, float]]) -> list[tuple[str, int, int, float]]:
+    """The sums over layers whose names differ in a number only."""
+    kinds: dict[str, tuple[int, int, float]] = {}
+    for name, numel, budget, score in rows:
+        kind = re.sub(r"\.\d+\.", ".*.", name)
+        numels, budgets, scores = kinds.get(kind, (0, 0, 0.0))
+        kinds[kind] = numels + numel, budgets + budget, scores + score
+    return [(kind, *sums) for kind, sums in kinds.items()]
 
 
 def effective_layers(budgets: Iterable[int]) -> float:

@@ -37,6 +37,17 @@ def test_the_table_adds_up():
     assert first.index("1,000") + 5 == second.index("50") + 2 == last.index("1,050") + 5
 
 
+def test_many_layers_are_told_by_kind():
+    """As sums, in the order in which the kinds come first."""
+    rows = [(f"m.{i}.{kind}.weight", 100, i, 0.5) for i in range(21) for kind in ("q", "v")]
+    assert len(budget_table(rows[:40]).splitlines()) == 42
+    _, *kinds, last = budget_table(rows).splitlines()
+    assert [line.split() for line in kinds] == [
+        [f"m.*.{kind}.weight", "2,100", "210", "10.000%", "50.00%", "1.050e+01"] for kind in "qv"
+    ]
+    assert last.split()[2:] == ["4,200", "420", "10.000%", "100.00%"]
+
+
 @given(st.lists(st.integers(0, 10**6), min_size=1).filter(any))
 def test_effective_layers_lie_between_one_and_all(budgets):
     effective = effective_layers(budgets)
